@@ -1,0 +1,96 @@
+"""Finding a checkpoint: a folder, the bundled demo, or a Hub id; Hugging Face or lingua files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lamella.checkpoint.lingua import LINGUA_NAMES, TIED_HEAD, find_lingua, read_params
+from lamella.checkpoint.tensors import SafetensorsFolder, TensorSource, TorchFile
+from lamella.config import ModelConfig
+from lamella.errors import CheckpointError
+from lamella.models.hf_config import HFConfig
+from lamella.models.registry import resolve_architecture
+
+if TYPE_CHECKING:
+    from lamella.models.base import CausalLM
+
+DEMO = "demo"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk: what it is, what its tensors are called, and where they come from."""
+
+    path: Path
+    architecture: type[CausalLM]
+    values: Mapping[str, Any]  # of config.json, or what a lingua file says in the same words
+    names: Mapping[str, str]  # our parameter paths -> the file's, see CausalLM.checkpoint_names
+    tied_head: str  # what a tied head's redundant copy is called
+    tensors: TensorSource
+
+    def read_config(self, max_length: int | None = None) -> ModelConfig:
+        """The model that the values describe; `max_length` is the context that an engine will use."""
+        return self.architecture.read_config(HFConfig(self.values, str(self.path / "config.json"), max_length))
+
+    def eos_token_ids(self, config: ModelConfig) -> tuple[int, ...]:
+        """Ids that end a text: the model's, and those of generation_config.json."""
+        file = self.path / "generation_config.json"
+        extra = HFConfig(_read_json(file), str(file)).token_ids("eos_token_id") if file.is_file() else ()
+        return tuple(dict.fromkeys((*config.eos_token_ids, *extra)))
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """The checkpoint at a path, the bundled `demo`, or a Hub id. Reads configs only, no tensor."""
+    path = _find(model)
+    lingua = find_lingua(path)
+    if lingua is not None and not any(path.glob("*.safetensors")):
+        values = read_params(lingua / "params.json")
+        architecture = resolve_architecture(_architecture_name(values, path))
+        return Checkpoint(path, architecture, values, LINGUA_NAMES, TIED_HEAD, TorchFile(lingua / "consolidated.pth"))
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise CheckpointError(f"{path}: neither config.json nor params.json with consolidated.pth is there")
+    values = _read_json(config_file)
+    architecture = resolve_architecture(_architecture_name(values, path))
+    names = architecture.checkpoint_names
+    return Checkpoint(path, architecture, values, names, "lm_head.weight", SafetensorsFolder(path))
+
+
+def _find(model: str | Path) -> Path:
+    if str(model) == DEMO:
+        from lamella.demo import CHECKPOINT
+
+        return CHECKPOINT
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    # A Hub id is NAME or OWNER/NAME; anything else was meant as a path.
+    if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1 or path.exists():
+        raise CheckpointError(f"{model}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "tokenizer*", "params.json", "consolidated.pth"]
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=[*patterns, *(f"default/{p}" for p in patterns)]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{model}: no such folder, and not to be had from the Hub ({reason})") from error
+
+
+def _architecture_name(values: Mapping[str, Any], path: Path) -> str:
+    names = values.get("architectures") or [values.get("model_type")]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise CheckpointError(f"{path / 'config.json'}: architectures does not name one")
+    return names[0]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not JSON ({error})") from error

@@ -1,0 +1,94 @@
+"""Filling a model: every tensor of the file is used, every parameter is filled, or the error says which is not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+
+from lamella.checkpoint.files import Checkpoint
+from lamella.checkpoint.names import targets
+from lamella.checkpoint.tensors import OpenTensors
+from lamella.errors import CheckpointError, ConfigError
+from lamella.layers.kit import LocalKit
+from lamella.models.base import CausalLM, initialize
+
+logger = logging.getLogger("lamella")
+
+LOAD_FORMATS = ("auto", "dummy")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(checkpoint: Checkpoint, dtype: torch.dtype | str) -> torch.dtype:
+    """The dtype to compute in; "auto" is the checkpoint's own."""
+    if isinstance(dtype, str) and dtype == "auto":
+        stated = checkpoint.values.get("dtype") or checkpoint.values.get("torch_dtype")
+        dtype = str(stated).removeprefix("torch.") if stated else _stored_dtype(checkpoint)
+    if isinstance(dtype, str):
+        dtype = {"half": "float16", "float": "float32"}.get(dtype, dtype)
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype={dtype!r}: must be auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    if dtype not in DTYPES.values():
+        raise ConfigError(f"dtype={dtype}: must be {', '.join(DTYPES)}")
+    return dtype
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    with checkpoint.tensors.opened() as tensors:
+        names = tensors.names()
+        return tensors.load(names[0]).dtype if names else torch.float32
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    load_format: str = "auto",
+    max_length: int | None = None,
+    seed: int = 0,
+) -> CausalLM:
+    """The model of a checkpoint in `dtype` on `device`; `load_format="dummy"` fills it at random instead."""
+    if load_format not in LOAD_FORMATS:
+        raise ConfigError(f"load_format={load_format!r}: must be one of {', '.join(LOAD_FORMATS)}")
+    config = checkpoint.read_config(max_length)
+    model = checkpoint.architecture.allocate(config, LocalKit(resolve_dtype(checkpoint, dtype), device))
+    if load_format == "dummy":
+        initialize(model, torch.Generator(device).manual_seed(seed))
+    else:
+        with checkpoint.tensors.opened() as tensors:
+            fill(model, checkpoint, tensors)
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def fill(model: CausalLM, checkpoint: Checkpoint, tensors: OpenTensors) -> None:
+    """Copy every tensor into its place, converting its dtype; raises before anything is copied when names differ."""
+    expected = targets(model, checkpoint.names)
+    present = [name for name in tensors.names() if not name.endswith("rotary_emb.inv_freq")]
+    redundant = {checkpoint.tied_head} if model.config.tie_word_embeddings else set()
+    missing = sorted(set(expected) - set(present))
+    unexpected = sorted(set(present) - set(expected) - redundant)
+    if missing or unexpected:
+        listed = {"missing": missing, "unexpected": unexpected}
+        problems = "; ".join(f"{kind}: {_list(names)}" for kind, names in listed.items() if names)
+        raise CheckpointError(f"{checkpoint.path}: tensors do not fit {type(model).__name__}; {problems}")
+    for name, target in expected.items():
+        tensor = tensors.load(name)
+        if tuple(tensor.shape) != target.shape:
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {name} has shape {tuple(tensor.shape)}, the config says {target.shape}"
+            )
+        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+            raise CheckpointError(f"{checkpoint.path}: tensor {name} is {tensor.dtype}: quantised files are not read")
+        target.parameter[target.start : target.stop].copy_(tensor)
+    for name in redundant & set(present):
+        embedding = model.get_parameter("model.embed_tokens.weight")
+        if not torch.equal(tensors.load(name).to(embedding.dtype), embedding.cpu()):
+            logger.warning("%s: %s differs from the embedding it is tied to, and is not used", checkpoint.path, name)
+
+
+def _list(names: Iterable[str], limit: int = 20) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,111 @@
+"""Where a checkpoint's tensors come from: safetensors files, or a lingua `.pth`. Nothing is unpickled as code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lamella.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+
+
+class TensorSource(Protocol):
+    """Named tensors, read one at a time while `opened()`."""
+
+    def opened(self) -> Any:
+        """A context manager that gives an `OpenTensors`."""
+        ...
+
+
+class OpenTensors(Protocol):
+    def names(self) -> list[str]: ...
+
+    def load(self, name: str) -> Tensor: ...
+
+
+class SafetensorsFolder:
+    """All `*.safetensors` of a folder, or those that its index names."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._indexed: dict[str, str] | None = None
+        if (folder / INDEX).is_file():
+            self._indexed = json.loads((folder / INDEX).read_text())["weight_map"]
+        files = sorted(set(self._indexed.values())) if self._indexed else [p.name for p in folder.glob("*.safetensors")]
+        self.files = [folder / name for name in sorted(files)]
+        missing = [file.name for file in self.files if not file.is_file()]
+        if missing:
+            raise CheckpointError(f"{folder}: {INDEX} names files that are not there: {', '.join(missing)}")
+
+    @contextmanager
+    def opened(self) -> Iterator[OpenTensors]:
+        with ExitStack() as stack:
+            handles: dict[str, Any] = {}
+            for file in self.files:
+                try:
+                    handle = stack.enter_context(safe_open(str(file), framework="pt"))
+                except SafetensorError as error:
+                    raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
+                for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
+                    if name in handles:
+                        raise CheckpointError(f"{file}: tensor {name} stands in another file of {self.folder} too")
+                    handles[name] = handle
+            absent = sorted(set(self._indexed or ()) - set(handles))
+            if absent:
+                raise CheckpointError(f"{self.folder}: {INDEX} names tensors that no file holds: {_some(absent)}")
+            yield _Handles(handles)
+
+
+class _Handles:
+    def __init__(self, handles: dict[str, Any]) -> None:
+        self._handles = handles
+
+    def names(self) -> list[str]:
+        return list(self._handles)
+
+    def load(self, name: str) -> Tensor:
+        return self._handles[name].get_tensor(name)
+
+
+class TorchFile:
+    """A state dict in a `.pth` file, mapped into memory, under the key `model` or bare."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    @contextmanager
+    def opened(self) -> Iterator[OpenTensors]:
+        try:
+            state = torch.load(self.file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # a dozen types, from zipfile's to pickle's
+            raise CheckpointError(f"{self.file}: not a readable weights-only torch file ({error})") from error
+        state = state.get("model", state)
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        if len(tensors) != len(state):
+            others = sorted(set(state) - set(tensors))
+            raise CheckpointError(f"{self.file}: entries that are not tensors: {_some(others)}")
+        yield _Tensors(tensors)
+
+
+class _Tensors:
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def load(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

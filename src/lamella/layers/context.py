@@ -1,0 +1,66 @@
+"""The batch in flight: what layers may know of the step beyond their input tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lamella.ops.ragged import RaggedBatch
+from lamella.state.spec import PagedState
+
+
+@dataclass(frozen=True)
+class PageView:
+    """Where the pages of one state group lie in this step."""
+
+    page_table: Tensor  # (R, P) int32; entries outside what a request can see point at the dummy page 0
+    new_rows: Tensor  # (T,) int64, flat cache row of each new token
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """One step: its requests, and where their state lies.
+
+    Without `pages` and `slots` it is a plain forward: every request starts from nothing and leaves nothing.
+    """
+
+    ragged: RaggedBatch
+    pages: Mapping[PagedState, PageView] | None = None
+    slots: Tensor | None = None  # (R,) int64
+    _shared: dict[Any, Any] = field(default_factory=dict)
+
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """What many layers need and one can compute, such as the cos/sin of the positions."""
+        if key not in self._shared:
+            self._shared[key] = compute()
+        return self._shared[key]
+
+
+_current: ContextVar[ForwardBatch | None] = ContextVar("forward_batch", default=None)
+
+
+@contextmanager
+def forward_batch(batch: ForwardBatch) -> Iterator[ForwardBatch]:
+    """Make `batch` the one that layers see inside the block."""
+    token = _current.set(batch)
+    try:
+        yield batch
+    finally:
+        _current.reset(token)
+
+
+def current_batch() -> ForwardBatch | None:
+    """The batch in flight in this thread, if any."""
+    return _current.get()
+
+
+def require_batch() -> ForwardBatch:
+    """The batch in flight; layers are only called inside one."""
+    batch = _current.get()
+    assert batch is not None, "a layer was called outside forward_batch()"
+    return batch

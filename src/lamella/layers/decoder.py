@@ -1,0 +1,112 @@
+"""The decoder: layers, the stack, and the language model around it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lamella.config import CanonConfig, LayerConfig, ModelConfig
+from lamella.layers.canon import Canon, CanonHistory
+from lamella.layers.context import ForwardBatch, current_batch, forward_batch
+from lamella.layers.kit import Kit
+from lamella.layers.norm import RMSNorm
+from lamella.ops.ragged import RaggedBatch
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm block in the residual-pair form: the sum of `hidden` and `residual` is the stream."""
+
+    def __init__(self, config: LayerConfig, kit: Kit, hidden_size: int, prefix: str) -> None:
+        super().__init__()
+        self.history = self._history(config, kit, hidden_size, prefix)
+        self.mixer_norm = RMSNorm(hidden_size, config.norm.eps, kit.device)
+        self.mixer_canon = self._canon(config.mixer_canon, hidden_size, kit)
+        self.mixer = config.mixer.build(kit, hidden_size, f"{prefix}.mixer", self.history)
+        self.feed_forward_norm = RMSNorm(hidden_size, config.norm.eps, kit.device)
+        self.feed_forward_canon = self._canon(config.feed_forward_canon, hidden_size, kit)
+        self.feed_forward = config.feed_forward.build(kit, hidden_size, f"{prefix}.feed_forward", self.history)
+
+    @staticmethod
+    def _history(config: LayerConfig, kit: Kit, hidden_size: int, prefix: str) -> CanonHistory | None:
+        if not config.canons:
+            return None
+        outside = [canon for canon in (config.mixer_canon, config.feed_forward_canon) if canon]
+        channels = len(outside) * hidden_size + config.mixer.canon_channels + config.feed_forward.canon_channels
+        return CanonHistory(kit, config.canons[0].kernel, channels, f"{prefix}.history")
+
+    def _canon(self, config: CanonConfig | None, hidden_size: int, kit: Kit) -> Canon | None:
+        if config is None:
+            return None
+        assert self.history is not None
+        return Canon(config, hidden_size, kit, self.history)
+
+    def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden and residual (T, hidden_size) -> the same pair after the layer."""
+        hidden, residual = self.mixer_norm.add(hidden, residual)
+        if self.mixer_canon is not None:
+            hidden = self.mixer_canon(hidden)
+        hidden = self.mixer(positions, hidden)
+        hidden, residual = self.feed_forward_norm.add(hidden, residual)
+        if self.feed_forward_canon is not None:
+            hidden = self.feed_forward_canon(hidden)
+        return self.feed_forward(hidden), residual
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, config: ModelConfig, kit: Kit) -> None:
+        super().__init__()
+        self.embed_tokens = kit.embedding(config.vocab_size, config.hidden_size, "model.embed_tokens")
+        self.layers = nn.ModuleList(
+            DecoderLayer(layer, kit, config.hidden_size, f"model.layers.{index}")
+            for index, layer in enumerate(config.layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.norm.eps, kit.device)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """ids and positions (T,) -> (T, hidden_size)."""
+        residual = self.embed_tokens(input_ids)
+        hidden = torch.zeros_like(residual)
+        for layer in self.layers:
+            hidden, residual = layer(positions, hidden, residual)
+        return self.norm.add(hidden, residual)[0]
+
+
+def plain_batch(input_ids: Tensor) -> ForwardBatch:
+    """The batch of a forward without an engine: every row of ids (B, S), or the one of ids (T,), from nothing."""
+    rows, length = input_ids.shape if input_ids.dim() == 2 else (1, input_ids.shape[0])
+    return ForwardBatch(RaggedBatch.from_lengths([length] * rows, [length] * rows, input_ids.device))
+
+
+class LanguageModel(nn.Module):
+    """Decoder and head of any `ModelConfig`. Inside an engine's batch it continues requests; alone it starts afresh."""
+
+    def __init__(self, config: ModelConfig, kit: Kit) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, kit)
+        tied = self.model.embed_tokens if config.tie_word_embeddings else None
+        self.lm_head = kit.lm_head(config.vocab_size, config.hidden_size, tied, "lm_head")
+
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm.
+
+        Without an engine: ids (batch, seq) or (tokens,), each row a request of its own from position 0; returns
+        (batch, seq, hidden) or (tokens, hidden). `positions`, of the shape of the ids, change only the rotation.
+        """
+        batch = current_batch()
+        if batch is not None:
+            return self.model(input_ids, batch.ragged.positions if positions is None else positions)
+        if input_ids.dim() not in (1, 2) or input_ids.numel() == 0:
+            raise ValueError(
+                f"input_ids of shape {tuple(input_ids.shape)}: must be (batch, seq) or (tokens,), not empty"
+            )
+        batch = plain_batch(input_ids)
+        with forward_batch(batch):
+            flat = batch.ragged.positions if positions is None else positions.flatten()
+            return self.model(input_ids.flatten(), flat).view(*input_ids.shape, -1)
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., vocab) in the model's dtype for every row of hidden (..., hidden_size)."""
+        return self.lm_head(hidden)

@@ -1,0 +1,34 @@
+"""The channel-mixing part of a layer."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lamella.config import MLPConfig
+from lamella.layers.canon import Canon, CanonHistory
+from lamella.layers.kit import Kit
+from lamella.ops.swiglu import swiglu
+
+
+class MLP(nn.Module):
+    """`down(silu(gate) * up)`, with [gate|up] through a canon first where there is one."""
+
+    def __init__(
+        self, config: MLPConfig, kit: Kit, hidden_size: int, prefix: str, history: CanonHistory | None
+    ) -> None:
+        super().__init__()
+        size = config.intermediate_size
+        parts = {"gate_proj": size, "up_proj": size}
+        self.gate_up_proj = kit.merged_linear(hidden_size, parts, config.gate_up_bias, f"{prefix}.gate_up_proj")
+        self.down_proj = kit.row_linear(size, hidden_size, config.down_bias, f"{prefix}.down_proj")
+        self.canon = None
+        if config.canon:
+            assert history is not None
+            self.canon = Canon(config.canon, config.canon_channels, kit, history)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden (T, hidden_size) -> (T, hidden_size)."""
+        gate_up = self.gate_up_proj(hidden)
+        if self.canon is not None:
+            gate_up = self.canon(gate_up)
+        return self.down_proj(swiglu(gate_up))

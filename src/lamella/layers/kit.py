@@ -1,0 +1,135 @@
+"""The seam between layers and engines: who supplies projections, embeddings, attention and state.
+
+Layers name no engine's classes; they ask their kit. `LocalKit` is plain torch on one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lamella.layers.context import require_batch
+from lamella.layers.linear import Embedding, Linear, MergedLinear
+from lamella.ops import attention
+from lamella.state.spec import PagedState, SlotState, StateHolder
+
+
+class Kit(Protocol):
+    """What a layer may ask for. `prefix` is the module's dotted path, for error messages and per-layer lookups."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def merged_linear(self, in_size: int, parts: Mapping[str, int], bias: bool, prefix: str) -> nn.Module:
+        """Column-parallel projections of one input as one product; `parts` maps checkpoint names to widths."""
+        ...
+
+    def qkv_linear(self, in_size: int, heads: int, kv_heads: int, head_dim: int, bias: bool, prefix: str) -> nn.Module:
+        """The query, key and value projections as one product with output [q | k | v]."""
+        ...
+
+    def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str) -> nn.Module:
+        """A projection back to the full width, whose input is what a column-parallel one left."""
+        ...
+
+    def embedding(self, vocab_size: int, hidden_size: int, prefix: str) -> nn.Module:
+        """Token embedding, ids (T,) -> (T, hidden)."""
+        ...
+
+    def lm_head(self, vocab_size: int, hidden_size: int, tied: nn.Module | None, prefix: str) -> nn.Module:
+        """Logits (T, vocab) of hidden states; with `tied`, over that embedding's weight."""
+        ...
+
+    def attention(self, heads: int, scale: float, spec: PagedState, prefix: str) -> nn.Module:
+        """Causal attention `(q (T, H, D), k (T, KV, D), v) -> (T, H, D)` that keeps its keys and values."""
+        ...
+
+    def slot_state(self, spec: SlotState, prefix: str) -> SlotHolder:
+        """A fixed-size state of the layer for each request."""
+        ...
+
+
+class PagedAttention(nn.Module):
+    """Attention over pages that an engine binds, or over the tokens at hand in a plain forward."""
+
+    def __init__(self, heads: int, scale: float, spec: PagedState, prefix: str) -> None:
+        super().__init__()
+        self.heads, self.scale, self.spec, self.prefix = heads, scale, spec, prefix
+        self.k_cache: Tensor | None = None
+        self.v_cache: Tensor | None = None
+
+    def bind(self, *tensors: Tensor) -> None:
+        """Caches (pages, page_size, KV, D) of this layer's keys and values."""
+        self.k_cache, self.v_cache = tensors
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch = require_batch()
+        if batch.pages is None:
+            return attention.causal_attention(q, k, v, batch.ragged, self.scale, self.spec.window)
+        assert self.k_cache is not None and self.v_cache is not None, f"{self.prefix}: no pages bound"
+        view = batch.pages[self.spec]
+        attention.write_kv(k, v, self.k_cache, self.v_cache, view.new_rows)
+        return attention.paged_attention(
+            q, self.k_cache, self.v_cache, view.page_table, batch.ragged, self.scale, self.spec.window
+        )
+
+
+class SlotHolder(nn.Module):
+    """Holds one layer's slot tensor, (slots, *shape); computes nothing."""
+
+    def __init__(self, spec: SlotState, prefix: str) -> None:
+        super().__init__()
+        self.spec, self.prefix = spec, prefix
+        self.rows: Tensor | None = None
+
+    def bind(self, *tensors: Tensor) -> None:
+        """The slots (slots, *shape) of this layer."""
+        (self.rows,) = tensors
+
+    def current(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """This layer's slots and the slot ids (R,) of the requests in flight; (None, None) in a plain forward."""
+        batch = require_batch()
+        if batch.slots is None:
+            return None, None
+        assert self.rows is not None, f"{self.prefix}: no slots bound"
+        return self.rows, batch.slots
+
+
+class LocalKit:
+    """Plain torch modules on one device, their parameters allocated but not initialised."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+        self.dtype, self.device = dtype, torch.device(device)
+
+    def merged_linear(self, in_size: int, parts: Mapping[str, int], bias: bool, prefix: str) -> nn.Module:
+        return MergedLinear(in_size, parts, bias, self.dtype, self.device)
+
+    def qkv_linear(self, in_size: int, heads: int, kv_heads: int, head_dim: int, bias: bool, prefix: str) -> nn.Module:
+        sizes = {"q_proj": heads * head_dim, "k_proj": kv_heads * head_dim, "v_proj": kv_heads * head_dim}
+        return MergedLinear(in_size, sizes, bias, self.dtype, self.device)
+
+    def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str) -> nn.Module:
+        return Linear(in_size, out_size, bias, self.dtype, self.device)
+
+    def embedding(self, vocab_size: int, hidden_size: int, prefix: str) -> nn.Module:
+        return Embedding(vocab_size, hidden_size, self.dtype, self.device)
+
+    def lm_head(self, vocab_size: int, hidden_size: int, tied: nn.Module | None, prefix: str) -> nn.Module:
+        head = Linear(hidden_size, vocab_size, False, self.dtype, self.device if tied is None else torch.device("meta"))
+        if tied is not None:
+            head.weight = tied.weight  # type: ignore[assignment]
+        return head
+
+    def attention(self, heads: int, scale: float, spec: PagedState, prefix: str) -> nn.Module:
+        return PagedAttention(heads, scale, spec, prefix)
+
+    def slot_state(self, spec: SlotState, prefix: str) -> SlotHolder:
+        return SlotHolder(spec, prefix)
+
+
+def state_holders(model: nn.Module) -> list[StateHolder]:
+    """Every module of `model` that keeps state, in layer order."""
+    return [module for module in model.modules() if isinstance(module, PagedAttention | SlotHolder)]

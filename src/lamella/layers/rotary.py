@@ -1,0 +1,79 @@
+"""Rotary position embedding: frequencies of each variant, and the angles of a batch.
+
+The variants follow `transformers`' modeling_rope_utils; everything is fp32, and no table bounds the positions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lamella.config import DynamicScaling, Llama3Scaling, RopeConfig, YarnScaling
+from lamella.layers.context import ForwardBatch
+from lamella.ops.rotary import rotate
+
+
+def inverse_frequencies(config: RopeConfig) -> Tensor:
+    """Angle per position of each pair, (dim / 2,) fp32."""
+    scaling = config.scaling
+    if isinstance(scaling, DynamicScaling):
+        return _frequencies(config.dim, _dynamic_theta(config, scaling))
+    base = _frequencies(config.dim, config.theta)
+    if scaling is None:
+        return base
+    if isinstance(scaling, Llama3Scaling):
+        return _llama3(base, scaling)
+    if isinstance(scaling, YarnScaling):
+        return _yarn(base, config, scaling)
+    return base / scaling.factor
+
+
+def _frequencies(dim: int, theta: float) -> Tensor:
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+
+
+def _dynamic_theta(config: RopeConfig, scaling: DynamicScaling) -> float:
+    length = max(scaling.length, scaling.original_length)
+    stretch = scaling.factor * length / scaling.original_length - (scaling.factor - 1)
+    return config.theta * stretch ** (config.dim / (config.dim - 2))
+
+
+def _llama3(base: Tensor, scaling: Llama3Scaling) -> Tensor:
+    turns = scaling.original_length * base / (2 * math.pi)  # full turns within the trained context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = (turns > high).float() if high == low else ((turns - low) / (high - low)).clamp(0, 1)
+    return base * kept + base / scaling.factor * (1 - kept)
+
+
+def _yarn(base: Tensor, config: RopeConfig, scaling: YarnScaling) -> Tensor:
+    def pair_with_turns(turns: float) -> float:
+        return config.dim * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
+
+    low, high = pair_with_turns(scaling.beta_fast), pair_with_turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(config.dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return base / scaling.factor * ramp + base * (1 - ramp)
+
+
+class Rotary:
+    """Turns queries and keys by their positions; layers with equal configs share the angles of a batch."""
+
+    def __init__(self, config: RopeConfig, device: torch.device) -> None:
+        self.config = config
+        self.magnitude = config.scaling.attention_factor if isinstance(config.scaling, YarnScaling) else 1.0
+        self.frequencies = inverse_frequencies(config).to(device)
+
+    def __call__(self, batch: ForwardBatch, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q (T, H, D) and k (T, KV, D) turned, as new tensors."""
+        cos, sin = batch.once(self.config, lambda: self._angles(positions))
+        return rotate(q, k, cos, sin, self.config.interleaved)
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        angles = positions.float()[:, None] * self.frequencies
+        return angles.cos() * self.magnitude, angles.sin() * self.magnitude

@@ -1,0 +1,29 @@
+"""One file per architecture: how its config file reads, and what its checkpoints call the parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lamella._lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from lamella.models.base import CausalLM as CausalLM
+    from lamella.models.llama import LlamaForCausalLM as LlamaForCausalLM
+    from lamella.models.llama_canon import LlamaCanonForCausalLM as LlamaCanonForCausalLM
+    from lamella.models.qwen3 import Qwen3ForCausalLM as Qwen3ForCausalLM
+    from lamella.models.registry import architectures as architectures
+    from lamella.models.registry import register_architecture as register_architecture
+    from lamella.models.registry import resolve_architecture as resolve_architecture
+
+__getattr__, __all__ = lazy_attributes(
+    __name__,
+    {
+        "CausalLM": "lamella.models.base",
+        "LlamaCanonForCausalLM": "lamella.models.llama_canon",
+        "LlamaForCausalLM": "lamella.models.llama",
+        "Qwen3ForCausalLM": "lamella.models.qwen3",
+        "architectures": "lamella.models.registry",
+        "register_architecture": "lamella.models.registry",
+        "resolve_architecture": "lamella.models.registry",
+    },
+)

@@ -1,0 +1,97 @@
+"""What every architecture shares: building from a config, loading a checkpoint, initialising from nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from typing_extensions import Self
+
+from lamella.config import ModelConfig
+from lamella.errors import CheckpointError
+from lamella.layers.canon import Canon
+from lamella.layers.decoder import LanguageModel
+from lamella.layers.kit import Kit, LocalKit
+from lamella.layers.norm import RMSNorm
+from lamella.models.hf_config import HFConfig
+
+
+class CausalLM(LanguageModel):
+    """Base of the architectures: a subclass reads its config file and names its checkpoint's tensors.
+
+    `checkpoint_names` rewrites our parameter paths into the checkpoint's: each key is one or more path components of
+    ours, each value what stands there in the file. `packed_modules_mapping` tells, in the form that LoRA and
+    quantisation tools know, which of the file's projections are one module here.
+    """
+
+    checkpoint_names: ClassVar[Mapping[str, str]] = {
+        "mixer": "self_attn",
+        "feed_forward": "mlp",
+        "mixer_norm": "input_layernorm",
+        "feed_forward_norm": "post_attention_layernorm",
+    }
+    packed_modules_mapping: ClassVar[Mapping[str, list[str]]] = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+
+    def __init__(self, config: ModelConfig, kit: Kit | None = None) -> None:
+        """A model with random weights (linears and embeddings N(0, 0.02), convolutions as torch's, norms one)."""
+        super().__init__(config, kit or LocalKit(torch.get_default_dtype()))
+        initialize(self)
+
+    @classmethod
+    def read_config(cls, config: HFConfig) -> ModelConfig:
+        """The architecture's `config.json` as layers."""
+        raise NotImplementedError(f"{cls.__name__}.read_config")
+
+    @classmethod
+    def allocate(cls, config: ModelConfig, kit: Kit) -> Self:
+        """A model whose parameters are not initialised, for a loader to fill."""
+        model = cls.__new__(cls)
+        LanguageModel.__init__(model, config, kit)
+        return model
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | Any, kit: Kit | None = None) -> Self:
+        """A model with random weights from a Hugging Face config: a dict, or a `transformers` config object."""
+        values = config if isinstance(config, Mapping) else config.to_dict()
+        model = cls.allocate(cls.read_config(HFConfig(values)), kit or LocalKit(torch.get_default_dtype()))
+        initialize(model)
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+    ) -> Self:
+        """The model in the checkpoint at `path`, a folder or a Hub id, whatever its format; "auto" keeps its dtype.
+
+        Raises `CheckpointError` when a tensor is missing, left over or of the wrong shape.
+        """
+        from lamella.checkpoint import load_model, open_checkpoint
+
+        checkpoint = open_checkpoint(path)
+        model = load_model(checkpoint, dtype=dtype, device=device)
+        if not isinstance(model, cls):
+            raise CheckpointError(f"{checkpoint.path}: holds a {type(model).__name__}, not a {cls.__name__}")
+        return model
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Fill every parameter at random, as the architectures' training code starts."""
+    for module in model.modules():
+        parameters = dict(module.named_parameters(recurse=False))
+        for name, parameter in parameters.items():
+            if isinstance(module, RMSNorm):
+                parameter.fill_(1.0)
+            elif isinstance(module, Canon):
+                bound = module.config.kernel**-0.5
+                parameter.uniform_(-bound, bound, generator=generator)
+            elif name == "bias":
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, 0.02, generator=generator)

@@ -1,0 +1,104 @@
+"""Llama 2 and 3 (and Mistral-like files under that name): pre-norm attention with rotary positions, SwiGLU.
+
+Math and keys: transformers' `models/llama`. Llama files may also carry vLLM's `bias` and `qkv_bias`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lamella.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
+from lamella.models.base import CausalLM
+from lamella.models.hf_config import HFConfig, read_model, read_rope, read_windows
+
+# Llama 3.2's, whose 1B shape the constructor's defaults describe.
+LLAMA_3_2_ROPE = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+class LlamaForCausalLM(CausalLM):
+    """Llama. The keyword constructor gives a model with random weights; its defaults are Llama 3.2 1B's."""
+
+    def __init__(
+        self,
+        vocab_size: int = 128256,
+        hidden_size: int = 2048,
+        head_dim: int = 64,
+        num_qo_heads: int = 32,
+        num_kv_heads: int = 8,
+        has_attn_bias: bool = False,
+        rms_norm_epsilon: float = 1e-5,
+        rope_base: float = 500000,
+        max_position_embeddings: int = 131072,
+        intermediate_size: int = 8192,
+        ffn_bias: bool = False,
+        num_layers: int = 16,
+        block_size: int = 256,
+        tie_word_embeddings: bool = True,
+        rope_scaling: Mapping[str, Any] | None = LLAMA_3_2_ROPE,
+    ) -> None:
+        """`rope_scaling` takes the form of Hugging Face configs, None for unscaled rotation.
+
+        `block_size` is the page size that an `LLM` around this model would use; a plain forward has no pages.
+        """
+        config = {
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "head_dim": head_dim,
+            "num_attention_heads": num_qo_heads,
+            "num_key_value_heads": num_kv_heads,
+            "attention_bias": has_attn_bias,
+            "rms_norm_eps": rms_norm_epsilon,
+            "rope_theta": rope_base,
+            "rope_scaling": rope_scaling,
+            "max_position_embeddings": max_position_embeddings,
+            "intermediate_size": intermediate_size,
+            "mlp_bias": ffn_bias,
+            "num_hidden_layers": num_layers,
+            "tie_word_embeddings": tie_word_embeddings,
+        }
+        self.block_size = block_size
+        super().__init__(self.read_config(HFConfig(config, "LlamaForCausalLM")))
+
+    @classmethod
+    def read_config(cls, config: HFConfig) -> ModelConfig:
+        hidden_size, heads = config.int("hidden_size"), config.int("num_attention_heads")
+        num_layers = config.int("num_hidden_layers")
+        head_dim = config.int("head_dim", hidden_size // heads)
+        config.choice("hidden_act", ("silu", "swish"), "silu")
+        config.choice("is_causal", (True,), True)
+        config.choice("logit_scale", (1, 1.0), 1)
+        attention_bias = config.bool("attention_bias", False) or config.bool("bias", False)
+        mlp_bias = config.bool("mlp_bias", False)
+        norm = NormConfig(eps=config.float("rms_norm_eps", 1e-6))
+        rope = read_rope(config, head_dim, config.int("max_position_embeddings", 2048))
+
+        def layer(window: int | None) -> LayerConfig:
+            return LayerConfig(
+                mixer=AttentionConfig(
+                    num_heads=heads,
+                    num_kv_heads=config.int("num_key_value_heads", heads),
+                    head_dim=head_dim,
+                    scale=head_dim**-0.5,
+                    qkv_bias=config.bool("qkv_bias", attention_bias),
+                    output_bias=attention_bias,
+                    rope=rope,
+                    window=window,
+                ),
+                feed_forward=MLPConfig(
+                    intermediate_size=config.int("intermediate_size"), gate_up_bias=mlp_bias, down_bias=mlp_bias
+                ),
+                norm=norm,
+            )
+
+        window = config.int("sliding_window", None)
+        if window is not None and config.get("layer_types", None) is None:
+            raise config.error("sliding_window", window, "absent, or with layer_types that say which layers slide")
+        layers = [layer(window) for window in read_windows(config, num_layers, window, first=num_layers)]
+        return read_model(config, "LlamaForCausalLM", layers, norm.eps)

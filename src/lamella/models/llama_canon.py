@@ -1,0 +1,87 @@
+"""LlamaCanon (PhysicsLM4, arXiv 2512.17351): Llama with up to four short convolutions in each layer.
+
+Canon A stands before the mixer, B on [q|k|v] after the query/key norm and before the rotation, C before the
+feed-forward, D on [gate|up]. The optional query/key norm spans all heads, the rotation may cover part of a head, and
+`rope_version` "lingua" rotates adjacent channels. A `rope_dim` of 0 means no rotation.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from lamella.config import AttentionConfig, CanonConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig, RopeConfig
+from lamella.models.base import CausalLM
+from lamella.models.hf_config import HFConfig, read_model, read_rope
+
+
+class LlamaCanonForCausalLM(CausalLM):
+    """LlamaCanon."""
+
+    checkpoint_names: ClassVar = {
+        **CausalLM.checkpoint_names,
+        "mixer_canon": "canonA",
+        "mixer.canon": "self_attn.canonB",
+        "feed_forward_canon": "canonC",
+        "feed_forward.canon": "mlp.canonD",
+    }
+
+    @classmethod
+    def read_config(cls, config: HFConfig) -> ModelConfig:
+        hidden_size, heads = config.int("hidden_size"), config.int("num_attention_heads")
+        head_dim = config.int("head_dim", hidden_size // heads)
+        config.choice("hidden_act", ("silu", "swish"), "silu")
+        attention_bias, mlp_bias = config.bool("attention_bias", False), config.bool("mlp_bias", False)
+        norm = NormConfig(eps=config.float("rms_norm_eps", 1e-6))
+        canons = cls._read_canons(config)
+        layer = LayerConfig(
+            mixer=AttentionConfig(
+                num_heads=heads,
+                num_kv_heads=config.int("num_key_value_heads", heads),
+                head_dim=head_dim,
+                scale=head_dim**-0.5,
+                qkv_bias=attention_bias,
+                output_bias=attention_bias,
+                qk_norm=norm if config.bool("qk_norm", False) else None,
+                qk_norm_scope="full",
+                rope=cls._read_rope(config, head_dim),
+                canon=canons["B"],
+            ),
+            feed_forward=MLPConfig(
+                # The default where the key is there but null, as in the training code's HF port.
+                intermediate_size=config.int("intermediate_size", hidden_size * 8 // 3),
+                gate_up_bias=mlp_bias,
+                down_bias=mlp_bias,
+                canon=canons["D"],
+            ),
+            norm=norm,
+            mixer_canon=canons["A"],
+            feed_forward_canon=canons["C"],
+        )
+        layers = (layer,) * config.int("num_hidden_layers")
+        return read_model(config, "LlamaCanonForCausalLM", layers, norm.eps)
+
+    @staticmethod
+    def _read_canons(config: HFConfig) -> dict[str, CanonConfig | None]:
+        letters = config.get("canon_set", "")
+        if set(letters) - set("ABCD"):
+            raise config.error("canon_set", letters, "made of the letters A, B, C and D")
+        canon = CanonConfig(
+            kernel=config.int("canon_kernel", 4, minimum=2),
+            bias=config.bool("canon_bias", False),
+            activation=config.bool("canon_activation", False),
+            residual=config.bool("canon_residual", True),
+        )
+        return {letter: canon if letter in letters else None for letter in "ABCD"}
+
+    @staticmethod
+    def _read_rope(config: HFConfig, head_dim: int) -> RopeConfig | None:
+        """`rope_dim` counts the rotated channels of a head; the files say the same again as a factor."""
+        interleaved = config.choice("rope_version", ("huggingface", "lingua"), "huggingface") == "lingua"
+        dim = config.int("rope_dim", None, minimum=0)
+        return read_rope(
+            config,
+            head_dim,
+            config.int("max_position_embeddings", 2048),
+            interleaved=interleaved,
+            dim=None if dim is None else min(dim, head_dim),
+        )

@@ -1,0 +1,100 @@
+"""Qwen3: Llama with a norm over each query and key head, a free head size, and optional sliding-window layers.
+
+Math and keys: transformers' `models/qwen3`.
+"""
+
+from __future__ import annotations
+
+from lamella.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
+from lamella.models.base import CausalLM
+from lamella.models.hf_config import HFConfig, read_model, read_rope, read_windows
+
+
+class Qwen3ForCausalLM(CausalLM):
+    """Qwen3. The keyword constructor gives a model with random weights."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int | None = None,
+        scale: float = 1.0,
+        num_kv_heads: int | None = None,
+        rms_norm_epsilon: float = 1e-5,
+        qkv_bias: bool = False,
+        base: float = 10000,
+        max_position: int = 16384,
+        intermediate_size: int = 4096,
+        ffn_bias: bool = True,
+        num_layers: int = 12,
+        tie_word_embeddings: bool = False,
+        block_size: int = 256,
+    ) -> None:
+        """The attention scale is `scale / sqrt(head_dim)`; queries and keys are normalised whatever the biases.
+
+        The defaults are not those of any released Qwen3 (which have base 1e6, eps 1e-6 and no MLP biases): give the
+        real ones, or use `from_config`. `block_size` is the page size that an `LLM` around this model would use; a
+        plain forward has no pages.
+        """
+        head_dim = head_dim or hidden_size // num_heads
+        norm = NormConfig(eps=rms_norm_epsilon)
+        rope_config = HFConfig({"rope_theta": base}, "Qwen3ForCausalLM")
+        layer = LayerConfig(
+            mixer=AttentionConfig(
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads or num_heads,
+                head_dim=head_dim,
+                scale=scale * head_dim**-0.5,
+                qkv_bias=qkv_bias,
+                qk_norm=norm,
+                rope=read_rope(rope_config, head_dim, max_position),
+            ),
+            feed_forward=MLPConfig(intermediate_size=intermediate_size, gate_up_bias=ffn_bias, down_bias=ffn_bias),
+            norm=norm,
+        )
+        self.block_size = block_size
+        super().__init__(
+            ModelConfig(
+                architecture="Qwen3ForCausalLM",
+                vocab_size=vocab_size,
+                hidden_size=hidden_size,
+                layers=(layer,) * num_layers,
+                norm=norm,
+                tie_word_embeddings=tie_word_embeddings,
+                max_position_embeddings=max_position,
+            )
+        )
+
+    @classmethod
+    def read_config(cls, config: HFConfig) -> ModelConfig:
+        heads, num_layers = config.int("num_attention_heads"), config.int("num_hidden_layers")
+        # Not derived from hidden_size: several released sizes have heads * head_dim != hidden_size.
+        head_dim = config.int("head_dim", 128)
+        config.choice("hidden_act", ("silu", "swish"), "silu")
+        bias = config.bool("attention_bias", False)
+        norm = NormConfig(eps=config.float("rms_norm_eps", 1e-6))
+        rope = read_rope(config, head_dim, config.int("max_position_embeddings", 32768))
+
+        def layer(window: int | None) -> LayerConfig:
+            return LayerConfig(
+                mixer=AttentionConfig(
+                    num_heads=heads,
+                    num_kv_heads=config.int("num_key_value_heads", heads),
+                    head_dim=head_dim,
+                    scale=head_dim**-0.5,
+                    qkv_bias=bias,
+                    output_bias=bias,
+                    qk_norm=norm,
+                    rope=rope,
+                    window=window,
+                ),
+                feed_forward=MLPConfig(intermediate_size=config.int("intermediate_size")),
+                norm=norm,
+            )
+
+        window, first = config.int("sliding_window", None), config.int("max_window_layers", 28, minimum=0)
+        if not config.bool("use_sliding_window", False):
+            window = None
+        windows = read_windows(config, num_layers, window, first)
+        return read_model(config, "Qwen3ForCausalLM", [layer(window) for window in windows], norm.eps)

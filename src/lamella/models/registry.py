@@ -1,0 +1,57 @@
+"""Which class serves which architecture. Nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+from lamella.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lamella.models.base import CausalLM
+
+ENTRY_POINT_GROUP = "lamella.architectures"
+
+_targets: dict[str, str | type[CausalLM]] = {
+    "LlamaForCausalLM": "lamella.models.llama:LlamaForCausalLM",
+    "Qwen3ForCausalLM": "lamella.models.qwen3:Qwen3ForCausalLM",
+    "LlamaCanonForCausalLM": "lamella.models.llama_canon:LlamaCanonForCausalLM",
+}
+_aliases = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "LlamaCanon": "LlamaCanonForCausalLM"}
+
+
+def register_architecture(name: str, target: str | type[CausalLM], aliases: tuple[str, ...] = ()) -> None:
+    """Make `target`, a `CausalLM` class or "module:Class", serve checkpoints whose `architectures` say `name`.
+
+    Registering the same pair again is harmless; taking over a name is a `ConfigError`.
+    """
+    for taken in (name, *aliases):
+        current = _targets.get(_aliases.get(taken, taken))
+        if current is not None and _path(current) != _path(target):
+            raise ConfigError(f"architecture {taken!r} is registered already, as {_path(current)}")
+    _targets[name] = target
+    _aliases.update(dict.fromkeys(aliases, name))
+
+
+def architectures() -> list[str]:
+    """The names that are known, those of installed entry points included."""
+    return sorted({*_targets, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
+
+
+def resolve_architecture(name: str) -> type[CausalLM]:
+    """The class that serves `name`, an architecture or an alias; a `ConfigError` lists what exists."""
+    name = _aliases.get(name, name)
+    target = _targets.get(name)
+    if target is None:
+        target = next((point.value for point in entry_points(group=ENTRY_POINT_GROUP) if point.name == name), None)
+    if target is None:
+        raise ConfigError(f"architecture {name!r} is not known; there are: {', '.join(architectures())}")
+    if isinstance(target, str):
+        module, _, attribute = target.partition(":")
+        target = getattr(import_module(module), attribute)
+    return target
+
+
+def _path(target: str | type[CausalLM]) -> str:
+    return target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}"

@@ -1,0 +1,46 @@
+"""Causal attention: over the tokens at hand, or over paged keys and values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lamella.ops import native
+from lamella.ops.attention import sdpa
+from lamella.ops.backend import use_native
+from lamella.ops.ragged import RaggedBatch
+
+causal_attention = sdpa.causal_attention
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
+    """Put k and v (T, KV, D) into the flat cache rows (T,) int64 = page * page_size + offset, in place."""
+    if use_native(k):
+        native.write_kv(k, v, k_cache, v_cache, rows)
+        return
+    k_cache.flatten(0, 1).index_copy_(0, rows, k)
+    v_cache.flatten(0, 1).index_copy_(0, rows, v)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    batch: RaggedBatch,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """See `reference.paged_attention`."""
+    if not use_native(q):
+        return sdpa.paged_attention(q, k_cache, v_cache, page_table, batch, scale, window)
+    decodes = batch.num_decodes
+    outputs = []
+    if decodes:
+        outputs.append(
+            native.decode_attention(
+                q[:decodes], k_cache, v_cache, page_table[:decodes], batch.seq_lens[:decodes], scale, window
+            )
+        )
+    outputs += sdpa.prefill_attention(q, k_cache, v_cache, page_table, batch, scale, window)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -1,0 +1,106 @@
+"""Attention through torch's fused `scaled_dot_product_attention`: the fast path that runs on every device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from lamella.ops.ragged import RaggedBatch
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, scale: float, window: int | None) -> Tensor:
+    """See `reference.causal_attention`. Requests of one length are one call."""
+    lengths = batch.query_lens
+    if len(set(lengths)) == 1:
+        q, k, v = (side.unflatten(0, (len(lengths), lengths[0])) for side in (q, k, v))
+        return _attend(q, k, v, scale, window).flatten(0, 1)
+    parts = zip(*(side[None].split(lengths, dim=1) for side in (q, k, v)), strict=True)
+    return torch.cat([_attend(queries, keys, values, scale, window)[0] for queries, keys, values in parts])
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    batch: RaggedBatch,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """See `reference.paged_attention`. All decodes are one call, prefills one call each."""
+    outputs = []
+    decodes = batch.num_decodes
+    if decodes:
+        outputs.append(_decode(q[:decodes], k_cache, v_cache, page_table[:decodes], batch, scale, window))
+    outputs += prefill_attention(q, k_cache, v_cache, page_table, batch, scale, window)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def prefill_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    batch: RaggedBatch,
+    scale: float,
+    window: int | None,
+) -> list[Tensor]:
+    """The outputs of the requests after the decodes, one tensor each."""
+    outputs = []
+    start = batch.num_decodes
+    for request in range(batch.num_decodes, batch.num_requests):
+        new, length = batch.query_lens[request], batch.context_lens[request]
+        first = 0 if window is None else max(0, length - new - window + 1)
+        rows = _cache_rows(page_table[request], torch.arange(first, length, device=q.device), k_cache.shape[1])
+        k, v = (cache.flatten(0, 1).index_select(0, rows)[None] for cache in (k_cache, v_cache))
+        outputs.append(_attend(q[None, start : start + new], k, v, scale, window)[0])
+        start += new
+    return outputs
+
+
+def _cache_rows(pages: Tensor, positions: Tensor, page_size: int) -> Tensor:
+    """Flat cache rows of positions (..., L) through page tables (..., P)."""
+    return pages.gather(-1, positions // page_size).long() * page_size + positions % page_size
+
+
+def _decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    batch: RaggedBatch,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """One query a request, q (R, H, D), over contexts gathered to the longest one's length."""
+    num_requests, heads, dim = q.shape
+    kv_heads = k_cache.shape[2]
+    longest = max(batch.context_lens[:num_requests])
+    seen = longest if window is None else min(longest, window)
+    last = batch.seq_lens[:num_requests, None].long() - 1
+    # Counted back from the newest token; a shorter request repeats its oldest row, which the mask then hides, so that
+    # nothing outside a request's own rows is ever read.
+    back = torch.arange(seen, device=q.device)
+    rows = _cache_rows(page_table, (last - back).clamp(min=0), k_cache.shape[1])
+    k, v = (
+        cache.flatten(0, 1).index_select(0, rows.flatten()).view(num_requests, seen, kv_heads, dim).transpose(1, 2)
+        for cache in (k_cache, v_cache)
+    )
+    mask = (back <= last)[:, None, None, :]
+    # The query heads of a group share their keys: as rows of one small matrix they are read once.
+    grouped = q.view(num_requests, kv_heads, heads // kv_heads, dim)
+    return scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(num_requests, heads, dim)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    """q (B, n, H, D); k and v (B, m, KV, D), m >= n; returns (B, n, H, D)."""
+    new, length = q.shape[1], k.shape[1]
+    mask = None
+    if new != length or window is not None:
+        distance = torch.arange(length - new, length, device=q.device)[:, None] - torch.arange(length, device=q.device)
+        mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    q, k, v = (side.transpose(1, 2) for side in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)

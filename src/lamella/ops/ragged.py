@@ -1,0 +1,64 @@
+"""Requests as ranges of flat tokens: what every operation over time needs to know of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RaggedBatch:
+    """R requests with T new tokens in all, request after request; no padding.
+
+    The first `num_decodes` requests have exactly one new token each. Lengths stand twice, as tensors for kernels and
+    as tuples for host code, so that nobody has to wait for the device.
+    """
+
+    positions: Tensor  # (T,) int64, absolute position of each new token in its request
+    query_start_loc: Tensor  # (R + 1,) int32, bounds of each request's new tokens
+    seq_lens: Tensor  # (R,) int32, tokens of the request including the new ones
+    token_request: Tensor  # (T,) int64, index of the request that a token belongs to
+    query_lens: tuple[int, ...]  # R, new tokens
+    context_lens: tuple[int, ...]  # R, the same as seq_lens
+    num_decodes: int
+
+    @classmethod
+    def from_lengths(
+        cls, query_lens: Sequence[int], context_lens: Sequence[int], device: torch.device | str = "cpu"
+    ) -> RaggedBatch:
+        """From host lengths: `query_lens[r]` new tokens at the end of `context_lens[r]` tokens, both >= 1."""
+        assert len(query_lens) == len(context_lens) and all(
+            1 <= new <= total for new, total in zip(query_lens, context_lens, strict=True)
+        )
+        num_decodes = next((i for i, n in enumerate(query_lens) if n != 1), len(query_lens))
+        starts = [0, *accumulate(query_lens)]
+        lengths = torch.tensor(query_lens, dtype=torch.int64)
+        token_request = torch.repeat_interleave(torch.arange(len(query_lens)), lengths, output_size=starts[-1])
+        # Position = (context - new) + index in the request; the flat index less the request's start gives the latter.
+        shift = torch.tensor([c - n - s for c, n, s in zip(context_lens, query_lens, starts, strict=False)])
+        positions = torch.arange(starts[-1]) + shift[token_request]
+
+        def on_device(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return cls(
+            positions=on_device(positions),
+            query_start_loc=on_device(torch.tensor(starts, dtype=torch.int32)),
+            seq_lens=on_device(torch.tensor(context_lens, dtype=torch.int32)),
+            token_request=on_device(token_request),
+            query_lens=tuple(query_lens),
+            context_lens=tuple(context_lens),
+            num_decodes=num_decodes,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return self.positions.shape[0]
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.query_lens)

@@ -1,0 +1,23 @@
+"""RMS normalisation, alone or after adding the residual stream."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lamella.ops import native
+from lamella.ops.backend import use_native
+from lamella.ops.rms_norm import reference
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `reference.rms_norm`."""
+    if use_native(x):
+        return native.add_rms_norm(x, None, weight, eps)[0]
+    return reference.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `reference.add_rms_norm`."""
+    if use_native(x):
+        return native.add_rms_norm(x, residual, weight, eps)
+    return reference.add_rms_norm(x, residual, weight, eps)

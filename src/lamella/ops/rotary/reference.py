@@ -1,0 +1,23 @@
+"""Rotary position embedding in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """The first 2 P channels of each head turned by the angles of cos/sin (T, P) fp32; the others as they are.
+
+    x (T, heads, D) with D >= 2 P. The pairs are (2i, 2i+1) when `interleaved`, else (i, i + P). In fp32, rounded once.
+    """
+    pairs = cos.shape[-1]
+    turned, rest = x[..., : 2 * pairs].float(), x[..., 2 * pairs :]
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    if interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    else:
+        first, second = turned[..., :pairs], turned[..., pairs:]
+    halves = (first * cos - second * sin, second * cos + first * sin)
+    turned = torch.stack(halves, dim=-1).flatten(-2) if interleaved else torch.cat(halves, dim=-1)
+    return torch.cat((turned.to(x.dtype), rest), dim=-1)

@@ -1,0 +1,1 @@
+"""What layers remember between steps: specs, allocators and the tensors behind them."""

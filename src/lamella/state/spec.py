@@ -1,0 +1,60 @@
+"""The two kinds of state that a layer can declare."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class PagedState:
+    """Keys and values that grow by one row per token, kept in fixed-size pages.
+
+    With a `window` of w, a token sees itself and the w - 1 tokens before it, so older pages can be freed.
+    """
+
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    window: int | None = None
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    def first_visible(self, position: int) -> int:
+        """The oldest position that a token at `position` can see."""
+        return 0 if self.window is None else max(0, position - self.window + 1)
+
+    def live_tokens(self, length: int) -> int:
+        """How many of `length` tokens the next token can still see."""
+        return length - self.first_visible(length)
+
+
+@dataclass(frozen=True)
+class SlotState:
+    """A tensor of fixed `shape` for each request: a convolution's last inputs, a recurrent matrix."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_request(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+StateSpec = PagedState | SlotState
+
+
+class StateHolder(Protocol):
+    """The part of a layer that keeps state: it declares what it needs, and is given tensors."""
+
+    @property
+    def spec(self) -> StateSpec: ...
+
+    def bind(self, *tensors: torch.Tensor) -> None:
+        """Paged state: keys and values, each (pages, page_size, kv_heads, head_dim); slot state: (slots, *shape)."""
+        ...
