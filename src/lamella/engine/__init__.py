@@ -1,0 +1,1 @@
+"""From prompts to tokens: requests, scheduling, steps on the device, sampling, text."""

@@ -1,0 +1,261 @@
+"""The engine: a model, its state, a scheduler; requests go in, tokens come out, one step at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+
+from lamella.checkpoint import load_model, open_checkpoint
+from lamella.engine.completion import Completion, Job
+from lamella.engine.options import EngineOptions
+from lamella.engine.request import Request
+from lamella.engine.runner import ModelRunner
+from lamella.engine.sampling_params import SamplingParams
+from lamella.engine.scheduler import Scheduler
+from lamella.engine.tokenizer import Tokenizer
+from lamella.errors import ConfigError, ParameterError
+from lamella.layers.decoder import LanguageModel
+from lamella.layers.kit import state_holders
+from lamella.state.manager import StateManager
+from lamella.state.memory import StateCost, StateMemory
+from lamella.state.spec import PagedState
+
+logger = logging.getLogger("lamella")
+
+Prompt: TypeAlias = "str | Mapping[str, Any]"
+
+# Of the memory that is free when the pools are made.
+_MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.85}
+
+
+class Engine:
+    """Not thread-safe: one caller adds requests and steps."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        options: EngineOptions,
+        device: torch.device,
+        tokenizer: Tokenizer | None = None,
+        eos_token_ids: tuple[int, ...] = (),
+    ) -> None:
+        self.model, self.options, self.device, self.tokenizer = model, options, device, tokenizer
+        self.eos_token_ids = eos_token_ids
+        self.max_model_len = options.resolve_length(model.config)
+        holders = state_holders(model)
+        self.cost = StateCost.of(holders)
+        capacities = self._capacities()
+        num_slots = options.max_num_seqs
+        self.state = StateManager(list(capacities), list(capacities.values()), num_slots, options.block_size)
+        self.memory = StateMemory(holders, capacities, options.block_size, num_slots, device)
+        self.scheduler = Scheduler(self.state, options.max_num_seqs, options.max_num_batched_tokens)
+        self.runner = ModelRunner(model, self.state, device)
+        self._seeds = itertools.count()
+        self._jobs: dict[str, Job] = {}
+        self._completions: dict[Request, tuple[Job, Completion]] = {}
+        self._counts = {"steps": 0, "prompt_tokens": 0, "generated_tokens": 0, "requests": 0}
+
+    @classmethod
+    def load(cls, options: EngineOptions) -> Engine:
+        """The engine of a checkpoint. Raises `ConfigError` or `CheckpointError` with one line."""
+        device = options.resolve_device()
+        checkpoint = open_checkpoint(options.model)
+        max_length = options.resolve_length(checkpoint.read_config())
+        model = load_model(checkpoint, options.dtype, device, options.load_format, max_length, options.seed)
+        if options.enable_prefix_caching:
+            logger.info("prefix caching is not there in this version: every prompt is computed whole")
+        eos = checkpoint.eos_token_ids(model.config)
+        return cls(model, options, device, Tokenizer.load(checkpoint.path), eos)
+
+    def _capacities(self) -> dict[PagedState, int]:
+        """Pages of each group: as asked, or as many as the memory's share holds and requests could fill."""
+        options, cost = self.options, self.cost
+        seqs, size = options.max_num_seqs, options.block_size
+
+        def useful(spec: PagedState) -> int:
+            """More pages than this can never be in use at once."""
+            whole = seqs * -(-self.max_model_len // size)
+            if spec.window is None:
+                return whole
+            # See StateManager.peak_pages; the chunks of all requests together are one step's tokens.
+            return min(whole, seqs * (-(-spec.window // size) + 2) + -(-options.max_num_batched_tokens // size))
+
+        if options.num_blocks is not None:
+            return {spec: min(options.num_blocks, useful(spec)) for spec in cost.paged}
+        budget = int(_free_memory(self.device) * _MEMORY_SHARE[self.device.type]) - seqs * cost.bytes_per_request
+        page = {spec: spec.bytes_per_token * size * layers for spec, layers in cost.paged.items()}
+        windowed = {spec: useful(spec) for spec in cost.paged if spec.window is not None}
+        rest = budget - sum(page[spec] * count for spec, count in windowed.items())
+        full = [spec for spec in cost.paged if spec.window is None]
+        share = rest // max(1, sum(page[spec] for spec in full))
+        if rest < 0 or (full and share < 1):
+            raise ConfigError(
+                f"max_num_seqs={seqs}: the state of so many requests does not fit into {budget >> 20} MiB"
+            )
+        return windowed | {spec: min(share, useful(spec)) for spec in full}
+
+    def make_job(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Job:
+        """Check a request and get it ready, without queueing it. Raises `ParameterError`."""
+        if request_id in self._jobs:
+            raise ParameterError(f"request_id={request_id!r}: a request of this id is running")
+        text, token_ids = self._tokens(prompt)
+        params.validate_for(self.model.config.vocab_size)
+        if params.stop_strings and self.tokenizer is None:
+            raise ParameterError(f"stop={params.stop!r}: without tokenizer.json there is no text to stop at")
+        room = self.max_model_len - len(token_ids)
+        if room < 1:
+            raise ParameterError(
+                f"prompt of {len(token_ids)} tokens: max_model_len={self.max_model_len} leaves no room for an answer"
+            )
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        self._check_pools(len(token_ids) + max_tokens - 1)
+        seed = params.seed if params.seed is not None else self._next_seed()
+        completions = [
+            Completion(
+                Request(
+                    request_id=request_id,
+                    prompt_token_ids=token_ids,
+                    # A prompt's log-probabilities are the same for all completions.
+                    params=params if index == 0 else replace(params, prompt_logprobs=None),
+                    seed=seed + index,
+                    max_tokens=max_tokens,
+                    eos_token_ids=self.eos_token_ids,
+                ),
+                index,
+                self.tokenizer,
+            )
+            for index in range(params.n)
+        ]
+        return Job(request_id, text, completions)
+
+    def add(self, job: Job) -> None:
+        """Queue a job that `make_job` made."""
+        self._jobs[job.request_id] = job
+        self._counts["requests"] += 1
+        for completion in job.completions:
+            self._completions[completion.request] = (job, completion)
+            self.scheduler.add(completion.request)
+
+    def cancel(self, request_id: str) -> Job | None:
+        """End a job now; its unfinished completions end with "abort". None where no such job is running."""
+        job = self._jobs.pop(request_id, None)
+        if job is not None:
+            for completion in job.completions:
+                if completion.finish_reason is None:
+                    completion.end("abort")
+                    self._drop(completion)
+        return job
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def step(self) -> list[Job]:
+        """Compute one step; the jobs that have got something new, each once."""
+        shares = self.scheduler.schedule()
+        if not shares:
+            return []
+        results = self.runner.run(shares)
+        self.scheduler.computed(shares)
+        starts = {share.request: share.start for share in shares}
+        changed: dict[str, Job] = {}
+        for result in results:
+            job, completion = self._completions[result.request]
+            completion.take_prompt(starts[result.request] + 1, result.prompt_logprobs)
+            if result.token_id is None:
+                continue
+            completion.take(result.token_id, result.logprobs)
+            changed[job.request_id] = job
+            if completion.finish_reason is not None:
+                self._drop(completion)
+            if job.finished:
+                del self._jobs[job.request_id]
+        self._counts["steps"] += 1
+        self._counts["generated_tokens"] += sum(result.token_id is not None for result in results)
+        self._counts["prompt_tokens"] += sum(
+            max(0, min(s.start + s.count, len(s.request.prompt_token_ids)) - s.start) for s in shares
+        )
+        if not self.has_work:
+            self.state.check_integrity()
+        return list(changed.values())
+
+    def stats(self) -> dict[str, Any]:
+        """Counts since the start (tokens computed again after a preemption count again), and what is in use now."""
+        pools = self.state.page_pools
+        capacity, free = sum(p.capacity for p in pools), sum(p.num_free for p in pools)
+        return {
+            **self._counts,
+            "preemptions": self.scheduler.num_preemptions,
+            "running": len(self.scheduler.running),
+            "waiting": len(self.scheduler.waiting),
+            "pages": capacity,
+            "pages_used": capacity - free,
+            "slots": self.state.slot_pool.capacity,
+            "slots_used": self.state.slot_pool.capacity - self.state.slot_pool.num_free,
+            "state_bytes": self.memory.nbytes,
+            "prefix_hit_rate": None,  # no prefix cache in this version
+        }
+
+    def _drop(self, completion: Completion) -> None:
+        del self._completions[completion.request]
+        self.scheduler.finish(completion.request)
+
+    def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """A prompt's text, if it has one, and its tokens."""
+        if isinstance(prompt, str):
+            prompt = {"prompt": prompt}
+        if not isinstance(prompt, Mapping):
+            raise ParameterError(
+                f"prompt: must be a string or a dict with prompt_token_ids, not {type(prompt).__name__}"
+            )
+        unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids"})
+        if unknown:
+            raise ParameterError(f"prompt: unknown key {unknown[0]!r}; there are prompt and prompt_token_ids")
+        text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if token_ids is None:
+            if not isinstance(text, str):
+                raise ParameterError(f"prompt={text!r}: must be a string")
+            if self.tokenizer is None:
+                raise ParameterError("prompt: the model has no tokenizer.json; give prompt_token_ids")
+            token_ids = self.tokenizer.encode(text)
+        token_ids = list(token_ids)
+        if not token_ids:
+            raise ParameterError("prompt_token_ids: must not be empty")
+        vocab = self.model.config.vocab_size
+        for token in token_ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
+                raise ParameterError(f"prompt_token_ids: {token!r} is not a token id below vocab_size={vocab}")
+        return text, token_ids
+
+    def _check_pools(self, tokens: int) -> None:
+        chunk = min(tokens, self.options.max_num_batched_tokens)
+        for index, pool in enumerate(self.state.page_pools):
+            pages = self.state.peak_pages(index, tokens, chunk)
+            if pages > pool.capacity:
+                raise ParameterError(
+                    f"prompt and max_tokens need {pages} pages of {self.state.page_size} tokens, and num_blocks="
+                    f"{pool.capacity} is all there are"
+                )
+
+    def _next_seed(self) -> int:
+        """A seed of its own for each request that has none, reproducible from the engine's."""
+        digest = hashlib.sha256(f"{self.options.seed}/{next(self._seeds)}".encode()).digest()
+        return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that new tensors on `device` can take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return 4 << 30  # systems without procfs; num_blocks says better

@@ -1,0 +1,132 @@
+"""The offline interface, in the form of vLLM's `LLM`."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lamella.engine.completion import Job
+from lamella.engine.engine import Engine, Prompt
+from lamella.engine.options import EngineOptions
+from lamella.engine.outputs import RequestOutput
+from lamella.engine.sampling_params import SamplingParams
+from lamella.errors import ParameterError
+
+
+class LLM:
+    """A model ready to generate. Settings: see `EngineOptions`; an unknown one is a `TypeError`.
+
+    Raises `ConfigError` or `CheckpointError`, each with one line that names the setting, file or tensor.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        enable_prefix_caching: bool = True,
+        tensor_parallel_size: int = 1,
+        enforce_eager: bool = False,
+        seed: int = 0,
+        load_format: str = "auto",
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        placement: Any = None,
+        deterministic: bool = False,
+    ) -> None:
+        self.engine = Engine.load(
+            EngineOptions(
+                model=model,
+                dtype=dtype,
+                device=device,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                enable_prefix_caching=enable_prefix_caching,
+                tensor_parallel_size=tensor_parallel_size,
+                enforce_eager=enforce_eager,
+                seed=seed,
+                load_format=load_format,
+                block_size=block_size,
+                num_blocks=num_blocks,
+                placement=placement,
+                deterministic=deterministic,
+            )
+        )
+        self._ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete every prompt; the outputs come in the prompts' order.
+
+        A prompt is a string or `{"prompt_token_ids": [...]}`. Parameters are one for all, or one for each prompt.
+        Every request is checked before any is run; a bad one is a `ParameterError` that says which.
+        """
+        prompts = [prompts] if isinstance(prompts, str | dict) else list(prompts)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(prompts)
+        else:
+            params = list(sampling_params)
+        if len(params) != len(prompts):
+            raise ParameterError(f"sampling_params: {len(params)} for {len(prompts)} prompts")
+        jobs = []
+        for index, (prompt, some) in enumerate(zip(prompts, params, strict=True)):
+            try:
+                jobs.append(self.engine.make_job(str(next(self._ids)), prompt, some))
+            except ParameterError as error:
+                raise ParameterError(f"prompts[{index}]: {error}") from error
+        with tqdm(total=len(jobs), desc="generating", unit="req", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            start = time.perf_counter()
+            for job in self._run(jobs):
+                if job.finished:
+                    bar.update()
+                if use_tqdm:
+                    bar.set_postfix_str(self._progress(jobs, time.perf_counter() - start), refresh=False)
+        return [job.output() for job in jobs]
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Complete one prompt, giving the whole output so far after each new token.
+
+        Closing the iterator early cancels the request. Errors are raised by this call, not by the first `next`.
+        """
+        job = self.engine.make_job(str(next(self._ids)), prompt, sampling_params or SamplingParams())
+        return (changed.output() for changed in self._run([job]))
+
+    def stats(self) -> dict[str, Any]:
+        """See `Engine.stats`."""
+        return self.engine.stats()
+
+    def _run(self, jobs: Sequence[Job]) -> Iterator[Job]:
+        """Step until the jobs are through, giving each that got something new; on the way out none is left behind."""
+        for job in jobs:
+            self.engine.add(job)
+        mine = {job.request_id for job in jobs}
+        try:
+            while not all(job.finished for job in jobs):
+                for changed in self.engine.step():
+                    if changed.request_id in mine:
+                        yield changed
+        finally:
+            for job in jobs:
+                self.engine.cancel(job.request_id)
+
+    def _progress(self, jobs: Sequence[Job], seconds: float) -> str:
+        stats = self.engine.stats()
+        tokens = sum(len(c.request.output_token_ids) for job in jobs for c in job.completions)
+        waiting = f", {stats['waiting']} waiting" if stats["waiting"] else ""
+        pages = f"pages {stats['pages_used']}/{stats['pages']}"
+        return f"{tokens / seconds:.1f} tok/s, {stats['running']} running{waiting}, {pages}"

@@ -1,0 +1,104 @@
+"""The engine's settings, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lamella.config import DynamicScaling, LinearScaling, ModelConfig, YarnScaling
+from lamella.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Names, meanings and defaults as in vLLM, whose users need no manual.
+
+    Attributes:
+        model: a folder, `demo`, or a Hub id.
+        dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
+        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1".
+        max_model_len: longest prompt and output together, in tokens; None is what the model supports.
+        max_num_seqs: requests that are computed at a time.
+        max_num_batched_tokens: tokens computed in a step; longer prompts are computed in chunks.
+        enable_prefix_caching, tensor_parallel_size, placement, deterministic: see `unsupported`.
+        enforce_eager: no graph capture; the engine captures none yet, so both values do the same.
+        seed: of the draws of requests without a seed, and of dummy weights.
+        load_format: "auto", or "dummy" for random weights.
+        block_size: tokens in a page.
+        num_blocks: pages in each pool; None takes a share of the free memory.
+    """
+
+    model: str | Path
+    dtype: str | torch.dtype = "auto"
+    device: str | torch.device = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    enable_prefix_caching: bool = True
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    seed: int = 0
+    load_format: str = "auto"
+    block_size: int = 16
+    num_blocks: int | None = None
+    placement: object = None
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_blocks"):
+            value = getattr(self, field)
+            optional = field in ("max_model_len", "num_blocks")
+            if not (value is None and optional) and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 1
+            ):
+                raise ConfigError(f"{field}={value!r}: must be a whole number of at least 1")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"seed={self.seed!r}: must be a whole number")
+        for field in ("enable_prefix_caching", "enforce_eager", "deterministic"):
+            if not isinstance(getattr(self, field), bool):
+                raise ConfigError(f"{field}={getattr(self, field)!r}: must be True or False")
+        unsupported = {
+            "tensor_parallel_size": (1, "this version runs on one device"),
+            "deterministic": (False, "this version does not fix the order of sums across batch shapes"),
+            "placement": (None, "no architecture of this version has a choice of mixers"),
+        }
+        for field, (only, why) in unsupported.items():
+            if getattr(self, field) != only:
+                raise ConfigError(f"{field}={getattr(self, field)!r}: must be {only}: {why}")
+
+    def resolve_device(self) -> torch.device:
+        """The device to run on."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise ConfigError(f"device={self.device!r}: {str(error).splitlines()[0]}") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device={self.device!r}: torch sees no CUDA device")
+        return device
+
+    def resolve_length(self, config: ModelConfig) -> int:
+        """The longest request in tokens; more than the model supports is an error."""
+        longest = supported_length(config)
+        if self.max_model_len is None:
+            return config.max_position_embeddings if longest is None else longest
+        if longest is not None and self.max_model_len > longest:
+            raise ConfigError(f"max_model_len={self.max_model_len}: the model supports at most {longest}")
+        return self.max_model_len
+
+
+def supported_length(config: ModelConfig) -> int | None:
+    """The longest context that the model's rotation is made for; None where it adapts to any length."""
+    lengths: list[int] = []
+    for layer in config.layers:
+        scaling = layer.mixer.rope.scaling if layer.mixer.rope else None
+        if isinstance(scaling, DynamicScaling):
+            return None
+        if isinstance(scaling, YarnScaling):
+            lengths.append(int(scaling.original_length * scaling.factor))
+        elif isinstance(scaling, LinearScaling):
+            lengths.append(int(config.max_position_embeddings * scaling.factor))
+    return max([config.max_position_embeddings, *lengths])
