@@ -19,5 +19,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `reference.add_rms_norm`."""
     if use_native(x):
-        return native.add_rms_norm(x, residual, weight, eps)
+        normed, total = native.add_rms_norm(x, residual, weight, eps)
+        assert total is not None
+        return normed, total
     return reference.add_rms_norm(x, residual, weight, eps)

@@ -1,0 +1,313 @@
+"""Native CPU kernels: one small C++ library, compiled on first use for the machine it runs on, called through ctypes.
+
+Ask :func:`available` before calling anything else here; where it says no, the portable torch code is the one to use.
+Every kernel takes float32 or bfloat16 CPU tensors (all of one dtype), computes in float32 and rounds once at the end.
+Unless a docstring says otherwise nothing is mutated and results are new contiguous tensors. What the asserts check are
+the callers' invariants; index tensors (page tables, slots, lengths) are trusted.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import re
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "add_rms_norm",
+    "available",
+    "decode_attention",
+    "linear",
+    "linear_rows",
+    "rotary",
+    "short_conv",
+    "silu_mul",
+    "write_kv",
+]
+
+logger = logging.getLogger("lamella")
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+
+_P, _I, _F, _B, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_bool, ctypes.c_int
+_SIGNATURES: dict[str, list[type]] = {
+    "decode_attention": [_P, _I, _P, _P, _P, _I, _P, _P, _I, _I, _I, _I, _I, _F, _I, _N],
+    "short_conv": [_P, _I, _P, _I, _I, _P, _P, _I, _I, _P, _P, _P, _P, _I, _I, _I, _B, _B, _N],
+    "add_rms_norm": [_P, _I, _I, _P, _I, _P, _F, _P, _P, _I, _I, _I, _N],
+    "silu_mul": [_P, _I, _P, _I, _I, _N],
+    "linear": [_P, _I, _P, _P, _P, _I, _I, _I, _N],
+    "rotary": [_P, _I, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _B, _N],
+    "write_kv": [_P, _I, _P, _I, _P, _P, _P, _I, _I, _N],
+}
+
+
+class _Kernel(ctypes.Structure):
+    """An entry of the library's table ``lamella_kernels``."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("float32", _P), ("bfloat16", _P))
+
+
+_kernels: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
+_has_tiles = False  # whether bf16 products run on AMX
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _cpu() -> str:
+    """What -march=native depends on: the model and the features that this (virtual) machine shows of it."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    return "\n".join(re.findall(r"^(?:model name|flags|CPU part|Features)\s*:.*$", info.split("\n\n")[0], re.MULTILINE))
+
+
+def _build() -> Path:
+    """The compiled library, from the cache where it is there already."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    march = os.environ.get("LAMELLA_NATIVE_MARCH", "native")
+    flags = ["-std=c++17", "-O3", f"-march={march}", "-fno-math-errno", "-fopenmp", "-fPIC"]
+    source = _SOURCE.read_bytes()
+    version = _run(*compiler, "--version")
+    key = hashlib.sha256(b"\0".join([source, *(part.encode() for part in (*compiler, *flags, version, _cpu()))]))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamella"
+    library = cache / f"native-{key.hexdigest()[:16]}" / "kernels.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            compiled, linked = f"{scratch}/kernels.o", f"{scratch}/kernels.so"
+            _run(*compiler, *flags, "-c", str(_SOURCE), "-o", compiled)
+            # Linked without -fopenmp: the OpenMP runtime has to be the one torch brought, see _load.
+            _run(*compiler, "-shared", compiled, "-o", linked)
+            os.replace(linked, library)
+    return library
+
+
+def _load(library: Path) -> ctypes.CDLL:
+    """Load the library against torch's own OpenMP runtime.
+
+    torch's wheel brings a private copy under a name of its choice. A second runtime in the process would mean a second
+    pool of spinning threads, so the library names none, and finds its symbols in the copy that is mapped already.
+    """
+    mapped = re.findall(r"\s(/.*/lib(?:gomp|iomp5|omp)\b[^/\n]*\.so[^/\n]*)$", _maps(), re.MULTILINE)
+    ctypes.CDLL(mapped[0] if mapped else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(library))
+
+
+def _maps() -> str:
+    try:
+        return Path("/proc/self/maps").read_text()
+    except OSError:
+        return ""
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the kernels can be called: builds and loads the library on the first call, and remembers the answer.
+
+    ``LAMELLA_NATIVE=0`` switches them off; ``CXX`` names the compiler; ``LAMELLA_NATIVE_MARCH`` replaces the
+    instruction set "native"."""
+    if os.environ.get("LAMELLA_NATIVE") == "0":
+        logger.info("native CPU kernels are off (LAMELLA_NATIVE=0): using the portable torch path")
+        return False
+    try:
+        library = _load(_build())
+        for entry in (_Kernel * len(_SIGNATURES)).in_dll(library, "lamella_kernels"):
+            name = entry.name.decode()
+            prototype = ctypes.CFUNCTYPE(None, *_SIGNATURES[name])
+            _kernels[name, torch.float32] = prototype(entry.float32)
+            _kernels[name, torch.bfloat16] = prototype(entry.bfloat16)
+        global _has_tiles
+        _has_tiles = bool(library.lamella_has_tiles())
+    except (OSError, subprocess.CalledProcessError) as error:
+        output = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
+        reason = next((line for line in output.splitlines() if "error" in line), str(error))
+        logger.warning("native CPU kernels are off (%s): using the portable torch path", reason)
+        return False
+    return True
+
+
+def linear_rows(dtype: torch.dtype, width: int) -> int:
+    """Up to how many rows of `width` elements :func:`linear` is the faster choice (measured against oneDNN's)."""
+    if dtype == torch.float32:
+        return 16
+    return 64 if _has_tiles and width % 32 == 0 else 1
+
+
+def _dense_rows(x: Tensor) -> bool:
+    """Whether everything after the first dim is contiguous (the first may have any stride)."""
+    return x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1) or x[:1].is_contiguous()
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Attention of one new token per request over its paged keys and values: (R, H, D).
+
+    q (R, H, D), rows of any stride; k_cache, v_cache (P, page, KV, D) contiguous, H a multiple of KV; page_table
+    (R, max_pages) int32; seq_lens (R,) int32, at least 1, counting the new token, whose key and value are in the cache
+    already. Position p of request r lies in page ``page_table[r, p // page]`` at offset ``p % page``. Under a window
+    only positions greater than ``seq_len - 1 - window`` are seen. Nothing outside the visible range is read. A
+    request's result does not depend on the others, nor on the number of threads.
+    """
+    R, H, D = q.shape
+    _, page, KV, _ = k_cache.shape
+    assert q.is_cpu and q.dtype == k_cache.dtype == v_cache.dtype
+    assert k_cache.shape == v_cache.shape and k_cache.is_contiguous() and v_cache.is_contiguous()
+    assert k_cache.shape[3] == D and H % KV == 0 and _dense_rows(q)
+    assert page_table.dtype == seq_lens.dtype == torch.int32 and page_table.is_contiguous() and seq_lens.is_contiguous()
+    assert page_table.shape[0] == R == seq_lens.shape[0] and scale > 0 and (window is None or window > 0)
+    out = q.new_empty((R, H, D))
+    _kernels["decode_attention", q.dtype](
+        q.data_ptr(), q.stride(0), k_cache.data_ptr(), v_cache.data_ptr(), page_table.data_ptr(), page_table.shape[1],
+        seq_lens.data_ptr(), out.data_ptr(), R, H, KV, D, page, scale, -1 if window is None else window,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    slots: Tensor | None,
+    query_start_loc: Tensor,
+    positions: Tensor,
+    activation: bool,
+    residual: bool,
+) -> Tensor:
+    """Depthwise causal convolution over the W last tokens of each request: y (T, D). **Mutates** ``state``.
+
+    x (T, D), rows of any stride; weight (D, W) of any strides, ``weight[:, W-1]`` for the current token; bias (D,);
+    state (S, W-1, D), last dim contiguous, others of any stride: the last W-1 inputs before this call, oldest first;
+    slots (R,) int64, all different: request r's row of the state (r itself when None); query_start_loc (R+1,) int32:
+    where each request's tokens (at least one) start; positions (T,) int64: absolute. Inputs before position 0 count as
+    zero whatever the state holds. ``c = bias + conv``; y is ``silu(c)`` with activation, plus x with residual. The
+    state then holds the request's last W-1 inputs, zeros before position 0. Without a state the history is zero.
+    Cutting a request into several calls gives bitwise the same outputs and state.
+    """
+    (T, D), W, R = x.shape, weight.shape[1], query_start_loc.shape[0] - 1
+    assert x.is_cpu and x.dtype == weight.dtype and _dense_rows(x)
+    assert weight.shape[0] == D and W >= 2
+    assert bias is None or (bias.dtype == x.dtype and bias.shape == (D,) and bias.is_contiguous())
+    assert query_start_loc.dtype == torch.int32 and query_start_loc.is_contiguous()
+    assert positions.dtype == torch.int64 and positions.shape == (T,) and positions.is_contiguous()
+    assert slots is None or (slots.dtype == torch.int64 and slots.shape == (R,) and slots.is_contiguous())
+    if state is not None:
+        assert state.dtype == x.dtype and state.shape[1:] == (W - 1, D) and (D == 1 or state.stride(2) == 1)
+    y = x.new_empty((T, D))
+    _kernels["short_conv", x.dtype](
+        x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), weight.stride(1), _pointer(bias),
+        _pointer(state), 0 if state is None else state.stride(0), 0 if state is None else state.stride(1),
+        _pointer(slots), query_start_loc.data_ptr(), positions.data_ptr(), y.data_ptr(), R, D, W, activation, residual,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
+    """RMS norm of ``x + residual``: (normed, new_residual), the latter None without a residual.
+
+    x (T, N), or (T, heads, N) for a norm per head, last dim contiguous, others of any stride; residual of x's shape,
+    each token contiguous (2-D x only); weight (N,) float32. The sum is rounded to the dtype before it is normed, so
+    that the norm is of what was kept.
+    """
+    N, heads = x.shape[-1], 1 if x.dim() == 2 else x.shape[1]
+    assert x.is_cpu and x.dim() in (2, 3) and (N == 1 or x.stride(-1) == 1)
+    assert weight.dtype == torch.float32 and weight.shape == (N,) and weight.is_contiguous()
+    normed, new_residual = x.new_empty(x.shape), None
+    if residual is not None:
+        assert residual.dtype == x.dtype and residual.shape == x.shape and x.dim() == 2 and _dense_rows(residual)
+        new_residual = torch.empty_like(normed)
+    _kernels["add_rms_norm", x.dtype](
+        x.data_ptr(), x.stride(0), 0 if heads == 1 else x.stride(1), _pointer(residual),
+        0 if residual is None else residual.stride(0), weight.data_ptr(), eps, normed.data_ptr(),
+        _pointer(new_residual), x.shape[0] * heads, heads, N, torch.get_num_threads(),
+    )  # fmt: skip
+    return normed, new_residual
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """``silu(x[:, :I]) * x[:, I:]`` of x (T, 2I), rows of any stride: (T, I)."""
+    T, width = x.shape
+    assert x.is_cpu and width % 2 == 0 and _dense_rows(x)
+    y = x.new_empty((T, width // 2))
+    _kernels["silu_mul", x.dtype](
+        x.data_ptr(), x.stride(0), y.data_ptr(), T, width // 2, torch.get_num_threads()
+    )  # fmt: skip
+    return y
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` for few rows, at the speed at which the weight comes from memory: (M, N).
+
+    x (M, K), rows of any stride; weight (N, K) contiguous; bias (N,). A row's result does not depend on the other rows,
+    nor on how many there are, nor on the number of threads.
+    """
+    (M, K), N = x.shape, weight.shape[0]
+    assert x.is_cpu and x.dtype == weight.dtype and _dense_rows(x)
+    assert weight.shape[1] == K and weight.is_contiguous()
+    assert bias is None or (bias.dtype == x.dtype and bias.shape == (N,) and bias.is_contiguous())
+    y = x.new_empty((M, N))
+    _kernels["linear", x.dtype](
+        x.data_ptr(), x.stride(0), weight.data_ptr(), _pointer(bias), y.data_ptr(), M, K, N, torch.get_num_threads()
+    )
+    return y
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Turn the first r dims of every head by the angles of its token: new (q, k); the other dims are copied.
+
+    q (T, H, D) and k (T, KV, D), rows of any stride; cos, sin (T, r/2) float32 contiguous. The pairs are
+    (2i, 2i + 1) when interleaved, else (i, i + r/2).
+    """
+    (T, H, D), KV, half = q.shape, k.shape[1], cos.shape[1]
+    assert q.is_cpu and q.dtype == k.dtype and _dense_rows(q) and _dense_rows(k)
+    assert k.shape == (T, KV, D) and cos.shape == sin.shape == (T, half) and 2 * half <= D
+    assert cos.dtype == sin.dtype == torch.float32 and cos.is_contiguous() and sin.is_contiguous()
+    q_out, k_out = q.new_empty((T, H, D)), k.new_empty((T, KV, D))
+    _kernels["rotary", q.dtype](
+        q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), cos.data_ptr(), sin.data_ptr(), q_out.data_ptr(),
+        k_out.data_ptr(), T, H, KV, D, half, interleaved, torch.get_num_threads(),
+    )  # fmt: skip
+    return q_out, k_out
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Write row t of k and v to row ``slot_mapping[t]`` of the caches. **Mutates** ``k_cache`` and ``v_cache``.
+
+    k, v (T, KV, D), rows of any stride; k_cache, v_cache (P, page, KV, D) contiguous; slot_mapping (T,) int64, all
+    different: ``page * page_size + offset``.
+    """
+    T, KV, D = k.shape
+    assert k.is_cpu and k.dtype == v.dtype == k_cache.dtype == v_cache.dtype
+    assert v.shape == k.shape and _dense_rows(k) and _dense_rows(v)
+    assert k_cache.shape == v_cache.shape and k_cache.shape[2:] == (KV, D)
+    assert k_cache.is_contiguous() and v_cache.is_contiguous()
+    assert slot_mapping.dtype == torch.int64 and slot_mapping.shape == (T,) and slot_mapping.is_contiguous()
+    _kernels["write_kv", k.dtype](
+        k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), k_cache.data_ptr(), v_cache.data_ptr(),
+        slot_mapping.data_ptr(), T, KV * D, torch.get_num_threads(),
+    )  # fmt: skip

@@ -1,0 +1,110 @@
+"""Attention over pages against the plain formula: any mixture of decodes and chunks, windows, poisoned pools."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lamella.ops import attention
+from lamella.ops.attention import reference, sdpa
+from lamella.ops.ragged import RaggedBatch
+
+
+@st.composite
+def cases(draw):
+    requests = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 40)), min_size=1, max_size=4))
+    requests.sort(key=lambda pair: pair[0] != 1)  # decodes stand first
+    return {
+        "new": [new for new, _ in requests],
+        "context": [new + old for new, old in requests],
+        "kv_heads": draw(st.sampled_from([1, 2, 3])),
+        "group": draw(st.sampled_from([1, 2, 5])),
+        "dim": draw(st.sampled_from([8, 16, 24, 64])),
+        "page": draw(st.sampled_from([1, 4, 16])),
+        "window": draw(st.sampled_from([None, 1, 3, 17])),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+def truth(q, keys, values, new, scale, window):
+    """fp64, one request, one query and one head at a time."""
+    heads, group = q.shape[1], q.shape[1] // keys.shape[1]
+    out = torch.empty(q.shape, dtype=torch.float64)
+    for i in range(new):
+        position = len(keys) - new + i
+        first = 0 if window is None else max(0, position - window + 1)
+        for h in range(heads):
+            k, v = (side[first : position + 1, h // group].double() for side in (keys, values))
+            out[i, h] = torch.softmax(k @ q[i, h].double() * scale, 0) @ v
+    return out
+
+
+def paged(case, dtype):
+    """Random requests in pages; whatever no query may see is NaN, or points nowhere."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    page, kv_heads, dim = case["page"], case["kv_heads"], case["dim"]
+    counts = [-(-n // page) for n in case["context"]]
+    order = (torch.randperm(sum(counts), generator=generator) + 1).tolist()
+    k_cache, v_cache = (torch.full((sum(counts) + 1, page, kv_heads, dim), torch.nan, dtype=dtype) for _ in range(2))
+    table = torch.zeros(len(counts), max(counts) + 2, dtype=torch.int32)
+    queries, keys, values = [], [], []
+    for r, (new, length) in enumerate(zip(case["new"], case["context"], strict=True)):
+        pages = [order.pop() for _ in range(counts[r])]
+        table[r, : len(pages)] = torch.tensor(pages)
+        k, v = (torch.randn(length, kv_heads, dim, generator=generator).to(dtype) for _ in range(2))
+        visible = 0 if case["window"] is None else max(0, length - new - case["window"] + 1)
+        for p in range(visible, length):
+            k_cache[pages[p // page], p % page], v_cache[pages[p // page], p % page] = k[p], v[p]
+        table[r, : visible // page] = 0
+        queries.append(torch.randn(new, kv_heads * case["group"], dim, generator=generator).to(dtype))
+        keys.append(k)
+        values.append(v)
+    return queries, keys, values, k_cache, v_cache, table, RaggedBatch.from_lengths(case["new"], case["context"])
+
+
+@pytest.mark.parametrize(
+    "implementation",
+    [reference.paged_attention, sdpa.paged_attention, attention.paged_attention],
+    ids=["reference", "sdpa", "fast"],
+)
+@settings(max_examples=40, deadline=None)
+@given(case=cases())
+@torch.inference_mode()
+def test_paged_attention(implementation, case):
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
+        queries, keys, values, k_cache, v_cache, table, batch = paged(case, dtype)
+        scale = case["dim"] ** -0.5
+        out = implementation(torch.cat(queries), k_cache, v_cache, table, batch, scale, case["window"])
+        expected = torch.cat(
+            [truth(*parts, scale, case["window"]) for parts in zip(queries, keys, values, case["new"], strict=True)]
+        )
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("lengths", [[4, 4], [1, 7, 3], [5]])
+def test_causal_attention_without_pages(lengths, window):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(sum(lengths), 6, 16), torch.randn(sum(lengths), 2, 16), torch.randn(sum(lengths), 2, 16)
+    batch = RaggedBatch.from_lengths(lengths, lengths)
+    expected = torch.cat(
+        [
+            truth(*parts, len(parts[0]), 0.3, window)
+            for parts in zip(*(side.split(lengths) for side in (q, k, v)), strict=True)
+        ]
+    ).float()
+    for implementation in (reference.causal_attention, attention.causal_attention):
+        torch.testing.assert_close(implementation(q, k, v, batch, 0.3, window), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_write_kv_writes_its_rows_and_no_other():
+    k_cache, v_cache = torch.full((3, 4, 2, 8), torch.nan), torch.full((3, 4, 2, 8), torch.nan)
+    k, v, rows = torch.randn(3, 2, 8), torch.randn(3, 2, 8), torch.tensor([7, 0, 9])
+    with torch.inference_mode():
+        attention.write_kv(k, v, k_cache, v_cache, rows)
+    assert torch.equal(k_cache.flatten(0, 1)[rows], k)
+    assert torch.equal(v_cache.flatten(0, 1)[rows], v)
+    assert k_cache.isnan().sum() == k_cache.numel() - k.numel()

@@ -1,0 +1,397 @@
+"""The native CPU kernels against plain float32 torch formulas, on random inputs of awkward shapes."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lamella.ops import native
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="native CPU kernels are not available (no compiler?)")
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+SEEDS = pytest.mark.parametrize("seed", range(6))
+NAN = float("nan")
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pick(g: torch.Generator, *options: int) -> int:
+    return options[int(torch.randint(len(options), (), generator=g))]
+
+
+def randn(g: torch.Generator, *shape: int, dtype: torch.dtype, pad: int = 0) -> Tensor:
+    """Random numbers; with pad, a view whose rows lie further apart than they are long, NaN between them."""
+    width = math.prod(shape[1:])
+    wide = torch.full((shape[0], width + pad), NAN, dtype=dtype)
+    wide[:, :width] = torch.randn(shape[0], width, generator=g).to(dtype)
+    return wide[:, :width].unflatten(1, shape[1:]) if len(shape) > 2 else wide[:, :width]
+
+
+def close(actual: Tensor, expected: Tensor, ulps: float = 1.0) -> None:
+    """expected is float32 of bf16-exact inputs: one rounding to bf16 is half an ulp, 2**-9 of the value."""
+    rtol = 1e-5 if actual.dtype == torch.float32 else ulps * 2.0**-8
+    atol = 1e-5 if actual.dtype == torch.float32 else 1e-5 * ulps
+    torch.testing.assert_close(actual.float(), expected, rtol=rtol, atol=atol)
+
+
+class Unchanged:
+    """Asserts on leaving the block that the tensors hold the same bits (NaN included) as on entering it."""
+
+    def __init__(self, *tensors: Tensor | None) -> None:
+        self.tensors = [t for t in tensors if t is not None]
+
+    @staticmethod
+    def bits(t: Tensor) -> Tensor:
+        return t.contiguous().view(torch.uint8).clone()
+
+    def __enter__(self) -> None:
+        self.before = [self.bits(t) for t in self.tensors]
+
+    def __exit__(self, *_: object) -> None:
+        for before, t in zip(self.before, self.tensors, strict=True):
+            assert torch.equal(before, self.bits(t))
+
+
+# ---- decode_attention ----------------------------------------------------------------------------------------------
+
+
+def flat_rows(pages: Tensor, begin: int, end: int, page: int) -> Tensor:
+    """The rows of the flattened cache that hold the positions [begin, end) of a request with these pages."""
+    p = torch.arange(begin, end)
+    return pages[p // page] * page + p % page
+
+
+def attention_case(seed: int, dtype: torch.dtype, lens: list[int], heads: tuple[int, int], D: int, page: int):
+    g = generator(seed)
+    H, KV = heads
+    pages = [-(-n // page) for n in lens]
+    P = sum(pages) + 3
+    k_cache, v_cache = (torch.full((P, page, KV, D), NAN, dtype=dtype) for _ in range(2))
+    # Entries past a request's pages are garbage: far outside the pool.
+    page_table = torch.randint(10**8, 2 * 10**9, (len(lens), max(pages) + 2), generator=g, dtype=torch.int32)
+    free = torch.randperm(P, generator=g).to(torch.int32)
+    keys, values = [], []
+    for r, n in enumerate(lens):
+        mine, free = free[: pages[r]], free[pages[r] :]
+        page_table[r, : pages[r]] = mine
+        k, v = (torch.randn(n, KV, D, generator=g).to(dtype) for _ in range(2))
+        rows = flat_rows(mine, 0, n, page)
+        k_cache.flatten(0, 1)[rows], v_cache.flatten(0, 1)[rows] = k, v
+        keys.append(k.float()), values.append(v.float())
+    q = randn(g, len(lens), H, D, dtype=dtype, pad=5)
+    return q, k_cache, v_cache, page_table, torch.tensor(lens, dtype=torch.int32), keys, values
+
+
+def attention_reference(q: Tensor, keys: list[Tensor], values: list[Tensor], scale: float, window: int | None):
+    out = []
+    for row, k, v in zip(q.float(), keys, values, strict=True):
+        group = q.shape[1] // k.shape[1]
+        k, v = (x[-window if window else 0 :].repeat_interleave(group, 1) for x in (k, v))
+        out.append(torch.einsum("ht,thd->hd", (torch.einsum("hd,thd->ht", row, k) * scale).softmax(-1), v))
+    return torch.stack(out)
+
+
+@DTYPES
+@SEEDS
+@pytest.mark.parametrize("window", [None, 1, 7, 300])
+def test_decode_attention(dtype: torch.dtype, seed: int, window: int | None) -> None:
+    g = generator(seed + 100)
+    lens = [pick(g, 1, 2, 3, 15, 16, 17, 40, 255, 256, 257, 511, 700) for _ in range(pick(g, 1, 2, 5))]
+    heads = [(1, 1), (4, 2), (6, 2), (8, 1), (7, 1), (16, 8)][seed]
+    D, page = pick(g, 8, 16, 20, 64, 80, 96, 128, 144, 256), pick(g, 1, 5, 16, 64)
+    q, k_cache, v_cache, page_table, seq_lens, keys, values = attention_case(seed, dtype, lens, heads, D, page)
+    with Unchanged(q, k_cache, v_cache, page_table, seq_lens):
+        out = native.decode_attention(q, k_cache, v_cache, page_table, seq_lens, D**-0.5, window)
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    close(out, attention_reference(q, keys, values, D**-0.5, window))
+    if window:  # what the window hides may be anything: not even its pages need to exist
+        for r, n in enumerate(lens):
+            hidden = flat_rows(page_table[r], 0, max(0, n - window), page)
+            k_cache.flatten(0, 1)[hidden] = v_cache.flatten(0, 1)[hidden] = NAN
+            page_table[r, : max(0, n - window) // page] = 2**31 - 1
+        again = native.decode_attention(q, k_cache, v_cache, page_table, seq_lens, D**-0.5, window)
+        assert torch.equal(out, again)
+
+
+@DTYPES
+def test_decode_attention_rows_are_independent(dtype: torch.dtype) -> None:
+    lens = [300, 1, 700, 64, 256]
+    q, k_cache, v_cache, page_table, seq_lens, *_ = attention_case(0, dtype, lens, (8, 2), 64, 16)
+    together = native.decode_attention(q, k_cache, v_cache, page_table, seq_lens, 0.125)
+    threads = torch.get_num_threads()
+    try:
+        for r in range(len(lens)):
+            torch.set_num_threads(1 + r % 3)
+            one = slice(r, r + 1)
+            alone = native.decode_attention(q[one], k_cache, v_cache, page_table[one], seq_lens[one], 0.125)
+            assert torch.equal(alone, together[one])
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ---- short_conv ----------------------------------------------------------------------------------------------------
+
+
+def conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None, old: Tensor, first: int, act: bool, residual: bool):
+    """One request whose first token has the absolute position first: (y, new state), in float32."""
+    n, W = x.shape[0], weight.shape[1]
+    inputs = torch.cat([old, x])
+    inputs[: max(0, W - 1 - first)] = 0.0
+    y = sum(inputs[j : j + n] * weight[:, j] for j in range(W))
+    y = y if bias is None else y + bias
+    y = F.silu(y) if act else y
+    return (x + y if residual else y), inputs[n:]
+
+
+@DTYPES
+@SEEDS
+@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize("layout", ["DW", "WD"])
+def test_short_conv(dtype: torch.dtype, seed: int, with_state: bool, layout: str) -> None:
+    g = generator(seed)
+    W, D, R = pick(g, 2, 3, 4, 7), pick(g, 1, 15, 16, 33, 256, 300), pick(g, 1, 2, 5)
+    lens = [pick(g, 1, 1, 2, 3, 9, 40) for _ in range(R)]
+    firsts = [pick(g, 0, 0, 1, 2, 5, 1000) if with_state else 0 for _ in range(R)]
+    act, residual, with_bias = (bool(pick(g, 0, 1)) for _ in range(3))
+    starts = torch.tensor([0, *lens]).cumsum(0).to(torch.int32)
+    positions = torch.cat([torch.arange(f, f + n) for f, n in zip(firsts, lens, strict=True)])
+    x = randn(g, sum(lens), D, dtype=dtype, pad=3)
+    weight = randn(g, D, W, dtype=dtype)
+    weight = weight if layout == "DW" else weight.t().contiguous().t()
+    bias = randn(g, 1, D, dtype=dtype)[0] if with_bias else None
+    pool = torch.full((R + 2, W - 1, D + 9), NAN, dtype=dtype)
+    state = pool[:, :, 4 : 4 + D]
+    slots = torch.randperm(R + 2, generator=g)[:R] if pick(g, 0, 1) else None
+    rows = list(range(R)) if slots is None else slots.tolist()
+    for s, first in zip(rows, firsts, strict=True):  # rows before position 0 stay NaN
+        count = min(first, W - 1)
+        state[s, W - 1 - count :] = torch.randn(count, D, generator=g).to(dtype)
+    before = pool.clone()
+    with Unchanged(x, weight, bias, slots, starts, positions):
+        y = native.short_conv(
+            x, weight, bias, state if with_state else None, slots, starts, positions, act, residual
+        )  # fmt: skip
+    expected_pool = before.clone()
+    for r, s in enumerate(rows):
+        mine = slice(int(starts[r]), int(starts[r + 1]))
+        old = before[s, :, 4 : 4 + D].float()
+        expected, new = conv_reference(
+            x[mine].float(), weight.float(), None if bias is None else bias.float(), old, firsts[r], act, residual
+        )
+        close(y[mine], expected)
+        if with_state:
+            expected_pool[s, :, 4 : 4 + D] = new.to(dtype)
+    torch.testing.assert_close(pool, expected_pool, rtol=0, atol=0, equal_nan=True)
+
+
+@DTYPES
+@SEEDS
+def test_short_conv_is_the_same_however_it_is_cut(dtype: torch.dtype, seed: int) -> None:
+    g = generator(seed)
+    T, D, W = pick(g, 5, 13, 30), pick(g, 16, 37, 260), pick(g, 2, 3, 4)
+    x, weight, bias = randn(g, T, D, dtype=dtype), randn(g, D, W, dtype=dtype), randn(g, 1, D, dtype=dtype)[0]
+
+    def run(cuts: list[int]) -> tuple[Tensor, Tensor]:
+        state = torch.full((1, W - 1, D), NAN, dtype=dtype)
+        parts = [
+            native.short_conv(
+                x[a:b], weight, bias, state, None, torch.tensor([0, b - a], dtype=torch.int32), torch.arange(a, b),
+                True, True,
+            )
+            for a, b in zip([0, *cuts], [*cuts, T], strict=True)
+        ]  # fmt: skip
+        return torch.cat(parts), state
+
+    whole, state = run([])
+    some = sorted(set(torch.randint(1, T, (3,), generator=g).tolist()))
+    for cuts in (list(range(1, T)), some, [1], [T - 1]):
+        y, other = run(cuts)
+        assert torch.equal(y, whole)
+        assert torch.equal(other, state)
+
+
+# ---- norm and activation -------------------------------------------------------------------------------------------
+
+
+def norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+    return normed * weight
+
+
+@DTYPES
+@SEEDS
+def test_add_rms_norm(dtype: torch.dtype, seed: int) -> None:
+    g = generator(seed)
+    T, N = pick(g, 1, 3, 50), pick(g, 1, 16, 37, 1024, 1030)
+    x, residual = (randn(g, T, N, dtype=dtype, pad=pad) for pad in (4, 0))
+    weight = randn(g, 1, N, dtype=torch.float32)[0]
+    with Unchanged(x, residual, weight):
+        normed, new_residual = native.add_rms_norm(x, residual, weight, 1e-5)
+        plain, nothing = native.add_rms_norm(x, None, weight, 1e-5)
+    assert nothing is None
+    assert new_residual is not None
+    assert torch.equal(new_residual, x + residual)
+    close(normed, norm_reference(new_residual, weight, 1e-5), ulps=2)
+    close(plain, norm_reference(x, weight, 1e-5), ulps=2)
+
+
+@DTYPES
+@SEEDS
+def test_norm_per_head(dtype: torch.dtype, seed: int) -> None:
+    g = generator(seed)
+    T, H, KV, D = pick(g, 1, 7, 70), 6, 2, pick(g, 8, 64, 100, 128)
+    qkv, weight = randn(g, T, H + 2 * KV, D, dtype=dtype, pad=3), randn(g, 1, D, dtype=torch.float32)[0]
+    for view in (qkv[:, :H], qkv[:, H : H + KV], qkv[:, ::2]):
+        with Unchanged(qkv):
+            normed, _ = native.add_rms_norm(view, None, weight, 1e-6)
+        assert normed.shape == view.shape
+        assert normed.is_contiguous()
+        close(normed, norm_reference(view, weight, 1e-6), ulps=2)
+
+
+@DTYPES
+@SEEDS
+def test_silu_mul(dtype: torch.dtype, seed: int) -> None:
+    g = generator(seed)
+    x = randn(g, pick(g, 1, 3, 40), 2 * pick(g, 1, 16, 31, 3072, 4100), dtype=dtype, pad=2) * 4
+    x[0, 0] = -200.0
+    with Unchanged(x):
+        y = native.silu_mul(x)
+    gate, up = x.float().chunk(2, -1)
+    close(y, F.silu(gate) * up)
+
+
+# ---- linear --------------------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 1), (32, 16), (64, 50), (96, 1), (1024, 112), (200, 37), (33, 64), (160, 333)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear(dtype: torch.dtype, shape: tuple[int, int], with_bias: bool) -> None:
+    K, N = shape
+    g = generator(K + N)
+    weight = randn(g, N, K, dtype=dtype)
+    bias = randn(g, 1, N, dtype=dtype)[0] if with_bias else None
+    x = randn(g, 70, K, dtype=dtype, pad=32)
+    exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    whole = None
+    for M in (70, 1, 2, 3, 5, 8, 15, 16, 17, 33):
+        with Unchanged(x, weight, bias):
+            y = native.linear(x[:M], weight, bias)
+        tolerance = 1e-5 if dtype == torch.float32 else 2.0**-8
+        torch.testing.assert_close(y.double(), exact[:M], rtol=tolerance, atol=2e-5 * K**0.5)
+        whole = y if whole is None else whole
+        assert torch.equal(y, whole[:M])  # a row does not depend on how many there are
+
+
+def test_linear_of_a_large_weight() -> None:
+    """Many tasks, several threads."""
+    g = generator(0)
+    x, weight = randn(g, 5, 1024, dtype=torch.bfloat16), randn(g, 3000, 1024, dtype=torch.bfloat16)
+    y = native.linear(x, weight)
+    torch.testing.assert_close(y.float(), x.float() @ weight.float().t(), rtol=2.0**-8, atol=1e-3)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(native.linear(x, weight), y)
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ---- rotary and write_kv -------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@SEEDS
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary(dtype: torch.dtype, seed: int, interleaved: bool) -> None:
+    g = generator(seed)
+    T, H, KV, D = pick(g, 1, 6, 50), 4, pick(g, 1, 2, 4), pick(g, 8, 20, 64, 128)
+    half = pick(g, D // 2, D // 4, 1, 3)
+    q, k = randn(g, T, H, D, dtype=dtype, pad=6), randn(g, T, KV, D, dtype=dtype)
+    angles = torch.rand(T, half, generator=g) * 6.3
+    cos, sin = angles.cos(), angles.sin()
+    with Unchanged(q, k, cos, sin):
+        outs = native.rotary(q, k, cos, sin, interleaved)
+    c, s = cos[:, None], sin[:, None]
+    for x, out in zip((q, k), outs, strict=True):
+        first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (
+            slice(0, half), slice(half, 2 * half),
+        )  # fmt: skip
+        expected = x.float().clone()
+        expected[..., first] = x[..., first].float() * c - x[..., second].float() * s
+        expected[..., second] = x[..., second].float() * c + x[..., first].float() * s
+        assert out.is_contiguous()
+        close(out, expected)
+        assert torch.equal(out[..., 2 * half :], x[..., 2 * half :])
+
+
+@DTYPES
+@SEEDS
+def test_write_kv(dtype: torch.dtype, seed: int) -> None:
+    g = generator(seed)
+    T, KV, D, P, page = pick(g, 1, 5, 60), pick(g, 1, 3, 8), pick(g, 5, 64, 128), 9, 16
+    k, v = randn(g, T, KV, D, dtype=dtype, pad=7), randn(g, T, KV, D, dtype=dtype)
+    caches = [torch.full((P, page, KV, D), NAN, dtype=dtype) for _ in range(2)]
+    slots = torch.randperm(P * page, generator=g)[:T]
+    with Unchanged(k, v, slots):
+        native.write_kv(k, v, *caches, slots)
+    for x, cache in zip((k, v), caches, strict=True):
+        expected = torch.full((P * page, KV, D), NAN, dtype=dtype)
+        expected[slots] = x
+        torch.testing.assert_close(cache.flatten(0, 1), expected, rtol=0, atol=0, equal_nan=True)
+
+
+# ---- the library itself --------------------------------------------------------------------------------------------
+
+
+def test_one_openmp_runtime_is_mapped() -> None:
+    native.silu_mul(torch.randn(64, 2048))
+    torch.randn(1 << 20).exp()
+    maps = Path("/proc/self/maps").read_text()
+    assert len(set(re.findall(r"/\S*lib(?:gomp|iomp5|omp)\b\S*", maps))) == 1
+
+
+def in_subprocess(code: str, **env: str) -> str:
+    command = [sys.executable, "-c", f"import logging; logging.basicConfig(level='INFO'); {code}"]
+    path = os.pathsep.join(sys.path)
+    run = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path, **env}, capture_output=True, text=True, check=True
+    )
+    return run.stdout + run.stderr
+
+
+ASK = "from lamella.ops import native; print([native.available() for _ in range(3)])"
+
+
+def test_switched_off() -> None:
+    output = in_subprocess(ASK, LAMELLA_NATIVE="0")
+    assert "[False, False, False]" in output
+    assert output.count("INFO:lamella") == 1
+    assert "WARNING" not in output
+
+
+def test_no_compiler_is_one_warning(tmp_path: Path) -> None:
+    output = in_subprocess(ASK, CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path))
+    assert "[False, False, False]" in output
+    assert output.count("WARNING:lamella") == 1
+    assert "no-such-compiler" in output
+    assert "portable torch path" in output
+
+
+def test_failed_build_is_one_warning(tmp_path: Path) -> None:
+    output = in_subprocess(ASK, LAMELLA_NATIVE_MARCH="no-such-march", XDG_CACHE_HOME=str(tmp_path))
+    assert "[False, False, False]" in output
+    assert output.count("WARNING:lamella") == 1
+    assert "no-such-march" in output

@@ -1,0 +1,105 @@
+"""Norm, rotation and gate against their formulas in fp64, fast and reference, and without touching their inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lamella.ops.rms_norm import add_rms_norm, rms_norm
+from lamella.ops.rms_norm import reference as norm_reference
+from lamella.ops.rotary import reference as rotary_reference
+from lamella.ops.rotary import rotate
+from lamella.ops.swiglu import reference as swiglu_reference
+from lamella.ops.swiglu import swiglu
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIZES = [(1, 1), (3, 7), (5, 64), (2, 129)]
+
+
+def close(actual, expected, dtype):
+    """Within the rounding of one operation in `dtype`."""
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.double(), expected, rtol=torch.finfo(dtype).eps * 4, atol=1e-6)
+
+
+def strided(*shape, dtype):
+    """A random tensor whose rows lie apart, with NaN between them."""
+    base = torch.full((*shape[:-1], shape[-1] + 3), torch.nan)
+    base[..., : shape[-1]] = torch.randn(shape)
+    return base.to(dtype)[..., : shape[-1]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), SIZES)
+@torch.inference_mode()
+def test_rms_norm(dtype, rows, width):
+    x, weight = strided(rows, width, dtype=dtype), torch.rand(width) + 0.5
+    wide = x.double()
+    expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
+    before = x.clone()
+    for function in (rms_norm, norm_reference.rms_norm):
+        close(function(x, weight, 1e-5), expected, dtype)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.inference_mode()
+def test_rms_norm_of_heads(dtype):
+    x, weight = strided(5, 3 * 32, dtype=dtype)[:, :64].unflatten(-1, (2, 32)), torch.rand(32) + 0.5
+    wide = x.double()
+    expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * weight.double()
+    close(rms_norm(x, weight, 1e-6), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), SIZES)
+@torch.inference_mode()
+def test_add_rms_norm(dtype, rows, width):
+    x, residual = torch.randn(rows, width).to(dtype), torch.randn(rows, width).to(dtype)
+    weight = torch.rand(width) + 0.5
+    total = (x.float() + residual.float()).to(dtype)
+    before = x.clone(), residual.clone()
+    for function in (add_rms_norm, norm_reference.add_rms_norm):
+        normed, kept = function(x, residual, weight, 1e-5)
+        assert torch.equal(kept, total)
+        wide = total.double()
+        close(normed, wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight.double(), dtype)
+    assert torch.equal(x, before[0])
+    assert torch.equal(residual, before[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("pairs", [1, 4, 8])
+@torch.inference_mode()
+def test_rotate(dtype, interleaved, pairs):
+    qkv = torch.randn(6, (3 + 2 + 2) * 16).to(dtype)
+    q, k, _ = (part.unflatten(-1, (-1, 16)) for part in qkv.split((48, 32, 32), dim=-1))
+    angles = torch.rand(6, pairs) * 6
+    before = qkv.clone()
+    turned = rotate(q, k, angles.cos(), angles.sin(), interleaved)
+    plain = tuple(rotary_reference.rotate(x, angles.cos(), angles.sin(), interleaved) for x in (q, k))
+    for result in (turned, plain):
+        for x, y in zip((q, k), result, strict=True):
+            first = slice(0, 2 * pairs, 2) if interleaved else slice(0, pairs)
+            second = slice(1, 2 * pairs, 2) if interleaved else slice(pairs, 2 * pairs)
+            complex_in = torch.complex(x[..., first].double(), x[..., second].double())
+            complex_out = complex_in * torch.polar(torch.ones(6, pairs).double(), angles.double())[:, None]
+            torch.testing.assert_close(
+                torch.complex(y[..., first].double(), y[..., second].double()),
+                complex_out,
+                rtol=torch.finfo(dtype).eps * 4,
+                atol=torch.finfo(dtype).eps * 4,
+            )
+            assert torch.equal(y[..., 2 * pairs :], x[..., 2 * pairs :])
+    assert torch.equal(qkv, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), SIZES)
+@torch.inference_mode()
+def test_swiglu(dtype, rows, width):
+    x = strided(rows, 2 * width, dtype=dtype)
+    gate, up = x.double().chunk(2, -1)
+    for function in (swiglu, swiglu_reference.swiglu):
+        close(function(x), gate * torch.sigmoid(gate) * up, dtype)
