@@ -66,14 +66,7 @@ def load_model(
 def fill(model: CausalLM, checkpoint: Checkpoint, tensors: OpenTensors) -> None:
     """Copy every tensor into its place, converting its dtype; raises before anything is copied when names differ."""
     expected = targets(model, checkpoint.names)
-    present = [name for name in tensors.names() if not name.endswith("rotary_emb.inv_freq")]
-    redundant = {checkpoint.tied_head} if model.config.tie_word_embeddings else set()
-    missing = sorted(set(expected) - set(present))
-    unexpected = sorted(set(present) - set(expected) - redundant)
-    if missing or unexpected:
-        listed = {"missing": missing, "unexpected": unexpected}
-        problems = "; ".join(f"{kind}: {_list(names)}" for kind, names in listed.items() if names)
-        raise CheckpointError(f"{checkpoint.path}: tensors do not fit {type(model).__name__}; {problems}")
+    redundant = check_names(checkpoint, model, tensors.names())
     for name, target in expected.items():
         tensor = tensors.load(name)
         if tuple(tensor.shape) != target.shape:
@@ -83,12 +76,24 @@ def fill(model: CausalLM, checkpoint: Checkpoint, tensors: OpenTensors) -> None:
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise CheckpointError(f"{checkpoint.path}: tensor {name} is {tensor.dtype}: quantised files are not read")
         target.parameter[target.start : target.stop].copy_(tensor)
-    for name in redundant & set(present):
+    for name in redundant:
         embedding = model.get_parameter("model.embed_tokens.weight")
         if not torch.equal(tensors.load(name).to(embedding.dtype), embedding.cpu()):
             logger.warning("%s: %s differs from the embedding it is tied to, and is not used", checkpoint.path, name)
 
 
-def _list(names: Iterable[str], limit: int = 20) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def check_names(checkpoint: Checkpoint, model: CausalLM, names: Iterable[str]) -> set[str]:
+    """Refuse a file whose tensors are not those of the model; returns the names of copies that are not needed."""
+    present = {name for name in names if not name.endswith("rotary_emb.inv_freq")}
+    expected = set(targets(model, checkpoint.names))
+    redundant = present & {checkpoint.tied_head} if model.config.tie_word_embeddings else set()
+    problems = {"missing": sorted(expected - present), "unexpected": sorted(present - expected - redundant)}
+    if any(problems.values()):
+        listed = "; ".join(f"{kind}: {_list(some)}" for kind, some in problems.items() if some)
+        raise CheckpointError(f"{checkpoint.path}: tensors do not fit {type(model).__name__}; {listed}")
+    return redundant
+
+
+def _list(names: list[str], limit: int = 20) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

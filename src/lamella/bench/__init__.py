@@ -1,0 +1,1 @@
+"""What a model costs, and how near to that a machine comes."""

@@ -1,0 +1,84 @@
+"""The cost card: bytes that a decode step must move, and the time that they take at the measured bandwidth."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lamella.layers.decoder import LanguageModel
+from lamella.layers.kit import state_holders
+from lamella.state.memory import StateCost
+
+_PROBE_BYTES = 1 << 29  # well beyond any cache's share of one process
+_PROBE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class CostCard:
+    """Bytes of weights and state; what a decode step reads of them decides its time.
+
+    Attributes:
+        parameters: count, tied ones once.
+        weight_bytes: of all parameters.
+        step_bytes: of those that every step reads whole, which leaves out an untied embedding table.
+        state: bytes per token and per request.
+        bandwidth: bytes per second that reading takes, measured; None where it was not.
+    """
+
+    parameters: int
+    weight_bytes: int
+    step_bytes: int
+    state: StateCost
+    bandwidth: float | None
+
+    @classmethod
+    def of(cls, model: LanguageModel, bandwidth: float | None = None) -> CostCard:
+        parameters = dict(model.named_parameters())
+        weight_bytes = sum(p.nbytes for p in parameters.values())
+        embedding = parameters["model.embed_tokens.weight"]
+        looked_up = 0 if model.config.tie_word_embeddings else embedding.nbytes
+        return cls(
+            parameters=sum(p.numel() for p in parameters.values()),
+            weight_bytes=weight_bytes,
+            step_bytes=weight_bytes - looked_up,
+            state=StateCost.of(state_holders(model)),
+            bandwidth=bandwidth,
+        )
+
+    def decode_bytes(self, batch: int, context: int) -> int:
+        """Bytes that a decode step of `batch` requests with `context` tokens each must read."""
+        return self.step_bytes + batch * self.state.bytes_at(context)
+
+    def floor_seconds(self, batch: int, context: int) -> float:
+        """The shortest time of such a step at the measured bandwidth."""
+        assert self.bandwidth is not None
+        return self.decode_bytes(batch, context) / self.bandwidth
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "parameters": self.parameters,
+            "weight_bytes": self.weight_bytes,
+            "decode_step_weight_bytes": self.step_bytes,
+            "state_bytes_per_token": self.state.bytes_per_token,
+            "state_bytes_per_request": self.state.bytes_per_request,
+            "bandwidth_gb_s": None if self.bandwidth is None else round(self.bandwidth / 1e9, 1),
+        }
+
+
+def measure_bandwidth(device: torch.device) -> float:
+    """Bytes per second of reading memory once, the best of some repetitions within about a second."""
+    buffer = torch.ones(_PROBE_BYTES // 8, dtype=torch.float64, device=device)
+
+    def read() -> float:
+        start = time.perf_counter()
+        buffer.sum().item()  # waits for the device
+        return time.perf_counter() - start
+
+    read()
+    best, end = read(), time.perf_counter() + _PROBE_SECONDS
+    while time.perf_counter() < end:
+        best = min(best, read())
+    return _PROBE_BYTES / best

@@ -1,0 +1,3 @@
+"""The `lamella` command."""
+
+from lamella.cli.main import main as main

@@ -1,0 +1,62 @@
+"""`lamella bench`: the floor first, then a check, then the time; one JSON line last."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+
+import torch
+
+import lamella
+from lamella.bench.card import CostCard, measure_bandwidth
+from lamella.bench.workloads import Workload, check, measure
+from lamella.cli.common import console, load_llm, print_json, size
+from lamella.errors import ParameterError
+
+
+def run(args: argparse.Namespace) -> int:
+    for name in ("input_len", "output_len", "repeats"):
+        if getattr(args, name) < 1:
+            raise ParameterError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    llm = load_llm(args)
+    requests = args.requests or (16 if args.workload == "offline" else 1)
+    workload = Workload(requests, args.input_len, args.output_len)
+    context = workload.input_len + workload.output_len // 2  # the average over the decode steps
+    card = CostCard.of(llm.engine.model, measure_bandwidth(llm.engine.device))
+    floor = card.floor_seconds(requests, context) * 1e3
+    console.print(
+        f"{card.parameters / 1e6:.1f} M parameters, {size(card.step_bytes)} of weights and "
+        f"{size(requests * card.state.bytes_at(context))} of state a decode step, "
+        f"at {card.bandwidth / 1e9:.1f} GB/s measured: floor {floor:.2f} ms",  # type: ignore[operator]
+        markup=False,
+    )
+    gap = check(llm, workload)
+    console.print(f"check: chosen tokens within {gap:.2g} logprob of a plain forward's", markup=False)
+    timing = measure(llm, workload, args.repeats)
+    step = timing.decode_ms_per_step
+    console.print(
+        f"prefill {timing.prompt_tok_s:.0f} tok/s, output {timing.output_tok_s:.1f} tok/s"
+        + (f", decode {step:.2f} ms a step, {floor / step:.0%} of the floor's speed" if step else ""),
+        markup=False,
+    )
+    print_json(
+        {
+            "workload": args.workload,
+            "model": str(args.model),
+            "requests": requests,
+            "input_len": workload.input_len,
+            "output_len": workload.output_len,
+            "dtype": str(next(llm.engine.model.parameters()).dtype).removeprefix("torch."),
+            "device": str(llm.engine.device),
+            **card.as_dict(),
+            "floor_ms_per_step": round(floor, 3),
+            "floor_share": round(floor / step, 3) if step else None,
+            "check_logprob_gap": gap,
+            **timing.as_dict(),
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+            "lamella": lamella.__version__,
+            "torch": torch.__version__,
+        }
+    )
+    return 0

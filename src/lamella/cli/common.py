@@ -1,0 +1,34 @@
+"""What the subcommands share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from rich.console import Console
+
+from lamella.engine.llm import LLM
+
+console = Console(highlight=False)
+
+
+def load_llm(args: argparse.Namespace) -> LLM:
+    """The model with the engine settings that the command line gives."""
+    options = {name: getattr(args, name) for name in args.engine_options if hasattr(args, name)}
+    with console.status(f"loading {args.model}"):
+        return LLM(args.model, **options)
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON, the last on stdout."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")

@@ -1,0 +1,80 @@
+"""`lamella generate`: complete prompts, streaming a single one."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from lamella.checkpoint.files import DEMO
+from lamella.cli.common import console, load_llm, print_json
+from lamella.engine.engine import Prompt
+from lamella.engine.llm import LLM
+from lamella.engine.outputs import RequestOutput
+from lamella.engine.sampling_params import SamplingParams
+from lamella.errors import ParameterError
+
+_DEMO_QUESTIONS = 6
+
+
+def run(args: argparse.Namespace) -> int:
+    prompts: list[Prompt] = [*(args.prompt or ()), *map(_token_prompt, args.tokens or ())]
+    if not prompts and args.model != DEMO:
+        raise ParameterError("no prompt: give -p TEXT or --tokens 1,2,3")
+    params = SamplingParams(
+        temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, max_tokens=args.max_tokens, stop=args.stop
+    )
+    llm = load_llm(args)
+    if not prompts:
+        return _ask_demo(llm, args.json)
+    if len(prompts) == 1 and not args.json:
+        _stream(llm, prompts[0], params)
+        return 0
+    outputs = llm.generate(prompts, params)
+    if args.json:
+        print_json({"outputs": [asdict(output) for output in outputs]})
+    else:
+        for output in outputs:
+            console.print(f"[bold]{_prompt_text(output)}[/bold]", markup=True)
+            console.print(_completion_text(output), markup=False)
+    return 0
+
+
+def _token_prompt(text: str) -> Prompt:
+    try:
+        return {"prompt_token_ids": [int(part) for part in text.replace(",", " ").split()]}
+    except ValueError as error:
+        raise ParameterError(f"--tokens {text!r}: must be token ids separated by commas") from error
+
+
+def _stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> None:
+    """Print text as it comes; a model without a tokenizer gives token ids at the end."""
+    shown = ""
+    output = None
+    for output in llm.stream(prompt, params):
+        text = output.outputs[0].text
+        print(text[len(shown) :], end="", flush=True)
+        shown = text
+    assert output is not None
+    print("" if llm.engine.tokenizer else _completion_text(output))
+
+
+def _prompt_text(output: RequestOutput) -> str:
+    return output.prompt if output.prompt is not None else " ".join(map(str, output.prompt_token_ids))
+
+
+def _completion_text(output: RequestOutput) -> str:
+    first = output.outputs[0]
+    return first.text or " ".join(map(str, first.token_ids))
+
+
+def _ask_demo(llm: LLM, as_json: bool) -> int:
+    """Without a prompt the demo answers some held-out questions; the exit status says whether all were right."""
+    from lamella.demo.questions import held_out
+    from lamella.demo.tour import answer_questions, show_answers
+
+    answers = answer_questions(llm, held_out(_DEMO_QUESTIONS))
+    if as_json:
+        print_json({"answers": [answer.as_dict() for answer in answers]})
+    else:
+        show_answers(console, answers)
+    return 0 if all(answer.right for answer in answers) else 1

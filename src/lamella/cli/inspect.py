@@ -1,0 +1,150 @@
+"""`lamella inspect`: the layer stack as a picture and a table, and the cost card. No weight is read."""
+
+from __future__ import annotations
+
+import argparse
+from itertools import groupby
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.tree import Tree
+
+from lamella.bench.card import CostCard, measure_bandwidth
+from lamella.checkpoint.files import Checkpoint, open_checkpoint
+from lamella.checkpoint.loader import resolve_dtype
+from lamella.cli.common import console, print_json, size
+from lamella.config import AttentionConfig, CanonConfig, LayerConfig, ModelConfig, RopeConfig
+from lamella.errors import ParameterError
+from lamella.layers.decoder import LanguageModel
+from lamella.layers.kit import LocalKit
+
+BATCHES = (1, 16, 64)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.context < 1:
+        raise ParameterError(f"--context {args.context}: must be at least 1")
+    checkpoint = open_checkpoint(args.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    card = cost_card(checkpoint, args.dtype, measure_bandwidth(device))
+    config = checkpoint.read_config()
+    if args.json:
+        print_json(
+            {
+                "architecture": config.architecture,
+                "layers": [" -> ".join(describe(layer)) for layer in config.layers],
+                **card.as_dict(),
+                "context": args.context,
+                "floor_ms": {batch: round(card.floor_seconds(batch, args.context) * 1e3, 4) for batch in BATCHES},
+            }
+        )
+    else:
+        show(console, config, card, args.context)
+    return 0
+
+
+def cost_card(checkpoint: Checkpoint, dtype: str, bandwidth: float | None) -> CostCard:
+    """The card of a checkpoint's model, from its config alone."""
+    kit = LocalKit(resolve_dtype(checkpoint, dtype), "meta")
+    model: LanguageModel = checkpoint.architecture.allocate(checkpoint.read_config(), kit)
+    return CostCard.of(model, bandwidth)
+
+
+def show(console: Console, config: ModelConfig, card: CostCard, context: int) -> None:
+    """Picture, table and card, for people."""
+    console.print(picture(config))
+    console.print(layer_table(config))
+    console.print(card_table(card, context))
+
+
+def describe(layer: LayerConfig) -> list[str]:
+    """The parts of a layer in the order in which tokens pass them."""
+    mixer, mlp = layer.mixer, layer.feed_forward
+    return [
+        "norm",
+        *_canon("canon A", layer.mixer_canon),
+        _attention(mixer),
+        *_canon("canon B on q,k,v", mixer.canon),
+        "+ residual, norm",
+        *_canon("canon C", layer.feed_forward_canon),
+        f"MLP {mlp.intermediate_size}",
+        *_canon("canon D on gate,up", mlp.canon),
+        "+ residual",
+    ]
+
+
+def _attention(mixer: AttentionConfig) -> str:
+    text = f"attention {mixer.num_heads}q/{mixer.num_kv_heads}kv x {mixer.head_dim}"
+    text += f", {_rope(mixer.rope, mixer.head_dim)}"
+    if mixer.qk_norm:
+        text += f", qk-norm {'per head' if mixer.qk_norm_scope == 'head' else 'full width'}"
+    return text + (f", window {mixer.window}" if mixer.window else "")
+
+
+def _rope(rope: RopeConfig | None, head_dim: int) -> str:
+    if rope is None:
+        return "no rope"
+    part = "" if rope.dim == head_dim else f" on {rope.dim} of {head_dim}"
+    scaling = "" if rope.scaling is None else f" {type(rope.scaling).__name__.removesuffix('Scaling').lower()}"
+    return f"rope{part} theta {rope.theta:g}{scaling}{' interleaved' if rope.interleaved else ''}"
+
+
+def _canon(name: str, canon: CanonConfig | None) -> list[str]:
+    return [] if canon is None else [f"{name} (width {canon.kernel})"]
+
+
+def _runs(config: ModelConfig) -> list[tuple[int, int, LayerConfig]]:
+    """(first, last, config) of each run of equal layers."""
+    runs = []
+    for layer, members in groupby(enumerate(config.layers), key=lambda pair: pair[1]):
+        indices = [index for index, _ in members]
+        runs.append((indices[0], indices[-1], layer))
+    return runs
+
+
+def picture(config: ModelConfig) -> Tree:
+    """The stack, equal neighbours drawn once."""
+    tree = Tree(f"[bold]{config.architecture}[/bold]")
+    tree.add(f"embedding {config.vocab_size} x {config.hidden_size}")
+    for first, last, layer in _runs(config):
+        name = f"layer {first}" if first == last else f"layers {first}..{last}"
+        branch = tree.add(f"[bold]{name}[/bold]")
+        for part in describe(layer):
+            branch.add(part)
+    tree.add("norm")
+    tree.add("head" + (", tied to the embedding" if config.tie_word_embeddings else ""))
+    return tree
+
+
+def layer_table(config: ModelConfig) -> Table:
+    """One row for each run of equal layers."""
+    table = Table("layers", "mixer", "feed-forward", "canon", title="layers")
+    for first, last, layer in _runs(config):
+        canons: dict[str, Any] = {
+            "A": layer.mixer_canon,
+            "B": layer.mixer.canon,
+            "C": layer.feed_forward_canon,
+            "D": layer.feed_forward.canon,
+        }
+        letters = "".join(letter for letter, canon in canons.items() if canon) or "-"
+        span = f"{first}..{last}" if last > first else str(first)
+        table.add_row(span, _attention(layer.mixer), f"MLP {layer.feed_forward.intermediate_size}", letters)
+    return table
+
+
+def card_table(card: CostCard, context: int) -> Table:
+    """Bytes, and the shortest possible decode step on this machine."""
+    table = Table("what", "how much", title="cost")
+    table.add_row("parameters", f"{card.parameters:,}")
+    table.add_row("weights", size(card.weight_bytes))
+    table.add_row("state per token", size(card.state.bytes_per_token))
+    table.add_row("state per request, besides", size(card.state.bytes_per_request))
+    table.add_row(f"state of a request at {context} tokens", size(card.state.bytes_at(context)))
+    if card.bandwidth is not None:
+        table.add_row("memory bandwidth, measured", f"{card.bandwidth / 1e9:.1f} GB/s")
+        for batch in BATCHES:
+            floor = card.floor_seconds(batch, context) * 1e3
+            table.add_row(f"floor of a decode step, batch {batch}", f"{floor:.3f} ms, {batch / floor * 1e3:,.0f} tok/s")
+    return table

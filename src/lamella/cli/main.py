@@ -1,0 +1,107 @@
+"""Arguments of every subcommand, and what happens to errors."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import lamella
+from lamella.errors import LamellaError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand. A user's mistake is one line on stderr and exit status 2."""
+    args = parser().parse_args(argv)
+    logging.basicConfig(level=logging.DEBUG if args.debug else logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        # Each subcommand's module is imported when it runs, so that `--help` does not wait for torch.
+        return import_module(f"lamella.cli.{args.module}").run(args)
+    except LamellaError as error:
+        if args.debug:
+            raise
+        print(f"lamella: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(prog="lamella", description=lamella.__doc__)
+    top.add_argument("--version", action="version", version=f"lamella {lamella.__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    generate = _command(commands, "generate", "complete prompts")
+    _model(generate)
+    generate.add_argument("-p", "--prompt", action="append", help="a prompt; may be given several times")
+    generate.add_argument("--tokens", action="append", metavar="1,2,3", help="a prompt as token ids; likewise")
+    generate.add_argument("--max-tokens", type=int, default=64)
+    generate.add_argument("--temperature", type=float, default=0.0)
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--top-k", type=int, default=0)
+    generate.add_argument("--stop", action="append", help="a string that ends the text; may be given several times")
+    _engine(generate)
+    _json(generate)
+
+    inspect = _command(commands, "inspect", "show a model's layers and what it costs")
+    _model(inspect)
+    inspect.add_argument("--dtype", default="auto")
+    inspect.add_argument("--context", type=int, default=2048, help="tokens of context that the costs are shown for")
+    _json(inspect)
+
+    convert = _command(commands, "convert", "write a LlamaCanon checkpoint, lingua or not, as Hugging Face safetensors")
+    _model(convert)
+    convert.add_argument("destination", help="a folder that does not exist yet")
+    convert.add_argument(
+        "--rope", default="keep", help="keep, huggingface or lingua: which channels of a head the file pairs"
+    )
+
+    demo = _command(commands, "demo", "the tour: the bundled model, its answers, and how right it is on every path")
+    demo.add_argument("--questions", type=int, default=300, help="how many held-out questions to ask")
+    _json(demo)
+
+    bench = _command(commands, "bench", "time a model on this machine")
+    bench.add_argument("workload", choices=("offline", "latency"), help="many requests at a time, or one")
+    _model(bench)
+    bench.add_argument("--requests", type=int, default=None, help="default: 16 offline, 1 for latency")
+    bench.add_argument("--input-len", type=int, default=128)
+    bench.add_argument("--output-len", type=int, default=64)
+    bench.add_argument("--repeats", type=int, default=3)
+    _engine(bench)
+    return top
+
+
+def _command(commands: argparse._SubParsersAction, name: str, help: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=help, description=help)
+    command.set_defaults(module=name)
+    command.add_argument("--debug", action="store_true", help="show log lines, and tracebacks of errors")
+    return command
+
+
+def _model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="a folder, `demo`, or a Hub id")
+
+
+def _json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print one JSON object, last")
+
+
+def _engine(command: argparse.ArgumentParser) -> None:
+    """Settings of the engine, named as in `LLM`; only those that are given are passed on."""
+    group = command.add_argument_group("engine")
+    for name, kind in (
+        ("dtype", str),
+        ("device", str),
+        ("load-format", str),
+        ("max-model-len", int),
+        ("max-num-seqs", int),
+        ("max-num-batched-tokens", int),
+        ("block-size", int),
+        ("num-blocks", int),
+        ("seed", int),
+    ):
+        group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
+    group.set_defaults(engine_options=[action.dest for action in group._group_actions])
