@@ -170,7 +170,7 @@ def test_impossible_tokens_are_never_drawn(u, fields):
     logits[0, [400, 401, 700]] = torch.tensor([1.0, 2.0, 3.0])
     logits[1, 500] = -1e30
     logits[2, 1::2] = torch.randn(500, generator=torch.Generator().manual_seed(2))
-    with mock.patch.object(sampler, "uniform", lambda seed, step: u):
+    with mock.patch.object(sampler, "uniform", return_value=u):
         tokens = sample(logits, [plain_row(**fields)] * 3).token_ids
     assert all(math.isfinite(logits[i, token]) for i, token in enumerate(tokens))
 

@@ -10,34 +10,33 @@ import torch
 import lamella
 from lamella.bench.card import CostCard, measure_bandwidth
 from lamella.bench.workloads import Workload, check, measure
-from lamella.cli.common import console, load_llm, print_json, size
+from lamella.cli.common import load_llm, print_json, size
 from lamella.errors import ParameterError
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("input_len", "output_len", "repeats"):
-        if getattr(args, name) < 1:
+    for name in ("requests", "input_len", "output_len", "repeats"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ParameterError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     llm = load_llm(args)
     requests = args.requests or (16 if args.workload == "offline" else 1)
     workload = Workload(requests, args.input_len, args.output_len)
     context = workload.input_len + workload.output_len // 2  # the average over the decode steps
-    card = CostCard.of(llm.engine.model, measure_bandwidth(llm.engine.device))
+    bandwidth = measure_bandwidth(llm.engine.device)
+    card = CostCard.of(llm.engine.model, bandwidth)
     floor = card.floor_seconds(requests, context) * 1e3
-    console.print(
+    print(
         f"{card.parameters / 1e6:.1f} M parameters, {size(card.step_bytes)} of weights and "
         f"{size(requests * card.state.bytes_at(context))} of state a decode step, "
-        f"at {card.bandwidth / 1e9:.1f} GB/s measured: floor {floor:.2f} ms",  # type: ignore[operator]
-        markup=False,
+        f"at {bandwidth / 1e9:.1f} GB/s measured: floor {floor:.2f} ms"
     )
     gap = check(llm, workload)
-    console.print(f"check: chosen tokens within {gap:.2g} logprob of a plain forward's", markup=False)
+    print(f"check: chosen tokens within {gap:.2g} logprob of a plain forward's")
     timing = measure(llm, workload, args.repeats)
     step = timing.decode_ms_per_step
-    console.print(
+    print(
         f"prefill {timing.prompt_tok_s:.0f} tok/s, output {timing.output_tok_s:.1f} tok/s"
-        + (f", decode {step:.2f} ms a step, {floor / step:.0%} of the floor's speed" if step else ""),
-        markup=False,
+        + (f", decode {step:.2f} ms a step, {floor / step:.0%} of the floor's speed" if step else "")
     )
     print_json(
         {

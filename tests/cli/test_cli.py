@@ -1,0 +1,158 @@
+"""The command line as a user meets it: output, exit status, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import canon_checkpoint
+from lamella import LLM, SamplingParams
+from lamella.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return canon_checkpoint(tmp_path_factory.mktemp("canon"), torch_dtype="float32")
+
+
+def last_json(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_generate_gives_the_engines_tokens(folder, capsys):
+    expected = LLM(folder, device="cpu").generate(
+        {"prompt_token_ids": [1, 2, 3]}, SamplingParams(temperature=0, max_tokens=5), use_tqdm=False
+    )
+    tokens = expected[0].outputs[0].token_ids
+    assert main(["generate", str(folder), "--tokens", "1,2,3", "--max-tokens", "5", "--json"]) == 0
+    outputs = last_json(capsys)["outputs"]
+    assert outputs[0]["outputs"][0]["token_ids"] == tokens
+    # Without a tokenizer a single prompt's tokens are shown as ids, as several prompts' are.
+    assert main(["generate", str(folder), "--tokens", "1 2 3", "--max-tokens", "5"]) == 0
+    assert capsys.readouterr().out.split() == [str(token) for token in tokens]
+    assert main(["generate", str(folder), "--tokens", "1,2,3", "--tokens", "4", "--max-tokens", "5"]) == 0
+    assert " ".join(map(str, tokens)) in capsys.readouterr().out
+
+
+def test_engine_settings_reach_the_engine(folder, capsys):
+    command = ["generate", str(folder), "--tokens", "1,2,3", "--num-blocks", "1", "--block-size", "4"]
+    assert main([*command, "--max-tokens", "2"]) == 0
+    assert main([*command, "--max-tokens", "3"]) == 2
+    assert "num_blocks=1" in capsys.readouterr().err
+
+
+def test_generate_demo_asks_and_checks_itself(capsys):
+    assert main(["generate", "demo"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("right") == 6
+    assert "wrong" not in out
+    assert main(["generate", "demo", "--json"]) == 0
+    answers = last_json(capsys)["answers"]
+    assert len(answers) == 6
+    assert all(answer["right"] and answer["said"].split() == answer["answer"].split() for answer in answers)
+
+
+def test_the_demo_tour(capsys):
+    assert main(["demo", "--questions", "24"]) == 0
+    out = capsys.readouterr().out
+    for shown in ("canon A", "floor of a decode step", "24 held-out questions", "all as it should be"):
+        assert shown in out
+    assert main(["demo", "--questions", "24", "--json"]) == 0
+    result = last_json(capsys)
+    assert result["passed"]
+    assert set(result["accuracy"]) == {"3", "16", "64", "2048"}
+    assert result["plain_agrees"] == 1
+
+
+def test_inspect_counts_bytes(folder, capsys):
+    assert main(["inspect", str(folder), "--json", "--context", "100"]) == 0
+    card = last_json(capsys)
+    model = LLM(folder, device="cpu").engine.model
+    assert card["parameters"] == sum(p.numel() for p in model.parameters())
+    assert card["state_bytes_per_token"] == 2 * (2 * 2 * 16 * 4)  # layers x (k and v, heads, width, fp32)
+    channels = 32 + (4 + 2 * 2) * 16 + 32 + 2 * 48
+    assert card["state_bytes_per_request"] == 2 * 3 * channels * 4
+    assert card["decode_step_weight_bytes"] == card["weight_bytes"] - model.model.embed_tokens.weight.nbytes
+    assert len(card["layers"]) == 2
+    assert main(["inspect", str(folder)]) == 0
+    out = capsys.readouterr().out
+    for shown in ("layers 0..1", "canon D on gate,up (width 4)", "state per token", "floor of a decode step, batch 16"):
+        assert shown in out
+
+
+def test_convert_writes_a_checkpoint_that_generates_the_same(folder, tmp_path, capsys):
+    command = ["--tokens", "1,2,3,4,5", "--max-tokens", "6", "--json"]
+    assert main(["generate", str(folder), *command]) == 0
+    before = last_json(capsys)["outputs"][0]["outputs"][0]["token_ids"]
+    assert main(["convert", str(folder), str(tmp_path / "new"), "--rope", "lingua"]) == 0
+    assert main(["generate", str(tmp_path / "new"), *command]) == 0
+    assert last_json(capsys)["outputs"][0]["outputs"][0]["token_ids"] == before
+    assert main(["convert", str(folder), str(tmp_path / "new")]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workload", ["offline", "latency"])
+def test_bench_ends_with_one_json_line(folder, workload, capsys):
+    sizes = ["--requests", "2", "--input-len", "9", "--output-len", "4", "--repeats", "1"]
+    assert main(["bench", workload, str(folder), "--load-format", "dummy", *sizes]) == 0
+    out = capsys.readouterr().out
+    assert re.match(r".*parameters.*floor", out.splitlines()[0])
+    result = json.loads(out.splitlines()[-1])
+    assert result["workload"] == workload
+    assert result["check_logprob_gap"] <= 1e-4
+    assert result["output_tok_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (["generate", "{folder}"], "no prompt"),
+        (["generate", "{folder}", "--tokens", "a,b"], "--tokens"),
+        (["generate", "{folder}", "-p", "text"], "tokenizer.json"),
+        (["generate", "{folder}", "--tokens", "1", "--temperature", "-1"], "temperature"),
+        (["generate", "{folder}", "--tokens", "1", "--dtype", "int3"], "dtype"),
+        (["generate", "./nowhere", "--tokens", "1"], "./nowhere"),
+        (["inspect", "{folder}", "--context", "0"], "--context"),
+        (["inspect", "{folder}/config.json"], "config.json"),
+        (["convert", "{folder}", "{folder}-new", "--rope", "spiral"], "rope"),
+        (["bench", "latency", "{folder}", "--output-len", "0"], "--output-len"),
+        (["demo", "--questions", "0"], "--questions"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(folder, command, named, capsys):
+    assert main([part.format(folder=folder) for part in command]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("lamella: ")
+    assert named in error
+
+
+def test_debug_shows_the_traceback(folder):
+    with pytest.raises(ValueError, match="no prompt"):
+        main(["generate", str(folder), "--debug"])
+
+
+def test_help_does_not_import_torch():
+    code = """if True:
+        import sys
+        from lamella.cli import main
+        try:
+            main(["--help"])
+        except SystemExit:
+            print("torch" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_cuda_is_refused_where_there_is_none(folder, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is here")
+    assert main(["generate", str(folder), "--tokens", "1", "--device", "cuda"]) == 2
+    assert "device='cuda'" in capsys.readouterr().err
