@@ -24,6 +24,9 @@ class LinearScaling:
 
     factor: float
 
+    def __post_init__(self) -> None:
+        _check(self.factor > 0, "rope.factor", self.factor, "positive")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicScaling:
@@ -38,6 +41,9 @@ class DynamicScaling:
     original_length: int
     length: int
 
+    def __post_init__(self) -> None:
+        _check(self.factor >= 1, "rope.factor", self.factor, "at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
@@ -51,6 +57,15 @@ class Llama3Scaling:
     high_freq_factor: float
     original_length: int
 
+    def __post_init__(self) -> None:
+        _check(self.factor > 0, "rope.factor", self.factor, "positive")
+        _check(
+            self.low_freq_factor <= self.high_freq_factor,
+            "rope.low_freq_factor",
+            self.low_freq_factor,
+            f"at most high_freq_factor={self.high_freq_factor}",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
@@ -62,6 +77,10 @@ class YarnScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("factor", "beta_fast", "beta_slow"):
+            _check(getattr(self, field) > 0, f"rope.{field}", getattr(self, field), "positive")
 
 
 RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling
@@ -82,6 +101,8 @@ class RopeConfig:
     def __post_init__(self) -> None:
         _check(self.dim > 0 and self.dim % 2 == 0, "rope.dim", self.dim, "a positive even number")
         _check(self.theta > 0, "rope.theta", self.theta, "positive")
+        dynamic = isinstance(self.scaling, DynamicScaling)
+        _check(not dynamic or self.dim > 2, "rope.dim", self.dim, "more than 2 for dynamic scaling")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lamella.checkpoint.json_file import read_json
 from lamella.checkpoint.lingua import LINGUA_NAMES, TIED_HEAD, find_lingua, read_params
 from lamella.checkpoint.tensors import SafetensorsFolder, TensorSource, TorchFile
 from lamella.config import ModelConfig
@@ -26,6 +26,7 @@ class Checkpoint:
     """A model on disk: what it is, what its tensors are called, and where they come from."""
 
     path: Path
+    config_file: Path
     architecture: type[CausalLM]
     values: Mapping[str, Any]  # of config.json, or what a lingua file says in the same words
     names: Mapping[str, str]  # our parameter paths -> the file's, see CausalLM.checkpoint_names
@@ -34,12 +35,12 @@ class Checkpoint:
 
     def read_config(self, max_length: int | None = None) -> ModelConfig:
         """The model that the values describe; `max_length` is the context that an engine will use."""
-        return self.architecture.read_config(HFConfig(self.values, str(self.path / "config.json"), max_length))
+        return self.architecture.read_config(HFConfig(self.values, str(self.config_file), max_length))
 
     def eos_token_ids(self, config: ModelConfig) -> tuple[int, ...]:
         """Ids that end a text: the model's, and those of generation_config.json."""
         file = self.path / "generation_config.json"
-        extra = HFConfig(_read_json(file), str(file)).token_ids("eos_token_id") if file.is_file() else ()
+        extra = HFConfig(read_json(file), str(file)).token_ids("eos_token_id") if file.is_file() else ()
         return tuple(dict.fromkeys((*config.eos_token_ids, *extra)))
 
 
@@ -48,16 +49,17 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     path = _find(model)
     lingua = find_lingua(path)
     if lingua is not None and not any(path.glob("*.safetensors")):
-        values = read_params(lingua / "params.json")
-        architecture = resolve_architecture(_architecture_name(values, path))
-        return Checkpoint(path, architecture, values, LINGUA_NAMES, TIED_HEAD, TorchFile(lingua / "consolidated.pth"))
+        config_file, tensors = lingua / "params.json", TorchFile(lingua / "consolidated.pth")
+        values = read_params(config_file)
+        architecture = resolve_architecture(_architecture_name(values, config_file))
+        return Checkpoint(path, config_file, architecture, values, LINGUA_NAMES, TIED_HEAD, tensors)
     config_file = path / "config.json"
     if not config_file.is_file():
         raise CheckpointError(f"{path}: neither config.json nor params.json with consolidated.pth is there")
-    values = _read_json(config_file)
-    architecture = resolve_architecture(_architecture_name(values, path))
+    values = read_json(config_file)
+    architecture = resolve_architecture(_architecture_name(values, config_file))
     names = architecture.checkpoint_names
-    return Checkpoint(path, architecture, values, names, "lm_head.weight", SafetensorsFolder(path))
+    return Checkpoint(path, config_file, architecture, values, names, "lm_head.weight", SafetensorsFolder(path))
 
 
 def _find(model: str | Path) -> Path:
@@ -82,15 +84,8 @@ def _find(model: str | Path) -> Path:
         raise CheckpointError(f"{model}: no such folder, and not to be had from the Hub ({reason})") from error
 
 
-def _architecture_name(values: Mapping[str, Any], path: Path) -> str:
+def _architecture_name(values: Mapping[str, Any], file: Path) -> str:
     names = values.get("architectures") or [values.get("model_type")]
     if not isinstance(names, list) or not isinstance(names[0], str):
-        raise CheckpointError(f"{path / 'config.json'}: architectures does not name one")
+        raise CheckpointError(f"{file}: architectures does not name one")
     return names[0]
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON ({error})") from error

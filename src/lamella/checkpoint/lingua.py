@@ -5,10 +5,10 @@ Key and name mapping: PhysicsLM4, huggingface/modeling_llama_canon.py. These rot
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from lamella.checkpoint.json_file import read_json
 from lamella.errors import CheckpointError
 from lamella.models.hf_config import HFConfig
 
@@ -54,10 +54,11 @@ def read_params(file: Path) -> dict[str, Any]:
     The files do not say which tokens begin and end a text. The 8B models have Llama 3's vocabulary, the others
     Llama 2's; the published converter writes Llama 2's ids for all.
     """
-    params = json.loads(file.read_text())
-    if not isinstance(params.get("model"), dict):
+    params = HFConfig(read_json(file), str(file))
+    model = HFConfig(params.mapping("model"), f"{file}: model")
+    if not model.values:
         raise CheckpointError(f"{file}: no section 'model'")
-    model = HFConfig(params["model"], f"{file}: model")
+    data = HFConfig(params.mapping("data"), f"{file}: data")
     dim = model.int("dim")
     vocab_size = model.int("vocab_size")
     llama3 = vocab_size == _LLAMA3_VOCABULARY
@@ -72,7 +73,7 @@ def read_params(file: Path) -> dict[str, Any]:
         "num_attention_heads": model.int("n_heads"),
         "num_key_value_heads": model.int("n_kv_heads", None),
         "head_dim": model.int("head_dim", None),
-        "max_position_embeddings": HFConfig(params.get("data") or {}).int("seq_len", 4096),
+        "max_position_embeddings": data.int("seq_len", 4096),
         "rms_norm_eps": model.float("norm_eps", 1e-5),
         "rope_theta": model.float("rope_theta", 10000.0),
         "rope_version": "lingua",

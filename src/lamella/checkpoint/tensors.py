@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lamella.checkpoint.json_file import read_json
 from lamella.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -38,7 +38,9 @@ class SafetensorsFolder:
         self.folder = folder
         self._indexed: dict[str, str] | None = None
         if (folder / INDEX).is_file():
-            self._indexed = json.loads((folder / INDEX).read_text())["weight_map"]
+            self._indexed = read_json(folder / INDEX).get("weight_map")
+            if not isinstance(self._indexed, dict) or not all(isinstance(f, str) for f in self._indexed.values()):
+                raise CheckpointError(f"{folder / INDEX}: no weight_map of tensors to files")
         files = sorted(set(self._indexed.values())) if self._indexed else [p.name for p in folder.glob("*.safetensors")]
         self.files = [folder / name for name in sorted(files)]
         missing = [file.name for file in self.files if not file.is_file()]
@@ -86,8 +88,11 @@ class TorchFile:
         try:
             state = torch.load(self.file, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # a dozen types, from zipfile's to pickle's
-            raise CheckpointError(f"{self.file}: not a readable weights-only torch file ({error})") from error
-        state = state.get("model", state)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CheckpointError(f"{self.file}: not a readable weights-only torch file ({reason})") from error
+        state = state.get("model", state) if isinstance(state, dict) else state
+        if not isinstance(state, dict):
+            raise CheckpointError(f"{self.file}: not a state dict")
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         if len(tensors) != len(state):
             others = sorted(set(state) - set(tensors))

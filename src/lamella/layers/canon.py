@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lamella.config import CanonConfig
 from lamella.layers.context import require_batch
-from lamella.layers.kit import Kit, SlotHolder
+from lamella.layers.kit import Kit
 from lamella.ops.short_conv import short_conv
 from lamella.state.spec import SlotState
 
@@ -38,16 +38,10 @@ class Canon(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(channels, 1, config.kernel, dtype=kit.dtype, device=kit.device))
         self.bias = nn.Parameter(torch.empty(channels, dtype=kit.dtype, device=kit.device)) if config.bias else None
-        self.channels = history.take(channels)
-        # Not a child module: the layer owns it, and all of its canons share it.
-        self._holder = (history.holder,)
-
-    @property
-    def holder(self) -> SlotHolder:
-        return self._holder[0]
+        self.history, self.channels = history, history.take(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, slots = self.holder.current()
+        rows, slots = self.history.holder.current()
         return short_conv(
             x,
             self.weight.squeeze(1),

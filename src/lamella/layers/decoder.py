@@ -108,5 +108,5 @@ class LanguageModel(nn.Module):
             return self.model(input_ids.flatten(), flat).view(*input_ids.shape, -1)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., vocab) in the model's dtype for every row of hidden (..., hidden_size)."""
+        """Logits (..., vocab) in fp32 for every row of hidden (..., hidden_size)."""
         return self.lm_head(hidden)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.layers.context import require_batch
-from lamella.layers.linear import Embedding, Linear, MergedLinear
+from lamella.layers.linear import Embedding, Head, Linear, MergedLinear
 from lamella.ops import attention
 from lamella.state.spec import PagedState, SlotState, StateHolder
 
@@ -40,7 +40,7 @@ class Kit(Protocol):
         ...
 
     def lm_head(self, vocab_size: int, hidden_size: int, tied: nn.Module | None, prefix: str) -> nn.Module:
-        """Logits (T, vocab) of hidden states; with `tied`, over that embedding's weight."""
+        """Logits (T, vocab), fp32, of hidden states; with `tied`, over that embedding's weight."""
         ...
 
     def attention(self, heads: int, scale: float, spec: PagedState, prefix: str) -> nn.Module:
@@ -118,7 +118,7 @@ class LocalKit:
         return Embedding(vocab_size, hidden_size, self.dtype, self.device)
 
     def lm_head(self, vocab_size: int, hidden_size: int, tied: nn.Module | None, prefix: str) -> nn.Module:
-        head = Linear(hidden_size, vocab_size, False, self.dtype, self.device if tied is None else torch.device("meta"))
+        head = Head(hidden_size, vocab_size, False, self.dtype, self.device if tied is None else torch.device("meta"))
         if tied is not None:
             head.weight = tied.weight  # type: ignore[assignment]
         return head

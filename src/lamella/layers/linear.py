@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lamella.ops.linear import linear
+from lamella.ops.linear import linear, wide_linear
 
 
 class Linear(nn.Module):
@@ -30,6 +30,13 @@ class MergedLinear(Linear):
     ) -> None:
         super().__init__(in_size, sum(parts.values()), bias, dtype, device)
         self.parts = dict(parts)
+
+
+class Head(Linear):
+    """The last projection, to logits (..., vocab) in fp32 whatever the model's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return wide_linear(x, self.weight)
 
 
 class Embedding(nn.Module):

@@ -27,11 +27,14 @@ from lamella.errors import ConfigError
 HARMLESS = frozenset(
     """
     architectures attention_dropout attn_implementation auto_map bad_words_ids begin_suppress_tokens
-    cache_implementation chunk_size_feed_forward dtype embd_pdrop encoder_no_repeat_ngram_size finetuning_task
-    forced_bos_token_id forced_eos_token_id hidden_dropout id2label initializer_range keys_to_ignore_at_inference
-    label2id model_type name_or_path num_labels output_attentions output_hidden_states output_scores pad_token_id
-    prefix pretraining_tp problem_type return_dict return_dict_in_generate sep_token_id tokenizer_class torch_dtype
-    torchscript transformers_version use_bfloat16 use_cache
+    cache_implementation chunk_size_feed_forward diversity_penalty do_sample dtype early_stopping embd_pdrop
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id hidden_dropout id2label initializer_range is_decoder keys_to_ignore_at_inference label2id
+    length_penalty max_length min_length model_type name_or_path no_repeat_ngram_size num_beam_groups num_beams
+    num_labels num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+    pretraining_tp problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    sep_token_id suppress_tokens temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
+    torchscript transformers_version typical_p use_bfloat16 use_cache
     """.split()
 )
 
@@ -62,7 +65,7 @@ class HFConfig:
         value = self.get(key, default)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0:
             raise self.error(key, value, "a whole number")
         if value < minimum:
             raise self.error(key, value, f"at least {minimum}")
@@ -72,7 +75,7 @@ class HFConfig:
         value = self.get(key, default)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self.error(key, value, "a number")
         return float(value)
 
@@ -88,6 +91,13 @@ class HFConfig:
         if value not in allowed:
             raise self.error(key, value, f"one of {', '.join(map(repr, allowed))}")
         return value
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        """A nested mapping without its nulls; empty where there is none."""
+        value = self.get(key, {})
+        if not isinstance(value, Mapping):
+            raise self.error(key, value, "a mapping")
+        return {name: item for name, item in value.items() if item is not None}
 
     def token_ids(self, key: str) -> tuple[Any, ...]:
         """A token id, a list of them, or nothing."""
@@ -114,6 +124,15 @@ class HFConfig:
             raise ConfigError(f"{self.source}: unknown keys may change what the model computes: {listed}")
 
 
+def read_head_dim(config: HFConfig) -> int:
+    """`head_dim`, by default the heads' share of `hidden_size`."""
+    hidden_size, heads = config.int("hidden_size"), config.int("num_attention_heads")
+    head_dim = config.int("head_dim", None)
+    if head_dim is None and hidden_size % heads:
+        raise config.error("num_attention_heads", heads, f"a divisor of hidden_size={hidden_size}, or with a head_dim")
+    return head_dim or hidden_size // heads
+
+
 def read_rope(
     config: HFConfig, head_dim: int, max_positions: int, *, interleaved: bool = False, dim: int | None = None
 ) -> RopeConfig | None:
@@ -121,18 +140,24 @@ def read_rope(
 
     `dim` channels of a head turn, by default those that `partial_rotary_factor` says.
     """
-    parameters = dict(config.get("rope_parameters", {}))
-    scaling = dict(config.get("rope_scaling", {}))
-    for key, value in scaling.items():
-        if parameters.setdefault(key, value) != value:
-            raise ConfigError(f"{config.source}: rope_scaling.{key}={value!r} contradicts rope_parameters")
-    for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
-        value = config.get(key, None)
-        # The top-level original length wins over the nested one, as in transformers.
-        if value is not None and (key.startswith("original") or parameters.get(key) is None):
-            parameters[key] = value
-    if parameters.get("type") is not None and parameters.get("rope_type") is None:
-        parameters["rope_type"] = parameters["type"]
+    parameters: dict[str, Any] = {}
+    top = {key: config.get(key, None) for key in ("rope_theta", "partial_rotary_factor")}
+    for place, section in (
+        ("rope_parameters", config.mapping("rope_parameters")),
+        ("rope_scaling", config.mapping("rope_scaling")),
+        (None, top),
+    ):
+        for key, value in section.items():
+            name = "rope_type" if key == "type" else key
+            if value is not None and parameters.setdefault(name, value) != value:
+                stated = f"{place}.{key}" if place else key
+                raise ConfigError(
+                    f"{config.source}: {stated}={value!r} contradicts {name}={parameters[name]!r} elsewhere"
+                )
+    # The top-level original length wins over the nested one, as in transformers.
+    original = config.get("original_max_position_embeddings", None)
+    if original is not None:
+        parameters["original_max_position_embeddings"] = original
     fields = config.section("rope_parameters", parameters)
     kind = fields.choice("rope_type", ("default", "linear", "dynamic", "llama3", "yarn"), "default")
     theta = fields.float("rope_theta", 10000.0)
@@ -141,7 +166,7 @@ def read_rope(
         dim = int(head_dim * factor + 1e-6)  # a quotient of whole numbers that rounding made a little too small
     rope_scaling = _read_scaling(fields, kind, max_positions)
     # A file may carry these for kinds that do not use them.
-    fields.finish(harmless=("type", "factor", "original_max_position_embeddings"))
+    fields.finish(harmless=("factor", "original_max_position_embeddings"))
     if dim == 0:
         return None
     return RopeConfig(dim=dim, theta=theta, interleaved=interleaved, scaling=rope_scaling)
@@ -191,7 +216,7 @@ def read_windows(config: HFConfig, num_layers: int, window: int | None, first: i
     types = config.get("layer_types", None)
     if types is None:
         return [window if index >= first else None for index in range(num_layers)]
-    if len(types) != num_layers:
+    if not isinstance(types, list | tuple) or len(types) != num_layers:
         raise config.error("layer_types", types, f"a list of num_hidden_layers={num_layers} names")
     for kind in types:
         if kind not in ("full_attention", "sliding_attention"):
@@ -201,8 +226,12 @@ def read_windows(config: HFConfig, num_layers: int, window: int | None, first: i
     return [window if kind == "sliding_attention" else None for kind in types]
 
 
-def read_model(config: HFConfig, architecture: str, layers: Iterable[LayerConfig], eps: float) -> ModelConfig:
+def read_model(
+    config: HFConfig, architecture: str, layers: Iterable[LayerConfig], eps: float, max_positions: int
+) -> ModelConfig:
     """The keys around the layers; then no key may be left unread."""
+    for key in ("is_encoder_decoder", "add_cross_attention", "pruned_heads"):
+        config.choice(key, (False, {}), False)  # transformers writes these out
     bos = config.token_ids("bos_token_id")
     model = ModelConfig(
         architecture=architecture,
@@ -211,7 +240,7 @@ def read_model(config: HFConfig, architecture: str, layers: Iterable[LayerConfig
         layers=tuple(layers),
         norm=NormConfig(eps=eps),
         tie_word_embeddings=config.bool("tie_word_embeddings", False),
-        max_position_embeddings=config.int("max_position_embeddings", 2048),
+        max_position_embeddings=max_positions,
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=config.token_ids("eos_token_id"),
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from lamella.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
 from lamella.models.base import CausalLM
-from lamella.models.hf_config import HFConfig, read_model, read_rope, read_windows
+from lamella.models.hf_config import HFConfig, read_head_dim, read_model, read_rope, read_windows
 
 # Llama 3.2's, whose 1B shape the constructor's defaults describe.
 LLAMA_3_2_ROPE = {
@@ -68,16 +68,15 @@ class LlamaForCausalLM(CausalLM):
 
     @classmethod
     def read_config(cls, config: HFConfig) -> ModelConfig:
-        hidden_size, heads = config.int("hidden_size"), config.int("num_attention_heads")
-        num_layers = config.int("num_hidden_layers")
-        head_dim = config.int("head_dim", hidden_size // heads)
+        heads, head_dim = config.int("num_attention_heads"), read_head_dim(config)
+        num_layers, max_positions = config.int("num_hidden_layers"), config.int("max_position_embeddings", 2048)
         config.choice("hidden_act", ("silu", "swish"), "silu")
         config.choice("is_causal", (True,), True)
         config.choice("logit_scale", (1, 1.0), 1)
         attention_bias = config.bool("attention_bias", False) or config.bool("bias", False)
         mlp_bias = config.bool("mlp_bias", False)
         norm = NormConfig(eps=config.float("rms_norm_eps", 1e-6))
-        rope = read_rope(config, head_dim, config.int("max_position_embeddings", 2048))
+        rope = read_rope(config, head_dim, max_positions)
 
         def layer(window: int | None) -> LayerConfig:
             return LayerConfig(
@@ -101,4 +100,4 @@ class LlamaForCausalLM(CausalLM):
         if window is not None and config.get("layer_types", None) is None:
             raise config.error("sliding_window", window, "absent, or with layer_types that say which layers slide")
         layers = [layer(window) for window in read_windows(config, num_layers, window, first=num_layers)]
-        return read_model(config, "LlamaForCausalLM", layers, norm.eps)
+        return read_model(config, "LlamaForCausalLM", layers, norm.eps, max_positions)

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from lamella.config import AttentionConfig, CanonConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig, RopeConfig
 from lamella.models.base import CausalLM
-from lamella.models.hf_config import HFConfig, read_model, read_rope
+from lamella.models.hf_config import HFConfig, read_head_dim, read_model, read_rope
 
 
 class LlamaCanonForCausalLM(CausalLM):
@@ -27,8 +27,12 @@ class LlamaCanonForCausalLM(CausalLM):
 
     @classmethod
     def read_config(cls, config: HFConfig) -> ModelConfig:
-        hidden_size, heads = config.int("hidden_size"), config.int("num_attention_heads")
-        head_dim = config.int("head_dim", hidden_size // heads)
+        hidden_size, heads, head_dim = (
+            config.int("hidden_size"),
+            config.int("num_attention_heads"),
+            read_head_dim(config),
+        )
+        max_positions = config.int("max_position_embeddings", 2048)
         config.choice("hidden_act", ("silu", "swish"), "silu")
         attention_bias, mlp_bias = config.bool("attention_bias", False), config.bool("mlp_bias", False)
         norm = NormConfig(eps=config.float("rms_norm_eps", 1e-6))
@@ -43,7 +47,7 @@ class LlamaCanonForCausalLM(CausalLM):
                 output_bias=attention_bias,
                 qk_norm=norm if config.bool("qk_norm", False) else None,
                 qk_norm_scope="full",
-                rope=cls._read_rope(config, head_dim),
+                rope=cls._read_rope(config, head_dim, max_positions),
                 canon=canons["B"],
             ),
             feed_forward=MLPConfig(
@@ -58,13 +62,13 @@ class LlamaCanonForCausalLM(CausalLM):
             feed_forward_canon=canons["C"],
         )
         layers = (layer,) * config.int("num_hidden_layers")
-        return read_model(config, "LlamaCanonForCausalLM", layers, norm.eps)
+        return read_model(config, "LlamaCanonForCausalLM", layers, norm.eps, max_positions)
 
     @staticmethod
     def _read_canons(config: HFConfig) -> dict[str, CanonConfig | None]:
         letters = config.get("canon_set", "")
-        if set(letters) - set("ABCD"):
-            raise config.error("canon_set", letters, "made of the letters A, B, C and D")
+        if not isinstance(letters, str) or set(letters) - set("ABCD"):
+            raise config.error("canon_set", letters, "a text of the letters A, B, C and D")
         canon = CanonConfig(
             kernel=config.int("canon_kernel", 4, minimum=2),
             bias=config.bool("canon_bias", False),
@@ -74,14 +78,14 @@ class LlamaCanonForCausalLM(CausalLM):
         return {letter: canon if letter in letters else None for letter in "ABCD"}
 
     @staticmethod
-    def _read_rope(config: HFConfig, head_dim: int) -> RopeConfig | None:
+    def _read_rope(config: HFConfig, head_dim: int, max_positions: int) -> RopeConfig | None:
         """`rope_dim` counts the rotated channels of a head; the files say the same again as a factor."""
         interleaved = config.choice("rope_version", ("huggingface", "lingua"), "huggingface") == "lingua"
         dim = config.int("rope_dim", None, minimum=0)
         return read_rope(
             config,
             head_dim,
-            config.int("max_position_embeddings", 2048),
+            max_positions,
             interleaved=interleaved,
             dim=None if dim is None else min(dim, head_dim),
         )

@@ -74,7 +74,8 @@ class Qwen3ForCausalLM(CausalLM):
         config.choice("hidden_act", ("silu", "swish"), "silu")
         bias = config.bool("attention_bias", False)
         norm = NormConfig(eps=config.float("rms_norm_eps", 1e-6))
-        rope = read_rope(config, head_dim, config.int("max_position_embeddings", 32768))
+        max_positions = config.int("max_position_embeddings", 32768)
+        rope = read_rope(config, head_dim, max_positions)
 
         def layer(window: int | None) -> LayerConfig:
             return LayerConfig(
@@ -93,8 +94,11 @@ class Qwen3ForCausalLM(CausalLM):
                 norm=norm,
             )
 
-        window, first = config.int("sliding_window", None), config.int("max_window_layers", 28, minimum=0)
+        # transformers' default applies where the key is missing; null means no window.
+        window = config.int("sliding_window", None if "sliding_window" in config.values else 4096)
+        first = config.int("max_window_layers", 28, minimum=0)
         if not config.bool("use_sliding_window", False):
             window = None
         windows = read_windows(config, num_layers, window, first)
-        return read_model(config, "Qwen3ForCausalLM", [layer(window) for window in windows], norm.eps)
+        layers = [layer(window) for window in windows]
+        return read_model(config, "Qwen3ForCausalLM", layers, norm.eps, max_positions)

@@ -8,9 +8,30 @@ from torch import Tensor
 from lamella.ops import native
 from lamella.ops.backend import use_native
 
+_BLOCK = 64  # rows that the native kernel takes at a time, see native.linear_rows
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b`, see `reference.py`. Few rows, where reading the weight is all the work, go to the native kernel."""
+    """`x W^T + b`, see `reference.linear`. Few rows, where reading the weight is all the work, go to our own kernel."""
     if x.dim() == 2 and use_native(x) and 0 < x.shape[0] <= native.linear_rows(x.dtype, x.shape[1]):
         return native.linear(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)
+
+
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x W^T` in fp32 for x (..., in) of any float dtype, see `reference.wide_linear`.
+
+    The sums stay unrounded on CPUs with the native kernels and on CUDA; elsewhere, and under autograd, they are
+    rounded to the dtype of x before they become fp32.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if x.dtype == torch.float32 or not rows.shape[0]:
+        wide = linear(rows, weight, None).float()
+    elif use_native(x):
+        # In blocks of what the kernel is fast for: the alternative is a copy of the whole weight.
+        wide = torch.cat([native.linear(part, weight, wide=True) for part in rows.split(_BLOCK)])
+    elif x.is_cuda and not torch.is_grad_enabled():
+        wide = torch.mm(rows, weight.T, out_dtype=torch.float32)
+    else:
+        wide = torch.nn.functional.linear(rows, weight).float()
+    return wide.view(*x.shape[:-1], weight.shape[0])

@@ -45,6 +45,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "add_rms_norm": [_P, _I, _I, _P, _I, _P, _F, _P, _P, _I, _I, _I, _N],
     "silu_mul": [_P, _I, _P, _I, _I, _N],
     "linear": [_P, _I, _P, _P, _P, _I, _I, _I, _N],
+    "wide_linear": [_P, _I, _P, _P, _P, _I, _I, _I, _N],
     "rotary": [_P, _I, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _B, _N],
     "write_kv": [_P, _I, _P, _I, _P, _P, _P, _I, _I, _N],
 }
@@ -260,18 +261,19 @@ def silu_mul(x: Tensor) -> Tensor:
     return y
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool = False) -> Tensor:
     """``x @ weight.T + bias`` for few rows, at the speed at which the weight comes from memory: (M, N).
 
-    x (M, K), rows of any stride; weight (N, K) contiguous; bias (N,). A row's result does not depend on the other rows,
+    x (M, K), rows of any stride; weight (N, K) contiguous; bias (N,). The result has x's dtype, or is the unrounded
+    float32 sums when wide. A row's result does not depend on the other rows,
     nor on how many there are, nor on the number of threads.
     """
     (M, K), N = x.shape, weight.shape[0]
     assert x.is_cpu and x.dtype == weight.dtype and _dense_rows(x)
     assert weight.shape[1] == K and weight.is_contiguous()
     assert bias is None or (bias.dtype == x.dtype and bias.shape == (N,) and bias.is_contiguous())
-    y = x.new_empty((M, N))
-    _kernels["linear", x.dtype](
+    y = x.new_empty((M, N), dtype=torch.float32 if wide else x.dtype)
+    _kernels["wide_linear" if wide else "linear", x.dtype](
         x.data_ptr(), x.stride(0), weight.data_ptr(), _pointer(bias), y.data_ptr(), M, K, N, torch.get_num_threads()
     )
     return y

@@ -222,10 +222,11 @@ INLINE inline void dots(const T* const* a, const T* b, int64_t ldb, int64_t K, f
 
 // ---- linear --------------------------------------------------------------------------------------------------------
 
-template <class T>
+// x and the weight are T, y is O: the storage type again, or float where the sums are wanted unrounded.
+template <class T, class O>
 struct Linear {
     const T *x, *w, *bias;
-    T* y;
+    O* y;
     int64_t M, K, N, ldx;
 
     // Output columns [begin, end), four weight rows at a time: four streams keep the memory busy.
@@ -244,7 +245,7 @@ struct Linear {
                 if (ms == 3) dots<T, 1>(rows, xs + 2 * ldx, ldx, K, out + 8, 4);
                 for (int j = 0; j < ms; ++j)
                     for (int i = 0; i < count; ++i)
-                        y[(m + j) * N + n + i] = narrow_to<T>(out[4 * j + i] + (bias ? widen(bias[n + i]) : 0.f));
+                        y[(m + j) * N + n + i] = narrow_to<O>(out[4 * j + i] + (bias ? widen(bias[n + i]) : 0.f));
             }
         }
     }
@@ -274,8 +275,9 @@ struct alignas(64) TileConfig {
 
 // y^T = W x^T: the weight is the left operand, whose tiles are plain 16-row pieces of it, so it needs no repacking; x
 // becomes the right operand, (pairs of k, rows of x), a small transposition per call. All M <= 16 cost about the same.
+template <class O>
 struct TileLinear {
-    const Linear<bf16>& p;
+    const Linear<bf16, O>& p;
     const uint32_t* packed_x;
 
     // B blocks of 16 weight rows from row n on, against the rows [m, m + rows) of x. Tiles: 0, 1 sums; 2, 3 w; 4 x.
@@ -325,7 +327,8 @@ struct TileLinear {
     }
 };
 
-void linear_tiles(const Linear<bf16>& p, int threads) {
+template <class O>
+void linear_tiles(const Linear<bf16, O>& p, int threads) {
     static thread_local std::vector<uint32_t> scratch;
     const int64_t pairs = p.K / 2, tiled = p.N / TILE_ROWS * TILE_ROWS;
     scratch.resize(p.M * pairs);
@@ -338,7 +341,7 @@ void linear_tiles(const Linear<bf16>& p, int threads) {
                 for (int64_t j = 0; j < rows; ++j) std::memcpy(to + k * rows + j, p.x + (m + j) * p.ldx + 2 * k, 4);
         }
     });
-    const TileLinear tiles{p, packed};
+    const TileLinear<O> tiles{p, packed};
     const int64_t size = task_rows(p.N, p.K, threads, 2 * TILE_ROWS);
     parallel_tasks(threads, (tiled + size - 1) / size, size * p.K,
                    [&](int64_t i) { tiles.rows(i * size, std::min(tiled, (i + 1) * size)); });
@@ -346,9 +349,9 @@ void linear_tiles(const Linear<bf16>& p, int threads) {
 }
 #endif
 
-template <class T>
-void linear(const T* x, int64_t ldx, const T* w, const T* bias, T* y, int64_t M, int64_t K, int64_t N, int threads) {
-    const Linear<T> p{x, w, bias, y, M, K, N, ldx};
+template <class T, class O>
+void linear_to(const T* x, int64_t ldx, const T* w, const T* bias, O* y, int64_t M, int64_t K, int64_t N, int threads) {
+    const Linear<T, O> p{x, w, bias, y, M, K, N, ldx};
 #ifdef __AMX_BF16__
     if constexpr (sizeof(T) == 2)
         if (K % TILE_K == 0 && have_tiles()) return linear_tiles(p, threads);
@@ -356,6 +359,16 @@ void linear(const T* x, int64_t ldx, const T* w, const T* bias, T* y, int64_t M,
     const int64_t size = task_rows(N, K, threads, 4);
     parallel_tasks(threads, (N + size - 1) / size, size * K,
                    [&](int64_t i) { p.columns(i * size, std::min(N, (i + 1) * size)); });
+}
+
+template <class T>
+void linear(const T* x, int64_t ldx, const T* w, const T* bias, T* y, int64_t M, int64_t K, int64_t N, int threads) {
+    linear_to(x, ldx, w, bias, y, M, K, N, threads);
+}
+template <class T>
+void wide_linear(const T* x, int64_t ldx, const T* w, const T* bias, float* y, int64_t M, int64_t K, int64_t N,
+                 int threads) {
+    linear_to(x, ldx, w, bias, y, M, K, N, threads);
 }
 
 // ---- attention of one new token per request ------------------------------------------------------------------------
@@ -699,5 +712,6 @@ int lamella_has_tiles() {
 
 extern const Kernel lamella_kernels[];
 const Kernel lamella_kernels[] = {KERNEL(decode_attention), KERNEL(short_conv), KERNEL(add_rms_norm), KERNEL(silu_mul),
-                                  KERNEL(linear),           KERNEL(rotary),     KERNEL(write_kv),     {}};
+                                  KERNEL(linear),           KERNEL(wide_linear), KERNEL(rotary),    KERNEL(write_kv),
+                                  {}};
 }
