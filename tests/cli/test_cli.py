@@ -59,11 +59,11 @@ def test_generate_demo_asks_and_checks_itself(capsys):
 
 
 def test_the_demo_tour(capsys):
-    assert main(["demo", "--questions", "24"]) == 0
+    assert main(["demo", "--questions", "150"]) == 0
     out = capsys.readouterr().out
-    for shown in ("canon A", "floor of a decode step", "24 held-out questions", "all as it should be"):
+    for shown in ("canon A", "floor of a decode step", "150 held-out questions", "all as it should be"):
         assert shown in out
-    assert main(["demo", "--questions", "24", "--json"]) == 0
+    assert main(["demo", "--questions", "150", "--json"]) == 0
     result = last_json(capsys)
     assert result["passed"]
     assert set(result["accuracy"]) == {"3", "16", "64", "2048"}

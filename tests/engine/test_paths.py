@@ -127,3 +127,20 @@ def test_cuda_gives_the_same_tokens(checkpoint, expected, budget):
     llm = LLM(checkpoint, device="cuda", max_num_batched_tokens=budget, max_num_seqs=8)
     llm.engine.memory.poison()
     assert tokens(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_forward_never_waits_for_the_device(checkpoint, expected):
+    llm = LLM(checkpoint, device="cuda", max_num_batched_tokens=16, max_num_seqs=8)
+    forward = llm.engine.model.forward
+
+    def watched(*args, **kwargs):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    llm.engine.model.forward = watched
+    assert tokens(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == expected

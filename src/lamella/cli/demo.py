@@ -21,6 +21,8 @@ _CONTEXT = 100  # about what a question and its answer take
 def run(args: argparse.Namespace) -> int:
     if args.questions < 1:
         raise ParameterError(f"--questions {args.questions}: must be at least 1")
+    # The model is so small that threads would only wait for one another.
+    torch.set_num_threads(1)
     checkpoint = open_checkpoint(DEMO)
     if not args.json:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
