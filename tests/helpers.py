@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lamella import LLM, SamplingParams
+from lamella.checkpoint import load_model, open_checkpoint
 from lamella.checkpoint.names import targets
 from lamella.models import resolve_architecture
 
@@ -82,3 +84,53 @@ def greedy(logits_of: Callable[[Tensor], Tensor], prompt: Sequence[int], count: 
     for _ in range(count):
         ids.append(int(logits_of(torch.tensor([ids]))[0, -1].argmax()))
     return ids[len(prompt) :]
+
+
+def hf_checkpoint(folder: Path, config: Any, seed: int = 0) -> nn.Module:
+    """A random `transformers` model, saved in `folder`; its logits are `model(ids).logits`."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    randomize(model, seed)
+    model.save_pretrained(folder)
+    return model
+
+
+@torch.no_grad()
+def logprobs(logits: Tensor) -> Tensor:
+    return logits.double().log_softmax(-1)
+
+
+@torch.no_grad()
+def plain_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits of a plain forward of one of our models."""
+    return model.compute_logits(model(ids))
+
+
+@torch.no_grad()
+def assert_plain_parity(
+    folder: Path, logits_of: Callable[[Tensor], Tensor], lengths: Sequence[int], max_length: int | None = None
+) -> None:
+    """A forward without an engine gives the oracle's log-probabilities."""
+    model = load_model(open_checkpoint(folder), dtype="float32", max_length=max_length)
+    for prompt in random_prompts(lengths):
+        ids = torch.tensor([prompt["prompt_token_ids"]])
+        difference = logprobs(plain_logits(model, ids)) - logprobs(logits_of(ids))
+        assert difference.abs().max() <= 1e-4
+
+
+@torch.no_grad()
+def assert_engine_parity(
+    folder: Path, logits_of: Callable[[Tensor], Tensor], lengths: Sequence[int], count: int = 8, **options: Any
+) -> None:
+    """The chunking, batching engine gives the oracle's log-probabilities and its greedy tokens."""
+    llm = LLM(folder, device="cpu", dtype="float32", max_num_batched_tokens=64, max_num_seqs=4, **options)
+    prompts = random_prompts(lengths)
+    params = SamplingParams(temperature=0, max_tokens=count, prompt_logprobs=VOCAB, ignore_eos=True)
+    for prompt, output in zip(prompts, llm.generate(prompts, params, use_tqdm=False), strict=True):
+        ids = prompt["prompt_token_ids"]
+        assert output.outputs[0].token_ids == greedy(logits_of, ids, count)
+        if len(ids) > 1:
+            ours = torch.tensor([[row[i].logprob for i in range(VOCAB)] for row in output.prompt_logprobs[1:]])
+            expected = logprobs(logits_of(torch.tensor([ids])))[0, :-1]
+            assert (ours - expected).abs().max() <= 1e-4

@@ -9,7 +9,7 @@ from lamella.ops.linear import linear, reference, wide_linear
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 2, 16, 17, 64, 65])
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 32, 47, 64, 256, 257])
 @pytest.mark.parametrize(("width", "outputs", "bias"), [(64, 48, True), (33, 17, False), (96, 1, True)])
 @torch.inference_mode()
 def test_linear(dtype, rows, width, outputs, bias):
@@ -24,7 +24,7 @@ def test_linear(dtype, rows, width, outputs, bias):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 64), (3, 5, 64), (130, 64), (2, 33)])
+@pytest.mark.parametrize("shape", [(1, 64), (3, 5, 64), (300, 64), (2, 33)])
 @torch.inference_mode()
 def test_wide_linear_keeps_the_sums(dtype, shape):
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from torch import Tensor
 from lamella.ops import native
 from lamella.ops.backend import use_native
 
-_BLOCK = 64  # rows that the native kernel takes at a time, see native.linear_rows
+_BLOCK = 256  # rows that the native kernel takes at a time, see native.linear_rows
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -29,7 +29,8 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
         wide = linear(rows, weight, None).float()
     elif use_native(x):
         # In blocks of what the kernel is fast for: the alternative is a copy of the whole weight.
-        wide = torch.cat([native.linear(part, weight, wide=True) for part in rows.split(_BLOCK)])
+        parts = [native.linear(part, weight, wide=True) for part in rows.split(_BLOCK)]
+        wide = parts[0] if len(parts) == 1 else torch.cat(parts)
     elif x.is_cuda and not torch.is_grad_enabled():
         wide = torch.mm(rows, weight.T, out_dtype=torch.float32)
     else:

@@ -143,7 +143,7 @@ def linear_rows(dtype: torch.dtype, width: int) -> int:
     """Up to how many rows of `width` elements :func:`linear` is the faster choice (measured against oneDNN's)."""
     if dtype == torch.float32:
         return 16
-    return 64 if _has_tiles and width % 32 == 0 else 1
+    return 256 if _has_tiles and width % 32 == 0 else 1
 
 
 def _dense_rows(x: Tensor) -> bool:

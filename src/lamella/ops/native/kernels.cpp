@@ -280,50 +280,72 @@ struct TileLinear {
     const Linear<bf16, O>& p;
     const uint32_t* packed_x;
 
-    // B blocks of 16 weight rows from row n on, against the rows [m, m + rows) of x. Tiles: 0, 1 sums; 2, 3 w; 4 x.
-    template <int B>
+    // B blocks of 16 weight rows from row n on, against C blocks of `rows` rows of x from row m on (all of 16 if C is 2).
+    // Tiles: 0-3 sums, 2 b + c; 4, 5 w; 6, 7 x. Two by two, every load serves two products.
+    template <int B, int C>
     void blocks(int64_t n, int64_t m, int rows) const {
         // The next rows follow in memory, so a linear stream of prefetches runs this far ahead, across row ends.
         constexpr int64_t ahead = 8192;
         const bf16* w = p.w + n * p.K;
-        const uint32_t* x = packed_x + m * p.K / 2;
+        const uint32_t *x = packed_x + m * p.K / 2, *second = x + TILE_ROWS * p.K / 2;
         _tile_zero(0);
-        if (B == 2) _tile_zero(1);
+        if (C == 2) _tile_zero(1);
+        if (B == 2) _tile_zero(2);
+        if (B == 2 && C == 2) _tile_zero(3);
         for (int64_t k = 0; k < p.K; k += TILE_K) {
-            const char* next = reinterpret_cast<const char*>(w + B * TILE_ROWS * k) + ahead;
-            for (int line = 0; line < B * TILE_ROWS; ++line) _mm_prefetch(next + 64 * line, _MM_HINT_T1);
-            _tile_loadd(4, x + k / 2 * rows, 4 * rows);
-            _tile_loadd(2, w + k, 2 * p.K);
-            _tile_dpbf16ps(0, 2, 4);
+            if (m == 0) {  // later rows of x find the weight in the cache
+                const char* next = reinterpret_cast<const char*>(w + B * TILE_ROWS * k) + ahead;
+                for (int line = 0; line < B * TILE_ROWS; ++line) _mm_prefetch(next + 64 * line, _MM_HINT_T1);
+            }
+            _tile_loadd(6, x + k / 2 * rows, 4 * rows);
+            _tile_loadd(4, w + k, 2 * p.K);
+            _tile_dpbf16ps(0, 4, 6);
+            if (C == 2) {
+                _tile_loadd(7, second + k / 2 * rows, 4 * rows);
+                _tile_dpbf16ps(1, 4, 7);
+            }
             if (B == 2) {
-                _tile_loadd(3, w + TILE_ROWS * p.K + k, 2 * p.K);
-                _tile_dpbf16ps(1, 3, 4);
+                _tile_loadd(5, w + TILE_ROWS * p.K + k, 2 * p.K);
+                _tile_dpbf16ps(2, 5, 6);
+                if (C == 2) _tile_dpbf16ps(3, 5, 7);
             }
         }
-        alignas(64) float out[B * TILE_ROWS * 16];
-        _tile_stored(0, out, 4 * rows);
-        if (B == 2) _tile_stored(1, out + TILE_ROWS * rows, 4 * rows);
-        for (int b = 0; b < B * TILE_ROWS; b += LANES) {
-            const f32v bias = p.bias ? load(p.bias + n + b) : f32v{};
-            for (int j = 0; j < rows; ++j) {
-                f32v column;
-                for (int i = 0; i < LANES; ++i) column[i] = out[(b + i) * rows + j];
-                store(p.y + (m + j) * p.N + n + b, column + bias);
-            }
+        alignas(64) float out[B * C][TILE_ROWS * 16];
+        _tile_stored(0, out[0], 4 * rows);
+        if (C == 2) _tile_stored(1, out[1], 4 * rows);
+        if (B == 2) _tile_stored(2, out[C], 4 * rows);
+        if (B == 2 && C == 2) _tile_stored(3, out[3], 4 * rows);
+        const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        const __m512i down = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(rows));
+        for (int b = 0; b < B; ++b) {
+            const f32v bias = p.bias ? load(p.bias + n + b * TILE_ROWS) : f32v{};
+            for (int c = 0; c < C; ++c)
+                for (int j = 0; j < rows; ++j) {
+                    const f32v column = bits_as<f32v>(_mm512_i32gather_ps(down, out[b * C + c] + j, 4));
+                    store(p.y + (m + c * TILE_ROWS + j) * p.N + n + b * TILE_ROWS, column + bias);
+                }
         }
     }
 
+    template <int C>
+    void columns(int64_t begin, int64_t end, int64_t m, int rows) const {
+        int64_t n = begin;
+        for (; n + 2 * TILE_ROWS <= end; n += 2 * TILE_ROWS) blocks<2, C>(n, m, rows);
+        if (n < end) blocks<1, C>(n, m, rows);
+    }
+
     void rows(int64_t begin, int64_t end) const {
-        for (int64_t m = 0; m < p.M; m += 16) {
-            const int count = int(std::min<int64_t>(16, p.M - m));
+        for (int64_t m = 0; m < p.M;) {
+            const bool pair = p.M - m >= 2 * TILE_ROWS;
+            const int count = int(std::min<int64_t>(TILE_ROWS, p.M - m));
             TileConfig config;
-            for (int t = 0; t < 5; ++t) config.rows[t] = 16, config.row_bytes[t] = t == 2 || t == 3 ? 64 : 4 * count;
+            for (int t = 0; t < 8; ++t) config.rows[t] = 16, config.row_bytes[t] = t == 4 || t == 5 ? 64 : 4 * count;
             _tile_loadconfig(&config);
-            int64_t n = begin;
-            for (; n + 2 * TILE_ROWS <= end; n += 2 * TILE_ROWS) blocks<2>(n, m, count);
-            if (n < end) blocks<1>(n, m, count);
-            _tile_release();  // a thread that keeps live tiles pays for them at every context switch
+            if (pair) columns<2>(begin, end, m, count);
+            else columns<1>(begin, end, m, count);
+            m += pair ? 2 * TILE_ROWS : count;
         }
+        _tile_release();  // a thread that keeps live tiles pays for them at every context switch
     }
 };
 

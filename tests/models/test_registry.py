@@ -1,0 +1,119 @@
+"""Architectures by name: what is there, aliases, and architectures that others bring."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+
+import pytest
+
+import lamella
+from helpers import canon_config, greedy, plain_logits, random_prompts, randomize, save_lamella
+from lamella import LLM, SamplingParams
+from lamella.config import AttentionConfig, CanonConfig, LayerConfig, MLPConfig, NormConfig, RopeConfig
+from lamella.errors import ConfigError
+from lamella.models import CausalLM, architectures, register_architecture, registry, resolve_architecture
+from lamella.models.hf_config import read_model
+
+BUILT_IN = ["LlamaCanonForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM"]
+VALUES = {"vocab_size": 128, "hidden_size": 32, "depth": 3, "architectures": ["StripesForCausalLM"]}
+
+
+class StripesForCausalLM(CausalLM):
+    """No two layers alike, and a checkpoint with names of its own."""
+
+    checkpoint_names = {"mixer": "mix", "feed_forward": "ffn", "qkv_proj": "in"}  # noqa: RUF012
+
+    @classmethod
+    def read_config(cls, config):
+        norm = NormConfig(eps=1e-5)
+
+        def layer(index):
+            canon = CanonConfig(kernel=index + 2)
+            attention = AttentionConfig(
+                num_heads=4,
+                num_kv_heads=2**index,
+                head_dim=16,
+                scale=0.2,
+                window=(None, 7, 20)[index],
+                rope=(None, RopeConfig(dim=8), RopeConfig(dim=16, interleaved=True))[index],
+                canon=canon,
+            )
+            return LayerConfig(
+                mixer=attention,
+                feed_forward=MLPConfig(intermediate_size=16 * (index + 1), canon=canon if index else None),
+                norm=norm,
+            )
+
+        return read_model(config, "StripesForCausalLM", map(layer, range(config.int("depth"))), norm.eps, 512)
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch):
+    """Registrations end with the test, and only the entry points of the test are installed."""
+    monkeypatch.setattr(registry, "_targets", dict(registry._targets))
+    monkeypatch.setattr(registry, "_aliases", dict(registry._aliases))
+    monkeypatch.setattr(registry, "entry_points", lambda group: [])
+
+
+@pytest.mark.parametrize("name", [*BUILT_IN, "llama", "qwen3", "LlamaCanon"])
+def test_names_and_aliases(name):
+    cls = resolve_architecture(name)
+    assert cls.__name__.lower().startswith(name.lower())
+    assert cls.__name__ in BUILT_IN
+
+
+def test_unknown_names_list_what_there_is():
+    with pytest.raises(ConfigError, match=f"'GPT2LMHeadModel' is not known; there are: {', '.join(BUILT_IN)}$"):
+        resolve_architecture("GPT2LMHeadModel")
+
+
+def test_an_architecture_from_outside_runs(tmp_path):
+    lamella.register_architecture("StripesForCausalLM", StripesForCausalLM, aliases=("stripes",))
+    assert resolve_architecture("stripes") is StripesForCausalLM
+    assert architectures() == [*BUILT_IN, "StripesForCausalLM"]
+    model = StripesForCausalLM.from_config(VALUES)
+    randomize(model, 0)
+    llm = LLM(save_lamella(model, VALUES, tmp_path), device="cpu", max_num_batched_tokens=16, max_num_seqs=2)
+    prompts = random_prompts([1, 9, 60])
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=10), use_tqdm=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        expected = greedy(lambda ids: plain_logits(model, ids), prompt["prompt_token_ids"], 10)
+        assert output.outputs[0].token_ids == expected
+
+
+def test_the_same_again_is_harmless():
+    for target in (StripesForCausalLM, f"{__name__}:StripesForCausalLM"):
+        register_architecture("StripesForCausalLM", target, aliases=("stripes",))
+    register_architecture("LlamaForCausalLM", "lamella.models.llama:LlamaForCausalLM", aliases=("llama",))
+
+
+@pytest.mark.parametrize(
+    ("name", "aliases"),
+    [("LlamaForCausalLM", ()), ("llama", ()), ("New", ("qwen3",)), ("New", ("Qwen3ForCausalLM",))],
+)
+def test_taking_over_a_name_is_refused(name, aliases):
+    with pytest.raises(ConfigError, match="is registered already"):
+        register_architecture(name, StripesForCausalLM, aliases)
+    assert architectures() == BUILT_IN
+    with pytest.raises(ConfigError, match="is not known"):
+        resolve_architecture("New")
+
+
+def test_entry_points(monkeypatch):
+    asked = []
+
+    def entry_points(group):
+        asked.append(group)
+        return [EntryPoint("StripesForCausalLM", f"{__name__}:StripesForCausalLM", group)]
+
+    monkeypatch.setattr(registry, "entry_points", entry_points)
+    assert resolve_architecture("StripesForCausalLM") is StripesForCausalLM
+    assert architectures() == [*BUILT_IN, "StripesForCausalLM"]
+    assert set(asked) == {"lamella.architectures"}
+    with pytest.raises(ConfigError, match="StripesForCausalLM"):
+        resolve_architecture("Unknown")
+
+
+def test_what_is_built_in_needs_no_look_at_the_entry_points(monkeypatch):
+    monkeypatch.setattr(registry, "entry_points", lambda group: pytest.fail("looked"))
+    assert resolve_architecture("llama").from_config(canon_config(canon_set=None, model_type="llama")) is not None
