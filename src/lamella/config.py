@@ -101,6 +101,8 @@ class RopeConfig:
     def __post_init__(self) -> None:
         _check(self.dim > 0 and self.dim % 2 == 0, "rope.dim", self.dim, "a positive even number")
         _check(self.theta > 0, "rope.theta", self.theta, "positive")
+        yarn = isinstance(self.scaling, YarnScaling)
+        _check(not yarn or self.theta > 1, "rope.theta", self.theta, "more than 1 for yarn scaling")
         dynamic = isinstance(self.scaling, DynamicScaling)
         _check(not dynamic or self.dim > 2, "rope.dim", self.dim, "more than 2 for dynamic scaling")
 

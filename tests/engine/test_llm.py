@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import pytest
 import torch
@@ -126,6 +126,21 @@ def test_stream_grows_to_the_same_result(llm):
     assert texts[-1] == whole.outputs[0].text
     assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
     assert len(texts) == 8
+
+
+def test_two_streams_take_turns(llm):
+    prompts = random_prompts([5, 9])
+    alone = [llm.generate(prompt, greedy(), use_tqdm=False)[0].outputs[0].token_ids for prompt in prompts]
+    first, second = (
+        list(pair) for pair in zip(*(zip_longest(*(llm.stream(p, greedy()) for p in prompts))), strict=True)
+    )
+    for outputs, tokens in zip((first, second), alone, strict=True):
+        assert [output for output in outputs if output][-1].outputs[0].token_ids == tokens
+    # One runs ahead of the other, whose caller then gets several tokens at a time, but always the end.
+    slow = llm.stream(prompts[0], greedy(max_tokens=20))
+    next(slow)
+    list(llm.stream(prompts[1], greedy(max_tokens=30)))
+    assert len(list(slow)[-1].outputs[0].token_ids) == 20
 
 
 def test_leaving_a_stream_early_cancels_the_request(llm):

@@ -359,8 +359,16 @@ class TestCanon:
         }
         assert {letter for letter, canon in places.items() if canon} == set(letters or "")
 
-    def test_null_intermediate_size(self):
+    def test_intermediate_size_that_is_null_or_missing(self):
         assert read("canon", intermediate_size=None).layers[0].feed_forward.intermediate_size == 64 * 8 // 3
+        assert read("canon", without="intermediate_size").layers[0].feed_forward.intermediate_size == 11008
+
+    def test_rope_dim_and_factor_must_agree(self):
+        assert read("canon", rope_dim=4, partial_rotary_factor=0.25).layers[0].mixer.rope.dim == 4
+        refused("partial_rotary_factor", "canon", rope_dim=4, partial_rotary_factor=0.5)
+
+    def test_yarn_needs_a_base(self):
+        refused("theta", rope_theta=1.0, rope_scaling={"rope_type": "yarn", "factor": 2.0})
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(), Qwen3Config()], ids=["llama", "qwen3"])

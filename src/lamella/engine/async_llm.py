@@ -8,6 +8,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 from lamella.engine.completion import Job
@@ -25,7 +26,7 @@ class AsyncLLM:
     Settings: see `EngineOptions`. Close it with `shutdown`, or use it as an async context manager.
     """
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(self, model: str | Path, **options: Any) -> None:
         self.engine = Engine.load(EngineOptions(model=model, **options))
         self._ids = itertools.count()
         self._orders: deque[Callable[[], None]] = deque()  # what the engine's thread has to do between steps

@@ -18,6 +18,7 @@ class Completion:
         self.request, self.index = request, index
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
+        self.revision = 0  # grows with everything that changes the output
         self._tokenizer = tokenizer
         self._text = IncrementalDetokenizer(tokenizer, request.params, request.prompt_token_ids)
         self._logprobs: list[dict[int, Logprob]] | None = None if request.params.logprobs is None else []
@@ -35,6 +36,7 @@ class Completion:
     def take(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """One more token; may end the completion."""
         request, params = self.request, self.request.params
+        self.revision += 1
         request.output_token_ids.append(token_id)
         if self._logprobs is not None:
             assert logprobs is not None
@@ -60,6 +62,7 @@ class Completion:
             # What was held back held a stop string.
             reason, stop = "stop", self._text.stop_reason
         self.finish_reason, self.stop_reason = reason, stop
+        self.revision += 1
 
     def output(self) -> CompletionOutput:
         return CompletionOutput(
@@ -81,6 +84,10 @@ class Job:
 
     def __init__(self, request_id: str, prompt: str | None, completions: list[Completion]) -> None:
         self.request_id, self.prompt, self.completions = request_id, prompt, completions
+
+    @property
+    def revision(self) -> int:
+        return sum(completion.revision for completion in self.completions)
 
     @property
     def finished(self) -> bool:

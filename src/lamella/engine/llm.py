@@ -114,12 +114,18 @@ class LLM:
         """Step until the jobs are through, giving each that got something new; on the way out none is left behind."""
         for job in jobs:
             self.engine.add(job)
-        mine = {job.request_id for job in jobs}
+        # Whoever steps the engine moves the jobs of other callers too, so what counts is what has been given on.
+        given = {job: job.revision for job in jobs}
         try:
-            while not all(job.finished for job in jobs):
-                for changed in self.engine.step():
-                    if changed.request_id in mine:
-                        yield changed
+            while given:
+                if all(job.revision == before for job, before in given.items()):
+                    self.engine.step()
+                for job, before in list(given.items()):
+                    if job.revision != before:
+                        given[job] = job.revision
+                        if job.finished:
+                            del given[job]
+                        yield job
         finally:
             for job in jobs:
                 self.engine.cancel(job.request_id)

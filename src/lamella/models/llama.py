@@ -45,7 +45,7 @@ class LlamaForCausalLM(CausalLM):
     ) -> None:
         """`rope_scaling` takes the form of Hugging Face configs, None for unscaled rotation.
 
-        `block_size` is the page size that an `LLM` around this model would use; a plain forward has no pages.
+        `block_size` is kept as an attribute for callers that set it; a forward without an engine has no pages.
         """
         config = {
             "vocab_size": vocab_size,

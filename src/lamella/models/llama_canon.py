@@ -51,8 +51,10 @@ class LlamaCanonForCausalLM(CausalLM):
                 canon=canons["B"],
             ),
             feed_forward=MLPConfig(
-                # The default where the key is there but null, as in the training code's HF port.
-                intermediate_size=config.int("intermediate_size", hidden_size * 8 // 3),
+                # The published config class has two defaults: one for a missing key, one for null.
+                intermediate_size=config.int(
+                    "intermediate_size", hidden_size * 8 // 3 if "intermediate_size" in config.values else 11008
+                ),
                 gate_up_bias=mlp_bias,
                 down_bias=mlp_bias,
                 canon=canons["D"],
@@ -81,7 +83,9 @@ class LlamaCanonForCausalLM(CausalLM):
     def _read_rope(config: HFConfig, head_dim: int, max_positions: int) -> RopeConfig | None:
         """`rope_dim` counts the rotated channels of a head; the files say the same again as a factor."""
         interleaved = config.choice("rope_version", ("huggingface", "lingua"), "huggingface") == "lingua"
-        dim = config.int("rope_dim", None, minimum=0)
+        dim, factor = config.int("rope_dim", None, minimum=0), config.float("partial_rotary_factor", None)
+        if dim is not None and factor is not None and abs(factor * head_dim - dim) >= 1:
+            raise config.error("partial_rotary_factor", factor, f"rope_dim / head_dim = {dim} / {head_dim}")
         return read_rope(
             config,
             head_dim,

@@ -34,8 +34,8 @@ class Qwen3ForCausalLM(CausalLM):
         """The attention scale is `scale / sqrt(head_dim)`; queries and keys are normalised whatever the biases.
 
         The defaults are not those of any released Qwen3 (which have base 1e6, eps 1e-6 and no MLP biases): give the
-        real ones, or use `from_config`. `block_size` is the page size that an `LLM` around this model would use; a
-        plain forward has no pages.
+        real ones, or use `from_config`. `block_size` is kept as an attribute for callers that set it; a
+        forward without an engine has no pages.
         """
         head_dim = head_dim or hidden_size // num_heads
         norm = NormConfig(eps=rms_norm_epsilon)
