@@ -23,7 +23,6 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints-dev.txt scripts/install_torch.sh
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
 	scripts/install_torch.sh $(BIN)/python
 	$(BIN)/python -m pip install -q -c constraints-dev.txt -e '.[hf,dev]'
 	touch $(READY)

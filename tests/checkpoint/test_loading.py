@@ -246,7 +246,7 @@ class TestFiles:
     def test_no_weights(self, edit):
         folder = edit("llama")
         (folder / "model.safetensors").unlink()
-        refused(folder, str(folder))
+        refused(folder, str(folder), "no weights there")
 
 
 class TestFolders:
