@@ -1,7 +1,7 @@
 """lamella against `transformers` and vLLM's CPU build: one machine, one run, the same random weights.
 
-Each engine runs in a process of its own, one after the other, `--rounds` times in turn, and its best round counts. The
-model has Qwen3-0.6B's shape and random bf16 weights, written once. Tokens are checked: `transformers` scores what every
+Each engine is loaded in a process of its own; then they are timed in turn, `--rounds` times, and the best of each
+counts, since a machine's speed may drift. The model has Qwen3-0.6B's shape and random bf16 weights, written once. Tokens are checked: `transformers` scores what every
 engine chose (greedy) by one full forward, and the worst gap to its own best token is printed; rounding is worth some
 hundredths, a wrong token about 3.
 
@@ -21,6 +21,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ SHAPE = {
 }
 BATCHES = (1, 16)
 INPUT_LEN, OUTPUT_LEN = 128, 64
-REPEATS = 3
+SETTLE_SECONDS = 0.5  # until the last engine's threads have gone to sleep
 ENGINES = ("lamella", "transformers", "vllm")
 
 Generate = Callable[[list[list[int]], int], list[list[int]]]
@@ -103,24 +105,46 @@ def make_transformers(path: str) -> Generate:
 
 
 def worker(engine: str, path: str) -> None:
-    """Time one engine; one JSON line on stdout."""
+    """Load one engine, then time what each line of stdin asks for, a batch and a number of tokens; JSON lines back."""
+    # Engines talk on stdout; the answers go to the real one, everything else to stderr.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     generate = {"lamella": make_lamella, "transformers": make_transformers, "vllm": make_vllm}[engine](path)
     generate(prompts(2), 3)
-    results: dict[str, Any] = {"tokens": generate(prompts(1), OUTPUT_LEN)[0]}
-    for batch in BATCHES:
+    print(json.dumps({"ready": engine}), file=answers, flush=True)
+    for line in sys.stdin:
+        batch, count = map(int, line.split())
         some = prompts(batch)
+        start = time.perf_counter()
+        tokens = generate(some, count)
+        print(json.dumps({"seconds": time.perf_counter() - start, "tokens": tokens[0]}), file=answers, flush=True)
 
-        def seconds(count: int, some: list[list[int]] = some) -> float:
-            best = float("inf")
-            for _ in range(REPEATS):
-                start = time.perf_counter()
-                generate(some, count)
-                best = min(best, time.perf_counter() - start)
-            return best
 
-        prefill, total = seconds(1), seconds(OUTPUT_LEN)
-        results[str(batch)] = {"total_s": total, "prefill_s": prefill}
-    print(json.dumps(results))
+class Worker:
+    """An engine in a process of its own, which waits while others are timed."""
+
+    def __init__(self, python: str, engine: str, path: str) -> None:
+        command = [python, __file__, "--worker", engine, path]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._answer()
+
+    def time(self, batch: int, count: int) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        time.sleep(SETTLE_SECONDS)
+        print(batch, count, file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.process.args}: ended with status {self.process.wait()}")
+        return json.loads(line)
 
 
 def score(path: str, chosen: dict[str, list[int]]) -> dict[str, float]:
@@ -178,28 +202,32 @@ def roofline(path: str) -> dict[int, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm-python", help="a Python that has vLLM's CPU build; without it vLLM is left out")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--worker", nargs=2, metavar=("ENGINE", "PATH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         worker(*args.worker)
         return
-    pythons = {"lamella": sys.executable, "transformers": sys.executable, "vllm": args.vllm_python}
+    pythons = {"lamella": sys.executable, "transformers": sys.executable, "vllm": args.vllm_python or ""}
     engines = [engine for engine in ENGINES if pythons[engine]]
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder))
         floors = roofline(folder)
-        best: dict[str, dict[int, dict[str, float]]] = {engine: {} for engine in engines}
+        workers = {engine: Worker(pythons[engine], engine, folder) for engine in engines}
+        best: dict[str, dict[int, dict[str, float]]] = {
+            engine: {batch: {"total_s": inf, "prefill_s": inf} for batch in BATCHES} for engine in engines
+        }
         chosen: dict[str, list[int]] = {}
-        for _ in range(args.rounds):
-            for engine in engines:
-                command = [pythons[engine], __file__, "--worker", engine, folder]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                result = json.loads(done.stdout.splitlines()[-1])
-                chosen[engine] = result["tokens"]
-                for batch in BATCHES:
-                    times, kept = result[str(batch)], best[engine].setdefault(batch, dict(result[str(batch)]))
-                    kept.update({key: min(kept[key], value) for key, value in times.items()})
+        for number in range(args.rounds):
+            for batch, engine in product(BATCHES, engines):
+                for key, count in (("prefill_s", 1), ("total_s", OUTPUT_LEN)):
+                    answer = workers[engine].time(batch, count)
+                    best[engine][batch][key] = min(best[engine][batch][key], answer["seconds"])
+                if batch == 1:
+                    chosen[engine] = answer["tokens"]
+            print(f"round {number + 1} of {args.rounds} done", file=sys.stderr, flush=True)
+        for each in workers.values():
+            each.close()
         gaps = score(folder, chosen)
     report(engines, best, floors, gaps)
 

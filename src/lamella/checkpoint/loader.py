@@ -86,7 +86,7 @@ def check_names(checkpoint: Checkpoint, model: CausalLM, names: Iterable[str]) -
     """Refuse a file whose tensors are not those of the model; returns the names of copies that are not needed."""
     present = {name for name in names if not name.endswith("rotary_emb.inv_freq")}
     if not present:
-        raise CheckpointError(f"{checkpoint.path}: no weights there (*.safetensors, or params.json and consolidated.pth)")
+        raise CheckpointError(f"{checkpoint.path}: no weights there (*.safetensors or consolidated.pth)")
     expected = set(targets(model, checkpoint.names))
     redundant = present & {checkpoint.tied_head} if model.config.tie_word_embeddings else set()
     problems = {"missing": sorted(expected - present), "unexpected": sorted(present - expected - redundant)}

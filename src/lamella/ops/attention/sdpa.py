@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -28,7 +30,7 @@ def paged_attention(
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """See `reference.paged_attention`. All decodes are one call, prefills one call each."""
+    """See `reference.paged_attention`. All decodes are one call, and so are prefills of one shape."""
     outputs = []
     decodes = batch.num_decodes
     if decodes:
@@ -46,16 +48,21 @@ def prefill_attention(
     scale: float,
     window: int | None,
 ) -> list[Tensor]:
-    """The outputs of the requests after the decodes, one tensor each."""
+    """The outputs of the requests after the decodes. Neighbours of equal shape are one call."""
+    shapes = list(zip(batch.query_lens, batch.context_lens, strict=True))[batch.num_decodes :]
     outputs = []
-    start = batch.num_decodes
-    for request in range(batch.num_decodes, batch.num_requests):
-        new, length = batch.query_lens[request], batch.context_lens[request]
+    start, request = batch.num_decodes, batch.num_decodes
+    for (new, length), run in groupby(shapes):
+        count = len(list(run))
         first = 0 if window is None else max(0, length - new - window + 1)
-        rows = _cache_rows(page_table[request], torch.arange(first, length, device=q.device), k_cache.shape[1])
-        k, v = (cache.flatten(0, 1).index_select(0, rows)[None] for cache in (k_cache, v_cache))
-        outputs.append(_attend(q[None, start : start + new], k, v, scale, window)[0])
-        start += new
+        positions = torch.arange(first, length, device=q.device).expand(count, -1)
+        rows = _cache_rows(page_table[request : request + count], positions, k_cache.shape[1])
+        k, v = (
+            cache.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape) for cache in (k_cache, v_cache)
+        )
+        queries = q[start : start + count * new].unflatten(0, (count, new))
+        outputs.append(_attend(queries, k, v, scale, window).flatten(0, 1))
+        start, request = start + count * new, request + count
     return outputs
 
 

@@ -135,6 +135,24 @@ INLINE inline void store_sums(float* to, f32v a, f32v b, f32v c, f32v d) {
     std::memcpy(to, &s, 4 * sizeof(float));
 }
 
+// Rows i and i + S exchange their halves of every 2 S lanes: one of the four steps of a transposition.
+template <int S>
+INLINE inline void exchange(f32v* rows) {
+#define LOW(j) (j & S ? 16 + j - S : j)
+#define HIGH(j) (j & S ? 16 + j : j + S)
+#define ALL(f) \
+    f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)
+    for (int i = 0; i < LANES; ++i) {
+        if (i & S) continue;
+        const f32v a = rows[i], b = rows[i + S];
+        rows[i] = __builtin_shufflevector(a, b, ALL(LOW));
+        rows[i + S] = __builtin_shufflevector(a, b, ALL(HIGH));
+    }
+}
+INLINE inline void transpose(f32v (&rows)[LANES]) {
+    exchange<8>(rows), exchange<4>(rows), exchange<2>(rows), exchange<1>(rows);
+}
+
 // e^x to about 2 ulp, saturating at the ends of the normal range; a NaN stays a NaN.
 INLINE inline f32v exp(f32v x) {
     x = x < -87.3f ? splat(-87.3f) : x;
@@ -284,8 +302,8 @@ struct TileLinear {
     // Tiles: 0-3 sums, 2 b + c; 4, 5 w; 6, 7 x. Two by two, every load serves two products.
     template <int B, int C>
     void blocks(int64_t n, int64_t m, int rows) const {
-        // The next rows follow in memory, so a linear stream of prefetches runs this far ahead, across row ends.
-        constexpr int64_t ahead = 8192;
+        // The next block follows in memory: while this one is at work, a linear stream of prefetches brings it in.
+        const int64_t ahead = B * TILE_ROWS * p.K * int64_t(sizeof(bf16));
         const bf16* w = p.w + n * p.K;
         const uint32_t *x = packed_x + m * p.K / 2, *second = x + TILE_ROWS * p.K / 2;
         _tile_zero(0);
@@ -315,15 +333,15 @@ struct TileLinear {
         if (C == 2) _tile_stored(1, out[1], 4 * rows);
         if (B == 2) _tile_stored(2, out[C], 4 * rows);
         if (B == 2 && C == 2) _tile_stored(3, out[3], 4 * rows);
-        const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-        const __m512i down = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(rows));
         for (int b = 0; b < B; ++b) {
             const f32v bias = p.bias ? load(p.bias + n + b * TILE_ROWS) : f32v{};
-            for (int c = 0; c < C; ++c)
-                for (int j = 0; j < rows; ++j) {
-                    const f32v column = bits_as<f32v>(_mm512_i32gather_ps(down, out[b * C + c] + j, 4));
-                    store(p.y + (m + c * TILE_ROWS + j) * p.N + n + b * TILE_ROWS, column + bias);
-                }
+            for (int c = 0; c < C; ++c) {
+                f32v columns[LANES];
+                for (int i = 0; i < LANES; ++i) columns[i] = load(out[b * C + c] + i * rows, rows);
+                transpose(columns);
+                for (int j = 0; j < rows; ++j)
+                    store(p.y + (m + c * TILE_ROWS + j) * p.N + n + b * TILE_ROWS, columns[j] + bias);
+            }
         }
     }
 
@@ -335,6 +353,9 @@ struct TileLinear {
     }
 
     void rows(int64_t begin, int64_t end) const {
+        const char* first = reinterpret_cast<const char*>(p.w + begin * p.K);
+        const int64_t block = std::min<int64_t>(2 * TILE_ROWS, end - begin) * p.K * int64_t(sizeof(bf16));
+        for (int64_t byte = 0; byte < block; byte += 64) _mm_prefetch(first + byte, _MM_HINT_T1);
         for (int64_t m = 0; m < p.M;) {
             const bool pair = p.M - m >= 2 * TILE_ROWS;
             const int count = int(std::min<int64_t>(TILE_ROWS, p.M - m));
@@ -364,7 +385,10 @@ void linear_tiles(const Linear<bf16, O>& p, int threads) {
         }
     });
     const TileLinear<O> tiles{p, packed};
-    const int64_t size = task_rows(p.N, p.K, threads, 2 * TILE_ROWS);
+    // Few rows of x: memory is the limit, and one long read for each thread is the quickest. Many: tasks even out.
+    const int64_t pairs_of_blocks = (tiled + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS);
+    const int64_t share = (pairs_of_blocks + threads - 1) / threads * 2 * TILE_ROWS;
+    const int64_t size = p.M <= TILE_ROWS && share > 0 ? share : task_rows(p.N, p.K, threads, 2 * TILE_ROWS);
     parallel_tasks(threads, (tiled + size - 1) / size, size * p.K,
                    [&](int64_t i) { tiles.rows(i * size, std::min(tiled, (i + 1) * size)); });
     p.columns(tiled, p.N);
