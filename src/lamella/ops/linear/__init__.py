@@ -9,6 +9,7 @@ from lamella.ops import native
 from lamella.ops.backend import use_native
 
 _BLOCK = 256  # rows that the native kernel takes at a time, see native.linear_rows
+_SLICE = 16384  # rows of the weight that the portable path widens at a time
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -21,8 +22,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x W^T` in fp32 for x (..., in) of any float dtype, see `reference.wide_linear`.
 
-    The sums stay unrounded on CPUs with the native kernels and on CUDA; elsewhere, and under autograd, they are
-    rounded to the dtype of x before they become fp32.
+    The sums stay unrounded, except under autograd, where they are rounded to the dtype of x before they become fp32.
     """
     rows = x.reshape(-1, x.shape[-1])
     if x.dtype == torch.float32 or not rows.shape[0]:
@@ -31,8 +31,12 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
         # In blocks of what the kernel is fast for: the alternative is a copy of the whole weight.
         parts = [native.linear(part, weight, wide=True) for part in rows.split(_BLOCK)]
         wide = parts[0] if len(parts) == 1 else torch.cat(parts)
-    elif x.is_cuda and not torch.is_grad_enabled():
+    elif torch.is_grad_enabled():
+        wide = torch.nn.functional.linear(rows, weight).float()
+    elif x.is_cuda:
         wide = torch.mm(rows, weight.T, out_dtype=torch.float32)
     else:
-        wide = torch.nn.functional.linear(rows, weight).float()
+        # A slice of the weight at a time: a whole copy in fp32 may not fit.
+        slices = [torch.nn.functional.linear(rows.float(), part.float()) for part in weight.split(_SLICE)]
+        wide = torch.cat(slices, dim=-1)
     return wide.view(*x.shape[:-1], weight.shape[0])
