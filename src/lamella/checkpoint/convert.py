@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lamella.checkpoint.files import Checkpoint, open_checkpoint
-from lamella.checkpoint.loader import check_names, resolve_dtype
+from lamella.checkpoint.loader import check_names, load_tensor, resolve_dtype
 from lamella.checkpoint.names import Target, targets
 from lamella.checkpoint.tensors import INDEX, OpenTensors
 from lamella.config import ModelConfig
@@ -82,13 +82,9 @@ def _tensors(checkpoint: Checkpoint, tensors: OpenTensors, reorder: str | None) 
     config = checkpoint.read_config()
     model = checkpoint.architecture.allocate(config, LocalKit(device="meta"))
     old, new = targets(model, checkpoint.names), targets(model, checkpoint.architecture.checkpoint_names)
-    check_names(checkpoint, model, tensors.names())
+    check_names(checkpoint, model, old, tensors.names())
     for (source, target), name in zip(old.items(), new, strict=True):
-        tensor = tensors.load(source)
-        if tuple(tensor.shape) != target.shape:
-            raise CheckpointError(
-                f"{checkpoint.path}: tensor {source} has shape {tuple(tensor.shape)}, the config says {target.shape}"
-            )
+        tensor = load_tensor(checkpoint, tensors, source, target)
         yield name, (_reordered(tensor, target, config, reorder) if reorder else tensor)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
+from torch import Tensor
 
 from lamella.checkpoint.files import Checkpoint
-from lamella.checkpoint.names import targets
+from lamella.checkpoint.names import Target, targets
 from lamella.checkpoint.tensors import OpenTensors
 from lamella.errors import CheckpointError, ConfigError
 from lamella.layers.kit import LocalKit
@@ -66,13 +67,9 @@ def load_model(
 def fill(model: CausalLM, checkpoint: Checkpoint, tensors: OpenTensors) -> None:
     """Copy every tensor into its place, converting its dtype; raises before anything is copied when names differ."""
     expected = targets(model, checkpoint.names)
-    redundant = check_names(checkpoint, model, tensors.names())
+    redundant = check_names(checkpoint, model, expected, tensors.names())
     for name, target in expected.items():
-        tensor = tensors.load(name)
-        if tuple(tensor.shape) != target.shape:
-            raise CheckpointError(
-                f"{checkpoint.path}: tensor {name} has shape {tuple(tensor.shape)}, the config says {target.shape}"
-            )
+        tensor = load_tensor(checkpoint, tensors, name, target)
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise CheckpointError(f"{checkpoint.path}: tensor {name} is {tensor.dtype}: quantised files are not read")
         target.parameter[target.start : target.stop].copy_(tensor)
@@ -82,12 +79,24 @@ def fill(model: CausalLM, checkpoint: Checkpoint, tensors: OpenTensors) -> None:
             logger.warning("%s: %s differs from the embedding it is tied to, and is not used", checkpoint.path, name)
 
 
-def check_names(checkpoint: Checkpoint, model: CausalLM, names: Iterable[str]) -> set[str]:
+def load_tensor(checkpoint: Checkpoint, tensors: OpenTensors, name: str, target: Target) -> Tensor:
+    """The tensor that goes to `target`, which must have its shape."""
+    tensor = tensors.load(name)
+    if tuple(tensor.shape) != target.shape:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {name} has shape {tuple(tensor.shape)}, the config says {target.shape}"
+        )
+    return tensor
+
+
+def check_names(
+    checkpoint: Checkpoint, model: CausalLM, targets_by_name: Mapping[str, Target], names: Iterable[str]
+) -> set[str]:
     """Refuse a file whose tensors are not those of the model; returns the names of copies that are not needed."""
     present = {name for name in names if not name.endswith("rotary_emb.inv_freq")}
     if not present:
         raise CheckpointError(f"{checkpoint.path}: no weights there (*.safetensors or consolidated.pth)")
-    expected = set(targets(model, checkpoint.names))
+    expected = set(targets_by_name)
     redundant = present & {checkpoint.tied_head} if model.config.tie_word_embeddings else set()
     problems = {"missing": sorted(expected - present), "unexpected": sorted(present - expected - redundant)}
     if any(problems.values()):

@@ -22,7 +22,8 @@ class EngineOptions:
         max_model_len: longest prompt and output together, in tokens; None is what the model supports.
         max_num_seqs: requests that are computed at a time.
         max_num_batched_tokens: tokens computed in a step; longer prompts are computed in chunks.
-        enable_prefix_caching, tensor_parallel_size, placement, deterministic: see `unsupported`.
+        enable_prefix_caching: there is no prefix cache yet, so both values do the same; True says so in the log.
+        tensor_parallel_size, placement, deterministic: only the defaults are possible yet, others are an error.
         enforce_eager: no graph capture; the engine captures none yet, so both values do the same.
         seed: of the draws of requests without a seed, and of dummy weights.
         load_format: "auto", or "dummy" for random weights.
