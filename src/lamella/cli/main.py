@@ -52,6 +52,34 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("--context", type=int, default=2048, help="tokens of context that the costs are shown for")
     _json(inspect)
 
+    parity = _command(
+        commands,
+        "parity",
+        "prove that an engine computes what the reference does, and name the first operation that does not",
+        "Checks: stats (teacher-forced log-probabilities against the reference and its noise floor), paths (every way "
+        "to compute the same tokens, states included), bisect (every operation fed the reference's input). Without a "
+        "name, all three. Exit status 1 where one fails. docs/parity.md explains the figures.",
+    )
+    parity.add_argument("words", nargs="+", metavar="MODEL [stats] [paths] [bisect]", help="the model, then checks")
+    parity.add_argument("--engine", default="lamella", help="lamella, vllm, hf or reference")
+    parity.add_argument("--oracle", default="auto", help="who tells the truth: hf, reference, or auto")
+    parity.add_argument("--dtype", default="auto", help="of the engine; bisect takes float32 unless this is given")
+    parity.add_argument("--device", default="auto")
+    source = parity.add_mutually_exclusive_group()
+    source.add_argument("--prompts", metavar="FILE", help="a prompt a line: text, or a JSON list of token ids")
+    source.add_argument("--random", type=int, metavar="N", help="N sequences of random tokens")
+    parity.add_argument("--count", type=int, help="take only so many sequences")
+    parity.add_argument("--prompt-len", type=int, default=64, help="tokens that are prefilled")
+    parity.add_argument("--decode-len", type=int, default=16, help="tokens that follow one by one")
+    parity.add_argument("--batch-size", type=int, default=8, help="sequences that the engine runs at a time")
+    parity.add_argument("--top", type=int, help="compare the K likeliest tokens of each position only")
+    parity.add_argument("--seed", type=int, default=0, help="of random tokens and dummy weights")
+    parity.add_argument("--load-format", default="auto", help="auto, or dummy for random weights")
+    parity.add_argument("--max-model-len", type=int)
+    parity.add_argument("--free-running", action="store_true", help="also the old number: both generate freely")
+    parity.add_argument("--json", metavar="FILE", help="the report as one JSON object; - prints it, last on stdout")
+    parity.add_argument("--html", metavar="FILE", help="the report as one page")
+
     convert = _command(commands, "convert", "write a LlamaCanon checkpoint, lingua or not, as Hugging Face safetensors")
     _model(convert)
     convert.add_argument("destination", help="a folder that does not exist yet")
@@ -74,8 +102,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _command(commands: argparse._SubParsersAction, name: str, help: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=help, description=help)
+def _command(
+    commands: argparse._SubParsersAction, name: str, help: str, description: str | None = None
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=help, description=description or help)
     command.set_defaults(module=name)
     command.add_argument("--debug", action="store_true", help="show log lines, and tracebacks of errors")
     return command

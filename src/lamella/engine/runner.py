@@ -43,8 +43,8 @@ class ModelRunner:
         input_ids = torch.tensor(tokens).to(self.device, non_blocking=True)
         with forward_batch(self._batch(shares)) as batch:
             hidden = self.model(input_ids)
-        prompts = self._prompt_logprobs(shares, hidden)
-        sampled = self._sample(shares, hidden, batch)
+            prompts = self._prompt_logprobs(shares, hidden)
+            sampled = self._sample(shares, hidden, batch)
         results = []
         for share in shares:
             token_id, logprobs = sampled.get(share.request, (None, None))

@@ -42,11 +42,11 @@ class DecoderLayer(nn.Module):
 
     def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """hidden and residual (T, hidden_size) -> the same pair after the layer."""
-        hidden, residual = self.mixer_norm.add(hidden, residual)
+        hidden, residual = self.mixer_norm(hidden, residual)
         if self.mixer_canon is not None:
             hidden = self.mixer_canon(hidden)
         hidden = self.mixer(positions, hidden)
-        hidden, residual = self.feed_forward_norm.add(hidden, residual)
+        hidden, residual = self.feed_forward_norm(hidden, residual)
         if self.feed_forward_canon is not None:
             hidden = self.feed_forward_canon(hidden)
         return self.feed_forward(hidden), residual
@@ -70,7 +70,7 @@ class Decoder(nn.Module):
         hidden = torch.zeros_like(residual)
         for layer in self.layers:
             hidden, residual = layer(positions, hidden, residual)
-        return self.norm.add(hidden, residual)[0]
+        return self.norm(hidden, residual)[0]
 
 
 def plain_batch(input_ids: Tensor) -> ForwardBatch:

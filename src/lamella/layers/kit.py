@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lamella.layers.context import require_batch
 from lamella.layers.linear import Embedding, Head, Linear, MergedLinear
 from lamella.ops import attention
-from lamella.state.spec import PagedState, SlotState, StateHolder
+from lamella.state.spec import PagedState, SlotState
 
 
 class Kit(Protocol):
@@ -130,6 +130,6 @@ class LocalKit:
         return SlotHolder(spec, prefix)
 
 
-def state_holders(model: nn.Module) -> list[StateHolder]:
+def state_holders(model: nn.Module) -> list[PagedAttention | SlotHolder]:
     """Every module of `model` that keeps state, in layer order."""
     return [module for module in model.modules() if isinstance(module, PagedAttention | SlotHolder)]

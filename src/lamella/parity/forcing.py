@@ -1,0 +1,180 @@
+"""The real engine, made to take given tokens: its scheduler, state and forwards, with the choice of tokens replaced."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamella.engine.engine import Engine
+from lamella.engine.options import EngineOptions
+from lamella.engine.request import Request
+from lamella.engine.runner import ModelRunner, StepResult
+from lamella.engine.sampler import TokenLogprobs
+from lamella.engine.sampling_params import SamplingParams
+from lamella.engine.scheduler import Scheduled
+from lamella.layers.context import ForwardBatch
+from lamella.layers.decoder import LanguageModel
+from lamella.layers.kit import SlotHolder, state_holders
+from lamella.parity.scores import Scores
+from lamella.parity.sequences import TokenSequence
+from lamella.state.manager import DUMMY, Holding, StateManager
+
+_LOGITS_ROWS = 256  # rows of the vocabulary's width at a time
+
+
+@dataclass
+class Record:
+    """What the engine made of one request.
+
+    Attributes:
+        prompt: its prompt.
+        forced: the tokens that follow whatever the logits say; None lets the likeliest follow.
+        count: how many tokens follow.
+        parts: by prediction, its scores; where a preempted request computed one twice, of the second time.
+        state: after the last prediction, by the layer's state path: (positions, ...) rows of pages, or the slot.
+        steps: tokens of each step that computed some of it.
+        preemptions: how often it lost its state.
+        token_ids: what followed in the end.
+    """
+
+    prompt: tuple[int, ...]
+    forced: tuple[int, ...] | None
+    count: int
+    parts: dict[int, Scores] = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict)
+    steps: list[int] = field(default_factory=list)
+    preemptions: int = 0
+    token_ids: tuple[int, ...] = ()
+
+    @property
+    def num_predictions(self) -> int:
+        return len(self.prompt) + self.count - 1
+
+    @property
+    def scores(self) -> Scores:
+        rows = [self.parts[index] for index in range(self.num_predictions)]
+        ids = [row.ids for row in rows if row.ids is not None]
+        return Scores(
+            torch.cat([row.target for row in rows]),
+            torch.cat([row.logprobs for row in rows]),
+            torch.cat(ids) if ids else None,
+        )
+
+
+class ForcedEngine:
+    """An engine over a loaded model. Its pools start full of NaN, so that nothing unwritten can be read unseen."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        options: Mapping[str, Any],
+        device: torch.device,
+        top: int | None = None,
+        pads: int = 0,
+    ) -> None:
+        """`options` as of `LLM`; `pads` rows that belong to no request join each step that only decodes."""
+        self.engine = Engine(model, EngineOptions(model="", **options), device)
+        self.engine.memory.poison()
+        self._runner = _ForcedRunner(model, self.engine.state, device, top, pads)
+        self.engine.runner = self._runner
+        self._ids = itertools.count()
+
+    def score(self, sequences: Sequence[TokenSequence], budgets: Iterable[int] = ()) -> list[Record]:
+        """Run the sequences as requests of one batch; see `run`."""
+        return self.run([Record(s.prompt, s.continuation, len(s.continuation)) for s in sequences], budgets)
+
+    def run(self, records: Sequence[Record], budgets: Iterable[int] = ()) -> list[Record]:
+        """Run the records' requests to their end. `budgets` are the tokens of the first steps, then the options'."""
+        for record in records:
+            params = SamplingParams(temperature=0, max_tokens=record.count, ignore_eos=True, detokenize=False)
+            job = self.engine.make_job(str(next(self._ids)), {"prompt_token_ids": list(record.prompt)}, params)
+            request = job.completions[0].request
+            assert request.max_tokens == record.count, "max_model_len cuts the sequence"
+            self._runner.records[request] = record
+            self.engine.add(job)
+        usual = self.engine.scheduler.max_num_batched_tokens
+        for budget in itertools.chain(budgets, itertools.repeat(usual)):
+            if not self.engine.has_work:
+                break
+            self.engine.scheduler.max_num_batched_tokens = budget
+            self.engine.step()
+            self.engine.state.check_integrity()
+        self.engine.scheduler.max_num_batched_tokens = usual
+        for request, record in self._runner.records.items():
+            record.token_ids, record.preemptions = tuple(request.output_token_ids), request.num_preemptions
+        self._runner.records.clear()
+        return list(records)
+
+
+class _ForcedRunner(ModelRunner):
+    """Keeps the distribution of every position, and gives each request the token that its record says."""
+
+    def __init__(
+        self, model: LanguageModel, state: StateManager, device: torch.device, top: int | None, pads: int
+    ) -> None:
+        super().__init__(model, state, device)
+        self.records: dict[Request, Record] = {}
+        self._top = top
+        self._pads = [Request(f"padding {index}", [0], SamplingParams()) for index in range(pads)]
+
+    def run(self, step: Sequence[Scheduled]) -> list[StepResult]:
+        """A step that only decodes is padded, as a graph of fixed size would be: the dummy page, the dummy slot."""
+        pads = self._pads if all(share.count == 1 for share in step) else []
+        for pad in pads:
+            self.state.holdings[pad] = Holding(DUMMY, [[DUMMY] for _ in self.state.groups])
+        results = super().run([*step, *(Scheduled(pad, 0, 1) for pad in pads)])
+        for pad in pads:
+            del self.state.holdings[pad]
+        return [result for result in results if result.request not in pads]
+
+    def _prompt_logprobs(self, shares: Sequence[Scheduled], hidden: Tensor) -> dict[Request, list[TokenLogprobs]]:
+        return {}
+
+    def _sample(
+        self, shares: Sequence[Scheduled], hidden: Tensor, batch: ForwardBatch
+    ) -> dict[Request, tuple[int, TokenLogprobs | None]]:
+        chosen: dict[Request, tuple[int, TokenLogprobs | None]] = {}
+        every = torch.cat([self.model.compute_logits(part) for part in hidden.split(_LOGITS_ROWS)])
+        for share, logits in zip(shares, every.split([share.count for share in shares]), strict=True):
+            request = share.request
+            if (record := self.records.get(request)) is None:
+                continue  # padding
+            record.steps.append(share.count)
+            known = request.token_ids(share.start + 1, share.start + share.count + 1)
+            if share.samples:
+                step = len(request.output_token_ids)
+                token = int(logits[-1].argmax()) if record.forced is None else record.forced[step]
+                chosen[request] = (token, None)
+                known = [*known, token]
+            scores = Scores.of(logits, known, self._top)
+            for row in range(share.count):
+                ids = None if scores.ids is None else scores.ids[row : row + 1]
+                part = Scores(scores.target[row : row + 1], scores.logprobs[row : row + 1], ids)
+                record.parts[share.start + row] = part
+            if share.start + share.count == record.num_predictions:
+                record.state = self._snapshot(request, record.num_predictions)
+        return chosen
+
+    def _snapshot(self, request: Request, length: int) -> dict[str, Tensor]:
+        """A request's state, wherever it lies, in the order of its positions."""
+        holding, found = self.state.holdings[request], {}
+        for holder in state_holders(self.model):
+            if isinstance(holder, SlotHolder):
+                assert holder.rows is not None
+                found[holder.prefix] = holder.rows[holding.slot].clone().cpu()
+                continue
+            spec = holder.spec
+            pages = holding.pages[self.state.groups.index(spec)]
+            positions = torch.arange(spec.first_visible(length - 1), length)
+            page = torch.tensor(pages)[positions // self.state.page_size]
+            assert (page != DUMMY).all()
+            for name, cache in (("keys", holder.k_cache), ("values", holder.v_cache)):
+                assert cache is not None
+                rows = cache[page.to(cache.device), (positions % self.state.page_size).to(cache.device)]
+                found[f"{holder.prefix}.{name}"] = rows.cpu()
+        return found

@@ -1,0 +1,207 @@
+"""A second opinion: every architecture's forward in plain torch, written again from the config.
+
+It shares the config and the checkpoint's tensors with the engine, and no layer, kernel, state or loader, so that one
+mistake cannot stand in both. It computes every operation as `transformers`' modeling code does, rounding after each:
+in float32 and float64 it is the truth, and in bfloat16 its error is the one that users of `transformers` live with.
+
+A new kind of mixer or feed-forward adds its plain form to `MIXERS` or `FEED_FORWARDS`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lamella.config import (
+    AttentionConfig,
+    CanonConfig,
+    DynamicScaling,
+    LayerConfig,
+    Llama3Scaling,
+    MLPConfig,
+    ModelConfig,
+    NormConfig,
+    RopeConfig,
+    YarnScaling,
+)
+from lamella.errors import ConfigError
+from lamella.parity.sites import Tap, untouched
+
+ATTENTION = ("eager", "sdpa")
+
+
+class Oracle:
+    """One full causal forward of one sequence from nothing: no cache, no batch, no chunk."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        attention: str = "eager",
+    ) -> None:
+        """`weights` by our parameter paths, projections apart: `model.layers.0.mixer.q_proj.weight`."""
+        assert attention in ATTENTION
+        self.config, self.dtype, self.device, self.attention = config, dtype, torch.device(device), attention
+        self._weights = {name: tensor.to(device, dtype) for name, tensor in weights.items()}
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int], tap: Tap = untouched) -> Tensor:
+        """Logits (n, vocab) in the oracle's dtype.
+
+        `tap(site, value)` sees what every operation gives, as (n, channels), and returns what goes on.
+        """
+        x = self._weights["model.embed_tokens.weight"][torch.tensor(token_ids, device=self.device)]
+        x = tap("embed_tokens", x)
+        for index, layer in enumerate(self.config.layers):
+            x = self._layer(layer, x, f"layers.{index}", tap)
+        x = tap("norm", self.norm(tap("norm.residual", x), self.config.norm, "norm"))
+        head = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        return tap("lm_head", F.linear(x, self._weights[head]))
+
+    def _layer(self, layer: LayerConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
+        for part, config, canon, kinds in (
+            ("mixer", layer.mixer, layer.mixer_canon, MIXERS),
+            ("feed_forward", layer.feed_forward, layer.feed_forward_canon, FEED_FORWARDS),
+        ):
+            if type(config) not in kinds:
+                raise ConfigError(f"{name}.{part}: the reference has no plain form of {type(config).__name__}")
+            x = tap(f"{name}.{part}_norm.residual", x)
+            y = tap(f"{name}.{part}_norm", self.norm(x, layer.norm, f"{name}.{part}_norm"))
+            y = tap(f"{name}.{part}_canon", self.canon(y, canon, f"{name}.{part}_canon")) if canon else y
+            x = x + kinds[type(config)](self, config, y, f"{name}.{part}", tap)
+        return x
+
+    def norm(self, x: Tensor, config: NormConfig, name: str) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + config.eps)
+        return self._weights[f"model.{name}.weight"] * wide.to(x.dtype)
+
+    def linear(self, x: Tensor, name: str, tap: Tap) -> Tensor:
+        weight, bias = self._weights[f"model.{name}.weight"], self._weights.get(f"model.{name}.bias")
+        return tap(name, F.linear(x, weight, bias))
+
+    def canon(self, x: Tensor, config: CanonConfig, name: str) -> Tensor:
+        weight, bias = self._weights[f"model.{name}.weight"], self._weights.get(f"model.{name}.bias")
+        padded = F.pad(x.T, (config.kernel - 1, 0))
+        y = F.conv1d(padded[None], weight, bias, groups=weight.shape[0])[0].T
+        y = F.silu(y) if config.activation else y
+        return x + y if config.residual else y
+
+
+def attention(oracle: Oracle, config: AttentionConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
+    q, k, v = (oracle.linear(x, f"{name}.{part}_proj", tap) for part in "qkv")
+    if config.qk_norm:
+        shape = (-1, config.head_dim) if config.qk_norm_scope == "head" else (1, -1)
+        q, k = (
+            oracle.norm(side.unflatten(-1, shape), config.qk_norm, site)
+            for side, site in ((q, f"{name}.q_norm"), (k, f"{name}.k_norm"))
+        )
+        q, k = tap(f"{name}.q_norm", q.flatten(1)), tap(f"{name}.k_norm", k.flatten(1))
+    if config.canon:
+        joined = oracle.canon(torch.cat((q, k, v), -1), config.canon, f"{name}.canon")
+        q, k, v = tap(f"{name}.canon", joined).split((config.query_size, config.kv_size, config.kv_size), -1)
+    q, k, v = (side.unflatten(-1, (-1, config.head_dim)).transpose(0, 1) for side in (q, k, v))  # (heads, n, D)
+    turned = torch.cat((q, k))
+    if config.rope:
+        turned = _rotate(turned, *_angles(config.rope, x), config.rope)
+    turned = tap(f"{name}.queries_keys", turned.transpose(0, 1).flatten(1)).unflatten(-1, (-1, config.head_dim))
+    q, k = turned.transpose(0, 1).split((config.num_heads, config.num_kv_heads))
+    k, v = (side.repeat_interleave(config.num_heads // config.num_kv_heads, 0) for side in (k, v))
+    y = _ATTEND[oracle.attention](q, k, v, config.scale, _visible(x.shape[0], config.window, x.device))
+    return oracle.linear(tap(f"{name}.attention", y.transpose(0, 1).flatten(1)), f"{name}.o_proj", tap)
+
+
+def mlp(oracle: Oracle, config: MLPConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
+    gate, up = (oracle.linear(x, f"{name}.{part}_proj", tap) for part in ("gate", "up"))
+    if config.canon:
+        joined = tap(f"{name}.canon", oracle.canon(torch.cat((gate, up), -1), config.canon, f"{name}.canon"))
+        gate, up = joined.chunk(2, -1)
+    return oracle.linear(tap(f"{name}.activation", F.silu(gate) * up), f"{name}.down_proj", tap)
+
+
+MIXERS: dict[type, Callable[..., Tensor]] = {AttentionConfig: attention}
+FEED_FORWARDS: dict[type, Callable[..., Tensor]] = {MLPConfig: mlp}
+
+
+def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
+    """(n, n), true where a query (row) sees a key (column)."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return (distance >= 0) & (distance < (window or length))
+
+
+def _attend_eager(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor) -> Tensor:
+    scores = (q @ k.transpose(1, 2) * scale).masked_fill(~visible, torch.finfo(q.dtype).min)
+    return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
+
+
+def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=visible, scale=scale)[0]
+
+
+_ATTEND = {"eager": _attend_eager, "sdpa": _attend_sdpa}
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rope: RopeConfig) -> Tensor:
+    """x (heads, n, D) with its first `rope.dim` channels turned."""
+    turned, rest = x[..., : rope.dim], x[..., rope.dim :]
+    if rope.interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    else:
+        first, second = turned.chunk(2, -1)
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    joined = torch.stack(pair, -1).flatten(-2) if rope.interleaved else torch.cat(pair, -1)
+    return torch.cat((joined, rest), -1)
+
+
+def _angles(rope: RopeConfig, x: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin (n, dim / 2): fp32 angles by definition, in the dtype of x."""
+    exponents = torch.arange(0, rope.dim, 2, dtype=torch.int64).float() / rope.dim
+    theta, scaling, factor = rope.theta, rope.scaling, 1.0
+    if isinstance(scaling, DynamicScaling) and scaling.length > scaling.original_length:
+        grown = scaling.factor * scaling.length / scaling.original_length - (scaling.factor - 1)
+        theta *= grown ** (rope.dim / (rope.dim - 2))
+    frequencies = 1.0 / theta**exponents
+    if isinstance(scaling, Llama3Scaling):
+        frequencies = _llama3(frequencies, scaling)
+    elif isinstance(scaling, YarnScaling):
+        frequencies, factor = _yarn(frequencies, rope, scaling), scaling.attention_factor
+    elif scaling is not None and not isinstance(scaling, DynamicScaling):
+        frequencies = frequencies / scaling.factor
+    angles = torch.arange(x.shape[0]).float()[:, None] * frequencies
+    cos, sin = (angles.cos() * factor, angles.sin() * factor)
+    return cos.to(x.device, x.dtype), sin.to(x.device, x.dtype)
+
+
+def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
+    """Wavelengths beyond original / low are divided, those below original / high kept, a line between."""
+    wavelengths = 2 * math.pi / frequencies
+    long, short = (scaling.original_length / f for f in (scaling.low_freq_factor, scaling.high_freq_factor))
+    slow = frequencies / scaling.factor
+    if long == short:
+        return torch.where(wavelengths < short, frequencies, slow)
+    blend = (scaling.original_length / wavelengths - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    between = (1 - blend) * slow + blend * frequencies
+    return torch.where(wavelengths > long, slow, torch.where(wavelengths < short, frequencies, between))
+
+
+def _yarn(frequencies: Tensor, rope: RopeConfig, scaling: YarnScaling) -> Tensor:
+    """Dimensions that turn more than beta_fast times in the trained context are kept, slow ones divided."""
+
+    def dimension(turns: float) -> float:
+        return rope.dim * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    steps = torch.arange(rope.dim // 2, dtype=torch.float32)
+    divided = ((steps - low) / ((high - low) or 0.001)).clamp(0, 1)
+    return frequencies / scaling.factor * divided + frequencies * (1 - divided)

@@ -1,0 +1,324 @@
+"""The path matrix: every way to compute the same tokens, each against the same engine's full forward, state included.
+
+A new way to compute joins here, as an entry of `catalogue`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamella.config import ModelConfig
+from lamella.errors import ParameterError
+from lamella.layers.decoder import LanguageModel
+from lamella.ops import native
+from lamella.ops.backend import portable_only
+from lamella.parity.forcing import ForcedEngine, Record
+from lamella.parity.oracle import Oracle
+from lamella.parity.scores import Scores
+from lamella.parity.sequences import TokenSequence, split
+from lamella.parity.subject import Subject
+
+PAGE_SIZE = 16
+
+# What rounding may move: log-probabilities in fp32 and states in each dtype, both as shares of their own size.
+LOGPROB_LIMIT = 1e-4
+STATE_LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.125}
+# A path may stray from the full forward so many times as far as that strays from the truth.
+NOISE_LIMIT = 4.0
+
+
+@dataclass(frozen=True)
+class Path:
+    """One way to compute a sequence.
+
+    Attributes:
+        name: for people.
+        run: gives the sequence's record; raises `NotExercised` where the way was not really taken.
+        bitwise: whether nothing but memory differs from the full forward, so that every bit must agree.
+        unavailable: why this version cannot take it; such a path is shown, not skipped silently.
+    """
+
+    name: str
+    run: Callable[[Laboratory], Record] | None
+    bitwise: bool = False
+    unavailable: str | None = None
+
+
+class NotExercised(Exception):
+    """The engine did not do what the path is meant to test."""
+
+
+class Laboratory:
+    """One loaded model, one sequence, and engines as each path needs them."""
+
+    def __init__(self, model: LanguageModel, device: torch.device, token_ids: Sequence[int], seed: int) -> None:
+        self.model, self.device, self.token_ids = model, device, tuple(token_ids)
+        self._random = random.Random(seed)
+
+    def engine(self, pads: int = 0, **options: Any) -> ForcedEngine:
+        usual = {"max_num_seqs": 8, "max_num_batched_tokens": 4096, "block_size": PAGE_SIZE, "num_blocks": 1024}
+        return ForcedEngine(self.model, usual | options, self.device, pads=pads)
+
+    def sequence(self, prompt_len: int | None = None) -> TokenSequence:
+        """The sequence, all but the last token of it a prompt unless said otherwise."""
+        return split(self.token_ids, len(self.token_ids) - (prompt_len or len(self.token_ids) - 1))
+
+    def stranger(self, prompt_len: int, count: int) -> TokenSequence:
+        """Random tokens of somebody else."""
+        vocab = self.model.config.vocab_size
+        ids = [self._random.randrange(vocab) for _ in range(prompt_len + count)]
+        return split(ids, count)
+
+    def full(self) -> Record:
+        return self.engine().score([self.sequence()])[0]
+
+
+def catalogue(config: ModelConfig, length: int) -> list[Path]:
+    """The paths for a model and a sequence of `length` tokens."""
+    later = "this version has no "
+    return [
+        Path("full forward, again", Laboratory.full, bitwise=True),
+        Path("recycled pages and slot", _recycled, bitwise=True),
+        Path("a plain module, no engine", _module),
+        Path("portable operations", _portable, unavailable=None if native.available() else "no native kernels here"),
+        *(Path(f"chunked, cut at {cut}", _cut(cut)) for cut in _cuts(config, length)),
+        *(Path(f"chunked, every {size}", _every(size)) for size in _sizes(config, length)),
+        Path("prompt, then token by token", _decode(length // 2)),
+        Path("token by token from the first", _decode(1)),
+        Path("batched with strangers", _strangers),
+        Path("preempted in a small pool", _preempted),
+        Path("padded rows", _padded),
+        Path("prefix hit", None, unavailable=later + "prefix cache"),
+        Path("compiled", None, unavailable=later + "graph capture or compilation"),
+        Path("two tensor-parallel ranks", None, unavailable=later + "tensor parallelism"),
+    ]
+
+
+def _interesting(config: ModelConfig) -> set[int]:
+    """Lengths around which state changes hands: kernel widths, windows, pages."""
+    widths = {canon.kernel for layer in config.layers for canon in layer.canons}
+    windows = {layer.mixer.window for layer in config.layers if layer.mixer.window is not None}
+    return {size + step for size in widths for step in (-2, -1, 0, 1)} | {
+        size + step for size in {PAGE_SIZE} | windows for step in (-1, 0, 1)
+    }
+
+
+def _cuts(config: ModelConfig, length: int) -> list[int]:
+    return sorted(cut for cut in {1, 2, length - 2} | _interesting(config) if 0 < cut < length - 1)
+
+
+def _sizes(config: ModelConfig, length: int) -> list[int]:
+    return sorted(size for size in {2, 3} | _interesting(config) if 1 < size < length - 1)
+
+
+def _cut(cut: int) -> Callable[[Laboratory], Record]:
+    def run(lab: Laboratory) -> Record:
+        return _took(lab.engine().score([lab.sequence()], [cut])[0], [cut, len(lab.token_ids) - 1 - cut])
+
+    return run
+
+
+def _every(size: int) -> Callable[[Laboratory], Record]:
+    def run(lab: Laboratory) -> Record:
+        whole, rest = divmod(len(lab.token_ids) - 1, size)
+        record = lab.engine(max_num_batched_tokens=size).score([lab.sequence()])[0]
+        return _took(record, [size] * whole + [rest] * (rest > 0))
+
+    return run
+
+
+def _decode(prompt_len: int) -> Callable[[Laboratory], Record]:
+    def run(lab: Laboratory) -> Record:
+        record = lab.engine().score([lab.sequence(prompt_len)])[0]
+        return _took(record, [prompt_len] + [1] * (len(lab.token_ids) - 1 - prompt_len))
+
+    return run
+
+
+def _took(record: Record, steps: list[int]) -> Record:
+    if record.steps != steps:
+        raise NotExercised(f"steps of {record.steps} tokens, not {steps}")
+    return record
+
+
+def _recycled(lab: Laboratory) -> Record:
+    engine = lab.engine(max_num_seqs=1)
+    engine.score([lab.stranger(len(lab.token_ids), 5), lab.stranger(3, 2)])
+    return engine.score([lab.sequence()])[0]
+
+
+def _module(lab: Laboratory) -> Record:
+    sequence = lab.sequence()
+    with torch.inference_mode():
+        logits = lab.model.compute_logits(lab.model(torch.tensor(sequence.prompt, device=lab.device)))
+    scores = Scores.of(logits, sequence.token_ids[1:], None)
+    return Record(sequence.prompt, sequence.continuation, 1, _rows(scores))
+
+
+def _rows(scores: Scores) -> dict[int, Scores]:
+    pairs = zip(scores.target.split(1), scores.logprobs.split(1), strict=True)
+    return {index: Scores(*pair) for index, pair in enumerate(pairs)}
+
+
+def _portable(lab: Laboratory) -> Record:
+    with portable_only():
+        return lab.engine().score([lab.sequence()])[0]
+
+
+def _strangers(lab: Laboratory) -> Record:
+    length = len(lab.token_ids)
+    strangers = [lab.stranger(prompt, count) for prompt, count in ((1, 9), (length // 2, 4), (5, length // 3))]
+    batch = [*strangers[:2], lab.sequence(length // 2), strangers[2]]
+    record = lab.engine(max_num_batched_tokens=max(4, length // 3)).score(batch)[2]
+    if len(record.steps) < 3:
+        raise NotExercised("the strangers left no mark on the steps")
+    return record
+
+
+def _preempted(lab: Laboratory) -> Record:
+    # Three requests start side by side in a pool that only two can finish in; the youngest is ours.
+    half, page = len(lab.token_ids) // 2, 4
+    others = [lab.stranger(half, len(lab.token_ids) - half) for _ in range(2)]
+    pages = 2 * -(-len(lab.token_ids) // page)
+    engine = lab.engine(block_size=page, num_blocks=pages)
+    record = engine.score([*others, lab.sequence(half)])[2]
+    if not record.preemptions:
+        raise NotExercised("nothing was preempted")
+    return record
+
+
+def _padded(lab: Laboratory) -> Record:
+    return lab.engine(pads=3).score([lab.sequence(len(lab.token_ids) // 2)])[0]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """How one path compares with the full forward.
+
+    Attributes:
+        path: its name.
+        status: "pass", "fail" or "unavailable", and `why` unless it passes.
+        bitwise: whether every log-probability and state value was equal.
+        logprob_max, logprob_rms: of the differences of log-probabilities over the vocabulary, the largest, and the
+            root of the mean square.
+        agreement: share of positions with the same likeliest token.
+        state_max: the largest difference of any layer's state, in units of that state's own root mean square; None
+            where the path leaves no state.
+        state_worst: where.
+    """
+
+    path: str
+    status: str
+    why: str | None = None
+    bitwise: bool | None = None
+    logprob_max: float | None = None
+    logprob_rms: float | None = None
+    agreement: float | None = None
+    state_max: float | None = None
+    state_worst: str | None = None
+
+
+@dataclass(frozen=True)
+class PathMatrix:
+    """The cells, what they were allowed, and how far the full forward itself is from the reference's in fp32.
+
+    That last figure is the largest root mean square, over the vocabulary, at one position; so is the limit of the
+    paths' log-probabilities. States may differ by the limit times their own root mean square.
+    """
+
+    cells: tuple[Cell, ...]
+    limits: dict[str, float]
+    full_rms: float
+
+    @property
+    def failures(self) -> list[Cell]:
+        return [cell for cell in self.cells if cell.status == "fail"]
+
+
+def run_paths(
+    subject: Subject,
+    token_ids: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+    candidate: LanguageModel | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> PathMatrix:
+    """All paths over one sequence. `candidate` is tested in place of the one that the checkpoint gives."""
+    if len(token_ids) < 8:
+        raise ParameterError(f"paths need a sequence of at least 8 tokens, not {len(token_ids)}")
+    lab = Laboratory(candidate or subject.load(dtype, device), device, token_ids, seed)
+    full = lab.full()
+    truth = Oracle(subject.config, subject.weights(), torch.float32, device).logits(token_ids[:-1]).log_softmax(-1)
+    own, size = _worst_row(full.scores.logprobs - truth.cpu()), float(truth.square().mean().sqrt())
+    limits = {
+        # A full forward that is broken itself must not excuse its paths.
+        "logprob_rms": max(LOGPROB_LIMIT * max(1.0, size), NOISE_LIMIT * min(own, 0.5)),
+        "state": STATE_LIMITS[dtype],
+    }
+    cells = []
+    for path in catalogue(subject.config, len(token_ids)):
+        progress(path.name)
+        cells.append(_cell(path, lab, full, limits))
+    return PathMatrix(tuple(cells), limits, own)
+
+
+def _why(path: Path, cell: Cell, limits: dict[str, float]) -> str | None:
+    """Why a cell fails. Comparisons are written so that a NaN fails."""
+    if path.bitwise and not cell.bitwise:
+        return "must be bitwise equal, and is not"
+    assert cell.logprob_rms is not None
+    logprobs, state = limits["logprob_rms"], limits["state"]
+    if not cell.logprob_rms <= logprobs:
+        return f"log-probabilities differ by {cell.logprob_rms:.2g} rms at one position, allowed are {logprobs:.2g}"
+    if cell.state_max is not None and not cell.state_max <= state:
+        return f"the state of {cell.state_worst} differs by {cell.state_max:.2g} of its size, allowed are {state:.2g}"
+    return None
+
+
+def _worst_row(difference: Tensor) -> float:
+    """The largest root mean square of a row."""
+    return float(difference.double().square().mean(-1).sqrt().max())
+
+
+def _relative(ours: Tensor, expected: Tensor) -> float:
+    """The largest difference in units of the expected tensor's root mean square; infinite where one is not a number."""
+    if ours.shape != expected.shape:
+        return float("inf")
+    difference = (ours.double() - expected.double()).abs().max()
+    size = expected.double().square().mean().sqrt()
+    relative = float(difference / size) if difference else 0.0
+    return float("inf") if math.isnan(relative) else relative
+
+
+def _cell(path: Path, lab: Laboratory, full: Record, limits: dict[str, float]) -> Cell:
+    if path.run is None or path.unavailable:
+        return Cell(path.name, "unavailable", path.unavailable)
+    try:
+        record = path.run(lab)
+    except NotExercised as error:
+        return Cell(path.name, "fail", f"not exercised: {error}")
+    ours, expected = record.scores, full.scores
+    difference = ours.logprobs - expected.logprobs
+    states = {name: _relative(record.state[name], full.state[name]) for name in record.state}
+    worst = max(states, key=lambda name: states[name], default=None)
+    bitwise = torch.equal(ours.logprobs, expected.logprobs) and all(value == 0 for value in states.values())
+    cell = Cell(
+        path=path.name,
+        status="pass",
+        bitwise=bitwise,
+        logprob_max=float(difference.abs().max()),
+        logprob_rms=_worst_row(difference),
+        agreement=float((ours.logprobs.argmax(-1) == expected.logprobs.argmax(-1)).double().mean()),
+        state_max=None if worst is None else states[worst],
+        state_worst=worst,
+    )
+    why = _why(path, cell, limits)
+    return cell if why is None else replace(cell, status="fail", why=why)

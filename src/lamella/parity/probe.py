@@ -1,0 +1,82 @@
+"""Tapping a model: hooks that pass what every operation gives through a `Tap`, under the site's name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamella.layers.canon import Canon
+from lamella.layers.kit import PagedAttention
+from lamella.layers.linear import Embedding, Linear, MergedLinear
+from lamella.layers.norm import RMSNorm
+from lamella.parity.sites import Tap
+
+# What feeds these projections is a plain function.
+FED_BY = {"down_proj": "activation"}
+
+
+@contextmanager
+def tapped(model: nn.Module, tap: Tap) -> Iterator[None]:
+    """Within the block, every operation of one of our models passes its result through `tap`."""
+    handles = []
+    for path, module in model.named_modules():
+        site = path.removeprefix("model.")
+        if (hook := _hook(module, site, tap)) is not None:
+            handles.append(module.register_forward_hook(hook))
+        if (pre_hook := _pre_hook(module, site, tap)) is not None:
+            handles.append(module.register_forward_pre_hook(pre_hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(module: nn.Module, site: str, tap: Tap) -> Callable[..., Any] | None:
+    """The forward hook of a module that is an operation: its result as (n, channels) to the tap, and back."""
+    if isinstance(module, MergedLinear):
+        parent, sizes = site.rpartition(".")[0], module.parts
+
+        def merged(_: nn.Module, args: Any, output: Tensor) -> Tensor:
+            pieces = output.split(list(sizes.values()), -1)
+            return torch.cat([tap(f"{parent}.{name}", piece) for name, piece in zip(sizes, pieces, strict=True)], -1)
+
+        return merged
+    if isinstance(module, RMSNorm):
+
+        def norm(_: nn.Module, args: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                normed, total = output
+                total = tap(f"{site}.residual", total)
+                return tap(site, normed), total
+            return _flat(site, output, tap)
+
+        return norm
+    if isinstance(module, Linear | Embedding | Canon | PagedAttention):
+        return lambda _, args, output: _flat(site, output, tap)
+    return None
+
+
+def _pre_hook(module: nn.Module, site: str, tap: Tap) -> Callable[..., Any] | None:
+    """The hook in front of a module that is fed by an operation without a module of its own."""
+    parent, _, name = site.rpartition(".")
+    if isinstance(module, PagedAttention):
+
+        def seen(_: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+            q, k, v = args
+            sizes = [q.shape[1], k.shape[1]]
+            return *_flat(f"{parent}.queries_keys", torch.cat((q, k), 1), tap).split(sizes, 1), v
+
+        return seen
+    if name in FED_BY:
+        return lambda _, args: (tap(f"{parent}.{FED_BY[name]}", args[0]),)
+    return None
+
+
+def _flat(site: str, value: Tensor, tap: Tap) -> Tensor:
+    """`value` (n, ...) through the tap as (n, channels)."""
+    return tap(site, value.reshape(value.shape[0], -1)).view(value.shape)

@@ -1,0 +1,1 @@
+"""Results for people and programs: one object, a terminal's tables, and a page."""

@@ -1,0 +1,31 @@
+"""The engines that can score: a module each, with a function `open_scorer(subject, settings)`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from lamella.errors import ConfigError
+from lamella.parity.scorers.settings import Settings
+from lamella.parity.scores import Scorer
+from lamella.parity.subject import Subject
+
+ENGINES = {name: f"lamella.parity.scorers.{name}" for name in ("lamella", "hf", "reference", "vllm")}
+
+
+def open_scorer(engine: str, subject: Subject, settings: Settings) -> Scorer:
+    """An engine with the subject's model. Raises `ConfigError` where it cannot take it, saying what to do."""
+    if engine not in ENGINES:
+        raise ConfigError(f"engine={engine!r}: must be one of {', '.join(ENGINES)}")
+    scorer: Scorer = import_module(ENGINES[engine]).open_scorer(subject, settings)
+    return scorer
+
+
+def resolve_oracle(oracle: str, subject: Subject) -> str:
+    """ "auto" is `hf` where `transformers` has the model, else `reference`."""
+    if oracle == "auto":
+        from lamella.parity.scorers.hf import why_not
+
+        return "reference" if why_not(subject) else "hf"
+    if oracle not in ("hf", "reference"):
+        raise ConfigError(f"oracle={oracle!r}: must be auto, hf or reference")
+    return oracle

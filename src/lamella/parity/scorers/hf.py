@@ -1,0 +1,130 @@
+"""`transformers` as an engine: one full forward. The only place that imports it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamella.checkpoint.names import rename, targets
+from lamella.errors import ConfigError
+from lamella.parity.probe import FED_BY
+from lamella.parity.scorers.full_forward import FullForward
+from lamella.parity.scorers.settings import Settings
+from lamella.parity.sites import Tap, untouched
+from lamella.parity.subject import Subject
+
+_TAPPED = "lamella_tapped"
+
+
+def open_scorer(subject: Subject, settings: Settings) -> FullForward:
+    return FullForward("hf", HFModel(subject, settings).logits)
+
+
+def why_not(subject: Subject) -> str | None:
+    """Why `transformers` cannot be asked about a model; None where it can."""
+    if subject.load_format == "dummy":
+        return "dummy weights are in no file that transformers could read"
+    try:
+        from transformers import AutoConfig
+    except ImportError:
+        return "transformers is not installed (pip install 'lamella[hf]')"
+    try:
+        AutoConfig.from_pretrained(subject.checkpoint.path, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        return f"transformers does not know the model ({str(error).strip().splitlines()[0]})"
+    return None
+
+
+class HFModel:
+    """A model of `transformers`, whose operations can be tapped under our names."""
+
+    def __init__(self, subject: Subject, settings: Settings) -> None:
+        if (why := why_not(subject)) is not None:
+            raise ConfigError(f"hf: {why}; `reference` needs neither")
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        model = AutoModelForCausalLM.from_pretrained(
+            subject.checkpoint.path, dtype=settings.dtype, attn_implementation=settings.attention
+        )
+        self._model = model.eval().requires_grad_(False).to(settings.device)
+        self._names, self._device = subject.checkpoint.names, settings.device
+        owners = (path.rpartition(".")[0] for path in targets(subject.skeleton(), {}))
+        self._paths = dict.fromkeys((*owners, "lm_head"))  # a tied head owns no tensor
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int], tap: Tap = untouched) -> Tensor:
+        """Logits (n, vocab) in the model's dtype; see `Oracle.logits`."""
+        ids = torch.tensor([list(token_ids)], device=self._device)
+        if tap is untouched:
+            return self._model(ids, use_cache=False).logits[0]
+        with self._tapped(tap):
+            return self._model(ids, use_cache=False).logits[0]
+
+    @contextmanager
+    def _tapped(self, tap: Tap) -> Iterator[None]:
+        """Within the block every operation that stands in a module, or that attention sees, goes through `tap`.
+
+        A checkpoint's tensors are named after the modules that own them, so its names find the modules too.
+        """
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+        AttentionInterface.register(_TAPPED, _tapped_attention(tap))
+        AttentionMaskInterface.register(_TAPPED, eager_mask)
+        before = self._model.config._attn_implementation
+        modules = dict(self._model.named_modules())
+        handles: list[Any] = []
+        for path in self._paths:
+            if (module := modules.get(rename(path, self._names))) is not None:
+                handles += _hooks(module, path.removeprefix("model."), tap)
+        self._model.set_attn_implementation(_TAPPED)
+        try:
+            yield
+        finally:
+            self._model.set_attn_implementation(before)
+            for handle in handles:
+                handle.remove()
+
+
+def _hooks(module: nn.Module, site: str, tap: Tap) -> list[Any]:
+    """The hooks of one module of `transformers`, which works on (1, n, ...)."""
+
+    def flat(at: str, value: Tensor) -> Tensor:
+        return tap(at, value.reshape(value.shape[1], -1)).view(value.shape)
+
+    hooks = [module.register_forward_hook(lambda _, args, output: flat(site, output))]
+    parent, _, name = site.rpartition(".")
+    if name in ("mixer_norm", "feed_forward_norm", "norm"):
+        # The stream also goes around the norm, where no hook can reach it: it is seen here, and not replaced.
+        hooks.append(module.register_forward_pre_hook(lambda _, args: (flat(f"{site}.residual", args[0]),)))
+    if name in FED_BY:
+        hooks.append(module.register_forward_pre_hook(lambda _, args: (flat(f"{parent}.{FED_BY[name]}", args[0]),)))
+    return hooks
+
+
+def _tapped_attention(tap: Tap) -> Any:
+    """Eager attention under `transformers`' interface, which hands over queries and keys after their rotation."""
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        name = f"layers.{module.layer_idx}.mixer"
+        heads = [query.shape[1], key.shape[1]]
+        seen = torch.cat((query, key), 1)[0].transpose(0, 1)  # (n, heads, D)
+        seen = tap(f"{name}.queries_keys", seen.flatten(1)).view(seen.shape)
+        query, key = seen.transpose(0, 1)[None].split(heads, 1)
+        key, value = (side.repeat_interleave(heads[0] // heads[1], 1) for side in (key, value))
+        scores = query @ key.transpose(2, 3) * scaling
+        if attention_mask is not None:
+            scores = scores + attention_mask
+        wide = torch.promote_types(query.dtype, torch.float32)
+        output = (scores.softmax(-1, dtype=wide).to(query.dtype) @ value).transpose(1, 2)  # (1, n, H, D)
+        return tap(f"{name}.attention", output[0].flatten(1)).view(output.shape), None
+
+    return attend

@@ -1,0 +1,149 @@
+"""What is scored: token sequences, each a prompt and a continuation that every engine is forced to take."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lamella.engine.tokenizer import Tokenizer
+from lamella.errors import ParameterError
+
+# A tokenizer that makes fewer distinct tokens than this of the bundled text was made for something else.
+_FEWEST_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """A prompt, at least one token, and its continuation, at least one.
+
+    Its predictions are those of tokens 1..n-1. Those of the prompt and of the first continuation token come of the
+    prefill; the one of `continuation[k]`, k >= 1, comes of decode step k.
+    """
+
+    prompt: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.prompt or not self.continuation:
+            raise ParameterError("a sequence needs at least one prompt token and one token after it")
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.prompt + self.continuation
+
+    @property
+    def num_predictions(self) -> int:
+        return len(self.prompt) + len(self.continuation) - 1
+
+    def decode_step(self, prediction: int) -> int:
+        """The decode step that makes the prediction of token `prediction + 1`; 0 for those of the prefill."""
+        return max(0, prediction + 1 - len(self.prompt))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Sequences, and where they come from, for the report."""
+
+    sequences: tuple[TokenSequence, ...]
+    source: str
+    prompt_len: int
+    decode_len: int
+
+
+def split(token_ids: Sequence[int], decode_len: int) -> TokenSequence:
+    """The last `decode_len` tokens as the continuation, fewer where the sequence is short."""
+    cut = max(1, len(token_ids) - decode_len)
+    return TokenSequence(tuple(token_ids[:cut]), tuple(token_ids[cut:]))
+
+
+def make_inputs(
+    vocab_size: int,
+    tokenizer: Tokenizer | None,
+    prompts: str | Path | Sequence[Any] | None = None,
+    count: int | None = None,
+    prompt_len: int = 64,
+    decode_len: int = 16,
+    seed: int = 0,
+) -> Inputs:
+    """`count` sequences of `prompt_len` + `decode_len` tokens at most.
+
+    `prompts` is a file (a prompt a line: text, a JSON list of token ids, or an object with `prompt` or
+    `prompt_token_ids`), a list of such prompts, "random" for random tokens, or None for the bundled text; a model
+    whose tokenizer cannot read that text, or that has none, gets random tokens. Raises `ParameterError` with the
+    line that cannot be used.
+    """
+    for name, value in (("prompt_len", prompt_len), ("decode_len", decode_len), ("count", count or 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ParameterError(f"{name}={value!r}: must be a whole number of at least 1")
+    length = prompt_len + decode_len
+    if prompts is None:
+        texts = files("lamella.parity").joinpath("text.txt").read_text("utf-8").strip().split("\n\n")
+        encoded = [] if tokenizer is None else [tokenizer.encode(text) for text in texts]
+        readable = len({token for ids in encoded for token in ids}) >= _FEWEST_TOKENS
+        source = "bundled text" if readable else "random tokens (no tokenizer that reads the bundled text)"
+    elif prompts == "random":
+        encoded, readable, source = [], False, "random tokens"
+    else:
+        encoded, source = _given(prompts, vocab_size, tokenizer)
+        readable = True
+    if not readable:
+        generator = random.Random(seed)
+        encoded = [[generator.randrange(vocab_size) for _ in range(length)] for _ in range(count or 16)]
+    chosen = encoded[: count or len(encoded)]
+    sequences = tuple(split(ids[:length], decode_len) for ids in chosen if len(ids) > 1)
+    if not sequences:
+        raise ParameterError(f"prompts: none of {source} has two tokens")
+    return Inputs(sequences, source, prompt_len, decode_len)
+
+
+def _given(
+    prompts: str | Path | Sequence[Any], vocab_size: int, tokenizer: Tokenizer | None
+) -> tuple[list[list[int]], str]:
+    if isinstance(prompts, str | Path):
+        path = Path(prompts)
+        try:
+            lines = path.read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ParameterError(f"prompts: {path} cannot be read ({error})") from error
+        entries: list[tuple[str, Any]] = [
+            (f"{path}:{number}", _parse(line, f"{path}:{number}"))
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+        ]
+        source = path.name
+    else:
+        entries, source = [(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)], "given prompts"
+    if not entries:
+        raise ParameterError(f"prompts: {source} is empty")
+    return [_tokens(entry, place, vocab_size, tokenizer) for place, entry in entries], source
+
+
+def _parse(line: str, place: str) -> Any:
+    if not line.lstrip().startswith(("[", "{")):
+        return line
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ParameterError(f"{place}: not JSON ({error})") from error
+
+
+def _tokens(entry: Any, place: str, vocab_size: int, tokenizer: Tokenizer | None) -> list[int]:
+    if isinstance(entry, dict):
+        if len(entry) != 1 or not set(entry) <= {"prompt", "prompt_token_ids"}:
+            raise ParameterError(f"{place}: an object needs one key, prompt or prompt_token_ids")
+        (entry,) = entry.values()
+    if isinstance(entry, str):
+        if tokenizer is None:
+            raise ParameterError(f"{place}: the model has no tokenizer.json; give token ids")
+        entry = tokenizer.encode(entry)
+    ids = list(entry) if isinstance(entry, list | tuple) else None
+    if ids is None or any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab_size for i in ids):
+        raise ParameterError(f"{place}: must be text or token ids below {vocab_size}")
+    if len(ids) < 2:
+        raise ParameterError(f"{place}: {len(ids)} tokens, at least 2 are needed")
+    return ids

@@ -1,0 +1,74 @@
+"""The model under test, as a checkpoint: everything that the engines, the oracle and the report want to know of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lamella.checkpoint import load_model, open_checkpoint
+from lamella.checkpoint.files import Checkpoint
+from lamella.checkpoint.loader import resolve_dtype
+from lamella.checkpoint.names import rename, targets
+from lamella.config import ModelConfig
+from lamella.engine.tokenizer import Tokenizer
+from lamella.layers.kit import LocalKit
+from lamella.models.base import CausalLM
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint and how to take it; `load_format="dummy"` fills it at random, by `seed`, instead of reading it."""
+
+    name: str
+    checkpoint: Checkpoint
+    load_format: str = "auto"
+    seed: int = 0
+    max_model_len: int | None = None
+
+    @classmethod
+    def open(
+        cls, model: str | Path, load_format: str = "auto", seed: int = 0, max_model_len: int | None = None
+    ) -> Subject:
+        """Reads the config only. Raises `CheckpointError` or `ConfigError`."""
+        return cls(str(model), open_checkpoint(model), load_format, seed, max_model_len)
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        return self.checkpoint.read_config(self.max_model_len)
+
+    @cached_property
+    def config_hash(self) -> str:
+        """Of the config file's values, whatever their order."""
+        return hashlib.sha256(json.dumps(self.checkpoint.values, sort_keys=True).encode()).hexdigest()[:12]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        return Tokenizer.load(self.checkpoint.path)
+
+    def dtype(self, asked: torch.dtype | str) -> torch.dtype:
+        """The dtype that "auto" or a name means for this checkpoint."""
+        return resolve_dtype(self.checkpoint, asked)
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> CausalLM:
+        """The engine's model."""
+        return load_model(self.checkpoint, dtype, device, self.load_format, self.max_model_len, self.seed)
+
+    def skeleton(self) -> CausalLM:
+        """The engine's model without weights."""
+        return self.checkpoint.architecture.allocate(self.config, LocalKit(torch.float32, "meta"))
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every tensor by our path, projections apart, read from the files one by one: nothing of the loader's packing
+        is used. Dummy weights are nowhere but in a loaded model, and come out of one.
+        """
+        if self.load_format == "dummy":
+            model = self.load(torch.float32, torch.device("cpu"))
+            return {path: t.parameter[t.start : t.stop] for path, t in targets(model, {}).items()}
+        with self.checkpoint.tensors.opened() as tensors:
+            return {path: tensors.load(rename(path, self.checkpoint.names)) for path in targets(self.skeleton(), {})}

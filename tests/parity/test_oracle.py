@@ -1,0 +1,115 @@
+"""The reference shares nothing with the engine, and equals `transformers` bit for bit wherever that has the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helpers import canon_checkpoint, hf_checkpoint, random_prompts
+from lamella.config import AttentionConfig
+from lamella.errors import ConfigError
+from lamella.parity.oracle import ATTENTION, MIXERS, Oracle
+from lamella.parity.scorers.hf import HFModel
+from lamella.parity.scorers.settings import Settings
+from lamella.parity.subject import Subject
+from models.canon_oracle import CanonOracle, read_hf
+from models.test_canon_parity import OPTIONS as CANON
+from models.test_hf_parity import CASES
+
+CPU = torch.device("cpu")
+
+
+def tokens(length: int, seed: int = 0) -> list[int]:
+    return random_prompts([length], seed)[0]["prompt_token_ids"]
+
+
+def recorded(logits, ids):
+    """(logits, every site's value) of a tapped forward."""
+    values = {}
+
+    def tap(site, value):
+        values[site] = value.clone()
+        return value
+
+    return logits(ids, tap), values
+
+
+@pytest.fixture(scope="module", params=CASES)
+def subject(request, tmp_path_factory) -> Subject:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    hf_checkpoint(folder, CASES[request.param])
+    return Subject.open(folder)
+
+
+def pair(subject: Subject, dtype: torch.dtype, attention: str = "eager") -> tuple[HFModel, Oracle]:
+    hf = HFModel(subject, Settings(dtype=dtype, device=CPU, attention=attention))
+    return hf, Oracle(subject.config, subject.weights(), dtype, CPU, attention)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_bit_is_that_of_transformers(subject, dtype):
+    for attention in ATTENTION:
+        hf, oracle = pair(subject, dtype, attention)
+        ids = tokens(90)
+        assert torch.equal(hf.logits(ids), oracle.logits(ids))
+
+
+def test_float64_is_that_of_transformers_up_to_its_float32_norms(subject):
+    hf, oracle = pair(subject, torch.float64)
+    ids = tokens(90)
+    assert (hf.logits(ids) - oracle.logits(ids)).abs().max() < 1e-4
+
+
+def test_every_site_is_that_of_transformers(subject):
+    hf, oracle = pair(subject, torch.float32)
+    ids = tokens(40)
+    (theirs, their_sites), (ours, our_sites) = recorded(hf.logits, ids), recorded(oracle.logits, ids)
+    assert their_sites.keys() == our_sites.keys() and torch.equal(theirs, ours)
+    for site, value in our_sites.items():
+        assert torch.equal(value, their_sites[site]), site
+    assert torch.equal(hf.logits(ids), theirs)  # tapping leaves the model as it was
+
+
+def test_a_tap_changes_what_goes_on(subject):
+    hf, oracle = pair(subject, torch.float32)
+    ids = tokens(20)
+    for model in (hf, oracle):
+        plain, sites = recorded(model.logits, ids)
+        for site in ("layers.0.mixer.queries_keys", "layers.1.feed_forward.activation", "layers.1.mixer.o_proj"):
+            assert site in sites
+            changed = model.logits(ids, lambda at, value, site=site: value * 2 if at == site else value)
+            assert not torch.allclose(plain, changed)
+
+
+@pytest.mark.parametrize("name", CANON)
+def test_canon_is_that_of_its_formulas(name, tmp_path):
+    folder = canon_checkpoint(tmp_path, **CANON[name])
+    subject = Subject.open(folder)
+    expected = CanonOracle(*read_hf(folder))
+    ids = tokens(70)
+    ours = Oracle(subject.config, subject.weights(), torch.float64).logits(ids)
+    # The angles are float32 by definition here, and float64 there.
+    assert (ours - expected(torch.tensor([ids]))[0]).abs().max() < 1e-4
+
+
+def test_dummy_weights_are_the_engines(tmp_path):
+    folder = canon_checkpoint(tmp_path, canon_bias=True, attention_bias=True)
+    (folder / "model.safetensors").unlink()
+    subject = Subject.open(folder, load_format="dummy", seed=3)
+    model = subject.load(torch.float32, CPU)
+    ids = tokens(30)
+    expected = model.compute_logits(model(torch.tensor(ids)))
+    assert (Oracle(subject.config, subject.weights(), torch.float32).logits(ids) - expected).abs().max() < 1e-4
+
+
+def test_a_mixer_without_a_plain_form_is_named(tmp_path, monkeypatch):
+    subject = Subject.open(canon_checkpoint(tmp_path))
+    monkeypatch.delitem(MIXERS, AttentionConfig)
+    with pytest.raises(ConfigError, match=r"layers\.0\.mixer: .* no plain form of AttentionConfig"):
+        Oracle(subject.config, subject.weights(), torch.float32).logits([1, 2])
+
+
+def test_transformers_says_why_it_cannot(tmp_path):
+    subject = Subject.open(canon_checkpoint(tmp_path))
+    with pytest.raises(ConfigError, match=r"hf: transformers does not know the model .*; `reference`"):
+        HFModel(subject, Settings(dtype=torch.float32, device=CPU))
