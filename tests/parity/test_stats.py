@@ -60,11 +60,6 @@ def rms(x):
 
 
 @cache
-def good():
-    return compare_scores(*case(0.9))
-
-
-@cache
 def case(sigma=1.0, shapes=SHAPES):
     """Sequences, truth, an engine whose noise is `sigma` times the floors', and the two floors."""
     sequences = make_sequences(shapes)
@@ -75,6 +70,11 @@ def case(sigma=1.0, shapes=SHAPES):
         noisy(truth, 0.01 * sigma, 1),
         {"eager": noisy(truth, 0.01, 2), "sdpa": noisy(truth, 0.01, 3)},
     )
+
+
+@cache
+def compared(sigma):
+    return compare_scores(*case(sigma))
 
 
 # Scores
@@ -154,18 +154,18 @@ def test_divergence_is_that_of_the_tokens_both_name_and_the_rest(truth_top, engi
         np.testing.assert_allclose(result, whole, atol=error)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
 def test_coarsening_never_adds_divergence(data):
     vocab = data.draw(st.integers(2, 6))
-    row = st.lists(st.floats(-15, 15), min_size=vocab, max_size=vocab)
+    row = st.lists(st.floats(-6, 6), min_size=vocab, max_size=vocab)
     top = st.none() | st.integers(1, vocab)
     p, q = (torch.tensor([data.draw(row)], dtype=torch.float64) for _ in range(2))
     whole, some = (
         divergence(Scores.of(p, [0], a), Scores.of(q, [0], b)).item()
         for a, b in ((None, None), (data.draw(top), data.draw(top)))
     )
-    assert 0 <= some <= whole + 1e-10
+    assert 0 <= some <= whole + 1e-8
 
 
 @pytest.mark.parametrize("top", [None, 1, 5, 20])
@@ -552,10 +552,10 @@ def test_an_engine_without_a_number_never_passes(value, floor, dtype):
     ],
 )
 def test_a_floor_without_a_number_is_no_yardstick(value):
-    sequences, truth, _, floors = case()
+    sequences, truth, engine, floors = case(500.0, ((5, 6),) * 3)
     floor = moved(truth, lambda i: 0.0)
-    floor[5].target[7] = value
-    result = compare_scores(sequences, truth, noisy(truth, 5.0, 1), {"eager": floor, "sdpa": floors["sdpa"]})
+    floor[1].target[7] = value
+    result = compare_scores(sequences, truth, engine, {"eager": floor, "sdpa": floors["sdpa"]})
     assert judge_stats(result, torch.bfloat16, Tolerances())
 
 
@@ -574,12 +574,12 @@ def test_a_zero_floor_allows_nothing_but_equality():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("sigma", "passes"), [(0.5, True), (1.0, True), (1.2, False), (3.0, False)])
 def test_noise_passes_up_to_the_floors_own(sigma, passes, dtype):
-    assert (judge_stats(compare_scores(*case(sigma)), dtype, Tolerances()) == []) is passes
+    assert (judge_stats(compared(sigma), dtype, Tolerances()) == []) is passes
 
 
 def changed(**changes):
     """A good comparison with other values; those that begin with `engine_` are of the engine's summary."""
-    result = good()
+    result = compared(0.9)
     engine = {name.removeprefix("engine_"): changes.pop(name) for name in list(changes) if name.startswith("engine_")}
     share = changes.pop("share", 0.0)
     floor = {

@@ -58,7 +58,8 @@ def parser() -> argparse.ArgumentParser:
         "prove that an engine computes what the reference does, and name the first operation that does not",
         "Checks: stats (teacher-forced log-probabilities against the reference and its noise floor), paths (every way "
         "to compute the same tokens, states included), bisect (every operation fed the reference's input). Without a "
-        "name, all three. Exit status 1 where one fails. docs/parity.md explains the figures.",
+        "name, all that the engine can be asked for. The exit status is 1 where one fails. docs/parity.md explains the "
+        "figures.",
     )
     parity.add_argument("words", nargs="+", metavar="MODEL [stats] [paths] [bisect]", help="the model, then checks")
     parity.add_argument("--engine", default="lamella", help="lamella, vllm, hf or reference")

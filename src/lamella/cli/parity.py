@@ -57,10 +57,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _words(words: list[str]) -> tuple[str, list[str]]:
-    """The model and the checks, in any order; a folder that is called like a check can be given as ./stats."""
+    """The model and the named checks, in any order; a folder that is called like a check can be given as ./stats."""
     models = [word for word in words if word not in CHECKS]
     if len(models) != 1:
         raise ParameterError(
             f"{' '.join(words)!r}: must name one model, and of {', '.join(CHECKS)} those that are wanted"
         )
-    return models[0], [name for name in CHECKS if name in words] or list(CHECKS)
+    return models[0], [name for name in CHECKS if name in words]

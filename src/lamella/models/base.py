@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from lamella.config import ModelConfig
@@ -82,7 +82,7 @@ class CausalLM(LanguageModel):
 
 @torch.no_grad()
 def initialize(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Fill every parameter at random, as the architectures' training code starts."""
+    """Fill every parameter at random, as the architectures' training code starts; the same for every dtype."""
     for module in model.modules():
         parameters = dict(module.named_parameters(recurse=False))
         for name, parameter in parameters.items():
@@ -90,8 +90,13 @@ def initialize(model: nn.Module, generator: torch.Generator | None = None) -> No
                 parameter.fill_(1.0)
             elif isinstance(module, Canon):
                 bound = module.config.kernel**-0.5
-                parameter.uniform_(-bound, bound, generator=generator)
+                parameter.copy_(_wide(parameter).uniform_(-bound, bound, generator=generator))
             elif name == "bias":
                 parameter.zero_()
             else:
-                parameter.normal_(0.0, 0.02, generator=generator)
+                parameter.copy_(_wide(parameter).normal_(0.0, 0.02, generator=generator))
+
+
+def _wide(parameter: nn.Parameter) -> Tensor:
+    """Room to draw in: a generator gives other numbers in other dtypes."""
+    return torch.empty_like(parameter, dtype=torch.float32)

@@ -1,0 +1,151 @@
+"""The kit's functions on whole models: what they measure, and that it is what the engines really compute."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen3Config
+
+from helpers import canon_checkpoint, hf_checkpoint
+from lamella.errors import ConfigError, ParameterError
+from lamella.parity import assert_parity, check, compare, score
+from lamella.parity.forcing import ForcedEngine
+from lamella.parity.sequences import split
+from parity.test_bisection import SHAPE, layer, load
+
+MODELS = {
+    "llama": lambda folder, seed: hf_checkpoint(folder, LlamaConfig(**SHAPE), seed),
+    "qwen3": lambda folder, seed: hf_checkpoint(folder, Qwen3Config(**SHAPE), seed),
+    "canon": lambda folder, seed: canon_checkpoint(folder, seed, num_hidden_layers=3, qk_norm=True),
+}
+INPUTS = {"prompts": "random", "count": 6, "prompt_len": 24, "decode_len": 8}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def folder(request, tmp_path_factory):
+    made = tmp_path_factory.mktemp("model")
+    MODELS[request.param](made, 0)
+    return made
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    made = tmp_path_factory.mktemp("llama")
+    MODELS["llama"](made, 0)
+    return made
+
+
+def test_everything_passes_in_both_dtypes(folder):
+    for dtype in ("float32", "bfloat16"):
+        report = assert_parity(folder, dtype=dtype, **INPUTS)
+        assert report.stats and report.paths and report.bisection and report.passed
+        assert report.stats.outliers["count"] == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_is_no_further_from_the_truth_than_the_reference(name, tmp_path):
+    """Mean over seeds of the headline, with its 99.9th percentile's."""
+    results = []
+    for seed in range(4):
+        MODELS[name](tmp_path / str(seed), seed)
+        results.append(compare(tmp_path / str(seed), dtype="bfloat16", seed=seed, **INPUTS))
+    assert sum(result.noise_floor_ratio for result in results) / len(results) <= 1.0
+    assert all(0.3 < result.noise_floor_ratio < 1.3 for result in results)
+
+
+@pytest.mark.parametrize("engine", ["lamella", "hf", "reference"])
+def test_engines_agree(engine, llama):
+    sequences, ours = score(llama, engine=engine, dtype="float32", **INPUTS)
+    _, truth = score(llama, engine="reference", dtype="float32", **INPUTS)
+    assert [len(scores.target) for scores in ours] == [sequence.num_predictions for sequence in sequences]
+    for scores, expected in zip(ours, truth, strict=True):
+        assert (scores.logprobs - expected.logprobs).abs().max() < 1e-4
+        assert (scores.target - expected.target).abs().max() < 1e-4
+
+
+def test_top_keeps_the_likeliest(llama):
+    (_, whole), (_, some) = (score(llama, top=top, **INPUTS) for top in (None, 5))
+    for full, part in zip(whole, some, strict=True):
+        assert torch.equal(full.target, part.target)
+        assert torch.equal(full.logprobs.topk(5).values, part.logprobs)
+        assert torch.equal(full.logprobs.gather(1, part.ids), part.logprobs)
+    assert compare(llama, top=5, **INPUTS).engine.kl_max < 1e-6
+
+
+def test_continuations_are_decoded_token_by_token(llama):
+    engine = ForcedEngine(load(llama), {"max_num_seqs": 2, "max_num_batched_tokens": 64}, torch.device("cpu"))
+    records = engine.score([split(range(20), 5), split(range(7), 3), split(range(2), 1)])
+    assert [record.steps for record in records] == [[15, 1, 1, 1, 1], [4, 1, 1], [1]]
+    assert [record.token_ids for record in records] == [tuple(range(15, 20)), (4, 5, 6), (1,)]
+    assert all(record.state.keys() == records[0].state.keys() for record in records)
+    assert records[1].state["model.layers.0.mixer.attention.keys"].shape == (6, 2, 16)
+
+
+def test_a_fault_fails_and_says_why(llama):
+    candidate = load(llama)
+    layer(candidate).mixer_norm.eps = 1e-2
+    report = check(llama, candidate=candidate, **INPUTS)
+    assert not report.passed and report.as_dict()["verdict"] == "fail"
+    assert any(reason.startswith("first operation out of line: layer 1, norm") for reason in report.reasons)
+    assert any("times the noise floor's" in reason for reason in report.reasons)
+    with pytest.raises(AssertionError, match="first operation out of line: layer 1, norm"):
+        assert_parity(llama, candidate=candidate, **INPUTS)
+
+
+def test_free_running_is_beside_the_rest(llama):
+    report = check(llama, ["stats"], dtype="bfloat16", free_running=True, **INPUTS)
+    free = report.free_running
+    assert [row["step"] for row in free.positions] == list(range(8)) and free.positions[0]["n"] == 6
+    assert free.overall["outliers_same_text"] == 0 and 0 <= free.hazard < 0.5
+    assert report.paths is report.bisection is None
+
+
+def test_dummy_weights_need_no_file(tmp_path):
+    folder = canon_checkpoint(tmp_path)
+    (folder / "model.safetensors").unlink()
+    assert_parity(folder, load_format="dummy", dtype="bfloat16", **INPUTS)
+    with pytest.raises(ConfigError, match="hf: dummy weights are in no file"):
+        compare(folder, load_format="dummy", oracle="hf", **INPUTS)
+
+
+def test_nothing_on_disk_changes(llama):
+    def state():
+        return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in llama.iterdir()}
+
+    before = state()
+    check(llama, dtype="bfloat16", free_running=True, **INPUTS)
+    assert state() == before
+
+
+def test_bad_options_are_one_line(llama):
+    for options, line in (
+        ({"engine": "tgi"}, "engine='tgi': must be one of lamella, hf, reference, vllm"),
+        ({"oracle": "gpt"}, "oracle='gpt': must be auto, hf or reference"),
+        ({"engine_options": {"deterministic": True}}, "deterministic=True: must be False"),
+        ({"checks": ["speed"]}, "check 'speed': the engine lamella can be asked for stats, paths, bisect"),
+        ({"checks": ["paths"], "engine": "hf"}, "check 'paths': the engine hf can be asked for stats"),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            check(llama, **INPUTS | options)
+    with pytest.raises(ParameterError, match="decode_len=0"):
+        check(llama, decode_len=0)
+    with pytest.raises(TypeError, match="prompt_length"):
+        check(llama, prompt_length=3)
+
+
+def test_without_transformers_the_reference_still_serves():
+    code = """
+import sys
+sys.modules["transformers"] = None
+from lamella.cli.main import main
+assert main(["parity", "demo", "stats", "--engine", "reference", "--count", "2", "--prompt-len", "8"]) == 0
+assert main(["parity", "demo", "bisect", "--prompt-len", "8"]) == 0
+assert main(["parity", "demo", "stats", "--oracle", "hf"]) == 2
+assert main(["parity", "demo", "stats", "--engine", "hf"]) == 2
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("transformers is not installed (pip install 'lamella[hf]'); `reference` needs") == 2

@@ -1,0 +1,150 @@
+"""Every path of every architecture is right, state included; a path that is wrong shows, and so does one not taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen3Config
+
+from helpers import canon_checkpoint, hf_checkpoint
+from lamella.errors import ParameterError
+from lamella.layers.context import require_batch
+from lamella.parity import paths
+from lamella.parity.forcing import ForcedEngine
+from lamella.parity.path_matrix import Laboratory, NotExercised, catalogue
+from lamella.parity.subject import Subject
+from parity.test_bisection import SHAPE, change_history, forgot_the_history, layer, load
+
+LATER = {"prefix hit", "compiled", "two tensor-parallel ranks"}
+PROMPTS = {"prompts": "random", "count": 1, "prompt_len": 40, "decode_len": 8}
+WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+MODELS = {
+    "llama": lambda folder: hf_checkpoint(folder, LlamaConfig(**SHAPE | {"attention_bias": True})),
+    "qwen3": lambda folder: hf_checkpoint(folder, Qwen3Config(**SHAPE)),
+    "qwen3, window": lambda folder: hf_checkpoint(folder, Qwen3Config(**SHAPE | WINDOW)),
+    "canon": lambda folder: canon_checkpoint(folder, num_hidden_layers=3, qk_norm=True),
+    "canon, kernel 5": lambda folder: canon_checkpoint(folder, canon_kernel=5, canon_bias=True, canon_activation=True),
+    "canon A, lingua": lambda folder: canon_checkpoint(folder, canon_set="A", rope_version="lingua", rope_dim=8),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def folder(request, tmp_path_factory):
+    made = tmp_path_factory.mktemp("model")
+    MODELS[request.param](made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def canon(tmp_path_factory):
+    return canon_checkpoint(tmp_path_factory.mktemp("canon"), num_hidden_layers=3, qk_norm=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_path_is_right(folder, dtype):
+    matrix = paths(folder, dtype=dtype, **PROMPTS)
+    assert not matrix.failures, matrix.failures
+    taken = [cell for cell in matrix.cells if cell.status == "pass"]
+    assert {cell.path for cell in matrix.cells} - {cell.path for cell in taken} == LATER
+    assert all(cell.why for cell in matrix.cells if cell.status == "unavailable")
+    assert sum(cell.state_max is not None for cell in taken) == len(taken) - 1  # all but the plain module
+    if dtype == "float32":
+        assert all(cell.agreement == 1 and cell.logprob_max < 1e-4 and (cell.state_max or 0) < 1e-5 for cell in taken)
+
+
+def test_the_cuts_are_where_state_changes_hands(canon):
+    names = {path.name for path in catalogue(Subject.open(canon).config, 48)}
+    assert {f"chunked, cut at {cut}" for cut in (1, 2, 3, 4, 5, 15, 16, 17, 46)} <= names  # W is 4, a page is 16
+    assert {f"chunked, every {size}" for size in (2, 3, 4, 5, 15, 16, 17)} <= names
+
+
+def failures(folder, inject, dtype="float32"):
+    candidate = load(folder, getattr(torch, dtype))
+    with torch.no_grad():
+        inject(candidate)
+    return {cell.path: cell for cell in paths(folder, candidate=candidate, dtype=dtype, **PROMPTS).failures}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_history_forgotten_between_chunks_shows_in_the_chunked_paths(canon, dtype):
+    failed = failures(canon, forgot_the_history, dtype)
+    assert {"chunked, cut at 5", "chunked, every 16"} <= failed.keys()
+    assert not {"full forward, again", "token by token from the first", "recycled pages and slot"} & failed.keys()
+    assert "differ" in failed["chunked, cut at 5"].why
+
+
+def test_a_key_lost_on_a_new_page_shows(canon):
+    def inject(model):
+        attention = layer(model).mixer.attention
+        inner = attention.forward
+
+        def forward(q, k, v):
+            batch = require_batch().ragged
+            lost = (batch.positions % 16 == 0) & (batch.positions > 0) & (batch.num_decodes > 0)
+            return inner(q, torch.where(lost[:, None, None], 0.0, k), v)
+
+        attention.forward = forward
+
+    failed = failures(canon, inject)
+    assert "token by token from the first" in failed and "chunked, cut at 16" not in failed
+
+
+def test_a_state_that_only_the_next_token_would_miss_shows(canon):
+    """The last decode step computes rightly and leaves a stale history: no log-probability is wrong yet."""
+    last = PROMPTS["prompt_len"] + PROMPTS["decode_len"] - 2
+
+    def change(rows, batch):
+        return rows.clone() if batch.num_decodes and int(batch.positions[0]) == last else rows
+
+    failed = failures(canon, lambda model: change_history(layer(model).mixer.canon, change))
+    cell = failed["prompt, then token by token"]
+    assert cell.logprob_max < 1e-4 and cell.state_worst == "model.layers.1.history"
+    assert "the state of model.layers.1.history differs by" in cell.why
+
+
+def test_memory_that_shines_through_is_not_bitwise(canon):
+    """A convolution that lets a little of what its slot held before into its result."""
+
+    def inject(model):
+        conv = layer(model).mixer_canon
+        holder, inner = conv.history.holder, conv.forward
+
+        def forward(x):
+            rows, slots = holder.current()
+            before = 0.0 if rows is None else rows[slots[0], 0, 0].nan_to_num(1.0)
+            return inner(x) + 1e-3 * before
+
+        conv.forward = forward
+
+    cell = failures(canon, inject)["recycled pages and slot"]
+    assert cell.why == "must be bitwise equal, and is not"
+
+
+def test_a_broken_full_forward_excuses_no_path(canon):
+    candidate = load(canon)
+    layer(candidate).mixer.o_proj.weight.fill_(torch.nan)
+    matrix = paths(canon, candidate=candidate, **PROMPTS)
+    assert len(matrix.failures) == len(matrix.cells) - len(LATER)
+
+
+def test_a_path_that_was_not_taken_fails(canon, monkeypatch):
+    whole = ForcedEngine.score
+    monkeypatch.setattr(ForcedEngine, "score", lambda self, sequences, budgets=(): whole(self, sequences))
+    cells = {cell.path: cell for cell in paths(canon, **PROMPTS).cells}
+    assert cells["chunked, cut at 3"].why == "not exercised: steps of [47] tokens, not [3, 44]"
+    assert cells["chunked, every 3"].status == "pass"
+
+
+def test_a_preemption_that_did_not_happen_fails(canon, monkeypatch):
+    subject = Subject.open(canon)
+    lab = Laboratory(subject.load(torch.float32, torch.device("cpu")), torch.device("cpu"), range(40), 0)
+    engine = lab.engine
+    monkeypatch.setattr(lab, "engine", lambda **options: engine(**options | {"num_blocks": 100}))
+    (preempted,) = (path for path in catalogue(subject.config, 40) if path.name == "preempted in a small pool")
+    with pytest.raises(NotExercised, match="nothing was preempted"):
+        preempted.run(lab)
+
+
+def test_too_short_a_sequence_is_refused(canon):
+    with pytest.raises(ParameterError, match="paths need a sequence of at least 8 tokens, not 5"):
+        paths(canon, prompts=[list(range(5))])
