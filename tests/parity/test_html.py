@@ -217,6 +217,7 @@ def full_report() -> dict[str, Any]:
                 "max": 0.44,
                 "outliers": 3,
                 "outlier_share": 0.0029,
+                "outliers_same_text": 1,
             },
             "hazard": 0.0164,
         },

@@ -475,7 +475,7 @@ def _paths(paths: Mapping[str, Any]) -> _Markup:
         ]
         for cell in paths["cells"]
     ]
-    limits = _tag("p", f"Limits: {_listing(paths['limits'])}.") if paths["limits"] else ""
+    limits = _tag("p", f"Limits: {_listing(paths['limits'])}.")
     return _section(
         "Execution paths",
         _tag("p", "The engine against itself: every way to run the same tokens must agree within the limits."),
@@ -488,6 +488,9 @@ def _bisect(bisect: Mapping[str, Any]) -> _Markup:
     first, rows = bisect["first"], bisect["rows"]
     if first is None:
         finding = _tag("p", _badge("pass", "in line"), " The error of every sub-block is in line with rounding.")
+    elif first.get("missing"):
+        place = _tag("b", f" First out of line: {_place(first)}")
+        finding = _tag("p", _badge("fail", "out of line"), place, f": the {first['missing']} does not compute it.")
     else:
         finding = _tag(
             "p",
@@ -617,10 +620,11 @@ def _free_running(free: Mapping[str, Any]) -> _Markup:
         "Match": _percent(overall["match"]),
         "Mean ± std": _with_error(overall["mean"], overall["std"]),
         ", ".join(quantiles): ", ".join(_number(overall[key]) for key in quantiles),
-        "Outliers": f"{_number(overall['outliers'])} ({_percent(overall['outlier_share'])})",
+        "Outliers": f"{_number(overall['outliers'])} ({_percent(overall['outlier_share'])}), of which "
+        f"{_number(overall['outliers_same_text'])} before the texts part",
     }
     if free["hazard"] is not None:
-        facts["First differing token"] = f"{_percent(free['hazard'])} chance at each step"
+        facts["Hazard"] = f"texts that are still the same part at {_percent(free['hazard'])} of the steps"
     rows = [
         [f"step {one['step']}", _number(one["n"]), _percent(one["match"])]
         + [_number(one[key]) for key in ("mean", "p50", "p95", "max")]
@@ -628,7 +632,12 @@ def _free_running(free: Mapping[str, Any]) -> _Markup:
     ]
     return _section(
         "Free running",
-        _tag("p", "Both sides choose their own tokens, always the likeliest; differences of log-probability in nat."),
+        _tag(
+            "p",
+            "Both sides choose their own tokens, always the likeliest; differences of log-probability in nat. After the "
+            "first difference they continue different texts: that, and not a growing error, is what the match loses "
+            "and what most outliers are.",
+        ),
         _definitions(facts),
         _table("Free running, per step", ["", "n", "match", "mean", "p50", "p95", "max"], rows),
     )
