@@ -123,6 +123,8 @@ def test_nothing_on_disk_changes(llama):
 def test_bad_options_are_one_line(llama):
     for options, line in (
         ({"engine": "tgi"}, "engine='tgi': must be one of lamella, hf, reference, vllm"),
+        ({"top": 1}, "top=1: must be a whole number of at least 2"),
+        ({"batch_size": 0}, "batch_size=0: must be a whole number of at least 1"),
         ({"oracle": "gpt"}, "oracle='gpt': must be auto, hf or reference"),
         ({"engine_options": {"deterministic": True}}, "deterministic=True: must be False"),
         ({"checks": ["speed"]}, "check 'speed': the engine lamella can be asked for stats, paths, bisect"),

@@ -78,6 +78,14 @@ class ParityOptions:
     engine_options: Mapping[str, Any] = field(default_factory=dict)
     candidate: LanguageModel | None = None
 
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("top", 2)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ConfigError(f"{name}={value!r}: must be a whole number of at least {least}")
+        if self.candidate is not None and self.engine != "lamella":
+            raise ConfigError(f"candidate: only the engine lamella takes a loaded one, not {self.engine}")
+
 
 def score(model: str | Path, **options: Any) -> tuple[list[TokenSequence], list[Scores]]:
     """The sequences, and `engine`'s log-probabilities of each, tokens forced."""
@@ -137,8 +145,6 @@ class _Run:
         self.device = EngineOptions(model=model, device=options.device).resolve_device()
         self.dtype = self.subject.dtype(options.dtype)
         self.oracle = resolve_oracle(options.oracle, self.subject)
-        if options.candidate is not None and options.engine != "lamella":
-            raise ConfigError(f"candidate: only the engine lamella takes a loaded one, not {options.engine}")
 
     @cached_property
     def inputs(self) -> Inputs:

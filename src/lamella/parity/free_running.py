@@ -30,12 +30,12 @@ class FreeRunning:
             p95, max.
         overall: match, and of all mean differences: mean, std, p10, p50, p90, p95, p99, max, outliers (beyond 1 nat)
             and their share; outliers_same_text counts those before the texts part.
-        hazard: partings per step of texts that were the same until then; None where none was left to part.
+        hazard: partings per step of texts that were the same until then.
     """
 
     positions: Sequence[dict[str, Any]]
     overall: dict[str, Any]
-    hazard: float | None
+    hazard: float
 
 
 def compare_generations(engine: Sequence[Generation], reference: Sequence[Generation]) -> FreeRunning:
@@ -49,7 +49,7 @@ def compare_generations(engine: Sequence[Generation], reference: Sequence[Genera
     gaps = torch.stack([_gaps(*pair) for pair in zip(engine, reference, strict=True)])  # (prompts, steps)
     same_before = torch.cat((torch.ones_like(match[:, :1]), match[:, :-1]), 1).cumprod(1).bool()
     at_risk, parted = int(same_before.sum()), int((same_before & ~match).sum())
-    outliers = gaps > OUTLIER
+    outliers = ~(gaps <= OUTLIER)
     positions = [
         {"step": step, "n": len(match), "match": _share(match[:, step]), **_quantiles(gaps[:, step], (0.5, 0.95))}
         for step in range(match.shape[1])
@@ -62,7 +62,7 @@ def compare_generations(engine: Sequence[Generation], reference: Sequence[Genera
         "outlier_share": _share(outliers),
         "outliers_same_text": int((outliers & same_before).sum()),
     }
-    return FreeRunning(positions, overall, parted / at_risk if at_risk else None)
+    return FreeRunning(positions, overall, parted / at_risk)
 
 
 def _gaps(engine: Generation, reference: Generation) -> Tensor:

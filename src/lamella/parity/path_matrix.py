@@ -29,7 +29,7 @@ PAGE_SIZE = 16
 
 # What rounding may move: log-probabilities in fp32 and states in each dtype, both as shares of their own size.
 LOGPROB_LIMIT = 1e-4
-STATE_LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 0.125}
+STATE_LIMITS = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
 # A path may stray from the full forward so many times as far as that strays from the truth.
 NOISE_LIMIT = 4.0
 
@@ -209,8 +209,9 @@ class Cell:
         logprob_max, logprob_rms: of the differences of log-probabilities over the vocabulary, the largest, and the
             root of the mean square.
         agreement: share of positions with the same likeliest token.
-        state_max: the largest difference of any layer's state, in units of that state's own root mean square; None
-            where the path leaves no state.
+        state_max: the largest root mean square of a row's differences in any layer's state (a row is a head's keys of
+            one position, or one row of a slot), in units of that state's own root mean square; None where the path
+            leaves no state.
         state_worst: where.
     """
 
@@ -289,13 +290,12 @@ def _worst_row(difference: Tensor) -> float:
 
 
 def _relative(ours: Tensor, expected: Tensor) -> float:
-    """The largest difference in units of the expected tensor's root mean square; infinite where one is not a number."""
+    """The worst row in units of the expected tensor's root mean square; infinite where one is not a number."""
     if ours.shape != expected.shape:
-        return float("inf")
-    difference = (ours.double() - expected.double()).abs().max()
-    size = expected.double().square().mean().sqrt()
-    relative = float(difference / size) if difference else 0.0
-    return float("inf") if math.isnan(relative) else relative
+        return math.inf
+    difference = _worst_row(ours.double() - expected.double())
+    relative = difference / float(expected.double().square().mean().sqrt()) if difference else 0.0
+    return math.inf if math.isnan(relative) else relative
 
 
 def _cell(path: Path, lab: Laboratory, full: Record, limits: dict[str, float]) -> Cell:

@@ -36,6 +36,10 @@ class Scores:
         if top is None or top >= logprobs.shape[1]:
             return cls(target, logprobs.cpu())
         kept, ids = logprobs.topk(top)
+        # Of equal ones, topk may take any: the first column is the one that argmax would choose.
+        first = logprobs.argmax(-1, keepdim=True)
+        ids = torch.where(ids == first, ids[:, :1], ids)
+        ids[:, :1] = first
         return cls(target, kept.cpu(), ids.cpu())
 
 

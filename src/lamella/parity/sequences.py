@@ -73,18 +73,20 @@ def make_inputs(
     """`count` sequences of `prompt_len` + `decode_len` tokens at most.
 
     `prompts` is a file (a prompt a line: text, a JSON list of token ids, or an object with `prompt` or
-    `prompt_token_ids`), a list of such prompts, "random" for random tokens, or None for the bundled text; a model
-    whose tokenizer cannot read that text, or that has none, gets random tokens. Raises `ParameterError` with the
-    line that cannot be used.
+    `prompt_token_ids`; text that begins with a bracket needs the object), a list of such prompts, "random" for random
+    tokens, or None for the bundled text; a model whose tokenizer cannot read that text, or that has none, gets random
+    tokens. Raises `ParameterError` with the line that cannot be used.
     """
-    for name, value in (("prompt_len", prompt_len), ("decode_len", decode_len), ("count", count or 1)):
+    counts = {"prompt_len": prompt_len, "decode_len": decode_len, "count": 1 if count is None else count}
+    for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ParameterError(f"{name}={value!r}: must be a whole number of at least 1")
     length = prompt_len + decode_len
     if prompts is None:
         texts = files("lamella.parity").joinpath("text.txt").read_text("utf-8").strip().split("\n\n")
         encoded = [] if tokenizer is None else [tokenizer.encode(text) for text in texts]
-        readable = len({token for ids in encoded for token in ids}) >= _FEWEST_TOKENS
+        known = {token for ids in encoded for token in ids}
+        readable = len(known) >= _FEWEST_TOKENS and max(known) < vocab_size
         source = "bundled text" if readable else "random tokens (no tokenizer that reads the bundled text)"
     elif prompts == "random":
         encoded, readable, source = [], False, "random tokens"
@@ -107,8 +109,8 @@ def _given(
     if isinstance(prompts, str | Path):
         path = Path(prompts)
         try:
-            lines = path.read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = path.read_text("utf-8-sig").split("\n")
+        except (OSError, ValueError) as error:
             raise ParameterError(f"prompts: {path} cannot be read ({error})") from error
         entries: list[tuple[str, Any]] = [
             (f"{path}:{number}", _parse(line, f"{path}:{number}"))
@@ -128,7 +130,7 @@ def _parse(line: str, place: str) -> Any:
         return line
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ParameterError(f"{place}: not JSON ({error})") from error
 
 

@@ -24,6 +24,8 @@ NEAR_TIE = 3 * math.sqrt(2)
 # An outlier is off by more than so many times the floor's own worst.
 OUTLIER = 2.0
 _BINS = 24
+# The rest of float32 probabilities is known to about this much.
+_LEAST_REST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Differences:
             top = expected.logprobs.double().topk(2).values
             parts.append(
                 (
-                    ours.target - expected.target,
+                    torch.where(ours.target == expected.target, 0.0, ours.target - expected.target),
                     divergence(expected, ours),
                     likeliest(expected) != likeliest(ours),
                     top[:, 0] - top[:, 1],
@@ -196,9 +198,9 @@ def divergence(truth: Scores, engine: Scores) -> Tensor:
         return _kl(truth.logprobs.double(), engine.logprobs.double())
     ids = truth.ids if truth.ids is not None else engine.ids
     assert ids is not None
-    pair = (_of_tokens(truth, ids), _of_tokens(engine, ids))
-    unknown = pair[0].isinf() | pair[1].isinf()
-    return _kl(*(_with_rest(side.masked_fill(unknown, -torch.inf)) for side in pair))
+    (p, in_truth), (q, in_engine) = _of_tokens(truth, ids), _of_tokens(engine, ids)
+    rest = ~(in_truth & in_engine)
+    return _kl(_with_rest(p.masked_fill(rest, -torch.inf)), _with_rest(q.masked_fill(rest, -torch.inf)))
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
@@ -207,18 +209,17 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return terms.sum(-1).clamp(min=0.0)
 
 
-def _of_tokens(scores: Scores, ids: Tensor) -> Tensor:
-    """(N, K) log-probabilities of given tokens; -inf of those that the scores do not name."""
+def _of_tokens(scores: Scores, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, K) log-probabilities of given tokens, and whether the scores name them."""
     if scores.ids is None:
-        return scores.logprobs.double().gather(1, ids)
+        return scores.logprobs.double().gather(1, ids), torch.ones_like(ids, dtype=torch.bool)
     match = ids[:, :, None] == scores.ids[:, None, :]
-    values = scores.logprobs.double()[:, None, :].expand(match.shape)
-    return torch.where(match, values, -torch.inf).amax(-1)
+    return scores.logprobs.double().gather(1, match.byte().argmax(-1)), match.any(-1)
 
 
 def _with_rest(logprobs: Tensor) -> Tensor:
     """(N, K) -> (N, K + 1), with all that is not named as one."""
-    rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=torch.finfo(torch.float64).tiny)
+    rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=_LEAST_REST)
     return torch.cat((logprobs, rest.log()), -1)
 
 
@@ -227,6 +228,8 @@ def rms(x: Tensor) -> float:
 
 
 def _ratio(ours: float, floor: float) -> float:
+    if not math.isfinite(floor):
+        return math.nan  # a floor that is broken itself measures nothing
     if floor == 0:
         return 0.0 if ours == 0 else math.inf
     return ours / floor

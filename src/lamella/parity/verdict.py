@@ -40,7 +40,7 @@ def judge_stats(result: Comparison, dtype: torch.dtype, tolerances: Tolerances) 
     error = result.noise_floor_ratio_error
     # A single sequence says nothing of chance: half the way is left to it.
     chance = 2 * error if error == error else (tolerances.ratio_at_most - tolerances.ratio) / 2
-    allowed = min(tolerances.ratio + chance, tolerances.ratio_at_most)
+    allowed = max(tolerances.ratio, min(tolerances.ratio + chance, tolerances.ratio_at_most))
     floor = max(summary.rms for summary in result.floor.values())
     engine, reasons = result.engine, []
     if not result.noise_floor_ratio <= allowed:
@@ -52,7 +52,7 @@ def judge_stats(result: Comparison, dtype: torch.dtype, tolerances: Tolerances) 
             f"99.9th percentile is {result.p999_ratio:.3g} times the floor's, allowed are {tolerances.p999_ratio:g}"
         )
     if not (abs(engine.bias) <= 4 * engine.bias_error or abs(engine.bias) <= tolerances.bias * floor):
-        reasons.append(f"bias of {engine.bias:.3g}, {abs(engine.bias) / engine.bias_error:.1f} standard errors")
+        reasons.append(f"bias of {engine.bias:.3g}, with a standard error of {engine.bias_error:.2g}")
     if not result.outliers["share"] <= tolerances.outlier_share:
         reasons.append(f"{result.outliers['count']} outliers beyond {result.outliers['limit']:.3g}")
     return reasons

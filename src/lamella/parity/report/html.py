@@ -634,9 +634,9 @@ def _free_running(free: Mapping[str, Any]) -> _Markup:
         "Free running",
         _tag(
             "p",
-            "Both sides choose their own tokens, always the likeliest; differences of log-probability in nat. After the "
-            "first difference they continue different texts: that, and not a growing error, is what the match loses "
-            "and what most outliers are.",
+            "Both sides choose their own tokens, always the likeliest; differences of log-probability in nat. After "
+            "the first difference they continue different texts: that, and not a growing error, is what the match "
+            "loses and what most outliers are.",
         ),
         _definitions(facts),
         _table("Free running, per step", ["", "n", "match", "mean", "p50", "p95", "max"], rows),

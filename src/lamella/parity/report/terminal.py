@@ -113,10 +113,9 @@ def _show_free_running(console: Console, free: Mapping[str, Any]) -> None:
         )
     console.print(table)
     overall, hazard = free["overall"], free["hazard"]
-    parting = "-" if hazard is None else f"{hazard:.2%}"
     console.print(
         f"{_percent(overall['match'])} match, {overall['outliers']} outliers ({overall['outliers_same_text']} on the "
-        f"same text); texts that are still the same part at {parting} of the steps, and all that follows compares "
+        f"same text); texts that are still the same part at {hazard:.2%} of the steps, and all that follows compares "
         "different texts"
     )
 
