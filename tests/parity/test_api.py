@@ -95,6 +95,14 @@ def test_a_fault_fails_and_says_why(llama):
         assert_parity(llama, candidate=candidate, **INPUTS)
 
 
+def test_a_candidate_brings_its_dtype(llama):
+    candidate = load(llama, torch.bfloat16)
+    report = check(llama, ["stats", "bisect"], candidate=candidate, **INPUTS)
+    assert report.passed and report.dtype == "bfloat16" and report.device == "cpu"
+    with pytest.raises(ConfigError, match=r"dtype='float32': the candidate's is torch\.bfloat16"):
+        check(llama, candidate=candidate, dtype="float32", **INPUTS)
+
+
 def test_free_running_is_beside_the_rest(llama):
     report = check(llama, ["stats"], dtype="bfloat16", free_running=True, **INPUTS)
     free = report.free_running

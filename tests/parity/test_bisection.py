@@ -267,7 +267,7 @@ def test_a_coarse_fault_is_named_in_bfloat16_too(name, folders):
     model = load(folders[which], torch.bfloat16)
     with torch.no_grad():
         inject(model)
-    first = bisect(folders[which], candidate=model, dtype="bfloat16", **PROMPTS).first
+    first = bisect(folders[which], candidate=model, **PROMPTS).first
     assert first is not None and (first.layer, first.op) == (index, operation)
 
 

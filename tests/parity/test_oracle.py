@@ -43,7 +43,7 @@ def subject(request, tmp_path_factory) -> Subject:
 
 def pair(subject: Subject, dtype: torch.dtype, attention: str = "eager") -> tuple[HFModel, Oracle]:
     hf = HFModel(subject, Settings(dtype=dtype, device=CPU, attention=attention))
-    return hf, Oracle(subject.config, subject.weights(), dtype, CPU, attention)
+    return hf, Oracle(subject.config, subject.weights(CPU), dtype, CPU, attention)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -87,7 +87,7 @@ def test_canon_is_that_of_its_formulas(name, tmp_path):
     subject = Subject.open(folder)
     expected = CanonOracle(*read_hf(folder))
     ids = tokens(70)
-    ours = Oracle(subject.config, subject.weights(), torch.float64).logits(ids)
+    ours = Oracle(subject.config, subject.weights(CPU), torch.float64).logits(ids)
     # The angles are float32 by definition here, and float64 there.
     assert (ours - expected(torch.tensor([ids]))[0]).abs().max() < 1e-4
 
@@ -99,14 +99,14 @@ def test_dummy_weights_are_the_engines(tmp_path):
     model = subject.load(torch.float32, CPU)
     ids = tokens(30)
     expected = model.compute_logits(model(torch.tensor(ids)))
-    assert (Oracle(subject.config, subject.weights(), torch.float32).logits(ids) - expected).abs().max() < 1e-4
+    assert (Oracle(subject.config, subject.weights(CPU), torch.float32).logits(ids) - expected).abs().max() < 1e-4
 
 
 def test_a_mixer_without_a_plain_form_is_named(tmp_path, monkeypatch):
     subject = Subject.open(canon_checkpoint(tmp_path))
     monkeypatch.delitem(MIXERS, AttentionConfig)
     with pytest.raises(ConfigError, match=r"layers\.0\.mixer: .* no plain form of AttentionConfig"):
-        Oracle(subject.config, subject.weights(), torch.float32).logits([1, 2])
+        Oracle(subject.config, subject.weights(CPU), torch.float32).logits([1, 2])
 
 
 def test_transformers_says_why_it_cannot(tmp_path):

@@ -15,6 +15,7 @@ from lamella.parity.path_matrix import Laboratory, NotExercised, catalogue
 from lamella.parity.subject import Subject
 from parity.test_bisection import SHAPE, change_history, forgot_the_history, layer, load
 
+CPU = torch.device("cpu")
 LATER = {"prefix hit", "compiled", "two tensor-parallel ranks"}
 PROMPTS = {"prompts": "random", "count": 1, "prompt_len": 40, "decode_len": 8}
 WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
@@ -42,7 +43,7 @@ def canon(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_path_is_right(folder, dtype):
-    matrix = paths(folder, dtype=dtype, **PROMPTS)
+    matrix = paths(folder, dtype=dtype, device="cpu", **PROMPTS)
     assert not matrix.failures, matrix.failures
     taken = [cell for cell in matrix.cells if cell.status == "pass"]
     assert {cell.path for cell in matrix.cells} - {cell.path for cell in taken} == LATER
@@ -53,7 +54,7 @@ def test_every_path_is_right(folder, dtype):
 
 
 def test_the_cuts_are_where_state_changes_hands(canon):
-    names = {path.name for path in catalogue(Subject.open(canon).config, 48)}
+    names = {path.name for path in catalogue(Subject.open(canon).config, 48, CPU)}
     assert {f"chunked, cut at {cut}" for cut in (1, 2, 3, 4, 5, 15, 16, 17, 46)} <= names  # W is 4, a page is 16
     assert {f"chunked, every {size}" for size in (2, 3, 4, 5, 15, 16, 17)} <= names
 
@@ -62,7 +63,7 @@ def failures(folder, inject, dtype="float32"):
     candidate = load(folder, getattr(torch, dtype))
     with torch.no_grad():
         inject(candidate)
-    return {cell.path: cell for cell in paths(folder, candidate=candidate, dtype=dtype, **PROMPTS).failures}
+    return {cell.path: cell for cell in paths(folder, candidate=candidate, **PROMPTS).failures}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -137,10 +138,10 @@ def test_a_path_that_was_not_taken_fails(canon, monkeypatch):
 
 def test_a_preemption_that_did_not_happen_fails(canon, monkeypatch):
     subject = Subject.open(canon)
-    lab = Laboratory(subject.load(torch.float32, torch.device("cpu")), torch.device("cpu"), range(40), 0)
+    lab = Laboratory(subject.load(torch.float32, CPU), CPU, range(40), 0)
     engine = lab.engine
     monkeypatch.setattr(lab, "engine", lambda **options: engine(**options | {"num_blocks": 100}))
-    (preempted,) = (path for path in catalogue(subject.config, 40) if path.name == "preempted in a small pool")
+    (preempted,) = (path for path in catalogue(subject.config, 40, CPU) if path.name == "preempted in a small pool")
     with pytest.raises(NotExercised, match="nothing was preempted"):
         preempted.run(lab)
 

@@ -57,8 +57,8 @@ class ParityOptions:
         load_format: "auto", or "dummy" for random weights.
         max_model_len: the length that a `dynamic` rotation is scaled for.
         engine_options: passed on to the engine, under its own names.
-        candidate: a loaded model to test in the place of the checkpoint's own, for lamella; the checkpoint stays the
-            truth.
+        candidate: a loaded model to test in the place of the checkpoint's own, for lamella, with its dtype and device;
+            the checkpoint stays the truth.
     """
 
     engine: str = "lamella"
@@ -144,7 +144,17 @@ class _Run:
         self.subject = Subject.open(model, options.load_format, options.seed, options.max_model_len)
         self.device = EngineOptions(model=model, device=options.device).resolve_device()
         self.dtype = self.subject.dtype(options.dtype)
+        if options.candidate is not None:
+            self._follow(options.candidate)
         self.oracle = resolve_oracle(options.oracle, self.subject)
+
+    def _follow(self, candidate: LanguageModel) -> None:
+        """A loaded model has its dtype and device already."""
+        weight = candidate.get_parameter("model.embed_tokens.weight")
+        for name, asked, own in (("dtype", self.dtype, weight.dtype), ("device", self.device, weight.device)):
+            if getattr(self.options, name) != "auto" and asked != own:
+                raise ConfigError(f"{name}={getattr(self.options, name)!r}: the candidate's is {own}")
+        self.dtype, self.device = weight.dtype, weight.device
 
     @cached_property
     def inputs(self) -> Inputs:
@@ -212,7 +222,8 @@ class _Run:
 
     def bisect(self) -> Bisection:
         self._only_lamella("bisect")
-        dtype = torch.float32 if self.options.dtype == "auto" else self.dtype
+        given = self.options.dtype != "auto" or self.options.candidate is not None
+        dtype = self.dtype if given else torch.float32
         self._progress("bisect")
         tokens = self._longest(min(_BISECT_TOKENS, MAX_TOKENS))
         return run_bisect(self.subject, tokens, dtype, self.device, self.oracle, self.options.candidate)

@@ -106,7 +106,7 @@ def run_bisect(
         raise ParameterError(f"bisect takes {DECODES + 4} to {MAX_TOKENS} tokens, not {len(token_ids)}")
     oracle = resolve_oracle(oracle, subject)
     inputs = token_ids[:-1]
-    weights = subject.weights()
+    weights = subject.weights(device)
     plain = Oracle(subject.config, weights, torch.float64, device)
     truth = _Recording()
     if oracle == "hf":

@@ -80,14 +80,14 @@ class Laboratory:
         return self.engine().score([self.sequence()])[0]
 
 
-def catalogue(config: ModelConfig, length: int) -> list[Path]:
-    """The paths for a model and a sequence of `length` tokens."""
-    later = "this version has no "
+def catalogue(config: ModelConfig, length: int, device: torch.device) -> list[Path]:
+    """The paths for a model on `device` and a sequence of `length` tokens."""
+    later, kernels = "this version has no ", device.type == "cpu" and native.available()
     return [
         Path("full forward, again", Laboratory.full, bitwise=True),
         Path("recycled pages and slot", _recycled, bitwise=True),
         Path("a plain module, no engine", _module),
-        Path("portable operations", _portable, unavailable=None if native.available() else "no native kernels here"),
+        Path("portable operations", _portable, unavailable=None if kernels else "no native kernels here"),
         *(Path(f"chunked, cut at {cut}", _cut(cut)) for cut in _cuts(config, length)),
         *(Path(f"chunked, every {size}", _every(size)) for size in _sizes(config, length)),
         Path("prompt, then token by token", _decode(length // 2)),
@@ -257,7 +257,9 @@ def run_paths(
         raise ParameterError(f"paths need a sequence of at least 8 tokens, not {len(token_ids)}")
     lab = Laboratory(candidate or subject.load(dtype, device), device, token_ids, seed)
     full = lab.full()
-    truth = Oracle(subject.config, subject.weights(), torch.float32, device).logits(token_ids[:-1]).log_softmax(-1)
+    truth = (
+        Oracle(subject.config, subject.weights(device), torch.float32, device).logits(token_ids[:-1]).log_softmax(-1)
+    )
     own, size = _worst_row(full.scores.logprobs - truth.cpu()), float(truth.square().mean().sqrt())
     limits = {
         # A full forward that is broken itself must not excuse its paths.
@@ -265,7 +267,7 @@ def run_paths(
         "state": STATE_LIMITS[dtype],
     }
     cells = []
-    for path in catalogue(subject.config, len(token_ids)):
+    for path in catalogue(subject.config, len(token_ids), device):
         progress(path.name)
         cells.append(_cell(path, lab, full, limits))
     return PathMatrix(tuple(cells), limits, own)

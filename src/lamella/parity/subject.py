@@ -63,12 +63,13 @@ class Subject:
         """The engine's model without weights."""
         return self.checkpoint.architecture.allocate(self.config, LocalKit(torch.float32, "meta"))
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self, device: torch.device) -> dict[str, Tensor]:
         """Every tensor by our path, projections apart, read from the files one by one: nothing of the loader's packing
-        is used. Dummy weights are nowhere but in a loaded model, and come out of one.
+        is used. Dummy weights are nowhere but in a loaded model, and come out of one on the engine's `device`, which
+        has random numbers of its own.
         """
         if self.load_format == "dummy":
-            model = self.load(torch.float32, torch.device("cpu"))
+            model = self.load(torch.float32, device)
             return {path: t.parameter[t.start : t.stop] for path, t in targets(model, {}).items()}
         with self.checkpoint.tensors.opened() as tensors:
             return {path: tensors.load(rename(path, self.checkpoint.names)) for path in targets(self.skeleton(), {})}

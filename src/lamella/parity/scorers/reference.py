@@ -9,5 +9,7 @@ from lamella.parity.subject import Subject
 
 
 def open_scorer(subject: Subject, settings: Settings) -> FullForward:
-    oracle = Oracle(subject.config, subject.weights(), settings.dtype, settings.device, settings.attention)
+    oracle = Oracle(
+        subject.config, subject.weights(settings.device), settings.dtype, settings.device, settings.attention
+    )
     return FullForward("reference", oracle.logits)
