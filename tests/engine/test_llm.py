@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from itertools import pairwise, zip_longest
 
 import pytest
@@ -252,15 +251,6 @@ def test_generation_config_adds_ends_of_text(folder, tmp_path):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 9]}))
     assert LLM(tmp_path, device="cpu").engine.eos_token_ids == (3, 4, 9)
-
-
-def test_what_has_no_effect_is_said(folder, caplog):
-    with caplog.at_level(logging.INFO, logger="lamella"):
-        LLM(folder, device="cpu")
-        assert "prefix caching" in caplog.text
-        caplog.clear()
-        LLM(folder, device="cpu", enable_prefix_caching=False)
-        assert "prefix caching" not in caplog.text
 
 
 def test_errors_are_value_errors():

@@ -102,4 +102,5 @@ class Job:
             prompt_logprobs=None if first.prompt_logprobs is None else list(first.prompt_logprobs),
             outputs=[completion.output() for completion in self.completions],
             finished=self.finished,
+            num_cached_tokens=first.request.num_cached_tokens,
         )

@@ -24,6 +24,7 @@ from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import state_holders
 from lamella.state.manager import StateManager
 from lamella.state.memory import StateCost, StateMemory
+from lamella.state.prefix import root_key
 from lamella.state.spec import PagedState
 
 logger = logging.getLogger("lamella")
@@ -32,6 +33,10 @@ Prompt: TypeAlias = "str | Mapping[str, Any]"
 
 # Of the memory that is free when the pools are made.
 _MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.85}
+# Of the prefix cache: at most so many snapshots for each request that can run, and prompts before a useless page size
+# is worth a warning.
+_SNAPSHOTS_PER_REQUEST = 4
+_SHORT_PROMPTS = 32
 
 
 class Engine:
@@ -50,15 +55,21 @@ class Engine:
         self.max_model_len = options.resolve_length(model.config)
         holders = state_holders(model)
         self.cost = StateCost.of(holders)
-        capacities = self._capacities()
-        num_slots = options.max_num_seqs
-        self.state = StateManager(list(capacities), list(capacities.values()), num_slots, options.block_size)
+        budget = int(_free_memory(device) * _MEMORY_SHARE[device.type])
+        num_slots = options.max_num_seqs + self._snapshots(budget)
+        capacities = self._capacities(budget - num_slots * self.cost.bytes_per_request)
+        groups, pages = list(capacities), list(capacities.values())
+        self.state = StateManager(groups, pages, num_slots, options.block_size, bool(self.cost.slots))
         self.memory = StateMemory(holders, capacities, options.block_size, num_slots, device)
-        self.scheduler = Scheduler(self.state, options.max_num_seqs, options.max_num_batched_tokens)
+        self.scheduler = Scheduler(
+            self.state, options.max_num_seqs, options.max_num_batched_tokens, options.snapshot_interval
+        )
         self.runner = ModelRunner(model, self.state, device)
         self._seeds = itertools.count()
         self._jobs: dict[str, Job] = {}
         self._completions: dict[Request, tuple[Job, Completion]] = {}
+        self._short_prompts: int | None = 0  # so far, while there were no others
+        self._warn_of_misses(num_slots)
         self._counts = {"steps": 0, "prompt_tokens": 0, "generated_tokens": 0, "requests": 0}
 
     @classmethod
@@ -68,13 +79,39 @@ class Engine:
         checkpoint = open_checkpoint(options.model)
         max_length = options.resolve_length(checkpoint.read_config())
         model = load_model(checkpoint, options.dtype, device, options.load_format, max_length, options.seed)
-        if options.enable_prefix_caching:
-            logger.info("prefix caching is not there in this version: every prompt is computed whole")
         eos = checkpoint.eos_token_ids(model.config)
         return cls(model, options, device, Tokenizer.load(checkpoint.path), eos)
 
-    def _capacities(self) -> dict[PagedState, int]:
-        """Pages of each group: as asked, or as many as the memory's share holds and requests could fill."""
+    def _snapshots(self, budget: int) -> int:
+        """How many copies of slot state the prefix cache may keep."""
+        options, size = self.options, self.cost.bytes_per_request
+        if not options.enable_prefix_caching or not self.cost.slots:
+            return 0
+        if options.snapshot_bytes is not None:
+            return options.snapshot_bytes // size
+        return min(max(0, budget) // 10 // size, _SNAPSHOTS_PER_REQUEST * options.max_num_seqs)
+
+    def _warn_of_misses(self, num_slots: int) -> None:
+        """Say once why the prefix cache, though on, can hit nothing."""
+        options = self.options
+        if not options.enable_prefix_caching:
+            logger.info("prefix caching is off: every prompt is computed whole")
+        elif options.block_size >= self.max_model_len:
+            logger.warning(
+                "prefix cache: no prompt of max_model_len=%d fills a page of block_size=%d tokens, so that "
+                "nothing can hit",
+                self.max_model_len,
+                options.block_size,
+            )
+        elif self.cost.slots and num_slots == options.max_num_seqs:
+            logger.warning(
+                "prefix cache: no snapshot of the %d bytes of slot state fits its budget, so that hits are only "
+                "possible while requests leave slots unused; see snapshot_bytes",
+                self.cost.bytes_per_request,
+            )
+
+    def _capacities(self, budget: int) -> dict[PagedState, int]:
+        """Pages of each group: as asked, or as many as `budget` bytes hold and requests could fill."""
         options, cost = self.options, self.cost
         seqs, size = options.max_num_seqs, options.block_size
 
@@ -84,11 +121,12 @@ class Engine:
             if spec.window is None:
                 return whole
             # See StateManager.peak_pages; the chunks of all requests together are one step's tokens.
-            return min(whole, seqs * (-(-spec.window // size) + 2) + -(-options.max_num_batched_tokens // size))
+            live = seqs * (-(-spec.window // size) + 2) + -(-options.max_num_batched_tokens // size)
+            # As many again for windows that the prefix cache keeps.
+            return min(whole, 2 * live if options.enable_prefix_caching else live)
 
         if options.num_blocks is not None:
             return {spec: min(options.num_blocks, useful(spec)) for spec in cost.paged}
-        budget = int(_free_memory(self.device) * _MEMORY_SHARE[self.device.type]) - seqs * cost.bytes_per_request
         page = {spec: spec.bytes_per_token * size * layers for spec, layers in cost.paged.items()}
         windowed = {spec: useful(spec) for spec in cost.paged if spec.window is not None}
         rest = budget - sum(page[spec] * count for spec, count in windowed.items())
@@ -104,7 +142,7 @@ class Engine:
         """Check a request and get it ready, without queueing it. Raises `ParameterError`."""
         if request_id in self._jobs:
             raise ParameterError(f"request_id={request_id!r}: a request of this id is running")
-        text, token_ids = self._tokens(prompt)
+        text, token_ids, salt = self._tokens(prompt)
         params.validate_for(self.model.config.vocab_size)
         if params.stop_strings and self.tokenizer is None:
             raise ParameterError(f"stop={params.stop!r}: without tokenizer.json there is no text to stop at")
@@ -116,6 +154,7 @@ class Engine:
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         self._check_pools(len(token_ids) + max_tokens - 1)
         seed = params.seed if params.seed is not None else self._next_seed()
+        root = self._prefix_root(len(token_ids), salt)
         completions = [
             Completion(
                 Request(
@@ -126,6 +165,7 @@ class Engine:
                     seed=seed + index,
                     max_tokens=max_tokens,
                     eos_token_ids=self.eos_token_ids,
+                    prefix_root=root,
                 ),
                 index,
                 self.tokenizer,
@@ -161,6 +201,7 @@ class Engine:
         shares = self.scheduler.schedule()
         if not shares:
             return []
+        self.memory.copy_slots(self.state.take_copies())
         results = self.runner.run(shares)
         self.scheduler.computed(shares)
         starts = {share.request: share.start for share in shares}
@@ -187,8 +228,9 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """Counts since the start (tokens computed again after a preemption count again), and what is in use now."""
-        pools = self.state.page_pools
+        pools, slots, scheduler = self.state.page_pools, self.state.slot_pool, self.scheduler
         capacity, free = sum(p.capacity for p in pools), sum(p.num_free for p in pools)
+        started, cached = scheduler.num_started_tokens, scheduler.num_cached_tokens
         return {
             **self._counts,
             "preemptions": self.scheduler.num_preemptions,
@@ -196,28 +238,60 @@ class Engine:
             "waiting": len(self.scheduler.waiting),
             "pages": capacity,
             "pages_used": capacity - free,
-            "slots": self.state.slot_pool.capacity,
-            "slots_used": self.state.slot_pool.capacity - self.state.slot_pool.num_free,
+            "page_groups": [
+                {"window": group.window, "pages": pool.capacity, "used": pool.num_held, "cached": pool.num_cached}
+                for group, pool in zip(self.state.groups, pools, strict=True)
+            ],
+            "slots": self.options.max_num_seqs,
+            "slots_used": slots.num_held,
             "state_bytes": self.memory.nbytes,
-            "prefix_hit_rate": None,  # no prefix cache in this version
+            "prefix_hit_tokens": cached,
+            "prefix_hit_rate": cached / started if self.options.enable_prefix_caching and started else None,
+            "prefix_cached_pages": sum(pool.num_cached for pool in pools),
+            "prefix_snapshots": slots.num_cached,
+            "prefix_snapshot_bytes": slots.num_cached * self.cost.bytes_per_request,
+            "prefix_evictions": slots.num_evictions + sum(pool.num_evictions for pool in pools),
         }
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every prefix: what starts from now on is computed whole. Running requests go on undisturbed."""
+        self.state.reset_prefix_cache()
 
     def _drop(self, completion: Completion) -> None:
         del self._completions[completion.request]
         self.scheduler.finish(completion.request)
 
-    def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """A prompt's text, if it has one, and its tokens."""
+    def _prefix_root(self, length: int, salt: str | None) -> bytes | None:
+        """What the request's prefixes are keyed by; None where it takes no part in the cache."""
+        if not self.options.enable_prefix_caching:
+            return None
+        if self._short_prompts is not None:
+            self._short_prompts = self._short_prompts + 1 if length <= self.options.block_size else None
+            if self._short_prompts == _SHORT_PROMPTS:
+                logger.warning(
+                    "prefix cache: the first %d prompts are no longer than a page, so that none of them can "
+                    "hit; block_size=%d is the page's size in tokens",
+                    _SHORT_PROMPTS,
+                    self.options.block_size,
+                )
+        return root_key(str(self.options.model), self.options.placement, salt)
+
+    def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
+        """A prompt's text, if it has one, its tokens, and the salt of its prefixes."""
         if isinstance(prompt, str):
             prompt = {"prompt": prompt}
         if not isinstance(prompt, Mapping):
             raise ParameterError(
                 f"prompt: must be a string or a dict with prompt_token_ids, not {type(prompt).__name__}"
             )
-        unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids"})
+        unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"})
         if unknown:
-            raise ParameterError(f"prompt: unknown key {unknown[0]!r}; there are prompt and prompt_token_ids")
-        text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+            raise ParameterError(
+                f"prompt: unknown key {unknown[0]!r}; there are prompt, prompt_token_ids and cache_salt"
+            )
+        text, token_ids, salt = (prompt.get(key) for key in ("prompt", "prompt_token_ids", "cache_salt"))
+        if salt is not None and not isinstance(salt, str):
+            raise ParameterError(f"cache_salt={salt!r}: must be a string")
         if token_ids is None:
             if not isinstance(text, str):
                 raise ParameterError(f"prompt={text!r}: must be a string")
@@ -231,7 +305,7 @@ class Engine:
         for token in token_ids:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
                 raise ParameterError(f"prompt_token_ids: {token!r} is not a token id below vocab_size={vocab}")
-        return text, token_ids
+        return text, token_ids, salt
 
     def _check_pools(self, tokens: int) -> None:
         chunk = min(tokens, self.options.max_num_batched_tokens)

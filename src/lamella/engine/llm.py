@@ -41,6 +41,8 @@ class LLM:
         load_format: str = "auto",
         block_size: int = 16,
         num_blocks: int | None = None,
+        snapshot_bytes: int | None = None,
+        snapshot_interval: int | None = None,
         placement: Any = None,
         deterministic: bool = False,
     ) -> None:
@@ -59,6 +61,8 @@ class LLM:
                 load_format=load_format,
                 block_size=block_size,
                 num_blocks=num_blocks,
+                snapshot_bytes=snapshot_bytes,
+                snapshot_interval=snapshot_interval,
                 placement=placement,
                 deterministic=deterministic,
             )
@@ -110,6 +114,10 @@ class LLM:
         """See `Engine.stats`."""
         return self.engine.stats()
 
+    def reset_prefix_cache(self) -> None:
+        """See `Engine.reset_prefix_cache`."""
+        self.engine.reset_prefix_cache()
+
     def _run(self, jobs: Sequence[Job]) -> Iterator[Job]:
         """Step until the jobs are through, giving each that got something new; on the way out none is left behind."""
         for job in jobs:
@@ -135,4 +143,5 @@ class LLM:
         tokens = sum(len(c.request.output_token_ids) for job in jobs for c in job.completions)
         waiting = f", {stats['waiting']} waiting" if stats["waiting"] else ""
         pages = f"pages {stats['pages_used']}/{stats['pages']}"
-        return f"{tokens / seconds:.1f} tok/s, {stats['running']} running{waiting}, {pages}"
+        hits = "" if stats["prefix_hit_rate"] is None else f", prefix hits {stats['prefix_hit_rate']:.0%}"
+        return f"{tokens / seconds:.1f} tok/s, {stats['running']} running{waiting}, {pages}{hits}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lamella.config import DynamicScaling, LinearScaling, ModelConfig, YarnScaling
+from lamella.config import AttentionConfig, DynamicScaling, LinearScaling, ModelConfig, YarnScaling
 from lamella.errors import ConfigError
 
 
@@ -22,13 +22,17 @@ class EngineOptions:
         max_model_len: longest prompt and output together, in tokens; None is what the model supports.
         max_num_seqs: requests that are computed at a time.
         max_num_batched_tokens: tokens computed in a step; longer prompts are computed in chunks.
-        enable_prefix_caching: there is no prefix cache yet, so both values do the same; True says so in the log.
+        enable_prefix_caching: share the state of equal beginnings of prompts, and of finished conversations.
         tensor_parallel_size, placement, deterministic: only the defaults are possible yet, others are an error.
         enforce_eager: no graph capture; the engine captures none yet, so both values do the same.
         seed: of the draws of requests without a seed, and of dummy weights.
         load_format: "auto", or "dummy" for random weights.
         block_size: tokens in a page.
         num_blocks: pages in each pool; None takes a share of the free memory.
+        snapshot_bytes: memory for copies of slot state that the prefix cache keeps, where a model has such state; None
+            takes a tenth of the share, at most four copies for each request that can run.
+        snapshot_interval: a prompt's slot state is copied every so many pages too; None only where its prefill pauses,
+            at its last full page, where it branches off from an earlier prompt, and, of an answer, at its last page.
     """
 
     model: str | Path
@@ -44,17 +48,29 @@ class EngineOptions:
     load_format: str = "auto"
     block_size: int = 16
     num_blocks: int | None = None
+    snapshot_bytes: int | None = None
+    snapshot_interval: int | None = None
     placement: object = None
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_blocks"):
+        for field in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+            "num_blocks",
+            "snapshot_interval",
+        ):
             value = getattr(self, field)
-            optional = field in ("max_model_len", "num_blocks")
+            optional = field in ("max_model_len", "num_blocks", "snapshot_interval")
             if not (value is None and optional) and (
                 isinstance(value, bool) or not isinstance(value, int) or value < 1
             ):
                 raise ConfigError(f"{field}={value!r}: must be a whole number of at least 1")
+        size = self.snapshot_bytes
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
+            raise ConfigError(f"snapshot_bytes={size!r}: must be a whole number of bytes")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed={self.seed!r}: must be a whole number")
         for field in ("enable_prefix_caching", "enforce_eager", "deterministic"):
@@ -95,7 +111,8 @@ def supported_length(config: ModelConfig) -> int | None:
     """The longest context that the model's rotation is made for; None where it adapts to any length."""
     lengths: list[int] = []
     for layer in config.layers:
-        scaling = layer.mixer.rope.scaling if layer.mixer.rope else None
+        rope = layer.mixer.rope if isinstance(layer.mixer, AttentionConfig) else None
+        scaling = rope.scaling if rope else None
         if isinstance(scaling, DynamicScaling):
             return None
         if isinstance(scaling, YarnScaling):

@@ -60,6 +60,7 @@ class RequestOutput:
             tokens there, by token id; the first entry is None, as nothing precedes it. None unless asked for.
         outputs: the completions, in the order of their indices.
         finished: whether all of them have ended.
+        num_cached_tokens: tokens of the prompt that the prefix cache had (of the first completion).
     """
 
     request_id: str
@@ -68,3 +69,4 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None
     outputs: list[CompletionOutput]
     finished: bool
+    num_cached_tokens: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lamella.engine.sampling_params import SamplingParams
+from lamella.state.prefix import page_key
 
 
 @dataclass(eq=False)
@@ -20,6 +21,10 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0  # leading tokens whose state is in the pools
     num_preemptions: int = 0
+    num_cached_tokens: int = 0  # of them, those that it started with
+    branch: int = 0  # where it leaves the tokens that others had before it
+    prefix_root: bytes | None = None  # see `page_keys`; None keeps the request out of the prefix cache
+    _page_keys: list[bytes] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -29,6 +34,17 @@ class Request:
         """Tokens [start, stop) of prompt and output together."""
         prompt = len(self.prompt_token_ids)
         return self.prompt_token_ids[start:stop] + self.output_token_ids[max(0, start - prompt) : max(0, stop - prompt)]
+
+    def page_keys(self, page_size: int, tokens: int) -> list[bytes]:
+        """Keys of the full pages of its first `tokens` tokens; empty where the request keeps out of the cache."""
+        if self.prefix_root is None:
+            return []
+        count = tokens // page_size
+        while len(self._page_keys) < count:
+            start = len(self._page_keys) * page_size
+            before = self._page_keys[-1] if self._page_keys else self.prefix_root
+            self._page_keys.append(page_key(before, self.token_ids(start, start + page_size)))
+        return self._page_keys[:count]
 
     @property
     def needs_prompt_logprobs(self) -> bool:

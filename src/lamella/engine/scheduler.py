@@ -31,11 +31,21 @@ class Scheduler:
     its state back and is computed again later (tokens it has generated are kept), so that the oldest always moves on.
     """
 
-    def __init__(self, state: StateManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        state: StateManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        snapshot_interval: int | None = None,
+    ) -> None:
+        """`snapshot_interval` in pages, see `EngineOptions`."""
         self.state, self.max_num_seqs, self.max_num_batched_tokens = state, max_num_seqs, max_num_batched_tokens
+        self.snapshot_interval = snapshot_interval
         self.waiting: deque[Request] = deque()  # in order of arrival
         self.running: list[Request] = []  # likewise, and all older than those waiting
         self.num_preemptions = 0
+        self.num_started_tokens = 0  # of the prompts of all requests that have started
+        self.num_cached_tokens = 0  # of these, found in the prefix cache
 
     def add(self, request: Request) -> None:
         """Queue a request. Its pages must fit into empty pools."""
@@ -61,7 +71,7 @@ class Scheduler:
         for request in list(self.running):
             if budget == 0 or request not in self.running:
                 break
-            count = min(request.num_tokens - request.num_computed, budget)
+            count = self._share(request, request.num_computed, budget)
             while not self.state.grow(request, request.num_computed + count):
                 preempted = True
                 if self._preempt_youngest() is request:
@@ -72,11 +82,15 @@ class Scheduler:
         # Whoever was just preempted would only take the pages back.
         while self.waiting and budget and not preempted and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
-            count = min(request.num_tokens, budget)
-            if not self.state.grow(request, count):
+            keys = self._readable_keys(request)
+            hit = self.state.match(keys)
+            request.branch = hit.known
+            count = self._share(request, hit.length, budget)
+            if not self.state.grow(request, hit.length + count, hit, keys):
                 break
             self.running.append(self.waiting.popleft())
-            step.append(Scheduled(request, 0, count))
+            self._started(request, hit.length)
+            step.append(Scheduled(request, hit.length, count))
             budget -= count
         assert step or not self.has_work, "a request does not fit into empty pools"
         return step
@@ -84,8 +98,42 @@ class Scheduler:
     def computed(self, step: list[Scheduled]) -> None:
         """The step's tokens are in the pools now; pages that nobody can see any more are given back."""
         for share in step:
-            share.request.num_computed += share.count
-            self.state.trim(share.request, share.request.num_computed)
+            request = share.request
+            request.num_computed += share.count
+            keys = request.page_keys(self.state.page_size, request.num_computed)
+            generated = request.num_computed > len(request.prompt_token_ids)
+            self.state.computed(request, request.num_computed, keys, generated)
+
+    def _readable_keys(self, request: Request) -> list[bytes]:
+        """Keys of what the request may start with: not its last token, which must give logits, and nothing at all where
+        the logits of the whole prompt are wanted."""
+        if request.needs_prompt_logprobs:
+            return []
+        return request.page_keys(self.state.page_size, request.num_tokens - 1)
+
+    def _share(self, request: Request, start: int, budget: int) -> int:
+        """How many tokens a request gets of the budget, from `start` on.
+
+        Slot state can be kept for others only where a chunk ends with a page. So chunks end with pages, and a prompt's
+        is cut at its last page, for whoever continues it; where it branches off from tokens that were there before,
+        since whoever comes third is likely to branch off there too; and at every so many pages, if that is asked for.
+        """
+        stop, size = min(request.num_tokens, start + budget), self.state.page_size
+        if not self.state.has_slot_state or request.prefix_root is None:
+            return stop - start
+        cuts = [(len(request.prompt_token_ids) - 1) // size * size, request.branch]
+        if self.snapshot_interval is not None and start < len(request.prompt_token_ids):
+            cuts.append((start // size // self.snapshot_interval + 1) * self.snapshot_interval * size)
+        if stop < request.num_tokens:
+            cuts.append(stop // size * size)
+        return min([stop, *(cut for cut in cuts if cut > start)]) - start
+
+    def _started(self, request: Request, cached: int) -> None:
+        request.num_computed = cached
+        if not request.num_preemptions:
+            request.num_cached_tokens = cached
+            self.num_cached_tokens += cached
+            self.num_started_tokens += len(request.prompt_token_ids)
 
     def _preempt_youngest(self) -> Request:
         request = self.running.pop()

@@ -39,6 +39,7 @@ class Record:
         state: after the last prediction, by the layer's state path: (positions, ...) rows of pages, or the slot.
         steps: tokens of each step that computed some of it.
         preemptions: how often it lost its state.
+        cached: tokens that it started with, from the prefix cache; their predictions are in nobody's `parts`.
         token_ids: what followed in the end.
     """
 
@@ -49,6 +50,7 @@ class Record:
     state: dict[str, Tensor] = field(default_factory=dict)
     steps: list[int] = field(default_factory=list)
     preemptions: int = 0
+    cached: int = 0
     token_ids: tuple[int, ...] = ()
 
     @property
@@ -57,7 +59,8 @@ class Record:
 
     @property
     def scores(self) -> Scores:
-        rows = [self.parts[index] for index in range(self.num_predictions)]
+        """Of the predictions from the first that was computed on."""
+        rows = [self.parts[index] for index in range(min(self.parts), self.num_predictions)]
         ids = [row.ids for row in rows if row.ids is not None]
         return Scores(
             torch.cat([row.target for row in rows]),
@@ -77,8 +80,10 @@ class ForcedEngine:
         top: int | None = None,
         pads: int = 0,
     ) -> None:
-        """`options` as of `LLM`; `pads` rows that belong to no request join each step that only decodes."""
-        self.engine = Engine(model, EngineOptions(model="", **options), device)
+        """`options` as of `LLM`, without a prefix cache unless they say so; `pads` rows that belong to no request join
+        each step that only decodes.
+        """
+        self.engine = Engine(model, EngineOptions(model="", **{"enable_prefix_caching": False, **options}), device)
         self.engine.memory.poison()
         self._runner = _ForcedRunner(model, self.engine.state, device, top, pads)
         self.engine.runner = self._runner
@@ -107,6 +112,7 @@ class ForcedEngine:
         self.engine.scheduler.max_num_batched_tokens = usual
         for request, record in self._runner.records.items():
             record.token_ids, record.preemptions = tuple(request.output_token_ids), request.num_preemptions
+            record.cached = request.num_cached_tokens
         self._runner.records.clear()
         return list(records)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamella.config import ModelConfig
+from lamella.config import AttentionConfig, ModelConfig
 from lamella.errors import ParameterError
 from lamella.layers.decoder import LanguageModel
 from lamella.ops import native
@@ -26,6 +26,7 @@ from lamella.parity.sequences import TokenSequence, split
 from lamella.parity.subject import Subject
 
 PAGE_SIZE = 16
+SMALL_PAGE = 4  # where a page has to be short of the sequence
 
 # What rounding may move: log-probabilities in fp32 and states in each dtype, both as shares of their own size.
 LOGPROB_LIMIT = 1e-4
@@ -76,6 +77,11 @@ class Laboratory:
         ids = [self._random.randrange(vocab) for _ in range(prompt_len + count)]
         return split(ids, count)
 
+    def sharing(self, length: int) -> TokenSequence:
+        """Somebody else's tokens whose first `length` are ours, a token longer as a prompt than what is shared."""
+        other = (self.token_ids[length] + 1) % self.model.config.vocab_size
+        return TokenSequence((*self.token_ids[:length], other), self.stranger(1, 6).continuation)
+
     def full(self) -> Record:
         return self.engine().score([self.sequence()])[0]
 
@@ -95,7 +101,12 @@ def catalogue(config: ModelConfig, length: int, device: torch.device) -> list[Pa
         Path("batched with strangers", _strangers),
         Path("preempted in a small pool", _preempted),
         Path("padded rows", _padded),
-        Path("prefix hit", None, unavailable=later + "prefix cache"),
+        Path("prefix hit at a page's end", _prefix_hit(0)),
+        Path("prefix hit inside a page", _prefix_hit(2)),
+        Path("prefix of a running request", _prefix_of_a_running_request),
+        Path("prefix evicted and found again", _prefix_evicted),
+        Path("a conversation's next turn", _next_turn),
+        Path("preempted, resumed by prefix", _resumed),
         Path("compiled", None, unavailable=later + "graph capture or compilation"),
         Path("two tensor-parallel ranks", None, unavailable=later + "tensor parallelism"),
     ]
@@ -104,7 +115,8 @@ def catalogue(config: ModelConfig, length: int, device: torch.device) -> list[Pa
 def _interesting(config: ModelConfig) -> set[int]:
     """Lengths around which state changes hands: kernel widths, windows, pages."""
     widths = {canon.kernel for layer in config.layers for canon in layer.canons}
-    windows = {layer.mixer.window for layer in config.layers if layer.mixer.window is not None}
+    mixers = [layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionConfig)]
+    windows = {mixer.window for mixer in mixers if mixer.window is not None}
     return {size + step for size in widths for step in (-2, -1, 0, 1)} | {
         size + step for size in {PAGE_SIZE} | windows for step in (-1, 0, 1)
     }
@@ -182,12 +194,12 @@ def _strangers(lab: Laboratory) -> Record:
     return record
 
 
-def _preempted(lab: Laboratory) -> Record:
+def _preempted(lab: Laboratory, **options: Any) -> Record:
     # Three requests start side by side in a pool that only two can finish in; the youngest is ours.
-    half, page = len(lab.token_ids) // 2, 4
+    half = len(lab.token_ids) // 2
     others = [lab.stranger(half, len(lab.token_ids) - half) for _ in range(2)]
-    pages = 2 * -(-len(lab.token_ids) // page)
-    engine = lab.engine(block_size=page, num_blocks=pages)
+    pages = 2 * -(-len(lab.token_ids) // SMALL_PAGE)
+    engine = lab.engine(block_size=SMALL_PAGE, num_blocks=pages, **options)
     record = engine.score([*others, lab.sequence(half)])[2]
     if not record.preemptions:
         raise NotExercised("nothing was preempted")
@@ -196,6 +208,58 @@ def _preempted(lab: Laboratory) -> Record:
 
 def _padded(lab: Laboratory) -> Record:
     return lab.engine(pads=3).score([lab.sequence(len(lab.token_ids) // 2)])[0]
+
+
+def _caching(lab: Laboratory, **options: Any) -> ForcedEngine:
+    return lab.engine(enable_prefix_caching=True, block_size=SMALL_PAGE, **options)
+
+
+def _shared_length(lab: Laboratory) -> int:
+    """About half of the sequence, whole pages."""
+    return len(lab.token_ids) // 2 // SMALL_PAGE * SMALL_PAGE
+
+
+def _hit(record: Record, length: int) -> Record:
+    if record.cached != length:
+        raise NotExercised(f"{record.cached} tokens came from the prefix cache, not {length}")
+    return record
+
+
+def _prefix_hit(beyond: int) -> Callable[[Laboratory], Record]:
+    def run(lab: Laboratory) -> Record:
+        engine, length = _caching(lab), _shared_length(lab)
+        engine.score([lab.sharing(length + beyond)])
+        return _hit(engine.score([lab.sequence()])[0], length)
+
+    return run
+
+
+def _prefix_of_a_running_request(lab: Laboratory) -> Record:
+    # The first step's budget is used up by the other's shared pages, so that ours starts beside its continuation.
+    length = _shared_length(lab)
+    return _hit(_caching(lab).score([lab.sharing(length), lab.sequence()], [length])[1], length)
+
+
+def _prefix_evicted(lab: Laboratory) -> Record:
+    length = len(lab.token_ids)
+    engine = _caching(lab, num_blocks=-(-length // SMALL_PAGE) + 2, max_num_seqs=1)
+    engine.score([lab.sequence()])
+    engine.score([lab.stranger(length, 1)])
+    engine.score([lab.sequence()])
+    if not engine.engine.stats()["prefix_evictions"]:
+        raise NotExercised("nothing was evicted")
+    return _hit(engine.score([lab.sequence()])[0], (length - 2) // SMALL_PAGE * SMALL_PAGE)
+
+
+def _next_turn(lab: Laboratory) -> Record:
+    engine, length = _caching(lab), _shared_length(lab)
+    start = length // 2
+    engine.score([TokenSequence(lab.token_ids[:start], lab.token_ids[start : length + 2])])
+    return _hit(engine.score([lab.sequence()])[0], length)
+
+
+def _resumed(lab: Laboratory) -> Record:
+    return _preempted(lab, enable_prefix_caching=True)
 
 
 @dataclass(frozen=True)
@@ -307,18 +371,18 @@ def _cell(path: Path, lab: Laboratory, full: Record, limits: dict[str, float]) -
         record = path.run(lab)
     except NotExercised as error:
         return Cell(path.name, "fail", f"not exercised: {error}")
-    ours, expected = record.scores, full.scores
-    difference = ours.logprobs - expected.logprobs
+    ours, expected = record.scores.logprobs, full.scores.logprobs[record.cached :]
+    difference = ours - expected
     states = {name: _relative(record.state[name], full.state[name]) for name in record.state}
     worst = max(states, key=lambda name: states[name], default=None)
-    bitwise = torch.equal(ours.logprobs, expected.logprobs) and all(value == 0 for value in states.values())
+    bitwise = torch.equal(ours, expected) and all(value == 0 for value in states.values())
     cell = Cell(
         path=path.name,
         status="pass",
         bitwise=bitwise,
         logprob_max=float(difference.abs().max()),
         logprob_rms=_worst_row(difference),
-        agreement=float((ours.logprobs.argmax(-1) == expected.logprobs.argmax(-1)).double().mean()),
+        agreement=float((ours.argmax(-1) == expected.argmax(-1)).double().mean()),
         state_max=None if worst is None else states[worst],
         state_worst=worst,
     )

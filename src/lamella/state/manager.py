@@ -1,11 +1,13 @@
-"""Which pages and which slot each request holds. Pure bookkeeping, no tensors."""
+"""Which pages and which slot each request holds, and what of them others can use. Pure bookkeeping, no tensors."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from lamella.state.pool import Pool
+from lamella.state.prefix import MISS, Hit
 from lamella.state.spec import PagedState
 
 DUMMY = 0
@@ -21,6 +23,8 @@ class Holding:
     slot: int
     pages: list[list[int]]
     freed: list[int] = field(default_factory=list)  # per group, how many leading pages were given back
+    named: int = 0  # leading pages that have their keys
+    latest: bytes | None = None  # key of the snapshot that the next one of this request replaces
 
 
 class StateManager:
@@ -28,13 +32,27 @@ class StateManager:
 
     `groups` are the distinct paged states of a model and `capacities` their pages; a model without slot state still
     gives each request a slot, so that both kinds of model count requests alike.
+
+    Full pages get a key by their tokens and all before them, and are shared: a request that starts with known tokens
+    holds the pages of another, which nobody writes any more. Slot state changes with every token, so it is copied: into
+    a spare slot (a *snapshot*) whenever a request stands at the end of a page, and back on a hit. The tensors behind
+    slots are copied by whoever takes `take_copies`, in order, before the next step.
     """
 
-    def __init__(self, groups: Sequence[PagedState], capacities: Sequence[int], num_slots: int, page_size: int) -> None:
-        self.groups, self.page_size = tuple(groups), page_size
+    def __init__(
+        self,
+        groups: Sequence[PagedState],
+        capacities: Sequence[int],
+        num_slots: int,
+        page_size: int,
+        has_slot_state: bool = False,
+    ) -> None:
+        """`num_slots` are those of requests and of snapshots; only with `has_slot_state` are there any of these."""
+        self.groups, self.page_size, self.has_slot_state = tuple(groups), page_size, has_slot_state
         self.page_pools = [Pool(capacity) for capacity in capacities]
         self.slot_pool = Pool(num_slots)
         self.holdings: dict[Hashable, Holding] = {}
+        self._copies: list[tuple[int, int]] = []
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
@@ -47,51 +65,135 @@ class StateManager:
         # A chunk sees the window before its first token; both ends may lie inside a page.
         return min(self.pages_for(tokens), self.pages_for(window + chunk) + 1)
 
-    def grow(self, request: Hashable, tokens: int) -> bool:
-        """Give `request` a slot and pages for its first `tokens` tokens; False, and no change, where they lack."""
+    def match(self, keys: Sequence[bytes]) -> Hit:
+        """The longest prefix, of the pages that have these keys, for which every kind of state is at hand."""
+        runs = [self._runs([pool.find(key) is not None for key in keys]) for pool in self.page_pools]
+        # A run that starts at the first page is as long as its index; windows lose their first pages.
+        known = max((run for each in runs for index, run in enumerate(each, 1) if run == index), default=0)
+        known *= self.page_size
+        for count in range(len(keys), 0, -1):
+            length = count * self.page_size
+            needed = [count - group.first_visible(length) // self.page_size for group in self.groups]
+            if any(run[count - 1] < pages for run, pages in zip(runs, needed, strict=True)):
+                continue
+            snapshot = self.slot_pool.find(keys[count - 1]) if self.has_slot_state else None
+            if snapshot is not None or not self.has_slot_state:
+                return Hit(length, snapshot, known)
+        return Hit(known=known)
+
+    @staticmethod
+    def _runs(present: Sequence[bool]) -> list[int]:
+        """For each page, how many in a row up to it are present."""
+        runs, run = [], 0
+        for there in present:
+            run = run + 1 if there else 0
+            runs.append(run)
+        return runs
+
+    def grow(self, request: Hashable, tokens: int, hit: Hit = MISS, keys: Sequence[bytes] = ()) -> bool:
+        """Give `request` a slot and pages for its first `tokens` tokens; False, and no change, where they lack.
+
+        A request that holds nothing yet may start with a `hit` that `match` has just found for `keys`.
+        """
         holding = self.holdings.get(request)
         if holding is None:
-            if self.slot_pool.num_free == 0:
-                return False
-            held = [0] * len(self.groups)
-        else:
-            held = [len(pages) for pages in holding.pages]
-        wanted = [self.pages_for(tokens) - have for have in held]
+            return self._start(request, tokens, hit, keys)
+        assert not hit.length
+        wanted = [self.pages_for(tokens) - len(pages) for pages in holding.pages]
         if any(want > pool.num_free for want, pool in zip(wanted, self.page_pools, strict=True)):
             return False
-        if holding is None:
-            slot = self.slot_pool.allocate()[0]
-            holding = self.holdings[request] = Holding(slot, [[] for _ in self.groups], [0] * len(self.groups))
         for pages, want, pool in zip(holding.pages, wanted, self.page_pools, strict=True):
             if want > 0:
                 pages += pool.allocate(want)
         return True
 
-    def trim(self, request: Hashable, computed: int) -> None:
-        """Give back the pages that a token at position `computed`, the next one, can no longer see."""
+    def _start(self, request: Hashable, tokens: int, hit: Hit, keys: Sequence[bytes]) -> bool:
+        if self.slot_pool.num_free == 0:
+            return False
+        count = hit.length // self.page_size
+        dead = [group.first_visible(hit.length) // self.page_size for group in self.groups]
+        shared: list[list[int]] = []
+        for pool, first in zip(self.page_pools, dead, strict=True):
+            places = [pool.find(key) for key in keys[first:count]]
+            assert None not in places, "a page of the hit has gone"
+            shared.append([place for place in places if place is not None])
+            new = self.pages_for(tokens) - count
+            if new + sum(pool.is_cached(place) for place in shared[-1]) > pool.num_free:
+                return False
+        pages = []
+        for pool, first, found in zip(self.page_pools, dead, shared, strict=True):
+            for place in found:
+                pool.share(place)
+            pages.append([DUMMY] * first + found + pool.allocate(self.pages_for(tokens) - count))
+        if hit.snapshot is not None:
+            self.slot_pool.touch(hit.snapshot)
+        (slot,) = self.slot_pool.allocate()
+        if hit.snapshot is not None and slot != hit.snapshot:
+            self._copies.append((hit.snapshot, slot))  # else it was the last one left, and is where it is needed
+        self.holdings[request] = Holding(slot, pages, dead, named=count)
+        return True
+
+    def computed(self, request: Hashable, tokens: int, keys: Sequence[bytes] = (), generated: bool = False) -> None:
+        """The first `tokens` tokens of a request are in its state now.
+
+        `keys`, of its full pages, make these findable, and with them a snapshot of its slot at a page's end; without,
+        nothing is. Of the snapshots in the generated part only the latest is kept. Pages that a token at position
+        `tokens`, the next one, can no longer see are given back.
+        """
         holding = self.holdings[request]
+        if keys:
+            full = tokens // self.page_size
+            for pool, pages, freed in zip(self.page_pools, holding.pages, holding.freed, strict=True):
+                for index in range(max(holding.named, freed), full):
+                    pool.name(pages[index], keys[index])
+            holding.named = full
+            if self.has_slot_state and tokens % self.page_size == 0:
+                self._snapshot(holding, keys[full - 1], generated)
         for index, (group, pool) in enumerate(zip(self.groups, self.page_pools, strict=True)):
-            dead, pages = group.first_visible(computed) // self.page_size, holding.pages[index]
+            dead, pages = group.first_visible(tokens) // self.page_size, holding.pages[index]
             if dead > holding.freed[index]:
                 pool.free(pages[holding.freed[index] : dead])
                 pages[holding.freed[index] : dead] = [DUMMY] * (dead - holding.freed[index])
                 holding.freed[index] = dead
 
+    def _snapshot(self, holding: Holding, key: bytes, generated: bool) -> None:
+        if generated and holding.latest is not None:
+            self.slot_pool.drop(holding.latest)
+            holding.latest = None
+        known = self.slot_pool.find(key)
+        if known is not None:
+            self.slot_pool.touch(known)
+        elif self.slot_pool.num_free:
+            (place,) = self.slot_pool.allocate()
+            self._copies.append((holding.slot, place))
+            self.slot_pool.name(place, key)
+            self.slot_pool.free([place])
+            if generated:
+                holding.latest = key
+
+    def take_copies(self) -> list[tuple[int, int]]:
+        """(from, to) slots to be copied, one after the other, before the next step reads or writes any."""
+        copies, self._copies = self._copies, []
+        return copies
+
     def release(self, request: Hashable) -> None:
-        """Give back everything that `request` holds, if anything."""
+        """Give back all that `request` holds, if anything. What has a key stays findable, its last pages shortest."""
         holding = self.holdings.pop(request, None)
         if holding is None:
             return
         self.slot_pool.free([holding.slot])
         for pages, freed, pool in zip(holding.pages, holding.freed, self.page_pools, strict=True):
-            pool.free(pages[freed:])
+            pool.free(reversed(pages[freed:]))
+
+    def reset_prefix_cache(self) -> None:
+        """Nothing computed so far will be shared."""
+        for pool in (*self.page_pools, self.slot_pool):
+            pool.reset()
 
     def check_integrity(self) -> None:
-        """No place is lost or held twice."""
+        """No place is lost, or held by somebody who does not know of it."""
         for index, pool in enumerate(self.page_pools):
-            pool.check_integrity()
-            held = [p for h in self.holdings.values() for p in h.pages[index][h.freed[index] :]]
-            assert len(held) == len(set(held)) == pool.capacity - pool.num_free and DUMMY not in held
-        self.slot_pool.check_integrity()
-        slots = [holding.slot for holding in self.holdings.values()]
-        assert len(slots) == len(set(slots)) == self.slot_pool.capacity - self.slot_pool.num_free
+            held = Counter(page for h in self.holdings.values() for page in h.pages[index][h.freed[index] :])
+            assert DUMMY not in held
+            pool.check_integrity(held)
+        self.slot_pool.check_integrity(Counter(holding.slot for holding in self.holdings.values()))

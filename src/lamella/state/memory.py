@@ -57,17 +57,25 @@ class StateMemory:
         device: torch.device,
     ) -> None:
         self.tensors: list[torch.Tensor] = []
+        self._slots: list[torch.Tensor] = []
         for holder in holders:
             spec = holder.spec
             if isinstance(spec, PagedState):
                 shape = (capacities[spec] + 1, page_size, spec.kv_heads, spec.head_dim)
                 holder.bind(self._allocate(shape, spec.dtype, device), self._allocate(shape, spec.dtype, device))
             else:
-                holder.bind(self._allocate((num_slots + 1, *spec.shape), spec.dtype, device))
+                self._slots.append(self._allocate((num_slots + 1, *spec.shape), spec.dtype, device))
+                holder.bind(self._slots[-1])
 
     def _allocate(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         self.tensors.append(torch.empty(*shape, dtype=dtype, device=device))
         return self.tensors[-1]
+
+    def copy_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole slots, (from, to), one after the other."""
+        for source, target in pairs:
+            for rows in self._slots:
+                rows[target].copy_(rows[source])
 
     def poison(self) -> None:
         """Fill every place with NaN: a check that nothing is ever read before it is written."""

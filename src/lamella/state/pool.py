@@ -1,38 +1,119 @@
-"""An allocator of numbered places: pages or slots. Pure bookkeeping, no tensors."""
+"""An allocator of numbered places, pages or slots, that remembers what is in them. Pure bookkeeping, no tensors."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 
 class Pool:
-    """The places 1..capacity; place 0 is the dummy that padding rows may write to, and is never given away."""
+    """The places 1..capacity; place 0 is the dummy that padding rows may write to, and is never given away.
+
+    A place is *held* by one or more holders, or nobody's. One that nobody holds any more keeps its content, and can be
+    found by the key it was given, until the room is needed: then the one that has been nobody's for longest goes first.
+    """
 
     def __init__(self, capacity: int) -> None:
         assert capacity >= 1
         self.capacity = capacity
+        self.num_evictions = 0
         # Taken from the end: low places first, and a freed place is the next one used, while it is still in a cache.
         self._free = list(range(capacity, 0, -1))
-        self._taken: set[int] = set()
+        self._holders: Counter[int] = Counter()
+        self._cached: dict[int, None] = {}  # nobody's, but with a key; longest first
+        self._places: dict[bytes, int] = {}
+        self._keys: dict[int, bytes] = {}
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Places that can be allocated, those that are findable included."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        """Places that nobody holds and that can be found."""
+        return len(self._cached)
+
+    @property
+    def num_held(self) -> int:
+        return len(self._holders)
 
     def allocate(self, count: int = 1) -> list[int]:
-        """`count` free places; there must be as many."""
-        assert count <= len(self._free), f"{count} places wanted, {len(self._free)} free"
-        places = [self._free.pop() for _ in range(count)]
-        self._taken.update(places)
+        """`count` places for one holder; there must be as many."""
+        assert count <= self.num_free, f"{count} places wanted, {self.num_free} free"
+        places = []
+        for _ in range(count):
+            if self._free:
+                places.append(self._free.pop())
+            else:
+                places.append(next(iter(self._cached)))
+                self._forget(places[-1])
+                self.num_evictions += 1
+        self._holders.update(places)
         return places
 
-    def free(self, places: Iterable[int]) -> None:
-        """Give places back, each of which must be taken."""
-        for place in places:
-            self._taken.remove(place)
-            self._free.append(place)
+    def share(self, place: int) -> None:
+        """One more holder of a place that is held or findable."""
+        assert place in self._holders or place in self._cached
+        self._cached.pop(place, None)
+        self._holders[place] += 1
 
-    def check_integrity(self) -> None:
-        """Every place is either free or taken, once."""
-        assert len(self._free) == len(set(self._free)) and not self._taken.intersection(self._free)
-        assert len(self._free) + len(self._taken) == self.capacity
+    def free(self, places: Iterable[int]) -> None:
+        """A holder gives places back; of several, the first will be the first to go."""
+        for place in places:
+            self._holders[place] -= 1
+            assert self._holders[place] >= 0, f"place {place} is nobody's"
+            if self._holders[place] == 0:
+                del self._holders[place]
+                if place in self._keys:
+                    self._cached[place] = None
+                else:
+                    self._free.append(place)
+
+    def name(self, place: int, key: bytes) -> None:
+        """Make a held place findable; where another place has the same content already, that one stays."""
+        assert place in self._holders and place not in self._keys
+        if key not in self._places:
+            self._places[key], self._keys[place] = place, key
+
+    def find(self, key: bytes) -> int | None:
+        """The place with this content."""
+        return self._places.get(key)
+
+    def is_cached(self, place: int) -> bool:
+        """Whether it is findable and nobody's, so that sharing it takes away from `num_free`."""
+        return place in self._cached
+
+    def touch(self, place: int) -> None:
+        """It was used: of those that are nobody's it is now the last to go."""
+        if place in self._cached:
+            del self._cached[place]
+            self._cached[place] = None
+
+    def drop(self, key: bytes) -> None:
+        """Its place, if any, can no longer be found."""
+        place = self._places.get(key)
+        if place is not None:
+            cached = place in self._cached
+            self._forget(place)
+            if cached:
+                self._free.append(place)
+
+    def reset(self) -> None:
+        """Nothing can be found any more; holders keep what they hold."""
+        for key in list(self._places):
+            self.drop(key)
+
+    def check_integrity(self, held: Counter[int]) -> None:
+        """Every place is free, findable or held, once; and `held`, all holders' places, are those held here."""
+        free, cached, holders = set(self._free), set(self._cached), set(self._holders)
+        assert len(free) == len(self._free)
+        assert not (free & cached or free & holders or cached & holders)
+        assert free | cached | holders == set(range(1, self.capacity + 1))
+        assert self._holders == held and all(count > 0 for count in self._holders.values())
+        assert self._places == {key: place for place, key in self._keys.items()}
+        assert cached <= self._keys.keys() and not free & self._keys.keys()
+
+    def _forget(self, place: int) -> None:
+        del self._places[self._keys.pop(place)]
+        self._cached.pop(place, None)

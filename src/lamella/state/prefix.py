@@ -1,0 +1,33 @@
+"""What identifies the state after a prefix: chained hashes of its pages of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+def root_key(*parts: object) -> bytes:
+    """What a chain starts from: everything but the tokens that decides what a state is (model, adapter, salt)."""
+    return hashlib.sha256(repr(parts).encode()).digest()
+
+
+def page_key(before: bytes, token_ids: Sequence[int]) -> bytes:
+    """The key of a page of tokens after the pages whose key is `before`."""
+    return hashlib.sha256(before + array("q", token_ids).tobytes()).digest()
+
+
+@dataclass(frozen=True)
+class Hit:
+    """The state of a prefix of `length` tokens is at hand; `snapshot` is the slot that holds its slot state.
+
+    `known` tokens, as many or more, have been computed before by somebody, though not all of their state is there.
+    """
+
+    length: int = 0
+    snapshot: int | None = None
+    known: int = 0
+
+
+MISS = Hit()

@@ -1,0 +1,267 @@
+"""A prefix found in the cache changes nothing but the time: tokens, log-probabilities and states stay as computed."""
+
+from __future__ import annotations
+
+import logging
+import random
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, Qwen3Config
+
+from helpers import canon_checkpoint, hf_checkpoint, random_prompts
+from lamella import LLM, SamplingParams
+from lamella.errors import ConfigError, ParameterError
+from lamella.parity import bisect, paths
+from lamella.parity.forcing import ForcedEngine
+from lamella.parity.sequences import split
+from parity.test_bisection import SHAPE
+from recurrent import hybrid_checkpoint
+
+MODELS = {
+    "llama": lambda folder: hf_checkpoint(folder, LlamaConfig(**SHAPE)),
+    "windowed": lambda folder: hf_checkpoint(
+        folder, Qwen3Config(**SHAPE | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1})
+    ),
+    "canon": lambda folder: canon_checkpoint(folder, qk_norm=True),
+    "hybrid": hybrid_checkpoint,
+}
+PAGE = 4
+GREEDY = {"temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def folder(request, tmp_path_factory):
+    made = tmp_path_factory.mktemp(request.param)
+    MODELS[request.param](made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def canon(tmp_path_factory):
+    return canon_checkpoint(tmp_path_factory.mktemp("canon"), qk_norm=True)
+
+
+def make_llm(folder, **options) -> LLM:
+    """NaN in the pools, and the books checked after every step."""
+    llm = LLM(folder, device="cpu", **{"block_size": PAGE, "max_num_seqs": 4, "max_num_batched_tokens": 24} | options)
+    llm.engine.memory.poison()
+    step = llm.engine.step
+
+    def checked_step():
+        changed = step()
+        llm.engine.state.check_integrity()
+        return changed
+
+    llm.engine.step = checked_step
+    return llm
+
+
+def ids(*parts) -> dict:
+    return {"prompt_token_ids": [token for part in parts for token in part]}
+
+
+def words(seed: int, length: int) -> list[int]:
+    return random_prompts([length], seed)[0]["prompt_token_ids"]
+
+
+def generate(llm, prompts, **params):
+    return llm.generate(prompts, SamplingParams(**GREEDY | {"max_tokens": 6, "logprobs": 2} | params), use_tqdm=False)
+
+
+def same(ours, theirs) -> bool:
+    """Equal tokens, and log-probabilities up to rounding."""
+    pairs = list(zip(ours, theirs, strict=True))
+    return all(
+        a.outputs[0].token_ids == b.outputs[0].token_ids
+        and all(
+            x.keys() == y.keys() and all(abs(x[t].logprob - y[t].logprob) < 1e-4 for t in x)
+            for x, y in zip(a.outputs[0].logprobs, b.outputs[0].logprobs, strict=True)
+        )
+        for a, b in pairs
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_path_is_right_with_states(folder, dtype):
+    """The kit's matrix: hits at and inside pages, of running requests, evicted, after preemption, in conversations."""
+    matrix = paths(folder, dtype=dtype, device="cpu", prompts="random", count=1, prompt_len=40, decode_len=8)
+    assert not matrix.failures, matrix.failures
+    prefix = [cell for cell in matrix.cells if "prefix" in cell.path or "turn" in cell.path]
+    assert len(prefix) == 6 and all(cell.status == "pass" and cell.state_max is not None for cell in prefix)
+
+
+def test_the_generic_recurrent_mixer_is_right(tmp_path):
+    assert bisect(hybrid_checkpoint(tmp_path), prompts="random", count=1, device="cpu").first is None
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(data=st.data())
+def test_random_interleavings_of_requests_that_share_beginnings(folder, data):
+    """20 and more requests of a small family, some cancelled, in a pool so small that pages are evicted and requests
+    preempted."""
+    rng = random.Random(data.draw(st.integers(0, 2**32)))
+    roots = [words(rng.randrange(3), rng.randrange(1, 60)) for _ in range(3)]
+    prompts = []
+    for _ in range(22):
+        root = rng.choice(roots + [prompt["prompt_token_ids"] for prompt in prompts])
+        prompts.append(ids(root[: rng.randrange(1, len(root) + 1)], words(rng.randrange(50), rng.randrange(1, 20))))
+    lengths = [rng.randrange(1, 12) for _ in prompts]
+    params = [SamplingParams(**GREEDY, max_tokens=length, logprobs=1) for length in lengths]
+    blocks = max(-(-(len(p["prompt_token_ids"]) + n) // PAGE) for p, n in zip(prompts, lengths, strict=True)) + 3
+    options = {"max_num_batched_tokens": rng.choice([3, 7, 16, 64]), "max_num_seqs": rng.choice([1, 3, 6])}
+    plain = make_llm(folder, enable_prefix_caching=False).generate(prompts, params, use_tqdm=False)
+    llm = make_llm(folder, num_blocks=blocks, snapshot_bytes=rng.choice([0, 20_000, 10**7]), **options)
+    for index in rng.sample(range(len(prompts)), 3):  # cancelled after a step or two
+        for _, output in zip(range(rng.randrange(1, 3)), llm.stream(prompts[index], params[index]), strict=False):
+            assert output.outputs
+    assert same(llm.generate(prompts, params, use_tqdm=False), plain)
+    assert same(llm.generate(prompts[::-1], params[::-1], use_tqdm=False), plain[::-1])
+    stats = llm.stats()
+    assert stats["pages_used"] == stats["slots_used"] == 0
+
+
+def test_hits_are_as_long_as_every_kind_of_state_allows(folder):
+    """Of 30 shared tokens 28 fill pages. Slot state is first at hand where chunks of 24 end, and from the second
+    request on where that branched off."""
+    llm, system = make_llm(folder), words(1, 30)
+    expected = [0, 24, 28, 28] if llm.engine.cost.slots else [0, 28, 28, 28]
+    for i, cached in enumerate(expected):
+        prompt = ids(system, words(2 + i, 9))
+        ours = generate(llm, [prompt])
+        assert ours[0].num_cached_tokens == cached
+        assert same(ours, generate(make_llm(folder, enable_prefix_caching=False), [prompt]))
+
+
+def test_an_interval_makes_snapshots_before_anybody_branches_off(canon):
+    system = words(1, 60)
+    for interval, cached in ((None, 0), (3, 48), (1, 56)):
+        llm = make_llm(canon, snapshot_interval=interval, max_num_batched_tokens=512)
+        generate(llm, [ids(system, words(2, 9))])
+        assert generate(llm, [ids(system[:59], words(3, 9))])[0].num_cached_tokens == cached
+
+
+def test_a_whole_prompt_in_the_cache_still_computes_its_last_token(folder):
+    llm, prompt = make_llm(folder), ids(words(3, 24))
+    first, second = generate(llm, [prompt]), generate(llm, [prompt])
+    assert second[0].num_cached_tokens == 20 and same(first, second)
+
+
+def test_a_conversation_finds_its_own_answers(folder):
+    llm, history, computed = make_llm(folder), words(4, 10), 0
+    for turn in range(4):
+        plain = generate(make_llm(folder, enable_prefix_caching=False), [ids(history)], max_tokens=13)
+        ours = generate(llm, [ids(history)], max_tokens=13)
+        assert same(ours, plain)
+        assert ours[0].num_cached_tokens == computed // PAGE * PAGE
+        computed = len(history) + 12  # the last token that came is in no state yet
+        history = history + ours[0].outputs[0].token_ids + words(50 + turn, 5)
+
+
+def test_a_salt_keeps_prefixes_apart(folder):
+    llm, prompt = make_llm(folder), words(5, 30)
+    generate(llm, [ids(prompt) | {"cache_salt": "a"}])
+    assert [generate(llm, [ids(prompt) | extra])[0].num_cached_tokens for extra in ({"cache_salt": "b"}, {})] == [0, 0]
+    assert generate(llm, [ids(prompt) | {"cache_salt": "a"}])[0].num_cached_tokens == 28
+    with pytest.raises(ParameterError, match="cache_salt=3: must be a string"):
+        generate(llm, [ids(prompt) | {"cache_salt": 3}])
+
+
+def test_prompt_logprobs_are_computed_and_not_read(folder):
+    llm, prompt = make_llm(folder), ids(words(6, 30))
+    generate(llm, [prompt])
+    asked = generate(llm, [prompt], prompt_logprobs=1)[0]
+    assert asked.num_cached_tokens == 0 and len(asked.prompt_logprobs) == 30
+    llm.reset_prefix_cache()
+    generate(llm, [prompt], prompt_logprobs=1)  # but it is remembered
+    assert generate(llm, [prompt])[0].num_cached_tokens == 28
+
+
+def test_reset_and_off(folder):
+    llm, prompt = make_llm(folder), ids(words(7, 30))
+    generate(llm, [prompt])
+    llm.reset_prefix_cache()
+    llm.engine.state.check_integrity()
+    assert generate(llm, [prompt])[0].num_cached_tokens == 0
+    off = make_llm(folder, enable_prefix_caching=False)
+    generate(off, [prompt])
+    assert generate(off, [prompt])[0].num_cached_tokens == 0 and off.stats()["prefix_hit_rate"] is None
+
+
+def test_the_statistics_add_up(folder):
+    llm, system = make_llm(folder), words(8, 28)
+    outputs = [generate(llm, [ids(system, words(9 + i, 4))])[0] for i in range(4)]
+    stats = llm.stats()
+    cached = sum(output.num_cached_tokens for output in outputs)
+    assert cached == 3 * 28 == stats["prefix_hit_tokens"] and stats["prefix_hit_rate"] == cached / (4 * 32)
+    assert stats["prefix_cached_pages"] == sum(group["cached"] for group in stats["page_groups"]) > 0
+    snapshots = bool(llm.engine.cost.slots)
+    assert bool(stats["prefix_snapshots"]) == snapshots
+    assert stats["prefix_snapshot_bytes"] == stats["prefix_snapshots"] * llm.engine.cost.bytes_per_request
+    assert stats["prefix_evictions"] == 0
+    assert "prefix hits 66%" in llm._progress([], 1.0)
+
+
+def test_snapshots_keep_to_their_budget(canon):
+    size = make_llm(canon).engine.cost.bytes_per_request
+    llm = make_llm(canon, snapshot_bytes=3 * size, max_num_seqs=2)
+    for i in range(9):
+        generate(llm, [ids(words(i, 30))])
+    stats = llm.stats()
+    assert stats["prefix_snapshots"] <= 5 and stats["prefix_evictions"] > 0  # three, and two idle slots
+    assert stats["slots"] == 2
+
+
+def test_a_window_gives_pages_back_while_it_runs(tmp_path):
+    MODELS["windowed"](tmp_path)
+    llm = make_llm(tmp_path, enable_prefix_caching=False)
+    most = {}
+    for _ in llm.stream(ids(words(1, 60)), SamplingParams(**GREEDY, max_tokens=60)):
+        for group in llm.stats()["page_groups"]:
+            most[group["window"]] = max(most.get(group["window"], 0), group["used"])
+    assert most[None] == 30 and most[7] <= (24 + 7) // PAGE + 2
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"block_size": 512, "max_model_len": 512}, "no prompt of max_model_len=512 fills a page of block_size=512"),
+        ({"snapshot_bytes": 0}, "no snapshot of the"),
+    ],
+)
+def test_a_setting_that_cannot_hit_says_so_once(canon, options, line, caplog):
+    with caplog.at_level(logging.WARNING, logger="lamella"):
+        llm = make_llm(canon, **options)
+        for i in range(3):
+            generate(llm, [ids(words(i, 9))])
+    assert caplog.text.count(line) == 1
+
+
+def test_prompts_shorter_than_a_page_are_said_once(canon, caplog):
+    with caplog.at_level(logging.WARNING, logger="lamella"):
+        llm = make_llm(canon, block_size=32)
+        for i in range(40):
+            generate(llm, [ids(words(i, 9))], max_tokens=1)
+    assert caplog.text.count("the first 32 prompts are no longer than a page") == 1
+
+
+def test_bad_settings_are_one_line(canon):
+    for value in (-1, True, "1G"):
+        with pytest.raises(ConfigError, match=r"snapshot_bytes=.*: must be a whole number of bytes"):
+            LLM(canon, device="cpu", snapshot_bytes=value)
+
+
+def test_states_are_those_of_computing(folder):
+    """Not only what comes out: every page and slot of a request that started with a hit."""
+    model = LLM(folder, device="cpu").engine.model
+    options = {"block_size": PAGE, "num_blocks": 64, "max_num_seqs": 2}
+    sequence = split(words(9, 50), 3)
+    plain = ForcedEngine(model, options, torch.device("cpu")).score([sequence])[0]
+    cached = ForcedEngine(model, options | {"enable_prefix_caching": True}, torch.device("cpu"))
+    cached.score([split(sequence.token_ids[:37], 2)])
+    ours = cached.score([sequence])[0]
+    assert ours.cached == 36 and ours.state.keys() == plain.state.keys()
+    for name, value in plain.state.items():
+        assert torch.allclose(ours.state[name], value, atol=1e-4), name
