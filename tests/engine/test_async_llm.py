@@ -134,3 +134,14 @@ def test_shutdown_ends_what_runs(folder):
             await collect(llm, PROMPTS[0])
 
     asyncio.run(main())
+
+
+def test_prefixes_are_found_and_forgotten(folder):
+    prompt = random_prompts([40], seed=1)[0]
+
+    async def scenario(llm):
+        hits = [(await collect(llm, prompt))[-1].num_cached_tokens for _ in range(2)]
+        llm.reset_prefix_cache()
+        return [*hits, (await collect(llm, prompt))[-1].num_cached_tokens]
+
+    assert run(folder, scenario) == [0, 32, 0]

@@ -43,16 +43,18 @@ def keys_of(token_ids: Sequence[int], root: bytes = ROOT) -> list[bytes]:
 
 def brute_force(state: StateManager, keys: Sequence[bytes]) -> Hit:
     """The longest prefix for which every page that its next token sees can be found, and a snapshot where needed."""
+    there = [[pool.find(key) is not None for key in keys] + [False] for pool in state.page_pools]
+    known = max((each.index(False) * PAGE for each in there), default=0)
     for length in range(len(keys) * PAGE, 0, -PAGE):
         snapshot = state.slot_pool.find(keys[length // PAGE - 1]) if state.has_slot_state else None
         if (snapshot is not None or not state.has_slot_state) and all(
-            pool.find(keys[position // PAGE]) is not None
-            for spec, pool in zip(state.groups, state.page_pools, strict=True)
+            each[position // PAGE]
+            for spec, each in zip(state.groups, there, strict=True)
             for position in range(length)
             if sees(spec, length, position)
         ):
-            return Hit(length, snapshot)
-    return MISS
+            return Hit(length, snapshot, known)
+    return Hit(known=known)
 
 
 def bookkeeping(state: StateManager) -> str:
@@ -125,7 +127,7 @@ def test_a_hit_is_the_longest_prefix_whose_visible_pages_and_snapshot_are_at_han
                     pool.free([place])
     for length in range(count + 1):
         before = bookkeeping(state)
-        assert state.match(keys[:length]) == (brute_force(state, keys[:length]) if windows or slots else Hit(length * PAGE))
+        assert state.match(keys[:length]) == brute_force(state, keys[:length])
         assert bookkeeping(state) == before
 
 
@@ -135,17 +137,15 @@ def test_a_hit_is_the_longest_prefix_whose_visible_pages_and_snapshot_are_at_han
         (None, [], 20),
         (None, [0], 0),
         (None, [3], 12),
-        (1, [0, 1, 2, 3, 4], 20),  # a token that sees itself only needs no page
+        (1, [0, 1, 2, 3, 4], 20),  # a token that sees only itself needs no page
         (2, [0, 1, 2, 3], 20),
         (2, [4], 16),
-        (3, [0, 1, 2, 3], 20),
-        (4, [4], 16),
         (4, [0, 1, 2, 3], 20),
+        (4, [4], 16),
         (5, [0, 1, 2, 3], 20),  # itself and all of the page before
         (6, [0, 1, 2], 20),
         (6, [0, 1, 2, 3], 0),
-        (6, [0, 2], 20),
-        (6, [0, 3], 8 - 8),  # pages 1, 2 are there, for which page 1 and 2 are seen from 12
+        (6, [0, 3], 12),
     ],
 )
 def test_what_a_window_needs_of_the_pages(window, gone, length):
@@ -155,6 +155,397 @@ def test_what_a_window_needs_of_the_pages(window, gone, length):
         pool.name(place, key)
     for index in gone:
         pool.drop(keys[index])
-    if (window, gone) == (6, [0, 3]):
-        length = 12
     assert state.match(keys).length == length
+
+
+# A request that starts with a hit
+
+
+def computed_once(state: StateManager, tokens: int, release: bool = True) -> list[bytes]:
+    """Let a first request compute `tokens` tokens, page by page; the keys of its pages."""
+    keys = keys_of(range(tokens))
+    for stop in range(PAGE, tokens + 1, PAGE):
+        assert state.grow("first", stop)
+        state.computed("first", stop, keys[: stop // PAGE])
+    if release:
+        state.release("first")
+    state.check_integrity()
+    return keys
+
+
+def test_a_hit_shares_just_the_pages_that_can_be_seen_and_gets_new_ones_for_the_rest():
+    windows = [None, 1, 3, 4, 6, 9]
+    state = StateManager([group(w) for w in windows], [40] * len(windows), 8, PAGE, True)
+    keys = computed_once(state, 20, release=False)
+    hit = state.match(keys)
+    assert hit == Hit(20, state.slot_pool.find(keys[4]), 20)
+    state.take_copies()
+    assert state.grow("second", 27, hit, keys)
+    state.check_integrity()
+    for window, pool, pages, others in zip(
+        windows, state.page_pools, state.holdings["second"].pages, state.holdings["first"].pages, strict=True
+    ):
+        dead = {None: 0, 1: 5, 3: 4, 4: 4, 6: 3, 9: 3}[window]
+        assert pages[:dead] == [DUMMY] * dead
+        assert pages[dead:5] == others[dead:5] == [pool.find(key) for key in keys[dead:]]
+        assert len(set(pages[5:])) == 2 and not set(pages[5:]) & {DUMMY, *others}
+    slot = state.holdings["second"].slot
+    assert slot not in (hit.snapshot, state.holdings["first"].slot)
+    assert state.take_copies() == [(hit.snapshot, slot)]
+    assert state.take_copies() == []
+    state.release("first")
+    state.release("second")
+    assert all(pool.num_free == pool.capacity for pool in (*state.page_pools, state.slot_pool))
+
+
+@pytest.mark.parametrize("lacking", ["full", "windowed", "slot", "growing"])
+def test_where_pages_or_slots_lack_nothing_changes(lacking):
+    state = StateManager([group(), group(6)], [10, 10], 3, PAGE, True)
+    keys = computed_once(state, 12)
+    if lacking == "slot":
+        state.slot_pool.allocate(3)
+    elif lacking == "growing":
+        assert state.grow("second", 13, state.match(keys), keys)
+        state.page_pools[1].allocate(state.page_pools[1].num_free - 1)
+    else:
+        # Two pages short: what is left would do if those of the hit were not among it.
+        state.page_pools[lacking == "windowed"].allocate(5)
+    hit = state.match(keys) if lacking != "slot" else Hit(12)
+    assert hit.length == 12
+    before = bookkeeping(state)
+    if lacking == "growing":
+        assert not state.grow("second", 24)
+        assert bookkeeping(state) == before
+        assert state.grow("second", 20)
+    else:
+        assert not state.grow("second", 12 + {"full": 12, "windowed": 16, "slot": 1}[lacking], hit, keys)
+        assert bookkeeping(state) == before
+
+
+def test_cached_pages_of_the_hit_are_not_counted_as_room_for_new_ones():
+    state = StateManager([group()], [5], 2, PAGE)
+    keys = computed_once(state, 12)
+    (blocked,) = state.page_pools[0].allocate()
+    hit = state.match(keys)
+    assert hit.length == 12 and state.page_pools[0].num_free == 4
+    before = bookkeeping(state)
+    assert not state.grow("second", 17, hit, keys)  # two new ones, and one is left
+    assert bookkeeping(state) == before
+    assert state.grow("second", 16, hit, keys)
+    assert state.page_pools[0].num_free == 0 and blocked not in state.holdings["second"].pages[0]
+    assert state.holdings["second"].pages[0][:3] == [state.page_pools[0].find(key) for key in keys]
+
+
+def test_a_hit_can_start_though_its_own_pages_are_all_that_is_free():
+    state = StateManager([group()], [3], 1, PAGE)
+    keys = computed_once(state, 12)
+    assert state.page_pools[0].num_free == state.page_pools[0].num_cached == 3
+    assert state.grow("second", 12, state.match(keys), keys)
+    assert state.page_pools[0].num_free == 0
+    assert state.page_pools[0].num_evictions == 0
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_the_last_slot_may_be_the_snapshot_itself(spare):
+    state = StateManager([group()], [9], 1 + spare, PAGE, True)
+    keys = keys_of(range(8))
+    for stop in (4, 8):
+        assert state.grow("first", stop)
+        state.computed("first", stop, keys[: stop // PAGE])
+        state.take_copies()
+    state.release("first")
+    if not spare:  # no room for a snapshot while the request ran: put one there
+        (place,) = state.slot_pool.allocate()
+        state.slot_pool.name(place, keys[1])
+        state.slot_pool.free([place])
+    hit = state.match(keys)
+    assert hit.length == 8 and hit.snapshot is not None
+    assert state.grow("second", 9, hit, keys)
+    slot = state.holdings["second"].slot
+    assert (slot == hit.snapshot) == (not spare)
+    assert state.take_copies() == ([(hit.snapshot, slot)] if spare else [])
+    assert (state.slot_pool.find(keys[1]) is None) == (not spare)
+    state.check_integrity()
+
+
+def test_the_snapshot_of_a_hit_is_the_last_to_go():
+    state = StateManager([group()], [9], 4, PAGE, True)
+    keys = computed_once(state, 12)
+    assert state.slot_pool.num_cached == 3
+    assert state.grow("other", 1)  # takes the first request's slot
+    hit = state.match(keys[:1])
+    assert state.grow("second", 5, hit, keys[:1])
+    assert hit.snapshot is not None
+    assert state.slot_pool.find(keys[0]) == hit.snapshot
+    assert state.slot_pool.find(keys[1]) is None  # it was the longest nobody's of the others
+    assert state.slot_pool.find(keys[2]) is not None
+
+
+def test_the_end_of_a_prefix_goes_before_its_start():
+    state = StateManager([group()], [6], 2, PAGE)
+    keys = computed_once(state, 24)
+    for left in range(5, -1, -1):
+        state.page_pools[0].allocate()
+        assert state.match(keys).length == left * PAGE
+
+
+def test_without_slot_state_nothing_is_copied_and_no_slot_kept():
+    state = StateManager([group()], [6], 3, PAGE)
+    keys = computed_once(state, 8)
+    assert state.match(keys) == Hit(8, None, 8)
+    assert state.slot_pool.num_cached == 0
+    assert state.grow("second", 9, state.match(keys), keys)
+    assert state.take_copies() == []
+
+
+def test_after_a_reset_nothing_hits_and_who_runs_keeps_what_it_has():
+    state = StateManager([group(), group(6)], [20, 20], 6, PAGE, True)
+    keys = computed_once(state, 12, release=False)
+    held = repr(state.holdings)
+    state.reset_prefix_cache()
+    assert state.match(keys) == MISS
+    assert repr(state.holdings) == held
+    state.check_integrity()
+    state.release("first")
+    assert all(pool.num_cached == 0 for pool in (*state.page_pools, state.slot_pool))
+
+
+# Requests through the scheduler, on a fake memory
+
+
+class Checked(StateManager):
+    """Looks at each `grow` from outside."""
+
+    started: dict[Hashable, Hit]
+
+    def grow(self, request: Hashable, tokens: int, hit: Hit = MISS, keys: Sequence[bytes] = ()) -> bool:
+        before, copies = bookkeeping(self), list(self._copies)
+        mine = self.holdings.get(request)
+        had = [list(pages) for pages in mine.pages] if mine else [[] for _ in self.groups]
+        held = [{page for other in self.holdings.values() for page in other.pages[i]} for i in range(len(self.groups))]
+        slots = {other.slot for other in self.holdings.values()}
+        evictions = [pool.num_evictions for pool in self.page_pools]
+        found, short = [], not mine and len(slots) == self.slot_pool.capacity
+        for index, (spec, pool) in enumerate(zip(self.groups, self.page_pools, strict=True)):
+            live = [
+                any(sees(spec, hit.length, position) for position in range(page * PAGE, (page + 1) * PAGE))
+                for page in range(hit.length // PAGE)
+            ]
+            found.append(had[index] or [pool.find(keys[page]) if seen else DUMMY for page, seen in enumerate(live)])
+            taken = -(-tokens // PAGE) - len(found[-1]) + len({*found[-1]} - held[index] - {DUMMY})
+            short |= taken > pool.capacity - len(held[index] - {DUMMY})
+        if not super().grow(request, tokens, hit, keys):
+            assert short, "there was room"
+            assert bookkeeping(self) == before
+            return False
+        assert not short
+        mine = self.holdings[request]
+        for pages, known, others, pool, evicted in zip(
+            mine.pages, found, held, self.page_pools, evictions, strict=True
+        ):
+            new = pages[len(known) :]
+            assert pages[: len(known)] == known
+            assert len(pages) == max(len(known), -(-tokens // PAGE))
+            assert len(set(new)) == len(new) and not set(new) & {*known, *others, DUMMY}
+            assert pool.num_evictions - evicted <= len(new)
+        if request not in self.started:
+            self.started[request] = hit
+            assert mine.slot not in slots
+            move = hit.snapshot is not None and hit.snapshot != mine.slot
+            assert self._copies == copies + ([(hit.snapshot, mine.slot)] if move else [])
+        else:
+            assert self._copies == copies
+        return True
+
+
+class World:
+    """A scheduler with a model whose state at a position says all the tokens up to it, as the number of a trie's node.
+
+    What was never written reads as None. With `roomy` pools nothing is ever evicted, so that each hit can be foretold.
+    """
+
+    def __init__(self, seed: int, windows: Sequence[int | None], slots: bool, roomy: bool = False) -> None:
+        self.rng = rng = random.Random(seed)
+        groups = [group(window) for window in windows]
+        budget, seqs, self.longest = rng.randint(1, 14), rng.randint(1, 5), rng.randint(6, 40)
+        probe = StateManager(groups, [1] * len(groups), 1, PAGE)
+        spare = rng.choice([0, 1, 2, 4, 20])
+        capacities = [
+            400 if roomy else probe.peak_pages(index, self.longest, min(budget, self.longest)) + rng.randint(0, spare)
+            for index in range(len(groups))
+        ]
+        self.state = Checked(groups, capacities, 300 if roomy else seqs + rng.choice([0, 0, 1, 2, 6]), PAGE, slots)
+        self.state.started = {}
+        self.scheduler = Scheduler(self.state, seqs, budget, rng.choice([None, None, 1, 2, 3]))
+        self.roomy, self.rate = roomy, rng.choice([0.1, 0.3, 0.6])
+        self.trie: dict[object, int] = {}
+        self.nodes: dict[Request, list[int]] = {}
+        self.texts: list[list[int]] = [[]]
+        self.pages: list[dict[tuple[int, int], int]] = [{} for _ in groups]
+        self.slots: dict[int, int | None] = {}
+        self.counts: Counter[str] = Counter()
+        # Of a roomy world: nodes that were computed, those with a snapshot, and each request's latest generated one.
+        self.known: set[int] = set()
+        self.snapshots: set[int] = set()
+        self.latest: dict[Request, int] = {}
+
+    def step(self) -> None:
+        rng, state = self.rng, self.state
+        alive = [*self.scheduler.running, *self.scheduler.waiting]
+        if len(alive) < 8 and (not alive or rng.random() < self.rate):
+            self._arrive()
+        elif alive and rng.random() < 0.02:
+            self.scheduler.finish(request := rng.choice(alive))
+            state.started.pop(request, None)
+            self.counts["cancelled"] += 1
+        elif rng.random() < 0.005 and not self.roomy:
+            state.reset_prefix_cache()
+        if not self.scheduler.has_work:
+            return
+        hits = {}
+        for request in self.scheduler.waiting:
+            keys = request.page_keys(PAGE, request.num_tokens - 1) if request.params.prompt_logprobs is None else []
+            assert state.match(keys) == brute_force(state, keys)
+            hits[request] = self._foretold(request)
+        preempted = self.scheduler.num_preemptions
+        shares = self.scheduler.schedule()
+        for request in self.scheduler.waiting:
+            state.started.pop(request, None)  # preempted
+        self.counts["preempted"] += self.scheduler.num_preemptions - preempted
+        self._check_pools()
+        for source, target in state.take_copies():
+            assert source != target
+            self.slots[target] = self.slots.get(source)
+            self.counts["copies"] += 1
+        for share in shares:
+            request, nodes = share.request, self._nodes(share.request)
+            holding, stop = state.holdings[request], share.start + share.count
+            hit = state.started[request]
+            if request in hits:
+                assert share.start == hit.length
+                assert request.params.prompt_logprobs is None or not hit.length
+                assert hits[request] in (None, hit.length)
+                self.counts["hits"] += hit.length > 0
+                self.counts["moved in"] += hit.snapshot == holding.slot
+                self.counts["started again"] += request.num_preemptions > 0 and hit.length > 0
+            if state.has_slot_state:
+                assert not share.start or self.slots[holding.slot] == nodes[share.start], "not its own past"
+                self.slots[holding.slot] = nodes[stop]
+            for pages, memory in zip(holding.pages, self.pages, strict=True):
+                for position in range(share.start, stop):
+                    assert pages[position // PAGE] != DUMMY
+                    memory[pages[position // PAGE], position % PAGE] = nodes[position + 1]
+        for share in shares:
+            nodes, holding = self._nodes(share.request), state.holdings[share.request]
+            for spec, pages, memory in zip(state.groups, holding.pages, self.pages, strict=True):
+                for position in range(share.start + share.count):
+                    if sees(spec, share.start, position):
+                        place = pages[position // PAGE]
+                        assert place != DUMMY
+                        assert memory.get((place, position % PAGE)) == nodes[position + 1], "a token that it never saw"
+        self.scheduler.computed(shares)
+        for share in shares:
+            self._computed(share.request)
+            if share.samples:
+                self._sample(share.request)
+        self._check_pools()
+        self.counts["steps"] += 1
+
+    def _arrive(self) -> None:
+        rng = self.rng
+        prompt = rng.choice(self.texts)[: rng.choice([rng.randint(0, self.longest), self.longest])]
+        prompt = prompt + rng.choices([0, 1], k=rng.randint(not prompt, rng.choice([2, 6, self.longest])))
+        prompt = prompt[: self.longest]
+        output = min(rng.choice([1, rng.randint(1, 12), self.longest]), self.longest + 1 - len(prompt))
+        root = rng.choices([ROOT, b"salted", None], [8, 1, 1])[0]
+        request = make_request("", prompt, output, root)
+        if rng.random() < 0.1:
+            request.params = SamplingParams(prompt_logprobs=0)
+        self.scheduler.add(request)
+        self.texts = [*self.texts[-6:], prompt]
+
+    def _nodes(self, request: Request) -> list[int]:
+        """For each count of leading tokens, the node that says them."""
+        nodes = self.nodes.setdefault(request, [self.trie.setdefault(request.prefix_root, len(self.trie))])
+        for token in request.token_ids(len(nodes) - 1, request.num_tokens):
+            nodes.append(self.trie.setdefault((nodes[-1], token), len(self.trie)))
+        return nodes
+
+    def _sample(self, request: Request) -> None:
+        request.output_token_ids.append(self.rng.randint(0, 1))
+        if len(request.output_token_ids) == request.max_tokens:
+            self.scheduler.finish(request)
+            del self.state.started[request], self.nodes[request]
+            self.texts = [*self.texts[-6:], request.prompt_token_ids + request.output_token_ids]
+            self.counts["done"] += 1
+
+    def _foretold(self, request: Request) -> int | None:
+        if not self.roomy:
+            return None
+        if request.prefix_root is None or request.params.prompt_logprobs is not None:
+            return 0
+        at_hand = self.snapshots if self.state.has_slot_state else self.known
+        nodes = self._nodes(request)
+        return max((n for n in range(PAGE, request.num_tokens, PAGE) if nodes[n] in at_hand), default=0)
+
+    def _computed(self, request: Request) -> None:
+        """Of a roomy world: what is at hand now."""
+        if not self.roomy or request.prefix_root is None:
+            return
+        nodes, count = self._nodes(request), request.num_computed
+        self.known.update(nodes[PAGE : count + 1 : PAGE])
+        if count % PAGE == 0:
+            generated = count > len(request.prompt_token_ids)
+            if generated:
+                self.snapshots.discard(self.latest.pop(request, -1))
+            if nodes[count] not in self.snapshots:
+                self.snapshots.add(nodes[count])
+                if generated:
+                    self.latest[request] = nodes[count]
+
+    def _check_pools(self) -> None:
+        state = self.state
+        state.check_integrity()
+        for index, pool in enumerate((*state.page_pools, state.slot_pool)):
+            held = {
+                place
+                for holding in state.holdings.values()
+                for place in (holding.pages[index] if index < len(state.groups) else [holding.slot])
+            } - {DUMMY}
+            blank = sum(not pool.is_cached(place) and place not in held for place in range(1, pool.capacity + 1))
+            assert len(held) == pool.num_held
+            assert len(held) + pool.num_cached + blank == pool.capacity
+            assert pool.num_free == pool.num_cached + blank
+
+
+KINDS = [
+    ([None], False),
+    ([None, 6], False),
+    ([1, 3, 4, 9], False),
+    ([], True),
+    ([None], True),
+    ([6], True),
+    ([None, 1, 3, 4, 9], True),
+]
+
+
+@pytest.mark.parametrize(("windows", "slots"), KINDS)
+def test_every_request_finds_just_its_own_past_in_pages_and_slot(windows, slots):
+    counts: Counter[str] = Counter()
+    for seed in range(12):
+        world = World(seed, windows, slots)
+        for _ in range(110):
+            world.step()
+        counts += world.counts
+        counts["evicted"] += sum(pool.num_evictions for pool in (*world.state.page_pools, world.state.slot_pool))
+    print(counts)
+    assert counts["hits"] > 100
+    assert counts["evicted"] > 100
+
+
+@pytest.mark.parametrize(("windows", "slots"), KINDS)
+def test_with_room_for_everything_all_that_was_computed_is_hit(windows, slots):
+    for seed in range(4):
+        world = World(seed, windows, slots, roomy=True)
+        for _ in range(60):
+            world.step()

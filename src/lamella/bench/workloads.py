@@ -87,6 +87,7 @@ def measure(llm: LLM, workload: Workload, repeats: int = 3) -> Timing:
 
 
 def _time(llm: LLM, prompts: Sequence[dict[str, list[int]]], params: SamplingParams) -> float:
+    llm.reset_prefix_cache()  # the repetitions have the same prompts
     start = time.perf_counter()
     llm.generate(prompts, params, use_tqdm=False)
     return time.perf_counter() - start

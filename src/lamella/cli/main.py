@@ -132,7 +132,11 @@ def _engine(command: argparse.ArgumentParser) -> None:
         ("max-num-batched-tokens", int),
         ("block-size", int),
         ("num-blocks", int),
+        ("snapshot-bytes", int),
+        ("snapshot-interval", int),
         ("seed", int),
     ):
         group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
+    flag = argparse.BooleanOptionalAction
+    group.add_argument("--enable-prefix-caching", action=flag, default=argparse.SUPPRESS)
     group.set_defaults(engine_options=[action.dest for action in group._group_actions])

@@ -86,6 +86,10 @@ class AsyncLLM:
         """See `Engine.stats`."""
         return self.engine.stats()
 
+    def reset_prefix_cache(self) -> None:
+        """See `Engine.reset_prefix_cache`; done between two steps."""
+        self._order(self.engine.reset_prefix_cache)
+
     def shutdown(self) -> None:
         """Abort what is running and stop the thread."""
         with self._wake:
