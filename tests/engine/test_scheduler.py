@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from hypothesis import strategies as st
 
 from lamella.engine.request import Request
 from lamella.engine.sampling_params import SamplingParams
-from lamella.engine.scheduler import Scheduler
+from lamella.engine.scheduler import Scheduled, Scheduler
 from lamella.state.manager import StateManager
+from lamella.state.pool import Pool
 from lamella.state.spec import PagedState
 
 PAGE = 4
@@ -124,6 +127,158 @@ def test_a_long_prompt_does_not_stop_the_decodes():
     for expected in range(2, 30):
         run_step(scheduler)
         assert len(decoding.output_token_ids) == expected
+
+
+class Fuzz:
+    """Random requests, arrivals and cancels, with prompts that share beginnings; what must hold is checked as it goes.
+
+    The oldest moves in every step, so nobody is there for more steps than all who were there when it came, itself
+    included, have tokens to compute.
+    """
+
+    def __init__(self, rng: random.Random, caching: bool, slots: bool, windows: Sequence[int | None]) -> None:
+        self.rng, self.caching, self.slots = rng, caching, slots
+        groups = [PagedState(1, 8, torch.float32, window=window) for window in windows]
+        seqs, budget = rng.randint(1, 5), rng.choice([1, 2, 5, 9, 16, 40])
+        self.longest = rng.choice([9, 24, 60])
+        probe = StateManager(groups, [1] * len(groups), 1, PAGE)
+        spare = rng.choice([0, 1, 3, 8, 30])
+        pages = [
+            probe.peak_pages(index, self.longest, min(self.longest, budget)) + rng.randint(0, spare)
+            for index in range(len(groups))
+        ]
+        self.state = StateManager(groups, pages, seqs + rng.choice([0, 1, 4]), PAGE, slots)
+        self.scheduler = Scheduler(self.state, seqs, budget, rng.choice([None, None, 1, 3]))
+        self.texts: list[list[int]] = [[]]
+        self.alive: dict[Request, int] = {}  # in order of arrival, with the step by which it must have ended
+        self.ended: dict[Request, str] = {}
+        self.arrived = self.steps = self.hits = 0
+
+    def step(self, arrivals: bool) -> None:
+        rng, scheduler = self.rng, self.scheduler
+        if arrivals and len(self.alive) < 8 and rng.random() < 0.3:
+            self._arrive()
+        if self.alive and rng.random() < 0.02:
+            self._end(rng.choice(list(self.alive)), "cancelled")
+        if not self.alive:
+            assert not scheduler.has_work and scheduler.schedule() == []
+            return
+        oldest = next(iter(self.alive))
+        before = oldest.num_tokens, oldest.num_computed
+        known, stats = list(scheduler.running), (scheduler.num_preemptions, scheduler.num_cached_tokens)
+        step = scheduler.schedule()
+        self._check(step, known, stats)
+        self.state.take_copies()
+        scheduler.computed(step)
+        self.steps += 1
+        for share in step:
+            request = share.request
+            assert request.num_computed == share.start + share.count <= request.num_tokens
+            if share.samples:
+                request.output_token_ids.append(rng.randint(0, 1))
+                if len(request.output_token_ids) == request.max_tokens:
+                    self._end(request, "done")
+        assert step[0].request is oldest and (oldest.num_tokens, oldest.num_computed) > before
+        assert all(self.steps < last for last in self.alive.values()), "somebody waits for too long"
+        for pool, held in self._pools():
+            assert pool.num_held == len(held)
+            assert len(held) + pool.num_free == pool.capacity
+            assert pool.num_cached <= (pool.num_free if self.caching else 0)
+        if self.steps % 50 == 0:
+            self.state.check_integrity()
+
+    def _pools(self) -> list[tuple[Pool, set[int]]]:
+        holdings = self.state.holdings.values()
+        held = [{page for h in holdings for page in h.pages[index]} - {0} for index in range(len(self.state.groups))]
+        pools = [*self.state.page_pools, self.state.slot_pool]
+        return list(zip(pools, [*held, {h.slot for h in holdings}], strict=True))
+
+    def _check(self, step: list[Scheduled], known: list[Request], before: tuple[int, int]) -> None:
+        scheduler, state, left = self.scheduler, self.state, self.scheduler.max_num_batched_tokens
+        assert [*scheduler.running, *scheduler.waiting] == list(self.alive), "not in order of arrival"
+        assert len(scheduler.running) <= scheduler.max_num_seqs and len(state.holdings) == len(scheduler.running)
+        assert [share.request for share in step] == scheduler.running[: len(step)], "a share that skips an older one"
+        started = 0
+        for share in step:
+            request, start, stop = share.request, share.start, share.start + share.count
+            assert start == request.num_computed < stop <= min(request.num_tokens, start + left)
+            assert share.samples == (stop == request.num_tokens)
+            if request not in known:
+                cacheable = self.caching and request.prefix_root is not None and not request.needs_prompt_logprobs
+                assert start % PAGE == 0 and (cacheable or start == 0)
+                if request.num_preemptions == 0:
+                    assert request.num_cached_tokens == start
+                    started += start
+                self.hits += start > 0
+            full = min(request.num_tokens, start + left)
+            if not self.slots or request.prefix_root is None:
+                assert stop == full
+            else:
+                last_page = (len(request.prompt_token_ids) - 1) // PAGE * PAGE
+                in_prompt = start < len(request.prompt_token_ids) and scheduler.snapshot_interval is not None
+                every = PAGE * scheduler.snapshot_interval if in_prompt else 10**9
+                cuts = {last_page, request.branch, (start // every + 1) * every}
+                assert not any(start < cut < stop for cut in cuts), "a snapshot's place passed"
+                assert stop == request.num_tokens or stop % PAGE == 0 or stop // PAGE * PAGE <= start, (
+                    "a page's end passed"
+                )
+                assert stop in cuts or stop == full or (full < request.num_tokens and full - stop < PAGE), (
+                    "cut for nothing"
+                )
+            left -= share.count
+            holding = state.holdings[request]
+            for group, pages in zip(state.groups, holding.pages, strict=True):
+                assert len(pages) == -(-stop // PAGE)
+                assert 0 not in pages[group.first_visible(start) // PAGE :], "a page that the step needs"
+        if left and scheduler.num_preemptions == before[0]:
+            assert len(step) == len(scheduler.running), "somebody got nothing of a budget that is left"
+        assert scheduler.num_cached_tokens == before[1] + started
+
+    def _arrive(self) -> None:
+        rng = self.rng
+        prompt = rng.choice(self.texts)[: rng.randint(0, self.longest)]
+        prompt = [*prompt, *rng.choices([0, 1], k=rng.randint(not prompt, rng.choice([2, 12, self.longest])))]
+        prompt = prompt[: self.longest]
+        output = min(rng.choice([1, rng.randint(1, 12), self.longest]), self.longest + 1 - len(prompt))
+        params = SamplingParams(temperature=0, prompt_logprobs=rng.choice([None] * 8 + [0]))
+        root = rng.choice([b"root"] * 8 + [b"other", None]) if self.caching else None
+        request = Request(str(self.arrived), prompt, params, max_tokens=output, prefix_root=root)
+        self.arrived += 1
+        self.scheduler.add(request)
+        self.alive[request] = 0
+        self.alive[request] = self.steps + sum(len(r.prompt_token_ids) + r.max_tokens - 1 for r in self.alive)
+        self.texts = [*self.texts[-6:], prompt]
+
+    def _end(self, request: Request, how: str) -> None:
+        assert request not in self.ended
+        self.scheduler.finish(request)
+        del self.alive[request]
+        self.ended[request] = how
+        self.texts = [*self.texts[-6:], request.prompt_token_ids + request.output_token_ids]
+
+
+@pytest.mark.parametrize("slots", [False, True])
+@pytest.mark.parametrize("caching", [False, True])
+def test_many_random_steps_lose_nothing_and_let_nobody_wait_for_ever(caching, slots):
+    rng = random.Random(2 * caching + slots)
+    steps = hits = preemptions = evictions = 0
+    outcomes: Counter[str] = Counter()
+    while steps < 25_000:
+        kinds = [[None], [6], [None, 6], [1, 4, 9]] + [[]] * slots
+        fuzz = Fuzz(rng, caching, slots, rng.choice(kinds))
+        while fuzz.steps < 400:
+            fuzz.step(arrivals=True)
+        while fuzz.alive:
+            fuzz.step(arrivals=False)
+        assert len(fuzz.ended) == fuzz.arrived
+        assert not fuzz.state.holdings and not fuzz.scheduler.has_work
+        fuzz.state.check_integrity()
+        outcomes.update(fuzz.ended.values())
+        steps, hits = steps + fuzz.steps, hits + fuzz.hits
+        preemptions += fuzz.scheduler.num_preemptions
+        evictions += sum(pool.num_evictions for pool in (*fuzz.state.page_pools, fuzz.state.slot_pool))
+    assert outcomes["done"] > 1000 and outcomes["cancelled"] > 300 and preemptions > 500
+    assert (hits > 1000 and evictions > 5000) if caching else (hits == evictions == 0)
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 
 from lamella.checkpoint import load_model, open_checkpoint
+from lamella.engine.capacity import Capacity
 from lamella.engine.completion import Completion, Job
 from lamella.engine.options import EngineOptions
 from lamella.engine.request import Request
@@ -19,23 +20,18 @@ from lamella.engine.runner import ModelRunner
 from lamella.engine.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduler
 from lamella.engine.tokenizer import Tokenizer
-from lamella.errors import ConfigError, ParameterError
+from lamella.errors import ParameterError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import state_holders
 from lamella.state.manager import StateManager
 from lamella.state.memory import StateCost, StateMemory
 from lamella.state.prefix import root_key
-from lamella.state.spec import PagedState
 
 logger = logging.getLogger("lamella")
 
 Prompt: TypeAlias = "str | Mapping[str, Any]"
 
-# Of the memory that is free when the pools are made.
-_MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.85}
-# Of the prefix cache: at most so many snapshots for each request that can run, and prompts before a useless page size
-# is worth a warning.
-_SNAPSHOTS_PER_REQUEST = 4
+# So many prompts, none of which fills a page, are worth a warning.
 _SHORT_PROMPTS = 32
 
 
@@ -55,12 +51,10 @@ class Engine:
         self.max_model_len = options.resolve_length(model.config)
         holders = state_holders(model)
         self.cost = StateCost.of(holders)
-        budget = int(_free_memory(device) * _MEMORY_SHARE[device.type])
-        num_slots = options.max_num_seqs + self._snapshots(budget)
-        capacities = self._capacities(budget - num_slots * self.cost.bytes_per_request)
-        groups, pages = list(capacities), list(capacities.values())
-        self.state = StateManager(groups, pages, num_slots, options.block_size, bool(self.cost.slots))
-        self.memory = StateMemory(holders, capacities, options.block_size, num_slots, device)
+        plan = Capacity.plan(options, self.cost, self.max_model_len, device)
+        groups, pages = list(plan.pages), list(plan.pages.values())
+        self.state = StateManager(groups, pages, plan.num_slots, options.block_size, bool(self.cost.slots))
+        self.memory = StateMemory(holders, plan.pages, options.block_size, plan.num_slots, device)
         self.scheduler = Scheduler(
             self.state, options.max_num_seqs, options.max_num_batched_tokens, options.snapshot_interval
         )
@@ -69,7 +63,6 @@ class Engine:
         self._jobs: dict[str, Job] = {}
         self._completions: dict[Request, tuple[Job, Completion]] = {}
         self._short_prompts: int | None = 0  # so far, while there were no others
-        self._warn_of_misses(num_slots)
         self._counts = {"steps": 0, "prompt_tokens": 0, "generated_tokens": 0, "requests": 0}
 
     @classmethod
@@ -81,62 +74,6 @@ class Engine:
         model = load_model(checkpoint, options.dtype, device, options.load_format, max_length, options.seed)
         eos = checkpoint.eos_token_ids(model.config)
         return cls(model, options, device, Tokenizer.load(checkpoint.path), eos)
-
-    def _snapshots(self, budget: int) -> int:
-        """How many copies of slot state the prefix cache may keep."""
-        options, size = self.options, self.cost.bytes_per_request
-        if not options.enable_prefix_caching or not self.cost.slots:
-            return 0
-        if options.snapshot_bytes is not None:
-            return options.snapshot_bytes // size
-        return min(max(0, budget) // 10 // size, _SNAPSHOTS_PER_REQUEST * options.max_num_seqs)
-
-    def _warn_of_misses(self, num_slots: int) -> None:
-        """Say once why the prefix cache, though on, can hit nothing."""
-        options = self.options
-        if not options.enable_prefix_caching:
-            logger.info("prefix caching is off: every prompt is computed whole")
-        elif options.block_size >= self.max_model_len:
-            logger.warning(
-                "prefix cache: no prompt of max_model_len=%d fills a page of block_size=%d tokens, so that "
-                "nothing can hit",
-                self.max_model_len,
-                options.block_size,
-            )
-        elif self.cost.slots and num_slots == options.max_num_seqs:
-            logger.warning(
-                "prefix cache: no snapshot of the %d bytes of slot state fits its budget, so that hits are only "
-                "possible while requests leave slots unused; see snapshot_bytes",
-                self.cost.bytes_per_request,
-            )
-
-    def _capacities(self, budget: int) -> dict[PagedState, int]:
-        """Pages of each group: as asked, or as many as `budget` bytes hold and requests could fill."""
-        options, cost = self.options, self.cost
-        seqs, size = options.max_num_seqs, options.block_size
-
-        def useful(spec: PagedState) -> int:
-            """More pages than this can never be in use at once."""
-            whole = seqs * -(-self.max_model_len // size)
-            if spec.window is None:
-                return whole
-            # See StateManager.peak_pages; the chunks of all requests together are one step's tokens.
-            live = seqs * (-(-spec.window // size) + 2) + -(-options.max_num_batched_tokens // size)
-            # As many again for windows that the prefix cache keeps.
-            return min(whole, 2 * live if options.enable_prefix_caching else live)
-
-        if options.num_blocks is not None:
-            return {spec: min(options.num_blocks, useful(spec)) for spec in cost.paged}
-        page = {spec: spec.bytes_per_token * size * layers for spec, layers in cost.paged.items()}
-        windowed = {spec: useful(spec) for spec in cost.paged if spec.window is not None}
-        rest = budget - sum(page[spec] * count for spec, count in windowed.items())
-        full = [spec for spec in cost.paged if spec.window is None]
-        share = rest // max(1, sum(page[spec] for spec in full))
-        if rest < 0 or (full and share < 1):
-            raise ConfigError(
-                f"max_num_seqs={seqs}: the state of so many requests does not fit into {budget >> 20} MiB"
-            )
-        return windowed | {spec: min(share, useful(spec)) for spec in full}
 
     def make_job(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Job:
         """Check a request and get it ready, without queueing it. Raises `ParameterError`."""
@@ -321,15 +258,3 @@ class Engine:
         """A seed of its own for each request that has none, reproducible from the engine's."""
         digest = hashlib.sha256(f"{self.options.seed}/{next(self._seeds)}".encode()).digest()
         return int.from_bytes(digest[:8], "little", signed=True)
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that new tensors on `device` can take."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return 4 << 30  # systems without procfs; num_blocks says better

@@ -1,0 +1,102 @@
+"""How much state there is room for: pages of each group, slots of requests, and snapshots of the prefix cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lamella.engine.options import EngineOptions
+from lamella.errors import ConfigError
+from lamella.state.memory import StateCost
+from lamella.state.spec import PagedState
+
+logger = logging.getLogger("lamella")
+
+# Of the memory that is free when the pools are made.
+_MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.85}
+# Room for the prefix cache beyond what running requests can fill: snapshots a request, and pages in all.
+_SNAPSHOTS_PER_REQUEST = 4
+_PAGES_TO_KEEP = 2
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Pages of each group, and slots: those of requests and of snapshots."""
+
+    pages: Mapping[PagedState, int]
+    num_slots: int
+
+    @classmethod
+    def plan(cls, options: EngineOptions, cost: StateCost, max_model_len: int, device: torch.device) -> Capacity:
+        """As asked, or as much as a share of the free memory holds and requests and cache could fill.
+
+        Raises `ConfigError` where not even one page fits beside the requests' slots. Where the prefix cache is on and
+        can hit nothing, the log says why.
+        """
+        budget = int(_free_memory(device) * _MEMORY_SHARE[device.type])
+        snapshots = _snapshots(options, cost, budget)
+        num_slots = options.max_num_seqs + snapshots
+        if not options.enable_prefix_caching:
+            logger.info("prefix caching is off: every prompt is computed whole")
+        elif options.block_size >= max_model_len:
+            logger.warning(
+                "prefix cache: no prompt of max_model_len=%d fills a page of block_size=%d tokens: nothing can hit",
+                max_model_len,
+                options.block_size,
+            )
+        elif cost.slots and not snapshots:
+            logger.warning(
+                "prefix cache: no snapshot of the %d bytes of slot state fits its budget, so that hits are only "
+                "possible while requests leave slots unused; see snapshot_bytes",
+                cost.bytes_per_request,
+            )
+        return cls(_pages(options, cost, max_model_len, budget - num_slots * cost.bytes_per_request), num_slots)
+
+
+def _snapshots(options: EngineOptions, cost: StateCost, budget: int) -> int:
+    """How many copies of slot state the prefix cache may keep."""
+    if not options.enable_prefix_caching or not cost.slots:
+        return 0
+    if options.snapshot_bytes is not None:
+        return options.snapshot_bytes // cost.bytes_per_request
+    return min(max(0, budget) // 10 // cost.bytes_per_request, _SNAPSHOTS_PER_REQUEST * options.max_num_seqs)
+
+
+def _pages(options: EngineOptions, cost: StateCost, max_model_len: int, budget: int) -> dict[PagedState, int]:
+    """Pages of each group within `budget` bytes; windowed groups, which need few, come first."""
+    seqs, size = options.max_num_seqs, options.block_size
+
+    def useful(spec: PagedState) -> int:
+        """More pages than this can never be held at once."""
+        whole = seqs * -(-max_model_len // size)
+        if spec.window is None:
+            return whole
+        # See StateManager.peak_pages; the chunks of all requests together are one step's tokens.
+        return min(whole, seqs * (-(-spec.window // size) + 2) + -(-options.max_num_batched_tokens // size))
+
+    page = {spec: spec.bytes_per_token * size * layers for spec, layers in cost.paged.items()}
+    full = [spec for spec in cost.paged if spec.window is None]
+    for keep in (_PAGES_TO_KEEP, 1) if options.enable_prefix_caching else (1,):
+        most = {spec: keep * useful(spec) for spec in cost.paged}
+        if options.num_blocks is not None:
+            return {spec: min(options.num_blocks, count) for spec, count in most.items()}
+        rest = budget - sum(page[spec] * count for spec, count in most.items() if spec.window is not None)
+        share = rest // max(1, sum(page[spec] for spec in full))
+        if rest >= 0 and (share >= 1 or not full):
+            return {spec: count if spec.window is not None else min(share, count) for spec, count in most.items()}
+    raise ConfigError(f"max_num_seqs={seqs}: the state of so many requests does not fit into {budget >> 20} MiB")
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that new tensors on `device` can take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return 4 << 30  # systems without procfs; num_blocks says better
