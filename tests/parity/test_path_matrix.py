@@ -147,5 +147,5 @@ def test_a_preemption_that_did_not_happen_fails(canon, monkeypatch):
 
 
 def test_too_short_a_sequence_is_refused(canon):
-    with pytest.raises(ParameterError, match="paths need a sequence of at least 8 tokens, not 5"):
+    with pytest.raises(ParameterError, match="paths need a sequence of at least 16 tokens, not 5"):
         paths(canon, prompts=[list(range(5))])

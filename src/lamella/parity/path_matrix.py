@@ -27,6 +27,7 @@ from lamella.parity.subject import Subject
 
 PAGE_SIZE = 16
 SMALL_PAGE = 4  # where a page has to be short of the sequence
+SHORTEST = 4 * SMALL_PAGE  # tokens; with fewer, nothing need be preempted or evicted
 
 # What rounding may move: log-probabilities in fp32 and states in each dtype, both as shares of their own size.
 LOGPROB_LIMIT = 1e-4
@@ -317,8 +318,8 @@ def run_paths(
     progress: Callable[[str], None] = lambda name: None,
 ) -> PathMatrix:
     """All paths over one sequence. `candidate` is tested in place of the one that the checkpoint gives."""
-    if len(token_ids) < 8:
-        raise ParameterError(f"paths need a sequence of at least 8 tokens, not {len(token_ids)}")
+    if len(token_ids) < SHORTEST:
+        raise ParameterError(f"paths need a sequence of at least {SHORTEST} tokens, not {len(token_ids)}")
     lab = Laboratory(candidate or subject.load(dtype, device), device, token_ids, seed)
     full = lab.full()
     truth = (

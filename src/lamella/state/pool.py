@@ -71,8 +71,12 @@ class Pool:
                     self._free.append(place)
 
     def name(self, place: int, key: bytes) -> None:
-        """Make a held place findable; where another place has the same content already, that one stays."""
+        """Make a held place findable. Where another held place has the same content, that one stays; one that nobody
+        holds would be the first to go, and gives up its key.
+        """
         assert place in self._holders and place not in self._keys
+        if self._places.get(key) in self._cached:
+            self.drop(key)
         if key not in self._places:
             self._places[key], self._keys[place] = place, key
 
