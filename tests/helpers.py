@@ -134,3 +134,18 @@ def assert_engine_parity(
             ours = torch.tensor([[row[i].logprob for i in range(VOCAB)] for row in output.prompt_logprobs[1:]])
             expected = logprobs(logits_of(torch.tensor([ids])))[0, :-1]
             assert (ours - expected).abs().max() <= 1e-4
+
+
+def poisoned_llm(folder: Path, **options: Any) -> LLM:
+    """An engine whose pools hold NaN, and which checks its bookkeeping after every step."""
+    llm = LLM(folder, device="cpu", **options)
+    llm.engine.memory.poison()
+    step = llm.engine.step
+
+    def checked_step() -> Any:
+        changed = step()
+        llm.engine.state.check_integrity()
+        return changed
+
+    llm.engine.step = checked_step
+    return llm

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import canon_checkpoint, greedy, random_prompts
+from helpers import canon_checkpoint, greedy, poisoned_llm, random_prompts
 from lamella import LLM, SamplingParams
 from lamella.models import LlamaCanonForCausalLM
 
@@ -36,21 +36,6 @@ def expected(checkpoint) -> list[list[int]]:
     ]
 
 
-def make_llm(checkpoint: Path, **options) -> LLM:
-    """An engine whose pools hold NaN, and which checks its bookkeeping after every step."""
-    llm = LLM(checkpoint, device="cpu", **options)
-    llm.engine.memory.poison()
-    step = llm.engine.step
-
-    def checked_step():
-        changed = step()
-        llm.engine.state.check_integrity()
-        return changed
-
-    llm.engine.step = checked_step
-    return llm
-
-
 def tokens(outputs) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 
@@ -58,7 +43,7 @@ def tokens(outputs) -> list[list[int]]:
 @pytest.mark.parametrize("seqs", [1, 2, 8])
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_budgets_and_batch_sizes(checkpoint, expected, budget, seqs):
-    llm = make_llm(checkpoint, max_num_batched_tokens=budget, max_num_seqs=seqs)
+    llm = poisoned_llm(checkpoint, max_num_batched_tokens=budget, max_num_seqs=seqs)
     assert tokens(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == expected
     stats = llm.stats()
     assert stats["pages_used"] == stats["slots_used"] == stats["preemptions"] == 0
@@ -66,14 +51,14 @@ def test_budgets_and_batch_sizes(checkpoint, expected, budget, seqs):
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_preemption(checkpoint, expected, budget):
-    llm = make_llm(checkpoint, max_num_batched_tokens=budget, max_num_seqs=8, num_blocks=40, block_size=4)
+    llm = poisoned_llm(checkpoint, max_num_batched_tokens=budget, max_num_seqs=8, num_blocks=40, block_size=4)
     assert tokens(llm.generate(PROMPTS[::-1], PARAMS, use_tqdm=False)) == expected[::-1]
     assert llm.stats()["preemptions"] > 0 or budget < 16
 
 
 def test_preemption_happens_and_logprobs_survive_it(checkpoint, expected):
-    roomy = make_llm(checkpoint).generate(PROMPTS, PARAMS, use_tqdm=False)
-    llm = make_llm(checkpoint, max_num_seqs=8, max_num_batched_tokens=64, num_blocks=40, block_size=4)
+    roomy = poisoned_llm(checkpoint).generate(PROMPTS, PARAMS, use_tqdm=False)
+    llm = poisoned_llm(checkpoint, max_num_seqs=8, max_num_batched_tokens=64, num_blocks=40, block_size=4)
     outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
     assert llm.stats()["preemptions"] > 0
     for prompt, ours, theirs in zip(PROMPTS, outputs, roomy, strict=True):
@@ -90,13 +75,13 @@ def test_preemption_happens_and_logprobs_survive_it(checkpoint, expected):
 
 
 def test_a_recycled_slot_shows_nothing_of_its_last_request(checkpoint, expected):
-    llm = make_llm(checkpoint, max_num_seqs=1)
+    llm = poisoned_llm(checkpoint, max_num_seqs=1)
     for prompt, tokens_ in zip(PROMPTS[::-1], expected[::-1], strict=True):
         assert tokens(llm.generate([prompt], PARAMS, use_tqdm=False)) == [tokens_]
 
 
 def test_strangers_change_nothing(checkpoint, expected):
-    llm = make_llm(checkpoint, max_num_seqs=16, max_num_batched_tokens=50)
+    llm = poisoned_llm(checkpoint, max_num_seqs=16, max_num_batched_tokens=50)
     strangers = random_prompts([7, 33, 90, 1, 2, 61], seed=9)
     noisy = SamplingParams(temperature=1.0, max_tokens=31, seed=3)
     mixed = [p for pair in zip(PROMPTS[:6], strangers, strict=True) for p in pair]
@@ -107,16 +92,16 @@ def test_strangers_change_nothing(checkpoint, expected):
 def test_samples_depend_on_the_seed_and_not_on_the_batch(checkpoint):
     params = [SamplingParams(temperature=1.5, top_k=40, top_p=0.9, max_tokens=20, seed=s) for s in range(len(PROMPTS))]
     alone = [
-        tokens(make_llm(checkpoint).generate([prompt], some, use_tqdm=False))[0]
+        tokens(poisoned_llm(checkpoint).generate([prompt], some, use_tqdm=False))[0]
         for prompt, some in zip(PROMPTS, params, strict=True)
     ]
-    together = make_llm(checkpoint, max_num_seqs=3, max_num_batched_tokens=16, num_blocks=40, block_size=4)
+    together = poisoned_llm(checkpoint, max_num_seqs=3, max_num_batched_tokens=16, num_blocks=40, block_size=4)
     assert tokens(together.generate(PROMPTS, params, use_tqdm=False)) == alone
 
 
 def test_the_portable_path_agrees(checkpoint, expected, monkeypatch):
     monkeypatch.setattr("lamella.ops.backend.native.available", lambda: False)
-    llm = make_llm(checkpoint, max_num_batched_tokens=16, max_num_seqs=8, num_blocks=40, block_size=4)
+    llm = poisoned_llm(checkpoint, max_num_batched_tokens=16, max_num_seqs=8, num_blocks=40, block_size=4)
     assert tokens(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == expected
 
 

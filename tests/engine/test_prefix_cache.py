@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, Qwen3Config
 
-from helpers import canon_checkpoint, hf_checkpoint, random_prompts
+from helpers import canon_checkpoint, hf_checkpoint, poisoned_llm, random_prompts
 from lamella import LLM, SamplingParams
 from lamella.errors import ConfigError, ParameterError
 from lamella.parity import bisect, paths
@@ -45,18 +45,7 @@ def canon(tmp_path_factory):
 
 
 def make_llm(folder, **options) -> LLM:
-    """NaN in the pools, and the books checked after every step."""
-    llm = LLM(folder, device="cpu", **{"block_size": PAGE, "max_num_seqs": 4, "max_num_batched_tokens": 24} | options)
-    llm.engine.memory.poison()
-    step = llm.engine.step
-
-    def checked_step():
-        changed = step()
-        llm.engine.state.check_integrity()
-        return changed
-
-    llm.engine.step = checked_step
-    return llm
+    return poisoned_llm(folder, **{"block_size": PAGE, "max_num_seqs": 4, "max_num_batched_tokens": 24} | options)
 
 
 def ids(*parts) -> dict:

@@ -53,6 +53,8 @@ class Naive:
                     self.blank.add(place)
 
     def name(self, place: int, key: bytes) -> None:
+        if self.find(key) in self.cached:
+            self.drop(key)
         if self.find(key) is None:
             self.key_of[place] = key
 
@@ -165,7 +167,7 @@ def test_a_held_place_never_goes_and_is_held_until_the_last_holder_gives_it_back
     assert pool.num_free == 1 and pool.is_cached(1)
 
 
-def test_of_equal_contents_the_first_place_stays_and_the_other_is_blank_once_freed():
+def test_of_equal_contents_the_first_held_place_stays_and_the_other_is_blank_once_freed():
     pool = Pool(3)
     first, second = pool.allocate(2)
     pool.name(first, b"same")
@@ -176,6 +178,18 @@ def test_of_equal_contents_the_first_place_stays_and_the_other_is_blank_once_fre
     pool.check_integrity(Counter())
     pool.allocate(2)
     assert pool.num_evictions == 0 and pool.find(b"same") == first
+
+
+def test_a_held_place_takes_over_the_key_of_one_that_is_nobodys():
+    pool = Pool(3)
+    first, second = pool.allocate(2)
+    pool.name(first, b"same")
+    pool.free([first])
+    pool.name(second, b"same")
+    assert pool.find(b"same") == second
+    assert (pool.num_cached, pool.num_free) == (0, 2)
+    pool.check_integrity(Counter([second]))
+    assert pool.allocate(2) and pool.num_evictions == 0
 
 
 def test_what_is_dropped_or_reset_while_held_is_blank_once_freed():
