@@ -11,7 +11,7 @@ from helpers import canon_checkpoint
 from lamella.cli.main import main
 from lamella.ops import native
 
-SMALL = ["--prompt-len", "24", "--decode-len", "6", "--count", "3"]
+SMALL = ["--prompt-len", "24", "--decode-len", "6", "--count", "3", "--device", "cpu"]
 
 
 def test_the_demo_passes(capsys, tmp_path):

@@ -27,7 +27,7 @@ from lamella.parity.sites import Tap, layer_of, operation
 from lamella.parity.subject import Subject
 
 # Errors beyond so many times what rounding explains are out of line.
-RATIO_LIMIT = 8.0
+RATIO_LIMIT = 12.0
 MAX_TOKENS = 256
 
 # The first chunks: a cut inside a page, then one shorter than a short convolution's memory, then the prompt's rest.
