@@ -29,6 +29,7 @@ MODELS = {
     "hybrid": hybrid_checkpoint,
 }
 PAGE = 4
+DEFAULTS = {"block_size": PAGE, "max_num_seqs": 4, "max_num_batched_tokens": 24, "snapshot_prompts": "always"}
 GREEDY = {"temperature": 0, "ignore_eos": True}
 
 
@@ -45,7 +46,7 @@ def canon(tmp_path_factory):
 
 
 def make_llm(folder, **options) -> LLM:
-    return poisoned_llm(folder, **{"block_size": PAGE, "max_num_seqs": 4, "max_num_batched_tokens": 24} | options)
+    return poisoned_llm(folder, **DEFAULTS | options)
 
 
 def ids(*parts) -> dict:
@@ -236,7 +237,22 @@ def test_prompts_shorter_than_a_page_are_said_once(canon, caplog):
     assert caplog.text.count("the first 32 prompts are no longer than a page") == 1
 
 
+def test_the_last_page_of_a_prompt_costs_a_step_only_where_asked(canon):
+    prompts = [ids(words(i, 31)) for i in range(2)]
+    for policy, steps, cached in (("always", 7, 28), ("busy", 6, 0), ("never", 6, 0)):
+        llm = make_llm(canon, snapshot_prompts=policy, max_num_batched_tokens=512)
+        generate(llm, prompts[:1])
+        assert llm.stats()["steps"] == steps
+        assert generate(llm, prompts[:1])[0].num_cached_tokens == cached
+    for policy, cached in (("busy", 28), ("never", 0)):  # beside another request the rest joins its step
+        llm = make_llm(canon, snapshot_prompts=policy, max_num_batched_tokens=512)
+        generate(llm, prompts)
+        assert {output.num_cached_tokens for output in generate(llm, prompts)} == {cached}
+
+
 def test_bad_settings_are_one_line(canon):
+    with pytest.raises(ConfigError, match="snapshot_prompts='sometimes': must be always, never or busy"):
+        LLM(canon, device="cpu", snapshot_prompts="sometimes")
     for value in (-1, True, "1G"):
         with pytest.raises(ConfigError, match=r"snapshot_bytes=.*: must be a whole number of bytes"):
             LLM(canon, device="cpu", snapshot_bytes=value)

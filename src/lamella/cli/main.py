@@ -134,6 +134,7 @@ def _engine(command: argparse.ArgumentParser) -> None:
         ("num-blocks", int),
         ("snapshot-bytes", int),
         ("snapshot-interval", int),
+        ("snapshot-prompts", str),
         ("seed", int),
     ):
         group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)

@@ -56,7 +56,11 @@ class Engine:
         self.state = StateManager(groups, pages, plan.num_slots, options.block_size, bool(self.cost.slots))
         self.memory = StateMemory(holders, plan.pages, options.block_size, plan.num_slots, device)
         self.scheduler = Scheduler(
-            self.state, options.max_num_seqs, options.max_num_batched_tokens, options.snapshot_interval
+            self.state,
+            options.max_num_seqs,
+            options.max_num_batched_tokens,
+            options.snapshot_interval,
+            options.snapshot_prompts,
         )
         self.runner = ModelRunner(model, self.state, device)
         self._seeds = itertools.count()

@@ -43,6 +43,7 @@ class LLM:
         num_blocks: int | None = None,
         snapshot_bytes: int | None = None,
         snapshot_interval: int | None = None,
+        snapshot_prompts: str = "busy",
         placement: Any = None,
         deterministic: bool = False,
     ) -> None:
@@ -63,6 +64,7 @@ class LLM:
                 num_blocks=num_blocks,
                 snapshot_bytes=snapshot_bytes,
                 snapshot_interval=snapshot_interval,
+                snapshot_prompts=snapshot_prompts,
                 placement=placement,
                 deterministic=deterministic,
             )

@@ -31,8 +31,11 @@ class EngineOptions:
         num_blocks: pages in each pool; None takes a share of the free memory.
         snapshot_bytes: memory for copies of slot state that the prefix cache keeps, where a model has such state; None
             takes a tenth of the share, at most four copies for each request that can run.
-        snapshot_interval: a prompt's slot state is copied every so many pages too; None only where its prefill pauses,
-            at its last full page, where it branches off from an earlier prompt, and, of an answer, at its last page.
+        snapshot_interval: a prompt's slot state is copied at every so many pages; None copies it only where its prefill
+            pauses, where it branches off from an earlier prompt (in models with paged state too), and, of an answer,
+            at its latest page.
+        snapshot_prompts: whether it is copied at a prompt's last full page too, which takes a step more: "always",
+            "never", or "busy", only beside other requests, whose steps the prompt's rest can join.
     """
 
     model: str | Path
@@ -50,6 +53,7 @@ class EngineOptions:
     num_blocks: int | None = None
     snapshot_bytes: int | None = None
     snapshot_interval: int | None = None
+    snapshot_prompts: str = "busy"
     placement: object = None
     deterministic: bool = False
 
@@ -68,6 +72,8 @@ class EngineOptions:
                 isinstance(value, bool) or not isinstance(value, int) or value < 1
             ):
                 raise ConfigError(f"{field}={value!r}: must be a whole number of at least 1")
+        if self.snapshot_prompts not in ("always", "never", "busy"):
+            raise ConfigError(f"snapshot_prompts={self.snapshot_prompts!r}: must be always, never or busy")
         size = self.snapshot_bytes
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
             raise ConfigError(f"snapshot_bytes={size!r}: must be a whole number of bytes")

@@ -37,10 +37,11 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         snapshot_interval: int | None = None,
+        snapshot_prompts: str = "always",
     ) -> None:
-        """`snapshot_interval` in pages, see `EngineOptions`."""
+        """`snapshot_interval` in pages, and `snapshot_prompts`: see `EngineOptions`."""
         self.state, self.max_num_seqs, self.max_num_batched_tokens = state, max_num_seqs, max_num_batched_tokens
-        self.snapshot_interval = snapshot_interval
+        self.snapshot_interval, self.snapshot_prompts = snapshot_interval, snapshot_prompts
         self.waiting: deque[Request] = deque()  # in order of arrival
         self.running: list[Request] = []  # likewise, and all older than those waiting
         self.num_preemptions = 0
@@ -115,13 +116,17 @@ class Scheduler:
         """How many tokens a request gets of the budget, from `start` on.
 
         Slot state can be kept for others only where a chunk ends with a page. So chunks end with pages, and a prompt's
-        is cut at its last page, for whoever continues it; where it branches off from tokens that were there before,
-        since whoever comes third is likely to branch off there too; and at every so many pages, if that is asked for.
+        is cut where it branches off from tokens that were there before, since whoever comes third is likely to branch
+        off there too; at its last page, for whoever has the same prompt (the rest then wants a step, which costs
+        little where other requests have steps too, and much where none has); and at every so many pages, if asked.
         """
         stop, size = min(request.num_tokens, start + budget), self.state.page_size
         if not self.state.has_slot_state or request.prefix_root is None:
             return stop - start
-        cuts = [(len(request.prompt_token_ids) - 1) // size * size, request.branch]
+        cuts = [request.branch]
+        busy = len(self.running) + len(self.waiting) > 1
+        if self.snapshot_prompts == "always" or (self.snapshot_prompts == "busy" and busy):
+            cuts.append((len(request.prompt_token_ids) - 1) // size * size)
         if self.snapshot_interval is not None and start < len(request.prompt_token_ids):
             cuts.append((start // size // self.snapshot_interval + 1) * self.snapshot_interval * size)
         if stop < request.num_tokens:

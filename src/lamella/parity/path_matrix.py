@@ -212,7 +212,7 @@ def _padded(lab: Laboratory) -> Record:
 
 
 def _caching(lab: Laboratory, **options: Any) -> ForcedEngine:
-    return lab.engine(enable_prefix_caching=True, block_size=SMALL_PAGE, **options)
+    return lab.engine(enable_prefix_caching=True, snapshot_prompts="always", block_size=SMALL_PAGE, **options)
 
 
 def _shared_length(lab: Laboratory) -> int:

@@ -137,8 +137,8 @@ class StateManager:
         """The first `tokens` tokens of a request are in its state now.
 
         `keys`, of its full pages, make these findable, and with them a snapshot of its slot at a page's end; without,
-        nothing is. Of the snapshots in the generated part only the latest is kept. Pages that a token at position
-        `tokens`, the next one, can no longer see are given back.
+        nothing is. Of the snapshots in the generated part only the latest is kept (a preemption may leave one more).
+        Pages that a token at position `tokens`, the next one, can no longer see are given back.
         """
         holding = self.holdings[request]
         if keys:

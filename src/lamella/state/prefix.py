@@ -22,7 +22,8 @@ def page_key(before: bytes, token_ids: Sequence[int]) -> bytes:
 class Hit:
     """The state of a prefix of `length` tokens is at hand; `snapshot` is the slot that holds its slot state.
 
-    `known` tokens, as many or more, have been computed before by somebody, though not all of their state is there.
+    The pages of the first `known` tokens are there in some group, though the rest of their state may not be: somebody
+    had these tokens before. A model without paged state knows nothing of the kind.
     """
 
     length: int = 0
