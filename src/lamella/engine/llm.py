@@ -43,7 +43,7 @@ class LLM:
         num_blocks: int | None = None,
         snapshot_bytes: int | None = None,
         snapshot_interval: int | None = None,
-        snapshot_prompts: str = "busy",
+        snapshot_prompts: str = "never",
         placement: Any = None,
         deterministic: bool = False,
     ) -> None:

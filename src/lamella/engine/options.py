@@ -34,8 +34,9 @@ class EngineOptions:
         snapshot_interval: a prompt's slot state is copied at every so many pages; None copies it only where its prefill
             pauses, where it branches off from an earlier prompt (in models with paged state too), and, of an answer,
             at its latest page.
-        snapshot_prompts: whether it is copied at a prompt's last full page too, which takes a step more: "always",
-            "never", or "busy", only beside other requests, whose steps the prompt's rest can join.
+        snapshot_prompts: whether it is copied at a prompt's last full page too, for whoever has the very same prompt,
+            at the cost of a step more before the first token: "never", "always", or "busy", only beside other
+            requests, whose steps the prompt's rest can join.
     """
 
     model: str | Path
@@ -53,7 +54,7 @@ class EngineOptions:
     num_blocks: int | None = None
     snapshot_bytes: int | None = None
     snapshot_interval: int | None = None
-    snapshot_prompts: str = "busy"
+    snapshot_prompts: str = "never"
     placement: object = None
     deterministic: bool = False
 
