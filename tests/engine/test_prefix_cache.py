@@ -191,7 +191,7 @@ def test_the_statistics_add_up(folder):
     assert bool(stats["prefix_snapshots"]) == snapshots
     assert stats["prefix_snapshot_bytes"] == stats["prefix_snapshots"] * llm.engine.cost.bytes_per_request
     assert stats["prefix_evictions"] == 0
-    assert "prefix hits 66%" in llm._progress([], 1.0)
+    assert ("prefix hits 66% (84 tok)" + ", snapshots 0 MiB" * snapshots) in llm._progress([], 1.0)
 
 
 def test_snapshots_keep_to_their_budget(canon):

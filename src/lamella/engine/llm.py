@@ -145,5 +145,9 @@ class LLM:
         tokens = sum(len(c.request.output_token_ids) for job in jobs for c in job.completions)
         waiting = f", {stats['waiting']} waiting" if stats["waiting"] else ""
         pages = f"pages {stats['pages_used']}/{stats['pages']}"
-        hits = "" if stats["prefix_hit_rate"] is None else f", prefix hits {stats['prefix_hit_rate']:.0%}"
+        hits = ""
+        if stats["prefix_hit_rate"] is not None:
+            hits = f", prefix hits {stats['prefix_hit_rate']:.0%} ({stats['prefix_hit_tokens']} tok)"
+            hits += f", snapshots {stats['prefix_snapshot_bytes'] >> 20} MiB" if stats["prefix_snapshots"] else ""
+            hits += f", {stats['prefix_evictions']} evicted" if stats["prefix_evictions"] else ""
         return f"{tokens / seconds:.1f} tok/s, {stats['running']} running{waiting}, {pages}{hits}"
