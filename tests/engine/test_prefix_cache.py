@@ -14,6 +14,7 @@ from transformers import LlamaConfig, Qwen3Config
 from helpers import canon_checkpoint, hf_checkpoint, poisoned_llm, random_prompts
 from lamella import LLM, SamplingParams
 from lamella.errors import ConfigError, ParameterError
+from lamella.models import registry
 from lamella.parity import bisect, paths
 from lamella.parity.forcing import ForcedEngine
 from lamella.parity.sequences import split
@@ -31,6 +32,13 @@ MODELS = {
 PAGE = 4
 DEFAULTS = {"block_size": PAGE, "max_num_seqs": 4, "max_num_batched_tokens": 24, "snapshot_prompts": "always"}
 GREEDY = {"temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def only_here():
+    """The hybrid is an architecture while these tests run."""
+    yield
+    registry._targets.pop("HybridForCausalLM", None)
 
 
 @pytest.fixture(scope="module", params=MODELS)
