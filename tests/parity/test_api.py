@@ -133,6 +133,7 @@ def test_bad_options_are_one_line(llama):
         ({"engine": "tgi"}, "engine='tgi': must be one of lamella, hf, reference, vllm"),
         ({"top": 1}, "top=1: must be a whole number of at least 2"),
         ({"batch_size": 0}, "batch_size=0: must be a whole number of at least 1"),
+        ({"engine": "hf", "engine_options": {"block_size": 4}}, "engine_options: hf has none"),
         ({"oracle": "gpt"}, "oracle='gpt': must be auto, hf or reference"),
         ({"engine_options": {"deterministic": True}}, "deterministic=True: must be False"),
         ({"checks": ["speed"]}, "check 'speed': the engine lamella can be asked for stats, paths, bisect"),

@@ -14,7 +14,7 @@ import torch
 from lamella.engine.options import EngineOptions
 from lamella.errors import ConfigError
 from lamella.layers.decoder import LanguageModel
-from lamella.parity.bisection import MAX_TOKENS, Bisection, run_bisect
+from lamella.parity.bisection import Bisection, run_bisect
 from lamella.parity.free_running import TOP, FreeRunning, compare_generations
 from lamella.parity.oracle import ATTENTION
 from lamella.parity.path_matrix import PathMatrix, run_paths
@@ -56,7 +56,7 @@ class ParityOptions:
         free_running: also generate freely and compare as published comparisons do.
         load_format: "auto", or "dummy" for random weights.
         max_model_len: the length that a `dynamic` rotation is scaled for.
-        engine_options: passed on to the engine, under its own names.
+        engine_options: of lamella or vllm, under the engine's own names, for stats; paths and bisect choose theirs.
         candidate: a loaded model to test in the place of the checkpoint's own, for lamella, with its dtype and device;
             the checkpoint stays the truth.
     """
@@ -83,6 +83,8 @@ class ParityOptions:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ConfigError(f"{name}={value!r}: must be a whole number of at least {least}")
+        if self.engine_options and self.engine in ("hf", "reference"):
+            raise ConfigError(f"engine_options: {self.engine} has none")
         if self.candidate is not None and self.engine != "lamella":
             raise ConfigError(f"candidate: only the engine lamella takes a loaded one, not {self.engine}")
 
@@ -225,7 +227,7 @@ class _Run:
         given = self.options.dtype != "auto" or self.options.candidate is not None
         dtype = self.dtype if given else torch.float32
         self._progress("bisect")
-        tokens = self._longest(min(_BISECT_TOKENS, MAX_TOKENS))
+        tokens = self._longest(_BISECT_TOKENS)
         return run_bisect(self.subject, tokens, dtype, self.device, self.oracle, self.options.candidate)
 
     def _only_lamella(self, check: str) -> None:
