@@ -95,13 +95,13 @@ def test_a_bad_request_is_refused_and_others_go_on(folder, expected):
 
 def test_a_failed_step_ends_its_requests_and_not_the_engine(folder, expected):
     async def scenario(llm):
-        healthy = llm.engine.runner.run
+        healthy = llm.engine.runner.launch
 
         def fail(step):
-            llm.engine.runner.run = healthy
+            llm.engine.runner.launch = healthy
             raise RuntimeError("device lost")
 
-        llm.engine.runner.run = fail
+        llm.engine.runner.launch = fail
         with pytest.raises(RuntimeError, match="device lost"):
             await collect(llm, PROMPTS[0])
         return await collect(llm, PROMPTS[1])

@@ -154,7 +154,7 @@ def test_leaving_a_stream_early_cancels_the_request(llm):
 def test_an_error_in_a_step_leaves_the_engine_usable(llm, monkeypatch):
     expected = llm.generate(PROMPT, greedy(), use_tqdm=False)[0].outputs[0].token_ids
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine.runner, "run", lambda step: (_ for _ in ()).throw(RuntimeError("device lost")))
+        patch.setattr(llm.engine.runner, "launch", lambda step: (_ for _ in ()).throw(RuntimeError("device lost")))
         with pytest.raises(RuntimeError, match="device lost"):
             llm.generate([PROMPT] * 3, greedy(), use_tqdm=False)
     assert llm.stats()["pages_used"] == 0

@@ -16,7 +16,7 @@ from lamella.engine.capacity import Capacity
 from lamella.engine.completion import Completion, Job
 from lamella.engine.options import EngineOptions
 from lamella.engine.request import Request
-from lamella.engine.runner import ModelRunner
+from lamella.engine.runner import Flight, ModelRunner
 from lamella.engine.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduler
 from lamella.engine.tokenizer import Tokenizer
@@ -62,7 +62,8 @@ class Engine:
             options.snapshot_interval,
             options.snapshot_prompts,
         )
-        self.runner = ModelRunner(model, self.state, device)
+        self.runner = ModelRunner(model, self.state, device, self.max_model_len)
+        self._ahead: Flight | None = None  # a step that has been launched, and not collected yet
         self._seeds = itertools.count()
         self._jobs: dict[str, Job] = {}
         self._completions: dict[Request, tuple[Job, Completion]] = {}
@@ -135,34 +136,62 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._ahead is not None
 
     def step(self) -> list[Job]:
-        """Compute one step; the jobs that have got something new, each once."""
+        """Launch a step and take the results of one; the jobs that have got something new, each once.
+
+        Where the runner runs ahead, the step launched is the one after that whose results are taken: the device goes
+        on while the host reads. A request that turns out to have ended has then been given one step too many, whose
+        token is dropped.
+        """
+        before, self._ahead = self._ahead, None
+        if before is not None and any(map(self.runner.needs_tokens, self.scheduler.running)):
+            return self._take(before)
+        flight = self._launch()
+        if flight is None:
+            return [] if before is None else self._take(before)
+        if not self.runner.runs_ahead:
+            assert before is None
+            self.scheduler.computed(flight.shares)
+            return self._take(flight)
+        self._ahead = flight
+        changed = [] if before is None else self._take(before)
+        # Only now are the tokens known that name the pages that the launched step fills.
+        self.scheduler.computed(flight.shares)
+        return changed
+
+    def _launch(self) -> Flight | None:
         shares = self.scheduler.schedule()
         if not shares:
-            return []
+            return None
         self.memory.copy_slots(self.state.take_copies())
-        results = self.runner.run(shares)
-        self.scheduler.computed(shares)
-        starts = {share.request: share.start for share in shares}
+        flight = self.runner.launch(shares)
+        for share in shares:
+            share.request.num_pending += share.samples
+        self._counts["steps"] += 1
+        self._counts["prompt_tokens"] += sum(
+            max(0, min(s.start + s.count, len(s.request.prompt_token_ids)) - s.start) for s in shares
+        )
+        return flight
+
+    def _take(self, flight: Flight) -> list[Job]:
         changed: dict[str, Job] = {}
-        for result in results:
+        for share, result in zip(flight.shares, self.runner.collect(flight), strict=True):
+            result.request.num_pending -= share.samples
+            if result.request not in self._completions:
+                continue  # it has ended since
             job, completion = self._completions[result.request]
-            completion.take_prompt(starts[result.request] + 1, result.prompt_logprobs)
+            completion.take_prompt(share.start + 1, result.prompt_logprobs)
             if result.token_id is None:
                 continue
             completion.take(result.token_id, result.logprobs)
+            self._counts["generated_tokens"] += 1
             changed[job.request_id] = job
             if completion.finish_reason is not None:
                 self._drop(completion)
             if job.finished:
                 del self._jobs[job.request_id]
-        self._counts["steps"] += 1
-        self._counts["generated_tokens"] += sum(result.token_id is not None for result in results)
-        self._counts["prompt_tokens"] += sum(
-            max(0, min(s.start + s.count, len(s.request.prompt_token_ids)) - s.start) for s in shares
-        )
         if not self.has_work:
             self.state.check_integrity()
         return list(changed.values())

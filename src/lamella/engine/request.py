@@ -19,6 +19,7 @@ class Request:
     max_tokens: int = 16  # params.max_tokens, and never beyond the model's length
     eos_token_ids: tuple[int, ...] = ()
     output_token_ids: list[int] = field(default_factory=list)
+    num_pending: int = 0  # tokens that the device has chosen or is about to, and that the host does not know yet
     num_computed: int = 0  # leading tokens whose state is in the pools
     num_preemptions: int = 0
     num_cached_tokens: int = 0  # of them, those that it started with
@@ -28,10 +29,16 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
+        """Of prompt and output, those that are pending included."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_pending
+
+    @property
+    def num_sampled(self) -> int:
+        """Of the output, those that are pending included."""
+        return len(self.output_token_ids) + self.num_pending
 
     def token_ids(self, start: int, stop: int) -> list[int]:
-        """Tokens [start, stop) of prompt and output together."""
+        """Tokens [start, stop) of prompt and output together; none of them may be pending."""
         prompt = len(self.prompt_token_ids)
         return self.prompt_token_ids[start:stop] + self.output_token_ids[max(0, start - prompt) : max(0, stop - prompt)]
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lamella.engine.request import Request
-from lamella.engine.sampler import SamplingRow, TokenLogprobs, prompt_logprobs, sample
+from lamella.engine.sampler import Choice, SamplingRow, TokenLogprobs, choose, has_penalty, prompt_logprobs
 from lamella.engine.scheduler import Scheduled
-from lamella.layers.context import ForwardBatch, PageView, forward_batch
+from lamella.engine.step_inputs import StepInputs, StepTensors
+from lamella.layers.context import forward_batch
 from lamella.layers.decoder import LanguageModel
-from lamella.ops.ragged import RaggedBatch
 from lamella.state.manager import StateManager
 
 _LOGITS_ROWS = 256  # rows of the vocabulary's width at a time, where a prompt's logprobs are wanted
@@ -29,65 +29,91 @@ class StepResult:
     prompt_logprobs: Sequence[TokenLogprobs] = ()  # of the prompt tokens after this share's, in order
 
 
-class ModelRunner:
-    """Runs a model's steps over the state that its requests hold."""
+@dataclass(frozen=True)
+class Flight:
+    """A step that the device has been given.
 
-    def __init__(self, model: LanguageModel, state: StateManager, device: torch.device) -> None:
+    Attributes:
+        shares: what it computes, in the order of its rows.
+        sampled: the requests that get a token, in the order of `choice`.
+        choice: their tokens; None where there are none.
+        prompt_logprobs: those of the prompts that want them.
+    """
+
+    shares: Sequence[Scheduled]
+    sampled: Sequence[Request] = ()
+    choice: Choice | None = None
+    prompt_logprobs: Mapping[Request, list[TokenLogprobs]] = field(default_factory=dict)
+
+
+class ModelRunner:
+    """Runs a model's steps over the state that its requests hold.
+
+    Attributes:
+        runs_ahead: whether a step is to be launched before the one ahead of it has been collected, so that the device
+            never waits for the host.
+    """
+
+    def __init__(self, model: LanguageModel, state: StateManager, device: torch.device, max_model_len: int) -> None:
         self.model, self.state, self.device = model, state, device
+        self.runs_ahead = False
+        self.inputs = StepInputs(state, max_model_len, device)
+        # Of the latest step, what each of its rows has chosen.
+        self._tokens = torch.zeros(0, dtype=torch.int64, device=device)
+        self._rows: dict[Request, int] = {}
+
+    @staticmethod
+    def needs_tokens(request: Request) -> bool:
+        """Whether the host must know all tokens of a request before its next one can be chosen."""
+        return has_penalty(request.params)
 
     @torch.inference_mode()
-    def run(self, step: Sequence[Scheduled]) -> list[StepResult]:
-        """Compute the shares of a step; the results' order is not the shares'."""
+    def launch(self, step: Sequence[Scheduled]) -> Flight:
+        """Give the device a step, without waiting for it where it is a GPU."""
         shares = sorted(step, key=lambda share: share.count != 1)  # decodes first, see RaggedBatch
-        tokens = [token for s in shares for token in s.request.token_ids(s.start, s.start + s.count)]
-        input_ids = torch.tensor(tokens).to(self.device, non_blocking=True)
-        with forward_batch(self._batch(shares)) as batch:
-            hidden = self.model(input_ids)
+        tensors = self.inputs.build(shares, self._rows)
+        with forward_batch(tensors.batch):
+            hidden = self.model(self._resolve(tensors.input_ids, shares))
             prompts = self._prompt_logprobs(shares, hidden)
-            sampled = self._sample(shares, hidden, batch)
+            return self._flight(shares, self._choose(shares, hidden, tensors), prompts)
+
+    def collect(self, flight: Flight) -> list[StepResult]:
+        """The results of a step, in the order of its rows; waits for them."""
+        tokens: dict[Request, tuple[int, TokenLogprobs | None]] = {}
+        if flight.choice is not None:
+            chosen = flight.choice.read()
+            tokens = dict(zip(flight.sampled, zip(chosen.token_ids, chosen.logprobs, strict=True), strict=True))
         results = []
-        for share in shares:
-            token_id, logprobs = sampled.get(share.request, (None, None))
-            results.append(StepResult(share.request, token_id, logprobs, prompts.get(share.request, ())))
+        for share in flight.shares:
+            token_id, logprobs = tokens.get(share.request, (None, None))
+            prompt = flight.prompt_logprobs.get(share.request, ())
+            results.append(StepResult(share.request, token_id, logprobs, prompt))
         return results
 
-    def _batch(self, shares: Sequence[Scheduled]) -> ForwardBatch:
-        ragged = RaggedBatch.from_lengths([s.count for s in shares], [s.start + s.count for s in shares], self.device)
-        holdings = [self.state.holdings[share.request] for share in shares]
-        page_size = self.state.page_size
-        longest = self.state.pages_for(max(ragged.context_lens))
-        views = {}
-        for index, group in enumerate(self.state.groups):
-            tables = [h.pages[index] + [0] * (longest - len(h.pages[index])) for h in holdings]
-            table = torch.tensor(tables, dtype=torch.int32).to(self.device, non_blocking=True)
-            pages = table[ragged.token_request, ragged.positions // page_size]
-            views[group] = PageView(table, pages.long() * page_size + ragged.positions % page_size)
-        slots = torch.tensor([holding.slot for holding in holdings]).to(self.device, non_blocking=True)
-        return ForwardBatch(ragged, views, slots)
+    def _flight(
+        self, shares: Sequence[Scheduled], choice: Choice | None, prompts: Mapping[Request, list[TokenLogprobs]]
+    ) -> Flight:
+        sampled = [share.request for share in shares if share.samples] if choice is not None else []
+        if choice is not None:
+            self._tokens = choice.tokens
+            self._rows = {request: row for row, request in enumerate(sampled)}
+        return Flight(shares, sampled, choice, prompts)
 
-    def _sample(
-        self, shares: Sequence[Scheduled], hidden: Tensor, batch: ForwardBatch
-    ) -> dict[Request, tuple[int, TokenLogprobs | None]]:
+    def _resolve(self, input_ids: Tensor, shares: Sequence[Scheduled]) -> Tensor:
+        """Token ids with those of the step before, which the host may not know, in their places."""
+        if not any(share.request.num_pending for share in shares):
+            return input_ids
+        return torch.where(input_ids < 0, self._tokens[(-1 - input_ids).clamp(min=0)], input_ids)
+
+    def _choose(self, shares: Sequence[Scheduled], hidden: Tensor, tensors: StepTensors) -> Choice | None:
         """The next token of each request whose share ends with its last token."""
         indices = [index for index, share in enumerate(shares) if share.samples]
         if not indices:
-            return {}
-        last = batch.ragged.query_start_loc[1:].long() - 1
-        logits = self.model.compute_logits(hidden[last if len(indices) == len(shares) else last[indices]])
-        requests = [shares[index].request for index in indices]
-        rows = [
-            SamplingRow(
-                params=request.params,
-                seed=request.seed,
-                step=len(request.output_token_ids),
-                prompt_token_ids=request.prompt_token_ids,
-                output_token_ids=request.output_token_ids,
-                eos_token_ids=request.eos_token_ids,
-            )
-            for request in requests
-        ]
-        chosen = sample(logits, rows)
-        return dict(zip(requests, zip(chosen.token_ids, chosen.logprobs, strict=True), strict=True))
+            return None
+        last = tensors.batch.ragged.query_start_loc[1:].long() - 1
+        if len(indices) < len(shares):
+            last = last[torch.tensor(indices).to(self.device, non_blocking=True)]
+        return choose(self.model.compute_logits(hidden[last]), [sampling_row(shares[i].request) for i in indices])
 
     def _prompt_logprobs(self, shares: Sequence[Scheduled], hidden: Tensor) -> dict[Request, list[TokenLogprobs]]:
         found: dict[Request, list[TokenLogprobs]] = {}
@@ -107,3 +133,15 @@ class ModelRunner:
                 for entry in prompt_logprobs(self.model.compute_logits(part), some, wanted)
             ]
         return found
+
+
+def sampling_row(request: Request) -> SamplingRow:
+    """What the sampler must know of a request."""
+    return SamplingRow(
+        params=request.params,
+        seed=request.seed,
+        step=request.num_sampled,
+        prompt_token_ids=request.prompt_token_ids,
+        output_token_ids=request.output_token_ids,
+        eos_token_ids=request.eos_token_ids,
+    )

@@ -7,7 +7,7 @@ logits whatever batch it is in and however often it was interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,8 +77,40 @@ class SampledTokens:
     logprobs: list[TokenLogprobs | None]
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
-    """Choose each row's next token.
+class Choice:
+    """Tokens chosen on the device, and on their way to the host.
+
+    Attributes:
+        tokens: (R,) int64 on the device.
+    """
+
+    def __init__(self, tokens: Tensor, scores: Tensor | None = None, counts: Mapping[int, int] | None = None) -> None:
+        """`scores` as of `_score`, of the rows in `counts`, each of which wants so many likeliest tokens."""
+        self.tokens, self._counts = tokens, counts or {}
+        # Token ids are exact in float64, so one tensor can carry everything to the host.
+        flat = tokens if scores is None else torch.cat([tokens.double(), scores.flatten()])
+        self._host, self._arrived = flat, None
+        if flat.is_cuda:
+            self._host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+            self._host.copy_(flat, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> SampledTokens:
+        """The tokens on the host; waits for the device."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        flat, rows = self._host.tolist(), len(self.tokens)
+        logprobs: list[TokenLogprobs | None] = [None] * rows
+        width = (len(flat) - rows) // len(self._counts) if self._counts else 0
+        for index, (row, count) in enumerate(self._counts.items()):
+            start = rows + index * width
+            logprobs[row] = _unpack(flat[start : start + width], count)
+        return SampledTokens([int(token) for token in flat[:rows]] if self._counts else flat, logprobs)
+
+
+def choose(logits: Tensor, rows: Sequence[SamplingRow], draw: Callable[[Tensor], Tensor] | None = None) -> Choice:
+    """Choose each row's next token, without waiting for the device where it is a GPU.
 
     Per row, as in vLLM: logit bias, `min_tokens` mask, penalties; then the argmax if greedy, else temperature, min-p,
     top-k, top-p and a draw. Equal logits rank by ascending token id, so that top-k keeps k tokens exactly.
@@ -87,30 +119,36 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
         logits: (R, V), any floating dtype; not modified. A row needs a finite entry (without one, its token is
             arbitrary but within the vocabulary).
         rows: R descriptions.
+        draw: does what follows penalties, (R, V) float32 logits to (R,) tokens, in place of plain torch.
     """
     if logits.dtype == torch.float64:
         logits = logits.float()
-    vocab = logits.shape[1]
-    wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-    if not wanted and all(row.params.greedy and not _is_edited(row) for row in rows):
-        return SampledTokens(logits.argmax(-1).tolist(), [None] * len(rows))
+    if draw is not None:
+        tokens = draw(edit(logits, rows))
+    elif all(row.params.greedy and not is_edited(row) for row in rows):
+        tokens = logits.argmax(-1)
+    else:
+        size = max(1, _BLOCK // logits.shape[1])
+        tokens = torch.cat([_sample(logits[i : i + size], rows[i : i + size]) for i in range(0, len(rows), size)])
+    return scored(logits, tokens, rows)
 
-    size = max(1, _BLOCK // vocab)
-    tokens = torch.cat([_sample(logits[i : i + size], rows[i : i + size]) for i in range(0, len(rows), size)])
-    logprobs: list[TokenLogprobs | None] = [None] * len(rows)
-    if not wanted:
-        return SampledTokens(tokens.tolist(), logprobs)
 
-    counts = [rows[i].params.logprobs or 0 for i in wanted]
-    some = len(wanted) < len(rows)
-    scores = _score(logits[wanted] if some else logits, tokens[wanted] if some else tokens, max(counts))
-    # Token ids are exact in float64, so one tensor can carry everything to the host.
-    flat = torch.cat([tokens.double(), scores.flatten()]).tolist()
-    width = scores.shape[1]
-    for j, (i, count) in enumerate(zip(wanted, counts, strict=True)):
-        start = len(rows) + j * width
-        logprobs[i] = _unpack(flat[start : start + width], count)
-    return SampledTokens([int(t) for t in flat[: len(rows)]], logprobs)
+def scored(logits: Tensor, tokens: Tensor, rows: Sequence[SamplingRow]) -> Choice:
+    """The chosen `tokens` (R,) with the log-probabilities that rows ask for."""
+    counts = {i: row.params.logprobs for i, row in enumerate(rows) if row.params.logprobs is not None}
+    if not counts:
+        return Choice(tokens)
+    if len(counts) < len(rows):
+        wanted = list(counts)
+        logits, some = logits[wanted], tokens[wanted]
+    else:
+        some = tokens
+    return Choice(tokens, _score(logits, some, max(counts.values())), counts)
+
+
+def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
+    """`choose`, and wait for the tokens."""
+    return choose(logits, rows).read()
 
 
 def prompt_logprobs(logits: Tensor, target_ids: Tensor, k: int) -> list[TokenLogprobs]:
@@ -136,20 +174,19 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def _has_penalty(params: SamplingParams) -> bool:
+def has_penalty(params: SamplingParams) -> bool:
+    """Whether the choice depends on the tokens before."""
     return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
 
-def _is_edited(row: SamplingRow) -> bool:
-    return bool(row.params.logit_bias) or row.step < row.params.min_tokens or _has_penalty(row.params)
+def is_edited(row: SamplingRow) -> bool:
+    """Whether anything changes the row's logits before the choice."""
+    return bool(row.params.logit_bias) or row.step < row.params.min_tokens or has_penalty(row.params)
 
 
 def _sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """(R, V) logits -> (R,) int64 tokens, on the device."""
-    edited = any(_is_edited(row) for row in rows)
-    x = logits.to(torch.float32, copy=edited)
-    if edited:
-        _edit(x, rows)
+    x = edit(logits, rows)
     drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
     if len(drawn) == len(rows):
         return _draw(x, rows)
@@ -159,8 +196,11 @@ def _sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     return tokens
 
 
-def _edit(x: Tensor, rows: Sequence[SamplingRow]) -> None:
-    """Apply logit biases, `min_tokens` masks and penalties in place to (R, V) float32 logits."""
+def edit(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """(R, V) logits in float32 with logit biases, `min_tokens` masks and penalties, as a copy where there are any."""
+    if not any(is_edited(row) for row in rows):
+        return logits.float()
+    x = logits.to(torch.float32, copy=True)
     vocab, device = x.shape[1], x.device
     biases = [(i, t, b) for i, row in enumerate(rows) for t, b in (row.params.logit_bias or {}).items()]
     if biases:
@@ -177,7 +217,7 @@ def _edit(x: Tensor, rows: Sequence[SamplingRow]) -> None:
         at, token = torch.tensor(banned, device=device).unbind(1)
         x[at, token] = -torch.inf
 
-    penalized = [i for i, row in enumerate(rows) if _has_penalty(row.params)]
+    penalized = [i for i, row in enumerate(rows) if has_penalty(row.params)]
     if penalized:
         some = [rows[i] for i in penalized]
         y = x[penalized]
@@ -194,6 +234,7 @@ def _edit(x: Tensor, rows: Sequence[SamplingRow]) -> None:
         seen.view(-1)[prompts] = True
         y = torch.where(seen, torch.where(y > 0, y / repetition, y * repetition), y)
         x[penalized] = y - frequency * count - presence * used
+    return x
 
 
 def _flat_ids(lists: Sequence[Sequence[int]], vocab: int) -> Tensor:

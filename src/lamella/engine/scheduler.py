@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lamella.engine.request import Request
 from lamella.state.manager import StateManager
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Scheduled:
-    """A request's share of a step: its tokens [start, start + count)."""
+    """A request's share of a step: its tokens [start, start + count).
+
+    Attributes:
+        samples: whether the share ends with the request's last token, so that the next one can be sampled.
+    """
 
     request: Request
     start: int
     count: int
+    samples: bool
 
-    @property
-    def samples(self) -> bool:
-        """Whether the share ends with the request's last token, so that the next one can be sampled."""
-        return self.start + self.count == self.request.num_tokens
+    @classmethod
+    def of(cls, request: Request, start: int, count: int) -> Scheduled:
+        return cls(request, start, count, start + count == request.num_tokens)
 
 
 class Scheduler:
@@ -65,20 +70,26 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def schedule(self) -> list[Scheduled]:
-        """The next step's shares, at least one while there is work; the pages that they need are held already."""
+        """The next step's shares; the pages that they need are held already.
+
+        There is at least one while there is work, except where all requests wait for their last token, which is
+        pending.
+        """
         budget = self.max_num_batched_tokens
         step: list[Scheduled] = []
         preempted = False
         for request in list(self.running):
-            if budget == 0 or request not in self.running:
+            if budget == 0 or (preempted and request not in self.running):
                 break
+            if request.num_sampled >= request.max_tokens:
+                continue
             count = self._share(request, request.num_computed, budget)
             while not self.state.grow(request, request.num_computed + count):
                 preempted = True
                 if self._preempt_youngest() is request:
                     break
             else:
-                step.append(Scheduled(request, request.num_computed, count))
+                step.append(Scheduled.of(request, request.num_computed, count))
                 budget -= count
         # Whoever was just preempted would only take the pages back.
         while self.waiting and budget and not preempted and len(self.running) < self.max_num_seqs:
@@ -91,15 +102,22 @@ class Scheduler:
                 break
             self.running.append(self.waiting.popleft())
             self._started(request, hit.length)
-            step.append(Scheduled(request, hit.length, count))
+            step.append(Scheduled.of(request, hit.length, count))
             budget -= count
-        assert step or not self.has_work, "a request does not fit into empty pools"
+        assert step or not self.has_work or any(r.num_pending for r in self.running), (
+            "a request does not fit into empty pools"
+        )
         return step
 
-    def computed(self, step: list[Scheduled]) -> None:
-        """The step's tokens are in the pools now; pages that nobody can see any more are given back."""
+    def computed(self, step: Sequence[Scheduled]) -> None:
+        """The step's tokens are in the pools now; pages that nobody can see any more are given back.
+
+        The requests that have ended or were preempted since are passed over.
+        """
         for share in step:
             request = share.request
+            if request not in self.state.holdings:
+                continue
             request.num_computed += share.count
             keys = request.page_keys(self.state.page_size, request.num_computed)
             generated = request.num_computed > len(request.prompt_token_ids)

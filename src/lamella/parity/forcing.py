@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor
 from lamella.engine.engine import Engine
 from lamella.engine.options import EngineOptions
 from lamella.engine.request import Request
-from lamella.engine.runner import ModelRunner, StepResult
-from lamella.engine.sampler import TokenLogprobs
+from lamella.engine.runner import Flight, ModelRunner
+from lamella.engine.sampler import Choice, TokenLogprobs
 from lamella.engine.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduled
-from lamella.layers.context import ForwardBatch
+from lamella.engine.step_inputs import StepTensors
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import SlotHolder, state_holders
 from lamella.parity.scores import Scores
@@ -85,7 +85,7 @@ class ForcedEngine:
         """
         self.engine = Engine(model, EngineOptions(model="", **{"enable_prefix_caching": False, **options}), device)
         self.engine.memory.poison()
-        self._runner = _ForcedRunner(model, self.engine.state, device, top, pads)
+        self._runner = _ForcedRunner(model, self.engine.state, device, self.engine.max_model_len, top, pads)
         self.engine.runner = self._runner
         self._ids = itertools.count()
 
@@ -121,30 +121,34 @@ class _ForcedRunner(ModelRunner):
     """Keeps the distribution of every position, and gives each request the token that its record says."""
 
     def __init__(
-        self, model: LanguageModel, state: StateManager, device: torch.device, top: int | None, pads: int
+        self,
+        model: LanguageModel,
+        state: StateManager,
+        device: torch.device,
+        max_model_len: int,
+        top: int | None,
+        pads: int,
     ) -> None:
-        super().__init__(model, state, device)
+        super().__init__(model, state, device, max_model_len)
         self.records: dict[Request, Record] = {}
         self._top = top
         self._pads = [Request(f"padding {index}", [0], SamplingParams()) for index in range(pads)]
 
-    def run(self, step: Sequence[Scheduled]) -> list[StepResult]:
+    def launch(self, step: Sequence[Scheduled]) -> Flight:
         """A step that only decodes is padded, as a graph of fixed size would be: the dummy page, the dummy slot."""
         pads = self._pads if all(share.count == 1 for share in step) else []
         for pad in pads:
             self.state.holdings[pad] = Holding(DUMMY, [[DUMMY] for _ in self.state.groups])
-        results = super().run([*step, *(Scheduled(pad, 0, 1) for pad in pads)])
+        flight = super().launch([*step, *(Scheduled(pad, 0, 1, False) for pad in pads)])
         for pad in pads:
             del self.state.holdings[pad]
-        return [result for result in results if result.request not in pads]
+        return replace(flight, shares=[share for share in flight.shares if share.request not in pads])
 
     def _prompt_logprobs(self, shares: Sequence[Scheduled], hidden: Tensor) -> dict[Request, list[TokenLogprobs]]:
         return {}
 
-    def _sample(
-        self, shares: Sequence[Scheduled], hidden: Tensor, batch: ForwardBatch
-    ) -> dict[Request, tuple[int, TokenLogprobs | None]]:
-        chosen: dict[Request, tuple[int, TokenLogprobs | None]] = {}
+    def _choose(self, shares: Sequence[Scheduled], hidden: Tensor, tensors: StepTensors) -> Choice | None:
+        chosen: list[int] = []
         every = torch.cat([self.model.compute_logits(part) for part in hidden.split(_LOGITS_ROWS)])
         for share, logits in zip(shares, every.split([share.count for share in shares]), strict=True):
             request = share.request
@@ -155,7 +159,7 @@ class _ForcedRunner(ModelRunner):
             if share.samples:
                 step = len(request.output_token_ids)
                 token = int(logits[-1].argmax()) if record.forced is None else record.forced[step]
-                chosen[request] = (token, None)
+                chosen.append(token)
                 known = [*known, token]
             scores = Scores.of(logits, known, self._top)
             for row in range(share.count):
@@ -164,7 +168,7 @@ class _ForcedRunner(ModelRunner):
                 record.parts[share.start + row] = part
             if share.start + share.count == record.num_predictions:
                 record.state = self._snapshot(request, record.num_predictions)
-        return chosen
+        return Choice(torch.tensor(chosen)) if chosen else None
 
     def _snapshot(self, request: Request, length: int) -> dict[str, Tensor]:
         """A request's state, wherever it lies, in the order of its positions."""
