@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from helpers import randomize, save_lamella
 from lamella import register_architecture
 from lamella.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig, RopeConfig
+from lamella.layers.block_input import BlockInput
 from lamella.layers.canon import CanonHistory
 from lamella.layers.context import require_batch
 from lamella.layers.kit import Kit
@@ -54,19 +55,20 @@ class Recurrent(nn.Module):
         self.o_proj = kit.row_linear(heads * dim, hidden_size, False, f"{prefix}.o_proj")
         self.state = kit.slot_state(SlotState((heads, dim, dim), torch.float32), f"{prefix}.state")
 
-    def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
+    def forward(self, positions: Tensor, entry: BlockInput) -> Tensor:
         batch = require_batch().ragged
         rows, slots = self.state.current()
-        parts = [part.split(batch.query_lens) for part in self.qkv_proj(hidden).chunk(3, -1)]
+        qkv = entry.project(self.qkv_proj)
+        parts = [part.split(batch.query_lens) for part in qkv.chunk(3, -1)]
         outputs = []
         for index, (new, total) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
-            state = torch.zeros(self.state.spec.shape, device=hidden.device)
+            state = torch.zeros(self.state.spec.shape, device=qkv.device)
             if rows is not None and new < total:
                 state = rows[slots[index]]
             output, state = step(self.config, *(part[index] for part in parts), state)
             if rows is not None:
                 rows[slots[index]] = state
-            outputs.append(output.to(hidden.dtype))
+            outputs.append(output.to(qkv.dtype))
         return self.o_proj(torch.cat(outputs))
 
 

@@ -11,10 +11,12 @@ from transformers import Qwen3Config
 from helpers import VOCAB, canon_checkpoint, hf_checkpoint, plain_logits, random_prompts
 from lamella import LLM, SamplingParams
 from lamella.checkpoint import load_model, open_checkpoint
+from lamella.layers.block_input import BlockInput
 from lamella.layers.canon import Canon
 from lamella.layers.context import forward_batch
 from lamella.layers.decoder import DecoderLayer, LanguageModel, plain_batch
 from lamella.layers.kit import PagedAttention
+from lamella.layers.norm import RMSNorm
 from lamella.layers.rotary import Rotary
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -124,12 +126,12 @@ def test_the_stream_is_the_sum_of_the_pair(checkpoint):
             for split in ((stream, torch.zeros_like(stream)), (some, stream - some)):
                 pair = layer(positions, *split)
                 torch.testing.assert_close(sum(pair), sum(whole), atol=1e-4, rtol=1e-4)
-            middle = stream + layer.mixer(positions, through(layer.mixer_canon, layer.mixer_norm(stream)))
+            middle = stream + layer.mixer(positions, entry(stream, layer.mixer_norm, layer.mixer_canon))
             torch.testing.assert_close(whole[1], middle, atol=1e-5, rtol=1e-5)
-            stream = middle + layer.feed_forward(through(layer.feed_forward_canon, layer.feed_forward_norm(middle)))
+            stream = middle + layer.feed_forward(entry(middle, layer.feed_forward_norm, layer.feed_forward_canon))
             torch.testing.assert_close(sum(whole), stream, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model(ids), model.model.norm(stream), atol=1e-4, rtol=1e-4)
 
 
-def through(canon: Canon | None, hidden: torch.Tensor) -> torch.Tensor:
-    return hidden if canon is None else canon(hidden)
+def entry(stream: torch.Tensor, norm: RMSNorm, canon: Canon | None) -> BlockInput:
+    return BlockInput(torch.zeros_like(stream), stream, norm, canon)

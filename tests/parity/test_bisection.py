@@ -190,8 +190,8 @@ def config(path: str, **changes) -> Callable:
 def sigmoid_for_silu(model):
     mlp = layer(model).feed_forward
 
-    def forward(self, hidden):
-        gate, up = self.gate_up_proj(hidden).chunk(2, -1)
+    def forward(self, entry):
+        gate, up = entry.project(self.gate_up_proj).chunk(2, -1)
         return self.down_proj(torch.sigmoid(gate) * up)
 
     mlp.forward = MethodType(forward, mlp)

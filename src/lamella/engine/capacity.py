@@ -30,13 +30,17 @@ class Capacity:
     num_slots: int
 
     @classmethod
-    def plan(cls, options: EngineOptions, cost: StateCost, max_model_len: int, device: torch.device) -> Capacity:
+    def plan(
+        cls, options: EngineOptions, cost: StateCost, max_model_len: int, device: torch.device, reserved: int = 0
+    ) -> Capacity:
         """As asked, or as much as a share of the free memory holds and requests and cache could fill.
+
+        `reserved` bytes of it are left to whatever else a step needs.
 
         Raises `ConfigError` where not even one page fits beside the requests' slots. Where the prefix cache is on and
         can hit nothing, the log says why.
         """
-        budget = int(_free_memory(device) * _MEMORY_SHARE[device.type])
+        budget = int((_free_memory(device) - reserved) * _MEMORY_SHARE[device.type])
         snapshots = _snapshots(options, cost, budget)
         num_slots = options.max_num_seqs + snapshots
         if not options.enable_prefix_caching:

@@ -20,6 +20,7 @@ from lamella.engine.runner import Flight, ModelRunner
 from lamella.engine.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduler
 from lamella.engine.tokenizer import Tokenizer
+from lamella.engine.warm_up import activation_bytes
 from lamella.errors import ParameterError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import state_holders
@@ -51,7 +52,8 @@ class Engine:
         self.max_model_len = options.resolve_length(model.config)
         holders = state_holders(model)
         self.cost = StateCost.of(holders)
-        plan = Capacity.plan(options, self.cost, self.max_model_len, device)
+        reserved = activation_bytes(model, options, self.max_model_len, device)
+        plan = Capacity.plan(options, self.cost, self.max_model_len, device, reserved)
         groups, pages = list(plan.pages), list(plan.pages.values())
         self.state = StateManager(groups, pages, plan.num_slots, options.block_size, bool(self.cost.slots))
         self.memory = StateMemory(holders, plan.pages, options.block_size, plan.num_slots, device)
@@ -62,7 +64,9 @@ class Engine:
             options.snapshot_interval,
             options.snapshot_prompts,
         )
-        self.runner = ModelRunner(model, self.state, device, self.max_model_len)
+        self.runner = ModelRunner(model, self.state, device, self.max_model_len, options.max_num_seqs)
+        if device.type == "cuda" and not options.enforce_eager:
+            self.runner.capture()
         self._ahead: Flight | None = None  # a step that has been launched, and not collected yet
         self._seeds = itertools.count()
         self._jobs: dict[str, Job] = {}
@@ -146,7 +150,7 @@ class Engine:
         token is dropped.
         """
         before, self._ahead = self._ahead, None
-        if before is not None and any(map(self.runner.needs_tokens, self.scheduler.running)):
+        if before is not None and any(request.looks_back for request in self.scheduler.running):
             return self._take(before)
         flight = self._launch()
         if flight is None:
@@ -167,22 +171,24 @@ class Engine:
             return None
         self.memory.copy_slots(self.state.take_copies())
         flight = self.runner.launch(shares)
+        self._counts["steps"] += 1
         for share in shares:
             share.request.num_pending += share.samples
-        self._counts["steps"] += 1
-        self._counts["prompt_tokens"] += sum(
-            max(0, min(s.start + s.count, len(s.request.prompt_token_ids)) - s.start) for s in shares
-        )
+            prompt = len(share.request.prompt_token_ids)
+            if share.start < prompt:
+                self._counts["prompt_tokens"] += min(share.start + share.count, prompt) - share.start
         return flight
 
     def _take(self, flight: Flight) -> list[Job]:
         changed: dict[str, Job] = {}
         for share, result in zip(flight.shares, self.runner.collect(flight), strict=True):
             result.request.num_pending -= share.samples
-            if result.request not in self._completions:
+            entry = self._completions.get(result.request)
+            if entry is None:
                 continue  # it has ended since
-            job, completion = self._completions[result.request]
-            completion.take_prompt(share.start + 1, result.prompt_logprobs)
+            job, completion = entry
+            if result.prompt_logprobs:
+                completion.take_prompt(share.start + 1, result.prompt_logprobs)
             if result.token_id is None:
                 continue
             completion.take(result.token_id, result.logprobs)
@@ -190,8 +196,8 @@ class Engine:
             changed[job.request_id] = job
             if completion.finish_reason is not None:
                 self._drop(completion)
-            if job.finished:
-                del self._jobs[job.request_id]
+                if job.finished:
+                    del self._jobs[job.request_id]
         if not self.has_work:
             self.state.check_integrity()
         return list(changed.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lamella.engine.sampling_params import SamplingParams
+from lamella.engine.sampling_params import SamplingParams, has_penalty
 from lamella.state.prefix import page_key
 
 
@@ -26,6 +26,13 @@ class Request:
     branch: int = 0  # where it leaves the tokens that others had before it
     prefix_root: bytes | None = None  # see `page_keys`; None keeps the request out of the prefix cache
     _page_keys: list[bytes] = field(default_factory=list)
+    looks_back: bool = field(init=False)  # whether the choice of a token depends on the ones before
+    plain: bool = field(init=False)  # whether nothing is done to its logits, nor wanted of them, but the choice
+
+    def __post_init__(self) -> None:
+        params = self.params
+        self.looks_back = has_penalty(params)
+        self.plain = not (self.looks_back or params.logit_bias or params.min_tokens or params.logprobs is not None)
 
     @property
     def num_tokens(self) -> int:

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from lamella.engine.graphs import DecodeGraphs
 from lamella.engine.request import Request
-from lamella.engine.sampler import Choice, SamplingRow, TokenLogprobs, choose, has_penalty, prompt_logprobs
+from lamella.engine.sampler import (
+    Choice,
+    SamplingRow,
+    TokenLogprobs,
+    choose,
+    is_edited,
+    prompt_logprobs,
+    scored,
+)
 from lamella.engine.scheduler import Scheduled
 from lamella.engine.step_inputs import StepInputs, StepTensors
 from lamella.layers.context import forward_batch
 from lamella.layers.decoder import LanguageModel
+from lamella.ops.attention.paged import AttentionSpace
+from lamella.ops.backend import use_triton
+from lamella.ops.sampling import draw, pending_tokens
 from lamella.state.manager import StateManager
 
 _LOGITS_ROWS = 256  # rows of the vocabulary's width at a time, where a prompt's logprobs are wanted
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class StepResult:
     """What a step gave one request."""
 
@@ -54,23 +67,33 @@ class ModelRunner:
             never waits for the host.
     """
 
-    def __init__(self, model: LanguageModel, state: StateManager, device: torch.device, max_model_len: int) -> None:
+    def __init__(
+        self, model: LanguageModel, state: StateManager, device: torch.device, max_model_len: int, max_num_seqs: int
+    ) -> None:
         self.model, self.state, self.device = model, state, device
-        self.runs_ahead = False
-        self.inputs = StepInputs(state, max_model_len, device)
+        self.runs_ahead = device.type == "cuda"
+        self.attention = AttentionSpace(max_num_seqs, max_model_len, device) if device.type == "cuda" else None
+        self.inputs = StepInputs(state, max_model_len, device, self.attention)
         # Of the latest step, what each of its rows has chosen.
-        self._tokens = torch.zeros(0, dtype=torch.int64, device=device)
+        self._tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._rows: dict[Request, int] = {}
+        self._graphs: DecodeGraphs | None = None
 
-    @staticmethod
-    def needs_tokens(request: Request) -> bool:
-        """Whether the host must know all tokens of a request before its next one can be chosen."""
-        return has_penalty(request.params)
+    def capture(self, progress: bool = True) -> None:
+        """Make graphs of the decode steps, on a GPU. The pools are written to, so they must hold nothing yet."""
+        graphs = DecodeGraphs(self.model, self.inputs, self._tokens, len(self._tokens))
+        graphs.capture(progress)
+        self._graphs = graphs
 
     @torch.inference_mode()
     def launch(self, step: Sequence[Scheduled]) -> Flight:
         """Give the device a step, without waiting for it where it is a GPU."""
         shares = sorted(step, key=lambda share: share.count != 1)  # decodes first, see RaggedBatch
+        if self.attention is not None:
+            self.attention.begin_step()
+        if self._graphs is not None and self._graphs.serves(shares):
+            hidden, tensors = self._graphs.replay(shares, self._rows)
+            return self._flight(shares, self._choose(shares, hidden, tensors, chosen=True), {})
         tensors = self.inputs.build(shares, self._rows)
         with forward_batch(tensors.batch):
             hidden = self.model(self._resolve(tensors.input_ids, shares))
@@ -95,7 +118,7 @@ class ModelRunner:
     ) -> Flight:
         sampled = [share.request for share in shares if share.samples] if choice is not None else []
         if choice is not None:
-            self._tokens = choice.tokens
+            self._tokens[: len(sampled)] = choice.tokens
             self._rows = {request: row for row, request in enumerate(sampled)}
         return Flight(shares, sampled, choice, prompts)
 
@@ -103,17 +126,30 @@ class ModelRunner:
         """Token ids with those of the step before, which the host may not know, in their places."""
         if not any(share.request.num_pending for share in shares):
             return input_ids
-        return torch.where(input_ids < 0, self._tokens[(-1 - input_ids).clamp(min=0)], input_ids)
+        return pending_tokens(input_ids, self._tokens)
 
-    def _choose(self, shares: Sequence[Scheduled], hidden: Tensor, tensors: StepTensors) -> Choice | None:
-        """The next token of each request whose share ends with its last token."""
+    def _choose(
+        self, shares: Sequence[Scheduled], hidden: Tensor, tensors: StepTensors, chosen: bool = False
+    ) -> Choice | None:
+        """The next token of each request whose share ends with its last token.
+
+        With `chosen`, a graph has chosen for every row already, with nothing done to the logits before.
+        """
         indices = [index for index, share in enumerate(shares) if share.samples]
         if not indices:
             return None
-        last = tensors.batch.ragged.query_start_loc[1:].long() - 1
-        if len(indices) < len(shares):
-            last = last[torch.tensor(indices).to(self.device, non_blocking=True)]
-        return choose(self.model.compute_logits(hidden[last]), [sampling_row(shares[i].request) for i in indices])
+        if chosen and all(share.request.plain for share in shares):
+            return Choice(self._tokens[: len(shares)])
+        rows = [sampling_row(shares[index].request) for index in indices]
+        sampling = tensors.sampling
+        if len(indices) < len(shares) or not chosen:
+            wanted = torch.tensor(indices).to(self.device, non_blocking=True)
+            hidden = hidden[tensors.batch.ragged.query_start_loc[1:].long()[wanted] - 1]
+            sampling = {name: values[wanted] for name, values in sampling.items()}
+        logits = self.model.compute_logits(hidden)
+        if chosen and not any(map(is_edited, rows)):
+            return scored(logits, self._tokens[: len(rows)], rows)
+        return choose(logits, rows, partial(draw, sampling=sampling) if use_triton(logits) else None)
 
     def _prompt_logprobs(self, shares: Sequence[Scheduled], hidden: Tensor) -> dict[Request, list[TokenLogprobs]]:
         found: dict[Request, list[TokenLogprobs]] = {}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lamella.engine.outputs import Logprob
-from lamella.engine.sampling_params import SamplingParams
+from lamella.engine.sampling_params import SamplingParams, has_penalty
 
 _BLOCK = 1 << 24  # logits worked on at a time: bounds the float64 scratch to some hundred MiB
 _MASK = (1 << 64) - 1
@@ -172,11 +172,6 @@ def _mix(z: int) -> int:
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
     return z ^ (z >> 31)
-
-
-def has_penalty(params: SamplingParams) -> bool:
-    """Whether the choice depends on the tokens before."""
-    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
 
 def is_edited(row: SamplingRow) -> bool:

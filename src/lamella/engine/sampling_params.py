@@ -151,3 +151,8 @@ class SamplingParams:
     def _token_ids(self) -> Iterator[tuple[str, int]]:
         yield from (("stop_token_ids", i) for i in self.stop_token_ids or ())
         yield from (("logit_bias", i) for i in self.logit_bias or ())
+
+
+def has_penalty(params: SamplingParams) -> bool:
+    """Whether the choice depends on the tokens before."""
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0

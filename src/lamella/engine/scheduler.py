@@ -119,9 +119,10 @@ class Scheduler:
             if request not in self.state.holdings:
                 continue
             request.num_computed += share.count
-            keys = request.page_keys(self.state.page_size, request.num_computed)
-            generated = request.num_computed > len(request.prompt_token_ids)
-            self.state.computed(request, request.num_computed, keys, generated)
+            tokens, size = request.num_computed, self.state.page_size
+            # Keys are needed only where a page has become full.
+            keys = request.page_keys(size, tokens) if tokens // size > share.start // size else ()
+            self.state.computed(request, tokens, keys, tokens > len(request.prompt_token_ids))
 
     def _readable_keys(self, request: Request) -> list[bytes]:
         """Keys of what the request may start with: not its last token, which must give logits, and nothing at all where
@@ -139,6 +140,8 @@ class Scheduler:
         little where other requests have steps too, and much where none has); and at every so many pages, if asked.
         """
         stop, size = min(request.num_tokens, start + budget), self.state.page_size
+        if stop == start + 1:
+            return 1
         if not self.state.has_slot_state or request.prefix_root is None:
             return stop - start
         cuts = [request.branch]

@@ -14,6 +14,7 @@ from torch import Tensor
 from lamella.engine.request import Request
 from lamella.engine.scheduler import Scheduled
 from lamella.layers.context import ForwardBatch, PageView
+from lamella.ops.attention.paged import AttentionSpace
 from lamella.ops.ragged import RaggedBatch
 from lamella.state.manager import Holding, StateManager
 from lamella.state.spec import PagedState
@@ -24,12 +25,20 @@ _SEED_MASK = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tensors of a step lie in its block: `requests` rows with `tokens` tokens and `pages` columns each."""
+    """Where the tensors of a step lie in its block.
+
+    Attributes:
+        requests, tokens: of the step.
+        groups: paged state groups.
+        pages: columns of their page tables.
+        listed: pages of the requests after the decodes.
+    """
 
     requests: int
     tokens: int
     groups: int
     pages: int
+    listed: int = 0
 
     def fields(self) -> dict[str, tuple[type, tuple[int, ...]]]:
         requests, tokens = (self.requests,), (self.tokens,)
@@ -48,6 +57,7 @@ class Layout:
             "top_p": (np.float32, requests),
             "min_p": (np.float32, requests),
             "page_table": (np.int32, (self.groups, self.requests, self.pages)),
+            "page_list": (np.int32, (self.groups, self.listed)),
         }
 
     def spans(self) -> tuple[dict[str, tuple[int, int, type, tuple[int, ...]]], int]:
@@ -103,6 +113,7 @@ class StepTensors:
         groups: Sequence[PagedState],
         query_lens: tuple[int, ...],
         context_lens: tuple[int, ...],
+        attention: AttentionSpace | None = None,
     ) -> StepTensors:
         num_decodes = next((i for i, n in enumerate(query_lens) if n != 1), len(query_lens))
         ragged = RaggedBatch(
@@ -115,11 +126,17 @@ class StepTensors:
             num_decodes=num_decodes,
         )
         pages = {
-            group: PageView(tensors["page_table"][index], tensors["new_rows"][index])
+            group: PageView(tensors["page_table"][index], tensors["new_rows"][index], tensors["page_list"][index])
             for index, group in enumerate(groups)
         }
         sampling = {name: tensors[name] for name in ("seed", "step", "top_k", "temperature", "top_p", "min_p")}
-        return cls(ForwardBatch(ragged, pages, tensors["slots"]), tensors["input_ids"], sampling)
+        return cls(ForwardBatch(ragged, pages, tensors["slots"], attention), tensors["input_ids"], sampling)
+
+
+def prefills(shares: Sequence[Scheduled]) -> Sequence[Scheduled]:
+    """The shares from the first with several tokens on; decodes stand before them, see RaggedBatch."""
+    first = next((index for index, share in enumerate(shares) if share.count != 1), len(shares))
+    return shares[first:]
 
 
 class RequestRows:
@@ -161,22 +178,33 @@ class RequestRows:
 class StepInputs:
     """Builds the tensors of steps."""
 
-    def __init__(self, state: StateManager, max_model_len: int, device: torch.device) -> None:
-        self.state, self.device = state, device
+    def __init__(
+        self, state: StateManager, max_model_len: int, device: torch.device, attention: AttentionSpace | None
+    ) -> None:
+        self.state, self.device, self.attention = state, device, attention
         self.max_pages = state.pages_for(max_model_len)
         self._rows = RequestRows(state, self.max_pages)
 
     def build(self, shares: Sequence[Scheduled], latest: Mapping[Request, int]) -> StepTensors:
         """The step's tensors, new ones. `latest` gives the rows in which pending tokens were chosen."""
         lengths = [share.start + share.count for share in shares]
+        listed = 0 if self.attention is None else sum(self.state.pages_for(s.start + s.count) for s in prefills(shares))
         layout = Layout(
-            len(shares), sum(s.count for s in shares), len(self.state.groups), self.state.pages_for(max(lengths))
+            requests=len(shares),
+            tokens=sum(share.count for share in shares),
+            groups=len(self.state.groups),
+            pages=self.state.pages_for(max(lengths)),
+            listed=listed,
         )
         block = torch.empty(layout.spans()[1], dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         self.fill(layout.arrays(block.numpy()), shares, latest)
         on_device = block.to(self.device, non_blocking=True)
         return StepTensors.of(
-            layout.tensors(on_device), self.state.groups, tuple(s.count for s in shares), tuple(lengths)
+            layout.tensors(on_device),
+            self.state.groups,
+            tuple(share.count for share in shares),
+            tuple(lengths),
+            self.attention,
         )
 
     def fill(
@@ -217,6 +245,11 @@ class StepInputs:
             arrays["new_rows"][group, tokens:] = 0
             np.take(table[:, :columns], slots, axis=0, out=arrays["page_table"][group, :used])
             arrays["page_table"][group, used:, :1] = 0
+            if arrays["page_list"].shape[1]:
+                first = used - len(prefills(shares))
+                counts_of = -(-(starts + counts)[first:] // size)
+                rows = [table[slot, :count] for slot, count in zip(slots[first:], counts_of, strict=True)]
+                np.concatenate(rows, out=arrays["page_list"][group])
         for name, values in self._rows.sampling.items():
             arrays[name][:used], arrays[name][used:] = values[slots], 0
         arrays["step"][:used] = [share.request.num_sampled for share in shares]

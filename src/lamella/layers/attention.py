@@ -6,11 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from lamella.config import AttentionConfig
+from lamella.layers.block_input import BlockInput
 from lamella.layers.canon import Canon, CanonHistory
 from lamella.layers.context import require_batch
-from lamella.layers.kit import Kit
+from lamella.layers.kit import Kit, PagedAttention
 from lamella.layers.norm import RMSNorm
 from lamella.layers.rotary import Rotary
+from lamella.ops.backend import use_fused
+from lamella.ops.qkv import CanonStep, prepare_qkv
 from lamella.state.spec import PagedState
 
 
@@ -29,6 +32,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             widths = (dim, dim) if config.qk_norm_scope == "head" else self.sizes[:2]
             self.q_norm, self.k_norm = (RMSNorm(width, config.qk_norm.eps, kit.device) for width in widths)
+        self.canon: Canon | None = None
         if config.canon:
             assert history is not None
             self.canon = Canon(config.canon, config.canon_channels, kit, history)
@@ -36,17 +40,49 @@ class Attention(nn.Module):
         spec = PagedState(kv_heads, dim, kit.dtype, config.window)
         self.attention = kit.attention(heads, config.scale, spec, f"{prefix}.attention")
 
-    def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
-        """hidden (T, hidden_size) -> (T, hidden_size)."""
-        q, k, v = self.qkv_proj(hidden).split(self.sizes, dim=-1)
+    def forward(self, positions: Tensor, entry: BlockInput) -> Tensor:
+        """(T, hidden_size) -> (T, hidden_size)."""
+        qkv = entry.project(self.qkv_proj)
+        if use_fused(qkv) and isinstance(self.attention, PagedAttention) and require_batch().pages is not None:
+            return self.o_proj(self.attention.read(self._prepare(positions, qkv)).flatten(1))
+        q, k, v = qkv.split(self.sizes, dim=-1)
         if self.config.qk_norm:
             q, k = self._norm(q, self.q_norm), self._norm(k, self.k_norm)
-        if self.config.canon:
+        if self.canon is not None:
             q, k, v = self.canon(torch.cat((q, k, v), dim=-1)).split(self.sizes, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.config.head_dim)) for part in (q, k, v))
         if self.rotary is not None:
             q, k = self.rotary(require_batch(), positions, q, k)
         return self.o_proj(self.attention(q, k, v).flatten(1))
+
+    def _prepare(self, positions: Tensor, qkv: Tensor) -> Tensor:
+        """From the projected [q | k | v] to queries ready for attention, with keys and values in their pages.
+
+        One kernel, with two exceptions that are computed apart: a norm over all heads, and a canon in a step in which
+        requests have several tokens each.
+        """
+        config, batch = self.config, require_batch()
+        assert isinstance(self.attention, PagedAttention)
+        q_norm, k_norm, canon = None, None, None
+        only_decodes = batch.ragged.num_decodes == batch.ragged.num_requests
+        if config.qk_norm:
+            if config.qk_norm_scope == "full" or (config.canon and not only_decodes):
+                q, k, v = qkv.split(self.sizes, dim=-1)
+                qkv = torch.cat((self._norm(q, self.q_norm), self._norm(k, self.k_norm), v), dim=-1)
+            else:
+                q_norm, k_norm = self.q_norm.weight, self.k_norm.weight
+        if self.canon is not None and only_decodes:
+            canon = CanonStep(*self.canon.step())
+        elif self.canon is not None:
+            qkv = self.canon(qkv)
+        cos, sin = (None, None) if self.rotary is None else self.rotary.angles(batch, positions)
+        k_cache, v_cache, rows = self.attention.target()
+        return prepare_qkv(
+            qkv, config.num_heads, config.num_kv_heads, config.head_dim,
+            q_norm=q_norm, k_norm=k_norm, eps=config.qk_norm.eps if config.qk_norm else 0.0,
+            cos=cos, sin=sin, interleaved=config.rope is not None and config.rope.interleaved,
+            k_cache=k_cache, v_cache=v_cache, rows=rows, canon=canon, positions=batch.ragged.positions,
+        )[0]  # fmt: skip
 
     def _norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """x (T, heads * D) normalised as a whole or head by head."""

@@ -8,7 +8,11 @@ from torch import Tensor, nn
 from lamella.config import CanonConfig
 from lamella.layers.context import require_batch
 from lamella.layers.kit import Kit
-from lamella.ops.short_conv import short_conv
+from lamella.layers.norm import RMSNorm
+from lamella.ops.backend import use_fused
+from lamella.ops.ragged import RaggedBatch
+from lamella.ops.short_conv import norm_short_conv, short_conv, short_conv_swiglu
+from lamella.ops.swiglu import swiglu
 from lamella.state.spec import SlotState
 
 
@@ -41,14 +45,36 @@ class Canon(nn.Module):
         self.history, self.channels = history, history.take(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (T, channels) -> (T, channels)."""
+        return short_conv(x, *self.operands())
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        """`silu(gate) * up` of the convolved x (T, channels) = [gate | up]."""
+        return short_conv_swiglu(x, *self.operands()) if use_fused(x) else swiglu(self(x))
+
+    def after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+        """The convolution of `norm(x, residual)`, and the new residual."""
+        if use_fused(x):
+            return norm_short_conv(x, residual, norm.weight, norm.eps, *self.operands())
+        normed, total = norm(x, residual)
+        return self(normed), total
+
+    def step(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, bool, bool]:
+        """The operands where every request has one new token and a history: weight, bias, history, slots, ..."""
+        weight, bias, _, history, slots, activation, residual = self.operands()
+        assert history is not None and slots is not None
+        return weight, bias, history, slots, activation, residual
+
+    def operands(self) -> tuple[Tensor, Tensor | None, RaggedBatch, Tensor | None, Tensor | None, bool, bool]:
+        """What a convolution is given beside its input: weight (C, W), bias, batch, history, slots, activation,
+        residual."""
         rows, slots = self.history.holder.current()
-        return short_conv(
-            x,
+        return (
             self.weight.squeeze(1),
             self.bias,
             require_batch().ragged,
             None if rows is None else rows[:, :, self.channels],
             slots,
-            activation=self.config.activation,
-            residual=self.config.residual,
+            self.config.activation,
+            self.config.residual,
         )

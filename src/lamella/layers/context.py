@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lamella.ops.attention.paged import AttentionSpace
 from lamella.ops.ragged import RaggedBatch
 from lamella.state.spec import PagedState
 
@@ -18,8 +19,9 @@ from lamella.state.spec import PagedState
 class PageView:
     """Where the pages of one state group lie in this step."""
 
-    page_table: Tensor  # (R, P) int32; entries outside what a request can see point at the dummy page 0
+    page_table: Tensor  # (R, P) int32; entries outside what a request can see are pages that it does not hold
     new_rows: Tensor  # (T,) int64, flat cache row of each new token
+    page_list: Tensor  # (N,) int32, the pages of the requests after the decodes, one request's after the other's
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class ForwardBatch:
     ragged: RaggedBatch
     pages: Mapping[PagedState, PageView] | None = None
     slots: Tensor | None = None  # (R,) int64
+    attention: AttentionSpace | None = None  # on a GPU
     _shared: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:

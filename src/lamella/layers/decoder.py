@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.config import CanonConfig, LayerConfig, ModelConfig
+from lamella.layers.block_input import BlockInput
 from lamella.layers.canon import Canon, CanonHistory
 from lamella.layers.context import ForwardBatch, current_batch, forward_batch
 from lamella.layers.kit import Kit
@@ -42,14 +43,10 @@ class DecoderLayer(nn.Module):
 
     def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """hidden and residual (T, hidden_size) -> the same pair after the layer."""
-        hidden, residual = self.mixer_norm(hidden, residual)
-        if self.mixer_canon is not None:
-            hidden = self.mixer_canon(hidden)
-        hidden = self.mixer(positions, hidden)
-        hidden, residual = self.feed_forward_norm(hidden, residual)
-        if self.feed_forward_canon is not None:
-            hidden = self.feed_forward_canon(hidden)
-        return self.feed_forward(hidden), residual
+        entry = BlockInput(hidden, residual, self.mixer_norm, self.mixer_canon)
+        hidden = self.mixer(positions, entry)
+        entry = BlockInput(hidden, entry.residual, self.feed_forward_norm, self.feed_forward_canon)
+        return self.feed_forward(entry), entry.residual
 
 
 class Decoder(nn.Module):

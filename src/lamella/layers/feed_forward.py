@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lamella.config import MLPConfig
+from lamella.layers.block_input import BlockInput
 from lamella.layers.canon import Canon, CanonHistory
 from lamella.layers.kit import Kit
-from lamella.ops.swiglu import swiglu
 
 
 class MLP(nn.Module):
@@ -26,9 +26,8 @@ class MLP(nn.Module):
             assert history is not None
             self.canon = Canon(config.canon, config.canon_channels, kit, history)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden (T, hidden_size) -> (T, hidden_size)."""
-        gate_up = self.gate_up_proj(hidden)
-        if self.canon is not None:
-            gate_up = self.canon(gate_up)
-        return self.down_proj(swiglu(gate_up))
+    def forward(self, entry: BlockInput) -> Tensor:
+        """(T, hidden_size) -> (T, hidden_size)."""
+        if self.canon is None:
+            return self.down_proj(entry.project_swiglu(self.gate_up_proj))
+        return self.down_proj(self.canon.swiglu(entry.project(self.gate_up_proj)))

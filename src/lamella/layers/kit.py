@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lamella.layers.context import require_batch
 from lamella.layers.linear import Embedding, Head, Linear, MergedLinear
 from lamella.ops import attention
+from lamella.ops.attention.paged import AttentionPlan
 from lamella.state.spec import PagedState, SlotState
 
 
@@ -69,11 +70,33 @@ class PagedAttention(nn.Module):
         batch = require_batch()
         if batch.pages is None:
             return attention.causal_attention(q, k, v, batch.ragged, self.scale, self.spec.window)
+        attention.write_kv(k, v, *self.target())
+        return self.read(q)
+
+    def target(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the step's keys and values go: both caches, and the flat rows (T,) in them."""
+        pages = require_batch().pages
+        assert pages is not None
         assert self.k_cache is not None and self.v_cache is not None, f"{self.prefix}: no pages bound"
-        view = batch.pages[self.spec]
-        attention.write_kv(k, v, self.k_cache, self.v_cache, view.new_rows)
+        return self.k_cache, self.v_cache, pages[self.spec].new_rows
+
+    def read(self, q: Tensor) -> Tensor:
+        """Attention of q (T, H, D) over the pages, the step's own keys and values included."""
+        batch, spec = require_batch(), self.spec
+        k_cache, v_cache, _ = self.target()
+        assert batch.pages is not None
+        view, plan = batch.pages[spec], None
+        if batch.attention is not None:
+            space = batch.attention
+            plan = batch.once(
+                ("attention", spec, self.heads, self.scale),
+                lambda: AttentionPlan(
+                    space, batch.ragged, view.page_list, self.heads, spec.kv_heads, spec.head_dim, k_cache.shape[1],
+                    spec.dtype, self.scale, spec.window,
+                ),
+            )  # fmt: skip
         return attention.paged_attention(
-            q, self.k_cache, self.v_cache, view.page_table, batch.ragged, self.scale, self.spec.window
+            q, k_cache, v_cache, view.page_table, batch.ragged, self.scale, spec.window, plan
         )
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lamella.config import DynamicScaling, Llama3Scaling, RopeConfig, YarnScaling
 from lamella.layers.context import ForwardBatch
-from lamella.ops.rotary import rotate
+from lamella.ops.backend import use_triton
+from lamella.ops.rotary import angles, rotate
 
 
 def inverse_frequencies(config: RopeConfig) -> Tensor:
@@ -71,9 +72,14 @@ class Rotary:
 
     def __call__(self, batch: ForwardBatch, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (T, H, D) and k (T, KV, D) turned, as new tensors."""
-        cos, sin = batch.once(self.config, lambda: self._angles(positions))
-        return rotate(q, k, cos, sin, self.config.interleaved)
+        return rotate(q, k, *self.angles(batch, positions), self.config.interleaved)
+
+    def angles(self, batch: ForwardBatch, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (T, dim / 2) fp32 of a batch's positions, computed once for all layers with this config."""
+        return batch.once(self.config, lambda: self._angles(positions))
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        angles = positions.float()[:, None] * self.frequencies
-        return angles.cos() * self.magnitude, angles.sin() * self.magnitude
+        if use_triton(positions):
+            return angles(positions, self.frequencies, self.magnitude)
+        turns = positions.float()[:, None] * self.frequencies
+        return turns.cos() * self.magnitude, turns.sin() * self.magnitude

@@ -85,7 +85,8 @@ class ForcedEngine:
         """
         self.engine = Engine(model, EngineOptions(model="", **{"enable_prefix_caching": False, **options}), device)
         self.engine.memory.poison()
-        self._runner = _ForcedRunner(model, self.engine.state, device, self.engine.max_model_len, top, pads)
+        rows = self.engine.options.max_num_seqs + pads
+        self._runner = _ForcedRunner(model, self.engine.state, device, self.engine.max_model_len, rows, top, pads)
         self.engine.runner = self._runner
         self._ids = itertools.count()
 
@@ -126,10 +127,12 @@ class _ForcedRunner(ModelRunner):
         state: StateManager,
         device: torch.device,
         max_model_len: int,
+        max_num_seqs: int,
         top: int | None,
         pads: int,
     ) -> None:
-        super().__init__(model, state, device, max_model_len)
+        super().__init__(model, state, device, max_model_len, max_num_seqs)
+        self.runs_ahead = False
         self.records: dict[Request, Record] = {}
         self._top = top
         self._pads = [Request(f"padding {index}", [0], SamplingParams()) for index in range(pads)]
@@ -147,8 +150,10 @@ class _ForcedRunner(ModelRunner):
     def _prompt_logprobs(self, shares: Sequence[Scheduled], hidden: Tensor) -> dict[Request, list[TokenLogprobs]]:
         return {}
 
-    def _choose(self, shares: Sequence[Scheduled], hidden: Tensor, tensors: StepTensors) -> Choice | None:
-        chosen: list[int] = []
+    def _choose(
+        self, shares: Sequence[Scheduled], hidden: Tensor, tensors: StepTensors, chosen: bool = False
+    ) -> Choice | None:
+        tokens: list[int] = []
         every = torch.cat([self.model.compute_logits(part) for part in hidden.split(_LOGITS_ROWS)])
         for share, logits in zip(shares, every.split([share.count for share in shares]), strict=True):
             request = share.request
@@ -159,7 +164,7 @@ class _ForcedRunner(ModelRunner):
             if share.samples:
                 step = len(request.output_token_ids)
                 token = int(logits[-1].argmax()) if record.forced is None else record.forced[step]
-                chosen.append(token)
+                tokens.append(token)
                 known = [*known, token]
             scores = Scores.of(logits, known, self._top)
             for row in range(share.count):
@@ -168,7 +173,7 @@ class _ForcedRunner(ModelRunner):
                 record.parts[share.start + row] = part
             if share.start + share.count == record.num_predictions:
                 record.state = self._snapshot(request, record.num_predictions)
-        return Choice(torch.tensor(chosen)) if chosen else None
+        return Choice(torch.tensor(tokens)) if tokens else None
 
     def _snapshot(self, request: Request, length: int) -> dict[str, Tensor]:
         """A request's state, wherever it lies, in the order of its positions."""

@@ -13,6 +13,7 @@ from lamella.layers.canon import Canon
 from lamella.layers.kit import PagedAttention
 from lamella.layers.linear import Embedding, Linear, MergedLinear
 from lamella.layers.norm import RMSNorm
+from lamella.ops.backend import separate_operations
 from lamella.parity.sites import Tap
 
 # What feeds these projections is a plain function.
@@ -21,7 +22,10 @@ FED_BY = {"down_proj": "activation"}
 
 @contextmanager
 def tapped(model: nn.Module, tap: Tap) -> Iterator[None]:
-    """Within the block, every operation of one of our models passes its result through `tap`."""
+    """Within the block, every operation of one of our models passes its result through `tap`.
+
+    Operations that a kernel would compute together are computed apart.
+    """
     handles = []
     for path, module in model.named_modules():
         site = path.removeprefix("model.")
@@ -30,7 +34,8 @@ def tapped(model: nn.Module, tap: Tap) -> Iterator[None]:
         if (pre_hook := _pre_hook(module, site, tap)) is not None:
             handles.append(module.register_forward_pre_hook(pre_hook))
     try:
-        yield
+        with separate_operations():
+            yield
     finally:
         for handle in handles:
             handle.remove()

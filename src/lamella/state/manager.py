@@ -25,6 +25,7 @@ class Holding:
     freed: list[int] = field(default_factory=list)  # per group, how many leading pages were given back
     named: int = 0  # leading pages that have their keys
     latest: bytes | None = None  # key of the snapshot that the next one of this request replaces
+    room: int = 0  # tokens that the pages have room for
 
 
 class StateManager:
@@ -53,6 +54,8 @@ class StateManager:
         self.slot_pool = Pool(num_slots)
         self.holdings: dict[Hashable, Holding] = {}
         self._copies: list[tuple[int, int]] = []
+        pairs = enumerate(zip(self.groups, self.page_pools, strict=True))
+        self._windowed = [(index, group, pool) for index, (group, pool) in pairs if group.window is not None]
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
@@ -98,6 +101,8 @@ class StateManager:
         holding = self.holdings.get(request)
         if holding is None:
             return self._start(request, tokens, hit, keys)
+        if tokens <= holding.room:
+            return True
         assert not hit.length
         wanted = [self.pages_for(tokens) - len(pages) for pages in holding.pages]
         if any(want > pool.num_free for want, pool in zip(wanted, self.page_pools, strict=True)):
@@ -105,6 +110,7 @@ class StateManager:
         for pages, want, pool in zip(holding.pages, wanted, self.page_pools, strict=True):
             if want > 0:
                 pages += pool.allocate(want)
+        holding.room = self.pages_for(tokens) * self.page_size
         return True
 
     def _start(self, request: Hashable, tokens: int, hit: Hit, keys: Sequence[bytes]) -> bool:
@@ -130,7 +136,8 @@ class StateManager:
         (slot,) = self.slot_pool.allocate()
         if hit.snapshot is not None and slot != hit.snapshot:
             self._copies.append((hit.snapshot, slot))  # else it was the last one left, and is where it is needed
-        self.holdings[request] = Holding(slot, pages, dead, named=count)
+        room = self.pages_for(tokens) * self.page_size
+        self.holdings[request] = Holding(slot, pages, dead, named=count, room=room)
         return True
 
     def computed(self, request: Hashable, tokens: int, keys: Sequence[bytes] = (), generated: bool = False) -> None:
@@ -149,7 +156,7 @@ class StateManager:
             holding.named = full
             if self.has_slot_state and tokens % self.page_size == 0:
                 self._snapshot(holding, keys[full - 1], generated)
-        for index, (group, pool) in enumerate(zip(self.groups, self.page_pools, strict=True)):
+        for index, group, pool in self._windowed:
             dead, pages = group.first_visible(tokens) // self.page_size, holding.pages[index]
             if dead > holding.freed[index]:
                 pool.free(pages[holding.freed[index] : dead])

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from lamella.ops import native
-from lamella.ops.backend import use_native
+from lamella.ops.backend import use_fused, use_native, use_triton
 
 _BLOCK = 256  # rows that the native kernel takes at a time, see native.linear_rows
+_FEW_ROWS = 4  # up to which our Triton kernel beats a library's product
 _SLICE = 16384  # rows of the weight that the portable path widens at a time
 
 
@@ -16,7 +17,39 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b`, see `reference.linear`. Few rows, where reading the weight is all the work, go to our own kernel."""
     if x.dim() == 2 and use_native(x) and 0 < x.shape[0] <= native.linear_rows(x.dtype, x.shape[1]):
         return native.linear(x, weight, bias)
+    if x.dim() == 2 and x.shape[0] <= _FEW_ROWS and use_triton(x):
+        from lamella.ops.linear import triton
+
+        if triton.serves(x, weight):
+            return triton.linear(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)
+
+
+def fuses_norm(x: Tensor, weight: Tensor) -> bool:
+    """Whether `norm_linear` and `norm_swiglu_linear` have a kernel for x (T, in), and are allowed to use it."""
+    if x.dim() != 2 or x.shape[0] > _FEW_ROWS or not use_fused(x):
+        return False
+    from lamella.ops.linear import triton
+
+    return triton.serves(x, weight)
+
+
+def norm_linear(
+    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`linear` of `add_rms_norm(x, residual, ...)`, and the new residual, in one kernel where `fuses_norm`."""
+    from lamella.ops.linear import triton
+
+    return triton.norm_linear(x, residual, norm_weight, eps, weight, bias)
+
+
+def norm_swiglu_linear(
+    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`swiglu` of `norm_linear`, and the new residual, in one kernel where `fuses_norm`."""
+    from lamella.ops.linear import triton
+
+    return triton.norm_swiglu_linear(x, residual, norm_weight, eps, weight, bias)
 
 
 def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -33,10 +66,18 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
         wide = parts[0] if len(parts) == 1 else torch.cat(parts)
     elif torch.is_grad_enabled():
         wide = torch.nn.functional.linear(rows, weight).float()
+    elif use_triton(x) and rows.shape[0] <= _FEW_ROWS:
+        from lamella.ops.linear import triton
+
+        wide = triton.linear(rows, weight, None, wide=True) if triton.serves(rows, weight) else _wide_mm(rows, weight)
     elif x.is_cuda:
-        wide = torch.mm(rows, weight.T, out_dtype=torch.float32)
+        wide = _wide_mm(rows, weight)
     else:
         # A slice of the weight at a time: a whole copy in fp32 may not fit.
         slices = [torch.nn.functional.linear(rows.float(), part.float()) for part in weight.split(_SLICE)]
         wide = torch.cat(slices, dim=-1)
     return wide.view(*x.shape[:-1], weight.shape[0])
+
+
+def _wide_mm(rows: Tensor, weight: Tensor) -> Tensor:
+    return torch.mm(rows, weight.T, out_dtype=torch.float32)

@@ -1,0 +1,43 @@
+"""The angles of rotary position embedding in Triton: one launch instead of one for each function."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lamella.ops.launch import dependent_launch
+
+
+def angles(positions: Tensor, frequencies: Tensor, magnitude: float) -> tuple[Tensor, Tensor]:
+    """`magnitude` times cos and sin (T, P) fp32 of positions (T,) int64 times frequencies (P,) fp32."""
+    tokens, pairs = positions.shape[0], frequencies.shape[0]
+    assert frequencies.dtype == torch.float32 and frequencies.is_contiguous() and positions.is_contiguous()
+    both = torch.empty(2, tokens, pairs, dtype=torch.float32, device=positions.device)
+    padded = triton.next_power_of_2(pairs)
+    rows = max(1, 512 // padded)
+    _angles[(triton.cdiv(tokens, rows),)](
+        positions, frequencies, both, tokens, magnitude, PAIRS=pairs, PADDED=padded, ROWS=rows,
+        **dependent_launch(positions),
+    )  # fmt: skip
+    return both[0], both[1]
+
+
+@triton.jit
+def _angles(
+    positions_ptr, frequencies_ptr, out_ptr, tokens, magnitude,
+    PAIRS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    rows, pairs = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
+    mask = (rows < tokens)[:, None] & (pairs < PAIRS)[None, :]
+    frequencies = tl.load(frequencies_ptr + pairs, mask=pairs < PAIRS, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    positions = tl.load(positions_ptr + rows, mask=rows < tokens, other=0)
+    turns = positions.to(tl.float32)[:, None] * frequencies[None, :]
+    offsets = rows.to(tl.int64)[:, None] * PAIRS + pairs[None, :]
+    tl.store(out_ptr + offsets, tl.cos(turns) * magnitude, mask=mask)
+    tl.store(out_ptr + tokens.to(tl.int64) * PAIRS + offsets, tl.sin(turns) * magnitude, mask=mask)

@@ -1,0 +1,79 @@
+"""Our product of few rows against the reference, alone and with what is fused to it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lamella.ops.linear import reference
+from lamella.ops.linear import triton as fast
+from lamella.ops.rms_norm.reference import add_rms_norm
+from lamella.ops.swiglu.reference import swiglu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(1, 8, 1), (2, 64, 37), (3, 104, 64), (4, 264, 19), (1, 4104, 5)]
+
+
+def operands(rows, size, outputs, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(DEVICE)
+
+    wide = random(rows, size + 8)
+    wide[:, size:] = torch.nan  # what lies between the rows must not matter
+    return wide[:, :size], random(outputs, size, scale=size**-0.5), random(outputs)
+
+
+def close(ours, expected, dtype):
+    eps = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-6}[dtype]
+    torch.testing.assert_close(ours.float(), expected.float(), rtol=2 * eps, atol=2 * eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_product(shape, dtype, with_bias):
+    x, weight, bias = operands(*shape, dtype)
+    before = x.clone(), weight.clone()
+    assert fast.serves(x, weight)
+    ours = fast.linear(x, weight, bias if with_bias else None)
+    close(ours, reference.linear(x, weight, bias if with_bias else None), dtype)
+    assert torch.equal(x, before[0]) and torch.equal(weight, before[1])
+    wide = fast.linear(x, weight, None, wide=True)
+    assert wide.dtype == torch.float32
+    close(wide, reference.wide_linear(x, weight), torch.float32)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_behind_a_norm(shape, with_bias):
+    rows, size, outputs = shape
+    x, weight, bias = operands(rows, size, 2 * outputs, torch.bfloat16)
+    residual, _, _ = operands(rows, size, 1, torch.bfloat16, seed=1)
+    norm_weight = torch.rand(size, device=DEVICE) + 0.5
+    bias = bias if with_bias else None
+    normed, total = add_rms_norm(x, residual, norm_weight, 1e-5)
+    expected = reference.linear(normed.float(), weight, None if bias is None else bias.float())
+    ours, ours_total = fast.norm_linear(x, residual, norm_weight, 1e-5, weight, bias)
+    assert torch.equal(ours_total, total)
+    # The norm may round to the other side where it is near the middle: an error of one input in a few.
+    torch.testing.assert_close(ours.float(), expected, rtol=2**-7, atol=2**-6)
+    ours, ours_total = fast.norm_swiglu_linear(x, residual, norm_weight, 1e-5, weight, bias)
+    assert torch.equal(ours_total, total) and ours.shape == (rows, outputs)
+    torch.testing.assert_close(ours.float(), swiglu(expected), rtol=2**-7, atol=2**-6)
+
+
+def test_a_row_does_not_depend_on_the_others():
+    x, weight, _ = operands(4, 264, 50, torch.bfloat16)
+    together = fast.linear(x, weight, None)
+    for row in range(4):
+        assert torch.equal(fast.linear(x[row : row + 1], weight, None)[0], together[row])
+
+
+def test_what_it_does_not_serve():
+    x, weight, _ = operands(4, 264, 50, torch.bfloat16)
+    assert not fast.serves(torch.cat([x, x]), weight)
+    assert not fast.serves(x.float(), weight.float())
+    assert not fast.serves(x[:, :260], weight[:, :260].contiguous())
+    assert not fast.serves(x, weight.T.contiguous().T)
