@@ -36,7 +36,7 @@ def randomize(model: nn.Module, seed: int) -> None:
 def save_lamella(model: nn.Module, config: dict[str, Any], folder: Path) -> Path:
     """Write one of our models in its Hugging Face layout."""
     tensors = {
-        name: target.parameter[target.start : target.stop].detach().clone()
+        name: target.parameter[target.start : target.stop].detach().clone(memory_format=torch.contiguous_format)
         for name, target in targets(model, type(model).checkpoint_names).items()
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -83,12 +83,13 @@ def test_conversations_find_their_answers_and_cancelling_loses_nothing(checkpoin
     llm, plain = poisoned_llm(checkpoint, block_size=4), poisoned_llm(checkpoint, block_size=4)
     llm.engine.runner.runs_ahead = True
     ids = PROMPTS[3]["prompt_token_ids"]
+    answers = []
     for engine in (llm, plain):
         (first,) = engine.generate(PROMPTS[3:4], params, use_tqdm=False)
         following = {"prompt_token_ids": ids + first.outputs[0].token_ids + [1, 2, 3]}
         (second,) = engine.generate([following], params, use_tqdm=False)
-        answer = second.outputs[0].token_ids if engine is llm else answer
-    assert second.outputs[0].token_ids == answer
+        answers.append(second.outputs[0].token_ids)
+    assert answers[0] == answers[1]
     assert llm.stats()["prefix_hit_tokens"] == plain.stats()["prefix_hit_tokens"] > 40
 
     stream = llm.stream(PROMPTS[5], params)

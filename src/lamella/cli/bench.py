@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import platform
+from dataclasses import asdict
 
 import torch
 
 import lamella
 from lamella.bench.card import CostCard, measure_bandwidth
+from lamella.bench.ops import time_ops
 from lamella.bench.workloads import Workload, check, measure
 from lamella.cli.common import load_llm, print_json, size
+from lamella.engine.llm import LLM
 from lamella.errors import ParameterError
 
 
@@ -30,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
         f"{size(requests * card.state.bytes_at(context))} of state a decode step, "
         f"at {bandwidth / 1e9:.1f} GB/s measured: floor {floor:.2f} ms"
     )
+    if args.workload == "ops":
+        return _ops(llm, requests, context, bandwidth)
     gap = check(llm, workload)
     print(f"check: chosen tokens within {gap:.2g} logprob of a plain forward's")
     timing = measure(llm, workload, args.repeats)
@@ -54,6 +59,31 @@ def run(args: argparse.Namespace) -> int:
             **timing.as_dict(),
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
+            "lamella": lamella.__version__,
+            "torch": torch.__version__,
+        }
+    )
+    return 0
+
+
+def _ops(llm: LLM, rows: int, context: int, bandwidth: float) -> int:
+    timings = []
+    print(f"each operation of a decode step of {rows} requests with {context} tokens, in microseconds a layer")
+    for timing in time_ops(llm, rows, context, bandwidth):
+        timings.append(timing)
+        share = timing.floor / timing.microseconds
+        print(
+            f"{timing.op:22} {timing.microseconds:8.2f}  floor {timing.floor:8.2f} ({share:4.0%})  "
+            f"error {timing.error:.1e}  x {timing.calls}"
+        )
+    print_json(
+        {
+            "workload": "ops",
+            "requests": rows,
+            "context": context,
+            "device": str(llm.engine.device),
+            "bandwidth_gb_s": round(bandwidth / 1e9, 1),
+            "ops": [asdict(timing) for timing in timings],
             "lamella": lamella.__version__,
             "torch": torch.__version__,
         }

@@ -93,9 +93,11 @@ def parser() -> argparse.ArgumentParser:
     _json(demo)
 
     bench = _command(commands, "bench", "time a model on this machine")
-    bench.add_argument("workload", choices=("offline", "latency"), help="many requests at a time, or one")
+    bench.add_argument(
+        "workload", choices=("offline", "latency", "ops"), help="many requests at a time, one, or each operation"
+    )
     _model(bench)
-    bench.add_argument("--requests", type=int, default=None, help="default: 16 offline, 1 for latency")
+    bench.add_argument("--requests", type=int, default=None, help="default: 16 offline, 1 otherwise")
     bench.add_argument("--input-len", type=int, default=128)
     bench.add_argument("--output-len", type=int, default=64)
     bench.add_argument("--repeats", type=int, default=3)
@@ -130,6 +132,7 @@ def _engine(command: argparse.ArgumentParser) -> None:
         ("max-model-len", int),
         ("max-num-seqs", int),
         ("max-num-batched-tokens", int),
+        ("tensor-parallel-size", int),
         ("block-size", int),
         ("num-blocks", int),
         ("snapshot-bytes", int),
@@ -140,4 +143,5 @@ def _engine(command: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
     flag = argparse.BooleanOptionalAction
     group.add_argument("--enable-prefix-caching", action=flag, default=argparse.SUPPRESS)
+    group.add_argument("--enforce-eager", action=flag, default=argparse.SUPPRESS)
     group.set_defaults(engine_options=[action.dest for action in group._group_actions])

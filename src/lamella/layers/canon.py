@@ -40,7 +40,9 @@ class Canon(nn.Module):
     def __init__(self, config: CanonConfig, channels: int, kit: Kit, history: CanonHistory) -> None:
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.empty(channels, 1, config.kernel, dtype=kit.dtype, device=kit.device))
+        # A tap's weights of all channels lie side by side, so that kernels load many at once.
+        taps = torch.empty(config.kernel, channels, dtype=kit.dtype, device=kit.device)
+        self.weight = nn.Parameter(taps.T[:, None, :])
         self.bias = nn.Parameter(torch.empty(channels, dtype=kit.dtype, device=kit.device)) if config.bias else None
         self.history, self.channels = history, history.take(channels)
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from lamella.ops import native
 
+logger = logging.getLogger("lamella")
+
 _portable: ContextVar[bool] = ContextVar("portable_only", default=False)
+_separate: ContextVar[bool] = ContextVar("separate_operations", default=False)
 
 
 def use_native(x: Tensor) -> bool:
@@ -23,6 +28,36 @@ def use_native(x: Tensor) -> bool:
         and not _portable.get()
         and native.available()
     )
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether our Triton kernels serve `x`: on a GPU, without gradients."""
+    return x.is_cuda and not torch.is_grad_enabled() and not _portable.get() and _has_triton()
+
+
+def use_fused(x: Tensor) -> bool:
+    """Whether neighbouring operations on `x` are to be one kernel where there is one."""
+    return use_triton(x) and not _separate.get()
+
+
+@cache
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        logger.warning("triton cannot be imported (%s): the GPU runs plain torch operations, which is slow", error)
+        return False
+    return True
+
+
+@contextmanager
+def separate_operations() -> Iterator[None]:
+    """Within the block, in this thread, every operation is computed by itself, so that its result can be seen."""
+    token = _separate.set(True)
+    try:
+        yield
+    finally:
+        _separate.reset(token)
 
 
 @contextmanager

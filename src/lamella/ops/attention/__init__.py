@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from lamella.ops import native
-from lamella.ops.attention import sdpa
-from lamella.ops.backend import use_native
+from lamella.ops.attention import paged, sdpa
+from lamella.ops.attention.paged import AttentionPlan
+from lamella.ops.backend import use_native, use_triton
 from lamella.ops.ragged import RaggedBatch
 
 causal_attention = sdpa.causal_attention
@@ -30,8 +31,11 @@ def paged_attention(
     batch: RaggedBatch,
     scale: float,
     window: int | None,
+    plan: AttentionPlan | None = None,
 ) -> Tensor:
-    """See `reference.paged_attention`."""
+    """See `reference.paged_attention`; `plan` is the step's, where the engine has an `AttentionSpace`."""
+    if plan is not None and use_triton(q):
+        return paged.paged_attention(q, k_cache, v_cache, page_table, batch, scale, window, plan)
     if not use_native(q):
         return sdpa.paged_attention(q, k_cache, v_cache, page_table, batch, scale, window)
     decodes = batch.num_decodes

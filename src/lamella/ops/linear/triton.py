@@ -1,7 +1,7 @@
 """Products of very few rows with a weight matrix: each program holds whole rows of the weight in registers.
 
 At one row nothing counts but how fast the weight arrives. So every program asks for all of its weight at once, before
-it even waits for the kernel ahead of it, whose result it needs (see `launch.dependent_launch`). What stands before the
+it even waits for the kernel ahead of it, whose result it needs (see `launch.wait_for_predecessor`). What stands before the
 product in a block, the residual sum and its norm, is cheap enough for every program to compute for itself.
 """
 
@@ -12,11 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lamella.ops.launch import dependent_launch
+from lamella.ops.launch import dependent_launch, wait_for_predecessor
 
 MAX_ROWS = 4
 _MAX_INPUT = 1 << 14  # elements: the longest weight row that fits into a program's registers
-_TILE = 1 << 14  # weight elements of a program with four warps
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
@@ -70,12 +69,15 @@ def _launch(
     y: Tensor,
     total: Tensor | None,
     gated: bool,
-    tile: int = _TILE,
+    *,
+    tile: int | None = None,
     num_warps: int = 4,
 ) -> None:
     rows, size = x.shape
     outputs = y.shape[1]
     padded = triton.next_power_of_2(size)
+    if tile is None:
+        tile, num_warps = (1 << 13, 2) if size <= 1024 else (1 << 13, 4) if weight.numel() < 5 << 20 else (1 << 14, 4)
     block = max(1, tile // padded // (2 if gated else 1))
     while padded * block * (2 if gated else 1) > tile and num_warps < 16:
         tile, num_warps = tile * 2, num_warps * 2
@@ -99,8 +101,6 @@ def _kernel(
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
     GATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     outputs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inputs = tl.arange(0, PADDED)[None, :]
     inside = inputs < SIZE
@@ -115,8 +115,7 @@ def _kernel(
         bias = tl.load(bias_ptr + outputs, mask=outputs < OUTPUTS, other=0.0).to(tl.float32)
         if GATED:
             up_bias = tl.load(bias_ptr + OUTPUTS + outputs, mask=outputs < OUTPUTS, other=0.0).to(tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    wait_for_predecessor(PDL)
     for row in tl.static_range(ROWS):
         x = tl.load(x_ptr + row * x_stride + inputs, mask=inside, other=0.0)
         if residual_ptr is not None:
@@ -124,15 +123,21 @@ def _kernel(
             total = (x.to(tl.float32) + kept.to(tl.float32)).to(x.dtype)
             if tl.program_id(0) == 0:
                 tl.store(total_ptr + row * SIZE + inputs, total, mask=inside)
+            # The norm's scale is a factor of the whole sum: both sums are added up at once, and multiplied in the end.
             wide = total.to(tl.float32)
-            scale = tl.rsqrt(tl.sum(wide * wide) / SIZE + eps)
-            x = (wide * scale * norm_weight).to(x.dtype)
-        wide_x = x.to(tl.float32)
+            scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / SIZE + eps)
+            wide_x = wide * norm_weight
+        else:
+            wide_x = x.to(tl.float32)
         y = _dot(weight, wide_x)
+        if residual_ptr is not None:
+            y *= scale
         if bias_ptr is not None:
             y += bias
         if GATED:
             up = _dot(up_weight, wide_x)
+            if residual_ptr is not None:
+                up *= scale
             if bias_ptr is not None:
                 up += up_bias
             y = y / (1.0 + tl.exp(-y)) * up

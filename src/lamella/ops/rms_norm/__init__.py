@@ -5,14 +5,20 @@ from __future__ import annotations
 from torch import Tensor
 
 from lamella.ops import native
-from lamella.ops.backend import use_native
+from lamella.ops.backend import use_native, use_triton
 from lamella.ops.rms_norm import reference
+
+_MAX_WIDTH = 16384  # of a row that one program of our Triton kernel holds
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `reference.rms_norm`."""
     if use_native(x):
         return native.add_rms_norm(x, None, weight, eps)[0]
+    if use_triton(x) and x.shape[-1] <= _MAX_WIDTH:
+        from lamella.ops.rms_norm import triton
+
+        return triton.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
 
 
@@ -22,4 +28,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         normed, total = native.add_rms_norm(x, residual, weight, eps)
         assert total is not None
         return normed, total
+    if use_triton(x) and x.shape[-1] <= _MAX_WIDTH:
+        from lamella.ops.rms_norm import triton
+
+        return triton.add_rms_norm(x, residual, weight, eps)
     return reference.add_rms_norm(x, residual, weight, eps)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lamella.ops.launch import dependent_launch
+from lamella.ops.launch import dependent_launch, wait_for_predecessor
 
 
 def angles(positions: Tensor, frequencies: Tensor, magnitude: float) -> tuple[Tensor, Tensor]:
@@ -29,13 +29,10 @@ def _angles(
     positions_ptr, frequencies_ptr, out_ptr, tokens, magnitude,
     PAIRS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     rows, pairs = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
     mask = (rows < tokens)[:, None] & (pairs < PAIRS)[None, :]
     frequencies = tl.load(frequencies_ptr + pairs, mask=pairs < PAIRS, other=0.0)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    wait_for_predecessor(PDL)
     positions = tl.load(positions_ptr + rows, mask=rows < tokens, other=0)
     turns = positions.to(tl.float32)[:, None] * frequencies[None, :]
     offsets = rows.to(tl.int64)[:, None] * PAIRS + pairs[None, :]

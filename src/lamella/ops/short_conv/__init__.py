@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lamella.ops import native
-from lamella.ops.backend import use_native
+from lamella.ops.backend import use_native, use_triton
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.short_conv import reference
 
@@ -17,7 +17,6 @@ def short_conv(
     batch: RaggedBatch,
     history: Tensor | None = None,
     slots: Tensor | None = None,
-    *,
     activation: bool = False,
     residual: bool = False,
 ) -> Tensor:
@@ -26,4 +25,46 @@ def short_conv(
         return native.short_conv(
             x, weight, bias, history, slots, batch.query_start_loc, batch.positions, activation, residual
         )
+    if use_triton(x):
+        from lamella.ops.short_conv import triton
+
+        return triton.short_conv(x, weight, bias, batch, history, slots, activation=activation, residual=residual)
     return reference.short_conv(x, weight, bias, batch, history, slots, activation=activation, residual=residual)
+
+
+def short_conv_swiglu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    batch: RaggedBatch,
+    history: Tensor | None,
+    slots: Tensor | None,
+    activation: bool,
+    residual: bool,
+) -> Tensor:
+    """`swiglu` of the convolved x (T, 2 I) in one kernel, on a GPU."""
+    from lamella.ops.short_conv import triton
+
+    return triton.short_conv_swiglu(x, weight, bias, batch, history, slots, activation=activation, residual=residual)
+
+
+def norm_short_conv(
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    batch: RaggedBatch,
+    history: Tensor | None,
+    slots: Tensor | None,
+    activation: bool,
+    skip: bool,
+) -> tuple[Tensor, Tensor]:
+    """The convolution of `add_rms_norm(x, residual, ...)`, and the new residual, on a GPU; with `skip`, `y = x + c`."""
+    from lamella.ops.short_conv import triton
+
+    return triton.norm_short_conv(
+        x, residual, norm_weight, eps, weight, bias, batch, history, slots,
+        activation=activation, residual_connection=skip,
+    )  # fmt: skip

@@ -1,0 +1,205 @@
+"""Each operation of a model by itself: checked against its reference, timed over all layers, next to its floor."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamella.engine.llm import LLM
+from lamella.layers.canon import Canon
+from lamella.layers.context import ForwardBatch, PageView, forward_batch
+from lamella.layers.kit import PagedAttention, SlotHolder, state_holders
+from lamella.layers.linear import Head, Linear
+from lamella.layers.norm import RMSNorm
+from lamella.ops.attention import reference as attention_reference
+from lamella.ops.linear import reference as linear_reference
+from lamella.ops.ragged import RaggedBatch
+from lamella.ops.rms_norm import reference as norm_reference
+from lamella.ops.short_conv import reference as conv_reference
+from lamella.state.spec import PagedState
+
+_SECONDS = 0.2  # of timing for each operation, about
+# How far an operation may be from its reference, in units of the result's root mean square.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class OpTiming:
+    """One operation.
+
+    Attributes:
+        op: its name.
+        microseconds: of one layer's, the mean over all layers.
+        floor: microseconds that reading and writing its bytes takes at the measured bandwidth.
+        error: largest difference from the reference, in units of the result's root mean square.
+        calls: how many layers have it.
+    """
+
+    op: str
+    microseconds: float
+    floor: float
+    error: float
+    calls: int
+
+
+@dataclass(frozen=True)
+class _Case:
+    op: str
+    passes: Sequence[Callable[[], Tensor]]  # one for each layer, so that no weight is still in a cache
+    expected: Callable[[], Tensor]  # what the first gives
+    nbytes: int
+
+
+@torch.inference_mode()
+def time_ops(llm: LLM, rows: int, context: int, bandwidth: float) -> Iterator[OpTiming]:
+    """Time the operations of a decode step of `rows` requests with `context` tokens each.
+
+    Raises `AssertionError` where one is not what its reference says. The engine's state is overwritten.
+    """
+    device = llm.engine.device
+    for case in _cases(llm, rows, context):
+        # Convolutions move their history on, so what is expected is computed from what was there before.
+        expected = case.expected().float()
+        difference = case.passes[0]().float() - expected
+        error = float(difference.abs().max() / expected.square().mean().sqrt())
+        assert error <= _TOLERANCE[_dtype(llm)], f"{case.op}: {error:.2g} from its reference"
+        seconds = _seconds(case.passes, device) / len(case.passes)
+        yield OpTiming(case.op, seconds * 1e6, case.nbytes / bandwidth * 1e6, error, len(case.passes))
+
+
+def _cases(llm: LLM, rows: int, context: int) -> Iterator[_Case]:
+    model, device = llm.engine.model, llm.engine.device
+    batch = _decode_batch(llm, rows, context)
+    dtype = _dtype(llm)
+    modules: dict[str, list[Any]] = defaultdict(list)
+    for path, module in model.named_modules():
+        if isinstance(module, Linear | RMSNorm | Canon | PagedAttention):
+            modules[re.sub(r"^model\.|layers\.\d+\.", "", path)].append(module)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    for name, same in modules.items():
+        first = same[0]
+        if isinstance(first, Linear):
+            x = random(rows, first.weight.shape[1])
+            if isinstance(first, Head):
+                expected = partial(linear_reference.wide_linear, x, first.weight)
+            else:
+                expected = partial(linear_reference.linear, x, first.weight, first.bias)
+            nbytes = first.weight.nbytes + x.nbytes + rows * first.weight.shape[0] * x.itemsize
+            yield _Case(name, [partial(m, x) for m in same], expected, nbytes)
+        elif isinstance(first, RMSNorm):
+            x, residual = random(rows, first.weight.shape[0]), random(rows, first.weight.shape[0])
+            expected = partial(_first, norm_reference.add_rms_norm, x, residual, first.weight, first.eps)
+            yield _Case(name, [partial(_first, m, x, residual) for m in same], expected, 4 * x.nbytes)
+        elif isinstance(first, Canon):
+            x = random(rows, first.weight.shape[0])
+            passes = [partial(_within, batch, m, x) for m in same]
+            width = first.weight.shape[2]
+            yield _Case(name, passes, partial(_convolved, batch, first, x), x.nbytes * 2 * width + first.weight.nbytes)
+        else:
+            spec = first.spec
+            q = random(rows, first.heads, spec.head_dim)
+            passes = [partial(_within, batch, m.read, q) for m in same]
+            nbytes = rows * spec.live_tokens(context) * spec.bytes_per_token + 2 * q.nbytes
+            yield _Case(name, passes, partial(_attended, batch, first, q), nbytes)
+
+
+def _dtype(llm: LLM) -> torch.dtype:
+    return llm.engine.model.get_parameter("model.embed_tokens.weight").dtype
+
+
+def _decode_batch(llm: LLM, rows: int, context: int) -> ForwardBatch:
+    """A step over random state: every request has pages and a slot of its own, in no order."""
+    engine, device = llm.engine, llm.engine.device
+    pages = engine.state.pages_for(context)
+    for holder in state_holders(engine.model):
+        tensors = [holder.rows] if isinstance(holder, SlotHolder) else [holder.k_cache, holder.v_cache]
+        for tensor in tensors:
+            assert tensor is not None
+            tensor.normal_()
+    views: dict[PagedState, PageView] = {}
+    for group, pool in zip(engine.state.groups, engine.state.page_pools, strict=True):
+        if pool.capacity < rows * pages:
+            raise ValueError(
+                f"{rows} requests of {context} tokens need {rows * pages} pages; there are {pool.capacity}"
+            )
+        order = torch.randperm(pool.capacity, device=device)[: rows * pages] + 1
+        none = torch.empty(0, dtype=torch.int32, device=device)
+        new_rows = torch.zeros(rows, dtype=torch.int64, device=device)
+        views[group] = PageView(order.view(rows, pages).int(), new_rows, none)
+    ragged = RaggedBatch.from_lengths([1] * rows, [context] * rows, device)
+    slots = torch.arange(1, rows + 1, device=device)
+    return ForwardBatch(ragged, views, slots, engine.runner.attention)
+
+
+def _first(function: Callable[..., tuple[Tensor, Tensor]], *operands: object) -> Tensor:
+    return function(*operands)[0]
+
+
+def _within(batch: ForwardBatch, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with forward_batch(batch):
+        return function(x)
+
+
+def _convolved(batch: ForwardBatch, canon: Canon, x: Tensor) -> Tensor:
+    with forward_batch(batch):
+        weight, bias, ragged, history, slots, activation, residual = canon.operands()
+    assert history is not None
+    return conv_reference.short_conv(
+        x, weight, bias, ragged, history.clone(), slots, activation=activation, residual=residual
+    )
+
+
+def _attended(batch: ForwardBatch, attention: PagedAttention, q: Tensor) -> Tensor:
+    assert batch.pages is not None and attention.k_cache is not None and attention.v_cache is not None
+    table = batch.pages[attention.spec].page_table
+    return attention_reference.paged_attention(
+        q, attention.k_cache, attention.v_cache, table, batch.ragged, attention.scale, attention.spec.window
+    )
+
+
+def _seconds(passes: Sequence[Callable[[], Tensor]], device: torch.device) -> float:
+    """Of all passes one after the other, the median of many; on a GPU within a graph, as the engine runs them."""
+    if device.type != "cuda":
+        return _median(lambda: _timed(passes))
+    for run in passes:
+        run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in passes:
+            run()
+
+    def timed() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return _median(timed)
+
+
+def _timed(passes: Sequence[Callable[[], Tensor]]) -> float:
+    start = time.perf_counter()
+    for run in passes:
+        run()
+    return time.perf_counter() - start
+
+
+def _median(measure: Callable[[], float]) -> float:
+    measure()
+    times, end = [measure()], time.perf_counter() + _SECONDS
+    while time.perf_counter() < end or len(times) < 3:
+        times.append(measure())
+    return sorted(times)[len(times) // 2]

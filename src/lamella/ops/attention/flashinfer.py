@@ -1,0 +1,58 @@
+"""Attention of prompts through FlashInfer, which plans a step on the host and has kernels for each generation of GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import flashinfer
+import torch
+from torch import Tensor
+
+WORKSPACE_BYTES = 256 << 20
+
+
+class Prefill:
+    """One planned step. A second one must not be planned before the first has run on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        memory = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(memory, "NHD")
+
+    def plan(
+        self,
+        query_lens: Sequence[int],
+        context_lens: Sequence[int],
+        page_list: Tensor,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        dtype: torch.dtype,
+        scale: float,
+    ) -> None:
+        """R requests whose last `query_lens` tokens of `context_lens` are new; page_list (N,) int32 on the device."""
+
+        def host(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32)
+
+        pages = [-(-length // page_size) for length in context_lens]
+        self._wrapper.plan(
+            host([0, *accumulate(query_lens)]),
+            host([0, *accumulate(pages)]),
+            page_list,
+            host([(length - 1) % page_size + 1 for length in context_lens]),
+            heads,
+            kv_heads,
+            head_dim,
+            page_size,
+            causal=True,
+            sm_scale=scale,
+            q_data_type=dtype,
+            kv_data_type=dtype,
+        )
+
+    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
+        """q and out (T, H, D); caches (pages, page_size, KV, D)."""
+        self._wrapper.run(q, (k_cache, v_cache), out=out)

@@ -1,0 +1,148 @@
+"""Paged attention on a GPU: what an engine keeps for it, and what a step plans once for all layers of a state group."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lamella.ops.ragged import RaggedBatch
+
+if TYPE_CHECKING:
+    from lamella.ops.attention.flashinfer import Prefill
+    from lamella.ops.attention.triton import DecodeWorkspace
+
+logger = logging.getLogger("lamella")
+
+
+class AttentionSpace:
+    """Device memory for the attention of one engine's steps, made when first asked for.
+
+    A step may be prepared while the one before it still runs, so there are two of what the host writes to.
+    """
+
+    def __init__(self, max_requests: int, max_length: int, device: torch.device) -> None:
+        """For steps of so many requests, padding included, of so many tokens each."""
+        self.max_requests, self.max_length, self.device = max_requests, max_length, device
+        self._workspaces: dict[tuple[int, int, int, int | None], DecodeWorkspace] = {}
+        self._prefills: dict[tuple[int, Hashable], Prefill] = {}
+        self._turn = 0
+
+    def begin_step(self) -> None:
+        """The host is about to prepare another step."""
+        self._turn = 1 - self._turn
+
+    def decode_workspace(self, heads: int, kv_heads: int, head_dim: int, window: int | None) -> DecodeWorkspace:
+        from lamella.ops.attention import triton
+
+        key = heads, kv_heads, head_dim, window
+        if key not in self._workspaces:
+            length = self.max_length if window is None else min(self.max_length, window)
+            self._workspaces[key] = triton.DecodeWorkspace(
+                self.max_requests,
+                self.max_requests * triton.max_chunks(length, head_dim),
+                heads,
+                kv_heads,
+                head_dim,
+                self.device,
+            )
+        return self._workspaces[key]
+
+    def prefill(self, key: Hashable, dtype: torch.dtype) -> Prefill | None:
+        """FlashInfer's attention of many tokens a request, for one plan of this turn; None where it cannot serve."""
+        if not _has_flashinfer() or dtype == torch.float32:
+            return None
+        from lamella.ops.attention.flashinfer import Prefill
+
+        if (self._turn, key) not in self._prefills:
+            self._prefills[self._turn, key] = Prefill(self.device)
+        return self._prefills[self._turn, key]
+
+
+@cache
+def _has_flashinfer() -> bool:
+    try:
+        import flashinfer  # noqa: F401
+    except ImportError as error:
+        logger.info("attention of prompts by our Triton kernel: flashinfer cannot be imported (%s)", error)
+        return False
+    logger.info("attention of prompts by FlashInfer")
+    return True
+
+
+class AttentionPlan:
+    """One step's work for the layers of a state group that have equally many query heads."""
+
+    def __init__(
+        self,
+        space: AttentionSpace,
+        batch: RaggedBatch,
+        page_list: Tensor,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        dtype: torch.dtype,
+        scale: float,
+        window: int | None,
+    ) -> None:
+        """`page_list` (N,) int32: the pages of the requests after the decodes, one request's after the other's."""
+        from lamella.ops.attention import triton
+
+        decodes = batch.num_decodes
+        self.workspace: DecodeWorkspace | None = None
+        if decodes:
+            self.workspace = space.decode_workspace(heads, kv_heads, head_dim, window)
+            triton.plan_decode(batch.seq_lens[:decodes], window, self.workspace)
+        self.prefill: Prefill | None = None
+        if decodes < batch.num_requests and window is None:
+            # Beyond a window lie pages that were given back: FlashInfer would read them, if only to weigh them by zero.
+            self.prefill = space.prefill((heads, kv_heads, head_dim, scale), dtype)
+            if self.prefill is not None:
+                self.prefill.plan(
+                    batch.query_lens[decodes:], batch.context_lens[decodes:], page_list, heads, kv_heads, head_dim,
+                    page_size, dtype, scale,
+                )  # fmt: skip
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    batch: RaggedBatch,
+    scale: float,
+    window: int | None,
+    plan: AttentionPlan,
+) -> Tensor:
+    """See `reference.paged_attention`."""
+    from lamella.ops.attention import triton, triton_prefill
+
+    decodes = batch.num_decodes
+    if decodes == batch.num_requests:
+        assert plan.workspace is not None
+        return triton.decode_attention(q, k_cache, v_cache, page_table, scale, plan.workspace)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if plan.workspace is not None:
+        out[:decodes] = triton.decode_attention(
+            q[:decodes], k_cache, v_cache, page_table[:decodes], scale, plan.workspace
+        )
+    if plan.prefill is not None:
+        plan.prefill.run(q[decodes:], k_cache, v_cache, out[decodes:])
+        return out
+    out[decodes:] = triton_prefill.prefill_attention(
+        q[decodes:],
+        k_cache,
+        v_cache,
+        page_table[decodes:],
+        batch.query_start_loc[decodes:] - decodes,
+        batch.seq_lens[decodes:],
+        max(batch.query_lens[decodes:]),
+        scale,
+        window,
+    )
+    return out

@@ -1,0 +1,314 @@
+"""Attention of one query token a request over paged keys and values.
+
+The visible context of a request is cut into chunks that depend on its own length alone, so that no sum ever depends on
+strangers. `plan_decode` lists the chunks of all requests once a step. Then a fixed number of programs, whatever the
+lengths, work the list off for each layer. Of the programs that share a request, the last to finish adds up the parts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lamella.ops.launch import dependent_launch
+
+MAX_CHUNKS = tl.constexpr(64)  # of a request: beyond, its chunks grow
+_LOG2_E = 1.4426950408889634
+_FIELDS = 5  # of an item: request, first and last position + 1, the request's first item, its number of items
+
+
+class Settings(NamedTuple):
+    """How `decode_attention` runs; changes its speed, and results only in rounding."""
+
+    block: int  # tokens a program works on at a time, a power of two >= 16
+    num_warps: int
+    num_stages: int
+    programs: int  # per multiprocessor
+
+
+# By head_dim, padded to a power of two, and bytes per element.
+_CHUNK = {16: 512, 32: 512, 64: 256, 128: 256, 256: 128}
+_SETTINGS = {
+    (16, 2): Settings(128, 4, 5, 4),
+    (32, 2): Settings(128, 4, 5, 4),
+    (64, 2): Settings(128, 4, 5, 3),
+    (128, 2): Settings(64, 4, 5, 3),
+    (256, 2): Settings(32, 4, 5, 3),
+    (16, 4): Settings(64, 4, 3, 4),
+    (32, 4): Settings(64, 4, 3, 4),
+    (64, 4): Settings(32, 4, 3, 3),
+    (128, 4): Settings(16, 4, 3, 3),
+    (256, 4): Settings(16, 8, 2, 2),
+}
+
+
+def max_chunks(length: int, head_dim: int) -> int:
+    """How many items of a plan a request of at most `length` visible tokens can take."""
+    return min(triton.cdiv(length, _CHUNK[_padded(head_dim)]), MAX_CHUNKS.value)
+
+
+class DecodeWorkspace:
+    """Device memory for a plan and for the parts of outputs, to be used by one stream at a time.
+
+    Attributes:
+        items: (5, max_items) int32, the plan; beyond `num_items`, anything.
+        num_items: (1,) int32.
+        arrived: (1 + max_requests * kv_heads,) int32, zero between calls: units of work handed out, then parts finished
+            of each request and key/value head.
+        parts: (max_items, heads, head_dim) fp32, and `maxima` and `sums` (max_items, heads) fp32.
+        chunk: tokens in a chunk of a request that has at most `MAX_CHUNKS` of them.
+    """
+
+    def __init__(
+        self,
+        max_requests: int,
+        max_items: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        device: torch.device | str,
+        *,
+        chunk: int | None = None,
+    ) -> None:
+        """`max_items` bounds the sum of the requests' chunks, see `max_chunks`."""
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.chunk = chunk or _CHUNK[_padded(head_dim)]
+        self.items = torch.zeros(_FIELDS, max_items, dtype=torch.int32, device=device)
+        self.num_items = torch.zeros(1, dtype=torch.int32, device=device)
+        self.arrived = torch.zeros(1 + max_requests * kv_heads, dtype=torch.int32, device=device)
+        self.parts = torch.empty(max_items, heads, head_dim, dtype=torch.float32, device=device)
+        self.maxima = torch.empty(max_items, heads, dtype=torch.float32, device=device)
+        self.sums = torch.empty_like(self.maxima)
+        self.processors = (
+            torch.cuda.get_device_properties(self.items.device).multi_processor_count if self.items.is_cuda else 1
+        )
+
+
+def plan_decode(seq_lens: Tensor, window: int | None, workspace: DecodeWorkspace) -> None:
+    """Write into `workspace` the work of one step: seq_lens (R,) int32, each >= 1, the new token counted.
+
+    A token sees itself and, with a window w, the w - 1 tokens before it.
+    """
+    requests = seq_lens.shape[0]
+    assert seq_lens.dtype == torch.int32 and seq_lens.is_contiguous()
+    assert requests * workspace.kv_heads < workspace.arrived.shape[0]
+    _plan_kernel[(requests,)](
+        seq_lens, requests, workspace.items, workspace.items.shape[1], workspace.num_items,
+        PADDED=triton.next_power_of_2(requests), WINDOW=window or 0, CHUNK=workspace.chunk,
+        **dependent_launch(seq_lens),
+    )  # fmt: skip
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    scale: float,
+    workspace: DecodeWorkspace,
+    *,
+    settings: Settings | None = None,
+) -> Tensor:
+    """One query token a request: q (R, H, D), returns (R, H, D); the requests are those of `plan_decode`.
+
+    Caches and page_table (R, P) int32 as in `reference.paged_attention`; the workspace is overwritten.
+    """
+    requests, heads, dim = q.shape
+    page_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
+    assert (heads, kv_heads, dim) == (workspace.heads, workspace.kv_heads, workspace.head_dim)
+    assert q.stride(2) == 1 and q.stride(1) == dim and k_cache.stride(3) == 1 and page_table.stride(1) == 1
+    assert k_cache.stride() == v_cache.stride() and q.dtype == k_cache.dtype == v_cache.dtype
+    assert page_table.dtype == torch.int32 and page_size & (page_size - 1) == 0
+    group, padded = heads // kv_heads, _padded(dim)
+    padded_group = triton.next_power_of_2(group)
+    settings = settings or _SETTINGS[padded, q.itemsize]
+    items = min(workspace.items.shape[1], requests * MAX_CHUNKS.value)
+    out = q.new_empty(q.shape)
+    _decode_kernel[(min(settings.programs * workspace.processors, items * kv_heads),)](
+        q, q.stride(0), k_cache, v_cache, k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
+        page_table, page_table.stride(0), workspace.items, workspace.items.shape[1], workspace.num_items,
+        workspace.arrived, workspace.parts, workspace.maxima, workspace.sums, out, scale * _LOG2_E,
+        KV_HEADS=kv_heads, GROUP=group, DIM=dim, PAGE_SIZE=page_size, ROWS=max(16, padded_group),
+        PADDED_GROUP=padded_group, PADDED=padded, BLOCK=settings.block,
+        PARTS=max(1, 4096 // (padded_group * padded)), num_warps=settings.num_warps, num_stages=settings.num_stages,
+        **dependent_launch(q),
+    )  # fmt: skip
+    return out
+
+
+def _padded(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
+
+
+@triton.jit
+def _chunking(length, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
+    """Of requests: the first visible position, the tokens in a chunk, the number of chunks."""
+    visible = length
+    if WINDOW > 0:
+        visible = tl.minimum(length, WINDOW)
+    # The least power of two, times CHUNK, that covers the context in MAX_CHUNKS.
+    size = visible * 0 + CHUNK
+    for _ in tl.static_range(12):
+        size = tl.where(visible > size * MAX_CHUNKS, size * 2, size)
+    return length - visible, size, tl.cdiv(visible, size)
+
+
+@triton.jit(do_not_specialize=["requests"])
+def _plan_kernel(
+    lengths_ptr, requests, items_ptr, max_items, num_items_ptr,
+    PADDED: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    request = tl.program_id(0)
+    others = tl.arange(0, PADDED)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    lengths = tl.load(lengths_ptr + others, mask=others < requests, other=0)
+    _, _, counts = _chunking(lengths, WINDOW, CHUNK)
+    first = tl.sum(tl.where(others < request, counts, 0))
+    if request == 0:
+        tl.store(num_items_ptr, tl.sum(counts))
+    length = tl.load(lengths_ptr + request)
+    start, size, count = _chunking(length, WINDOW, CHUNK)
+    chunks = tl.arange(0, MAX_CHUNKS)
+    mine = chunks < count
+    starts = start + chunks * size
+    item_ptrs = items_ptr + first + chunks
+    tl.store(item_ptrs, tl.zeros_like(chunks) + request, mask=mine)
+    tl.store(item_ptrs + max_items, starts, mask=mine)
+    tl.store(item_ptrs + 2 * max_items, tl.minimum(starts + size, length), mask=mine)
+    tl.store(item_ptrs + 3 * max_items, tl.zeros_like(chunks) + first, mask=mine)
+    tl.store(item_ptrs + 4 * max_items, tl.zeros_like(chunks) + count, mask=mine)
+
+
+@triton.jit
+def _item(items_ptr, max_items, item):
+    item_ptr = items_ptr + item
+    return (
+        tl.load(item_ptr),
+        tl.load(item_ptr + max_items),
+        tl.load(item_ptr + 2 * max_items),
+        tl.load(item_ptr + 3 * max_items),
+        tl.load(item_ptr + 4 * max_items),
+    )
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr, q_stride, k_ptr, v_ptr, page_stride, row_stride, head_stride, table_ptr, table_stride,
+    items_ptr, max_items, num_items_ptr, arrived_ptr, parts_ptr, maxima_ptr, sums_ptr, out_ptr, scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr,
+    PADDED_GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, PADDED)
+    inside = dims < DIM
+    cells = rows[:, None] * DIM + dims[None, :]  # of a group's q, parts and output
+    cell_mask = (rows < GROUP)[:, None] & inside[None, :]
+    unit = tl.program_id(0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    # The item is loaded together with what tells whether there is such an item: at batch 1, a wait less.
+    request, start, end, first, count = _item(items_ptr, max_items, unit // KV_HEADS)
+    units = tl.load(num_items_ptr) * KV_HEADS
+    while unit < units:
+        item = unit // KV_HEADS
+        kv_head = unit % KV_HEADS
+        q = tl.load(q_ptr + request.to(tl.int64) * q_stride + kv_head * GROUP * DIM + cells, mask=cell_mask, other=0.0)
+        pages_ptr = table_ptr + request.to(tl.int64) * table_stride
+        k_head_ptr = k_ptr + kv_head * head_stride
+        v_head_ptr = v_ptr + kv_head * head_stride
+        maximum = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        part = tl.zeros((ROWS, PADDED), tl.float32)
+        for tile in tl.range(start, end, BLOCK):
+            positions = tile + tl.arange(0, BLOCK)
+            seen = positions < end
+            pages = tl.load(pages_ptr + positions // PAGE_SIZE, mask=seen, other=0).to(tl.int64)
+            offsets = pages * page_stride + (positions % PAGE_SIZE) * row_stride
+            cached = offsets[:, None] + dims[None, :]
+            mask = seen[:, None] & inside[None, :]
+            k = tl.load(k_head_ptr + cached, mask=mask, other=0.0)
+            scores = tl.dot(q, k.T, input_precision="ieee") * scale
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_maximum[:, None])
+            shrink = tl.exp2(maximum - new_maximum)
+            total = total * shrink + tl.sum(weights, axis=1)
+            v = tl.load(v_head_ptr + cached, mask=mask, other=0.0)
+            part = tl.dot(weights.to(v.dtype), v, part * shrink[:, None], input_precision="ieee")
+            maximum = new_maximum
+
+        out_head_ptr = out_ptr + (request * HEADS + kv_head * GROUP) * DIM
+        if count == 1:
+            tl.store(out_head_ptr + cells, (part / total[:, None]).to(out_ptr.dtype.element_ty), mask=cell_mask)
+        else:
+            head = item * HEADS + kv_head * GROUP
+            tl.store(parts_ptr + head.to(tl.int64) * DIM + cells, part, mask=cell_mask)
+            tl.store(maxima_ptr + head + rows, maximum, mask=rows < GROUP)
+            tl.store(sums_ptr + head + rows, total, mask=rows < GROUP)
+            # All threads have stored before one of them announces it, and read the others' parts after that.
+            tl.debug_barrier()
+            counter_ptr = arrived_ptr + 1 + request * KV_HEADS + kv_head
+            if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == count - 1:
+                _combine(
+                    parts_ptr, maxima_ptr, sums_ptr, out_head_ptr, first, count, kv_head * GROUP,
+                    HEADS, GROUP, DIM, PADDED_GROUP, PADDED, PARTS,
+                )  # fmt: skip
+                tl.store(counter_ptr, 0)
+
+        # The first units go by number; if there are more, whoever has time takes the next.
+        programs = tl.num_programs(0)
+        unit = units
+        if units > programs:
+            unit = programs + tl.atomic_add(arrived_ptr, 1, sem="relaxed", scope="gpu")
+            if unit < units:
+                request, start, end, first, count = _item(items_ptr, max_items, unit // KV_HEADS)
+            elif unit == units + programs - 1:  # every program has asked in vain: no one will ask again
+                tl.store(arrived_ptr, 0)
+
+
+@triton.jit
+def _combine(
+    parts_ptr, maxima_ptr, sums_ptr, out_ptr, first, count, first_head,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    PADDED_GROUP: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Add up the parts of one request and key/value head, PARTS at a time in their order."""
+    rows = tl.arange(0, PADDED_GROUP)
+    dims = tl.arange(0, PADDED)
+    cells = rows[:, None] * DIM + dims[None, :]
+    cell_mask = (rows < GROUP)[:, None] & (dims < DIM)[None, :]
+    maximum = tl.full((PADDED_GROUP,), float("-inf"), tl.float32)
+    total = tl.zeros((PADDED_GROUP,), tl.float32)
+    out = tl.zeros((PADDED_GROUP, PADDED), tl.float32)
+    for part in range(0, count, PARTS):
+        parts = part + tl.arange(0, PARTS)
+        heads = (first + parts) * HEADS + first_head
+        mask = (parts < count)[:, None] & (rows < GROUP)[None, :]
+        # Past the first-level cache, which does not see what other multiprocessors write.
+        maxima = tl.load(
+            maxima_ptr + heads[:, None] + rows[None, :], mask=mask, other=float("-inf"), cache_modifier=".cg"
+        )
+        sums = tl.load(sums_ptr + heads[:, None] + rows[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        values = tl.load(
+            parts_ptr + heads.to(tl.int64)[:, None, None] * DIM + cells[None],
+            mask=(parts < count)[:, None, None] & cell_mask[None], other=0.0, cache_modifier=".cg",
+        )  # fmt: skip
+        # Of the padding rows, which have no part at all, the maximum stays finite.
+        new_maximum = tl.maximum(maximum, tl.max(maxima, axis=0))
+        new_maximum = tl.where(rows < GROUP, new_maximum, 0.0)
+        weights = tl.exp2(maxima - new_maximum[None, :])
+        shrink = tl.exp2(maximum - new_maximum)
+        total = total * shrink + tl.sum(sums * weights, axis=0)
+        out = out * shrink[:, None] + tl.sum(values * weights[:, :, None], axis=0)
+        maximum = new_maximum
+    tl.store(out_ptr + cells, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=cell_mask)

@@ -1,0 +1,229 @@
+"""Causal attention of many new tokens a request: over paged keys and values, or over the new tokens' own.
+
+A program has some neighbouring tokens and all query heads that share a key/value head, as the rows of one matrix, and
+walks through the tokens that any of them sees. Only at the edges of what they see does it look at who sees what.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lamella.ops.launch import dependent_launch
+
+_LOG2_E = 1.4426950408889634
+
+
+class Settings(NamedTuple):
+    """How the kernel runs; changes its speed, and results only in rounding."""
+
+    rows: int  # of a program: tokens times query heads of a group; a power of two >= 16
+    block: int  # tokens it looks at at a time, a power of two >= 16
+    num_warps: int
+    num_stages: int
+
+
+# By head_dim, padded to a power of two, and bytes per element.
+_SETTINGS = {
+    (16, 2): Settings(128, 64, 4, 3),
+    (32, 2): Settings(128, 64, 4, 3),
+    (64, 2): Settings(128, 64, 8, 5),
+    (128, 2): Settings(128, 64, 8, 5),
+    (256, 2): Settings(64, 64, 8, 3),
+    (16, 4): Settings(64, 32, 4, 2),
+    (32, 4): Settings(64, 32, 4, 2),
+    (64, 4): Settings(64, 32, 8, 2),
+    (128, 4): Settings(32, 16, 8, 2),
+    (256, 4): Settings(16, 16, 8, 1),
+}
+
+
+def prefill_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    max_query_len: int,
+    scale: float,
+    window: int | None,
+    *,
+    settings: Settings | None = None,
+) -> Tensor:
+    """`reference.paged_attention`: q (T, H, D), returns (T, H, D).
+
+    Request r has the queries from query_start_loc[r] to query_start_loc[r + 1], at most `max_query_len`, the last
+    tokens of its seq_lens[r]. Both (R + 1,) and (R,) are int32. A request may have none. Queries of no request keep
+    what was in memory.
+    """
+    assert page_table.dtype == torch.int32 and page_table.stride(1) == 1
+    assert seq_lens.dtype == torch.int32 and seq_lens.is_contiguous()
+    assert k_cache.shape[1] & (k_cache.shape[1] - 1) == 0
+    return _launch(q, k_cache, v_cache, page_table, query_start_loc, seq_lens, max_query_len, scale, window, settings)
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_start_loc: Tensor,
+    max_query_len: int,
+    scale: float,
+    window: int | None,
+    *,
+    settings: Settings | None = None,
+) -> Tensor:
+    """`reference.causal_attention`: q (T, H, D), k and v (T, KV, D), rows of any stride; returns (T, H, D)."""
+    return _launch(q, k[:, None], v[:, None], None, query_start_loc, None, max_query_len, scale, window, settings)
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    page_table: Tensor | None,
+    query_start_loc: Tensor,
+    seq_lens: Tensor | None,
+    max_query_len: int,
+    scale: float,
+    window: int | None,
+    settings: Settings | None,
+) -> Tensor:
+    """k and v (pages, page_size, KV, D); without a page table every page is one token, in the order of q."""
+    _, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    assert q.stride(2) == 1 and q.stride(1) == dim and k.stride(3) == 1
+    assert k.stride() == v.stride() and q.dtype == k.dtype == v.dtype and scale > 0
+    assert query_start_loc.dtype == torch.int32 and query_start_loc.is_contiguous()
+    group, padded = heads // kv_heads, _padded(dim)
+    settings = settings or _SETTINGS[padded, q.itemsize]
+    rows = max(settings.rows, triton.next_power_of_2(group))
+    out = q.new_empty(q.shape)
+    _kernel[(triton.cdiv(max_query_len, rows // group), kv_heads, query_start_loc.shape[0] - 1)](
+        q, q.stride(0), k, v, k.stride(0), k.stride(1), k.stride(2),
+        page_table, 0 if page_table is None else page_table.stride(0), query_start_loc, seq_lens, out, scale * _LOG2_E,
+        KV_HEADS=kv_heads, GROUP=group, DIM=dim, PAGE_SIZE=k.shape[1], PADDED=padded, WINDOW=window or 0,
+        ROWS=rows, BLOCK=settings.block, num_warps=settings.num_warps, num_stages=settings.num_stages,
+        **dependent_launch(q),
+    )  # fmt: skip
+    return out
+
+
+def _padded(dim: int) -> int:
+    return max(16, triton.next_power_of_2(dim))
+
+
+@triton.jit
+def _kernel(
+    q_ptr, q_stride, k_ptr, v_ptr, page_stride, row_stride, head_stride, table_ptr, table_stride,
+    starts_ptr, lengths_ptr, out_ptr, scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, PADDED: tl.constexpr,
+    WINDOW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    TOKENS: tl.constexpr = ROWS // GROUP
+    first_token = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS  # the last tokens see most: they go first
+    kv_head = tl.program_id(1)
+    request = tl.program_id(2)
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, PADDED)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    start = tl.load(starts_ptr + request)
+    count = tl.load(starts_ptr + request + 1) - start
+    if first_token >= count:
+        return
+    if table_ptr is not None:
+        context = tl.load(lengths_ptr + request) - count
+        table_ptr += request.to(tl.int64) * table_stride
+        first_page = 0
+    else:
+        context = 0
+        first_page = start
+    tokens = first_token + rows // GROUP
+    mask = ((tokens < count) & (rows < TOKENS * GROUP))[:, None] & (dims < DIM)[None, :]
+    heads = kv_head * GROUP + rows % GROUP
+    q = tl.load(
+        q_ptr + (start + tokens).to(tl.int64)[:, None] * q_stride + heads[:, None] * DIM + dims[None, :],
+        mask=mask, other=0.0,
+    )  # fmt: skip
+
+    # Any row sees tokens from `begin` to before `end`; all rows see those from `all_from` to before `all_to`.
+    positions = context + tokens
+    begin = 0
+    end = context + tl.minimum(first_token + TOKENS, count)
+    all_from = 0
+    if WINDOW > 0:
+        begin = tl.maximum(0, context + first_token - (WINDOW - 1))
+        all_from = tl.maximum(0, end - WINDOW)
+    all_to = context + first_token + 1
+    # Tiles lie at multiples of BLOCK, so that a row's sums do not depend on its neighbours.
+    tiles_from = begin // BLOCK * BLOCK
+    inner_from = tl.cdiv(all_from, BLOCK) * BLOCK
+    inner_to = tl.maximum(all_to // BLOCK * BLOCK, inner_from)
+    k_ptr += kv_head * head_stride
+    v_ptr += kv_head * head_stride
+    maximum = tl.full((ROWS,), -1e38, tl.float32)  # finite, for rows that see nothing of the first tile
+    total = tl.zeros((ROWS,), tl.float32)
+    sums = tl.zeros((ROWS, PADDED), tl.float32)
+    if WINDOW > 0:
+        maximum, total, sums = _attend(
+            q, positions, maximum, total, sums, tiles_from, tl.minimum(inner_from, end), begin, end,
+            k_ptr, v_ptr, page_stride, row_stride, table_ptr, first_page, scale,
+            DIM, PAGE_SIZE, PADDED, WINDOW, BLOCK, True,
+        )  # fmt: skip
+    maximum, total, sums = _attend(
+        q, positions, maximum, total, sums, inner_from, inner_to, begin, end,
+        k_ptr, v_ptr, page_stride, row_stride, table_ptr, first_page, scale,
+        DIM, PAGE_SIZE, PADDED, WINDOW, BLOCK, False,
+    )  # fmt: skip
+    maximum, total, sums = _attend(
+        q, positions, maximum, total, sums, inner_to, end, begin, end,
+        k_ptr, v_ptr, page_stride, row_stride, table_ptr, first_page, scale,
+        DIM, PAGE_SIZE, PADDED, WINDOW, BLOCK, True,
+    )  # fmt: skip
+    out_offsets = ((start + tokens).to(tl.int64) * (KV_HEADS * GROUP) + heads)[:, None] * DIM + dims[None, :]
+    tl.store(out_ptr + out_offsets, (sums / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _attend(
+    q, positions, maximum, total, sums, tiles_from, tiles_to, begin, end,
+    k_ptr, v_ptr, page_stride, row_stride, table_ptr, first_page, scale,
+    DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
+    EDGE: tl.constexpr,
+):  # fmt: skip
+    """Rows q at `positions` look at the tokens of some tiles; unless EDGE, every row sees them all."""
+    dims = tl.arange(0, PADDED)
+    for tile in tl.range(tiles_from, tiles_to, BLOCK):
+        keys = tile + tl.arange(0, BLOCK)
+        exists = (keys >= begin) & (keys < end) if EDGE else tl.full((BLOCK,), True, tl.int1)
+        if table_ptr is not None:
+            pages = tl.load(table_ptr + keys // PAGE_SIZE, mask=exists, other=0)
+        else:
+            pages = first_page + keys // PAGE_SIZE
+        offsets = pages.to(tl.int64) * page_stride + keys % PAGE_SIZE * row_stride
+        cells = offsets[:, None] + dims[None, :]
+        mask = exists[:, None] & (dims < DIM)[None, :]
+        k = tl.load(k_ptr + cells, mask=mask, other=0.0)
+        scores = tl.dot(q, k.T, input_precision="ieee")
+        if EDGE:
+            distance = positions[:, None] - keys[None, :]
+            seen = distance >= 0
+            if WINDOW > 0:
+                seen &= distance < WINDOW
+            scores = tl.where(seen, scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * scale)
+        weights = tl.exp2(scores * scale - new_maximum[:, None])
+        shrink = tl.exp2(maximum - new_maximum)
+        total = total * shrink + tl.sum(weights, axis=1)
+        v = tl.load(v_ptr + cells, mask=mask, other=0.0)
+        sums = tl.dot(weights.to(v.dtype), v, sums * shrink[:, None], input_precision="ieee")
+        maximum = new_maximum
+    return maximum, total, sums

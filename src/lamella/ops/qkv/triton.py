@@ -1,0 +1,334 @@
+"""What lies between the fused query/key/value projection and attention, in one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lamella.ops.launch import dependent_launch, wait_for_predecessor
+from lamella.ops.qkv.reference import CanonStep
+from lamella.ops.rms_norm.triton import row_scale
+from lamella.ops.short_conv.triton import convolve, load_history, load_taps, store_history
+
+WARPS = 2  # the norm has the bits of its own kernel if a warp has at least 512 channels
+
+
+def prepare_qkv(
+    qkv: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
+    rows: Tensor | None = None,
+    canon: CanonStep | None = None,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """See `reference.prepare_qkv`. Rows of qkv and heads in a row of a cache may be of any stride.
+
+    The same bits as rms_norm and short_conv in Triton, then rotation and write (the norm: where D is a multiple of 8,
+    and the stride of qkv's rows one of 16). Returns new contiguous tensors.
+    """
+    tokens, pairs = qkv.shape[0], 0 if cos is None else cos.shape[1]
+    assert qkv.shape == (tokens, (num_heads + 2 * num_kv_heads) * head_dim) and qkv.stride(1) == 1
+    assert head_dim <= 256 and 2 * pairs <= head_dim
+    assert all(norm is None or (norm.shape == (head_dim,) and norm.is_contiguous()) for norm in (q_norm, k_norm))
+    if cos is not None:
+        assert sin is not None and cos.dtype == sin.dtype == torch.float32 and cos.shape == sin.shape == (tokens, pairs)
+        assert cos.is_contiguous() and sin.is_contiguous()
+    q = torch.empty((tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    k = v = None
+    if k_cache is None:
+        k, v = (torch.empty((tokens, num_kv_heads, head_dim), dtype=q.dtype, device=q.device) for _ in range(2))
+    else:
+        assert v_cache is not None and rows is not None and rows.shape == (tokens,) and rows.is_contiguous()
+        for cache in (k_cache, v_cache):
+            assert cache.shape[2:] == (num_kv_heads, head_dim) and cache.dtype == qkv.dtype
+            assert cache.stride(3) == 1 and cache.stride(0) == cache.shape[1] * cache.stride(1)
+    weight = bias = history = slots = None
+    activation = residual = False
+    if canon is not None:
+        weight, bias, history, slots, activation, residual = canon
+        assert positions is not None and positions.shape == slots.shape == (tokens,) and slots.is_contiguous()
+        assert weight.shape[0] == qkv.shape[1] and (bias is None or bias.is_contiguous())
+        assert history.shape[1:] == (weight.shape[1] - 1, qkv.shape[1]) and history.dtype == qkv.dtype
+        assert history.stride(2) == 1
+    columns = triton.next_power_of_2(head_dim)
+    block = 512 * WARPS // columns
+    programs = triton.cdiv(tokens * num_heads, block) + 2 * triton.cdiv(tokens * num_kv_heads, block)
+    _prepare_qkv[(programs,)](
+        qkv,
+        q_norm,
+        k_norm,
+        weight,
+        bias,
+        history,
+        slots,
+        positions,
+        cos,
+        sin,
+        rows,
+        q,
+        k if k_cache is None else k_cache,
+        v if v_cache is None else v_cache,
+        tokens,
+        qkv.stride(0),
+        *((0, 0) if weight is None else weight.stride()),
+        *((0, 0) if history is None else history.stride()[:2]),
+        *((0, 0) if k_cache is None else k_cache.stride()[1:3]),
+        *((0, 0) if v_cache is None else v_cache.stride()[1:3]),
+        eps,
+        HEADS=num_heads,
+        KV_HEADS=num_kv_heads,
+        D=head_dim,
+        PAIRS=pairs,
+        INTERLEAVED=interleaved,
+        WIDTH=0 if weight is None else weight.shape[1],
+        ACTIVATION=activation,
+        RESIDUAL=residual,
+        COLUMNS=columns,
+        PAIR_COLUMNS=triton.next_power_of_2(max(1, pairs)),
+        BLOCK=block,
+        num_warps=WARPS,
+        enable_fp_fusion=False,  # as in the kernels of which this is the composition
+        **dependent_launch(qkv),
+    )
+    return q, k, v
+
+
+@triton.jit
+def _load_gain(norm, column, D: tl.constexpr):
+    """The norm's weights of some columns, in a tuple that is empty without a norm."""
+    gain = ()
+    if norm is not None:
+        gain = (tl.load(norm + column, mask=column < D, other=0.0),)
+    return gain
+
+
+@triton.jit
+def _finish(
+    value,
+    past,
+    scale,
+    gain,
+    taps,
+    history,
+    stride_row,
+    channel,
+    mask,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """Some channels of some heads, normalised and, after what `past` holds, convolved."""
+    if len(gain) > 0:
+        value = (value.to(tl.float32) * scale * gain[0]).to(value.dtype)
+    if history is not None:
+        past += (value,)
+        store_history(history, stride_row, channel, mask, past, WIDTH)
+        value = convolve(past, taps, 0, WIDTH, ACTIVATION, RESIDUAL)
+    return value
+
+
+@triton.jit
+def _turn(first, second, cos, sin):
+    """Pairs of channels turned, rounded to their dtype."""
+    left, right = first.to(tl.float32), second.to(tl.float32)
+    return (left * cos - right * sin).to(first.dtype), (right * cos + left * sin).to(first.dtype)
+
+
+@triton.jit
+def _prepare_heads(
+    qkv,
+    norm,
+    weight,
+    bias,
+    history,
+    slots,
+    positions,
+    cos,
+    sin,
+    rows,
+    out,
+    program,
+    num_tokens,
+    stride_qkv,
+    stride_channel,
+    stride_tap,
+    stride_slot,
+    stride_row,
+    stride_out,
+    stride_out_head,
+    eps,
+    FIRST: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PAIR_COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """BLOCK of the HEADS heads a token has from channel FIRST on; to the rows `rows` of `out`, or token by token."""
+    # Halves that are turned against each other are loaded as such: a pair must meet in one thread. Whole heads are
+    # loaded as well where they have channels that are not turned, and for the norm, whose sum has its own order.
+    HALVES: tl.constexpr = PAIRS > 0 and not INTERLEAVED
+    PAIR_BLOCK: tl.constexpr = COLUMNS // 2 if INTERLEAVED else PAIR_COLUMNS
+    FIXED: tl.constexpr = 2 * PAIRS if HALVES else 0
+    item = program * BLOCK + tl.arange(0, BLOCK)
+    valid = item < num_tokens * HEADS
+    row = (item // HEADS).to(tl.int64)
+    inside, token, head = valid[:, None], row[:, None], (item % HEADS)[:, None]
+    channel = FIRST + head * D
+    column = tl.arange(0, COLUMNS)[None, :]
+    pair = tl.arange(0, PAIR_BLOCK)[None, :]
+    mask = inside & (column >= FIXED) & (column < D)
+    pair_mask = inside & (pair < PAIRS)
+    if FIXED < D:
+        gain = _load_gain(norm, column, D)
+        taps = load_taps(weight, bias, channel + column, mask, stride_channel, stride_tap, WIDTH)
+    if HALVES:
+        gain_0 = _load_gain(norm, pair, D)
+        gain_1 = _load_gain(norm, pair + PAIRS, D)
+        taps_0 = load_taps(weight, bias, channel + pair, pair_mask, stride_channel, stride_tap, WIDTH)
+        taps_1 = load_taps(weight, bias, channel + pair + PAIRS, pair_mask, stride_channel, stride_tap, WIDTH)
+    wait_for_predecessor(PDL)
+
+    # All loads come before the first store, so that none waits for another.
+    position = 0
+    if history is not None:
+        position = tl.load(positions + row, mask=valid, other=0)[:, None]
+        history += tl.load(slots + row, mask=valid, other=0)[:, None] * stride_slot + channel
+    if rows is not None:
+        out += tl.load(rows + row, mask=valid, other=0)[:, None] * stride_out + head * stride_out_head
+    else:
+        out += (token * HEADS + head) * D
+    if PAIRS > 0:
+        cos = tl.load(cos + token * PAIRS + pair, mask=pair_mask, other=1.0)
+        sin = tl.load(sin + token * PAIRS + pair, mask=pair_mask, other=0.0)
+    x = qkv + token * stride_qkv + channel
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    if norm is not None:
+        whole = tl.load(x + column, mask=inside & (column < D), other=0.0).to(tl.float32)
+    if FIXED < D:
+        value = tl.load(x + column, mask=mask, other=0.0)
+        past = load_history(history, stride_row, column, mask, position, WIDTH, dtype)
+    if HALVES:
+        first = tl.load(x + pair, mask=pair_mask, other=0.0)
+        second = tl.load(x + pair + PAIRS, mask=pair_mask, other=0.0)
+        past_0 = load_history(history, stride_row, pair, pair_mask, position, WIDTH, dtype)
+        past_1 = load_history(history, stride_row, pair + PAIRS, pair_mask, position, WIDTH, dtype)
+
+    scale = 1.0
+    if norm is not None:
+        scale = row_scale(whole, D, eps)
+    if FIXED < D:
+        value = _finish(value, past, scale, gain, taps, history, stride_row, column, mask, WIDTH, ACTIVATION, RESIDUAL)
+        if INTERLEAVED and PAIRS > 0:
+            first, second = tl.split(tl.reshape(value, (BLOCK, PAIR_BLOCK, 2)))
+            first, second = _turn(first, second, cos, sin)
+            turned = tl.reshape(tl.join(first, second), (BLOCK, COLUMNS))
+            value = tl.where(column < 2 * PAIRS, turned, value)
+        tl.store(out + column, value, mask=mask)
+    if HALVES:
+        first = _finish(
+            first, past_0, scale, gain_0, taps_0, history, stride_row, pair, pair_mask, WIDTH, ACTIVATION, RESIDUAL
+        )
+        second = _finish(
+            second,
+            past_1,
+            scale,
+            gain_1,
+            taps_1,
+            history,
+            stride_row,
+            pair + PAIRS,
+            pair_mask,
+            WIDTH,
+            ACTIVATION,
+            RESIDUAL,
+        )
+        first, second = _turn(first, second, cos, sin)
+        tl.store(out + pair, first, mask=pair_mask)
+        tl.store(out + pair + PAIRS, second, mask=pair_mask)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _prepare_qkv(
+    qkv,
+    q_norm,
+    k_norm,
+    weight,
+    bias,
+    history,
+    slots,
+    positions,
+    cos,
+    sin,
+    rows,
+    q,
+    k,
+    v,
+    num_tokens,
+    stride_qkv,
+    stride_channel,
+    stride_tap,
+    stride_slot,
+    stride_row,
+    stride_k,
+    stride_k_head,
+    stride_v,
+    stride_v_head,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PAIR_COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    program = tl.program_id(0)
+    q_programs = tl.cdiv(num_tokens * HEADS, BLOCK)
+    kv_programs = tl.cdiv(num_tokens * KV_HEADS, BLOCK)
+    KEYS: tl.constexpr = HEADS * D
+    VALUES: tl.constexpr = (HEADS + KV_HEADS) * D
+    # fmt: off
+    if program < q_programs:
+        _prepare_heads(
+            qkv, q_norm, weight, bias, history, slots, positions, cos, sin, None, q, program,
+            num_tokens, stride_qkv, stride_channel, stride_tap, stride_slot, stride_row, 0, 0, eps,
+            0, HEADS, D, PAIRS, INTERLEAVED, WIDTH, ACTIVATION, RESIDUAL, COLUMNS, PAIR_COLUMNS, BLOCK, PDL,
+        )
+    elif program < q_programs + kv_programs:
+        _prepare_heads(
+            qkv, k_norm, weight, bias, history, slots, positions, cos, sin, rows, k, program - q_programs,
+            num_tokens, stride_qkv, stride_channel, stride_tap, stride_slot, stride_row, stride_k, stride_k_head, eps,
+            KEYS, KV_HEADS, D, PAIRS, INTERLEAVED, WIDTH, ACTIVATION, RESIDUAL, COLUMNS, PAIR_COLUMNS, BLOCK, PDL,
+        )
+    else:
+        _prepare_heads(
+            qkv, None, weight, bias, history, slots, positions, None, None, rows, v,
+            program - q_programs - kv_programs,
+            num_tokens, stride_qkv, stride_channel, stride_tap, stride_slot, stride_row, stride_v, stride_v_head, eps,
+            VALUES, KV_HEADS, D, 0, False, WIDTH, ACTIVATION, RESIDUAL, COLUMNS, PAIR_COLUMNS, BLOCK, PDL,
+        )
+    # fmt: on

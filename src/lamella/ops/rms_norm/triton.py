@@ -1,0 +1,104 @@
+"""RMS normalisation in Triton."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lamella.ops.launch import dependent_launch, wait_for_predecessor
+
+MAX_WIDTH = 16384
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `reference.rms_norm`. x (T, N) or (T, heads, N), weight (N,) fp32; returns a new contiguous tensor."""
+    assert x.dim() in (2, 3)
+    return _normalize(x, None, weight, eps)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `reference.add_rms_norm`. x and residual (T, N), weight (N,) fp32; returns two new contiguous tensors."""
+    assert x.dim() == 2 and residual.shape == x.shape and residual.dtype == x.dtype and residual.stride(1) == 1
+    normed, total = _normalize(x, residual, weight, eps)
+    assert total is not None
+    return normed, total
+
+
+def row_block(width: int) -> tuple[int, int, int]:
+    """How rows of `width` are cut: rows a program, columns with padding, warps.
+
+    The order of a row's sum follows from the last two, so every kernel whose norm must have the same bits asks here.
+    """
+    assert width <= MAX_WIDTH
+    columns = triton.next_power_of_2(width)
+    return (2048 // columns, columns, 4) if columns <= 256 else (1, columns, min(16, columns // 512))
+
+
+@triton.jit
+def row_scale(x, N: tl.constexpr, eps):
+    """1 / sqrt(mean(x^2) + eps) of each row of x (rows, columns) fp32, zero beyond column N: (rows, 1)."""
+    return tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / N + eps)
+
+
+def _normalize(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
+    tokens, heads, width = x.shape if x.dim() == 3 else (x.shape[0], 1, x.shape[1])
+    assert x.stride(-1) == 1 and weight.is_contiguous() and weight.shape == (width,)
+    rows, columns, warps = row_block(width)
+    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = None if residual is None else torch.empty_like(normed)
+    _rms_norm[(triton.cdiv(tokens * heads, rows),)](
+        x,
+        residual,
+        weight,
+        normed,
+        total,
+        tokens * heads,
+        x.stride(0),
+        x.stride(1) if x.dim() == 3 else 0,
+        0 if residual is None else residual.stride(0),
+        eps,
+        HEADS=heads,
+        N=width,
+        COLUMNS=columns,
+        ROWS=rows,
+        num_warps=warps,
+        enable_fp_fusion=False,  # what is fused depends on the code around: other kernels must get the same bits
+        **dependent_launch(x),
+    )
+    return normed, total
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _rms_norm(
+    x,
+    residual,
+    weight,
+    normed,
+    total,
+    num_rows,
+    x_stride_token,
+    x_stride_head,
+    residual_stride,
+    eps,
+    HEADS: tl.constexpr,
+    N: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    mask = (row < num_rows) & (column < N)
+    w = tl.load(weight + column, mask=column < N, other=0.0)
+    wait_for_predecessor(PDL)
+    source = row // HEADS * x_stride_token + row % HEADS * x_stride_head + column
+    value = tl.load(x + source, mask=mask, other=0.0).to(tl.float32)
+    if residual is not None:
+        value += tl.load(residual + row * residual_stride + column, mask=mask, other=0.0).to(tl.float32)
+        kept = value.to(total.dtype.element_ty)
+        tl.store(total + row * N + column, kept, mask=mask)
+        value = kept.to(tl.float32)
+    value = value * row_scale(value, N, eps) * w
+    tl.store(normed + row * N + column, value.to(normed.dtype.element_ty), mask=mask)

@@ -1,0 +1,33 @@
+"""From logits to tokens on the device, and from one step's tokens to the next one's input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lamella.ops.backend import use_triton
+
+
+def pending_tokens(input_ids: Tensor, tokens: Tensor) -> Tensor:
+    """input_ids (T,) int64 in which -1 - r stands for tokens[r] (R,) int64, with these in their places."""
+    if use_triton(input_ids):
+        from lamella.ops.sampling import triton_pending
+
+        return triton_pending.pending_tokens(input_ids, tokens)
+    return torch.where(input_ids < 0, tokens[(-1 - input_ids).clamp(min=0)], input_ids)
+
+
+def draw(logits: Tensor, sampling: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
+    """Choose a token for each row of logits (R, V) fp32 on a GPU, into `out` (R,) int64 if given.
+
+    `sampling` has seed and step (R,) int64, top_k int32, temperature, top_p and min_p fp32, as `SamplingParams` means
+    them. See `engine.sampler` for the rules.
+    """
+    from lamella.ops.sampling import triton
+
+    tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device) if out is None else out
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "step")
+    triton.sample(logits, *(sampling[name] for name in names), tokens)
+    return tokens

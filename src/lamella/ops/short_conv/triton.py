@@ -1,0 +1,514 @@
+"""The short causal convolution in Triton, alone or with the norm before it or the gate after it in the same launch.
+
+One launch serves prefill and decode together without a race on the histories: the first R programs own a request
+each, whose history nobody else touches, and compute those of its outputs that need the history; the programs after
+them compute all others, whose taps lie within x.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lamella.ops.launch import dependent_launch, wait_for_predecessor
+from lamella.ops.ragged import RaggedBatch
+from lamella.ops.rms_norm.triton import add_rms_norm, row_block, row_scale
+from lamella.ops.swiglu.triton import gate, silu
+
+BLOCK = 512  # channels a program
+BLOCK_TOKENS = 8
+
+
+def short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    batch: RaggedBatch,
+    history: Tensor | None = None,
+    slots: Tensor | None = None,
+    *,
+    activation: bool = False,
+    residual: bool = False,
+) -> Tensor:
+    """See `reference.short_conv`; the channels of `history` are contiguous. A weight whose taps lie apart
+    (stride 1 over channels) is read faster."""
+    return _convolve(x, weight, bias, batch, history, slots, activation, residual, gated=False)
+
+
+def short_conv_swiglu(
+    gate_up: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    batch: RaggedBatch,
+    history: Tensor | None = None,
+    slots: Tensor | None = None,
+    *,
+    activation: bool = False,
+    residual: bool = False,
+) -> Tensor:
+    """`swiglu(short_conv(gate_up, ...))` with the same bits. gate_up (T, 2 I); returns (T, I)."""
+    return _convolve(gate_up, weight, bias, batch, history, slots, activation, residual, gated=True)
+
+
+def norm_short_conv(
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    batch: RaggedBatch,
+    history: Tensor | None = None,
+    slots: Tensor | None = None,
+    *,
+    activation: bool = False,
+    residual_connection: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm(x, residual, ...)`, then `short_conv` of the norm, with the same bits: (convolved, x + residual).
+
+    One launch where every request has one new token, and rows are wide and aligned enough for the sum of the norm to
+    have its own kernel's order. x and residual (T, C); norm_weight (C,) fp32.
+    """
+    rows, columns, warps = row_block(x.shape[1])
+    aligned = all(side.stride(0) % 16 == 0 and side.data_ptr() % 16 == 0 for side in (x, residual))
+    if batch.num_decodes < batch.num_requests or rows > 1 or not aligned:
+        normed, total = add_rms_norm(x, residual, norm_weight, eps)
+        y = short_conv(normed, weight, bias, batch, history, slots, activation=activation, residual=residual_connection)
+        return y, total
+    tokens, channels = x.shape
+    assert x.stride(1) == residual.stride(1) == 1 and residual.shape == x.shape and residual.dtype == x.dtype
+    assert norm_weight.is_contiguous() and norm_weight.shape == (channels,)
+    _check(x, weight, bias, batch, history, slots)
+    block = min(columns, 256 * warps)
+    y, total = (torch.empty((tokens, channels), dtype=x.dtype, device=x.device) for _ in range(2))
+    _norm_step[(tokens, triton.cdiv(channels, block))](
+        x,
+        residual,
+        norm_weight,
+        weight,
+        bias,
+        history,
+        slots,
+        batch.positions,
+        y,
+        total,
+        x.stride(0),
+        residual.stride(0),
+        *weight.stride(),
+        *_history_strides(history),
+        eps,
+        N=channels,
+        WIDTH=weight.shape[1],
+        ACTIVATION=activation,
+        RESIDUAL=residual_connection,
+        COLUMNS=columns,
+        BLOCK=block,
+        num_warps=warps,
+        enable_fp_fusion=False,
+        **dependent_launch(x),
+    )
+    return y, total
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    batch: RaggedBatch,
+    history: Tensor | None,
+    slots: Tensor | None,
+    activation: bool,
+    residual: bool,
+    gated: bool,
+) -> Tensor:
+    tokens, channels = x.shape
+    assert x.stride(1) == 1 and channels % (1 + gated) == 0
+    _check(x, weight, bias, batch, history, slots)
+    width = channels // (1 + gated)
+    decode = batch.num_decodes == batch.num_requests
+    programs = batch.num_requests + (0 if decode else triton.cdiv(tokens, BLOCK_TOKENS))
+    # The windows and weights of a thread's channels live in registers: wider ones leave room for fewer channels.
+    thread_bytes = (1 + gated) * weight.shape[1] * x.element_size()
+    warps = 2 * triton.next_power_of_2(triton.cdiv(thread_bytes, 16))
+    y = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
+    _short_conv[(programs, triton.cdiv(width, BLOCK))](
+        x,
+        weight,
+        bias,
+        history,
+        slots,
+        batch.query_start_loc,
+        batch.positions,
+        batch.token_request,
+        y,
+        batch.num_requests,
+        tokens,
+        x.stride(0),
+        *weight.stride(),
+        *_history_strides(history),
+        N=width,
+        WIDTH=weight.shape[1],
+        ACTIVATION=activation,
+        RESIDUAL=residual,
+        GATED=gated,
+        DECODE=decode,
+        BLOCK=BLOCK,
+        BLOCK_TOKENS=BLOCK_TOKENS,
+        num_warps=warps,
+        enable_fp_fusion=False,  # what is fused depends on the code around, and all these kernels must agree
+        **dependent_launch(x),
+    )
+    return y
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, batch: RaggedBatch, history: Tensor | None, slots: Tensor | None
+) -> None:
+    channels, width = weight.shape
+    assert x.shape == (batch.num_tokens, channels) and 2 <= width <= 8
+    assert bias is None or (bias.shape == (channels,) and bias.is_contiguous())
+    if history is not None:
+        assert history.shape[1:] == (width - 1, channels) and history.stride(2) == 1 and history.dtype == x.dtype
+        assert slots is not None and slots.shape == (batch.num_requests,) and slots.is_contiguous()
+
+
+def _history_strides(history: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if history is None else (history.stride(0), history.stride(1))
+
+
+@triton.jit
+def load_taps(weight, bias, channel, mask, stride_channel, stride_tap, WIDTH: tl.constexpr):
+    """The WIDTH weights of each channel, oldest tap first, then the bias where there is one."""
+    taps = ()
+    for tap in tl.static_range(WIDTH):
+        pointer = weight + channel * stride_channel + tap * stride_tap
+        taps += (tl.load(pointer, mask=mask, other=0.0).to(tl.float32),)
+    if bias is not None:
+        taps += (tl.load(bias + channel, mask=mask, other=0.0).to(tl.float32),)
+    return taps
+
+
+@triton.jit
+def load_history(history, stride_row, channel, mask, position, WIDTH: tl.constexpr, dtype: tl.constexpr):
+    """The WIDTH-1 inputs before `position`, oldest first, zero where there was none or without a history."""
+    rows = ()
+    for row in tl.static_range(WIDTH - 1):
+        if history is None:
+            rows += (tl.zeros(channel.shape, dtype),)
+        else:
+            seen = position >= WIDTH - 1 - row
+            rows += (tl.load(history + row * stride_row + channel, mask=mask & seen, other=0.0),)
+    return rows
+
+
+@triton.jit
+def store_history(history, stride_row, channel, mask, rows, WIDTH: tl.constexpr):
+    """Keep, where there is a history, the last WIDTH-1 of `rows`, the WIDTH inputs up to a new token."""
+    if history is not None:
+        tl.debug_barrier()  # where a layout is unaligned, one thread may load what another stores
+        for row in tl.static_range(WIDTH - 1):
+            tl.store(history + row * stride_row + channel, rows[row + 1], mask=mask)
+
+
+@triton.jit
+def convolve(
+    rows,
+    taps,
+    first: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """The output at the last of rows[first : first + WIDTH], rounded to their dtype."""
+    current = rows[first + WIDTH - 1].to(tl.float32)
+    total = current * taps[WIDTH - 1]
+    for offset in tl.static_range(1, WIDTH):
+        total += rows[first + WIDTH - 1 - offset].to(tl.float32) * taps[WIDTH - 1 - offset]
+    if len(taps) > WIDTH:
+        total += taps[WIDTH]
+    if ACTIVATION:
+        total = silu(total)
+    if RESIDUAL:
+        total += current
+    return total.to(rows[first].dtype)
+
+
+@triton.jit
+def _request_rows(
+    x,
+    history,
+    stride_x,
+    stride_row,
+    channel,
+    mask,
+    start,
+    count,
+    position,
+    WIDTH: tl.constexpr,
+    DECODE: tl.constexpr,
+):
+    """The WIDTH-1 inputs before a request's new tokens and as many (DECODE: one) of these; updates the history."""
+    rows = load_history(history, stride_row, channel, mask, position, WIDTH, x.dtype.element_ty)
+    for token in tl.static_range(1 if DECODE else WIDTH - 1):
+        pointer = x + (start + token) * stride_x + channel
+        rows += (tl.load(pointer, mask=mask & (token < count), other=0.0),)
+    if DECODE:
+        store_history(history, stride_row, channel, mask, rows, WIDTH)
+    elif history is not None:
+        tl.debug_barrier()  # as in store_history
+        for row in tl.static_range(WIDTH - 1):
+            # The last WIDTH-1 of [old | new]: an old row if fewer than that are new.
+            token = count - (WIDTH - 1) + row
+            value = tl.load(x + (start + token) * stride_x + channel, mask=mask & (token >= 0), other=0.0)
+            for old in tl.static_range(row + 1, WIDTH - 1):
+                value = tl.where(count == old - row, rows[old], value)
+            tl.store(history + row * stride_row + channel, value, mask=mask)
+    return rows
+
+
+@triton.jit
+def _request(
+    x,
+    history,
+    slots,
+    query_start_loc,
+    positions,
+    y,
+    request,
+    stride_x,
+    stride_slot,
+    stride_row,
+    channel,
+    mask,
+    taps,
+    up_taps,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+    DECODE: tl.constexpr,
+):
+    """The outputs of a request that need its history, and the history after it."""
+    if DECODE:
+        start = request.to(tl.int64)
+        count = 1
+    else:
+        start = tl.load(query_start_loc + request).to(tl.int64)
+        count = tl.load(query_start_loc + request + 1) - start
+    position = tl.load(positions + start)
+    if history is not None:
+        history += tl.load(slots + request) * stride_slot
+    rows = _request_rows(x, history, stride_x, stride_row, channel, mask, start, count, position, WIDTH, DECODE)
+    up_rows = ()
+    if GATED:
+        up_rows = _request_rows(
+            x, history, stride_x, stride_row, channel + N, mask, start, count, position, WIDTH, DECODE
+        )
+    for token in tl.static_range(1 if DECODE else WIDTH - 1):
+        value = _output(rows, up_rows, taps, up_taps, token, WIDTH, ACTIVATION, RESIDUAL, GATED)
+        tl.store(y + (start + token) * N + channel, value, mask=mask & (token < count))
+
+
+@triton.jit
+def _block_rows(x, stride_x, channel, mask, first, num_tokens, COUNT: tl.constexpr):
+    """COUNT rows of x from row `first` on, zero outside of x."""
+    rows = ()
+    for i in tl.static_range(COUNT):
+        row = first + i
+        inside = (row >= 0) & (row < num_tokens)
+        rows += (tl.load(x + row * stride_x + channel, mask=mask & inside, other=0.0),)
+    return rows
+
+
+@triton.jit
+def _block(
+    x,
+    token_request,
+    y,
+    first,
+    num_tokens,
+    stride_x,
+    channel,
+    mask,
+    taps,
+    up_taps,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    """The outputs of the tokens from flat index `first` on, but for those that need a history."""
+    COUNT: tl.constexpr = BLOCK_TOKENS + WIDTH - 1
+    rows = _block_rows(x, stride_x, channel, mask, first - (WIDTH - 1), num_tokens, COUNT)
+    up_rows = ()
+    if GATED:
+        up_rows = _block_rows(x, stride_x, channel + N, mask, first - (WIDTH - 1), num_tokens, COUNT)
+    for i in tl.static_range(BLOCK_TOKENS):
+        token = first + i
+        inside = (token >= WIDTH - 1) & (token < num_tokens)
+        # Where the oldest tap is of the same request, all are; where not, the request's own program does this token.
+        oldest = tl.load(token_request + token - (WIDTH - 1), mask=inside, other=-1)
+        inside &= oldest == tl.load(token_request + token, mask=inside, other=-1)
+        value = _output(rows, up_rows, taps, up_taps, i, WIDTH, ACTIVATION, RESIDUAL, GATED)
+        tl.store(y + token * N + channel, value, mask=mask & inside)
+
+
+@triton.jit
+def _output(
+    rows,
+    up_rows,
+    taps,
+    up_taps,
+    first: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """See `convolve`; GATED: of both halves, joined by the gate."""
+    value = convolve(rows, taps, first, WIDTH, ACTIVATION, RESIDUAL)
+    if GATED:
+        value = gate(value, convolve(up_rows, up_taps, first, WIDTH, ACTIVATION, RESIDUAL))
+    return value
+
+
+@triton.jit(do_not_specialize=["num_requests", "num_tokens"])
+def _short_conv(
+    x,
+    weight,
+    bias,
+    history,
+    slots,
+    query_start_loc,
+    positions,
+    token_request,
+    y,
+    num_requests,
+    num_tokens,
+    stride_x,
+    stride_channel,
+    stride_tap,
+    stride_slot,
+    stride_row,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+    DECODE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    program = tl.program_id(0)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = channel < N
+    taps = load_taps(weight, bias, channel, mask, stride_channel, stride_tap, WIDTH)
+    up_taps = ()
+    if GATED:
+        up_taps = load_taps(weight, bias, channel + N, mask, stride_channel, stride_tap, WIDTH)
+    wait_for_predecessor(PDL)
+    if DECODE or program < num_requests:
+        _request(
+            x,
+            history,
+            slots,
+            query_start_loc,
+            positions,
+            y,
+            program,
+            stride_x,
+            stride_slot,
+            stride_row,
+            channel,
+            mask,
+            taps,
+            up_taps,
+            N,
+            WIDTH,
+            ACTIVATION,
+            RESIDUAL,
+            GATED,
+            DECODE,
+        )
+    else:
+        _block(
+            x,
+            token_request,
+            y,
+            (program - num_requests).to(tl.int64) * BLOCK_TOKENS,
+            num_tokens,
+            stride_x,
+            channel,
+            mask,
+            taps,
+            up_taps,
+            N,
+            WIDTH,
+            ACTIVATION,
+            RESIDUAL,
+            GATED,
+            BLOCK_TOKENS,
+        )
+
+
+@triton.jit
+def _norm_step(
+    x,
+    residual,
+    norm_weight,
+    weight,
+    bias,
+    history,
+    slots,
+    positions,
+    y,
+    total,
+    stride_x,
+    stride_residual,
+    stride_channel,
+    stride_tap,
+    stride_slot,
+    stride_row,
+    eps,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = channel < N
+    taps = load_taps(weight, bias, channel, mask, stride_channel, stride_tap, WIDTH)
+    norm = tl.load(norm_weight + channel, mask=mask, other=0.0)
+    wait_for_predecessor(PDL)
+    x += token * stride_x
+    residual += token * stride_residual
+    if history is not None:
+        history += tl.load(slots + token) * stride_slot
+    position = tl.load(positions + token)
+    rows = load_history(history, stride_row, channel, mask, position, WIDTH, x.dtype.element_ty)
+    kept = _sum(x, residual, channel, mask)
+    # Every program needs the norm of the whole row, in the layout of the norm's own kernel.
+    column = tl.arange(0, COLUMNS)[None, :]
+    scale = row_scale(_sum(x, residual, column, column < N).to(tl.float32), N, eps)
+    tl.store(total + token * N + channel, kept, mask=mask)
+    rows += ((kept.to(tl.float32) * scale * norm).to(kept.dtype),)
+    store_history(history, stride_row, channel, mask, rows, WIDTH)
+    tl.store(y + token * N + channel, convolve(rows, taps, 0, WIDTH, ACTIVATION, RESIDUAL), mask=mask)
+
+
+@triton.jit
+def _sum(x, residual, column, mask):
+    """x + residual, rounded to their dtype."""
+    value = tl.load(x + column, mask=mask, other=0.0).to(tl.float32)
+    value += tl.load(residual + column, mask=mask, other=0.0).to(tl.float32)
+    return value.to(x.dtype.element_ty)

@@ -1,0 +1,218 @@
+"""Our Triton attention kernels against the reference: odd shapes, poisoned memory, independent requests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lamella.ops.attention import reference
+from lamella.ops.attention import triton as decode
+from lamella.ops.attention import triton_prefill as prefill
+from lamella.ops.ragged import RaggedBatch
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def random_case(new, context, heads, kv_heads, dim, page, window, dtype, seed=0):
+    """q (strided rows), caches, page table and batch; whatever no query may see is NaN, or points nowhere."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = [-(-n // page) for n in context]
+    order = (torch.randperm(sum(counts), generator=generator) + 1).tolist()
+    k_cache, v_cache = (torch.full((sum(counts) + 1, page, kv_heads, dim), torch.nan, dtype=dtype) for _ in range(2))
+    table = torch.full((len(counts), max(counts) + 2), 2**31 - 1, dtype=torch.int32)
+    for r, (n, length) in enumerate(zip(new, context, strict=True)):
+        pages = torch.tensor([order.pop() for _ in range(counts[r])])
+        visible = 0 if window is None else max(0, length - n - window + 1)
+        table[r, visible // page : counts[r]] = pages[visible // page :]
+        positions = torch.arange(visible, length)
+        for cache in (k_cache, v_cache):
+            values = torch.randn(len(positions), kv_heads, dim, generator=generator).to(dtype)
+            cache[pages[positions // page], positions % page] = values
+    wide = torch.full((sum(new), heads * dim + 8), torch.nan, dtype=dtype, device=device)
+    q = wide[:, : heads * dim].unflatten(1, (heads, dim))
+    q.copy_(torch.randn(q.shape, generator=generator) * 2)
+    return (
+        q,
+        k_cache.to(device),
+        v_cache.to(device),
+        table.to(device),
+        RaggedBatch.from_lengths(new, context, device),
+    )
+
+
+def assert_near(actual, expected):
+    """Within a rounding of the output and of each softmax weight, whose values are of the order of 1."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    if actual.dtype == torch.float32:
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    else:
+        eps = torch.finfo(actual.dtype).eps
+        torch.testing.assert_close(actual, expected, rtol=eps, atol=eps / 2)
+
+
+def workspace_for(q, k_cache, context, chunk=None, max_items=None):
+    heads, dim = q.shape[1:]
+    if max_items is None:
+        max_items = sum(min(-(-n // (chunk or 128)), decode.MAX_CHUNKS.value) for n in context)
+    return decode.DecodeWorkspace(len(context), max_items, heads, k_cache.shape[2], dim, device, chunk=chunk)
+
+
+SHAPES = [  # heads, kv_heads, head_dim, page_size
+    (4, 1, 64, 16),
+    (6, 3, 24, 4),
+    (16, 1, 16, 8),
+    (17, 1, 32, 1),
+    (2, 2, 128, 128),
+    (3, 1, 200, 16),
+]
+CASES = [
+    (shape, dtype, window)
+    for shape in SHAPES
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for window in (None, 1, 30)
+    # The interpreter takes its time.
+    if device == "cuda" or shape == SHAPES[0] or (dtype, window) in ((torch.float32, 30), (torch.bfloat16, None))
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "window"), CASES)
+def test_decode(shape, dtype, window):
+    heads, kv_heads, dim, page = shape
+    context = [1, 33, 64, 100]
+    q, k_cache, v_cache, table, batch = random_case([1] * 4, context, heads, kv_heads, dim, page, window, dtype)
+    inputs = (q, k_cache, v_cache, table, batch.seq_lens)
+    copies = [x.clone() for x in inputs]
+    workspace = workspace_for(q, k_cache, context, chunk=32)
+    for floats in (workspace.parts, workspace.maxima, workspace.sums):
+        floats.fill_(torch.nan)
+    scale = dim**-0.5
+    expected = reference.paged_attention(q, k_cache, v_cache, table, batch, scale, window)
+    decode.plan_decode(batch.seq_lens, window, workspace)
+    actual = decode.decode_attention(q, k_cache, v_cache, table, scale, workspace)
+    assert_near(actual, expected)
+    assert not workspace.arrived.any()
+    for x, copy in zip(inputs, copies, strict=True):
+        assert torch.equal(x.view(torch.uint8), copy.view(torch.uint8))
+
+
+@pytest.mark.parametrize("window", [None, 50])
+def test_decode_requests_do_not_depend_on_one_another(window):
+    context = [33, 1, 90, 64]
+    q, k_cache, v_cache, table, batch = random_case([1] * 4, context, 4, 2, 64, 16, window, torch.bfloat16)
+    workspace = workspace_for(q, k_cache, context, chunk=32)
+    decode.plan_decode(batch.seq_lens, window, workspace)
+    together = decode.decode_attention(q, k_cache, v_cache, table, 0.2, workspace)
+    for r in range(4):
+        alone = slice(r, r + 1)
+        decode.plan_decode(batch.seq_lens[alone], window, workspace)
+        actual = decode.decode_attention(q[alone], k_cache, v_cache, table[alone], 0.2, workspace)
+        assert torch.equal(actual, together[alone])
+
+
+def test_decode_replays_with_other_lengths():
+    """One workspace serves plans of any lengths, longer and shorter, and pad rows of one token in page 0."""
+    workspace = decode.DecodeWorkspace(4, 24, 4, 2, 32, device, chunk=16)
+    workspace.processors = 1  # few programs: they must share the work
+    for seed, context in enumerate([[5, 70, 17], [100], [1, 1, 1, 16]]):
+        q, k_cache, v_cache, table, batch = random_case(
+            [1] * len(context), context, 4, 2, 32, 4, None, torch.float32, seed
+        )
+        lengths = torch.cat([batch.seq_lens, batch.seq_lens.new_ones(1)])[:4]
+        table = torch.cat([table, torch.zeros_like(table[:1])])[:4]
+        queries = torch.cat([q, torch.full_like(q[:1], torch.nan)])[:4]
+        decode.plan_decode(lengths, None, workspace)
+        for _layer in range(2):
+            actual = decode.decode_attention(queries, k_cache, v_cache, table, 0.2, workspace)
+            expected = reference.paged_attention(q, k_cache, v_cache, table, batch, 0.2, None)
+            assert_near(actual[: len(context)], expected)
+
+
+@pytest.mark.parametrize("length", [1, 16, 17, 1024, 1025, 2048, 2049, 5000])
+@pytest.mark.parametrize("window", [None, 1500])
+def test_plan(length, window):
+    lengths = [length, 1, 40]
+    workspace = decode.DecodeWorkspace(3, 200, 1, 1, 64, device, chunk=16)
+    decode.plan_decode(torch.tensor(lengths, dtype=torch.int32, device=device), window, workspace)
+    items = workspace.items[:, : int(workspace.num_items)].T.tolist()
+    index = 0
+    for request, n in enumerate(lengths):
+        first = 0 if window is None else max(0, n - window)
+        size = 16
+        while -(-(n - first) // size) > 64:
+            size *= 2
+        starts = range(first, n, size)
+        assert len(starts) <= 64
+        expected = [[request, start, min(start + size, n), index, len(starts)] for start in starts]
+        assert items[index : index + len(starts)] == expected
+        index += len(starts)
+    assert index == len(items)
+
+
+def test_max_chunks():
+    for dim in (64, 128):
+        size = decode._CHUNK[dim]
+        assert [decode.max_chunks(n, dim) for n in (1, size, size + 1, 10**6)] == [1, 1, 2, 64]
+
+
+RAGGED = [([3, 1, 20], [50, 7, 20]), ([40], [75])]  # new and all tokens
+
+
+@pytest.mark.parametrize(("shape", "dtype", "window"), CASES)
+@pytest.mark.parametrize(("new", "context"), RAGGED)
+def test_prefill(new, context, shape, dtype, window):
+    heads, kv_heads, dim, page = shape
+    q, k_cache, v_cache, table, batch = random_case(new, context, heads, kv_heads, dim, page, window, dtype)
+    inputs = (q, k_cache, v_cache, table, batch.seq_lens, batch.query_start_loc)
+    copies = [x.clone() for x in inputs]
+    settings = prefill._SETTINGS[prefill._padded(dim), q.itemsize]._replace(rows=64, block=16)
+    expected = reference.paged_attention(q, k_cache, v_cache, table, batch, dim**-0.5, window)
+    actual = prefill.prefill_attention(
+        q, k_cache, v_cache, table, batch.query_start_loc, batch.seq_lens, max(new) + 30, dim**-0.5, window,
+        settings=settings,
+    )  # fmt: skip
+    assert_near(actual, expected)
+    for x, copy in zip(inputs, copies, strict=True):
+        assert torch.equal(x.view(torch.uint8), copy.view(torch.uint8))
+
+
+@pytest.mark.parametrize("window", [None, 37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_causal_attention(dtype, window):
+    lengths = [30, 1, 70]
+    torch.manual_seed(0)
+    qkv = torch.randn(sum(lengths), 6 + 2 + 2, 24).to(device, dtype)
+    q, k, v = qkv.split([6, 2, 2], dim=1)
+    batch = RaggedBatch.from_lengths(lengths, lengths, device)
+    expected = reference.causal_attention(q, k, v, batch, 0.2, window)
+    actual = prefill.causal_attention(q, k, v, batch.query_start_loc, max(lengths), 0.2, window)
+    assert_near(actual, expected)
+
+
+@pytest.mark.parametrize("window", [None, 37])
+def test_prefill_requests_do_not_depend_on_one_another(window):
+    new, context = [20, 33, 2], [61, 33, 90]
+    q, k_cache, v_cache, table, batch = random_case(new, context, 4, 2, 32, 16, window, torch.bfloat16)
+    together = prefill.prefill_attention(
+        q, k_cache, v_cache, table, batch.query_start_loc, batch.seq_lens, max(new), 0.2, window
+    )
+    for r, (queries, expected) in enumerate(zip(q.split(new), together.split(new), strict=True)):
+        starts = batch.query_start_loc[r : r + 2] - batch.query_start_loc[r]
+        actual = prefill.prefill_attention(
+            queries, k_cache, v_cache, table[r : r + 1], starts, batch.seq_lens[r : r + 1], new[r], 0.2, window
+        )
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_prefill_takes_requests_without_new_tokens(empty):
+    """As pad requests in a captured graph are."""
+    q, k_cache, v_cache, table, batch = random_case([5, 18], [9, 18], 4, 2, 32, 16, None, torch.float32)
+    expected = reference.paged_attention(q, k_cache, v_cache, table, batch, 0.2, None)
+    bounds, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
+    bounds.insert(empty, bounds[empty])
+    lengths.insert(empty, 1)
+    order = [0, 1]
+    order.insert(empty, 0)
+    starts, lens = (torch.tensor(x, dtype=torch.int32, device=device) for x in (bounds, lengths))
+    actual = prefill.prefill_attention(q, k_cache, v_cache, table[order], starts, lens, 18, 0.2, None)
+    assert_near(actual, expected)

@@ -1,0 +1,92 @@
+"""Triton's norm and gate against their references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lamella.ops.rms_norm import reference as norm_reference
+from lamella.ops.swiglu import reference as swiglu_reference
+
+pytest.importorskip("triton")
+
+from lamella.ops.rms_norm.triton import add_rms_norm, rms_norm
+from lamella.ops.swiglu.triton import swiglu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1), (3, 7), (40, 64), (2, 129), (3, 2048), (2, 3000)]
+
+
+def strided(values: torch.Tensor) -> torch.Tensor:
+    """The same values, rows apart, with NaN between them."""
+    base = torch.full((*values.shape[:-1], values.shape[-1] + 5), torch.nan, dtype=values.dtype, device=values.device)
+    base[..., : values.shape[-1]] = values
+    return base[..., : values.shape[-1]]
+
+
+def random(*shape, dtype):
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def assert_rounds_alike(actual, expected):
+    """Equal to one step of the dtype, and in fp32 to a few."""
+    assert actual.dtype == expected.dtype and actual.is_contiguous()
+    eps = torch.finfo(actual.dtype).eps
+    rtol = 20 * eps if actual.dtype == torch.float32 else eps
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), SHAPES)
+def test_rms_norm(dtype, rows, width):
+    x, weight = strided(random(rows, width, dtype=dtype)), torch.rand(width, device=DEVICE) + 0.5
+    before = x.clone()
+    y = rms_norm(x, weight, 1e-2)
+    assert_rounds_alike(y, norm_reference.rms_norm(x, weight, 1e-2))
+    assert torch.equal(x, before)
+    assert torch.equal(rms_norm(strided(x[-1:]), weight, 1e-2), y[-1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 80, 128])
+def test_rms_norm_of_heads(dtype, width):
+    """Of some of the heads in a row, NaN between them."""
+    heads, weight = random(9, 7, width, dtype=dtype), torch.rand(width, device=DEVICE) + 0.5
+    heads[:, 0::2] = torch.nan
+    x = heads[:, 1::2]
+    y = rms_norm(x, weight, 1e-5)
+    assert_rounds_alike(y, norm_reference.rms_norm(x, weight, 1e-5))
+    # Of one head, as rows of two dimensions: the same bits.
+    assert torch.equal(rms_norm(x[:, 1], weight, 1e-5), y[:, 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), SHAPES)
+def test_add_rms_norm(dtype, rows, width):
+    # Of large and nearly opposite parts: the norm of the sum before it is rounded would be another.
+    x = strided(random(rows, width, dtype=dtype) * 100)
+    residual = (random(rows, width, dtype=torch.float32) - x.float()).to(dtype)
+    weight = torch.rand(width, device=DEVICE) + 0.5
+    before = x.clone(), residual.clone()
+    normed, total = add_rms_norm(x, residual, weight, 1e-5)
+    expected, kept = norm_reference.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(total, kept)
+    assert_rounds_alike(normed, expected)
+    assert torch.equal(x, before[0])
+    assert torch.equal(residual, before[1])
+    alone = add_rms_norm(strided(x[-1:]), residual[-1:].clone(), weight, 1e-5)
+    assert torch.equal(alone[0], normed[-1:])
+    # The norm of what was kept has the same bits by itself.
+    assert torch.equal(rms_norm(strided(total), weight, 1e-5), normed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), SHAPES)
+def test_swiglu(dtype, rows, width):
+    x = strided(random(rows, 2 * width, dtype=dtype) * 4)
+    before = x.clone()
+    y = swiglu(x)
+    assert_rounds_alike(y, swiglu_reference.swiglu(x))
+    assert torch.equal(x, before)
+    assert torch.equal(swiglu(strided(x[-1:])), y[-1:])

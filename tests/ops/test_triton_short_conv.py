@@ -1,0 +1,183 @@
+"""Triton's convolution, alone and fused, against the reference over cuts, batches and histories."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lamella.ops.ragged import RaggedBatch
+from lamella.ops.short_conv import reference
+
+pytest.importorskip("triton")
+
+from lamella.ops.rms_norm.triton import add_rms_norm
+from lamella.ops.short_conv.triton import norm_short_conv, short_conv, short_conv_swiglu
+from lamella.ops.swiglu.triton import swiglu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16]
+# New tokens and tokens in all of each request: steps of one token, starts, chunks shorter and longer than a block.
+BATCHES = {
+    "decode": ([1, 1, 1, 1], [1, 2, 3, 40]),
+    "mixed": ([1, 2, 3, 9, 1], [7, 9, 3, 27, 2]),
+    "one": ([11], [11]),
+}
+
+
+def rows_apart(values, gap):
+    """The same values in rows of a wider tensor of NaN."""
+    width = values.shape[1]
+    base = torch.full((values.shape[0], width + gap), torch.nan, dtype=values.dtype, device=values.device)
+    base[:, gap // 2 : gap // 2 + width] = values
+    return base[:, gap // 2 : gap // 2 + width]
+
+
+class Case:
+    """Random arguments of a convolution, rows `gap` apart; `shared` holds the slots of which the history is a slice."""
+
+    def __init__(self, batch, channels, width, dtype, bias=False, transposed=False, gap=6):
+        generator = torch.Generator().manual_seed(channels + width)
+
+        def random(*shape):
+            return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+        self.batch = RaggedBatch.from_lengths(*BATCHES[batch], DEVICE)
+        self.x = rows_apart(random(self.batch.num_tokens, channels), gap)
+        self.weight = random(width, channels).T if transposed else random(channels, width)
+        self.bias = random(channels) if bias else None
+        count = self.batch.num_requests
+        self.slots = torch.randperm(count + 3, generator=generator)[:count].to(DEVICE)
+        self.shared = random(count + 3, width - 1, channels + 5)
+        # What no request has seen yet: before a position 0, and beside the slice.
+        for slot, new, total in zip(self.slots, self.batch.query_lens, self.batch.context_lens, strict=True):
+            self.shared[slot, : max(0, width - 1 - (total - new))] = torch.nan
+        self.shared[:, :, :2] = self.shared[:, :, 2 + channels :] = torch.nan
+
+    def history(self):
+        """A copy of the slot tensor, and the slice of it."""
+        shared = self.shared.clone()
+        return shared, shared[:, :, 2 : 2 + self.x.shape[1]]
+
+
+def same(a, b):
+    """Equal bits, or both NaN."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def close(actual, expected):
+    eps = torch.finfo(actual.dtype).eps
+    atol = 4e-6 if actual.dtype == torch.float32 else 1e-5
+    torch.testing.assert_close(actual, expected, rtol=20 * eps if actual.dtype == torch.float32 else eps, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(
+    ("channels", "width", "activation", "residual"),
+    [(70, 4, False, True), (1, 2, True, False), (530, 3, True, True), (33, 8, False, False)],
+)
+def test_short_conv(dtype, batch, channels, width, activation, residual):
+    case = Case(batch, channels, width, dtype, bias=activation, transposed=residual)
+    options = {"activation": activation, "residual": residual}
+    before = case.x.clone()
+    for remembering in (True, False):
+        (shared, history), (expected_shared, expected_history) = case.history(), case.history()
+        y, expected = (
+            function(
+                case.x,
+                case.weight,
+                case.bias,
+                case.batch,
+                past if remembering else None,
+                case.slots if remembering else None,
+                **options,
+            )
+            for function, past in ((short_conv, history), (reference.short_conv, expected_history))
+        )
+        close(y, expected)
+        assert same(shared, expected_shared)
+        assert torch.equal(case.x, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_cut_does_not_matter(dtype):
+    """A request in one piece, beside strangers or not, and in pieces: the same bits."""
+    width, channels, length = 4, 40, 13
+    x, weight = (torch.randn(n, channels, device=DEVICE).to(dtype) for n in (length, width))
+    stranger = torch.randn(9, channels, device=DEVICE).to(dtype)
+    options = {"activation": True, "residual": True}
+    whole = short_conv(x, weight.T, None, RaggedBatch.from_lengths([length], [length], DEVICE), **options)
+    for cuts in ([1] * length, [2, 1, 3, 7], [12, 1]):
+        history = torch.full((4, width - 1, channels), torch.nan, device=DEVICE, dtype=dtype)
+        done, parts = 0, []
+        for count in cuts:
+            batch = RaggedBatch.from_lengths([count, 9], [done + count, 9], DEVICE)
+            joined = torch.cat((x[done : done + count], stranger))
+            y = short_conv(joined, weight.T, None, batch, history, torch.tensor([3, 1], device=DEVICE), **options)
+            parts.append(y[:count])
+            done += count
+        assert torch.equal(torch.cat(parts), whole)
+        assert torch.equal(history[3], x[-(width - 1) :])
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(("channels", "width", "activation"), [(64, 4, False), (1022, 3, True)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_of_the_convolution(dtype, batch, channels, width, activation):
+    case = Case(batch, channels, width, dtype, bias=activation)
+    options = {"activation": activation, "residual": True}
+    (shared, history), (expected_shared, expected_history) = case.history(), case.history()
+    y = short_conv_swiglu(case.x, case.weight, case.bias, case.batch, history, case.slots, **options)
+    convolved = short_conv(case.x, case.weight, case.bias, case.batch, expected_history, case.slots, **options)
+    assert torch.equal(y, swiglu(convolved))
+    assert same(shared, expected_shared)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(
+    ("channels", "remembering", "gap"), [(64, True, 6), (544, True, 32), (544, True, 6), (528, False, 32)]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_convolution_of_the_norm(dtype, batch, channels, remembering, gap):
+    """Narrow, wide and aligned (one launch), wide and not aligned, without a history."""
+    case = Case(batch, channels, 4, dtype, gap=gap)
+    residual = torch.randn(case.x.shape, device=DEVICE).to(dtype)
+    norm, slots = torch.rand(channels, device=DEVICE) + 0.5, case.slots if remembering else None
+    (shared, history), (expected_shared, expected_history) = case.history(), case.history()
+    if not remembering:
+        history = expected_history = None
+    y, total = norm_short_conv(
+        case.x,
+        residual,
+        norm,
+        1e-5,
+        case.weight,
+        None,
+        case.batch,
+        history,
+        slots,
+        activation=True,
+        residual_connection=True,
+    )
+    normed, expected_total = add_rms_norm(case.x, residual, norm, 1e-5)
+    expected = short_conv(
+        normed, case.weight, None, case.batch, expected_history, slots, activation=True, residual=True
+    )
+    assert torch.equal(total, expected_total)
+    assert torch.equal(y, expected)
+    assert same(shared, expected_shared)
+
+
+def test_pads_may_share_a_slot():
+    """Rows of padding write slot 0 in any order; the others do not notice."""
+    case = Case("decode", 40, 4, torch.bfloat16)
+    case.slots[2:] = 0
+    case.slots[:2] = torch.tensor([5, 2])
+    results = []
+    for rows in (4, 2):
+        _, history = case.history()
+        batch = RaggedBatch.from_lengths([1] * rows, BATCHES["decode"][1][:rows], DEVICE)
+        y = short_conv(case.x[:rows], case.weight, None, batch, history, case.slots[:rows], residual=True)
+        results.append((y[:2], history[1:]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert same(results[0][1], results[1][1])
