@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -20,7 +20,7 @@ from lamella.engine.runner import Flight, ModelRunner
 from lamella.engine.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduler
 from lamella.engine.tokenizer import Tokenizer
-from lamella.engine.warm_up import activation_bytes
+from lamella.engine.warm_up import warm_up
 from lamella.errors import ParameterError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import state_holders
@@ -46,13 +46,14 @@ class Engine:
         device: torch.device,
         tokenizer: Tokenizer | None = None,
         eos_token_ids: tuple[int, ...] = (),
+        make_runner: Callable[..., ModelRunner] = ModelRunner,
     ) -> None:
         self.model, self.options, self.device, self.tokenizer = model, options, device, tokenizer
         self.eos_token_ids = eos_token_ids
         self.max_model_len = options.resolve_length(model.config)
         holders = state_holders(model)
         self.cost = StateCost.of(holders)
-        reserved = activation_bytes(model, options, self.max_model_len, device)
+        reserved = warm_up(model, options, self.max_model_len, device)
         plan = Capacity.plan(options, self.cost, self.max_model_len, device, reserved)
         groups, pages = list(plan.pages), list(plan.pages.values())
         self.state = StateManager(groups, pages, plan.num_slots, options.block_size, bool(self.cost.slots))
@@ -64,9 +65,8 @@ class Engine:
             options.snapshot_interval,
             options.snapshot_prompts,
         )
-        self.runner = ModelRunner(model, self.state, device, self.max_model_len, options.max_num_seqs)
-        if device.type == "cuda" and not options.enforce_eager:
-            self.runner.capture()
+        self.runner = make_runner(model, self.state, device, self.max_model_len, options.max_num_seqs)
+        self.runner.warm_up(graphs=not options.enforce_eager)
         self._ahead: Flight | None = None  # a step that has been launched, and not collected yet
         self._seeds = itertools.count()
         self._jobs: dict[str, Job] = {}

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lamella.ops.launch import dependent_launch
+from lamella.ops.launch import dependent_launch, wait_for_predecessor
 
 _LOG2_E = 1.4426950408889634
 
@@ -125,16 +125,13 @@ def _kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, PADDED: tl.constexpr,
     WINDOW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     TOKENS: tl.constexpr = ROWS // GROUP
     first_token = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS  # the last tokens see most: they go first
     kv_head = tl.program_id(1)
     request = tl.program_id(2)
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, PADDED)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    wait_for_predecessor(PDL)
     start = tl.load(starts_ptr + request)
     count = tl.load(starts_ptr + request + 1) - start
     if first_token >= count:

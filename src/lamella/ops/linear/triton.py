@@ -1,8 +1,8 @@
 """Products of very few rows with a weight matrix: each program holds whole rows of the weight in registers.
 
 At one row nothing counts but how fast the weight arrives. So every program asks for all of its weight at once, before
-it even waits for the kernel ahead of it, whose result it needs (see `launch.wait_for_predecessor`). What stands before the
-product in a block, the residual sum and its norm, is cheap enough for every program to compute for itself.
+it even waits for the kernel ahead of it, whose result it needs (see `launch.wait_for_predecessor`). What stands before
+the product in a block, the residual sum and its norm, is cheap enough for every program to compute for itself.
 """
 
 from __future__ import annotations
