@@ -57,7 +57,7 @@ def _checks(
     width, gate_up = 64, random(3, 128)
     x, residual, weight = random(3, width), random(3, width), random(width).float()
     yield "rms_norm", norm.rms_norm(x, weight, 1e-5), norm_reference.rms_norm(x, weight, 1e-5)
-    normed, total = norm_reference.add_rms_norm(x, residual, weight, 1e-5)
+    normed, _ = norm_reference.add_rms_norm(x, residual, weight, 1e-5)
     yield "add_rms_norm", norm.add_rms_norm(x, residual, weight, 1e-5)[0], normed
     yield "swiglu", swiglu.swiglu(gate_up), swiglu_reference.swiglu(gate_up)
     matrix = random(96, width)

@@ -98,8 +98,8 @@ class DecodeWorkspace:
 def plan_decode(seq_lens: Tensor, window: int | None, workspace: DecodeWorkspace) -> None:
     """Write into `workspace` the work of one step: seq_lens (R,) int32, each >= 1, the new token counted.
 
-    A token sees itself and, with a window w, the w - 1 tokens before it. How a request is cut depends on its own length,
-    and on whether the step has few requests or many.
+    A token sees itself and, with a window w, the w - 1 tokens before it. How a request is cut depends on its own
+    length, and on whether the step has few requests or many.
     """
     requests = seq_lens.shape[0]
     assert seq_lens.dtype == torch.int32 and seq_lens.is_contiguous()

@@ -31,6 +31,14 @@ def draw(logits: Tensor, sampling: Mapping[str, Tensor], out: Tensor | None = No
     from lamella.ops.sampling import triton
 
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device) if out is None else out
-    names = ("temperature", "top_k", "top_p", "min_p", "seed", "step")
-    triton.sample(logits, *(sampling[name] for name in names), out=tokens)
+    triton.sample(
+        logits,
+        sampling["temperature"],
+        sampling["top_k"],
+        sampling["top_p"],
+        sampling["min_p"],
+        sampling["seed"],
+        sampling["step"],
+        tokens,
+    )
     return tokens
