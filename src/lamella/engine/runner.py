@@ -90,7 +90,10 @@ class ModelRunner:
         """
         if self.device.type != "cuda":
             return
-        pads = [Request(f"padding {index}", [0] * (2 - index), SamplingParams()) for index in range(min(2, len(self._tokens)))]
+        pads = [
+            Request(f"padding {index}", [0] * (2 - index), SamplingParams())
+            for index in range(min(2, len(self._tokens)))
+        ]
         for pad in pads:
             self.state.holdings[pad] = Holding(DUMMY, [[DUMMY] for _ in self.state.groups])
         self.launch([Scheduled(pad, 0, len(pad.prompt_token_ids), samples=True) for pad in pads])

@@ -14,6 +14,7 @@ from lamella.ops.linear import reference as linear_reference
 from lamella.ops.qkv import reference as qkv_reference
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.rms_norm import reference as norm_reference
+from lamella.ops.rms_norm.reference import NormStep
 from lamella.ops.short_conv import reference as conv_reference
 from lamella.ops.swiglu import reference as swiglu_reference
 
@@ -62,11 +63,11 @@ def _checks(
     yield "swiglu", swiglu.swiglu(gate_up), swiglu_reference.swiglu(gate_up)
     matrix = random(96, width)
     if linear.serves(x[:1], matrix):
-        first = x[:1], residual[:1], weight, 1e-5, matrix, None
-        product = linear_reference.linear(normed[:1], matrix, None)
-        yield "linear", linear.linear(normed[:1], matrix, None), product
-        yield "norm_linear", linear.norm_linear(*first)[0], product
-        yield "norm_swiglu_linear", linear.norm_swiglu_linear(*first)[0], swiglu_reference.swiglu(product)
+        step, product = NormStep(residual[:1], weight, 1e-5), linear_reference.linear(normed[:1], matrix, None)
+        yield "linear", linear.linear(normed[:1], matrix, None)[0], product
+        yield "linear behind a norm", linear.linear(x[:1], matrix, None, norm=step)[0], product
+        ours = linear.linear(x[:1], matrix, None, norm=step, gated=True)[0]
+        yield "linear before swiglu", ours, swiglu_reference.swiglu(product)
 
     taps = random(4, width).T
     for query, context in (((1, 1, 1), (1, 9, 3)), ((1, 2, 7), (4, 2, 9))):
