@@ -209,6 +209,7 @@ class Engine:
         started, cached = scheduler.num_started_tokens, scheduler.num_cached_tokens
         return {
             **self._counts,
+            "graph_steps": self.runner.num_replays,
             "preemptions": self.scheduler.num_preemptions,
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),

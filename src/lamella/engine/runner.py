@@ -64,6 +64,7 @@ class ModelRunner:
     """Runs a model's steps over the state that its requests hold.
 
     Attributes:
+        num_replays: steps that were replays of a graph.
         runs_ahead: whether a step is to be launched before the one ahead of it has been collected, so that the device
             never waits for the host.
     """
@@ -73,6 +74,7 @@ class ModelRunner:
     ) -> None:
         self.model, self.state, self.device = model, state, device
         self.runs_ahead = device.type == "cuda"
+        self.num_replays = 0
         self.attention = AttentionSpace(max_num_seqs, max_model_len, device) if device.type == "cuda" else None
         self.inputs = StepInputs(state, max_model_len, device, self.attention)
         # Of the latest step, what each of its rows has chosen.
@@ -116,6 +118,7 @@ class ModelRunner:
             rows = min(size for size in self._sizes if size >= len(shares))
             if self._graphs is not None and all(share.samples for share in shares):
                 hidden, tensors = self._graphs.replay(rows, shares, self._rows)
+                self.num_replays += 1
                 return self._flight(shares, self._choose(shares, hidden, tensors, chosen=True), {})
             pads = rows - len(shares)
         tensors = self.inputs.build(shares, self._rows, pads)

@@ -132,21 +132,21 @@ def paged_attention(
         return triton.decode_attention(q, k_cache, v_cache, page_table, scale, plan.workspace)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if plan.workspace is not None:
-        out[:decodes] = triton.decode_attention(
-            q[:decodes], k_cache, v_cache, page_table[:decodes], scale, plan.workspace
+        triton.decode_attention(
+            q[:decodes], k_cache, v_cache, page_table[:decodes], scale, plan.workspace, out=out[:decodes]
         )
     if plan.prefill is not None:
         plan.prefill.run(q[decodes:], k_cache, v_cache, out[decodes:])
         return out
-    out[decodes:] = triton_prefill.prefill_attention(
-        q[decodes:],
+    return triton_prefill.prefill_attention(
+        q,
         k_cache,
         v_cache,
         page_table[decodes:],
-        batch.query_start_loc[decodes:] - decodes,
+        batch.query_start_loc[decodes:],
         batch.seq_lens[decodes:],
         max(batch.query_lens[decodes:]),
         scale,
         window,
+        out=out,
     )
-    return out

@@ -122,9 +122,11 @@ def decode_attention(
     scale: float,
     workspace: DecodeWorkspace,
     *,
+    out: Tensor | None = None,
     settings: Settings | None = None,
 ) -> Tensor:
-    """One query token a request: q (R, H, D), returns (R, H, D); the requests are those of `plan_decode`.
+    """One query token a request: q (R, H, D), returns (R, H, D), which is `out` if given; the requests are those of
+    `plan_decode`.
 
     Caches and page_table (R, P) int32 as in `reference.paged_attention`; the workspace is overwritten.
     """
@@ -138,7 +140,8 @@ def decode_attention(
     padded_group = triton.next_power_of_2(group)
     settings = settings or _SETTINGS[padded, q.itemsize]
     items = min(workspace.items.shape[1], requests * MAX_CHUNKS.value)
-    out = q.new_empty(q.shape)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    assert out.is_contiguous() and out.shape == q.shape
     _decode_kernel[(min(settings.programs * workspace.processors, items * kv_heads),)](
         q, q.stride(0), k_cache, v_cache, k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         page_table, page_table.stride(0), workspace.items, workspace.items.shape[1], workspace.num_items,
