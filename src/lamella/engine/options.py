@@ -24,7 +24,7 @@ class EngineOptions:
         max_num_batched_tokens: tokens computed in a step; longer prompts are computed in chunks.
         enable_prefix_caching: share the state of equal beginnings of prompts, and of finished conversations.
         tensor_parallel_size, placement, deterministic: only the defaults are possible yet, others are an error.
-        enforce_eager: on a GPU, no graphs of the decode steps: quicker to start, slower to run. Without effect on a CPU.
+        enforce_eager: on a GPU, no graphs of the decode steps: quicker to start, slower to run. Nothing on a CPU.
         seed: of the draws of requests without a seed, and of dummy weights.
         load_format: "auto", or "dummy" for random weights.
         block_size: tokens in a page.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,7 @@ from lamella.layers.context import require_batch
 from lamella.layers.kit import Kit, PagedAttention
 from lamella.layers.norm import RMSNorm
 from lamella.layers.rotary import Rotary
+from lamella.ops.attention.paged import few_decodes
 from lamella.ops.backend import use_fused
 from lamella.ops.qkv import prepare_qkv
 from lamella.state.spec import PagedState
@@ -46,7 +49,7 @@ class Attention(nn.Module):
         canon = None if self.config.qk_norm or not entry.fuses(self.qkv_proj, self.canon) else self.canon
         qkv = entry.project(self.qkv_proj, canon)
         if use_fused(qkv) and isinstance(self.attention, PagedAttention) and require_batch().pages is not None:
-            return self.o_proj(self.attention.read(self._prepare(positions, qkv, canon is not None)).flatten(1))
+            return self.o_proj(self._attend(positions, qkv, canon is not None).flatten(1))
         q, k, v = qkv.split(self.sizes, dim=-1)
         if self.config.qk_norm:
             q, k = self._norm(q, self.q_norm), self._norm(k, self.k_norm)
@@ -57,11 +60,12 @@ class Attention(nn.Module):
             q, k = self.rotary(require_batch(), positions, q, k)
         return self.o_proj(self.attention(q, k, v).flatten(1))
 
-    def _prepare(self, positions: Tensor, qkv: Tensor, convolved: bool) -> Tensor:
-        """From the projected [q | k | v] to queries ready for attention, with keys and values in their pages.
+    def _attend(self, positions: Tensor, qkv: Tensor, convolved: bool) -> Tensor:
+        """From the projected [q | k | v] to attention's output (T, H, D), with keys and values in their pages.
 
-        One kernel, with two exceptions that are computed apart: a norm over all heads, and a canon in a step in which
-        requests have several tokens each.
+        What comes before attention is one kernel, or a part of attention's own where few requests decode, with two
+        exceptions that are computed apart: a norm over all heads, and a canon in a step in which requests have several
+        tokens each.
         """
         config, batch = self.config, require_batch()
         assert isinstance(self.attention, PagedAttention)
@@ -79,12 +83,21 @@ class Attention(nn.Module):
             qkv = canon(qkv)
         cos, sin = (None, None) if self.rotary is None else self.rotary.angles(batch, positions)
         k_cache, v_cache, rows = self.attention.target()
-        return prepare_qkv(
-            qkv, config.num_heads, config.num_kv_heads, config.head_dim,
-            q_norm=q_norm, k_norm=k_norm, eps=config.qk_norm.eps if config.qk_norm else 0.0,
-            cos=cos, sin=sin, interleaved=config.rope is not None and config.rope.interleaved,
-            k_cache=k_cache, v_cache=v_cache, rows=rows, canon=step, positions=batch.ragged.positions,
-        )[0]  # fmt: skip
+        options: dict[str, Any] = {
+            "q_norm": q_norm,
+            "k_norm": k_norm,
+            "eps": config.qk_norm.eps if config.qk_norm else 0.0,
+            "cos": cos,
+            "sin": sin,
+            "interleaved": config.rope is not None and config.rope.interleaved,
+            "k_cache": k_cache,
+            "v_cache": v_cache,
+            "rows": rows,
+        }
+        if step is None and few_decodes(batch.ragged):
+            return self.attention.decode(qkv, options)
+        sizes = config.num_heads, config.num_kv_heads, config.head_dim
+        return self.attention.read(prepare_qkv(qkv, *sizes, **options, canon=step, positions=batch.ragged.positions)[0])
 
     def _norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """x (T, heads * D) normalised as a whole or head by head."""

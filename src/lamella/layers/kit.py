@@ -6,12 +6,12 @@ Layers name no engine's classes; they ask their kit. `LocalKit` is plain torch o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lamella.layers.context import require_batch
+from lamella.layers.context import ForwardBatch, require_batch
 from lamella.layers.linear import Embedding, Head, Linear, MergedLinear
 from lamella.ops import attention
 from lamella.ops.attention.paged import AttentionPlan
@@ -85,19 +85,31 @@ class PagedAttention(nn.Module):
         batch, spec = require_batch(), self.spec
         k_cache, v_cache, _ = self.target()
         assert batch.pages is not None
-        view, plan = batch.pages[spec], None
-        if batch.attention is not None:
-            space = batch.attention
-            plan = batch.once(
-                ("attention", spec, self.heads, self.scale),
-                lambda: AttentionPlan(
-                    space, batch.ragged, view.page_list, self.heads, spec.kv_heads, spec.head_dim, k_cache.shape[1],
-                    spec.dtype, self.scale, spec.window,
-                ),
-            )  # fmt: skip
+        table = batch.pages[spec].page_table
         return attention.paged_attention(
-            q, k_cache, v_cache, view.page_table, batch.ragged, self.scale, spec.window, plan
+            q, k_cache, v_cache, table, batch.ragged, self.scale, spec.window, self._plan(batch)
         )
+
+    def decode(self, qkv: Tensor, options: Mapping[str, Any]) -> Tensor:
+        """Attention (T, H, D) of the projected qkv of few requests, made ready by `options`, see `decode_prepared`."""
+        batch, plan = require_batch(), self._plan(require_batch())
+        assert batch.pages is not None and plan is not None
+        table = batch.pages[self.spec].page_table
+        return attention.decode_prepared(qkv, self.heads, table, self.scale, self.spec.window, plan, options)
+
+    def _plan(self, batch: ForwardBatch) -> AttentionPlan | None:
+        """The step's plan, once for all layers like this one; None where the device needs none."""
+        spec, space = self.spec, batch.attention
+        if space is None or batch.pages is None or self.k_cache is None:
+            return None
+        view, page_size = batch.pages[spec], self.k_cache.shape[1]
+        return batch.once(
+            ("attention", spec, self.heads, self.scale),
+            lambda: AttentionPlan(
+                space, batch.ragged, view.page_list, self.heads, spec.kv_heads, spec.head_dim, page_size, spec.dtype,
+                self.scale, spec.window,
+            ),
+        )  # fmt: skip
 
 
 class SlotHolder(nn.Module):

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from lamella.ops import native
 from lamella.ops.attention import paged, sdpa
-from lamella.ops.attention.paged import AttentionPlan
+from lamella.ops.attention.paged import AttentionPlan, decode_prepared
 from lamella.ops.backend import use_native, use_triton
 from lamella.ops.ragged import RaggedBatch
+
+__all__ = ["causal_attention", "decode_prepared", "paged_attention", "write_kv"]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, scale: float, window: int | None) -> Tensor:

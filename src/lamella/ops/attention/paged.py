@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lamella.ops.attention.triton import DecodeWorkspace
 
 logger = logging.getLogger("lamella")
+
+_FEW_REQUESTS = 8  # up to which a step is latency, not work
 
 
 class AttentionSpace:
@@ -111,6 +113,31 @@ class AttentionPlan:
                     batch.query_lens[decodes:], batch.context_lens[decodes:], page_list, heads, kv_heads, head_dim,
                     page_size, dtype, scale,
                 )  # fmt: skip
+
+
+def few_decodes(batch: RaggedBatch) -> bool:
+    """Whether `decode_prepared` is for this step: a few requests, and all decode."""
+    return batch.num_requests <= _FEW_REQUESTS and batch.num_decodes == batch.num_requests
+
+
+def decode_prepared(
+    qkv: Tensor,
+    heads: int,
+    page_table: Tensor,
+    scale: float,
+    window: int | None,
+    plan: AttentionPlan,
+    options: Mapping[str, Any],
+) -> Tensor:
+    """`prepare_qkv` with `options` and `paged_attention` in one kernel: qkv (R, (H + 2 KV) D), returns (R, H, D)."""
+    from lamella.ops.attention import triton_few
+
+    workspace = plan.workspace
+    assert workspace is not None
+    return triton_few.decode_prepared(
+        qkv, heads, workspace.kv_heads, workspace.head_dim, page_table=page_table, scale=scale, window=window,
+        workspace=workspace, **options,
+    )  # fmt: skip
 
 
 def paged_attention(

@@ -82,6 +82,8 @@ def causal_attention(
     settings: Settings | None = None,
 ) -> Tensor:
     """`reference.causal_attention`: q (T, H, D), k and v (T, KV, D), rows of any stride; returns (T, H, D)."""
+    if k.stride() != v.stride():
+        k, v = k.contiguous(), v.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _launch(q, k[:, None], v[:, None], None, query_start_loc, None, max_query_len, scale, window, settings, out)
     return out

@@ -19,6 +19,7 @@ from lamella.ops.short_conv.triton import convolve, load_history, load_taps, sto
 from lamella.ops.swiglu.triton import silu
 
 MAX_ROWS = 2
+_LARGE = 1 << 25  # weight elements from which on two rows are a library's
 _MAX_INPUT = 1 << 14  # elements: the longest weight row that fits into a program's registers
 
 
@@ -26,7 +27,7 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` and its fused forms take x (T, in) and weight (out, in)."""
     rows, size = x.shape
     return (
-        1 <= rows <= MAX_ROWS
+        1 <= rows <= (MAX_ROWS if weight.numel() < _LARGE else 1)
         and x.dtype in (torch.bfloat16, torch.float16)
         and weight.dtype == x.dtype
         and size % 8 == 0
@@ -116,8 +117,10 @@ def _kernel(
     inputs = tl.arange(0, PADDED)[None, :]
     inside = inputs < SIZE
     valid = outputs < OUTPUTS
-    mask = valid[:, None] & inside
-    offsets = outputs[:, None].to(tl.int64) * SIZE + inputs
+    # One pointer a thread, and constants from there on: the sooner the loads are under way, the better.
+    mask = (valid[:, None] | (OUTPUTS % BLOCK == 0)) & (inside | (PADDED == SIZE))
+    offsets = tl.arange(0, BLOCK)[:, None] * SIZE + inputs
+    weight_ptr += tl.program_id(0).to(tl.int64) * (BLOCK * SIZE)
     weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
     if GATED:
         up_weight = tl.load(weight_ptr + OUTPUTS * SIZE + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
@@ -127,6 +130,19 @@ def _kernel(
         taps = load_taps(taps_ptr, conv_bias_ptr, outputs, valid, stride_channel, stride_tap, WIDTH)
         if GATED:
             up_taps = load_taps(taps_ptr, conv_bias_ptr, outputs + OUTPUTS, valid, stride_channel, stride_tap, WIDTH)
+        # What a history holds was written in the step before.
+        rows = ()
+        up_rows = ()
+        for row in tl.static_range(ROWS):
+            slot_ptr = history_ptr + tl.load(slots_ptr + row) * stride_slot
+            position = tl.load(positions_ptr + row)
+            rows += (load_history(slot_ptr, stride_row, outputs, valid, position, WIDTH, x_ptr.dtype.element_ty),)
+            if GATED:
+                up_rows += (
+                    load_history(
+                        slot_ptr, stride_row, outputs + OUTPUTS, valid, position, WIDTH, x_ptr.dtype.element_ty
+                    ),
+                )
     wait(PDL)
     for row in tl.static_range(ROWS):
         x = tl.load(x_ptr + row * x_stride + inputs, mask=inside, other=0.0)
@@ -148,15 +164,12 @@ def _kernel(
         if WIDTH > 0:
             # A program has its channels' history to itself.
             slot_ptr = history_ptr + tl.load(slots_ptr + row) * stride_slot
-            position = tl.load(positions_ptr + row)
-            y = _convolve(
-                y.to(x.dtype), taps, slot_ptr, stride_row, outputs, valid, position, WIDTH, ACTIVATION, SKIP
-            ).to(tl.float32)
+            y = _convolve(y.to(x.dtype), rows[row], taps, slot_ptr, stride_row, outputs, valid, WIDTH, ACTIVATION, SKIP)
             if GATED:
                 up = _convolve(
-                    up.to(x.dtype), up_taps, slot_ptr, stride_row, outputs + OUTPUTS, valid, position,
+                    up.to(x.dtype), up_rows[row], up_taps, slot_ptr, stride_row, outputs + OUTPUTS, valid,
                     WIDTH, ACTIVATION, SKIP,
-                ).to(tl.float32)  # fmt: skip
+                )  # fmt: skip
         if GATED:
             y = silu(y) * up
         tl.store(y_ptr + row * OUTPUTS + outputs, y.to(y_ptr.dtype.element_ty), mask=valid)
@@ -164,11 +177,10 @@ def _kernel(
 
 @triton.jit
 def _convolve(
-    current, taps, history, stride_row, channels, mask, position,
+    current, old, taps, history, stride_row, channels, mask,
     WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
-    """The convolution of one new token's channels, whose history moves on."""
-    rows = load_history(history, stride_row, channels, mask, position, WIDTH, current.dtype)
-    rows += (current,)
+    """The convolution of one new token's channels behind the `old` ones, in fp32; the history moves on."""
+    rows = old + (current,)
     store_history(history, stride_row, channels, mask, rows, WIDTH)
-    return convolve(rows, taps, 0, WIDTH, ACTIVATION, SKIP)
+    return convolve(rows, taps, 0, WIDTH, ACTIVATION, SKIP).to(tl.float32)

@@ -1,0 +1,250 @@
+"""What `ops/qkv` prepares and attention over paged keys and values in one launch, for steps of few requests.
+
+With few requests a step is one wait after another, not work. So all that the launch ahead does not write is read before
+that launch has ended: the plan, page ids, and the keys and values of older tokens. The new token's query, key and value
+never take the way through memory; every program prepares those it needs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lamella.ops.attention.triton import _LOG2_E, MAX_CHUNKS, DecodeWorkspace, _combine, _item, _padded
+from lamella.ops.launch import dependent_launch, wait_for_predecessor
+from lamella.ops.rms_norm.triton import row_scale
+
+
+class Settings(NamedTuple):
+    """How `decode_prepared` runs; changes its speed, and results only in rounding."""
+
+    block: int  # tokens a program works on at a time, a power of two >= 16; the first of them are read early
+    num_warps: int
+    registers: int | None = None  # the most a thread may take: fewer leave room to start while the launch ahead runs
+
+
+# By head_dim, padded to a power of two, and bytes per element.
+_SETTINGS = {
+    (16, 2): Settings(128, 4),
+    (32, 2): Settings(128, 4),
+    (64, 2): Settings(128, 4, 128),
+    (128, 2): Settings(128, 8, 128),
+    (256, 2): Settings(64, 8),
+    (16, 4): Settings(128, 4),
+    (32, 4): Settings(64, 4),
+    (64, 4): Settings(64, 8),
+    (128, 4): Settings(16, 8),
+    (256, 4): Settings(16, 8),
+}
+
+
+def decode_prepared(
+    qkv: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows: Tensor,
+    page_table: Tensor,
+    scale: float,
+    window: int | None,
+    workspace: DecodeWorkspace,
+    settings: Settings | None = None,
+) -> Tensor:
+    """`prepare_qkv` and `decode_attention` of one token a request: qkv (R, (H + 2 KV) D), returns (R, H, D).
+
+    Norms, angles, caches and `rows` as in ops/qkv/reference.py, page_table (R, P) int32 as in
+    reference.paged_attention; the requests are those of `plan_decode`, with this `window`. The rows `rows` of the
+    caches are replaced in place: v as it is, k as `prepare_qkv` would, but that a norm may be rounded the other way.
+    The workspace is overwritten. The launch directly ahead in the stream may write qkv, and nothing else read here.
+    """
+    requests, pairs = qkv.shape[0], 0 if cos is None else cos.shape[1]
+    assert qkv.shape == (requests, (num_heads + 2 * num_kv_heads) * head_dim) and qkv.stride(1) == 1
+    assert (num_heads, num_kv_heads, head_dim) == (workspace.heads, workspace.kv_heads, workspace.head_dim)
+    assert all(norm is None or (norm.shape == (head_dim,) and norm.is_contiguous()) for norm in (q_norm, k_norm))
+    if cos is not None:
+        assert sin is not None and cos.dtype == sin.dtype == torch.float32 and cos.shape == sin.shape
+        assert cos.shape[0] == requests and 2 * pairs <= head_dim and cos.is_contiguous() and sin.is_contiguous()
+    page_size = k_cache.shape[1]
+    assert k_cache.shape == v_cache.shape and k_cache.shape[2:] == (num_kv_heads, head_dim)
+    assert k_cache.stride() == v_cache.stride() and k_cache.stride(3) == 1
+    assert k_cache.stride(0) == page_size * k_cache.stride(1) and page_size & (page_size - 1) == 0
+    assert qkv.dtype == k_cache.dtype == v_cache.dtype
+    assert rows.shape == (requests,) and rows.dtype == torch.int64 and rows.is_contiguous()
+    assert page_table.dtype == torch.int32 and page_table.stride(1) == 1
+    group, padded = num_heads // num_kv_heads, _padded(head_dim)
+    padded_group = triton.next_power_of_2(group)
+    settings = settings or _SETTINGS[padded, qkv.itemsize]
+    items = min(workspace.items.shape[1], requests * MAX_CHUNKS.value)
+    out = torch.empty((requests, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    _decode_prepared[(items * num_kv_heads,)](
+        qkv, qkv.stride(0), q_norm, k_norm, cos, sin, rows,
+        k_cache, v_cache, k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
+        page_table, page_table.stride(0), workspace.items, workspace.items.shape[1], workspace.num_items,
+        workspace.arrived, workspace.parts, workspace.maxima, workspace.sums, out, scale * _LOG2_E, eps,
+        KV_HEADS=num_kv_heads, GROUP=group, DIM=head_dim, PAIRS=pairs, INTERLEAVED=interleaved, PAGE_SIZE=page_size,
+        ROWS=max(16, padded_group), PADDED_GROUP=padded_group, PADDED=padded, BLOCK=settings.block,
+        PARTS=max(1, 4096 // (padded_group * padded)),
+        num_warps=settings.num_warps, num_stages=1, maxnreg=settings.registers,
+        enable_fp_fusion=False,  # so that the rotation has the bits of `prepare_qkv`
+        **dependent_launch(qkv),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _load_gains(norm, channels, partners, mask, turned):
+    """The norm's weights of the channels and of their partners, in a tuple that is empty without a norm."""
+    gains = ()
+    if norm is not None:
+        gains = (tl.load(norm + channels, mask=mask, other=0.0), tl.load(norm + partners, mask=turned, other=0.0))
+    return gains
+
+
+@triton.jit
+def _prepare(x, partner, gains, cos, sin, DIM: tl.constexpr, PAIRS: tl.constexpr, eps):
+    """Some heads, normed and turned: channels, and those that they are turned against, rounded after each step."""
+    dtype: tl.constexpr = x.dtype
+    if len(gains) > 0:
+        scale = row_scale(x.to(tl.float32), DIM, eps)
+        x = (x.to(tl.float32) * scale * gains[0]).to(dtype)
+        partner = (partner.to(tl.float32) * scale * gains[1]).to(dtype)
+    if PAIRS > 0:
+        x = (x.to(tl.float32) * cos + partner.to(tl.float32) * sin).to(dtype)
+    return x
+
+
+@triton.jit
+def _load_tile(
+    k_ptr, v_ptr, page_stride, row_stride, pages_ptr, tile, end,
+    DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Keys and values (BLOCK, PADDED) of the positions from `tile` on, zero from position `end` on."""
+    positions = tile + tl.arange(0, BLOCK)
+    dims = tl.arange(0, PADDED)
+    seen = positions < end
+    pages = tl.load(pages_ptr + positions // PAGE_SIZE, mask=seen, other=0).to(tl.int64)
+    offsets = pages * page_stride + (positions % PAGE_SIZE) * row_stride
+    cached = offsets[:, None] + dims[None, :]
+    mask = seen[:, None] & (dims < DIM)[None, :]
+    return tl.load(k_ptr + cached, mask=mask, other=0.0), tl.load(v_ptr + cached, mask=mask, other=0.0)
+
+
+@triton.jit
+def _score(q, k, tile, end, scale, BLOCK: tl.constexpr):
+    """Of each query and key (ROWS, BLOCK), the keys those of a tile, of which positions from `end` on are not seen."""
+    scores = tl.dot(q, k.T, input_precision="ieee") * scale
+    return tl.where((tile + tl.arange(0, BLOCK) < end)[None, :], scores, float("-inf"))
+
+
+@triton.jit
+def _add(scores, v, maximum, total, part):
+    """The running softmax (maximum, total, part) with one more tile."""
+    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - new_maximum[:, None])
+    shrink = tl.exp2(maximum - new_maximum)
+    total = total * shrink + tl.sum(weights, axis=1)
+    part = tl.dot(weights.to(v.dtype), v, part * shrink[:, None], input_precision="ieee")
+    return new_maximum, total, part
+
+
+@triton.jit
+def _decode_prepared(
+    qkv_ptr, qkv_stride, q_norm, k_norm, cos_ptr, sin_ptr, rows_ptr,
+    k_ptr, v_ptr, page_stride, row_stride, head_stride, table_ptr, table_stride, items_ptr, max_items, num_items_ptr,
+    arrived_ptr, parts_ptr, maxima_ptr, sums_ptr, out_ptr, scale, eps,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr, PADDED_GROUP: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    item, kv_head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
+    # The item is loaded together with what tells whether there is such an item.
+    request, start, end, first, count = _item(items_ptr, max_items, item)
+    if item >= tl.load(num_items_ptr):
+        wait_for_predecessor(PDL)
+        return
+    # The newest token is the last position of the last chunk. It is not in the cache: this is where it gets there.
+    newest = item == first + count - 1
+    end -= newest.to(tl.int32)
+
+    # Whatever has a head's channels is loaded in the shape of q, once a row, and so meets q in the same threads.
+    rows, dims = tl.arange(0, ROWS), tl.arange(0, PADDED)
+    channels = tl.zeros_like(rows)[:, None] + dims[None, :]
+    inside = channels < DIM
+    turned = channels < 2 * PAIRS
+    partners = channels
+    cos, sin = 0.0, 0.0
+    if PAIRS > 0:
+        if INTERLEAVED:
+            partners, angles, second = channels ^ 1, channels // 2, channels % 2 == 1
+        else:
+            partners, angles, second = (channels + PAIRS) % (2 * PAIRS), channels % PAIRS, channels >= PAIRS
+        angles += request * PAIRS
+        cos = tl.load(cos_ptr + angles, mask=turned, other=1.0)
+        sin = tl.load(sin_ptr + angles, mask=turned, other=0.0)
+        sin = tl.where(second & turned, sin, -sin)
+    q_gains = _load_gains(q_norm, channels, partners, inside, turned)
+    k_gains = _load_gains(k_norm, channels, partners, inside, turned)
+    cache_row = tl.load(rows_ptr + request, mask=newest, other=0) * row_stride
+    pages_ptr = table_ptr + request.to(tl.int64) * table_stride
+    k_ptr += kv_head * head_stride
+    v_ptr += kv_head * head_stride
+    k, v = _load_tile(k_ptr, v_ptr, page_stride, row_stride, pages_ptr, start, end, DIM, PAGE_SIZE, PADDED, BLOCK)
+
+    wait_for_predecessor(PDL)
+    cells = rows[:, None] * DIM + dims[None, :]  # of a group's q, parts and output
+    cell_mask = (rows < GROUP)[:, None] & inside
+    q_ptr = qkv_ptr + request.to(tl.int64) * qkv_stride + kv_head * GROUP * DIM
+    new_k_ptr = q_ptr + (HEADS + kv_head - kv_head * GROUP) * DIM
+    new_v_ptr = new_k_ptr + KV_HEADS * DIM
+    q = tl.load(q_ptr + cells, mask=cell_mask, other=0.0)
+    q_partner = tl.load(q_ptr + rows[:, None] * DIM + partners, mask=cell_mask & turned, other=0.0)
+    new_k = tl.load(new_k_ptr + channels, mask=inside & newest, other=0.0)
+    k_partner = tl.load(new_k_ptr + partners, mask=turned & newest, other=0.0)
+    new_v = tl.load(new_v_ptr + channels, mask=inside & newest, other=0.0)
+    q = _prepare(q, q_partner, q_gains, cos, sin, DIM, PAIRS, eps)
+    scores = _score(q, k, start, end, scale, BLOCK)
+    new_k = _prepare(new_k, k_partner, k_gains, cos, sin, DIM, PAIRS, eps)
+    once = (rows == 0)[:, None] & inside & newest
+    tl.store(k_ptr + cache_row + channels, new_k, mask=once)
+    tl.store(v_ptr + cache_row + channels, new_v, mask=once)
+    # The softmax starts with the newest token, or with what the first tile shrinks to nothing.
+    score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), axis=1) * scale
+    maximum = tl.where(newest, score, float("-inf"))
+    total = tl.full((ROWS,), 1.0, tl.float32)
+    maximum, total, part = _add(scores, v, maximum, total, new_v.to(tl.float32))
+    for tile in tl.range(start + BLOCK, end, BLOCK):
+        k, v = _load_tile(k_ptr, v_ptr, page_stride, row_stride, pages_ptr, tile, end, DIM, PAGE_SIZE, PADDED, BLOCK)
+        scores = _score(q, k, tile, end, scale, BLOCK)
+        maximum, total, part = _add(scores, v, maximum, total, part)
+
+    out_head_ptr = out_ptr + (request * HEADS + kv_head * GROUP) * DIM
+    if count == 1:
+        tl.store(out_head_ptr + cells, (part / total[:, None]).to(out_ptr.dtype.element_ty), mask=cell_mask)
+    else:
+        head = item * HEADS + kv_head * GROUP
+        tl.store(parts_ptr + head.to(tl.int64) * DIM + cells, part, mask=cell_mask)
+        tl.store(maxima_ptr + head + rows, maximum, mask=rows < GROUP)
+        tl.store(sums_ptr + head + rows, total, mask=rows < GROUP)
+        # All threads have stored before one of them announces it, and read the others' parts after that.
+        tl.debug_barrier()
+        counter_ptr = arrived_ptr + 1 + request * KV_HEADS + kv_head
+        if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == count - 1:
+            _combine(
+                parts_ptr, maxima_ptr, sums_ptr, out_head_ptr, first, count, kv_head * GROUP,
+                HEADS, GROUP, DIM, PADDED_GROUP, PADDED, PARTS,
+            )  # fmt: skip
+            tl.store(counter_ptr, 0)
