@@ -12,6 +12,10 @@ from typing import Any, TypeAlias
 import torch
 
 from lamella.checkpoint import load_model, open_checkpoint
+from lamella.checkpoint.files import Checkpoint
+from lamella.distributed.group import Group
+from lamella.distributed.sharding import Share
+from lamella.distributed.workers import WorkerProcesses, Workers
 from lamella.engine.capacity import Capacity
 from lamella.engine.completion import Completion, Job
 from lamella.engine.options import EngineOptions
@@ -23,7 +27,7 @@ from lamella.engine.tokenizer import Tokenizer
 from lamella.engine.warm_up import activation_bytes
 from lamella.errors import ParameterError
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.kit import state_holders
+from lamella.layers.kit import LocalKit, state_holders
 from lamella.state.manager import StateManager
 from lamella.state.memory import StateCost, StateMemory
 from lamella.state.prefix import root_key
@@ -46,14 +50,17 @@ class Engine:
         device: torch.device,
         tokenizer: Tokenizer | None = None,
         eos_token_ids: tuple[int, ...] = (),
+        workers: Workers | None = None,
     ) -> None:
+        """`model` is this rank's part, and `workers` are the other ranks, which make the same engine of theirs."""
+        self.workers = workers or Workers()
         self.model, self.options, self.device, self.tokenizer = model, options, device, tokenizer
         self.eos_token_ids = eos_token_ids
         self.max_model_len = options.resolve_length(model.config)
         holders = state_holders(model)
         self.cost = StateCost.of(holders)
         reserved = activation_bytes(model, options, self.max_model_len, device)
-        plan = Capacity.plan(options, self.cost, self.max_model_len, device, reserved)
+        plan = Capacity.plan(options, self.cost, self.max_model_len, device, reserved, self.workers.group)
         groups, pages = list(plan.pages), list(plan.pages.values())
         self.state = StateManager(groups, pages, plan.num_slots, options.block_size, bool(self.cost.slots))
         self.memory = StateMemory(holders, plan.pages, options.block_size, plan.num_slots, device)
@@ -66,7 +73,8 @@ class Engine:
         )
         self.runner = ModelRunner(model, self.state, device, self.max_model_len, options.max_num_seqs)
         if device.type == "cuda" and not options.enforce_eager:
-            self.runner.capture()
+            self.runner.capture(progress=self.workers.group.share.rank == 0)
+        self.workers.follow(self.state)
         self._ahead: Flight | None = None  # a step that has been launched, and not collected yet
         self._seeds = itertools.count()
         self._jobs: dict[str, Job] = {}
@@ -79,10 +87,17 @@ class Engine:
         """The engine of a checkpoint. Raises `ConfigError` or `CheckpointError` with one line."""
         device = options.resolve_device()
         checkpoint = open_checkpoint(options.model)
-        max_length = options.resolve_length(checkpoint.read_config())
-        model = load_model(checkpoint, options.dtype, device, options.load_format, max_length, options.seed)
-        eos = checkpoint.eos_token_ids(model.config)
-        return cls(model, options, device, Tokenizer.load(checkpoint.path), eos)
+        check_split(checkpoint, options)
+        workers = WorkerProcesses(options, device) if options.tensor_parallel_size > 1 else Workers()
+        with workers.guard():
+            model = load_part(checkpoint, options, device, workers.group)
+            workers.connect(device)
+            eos = checkpoint.eos_token_ids(model.config)
+            return cls(model, options, device, Tokenizer.load(checkpoint.path), eos, workers)
+
+    def close(self) -> None:
+        """End the processes of other ranks, if there are any. They end with the engine, too."""
+        self.workers.close()
 
     def make_job(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Job:
         """Check a request and get it ready, without queueing it. Raises `ParameterError`."""
@@ -148,7 +163,13 @@ class Engine:
         Where the runner runs ahead, the step launched is the one after that whose results are taken: the device goes
         on while the host reads. A request that turns out to have ended has then been given one step too many, whose
         token is dropped.
+
+        Raises `WorkerError` where another rank's process has ended; so does every later step.
         """
+        with self.workers.guard():
+            return self._step()
+
+    def _step(self) -> list[Job]:
         before, self._ahead = self._ahead, None
         if before is not None and any(request.looks_back for request in self.scheduler.running):
             return self._take(before)
@@ -169,7 +190,9 @@ class Engine:
         shares = self.scheduler.schedule()
         if not shares:
             return None
-        self.memory.copy_slots(self.state.take_copies())
+        copies = self.state.take_copies()
+        self.workers.launch(shares, copies)
+        self.memory.copy_slots(copies)
         flight = self.runner.launch(shares)
         self._counts["steps"] += 1
         for share in shares:
@@ -297,3 +320,16 @@ class Engine:
         """A seed of its own for each request that has none, reproducible from the engine's."""
         digest = hashlib.sha256(f"{self.options.seed}/{next(self._seeds)}".encode()).digest()
         return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def check_split(checkpoint: Checkpoint, options: EngineOptions) -> None:
+    """Raises `ConfigError` where the model cannot be divided among so many ranks. Nothing is loaded."""
+    group = Group()
+    group.share = Share(0, options.tensor_parallel_size)
+    checkpoint.architecture.allocate(checkpoint.read_config(), LocalKit(device="meta", group=group))
+
+
+def load_part(checkpoint: Checkpoint, options: EngineOptions, device: torch.device, group: Group) -> LanguageModel:
+    """A rank's part of the model."""
+    max_length = options.resolve_length(checkpoint.read_config())
+    return load_model(checkpoint, options.dtype, device, options.load_format, max_length, options.seed, group)
