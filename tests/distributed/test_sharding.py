@@ -38,7 +38,8 @@ class Table:
 
 class ThreadGroup(Group):
     def __init__(self, rank: int, table: Table) -> None:
-        self.share, self._table = Share(rank, len(table.places)), table
+        super().__init__(Share(rank, len(table.places)))
+        self._table = table
 
     def all_reduce(self, x):
         return torch.stack(self._table.exchange(self.share.rank, x)).sum(0)

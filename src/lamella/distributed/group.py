@@ -16,9 +16,14 @@ TIMEOUT = timedelta(minutes=5)
 
 
 class Group:
-    """A rank alone, which has nothing to wait for."""
+    """A rank alone, which has nothing to wait for.
 
-    share = Share()
+    Attributes:
+        share: what is this rank's of a model.
+    """
+
+    def __init__(self, share: Share | None = None) -> None:
+        self.share = share or Share()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum over all ranks, the same to the last bit on each; x may be overwritten."""
@@ -45,7 +50,7 @@ class TensorParallelGroup(Group):
 
     def __init__(self, share: Share) -> None:
         """Knows its share at once; `connect` before anything is summed."""
-        self.share = share
+        super().__init__(share)
         self._group: Any = None
 
     def connect(self, folder: Path, device: torch.device) -> None:

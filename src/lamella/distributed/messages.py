@@ -20,6 +20,7 @@ class Start(msgspec.Struct, tag=True):
     Attributes:
         folder: where the ranks meet, see `TensorParallelGroup.connect`.
         options: of `EngineOptions`, as plain values.
+        architectures: those of rank 0, for the registry.
         threads, log_level: those of rank 0.
     """
 
@@ -27,6 +28,7 @@ class Start(msgspec.Struct, tag=True):
     size: int
     folder: str
     options: dict[str, Any]
+    architectures: dict[str, str]
     threads: int
     log_level: int
 

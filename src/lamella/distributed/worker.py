@@ -25,6 +25,7 @@ from lamella.distributed.sharding import Share
 from lamella.distributed.workers import Workers
 from lamella.engine.engine import Engine, load_part
 from lamella.engine.options import EngineOptions
+from lamella.models.registry import register_architecture
 
 logger = logging.getLogger("lamella")
 
@@ -52,6 +53,8 @@ def main() -> None:
 def run(start: Start, channel: Channel) -> None:
     """Make this rank's engine, and take its steps until the channel closes, which raises `EOFError`."""
     torch.set_num_threads(start.threads)
+    for name, path in start.architectures.items():
+        register_architecture(name, path)
     options = EngineOptions(**start.options)
     device = torch.device("cpu")
     if options.device == "cuda":

@@ -25,6 +25,7 @@ from lamella.distributed.replay import Recorder
 from lamella.distributed.sharding import Share
 from lamella.engine.scheduler import Scheduled
 from lamella.errors import WorkerError
+from lamella.models.registry import registered
 from lamella.state.manager import StateManager
 
 if TYPE_CHECKING:
@@ -88,8 +89,17 @@ class WorkerProcesses(Workers):
         self._watch.start(self._ranks)
         with self.guard():
             for each in self._ranks:
-                level = logger.getEffectiveLevel()
-                each.channel.send(Start(each.rank, size, str(self._folder), values, torch.get_num_threads(), level))
+                each.channel.send(
+                    Start(
+                        rank=each.rank,
+                        size=size,
+                        folder=str(self._folder),
+                        options=values,
+                        architectures=registered(),
+                        threads=torch.get_num_threads(),
+                        log_level=logger.getEffectiveLevel(),
+                    )
+                )
 
     def connect(self, device: torch.device) -> None:
         for rank in self._ranks:

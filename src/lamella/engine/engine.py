@@ -25,7 +25,7 @@ from lamella.engine.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduler
 from lamella.engine.tokenizer import Tokenizer
 from lamella.engine.warm_up import activation_bytes
-from lamella.errors import ParameterError
+from lamella.errors import ConfigError, ParameterError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import LocalKit, state_holders
 from lamella.state.manager import StateManager
@@ -324,9 +324,13 @@ class Engine:
 
 def check_split(checkpoint: Checkpoint, options: EngineOptions) -> None:
     """Raises `ConfigError` where the model cannot be divided among so many ranks. Nothing is loaded."""
-    group = Group()
-    group.share = Share(0, options.tensor_parallel_size)
-    checkpoint.architecture.allocate(checkpoint.read_config(), LocalKit(device="meta", group=group))
+    size, architecture = options.tensor_parallel_size, checkpoint.architecture
+    if size > 1 and architecture.__module__ == "__main__":
+        raise ConfigError(
+            f"tensor_parallel_size={size}: {architecture.__name__} is defined in the main script, where other "
+            "processes cannot import it; put it into a module"
+        )
+    architecture.allocate(checkpoint.read_config(), LocalKit(device="meta", group=Group(Share(0, size))))
 
 
 def load_part(checkpoint: Checkpoint, options: EngineOptions, device: torch.device, group: Group) -> LanguageModel:
