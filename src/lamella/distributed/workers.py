@@ -160,7 +160,8 @@ class _Rank:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # what is on rank 0's standard output is rank 0's own
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                # Its imports are rank 0's; its progress is rank 0's, too, which shows it.
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TQDM_DISABLE": "1"},
             )
         self.channel = Channel(ours)
 

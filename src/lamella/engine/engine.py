@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -24,7 +24,7 @@ from lamella.engine.runner import Flight, ModelRunner
 from lamella.engine.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduler
 from lamella.engine.tokenizer import Tokenizer
-from lamella.engine.warm_up import activation_bytes
+from lamella.engine.warm_up import warm_up
 from lamella.errors import ConfigError, ParameterError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import LocalKit, state_holders
@@ -51,6 +51,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         eos_token_ids: tuple[int, ...] = (),
         workers: Workers | None = None,
+        make_runner: Callable[..., ModelRunner] = ModelRunner,
     ) -> None:
         """`model` is this rank's part, and `workers` are the other ranks, which make the same engine of theirs."""
         self.workers = workers or Workers()
@@ -59,7 +60,7 @@ class Engine:
         self.max_model_len = options.resolve_length(model.config)
         holders = state_holders(model)
         self.cost = StateCost.of(holders)
-        reserved = activation_bytes(model, options, self.max_model_len, device)
+        reserved = warm_up(model, options, self.max_model_len, device)
         plan = Capacity.plan(options, self.cost, self.max_model_len, device, reserved, self.workers.group)
         groups, pages = list(plan.pages), list(plan.pages.values())
         self.state = StateManager(groups, pages, plan.num_slots, options.block_size, bool(self.cost.slots))
@@ -71,9 +72,8 @@ class Engine:
             options.snapshot_interval,
             options.snapshot_prompts,
         )
-        self.runner = ModelRunner(model, self.state, device, self.max_model_len, options.max_num_seqs)
-        if device.type == "cuda" and not options.enforce_eager:
-            self.runner.capture(progress=self.workers.group.share.rank == 0)
+        self.runner = make_runner(model, self.state, device, self.max_model_len, options.max_num_seqs)
+        self.runner.warm_up(graphs=not options.enforce_eager)
         self.workers.follow(self.state)
         self._ahead: Flight | None = None  # a step that has been launched, and not collected yet
         self._seeds = itertools.count()
@@ -232,6 +232,7 @@ class Engine:
         started, cached = scheduler.num_started_tokens, scheduler.num_cached_tokens
         return {
             **self._counts,
+            "graph_steps": self.runner.num_replays,
             "preemptions": self.scheduler.num_preemptions,
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),

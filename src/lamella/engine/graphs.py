@@ -52,24 +52,28 @@ class DecodeGraphs:
     """Steps in which every request has one token, by the number of rows. Rows without a request have the dummy page and
     the dummy slot."""
 
-    def __init__(self, model: LanguageModel, inputs: StepInputs, tokens: Tensor, most: int) -> None:
-        """`tokens` (rows,) int64 holds what each row of the latest step has chosen; a replay reads and replaces it."""
+    def __init__(self, model: LanguageModel, inputs: StepInputs, tokens: Tensor, sizes: Sequence[int]) -> None:
+        """For steps of each of `sizes` rows.
+
+        `tokens` (rows,) int64 holds what each row of the latest step has chosen; a replay reads and replaces it.
+        """
         self.model, self.inputs, self._tokens = model, inputs, tokens
-        size = self._layout(most).spans()[1]
+        size = self._layout(max(sizes)).spans()[1]
         self._blocks = [torch.zeros(size, dtype=torch.uint8, pin_memory=True) for _ in range(_BUFFERS)]
         self._device_block = torch.zeros(size, dtype=torch.uint8, device=inputs.device)
         self._turn = 0
         self._graphs: dict[int, _Graph] = {}
-        self._most = most
+        self._sizes = sizes
 
     def _layout(self, rows: int) -> Layout:
         return Layout(requests=rows, tokens=rows, groups=len(self.inputs.state.groups), pages=self.inputs.max_pages)
 
     def capture(self, progress: bool = True) -> None:
         """Capture every size, the largest first, in whose memory the others find room."""
-        sizes = bucket_sizes(self._most)[::-1]
         pool = torch.cuda.graph_pool_handle()
-        for size in tqdm(sizes, desc="capturing graphs", unit="graph", disable=not progress, dynamic_ncols=True):
+        for size in tqdm(
+            sorted(self._sizes)[::-1], desc="capturing graphs", unit="graph", disable=not progress, dynamic_ncols=True
+        ):
             self._graphs[size] = self._capture(size, pool)
 
     @torch.inference_mode()
@@ -77,19 +81,19 @@ class DecodeGraphs:
         layout = self._layout(rows)
         arrays = [layout.arrays(block.numpy()[: layout.spans()[1]]) for block in self._blocks]
         self._device_block.zero_()
-        tensors = StepTensors.of(
-            layout.tensors(self._device_block), self.inputs.state.groups, (1,) * rows, (), self.inputs.attention
-        )
-        tensors.batch.ragged.seq_lens.fill_(1)
-        tensors.batch.ragged.query_start_loc.copy_(torch.arange(rows + 1))
+        fields = layout.tensors(self._device_block)
+        fields["seq_lens"].fill_(1)
+        fields["query_start_loc"].copy_(torch.arange(rows + 1))
+
+        def step() -> StepTensors:
+            # How long the contexts are is unknown to the host at a replay: nothing may ask for it.
+            return StepTensors.of(fields, self.inputs.state.groups, (1,) * rows, (), self.inputs.attention)
 
         def forward() -> Tensor:
-            fresh = StepTensors.of(
-                layout.tensors(self._device_block), self.inputs.state.groups, (1,) * rows, (), self.inputs.attention
-            )
-            with forward_batch(fresh.batch):
-                hidden = self.model(pending_tokens(fresh.input_ids, self._tokens))
-                draw(self.model.compute_logits(hidden), fresh.sampling, self._tokens[:rows])
+            tensors = step()
+            with forward_batch(tensors.batch):
+                hidden = self.model(pending_tokens(tensors.input_ids, self._tokens))
+                draw(self.model.compute_logits(hidden), tensors.sampling, self._tokens[:rows])
             return hidden
 
         for _ in range(_WARM_UPS):
@@ -97,20 +101,20 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             hidden = forward()
-        return _Graph(graph, layout, arrays, tensors, hidden)
+        return _Graph(graph, layout, arrays, step(), hidden)
 
-    def serves(self, shares: Sequence[Scheduled]) -> bool:
-        """Whether a step is one of these: every request decodes."""
-        return len(shares) <= self._most and all(share.count == 1 and share.samples for share in shares)
+    def replay(
+        self, rows: int, shares: Sequence[Scheduled], latest: Mapping[Request, int]
+    ) -> tuple[Tensor, StepTensors]:
+        """Launch a step in which all requests decode, with padding up to `rows`.
 
-    def replay(self, shares: Sequence[Scheduled], latest: Mapping[Request, int]) -> tuple[Tensor, StepTensors]:
-        """Launch a step: the hidden states of its rows (R, hidden_size), and its tensors. The tokens are where the
-        constructor was told."""
-        rows = len(shares)
-        graph = self._graphs[min(size for size in self._graphs if size >= rows)]
+        Returns the hidden states of the shares (R, hidden_size), and the step's tensors. The tokens are where the
+        constructor was told.
+        """
+        graph = self._graphs[rows]
         self._turn = (self._turn + 1) % _BUFFERS
         self.inputs.fill(graph.arrays[self._turn], shares, latest)
         size = graph.layout.spans()[1]
         self._device_block[:size].copy_(self._blocks[self._turn][:size], non_blocking=True)
         graph.graph.replay()
-        return graph.hidden[:rows], graph.tensors
+        return graph.hidden[: len(shares)], graph.tensors

@@ -25,7 +25,7 @@ class EngineOptions:
         enable_prefix_caching: share the state of equal beginnings of prompts, and of finished conversations.
         tensor_parallel_size: devices of this host (on a CPU: processes) that hold a part of the model each.
         placement, deterministic: only the defaults are possible yet, others are an error.
-        enforce_eager: no graph capture; the engine captures none yet, so both values do the same.
+        enforce_eager: on a GPU, no graphs of the decode steps: quicker to start, slower to run; no effect on a CPU.
         seed: of the draws of requests without a seed, and of dummy weights.
         load_format: "auto", or "dummy" for random weights.
         block_size: tokens in a page.

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lamella.engine.graphs import DecodeGraphs
+from lamella.engine.graphs import DecodeGraphs, bucket_sizes
 from lamella.engine.request import Request
 from lamella.engine.sampler import (
     Choice,
@@ -20,6 +20,7 @@ from lamella.engine.sampler import (
     prompt_logprobs,
     scored,
 )
+from lamella.engine.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduled
 from lamella.engine.step_inputs import StepInputs, StepTensors
 from lamella.layers.context import forward_batch
@@ -27,7 +28,7 @@ from lamella.layers.decoder import LanguageModel
 from lamella.ops.attention.paged import AttentionSpace
 from lamella.ops.backend import use_triton
 from lamella.ops.sampling import draw, pending_tokens
-from lamella.state.manager import StateManager
+from lamella.state.manager import DUMMY, Holding, StateManager
 
 _LOGITS_ROWS = 256  # rows of the vocabulary's width at a time, where a prompt's logprobs are wanted
 
@@ -63,6 +64,7 @@ class ModelRunner:
     """Runs a model's steps over the state that its requests hold.
 
     Attributes:
+        num_replays: steps that were replays of a graph.
         runs_ahead: whether a step is to be launched before the one ahead of it has been collected, so that the device
             never waits for the host.
     """
@@ -72,18 +74,38 @@ class ModelRunner:
     ) -> None:
         self.model, self.state, self.device = model, state, device
         self.runs_ahead = device.type == "cuda"
+        self.num_replays = 0
         self.attention = AttentionSpace(max_num_seqs, max_model_len, device) if device.type == "cuda" else None
         self.inputs = StepInputs(state, max_model_len, device, self.attention)
         # Of the latest step, what each of its rows has chosen.
         self._tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._rows: dict[Request, int] = {}
+        # On a GPU a step that only decodes has one of these numbers of rows, in a graph or not: the kernels of a
+        # library, and with them the order of sums, may differ from number to number.
+        self._sizes = bucket_sizes(max_num_seqs) if device.type == "cuda" else []
         self._graphs: DecodeGraphs | None = None
 
-    def capture(self, progress: bool = True) -> None:
-        """Make graphs of the decode steps, on a GPU. The pools are written to, so they must hold nothing yet."""
-        graphs = DecodeGraphs(self.model, self.inputs, self._tokens, len(self._tokens))
-        graphs.capture(progress)
-        self._graphs = graphs
+    def warm_up(self, graphs: bool) -> None:
+        """On a GPU, compile what a step of prompts needs and, with `graphs`, capture the decode steps.
+
+        Only the dummy page and the dummy slot are written to.
+        """
+        if self.device.type != "cuda":
+            return
+        pads = [
+            Request(f"padding {index}", [0] * (2 - index), SamplingParams())
+            for index in range(min(2, len(self._tokens)))
+        ]
+        for pad in pads:
+            self.state.holdings[pad] = Holding(DUMMY, [[DUMMY] for _ in self.state.groups])
+        self.launch([Scheduled(pad, 0, len(pad.prompt_token_ids), samples=True) for pad in pads])
+        for pad in pads:
+            del self.state.holdings[pad]
+        self._rows = {}
+        if graphs:
+            capturing = DecodeGraphs(self.model, self.inputs, self._tokens, self._sizes)
+            capturing.capture()
+            self._graphs = capturing
 
     @torch.inference_mode()
     def launch(self, step: Sequence[Scheduled]) -> Flight:
@@ -91,10 +113,15 @@ class ModelRunner:
         shares = sorted(step, key=lambda share: share.count != 1)  # decodes first, see RaggedBatch
         if self.attention is not None:
             self.attention.begin_step()
-        if self._graphs is not None and self._graphs.serves(shares):
-            hidden, tensors = self._graphs.replay(shares, self._rows)
-            return self._flight(shares, self._choose(shares, hidden, tensors, chosen=True), {})
-        tensors = self.inputs.build(shares, self._rows)
+        pads = 0
+        if self._sizes and shares[-1].count == 1:
+            rows = min(size for size in self._sizes if size >= len(shares))
+            if self._graphs is not None and all(share.samples for share in shares):
+                hidden, tensors = self._graphs.replay(rows, shares, self._rows)
+                self.num_replays += 1
+                return self._flight(shares, self._choose(shares, hidden, tensors, chosen=True), {})
+            pads = rows - len(shares)
+        tensors = self.inputs.build(shares, self._rows, pads)
         with forward_batch(tensors.batch):
             hidden = self.model(self._resolve(tensors.input_ids, shares))
             prompts = self._prompt_logprobs(shares, hidden)

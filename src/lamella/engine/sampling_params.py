@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lamella.errors import ParameterError
+from lamella.ops.sampling import GREEDY_BELOW
 
 MAX_LOGPROBS = 1000
 """Most alternatives that `logprobs` and `prompt_logprobs` may ask for."""
-
-GREEDY_BELOW = 1e-5
-"""Temperatures below this count as 0: dividing by them would only reproduce the argmax, at a loss of range."""
 
 
 def _require(ok: bool, field: str, allowed: str, value: object) -> None:

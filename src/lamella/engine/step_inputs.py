@@ -185,24 +185,28 @@ class StepInputs:
         self.max_pages = state.pages_for(max_model_len)
         self._rows = RequestRows(state, self.max_pages)
 
-    def build(self, shares: Sequence[Scheduled], latest: Mapping[Request, int]) -> StepTensors:
-        """The step's tensors, new ones. `latest` gives the rows in which pending tokens were chosen."""
-        lengths = [share.start + share.count for share in shares]
+    def build(self, shares: Sequence[Scheduled], latest: Mapping[Request, int], pads: int = 0) -> StepTensors:
+        """The step's tensors, new ones, with so many rows of padding behind a step that only decodes.
+
+        `latest` gives the rows in which pending tokens were chosen.
+        """
+        lengths = [share.start + share.count for share in shares] + [1] * pads
         listed = 0 if self.attention is None else sum(self.state.pages_for(s.start + s.count) for s in prefills(shares))
         layout = Layout(
-            requests=len(shares),
-            tokens=sum(share.count for share in shares),
+            requests=len(shares) + pads,
+            tokens=sum(share.count for share in shares) + pads,
             groups=len(self.state.groups),
             pages=self.state.pages_for(max(lengths)),
             listed=listed,
         )
+        assert not pads or layout.tokens == layout.requests
         block = torch.empty(layout.spans()[1], dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         self.fill(layout.arrays(block.numpy()), shares, latest)
         on_device = block.to(self.device, non_blocking=True)
         return StepTensors.of(
             layout.tensors(on_device),
             self.state.groups,
-            tuple(share.count for share in shares),
+            (*(share.count for share in shares), *(1,) * pads),
             tuple(lengths),
             self.attention,
         )

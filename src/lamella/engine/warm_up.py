@@ -1,8 +1,9 @@
-"""What a GPU engine does before its first request: measure the memory of a step, compile, check."""
+"""What a GPU engine does before it takes memory for state: check its kernels, and measure what a step takes."""
 
 from __future__ import annotations
 
 import logging
+import time
 
 import torch
 
@@ -10,26 +11,38 @@ from lamella.engine.options import EngineOptions
 from lamella.layers.context import ForwardBatch, forward_batch
 from lamella.layers.decoder import LanguageModel
 from lamella.ops.ragged import RaggedBatch
+from lamella.ops.self_check import self_check
 
 logger = logging.getLogger("lamella")
 
 
-@torch.inference_mode()
-def activation_bytes(model: LanguageModel, options: EngineOptions, max_model_len: int, device: torch.device) -> int:
-    """The memory that the largest step takes beside weights and state, measured by running one; 0 on the CPU."""
+def warm_up(model: LanguageModel, options: EngineOptions, max_model_len: int, device: torch.device) -> int:
+    """Bytes that the largest step takes beside weights and state; 0 on the CPU, where there is nothing to do.
+
+    Raises `KernelError` where a kernel of ours does not work on this machine.
+    """
     if device.type != "cuda":
         return 0
+    start = time.perf_counter()
+    self_check(model.get_parameter("model.embed_tokens.weight").dtype, device)
+    checked = time.perf_counter()
+    nbytes = _activation_bytes(model, options, max_model_len, device)
+    logger.info("kernels agree with their references (%.1f s); a step takes %d MiB", checked - start, nbytes >> 20)
+    return nbytes
+
+
+@torch.inference_mode()
+def _activation_bytes(model: LanguageModel, options: EngineOptions, max_model_len: int, device: torch.device) -> int:
+    """By running the largest step there can be, without state."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     whole, rest = divmod(options.max_num_batched_tokens, max_model_len)
     lengths = [max_model_len] * whole + [rest] * (rest > 0)
-    batch = ForwardBatch(RaggedBatch.from_lengths(lengths, lengths, device))
-    with forward_batch(batch):
+    with forward_batch(ForwardBatch(RaggedBatch.from_lengths(lengths, lengths, device))):
         hidden = model(torch.zeros(sum(lengths), dtype=torch.int64, device=device))
         model.compute_logits(hidden[: options.max_num_seqs])
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
-    logger.info("a step of %d tokens takes %d MiB", sum(lengths), peak >> 20)
     return peak

@@ -14,7 +14,7 @@ from lamella.layers.kit import Kit, PagedAttention
 from lamella.layers.norm import RMSNorm
 from lamella.layers.rotary import Rotary
 from lamella.ops.backend import use_fused
-from lamella.ops.qkv import CanonStep, prepare_qkv
+from lamella.ops.qkv import prepare_qkv
 from lamella.state.spec import PagedState
 
 
@@ -49,9 +49,11 @@ class Attention(nn.Module):
 
     def forward(self, positions: Tensor, entry: BlockInput) -> Tensor:
         """(T, hidden_size) -> (T, hidden_size)."""
-        qkv = entry.project(self.qkv_proj)
+        # Behind a query/key norm the convolution cannot be the projection's own.
+        canon = None if self.config.qk_norm or not entry.fuses(self.qkv_proj, self.canon) else self.canon
+        qkv = entry.project(self.qkv_proj, canon)
         if use_fused(qkv) and isinstance(self.attention, PagedAttention) and require_batch().pages is not None:
-            return self.o_proj(self.attention.read(self._prepare(positions, qkv)).flatten(1))
+            return self.o_proj(self.attention.read(self._prepare(positions, qkv, canon is not None)).flatten(1))
         q, k, v = qkv.split(self.sizes, dim=-1)
         if self.config.qk_norm:
             q, k = self._norm(q, self.q_norm), self._norm(k, self.k_norm)
@@ -62,7 +64,7 @@ class Attention(nn.Module):
             q, k = self.rotary(require_batch(), positions, q, k)
         return self.o_proj(self.attention(q, k, v).flatten(1))
 
-    def _prepare(self, positions: Tensor, qkv: Tensor) -> Tensor:
+    def _prepare(self, positions: Tensor, qkv: Tensor, convolved: bool) -> Tensor:
         """From the projected [q | k | v] to queries ready for attention, with keys and values in their pages.
 
         One kernel, with two exceptions that are computed apart: a norm over all heads, and a canon in a step in which
@@ -70,25 +72,25 @@ class Attention(nn.Module):
         """
         config, batch = self.config, require_batch()
         assert isinstance(self.attention, PagedAttention)
-        q_norm, k_norm, canon = None, None, None
-        only_decodes = batch.ragged.num_decodes == batch.ragged.num_requests
+        q_norm, k_norm, step = None, None, None
+        canon = None if convolved else self.canon
         if config.qk_norm:
-            if config.qk_norm_scope == "full" or (config.canon and not only_decodes):
+            if config.qk_norm_scope == "full" or (canon is not None and not canon.is_step):
                 q, k, v = qkv.split(self.sizes, dim=-1)
                 qkv = torch.cat((self._norm(q, self.q_norm), self._norm(k, self.k_norm), v), dim=-1)
             else:
                 q_norm, k_norm = self.q_norm.weight, self.k_norm.weight
-        if self.canon is not None and only_decodes:
-            canon = CanonStep(*self.canon.step())
-        elif self.canon is not None:
-            qkv = self.canon(qkv)
+        if canon is not None and canon.is_step:
+            step = canon.step()
+        elif canon is not None:
+            qkv = canon(qkv)
         cos, sin = (None, None) if self.rotary is None else self.rotary.angles(batch, positions)
         k_cache, v_cache, rows = self.attention.target()
         return prepare_qkv(
             qkv, self.heads, self.kv_heads, config.head_dim,
             q_norm=q_norm, k_norm=k_norm, eps=config.qk_norm.eps if config.qk_norm else 0.0,
             cos=cos, sin=sin, interleaved=config.rope is not None and config.rope.interleaved,
-            k_cache=k_cache, v_cache=v_cache, rows=rows, canon=canon, positions=batch.ragged.positions,
+            k_cache=k_cache, v_cache=v_cache, rows=rows, canon=step, positions=batch.ragged.positions,
         )[0]  # fmt: skip
 
     def _norm(self, x: Tensor, norm: RMSNorm) -> Tensor:

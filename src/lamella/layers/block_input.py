@@ -5,8 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lamella.layers.canon import Canon
+from lamella.layers.context import require_batch
 from lamella.layers.linear import Linear
 from lamella.layers.norm import RMSNorm
+from lamella.ops.linear import fused_linear, fuses
+from lamella.ops.rms_norm.reference import NormStep
 from lamella.ops.swiglu import swiglu
 
 
@@ -40,22 +43,41 @@ class BlockInput:
                 self._entered, self._residual = self._norm(hidden, residual)
         return self._entered
 
-    def project(self, linear: nn.Module) -> Tensor:
-        """`linear` of the input: (T, out)."""
-        if isinstance(linear, Linear) and self._fuses(linear):
-            projected, self._residual = linear.after_norm(*self._take(), self._norm)
+    def fuses(self, linear: nn.Module, canon: Canon | None = None) -> bool:
+        """Whether `project` is one kernel."""
+        if not isinstance(linear, Linear) or not fuses(self._source, linear.weight):
+            return False
+        return canon is None or canon.is_step
+
+    def project(self, linear: nn.Module, canon: Canon | None = None, gated: bool = False) -> Tensor:
+        """`linear` of the input, then the convolution `canon`, then `silu(gate) * up` if `gated`: (T, out)."""
+        if self.fuses(linear, canon):
+            assert isinstance(linear, Linear)
+            norm = None
+            if self._canon is None:
+                hidden, residual = self._take()
+                norm = NormStep(residual, self._norm.weight, self._norm.eps)
+            else:
+                hidden = self.tensor()
+            step = None if canon is None else canon.step()
+            positions = require_batch().ragged.positions
+            projected, total = fused_linear(
+                hidden, linear.weight, linear.bias, gated=gated, norm=norm, conv=step, positions=positions
+            )
+            if norm is not None:
+                self._residual = total
             return projected
-        return linear(self.tensor())
+        projected = linear(self.tensor())
+        if canon is not None:
+            return canon.swiglu(projected) if gated else canon(projected)
+        return swiglu(projected) if gated else projected
 
-    def project_swiglu(self, linear: nn.Module) -> Tensor:
-        """`silu(gate) * up` of `linear`'s output [gate | up]: (T, out / 2)."""
-        if isinstance(linear, Linear) and self._fuses(linear):
-            activated, self._residual = linear.after_norm(*self._take(), self._norm, gated=True)
-            return activated
-        return swiglu(linear(self.tensor()))
-
-    def _fuses(self, linear: Linear) -> bool:
-        return self._canon is None and self._pair is not None and linear.fuses_norm(self._pair[0])
+    @property
+    def _source(self) -> Tensor:
+        if self._pair is not None:
+            return self._pair[0]
+        assert self._entered is not None
+        return self._entered
 
     def _take(self) -> tuple[Tensor, Tensor]:
         assert self._pair is not None, "a block projects its input twice: read it as a tensor"

@@ -13,6 +13,7 @@ from lamella.layers.norm import RMSNorm
 from lamella.ops.backend import use_fused
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.short_conv import norm_short_conv, short_conv, short_conv_swiglu
+from lamella.ops.short_conv.reference import ConvStep
 from lamella.ops.swiglu import swiglu
 from lamella.state.spec import SlotState
 
@@ -68,11 +69,17 @@ class Canon(nn.Module):
         normed, total = norm(x, residual)
         return self(normed), total
 
-    def step(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, bool, bool]:
-        """The operands where every request has one new token and a history: weight, bias, history, slots, ..."""
+    @property
+    def is_step(self) -> bool:
+        """Whether every request in flight has one new token, and a history."""
+        batch = require_batch()
+        return batch.slots is not None and batch.ragged.num_decodes == batch.ragged.num_requests
+
+    def step(self) -> ConvStep:
+        """The operands where `is_step`."""
         weight, bias, _, history, slots, activation, residual = self.operands()
         assert history is not None and slots is not None
-        return weight, bias, history, slots, activation, residual
+        return ConvStep(weight, bias, history, slots, activation, residual)
 
     def operands(self) -> tuple[Tensor, Tensor | None, RaggedBatch, Tensor | None, Tensor | None, bool, bool]:
         """What a convolution is given beside its input: weight (C, W), bias, batch, history, slots, activation,

@@ -30,6 +30,4 @@ class MLP(nn.Module):
 
     def forward(self, entry: BlockInput) -> Tensor:
         """(T, hidden_size) -> (T, hidden_size)."""
-        if self.canon is None:
-            return self.down_proj(entry.project_swiglu(self.gate_up_proj))
-        return self.down_proj(self.canon.swiglu(entry.project(self.gate_up_proj)))
+        return self.down_proj(entry.project(self.gate_up_proj, self.canon, gated=True))

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from lamella.distributed.group import Group
 from lamella.distributed.sharding import Split
-from lamella.layers.norm import RMSNorm
-from lamella.ops.linear import fuses_norm, linear, norm_linear, norm_swiglu_linear, wide_linear
+from lamella.ops.linear import linear, wide_linear
 
 
 class Linear(nn.Module):
@@ -28,15 +27,6 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
-
-    def fuses_norm(self, x: Tensor) -> bool:
-        """Whether `after_norm` has a kernel for x (T, in), and is allowed to use it."""
-        return fuses_norm(x, self.weight)
-
-    def after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm, gated: bool = False) -> tuple[Tensor, Tensor]:
-        """The projection of `norm(x, residual)` and the new residual in one kernel; `gated`: then `swiglu`."""
-        product = norm_swiglu_linear if gated else norm_linear
-        return product(x, residual, norm.weight, norm.eps, self.weight, self.bias)
 
 
 class MergedLinear(Linear):

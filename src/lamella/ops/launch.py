@@ -25,9 +25,23 @@ def dependent_launch(x: Tensor) -> dict[str, Any]:
 def wait_for_predecessor(PDL: tl.constexpr):
     """Wait until all that the kernel ahead has written can be read; only then may the kernel behind start.
 
-    So when a kernel starts, everything is complete but the one kernel directly ahead of it: before the wait it may
-    read weights, and whatever was written two kernels ago or earlier. Every program of every kernel must wait.
+    So when a kernel starts behind one that waits like this, everything is complete but that one: before its own wait it
+    may read weights, and whatever was written earlier than by the kernel directly ahead of it. Every program of every
+    kernel must wait.
     """
+    wait(PDL)
+    start_successor(PDL)
+
+
+@triton.jit
+def start_successor(PDL: tl.constexpr):
+    """The kernel behind may start. Where this comes before the wait, it may read only weights before its own."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """Wait until all that the kernel ahead has written can be read."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()

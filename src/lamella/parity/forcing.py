@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,11 +84,11 @@ class ForcedEngine:
         """`options` as of `LLM`, without a prefix cache unless they say so; `pads` rows that belong to no request join
         each step that only decodes.
         """
-        self.engine = Engine(model, EngineOptions(model="", **{"enable_prefix_caching": False, **options}), device)
+        settings = EngineOptions(model="", **{"enable_prefix_caching": False, **options})
+        self.engine = Engine(model, settings, device, make_runner=partial(_ForcedRunner, top=top, pads=pads))
+        assert isinstance(self.engine.runner, _ForcedRunner)
+        self._runner = self.engine.runner
         self.engine.memory.poison()
-        rows = self.engine.options.max_num_seqs + pads
-        self._runner = _ForcedRunner(model, self.engine.state, device, self.engine.max_model_len, rows, top, pads)
-        self.engine.runner = self._runner
         self._ids = itertools.count()
 
     def score(self, sequences: Sequence[TokenSequence], budgets: Iterable[int] = ()) -> list[Record]:
@@ -131,7 +132,7 @@ class _ForcedRunner(ModelRunner):
         top: int | None,
         pads: int,
     ) -> None:
-        super().__init__(model, state, device, max_model_len, max_num_seqs)
+        super().__init__(model, state, device, max_model_len, max_num_seqs + pads)
         self.runs_ahead = False
         self.records: dict[Request, Record] = {}
         self._top = top

@@ -77,7 +77,13 @@ class Laboratory:
         self._random = random.Random(seed)
 
     def engine(self, pads: int = 0, **options: Any) -> ForcedEngine:
-        usual = {"max_num_seqs": 8, "max_num_batched_tokens": 4096, "block_size": PAGE_SIZE, "num_blocks": 1024}
+        usual = {
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 4096,
+            "block_size": PAGE_SIZE,
+            "num_blocks": 1024,
+            "enforce_eager": True,
+        }
         return ForcedEngine(self.model, usual | options, self.device, pads=pads)
 
     def divided(self, size: int) -> Engine:
@@ -111,12 +117,13 @@ def catalogue(
     config: ModelConfig, length: int, device: torch.device, undivided: str | None = "no checkpoint to divide"
 ) -> list[Path]:
     """The paths for a model on `device` and a sequence of `length` tokens; `undivided`: why ranks cannot share it."""
-    later, kernels = "this version has no ", device.type == "cpu" and native.available()
+    on_gpu = device.type == "cuda"
+    kernels = on_gpu or native.available()
     return [
         Path("full forward, again", Laboratory.full, bitwise=True),
         Path("recycled pages and slot", _recycled, bitwise=True),
         Path("a plain module, no engine", _module),
-        Path("portable operations", _portable, unavailable=None if kernels else "no native kernels here"),
+        Path("portable operations", _portable, unavailable=None if kernels else "nothing but these here"),
         *(Path(f"chunked, cut at {cut}", _cut(cut)) for cut in _cuts(config, length)),
         *(Path(f"chunked, every {size}", _every(size)) for size in _sizes(config, length)),
         Path("prompt, then token by token", _decode(length // 2)),
@@ -130,7 +137,7 @@ def catalogue(
         Path("prefix evicted and found again", _prefix_evicted),
         Path("a conversation's next turn", _next_turn),
         Path("preempted, resumed by prefix", _resumed),
-        Path("compiled", None, unavailable=later + "graph capture or compilation"),
+        Path("token by token in graphs", _graphs, unavailable=None if on_gpu else "graphs need a GPU"),
         Path("two tensor-parallel ranks", _two_ranks, unavailable=undivided),
     ]
 
@@ -175,6 +182,14 @@ def _decode(prompt_len: int) -> Callable[[Laboratory], Record]:
         return _took(record, [prompt_len] + [1] * (len(lab.token_ids) - 1 - prompt_len))
 
     return run
+
+
+def _graphs(lab: Laboratory) -> Record:
+    engine = lab.engine(enforce_eager=False)
+    engine.score([lab.stranger(9, 12), lab.stranger(40, 20), lab.stranger(3, 7)])
+    if not engine.engine.runner.num_replays:
+        raise NotExercised("no step was a graph's replay")
+    return engine.score([lab.sequence(1)])[0]
 
 
 def _took(record: Record, steps: list[int]) -> Record:

@@ -11,7 +11,14 @@ from lamella.ops.attention.paged import AttentionPlan
 from lamella.ops.backend import use_native, use_triton
 from lamella.ops.ragged import RaggedBatch
 
-causal_attention = sdpa.causal_attention
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, scale: float, window: int | None) -> Tensor:
+    """See `reference.causal_attention`."""
+    if use_triton(q):
+        from lamella.ops.attention import triton_prefill
+
+        return triton_prefill.causal_attention(q, k, v, batch.query_start_loc, max(batch.query_lens), scale, window)
+    return sdpa.causal_attention(q, k, v, batch, scale, window)
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Attention of prompts through FlashInfer, which plans a step on the host and has kernels for each generation of GPUs."""
+"""Attention of prompts through FlashInfer, which plans a step on the host and has kernels for each kind of GPU."""
 
 from __future__ import annotations
 

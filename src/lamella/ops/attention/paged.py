@@ -44,7 +44,7 @@ class AttentionSpace:
             length = self.max_length if window is None else min(self.max_length, window)
             self._workspaces[key] = triton.DecodeWorkspace(
                 self.max_requests,
-                self.max_requests * triton.max_chunks(length, head_dim),
+                triton.max_items(self.max_requests, length),
                 heads,
                 kv_heads,
                 head_dim,
@@ -89,8 +89,12 @@ class AttentionPlan:
         dtype: torch.dtype,
         scale: float,
         window: int | None,
+        flashinfer: bool = True,
     ) -> None:
-        """`page_list` (N,) int32: the pages of the requests after the decodes, one request's after the other's."""
+        """`page_list` (N,) int32: the pages of the requests after the decodes, one request's after the other's.
+
+        Without `flashinfer`, our own kernel serves these requests even where that library is there.
+        """
         from lamella.ops.attention import triton
 
         decodes = batch.num_decodes
@@ -99,7 +103,7 @@ class AttentionPlan:
             self.workspace = space.decode_workspace(heads, kv_heads, head_dim, window)
             triton.plan_decode(batch.seq_lens[:decodes], window, self.workspace)
         self.prefill: Prefill | None = None
-        if decodes < batch.num_requests and window is None:
+        if decodes < batch.num_requests and window is None and flashinfer:
             # Beyond a window lie pages that were given back: FlashInfer would read them, if only to weigh them by zero.
             self.prefill = space.prefill((heads, kv_heads, head_dim, scale), dtype)
             if self.prefill is not None:
@@ -128,21 +132,21 @@ def paged_attention(
         return triton.decode_attention(q, k_cache, v_cache, page_table, scale, plan.workspace)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if plan.workspace is not None:
-        out[:decodes] = triton.decode_attention(
-            q[:decodes], k_cache, v_cache, page_table[:decodes], scale, plan.workspace
+        triton.decode_attention(
+            q[:decodes], k_cache, v_cache, page_table[:decodes], scale, plan.workspace, out=out[:decodes]
         )
     if plan.prefill is not None:
         plan.prefill.run(q[decodes:], k_cache, v_cache, out[decodes:])
         return out
-    out[decodes:] = triton_prefill.prefill_attention(
-        q[decodes:],
+    return triton_prefill.prefill_attention(
+        q,
         k_cache,
         v_cache,
         page_table[decodes:],
-        batch.query_start_loc[decodes:] - decodes,
+        batch.query_start_loc[decodes:],
         batch.seq_lens[decodes:],
         max(batch.query_lens[decodes:]),
         scale,
         window,
+        out=out,
     )
-    return out

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lamella.ops.launch import dependent_launch
+from lamella.ops.launch import dependent_launch, wait_for_predecessor
 
 MAX_CHUNKS = tl.constexpr(64)  # of a request: beyond, its chunks grow
 _LOG2_E = 1.4426950408889634
@@ -30,8 +30,9 @@ class Settings(NamedTuple):
     programs: int  # per multiprocessor
 
 
+# Few requests are cut finely, so that there is work for every multiprocessor; many give enough of it uncut.
+_FEW_REQUESTS, _SHORT_CHUNK, _LONG_CHUNK = 8, 128, 512
 # By head_dim, padded to a power of two, and bytes per element.
-_CHUNK = {16: 512, 32: 512, 64: 256, 128: 256, 256: 128}
 _SETTINGS = {
     (16, 2): Settings(128, 4, 5, 4),
     (32, 2): Settings(128, 4, 5, 4),
@@ -46,9 +47,14 @@ _SETTINGS = {
 }
 
 
-def max_chunks(length: int, head_dim: int) -> int:
-    """How many items of a plan a request of at most `length` visible tokens can take."""
-    return min(triton.cdiv(length, _CHUNK[_padded(head_dim)]), MAX_CHUNKS.value)
+def max_items(requests: int, length: int) -> int:
+    """How many items the plan of at most `requests` requests of at most `length` visible tokens can have."""
+    few = min(requests, _FEW_REQUESTS)
+    return max(few * _chunks(length, _SHORT_CHUNK), requests * _chunks(length, _LONG_CHUNK))
+
+
+def _chunks(length: int, chunk: int) -> int:
+    return min(triton.cdiv(length, chunk), MAX_CHUNKS.value)
 
 
 class DecodeWorkspace:
@@ -60,7 +66,8 @@ class DecodeWorkspace:
         arrived: (1 + max_requests * kv_heads,) int32, zero between calls: units of work handed out, then parts finished
             of each request and key/value head.
         parts: (max_items, heads, head_dim) fp32, and `maxima` and `sums` (max_items, heads) fp32.
-        chunk: tokens in a chunk of a request that has at most `MAX_CHUNKS` of them.
+        chunk: tokens in a chunk of a request that has at most `MAX_CHUNKS` of them; None leaves it to the number of
+            requests in a step.
     """
 
     def __init__(
@@ -74,9 +81,9 @@ class DecodeWorkspace:
         *,
         chunk: int | None = None,
     ) -> None:
-        """`max_items` bounds the sum of the requests' chunks, see `max_chunks`."""
+        """`max_items` bounds the sum of the requests' chunks; the function of this name gives it."""
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.chunk = chunk or _CHUNK[_padded(head_dim)]
+        self.chunk = chunk
         self.items = torch.zeros(_FIELDS, max_items, dtype=torch.int32, device=device)
         self.num_items = torch.zeros(1, dtype=torch.int32, device=device)
         self.arrived = torch.zeros(1 + max_requests * kv_heads, dtype=torch.int32, device=device)
@@ -91,16 +98,20 @@ class DecodeWorkspace:
 def plan_decode(seq_lens: Tensor, window: int | None, workspace: DecodeWorkspace) -> None:
     """Write into `workspace` the work of one step: seq_lens (R,) int32, each >= 1, the new token counted.
 
-    A token sees itself and, with a window w, the w - 1 tokens before it.
+    A token sees itself and, with a window w, the w - 1 tokens before it. How a request is cut depends on its own
+    length, and on whether the step has few requests or many.
     """
     requests = seq_lens.shape[0]
     assert seq_lens.dtype == torch.int32 and seq_lens.is_contiguous()
     assert requests * workspace.kv_heads < workspace.arrived.shape[0]
     _plan_kernel[(requests,)](
         seq_lens, requests, workspace.items, workspace.items.shape[1], workspace.num_items,
-        PADDED=triton.next_power_of_2(requests), WINDOW=window or 0, CHUNK=workspace.chunk,
+        PADDED=triton.next_power_of_2(requests), WINDOW=window or 0,
+        CHUNK=workspace.chunk or (_SHORT_CHUNK if requests <= _FEW_REQUESTS else _LONG_CHUNK),
         **dependent_launch(seq_lens),
     )  # fmt: skip
+    # Attention reads the plan before it waits for the launch ahead of it, so that must not be the plan's own.
+    workspace.arrived[:1].zero_()
 
 
 def decode_attention(
@@ -111,9 +122,11 @@ def decode_attention(
     scale: float,
     workspace: DecodeWorkspace,
     *,
+    out: Tensor | None = None,
     settings: Settings | None = None,
 ) -> Tensor:
-    """One query token a request: q (R, H, D), returns (R, H, D); the requests are those of `plan_decode`.
+    """One query token a request: q (R, H, D), returns (R, H, D), which is `out` if given; the requests are those of
+    `plan_decode`.
 
     Caches and page_table (R, P) int32 as in `reference.paged_attention`; the workspace is overwritten.
     """
@@ -127,7 +140,8 @@ def decode_attention(
     padded_group = triton.next_power_of_2(group)
     settings = settings or _SETTINGS[padded, q.itemsize]
     items = min(workspace.items.shape[1], requests * MAX_CHUNKS.value)
-    out = q.new_empty(q.shape)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    assert out.is_contiguous() and out.shape == q.shape
     _decode_kernel[(min(settings.programs * workspace.processors, items * kv_heads),)](
         q, q.stride(0), k_cache, v_cache, k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         page_table, page_table.stride(0), workspace.items, workspace.items.shape[1], workspace.num_items,
@@ -162,12 +176,9 @@ def _plan_kernel(
     lengths_ptr, requests, items_ptr, max_items, num_items_ptr,
     PADDED: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     request = tl.program_id(0)
     others = tl.arange(0, PADDED)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    wait_for_predecessor(PDL)
     lengths = tl.load(lengths_ptr + others, mask=others < requests, other=0)
     _, _, counts = _chunking(lengths, WINDOW, CHUNK)
     first = tl.sum(tl.where(others < request, counts, 0))
@@ -205,8 +216,6 @@ def _decode_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr,
     PADDED_GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     HEADS: tl.constexpr = KV_HEADS * GROUP
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, PADDED)
@@ -214,11 +223,10 @@ def _decode_kernel(
     cells = rows[:, None] * DIM + dims[None, :]  # of a group's q, parts and output
     cell_mask = (rows < GROUP)[:, None] & inside[None, :]
     unit = tl.program_id(0)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     # The item is loaded together with what tells whether there is such an item: at batch 1, a wait less.
     request, start, end, first, count = _item(items_ptr, max_items, unit // KV_HEADS)
     units = tl.load(num_items_ptr) * KV_HEADS
+    wait_for_predecessor(PDL)
     while unit < units:
         item = unit // KV_HEADS
         kv_head = unit % KV_HEADS

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lamella.ops.launch import dependent_launch
+from lamella.ops.launch import dependent_launch, wait_for_predecessor
 
 _LOG2_E = 1.4426950408889634
 
@@ -53,18 +53,21 @@ def prefill_attention(
     scale: float,
     window: int | None,
     *,
+    out: Tensor | None = None,
     settings: Settings | None = None,
 ) -> Tensor:
-    """`reference.paged_attention`: q (T, H, D), returns (T, H, D).
+    """`reference.paged_attention`: q (T, H, D), returns (T, H, D), which is `out` if given.
 
     Request r has the queries from query_start_loc[r] to query_start_loc[r + 1], at most `max_query_len`, the last
-    tokens of its seq_lens[r]. Both (R + 1,) and (R,) are int32. A request may have none. Queries of no request keep
-    what was in memory.
+    tokens of its seq_lens[r]. Both (R + 1,) and (R,) are int32. A request may have none. Of queries that belong to no
+    request, the result keeps what was in memory.
     """
     assert page_table.dtype == torch.int32 and page_table.stride(1) == 1
     assert seq_lens.dtype == torch.int32 and seq_lens.is_contiguous()
     assert k_cache.shape[1] & (k_cache.shape[1] - 1) == 0
-    return _launch(q, k_cache, v_cache, page_table, query_start_loc, seq_lens, max_query_len, scale, window, settings)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    _launch(q, k_cache, v_cache, page_table, query_start_loc, seq_lens, max_query_len, scale, window, settings, out)
+    return out
 
 
 def causal_attention(
@@ -79,7 +82,9 @@ def causal_attention(
     settings: Settings | None = None,
 ) -> Tensor:
     """`reference.causal_attention`: q (T, H, D), k and v (T, KV, D), rows of any stride; returns (T, H, D)."""
-    return _launch(q, k[:, None], v[:, None], None, query_start_loc, None, max_query_len, scale, window, settings)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _launch(q, k[:, None], v[:, None], None, query_start_loc, None, max_query_len, scale, window, settings, out)
+    return out
 
 
 def _launch(
@@ -93,7 +98,8 @@ def _launch(
     scale: float,
     window: int | None,
     settings: Settings | None,
-) -> Tensor:
+    out: Tensor,
+) -> None:
     """k and v (pages, page_size, KV, D); without a page table every page is one token, in the order of q."""
     _, heads, dim = q.shape
     kv_heads = k.shape[2]
@@ -103,7 +109,7 @@ def _launch(
     group, padded = heads // kv_heads, _padded(dim)
     settings = settings or _SETTINGS[padded, q.itemsize]
     rows = max(settings.rows, triton.next_power_of_2(group))
-    out = q.new_empty(q.shape)
+    assert out.is_contiguous() and out.shape == q.shape
     _kernel[(triton.cdiv(max_query_len, rows // group), kv_heads, query_start_loc.shape[0] - 1)](
         q, q.stride(0), k, v, k.stride(0), k.stride(1), k.stride(2),
         page_table, 0 if page_table is None else page_table.stride(0), query_start_loc, seq_lens, out, scale * _LOG2_E,
@@ -111,7 +117,6 @@ def _launch(
         ROWS=rows, BLOCK=settings.block, num_warps=settings.num_warps, num_stages=settings.num_stages,
         **dependent_launch(q),
     )  # fmt: skip
-    return out
 
 
 def _padded(dim: int) -> int:
@@ -125,16 +130,13 @@ def _kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, PADDED: tl.constexpr,
     WINDOW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     TOKENS: tl.constexpr = ROWS // GROUP
     first_token = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS  # the last tokens see most: they go first
     kv_head = tl.program_id(1)
     request = tl.program_id(2)
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, PADDED)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    wait_for_predecessor(PDL)
     start = tl.load(starts_ptr + request)
     count = tl.load(starts_ptr + request + 1) - start
     if first_token >= count:

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from lamella.ops import native
 from lamella.ops.backend import use_fused, use_native, use_triton
+from lamella.ops.rms_norm.reference import NormStep
+from lamella.ops.short_conv.reference import ConvStep
 
 _BLOCK = 256  # rows that the native kernel takes at a time, see native.linear_rows
-_FEW_ROWS = 4  # up to which our Triton kernel beats a library's product
+_FEW_ROWS = 2  # up to which our Triton kernel beats a library's product
 _SLICE = 16384  # rows of the weight that the portable path widens at a time
 
 
@@ -21,12 +23,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         from lamella.ops.linear import triton
 
         if triton.serves(x, weight):
-            return triton.linear(x, weight, bias)
+            return triton.linear(x, weight, bias)[0]
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def fuses_norm(x: Tensor, weight: Tensor) -> bool:
-    """Whether `norm_linear` and `norm_swiglu_linear` have a kernel for x (T, in), and are allowed to use it."""
+def fuses(x: Tensor, weight: Tensor) -> bool:
+    """Whether `fused_linear` has a kernel for x (T, in), and is allowed to use it."""
     if x.dim() != 2 or x.shape[0] > _FEW_ROWS or not use_fused(x):
         return False
     from lamella.ops.linear import triton
@@ -34,22 +36,20 @@ def fuses_norm(x: Tensor, weight: Tensor) -> bool:
     return triton.serves(x, weight)
 
 
-def norm_linear(
-    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`linear` of `add_rms_norm(x, residual, ...)`, and the new residual, in one kernel where `fuses_norm`."""
+def fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    gated: bool = False,
+    norm: NormStep | None = None,
+    conv: ConvStep | None = None,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """A product with what stands around it in a block, in one kernel where it `fuses`; see `triton.linear`."""
     from lamella.ops.linear import triton
 
-    return triton.norm_linear(x, residual, norm_weight, eps, weight, bias)
-
-
-def norm_swiglu_linear(
-    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`swiglu` of `norm_linear`, and the new residual, in one kernel where `fuses_norm`."""
-    from lamella.ops.linear import triton
-
-    return triton.norm_swiglu_linear(x, residual, norm_weight, eps, weight, bias)
+    return triton.linear(x, weight, bias, gated=gated, norm=norm, conv=conv, positions=positions)
 
 
 def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -69,7 +69,9 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     elif use_triton(x) and rows.shape[0] <= _FEW_ROWS:
         from lamella.ops.linear import triton
 
-        wide = triton.linear(rows, weight, None, wide=True) if triton.serves(rows, weight) else _wide_mm(rows, weight)
+        wide = (
+            triton.linear(rows, weight, None, wide=True)[0] if triton.serves(rows, weight) else _wide_mm(rows, weight)
+        )
     elif x.is_cuda:
         wide = _wide_mm(rows, weight)
     else:

@@ -1,8 +1,8 @@
 """Products of very few rows with a weight matrix: each program holds whole rows of the weight in registers.
 
 At one row nothing counts but how fast the weight arrives. So every program asks for all of its weight at once, before
-it even waits for the kernel ahead of it, whose result it needs (see `launch.wait_for_predecessor`). What stands before the
-product in a block, the residual sum and its norm, is cheap enough for every program to compute for itself.
+it even waits for the kernel ahead of it, whose result it needs (see `launch.start_successor`). What stands before
+the product in a block, the residual sum and its norm, is cheap enough for every program to compute for itself.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lamella.ops.launch import dependent_launch, wait_for_predecessor
+from lamella.ops.launch import dependent_launch, start_successor, wait
+from lamella.ops.rms_norm.reference import NormStep
+from lamella.ops.short_conv.reference import ConvStep
+from lamella.ops.short_conv.triton import convolve, load_history, load_taps, store_history
+from lamella.ops.swiglu.triton import silu
 
-MAX_ROWS = 4
+MAX_ROWS = 2
 _MAX_INPUT = 1 << 14  # elements: the longest weight row that fits into a program's registers
 
 
@@ -32,61 +36,54 @@ def serves(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, wide: bool = False) -> Tensor:
-    """`x W^T + b`, see `reference.linear`; the unrounded sums in fp32 if `wide`. Rows do not depend on one another."""
-    y = x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32 if wide else x.dtype)
-    _launch(x, None, None, 0.0, weight, bias, y, None, gated=False)
-    return y
-
-
-def norm_linear(
-    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`linear` of `add_rms_norm(x, residual)`, and the new residual. x and residual (T, in), norm_weight (in,) fp32."""
-    y = x.new_empty((x.shape[0], weight.shape[0]))
-    total = torch.empty_like(residual)
-    _launch(x, residual, norm_weight, eps, weight, bias, y, total, gated=False)
-    return y, total
-
-
-def norm_swiglu_linear(
-    x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """As `norm_linear` for weight (2 I, in) = [gate | up], then `silu(gate) * up`: (T, I), rounded once at the end."""
-    y = x.new_empty((x.shape[0], weight.shape[0] // 2))
-    total = torch.empty_like(residual)
-    _launch(x, residual, norm_weight, eps, weight, bias, y, total, gated=True)
-    return y, total
-
-
-def _launch(
+def linear(
     x: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
     weight: Tensor,
     bias: Tensor | None,
-    y: Tensor,
-    total: Tensor | None,
-    gated: bool,
     *,
-    tile: int | None = None,
-    num_warps: int = 4,
-) -> None:
+    wide: bool = False,
+    gated: bool = False,
+    norm: NormStep | None = None,
+    conv: ConvStep | None = None,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`x W^T + b`, see `reference.linear`, and what stands around it in a block: (y, new residual).
+
+    Rows do not depend on one another. In this order:
+    norm: the product is that of `add_rms_norm(x, norm.residual, ...)`, whose sum is the second result.
+    wide: the unrounded sums are given, in fp32.
+    conv: the product is rounded, and convolved for one new token a request, at `positions` (T,) int64.
+    gated: of the result [gate | up] (T, 2 I), `silu(gate) * up` (T, I).
+    """
     rows, size = x.shape
-    outputs = y.shape[1]
+    outputs = weight.shape[0] // (2 if gated else 1)
+    y = torch.empty((rows, outputs), dtype=torch.float32 if wide else x.dtype, device=x.device)
+    total = None if norm is None else torch.empty((rows, size), dtype=x.dtype, device=x.device)
+    tile, num_warps = _tile(weight)
     padded = triton.next_power_of_2(size)
-    if tile is None:
-        tile, num_warps = (1 << 13, 2) if size <= 1024 else (1 << 13, 4) if weight.numel() < 5 << 20 else (1 << 14, 4)
     block = max(1, tile // padded // (2 if gated else 1))
-    while padded * block * (2 if gated else 1) > tile and num_warps < 16:
-        tile, num_warps = tile * 2, num_warps * 2
+    residual, norm_weight, eps = (None, None, 0.0) if norm is None else norm
+    taps, conv_bias, history, slots, activation, skip = (None, None, None, None, False, False) if conv is None else conv
     _kernel[(triton.cdiv(outputs, block),)](
-        x, x.stride(0), residual, 0 if residual is None else residual.stride(0), norm_weight, eps, weight, bias, y,
-        total,
-        ROWS=rows, OUTPUTS=outputs, SIZE=size, PADDED=padded, BLOCK=block, GATED=gated, num_warps=num_warps,
-        **dependent_launch(x),
+        x, x.stride(0), residual, 0 if residual is None else residual.stride(0), norm_weight, eps, weight, bias,
+        taps, 0 if taps is None else taps.stride(0), 0 if taps is None else taps.stride(1), conv_bias,
+        history, 0 if history is None else history.stride(0), 0 if history is None else history.stride(1),
+        slots, positions if conv is not None else None, y, total,
+        ROWS=rows, OUTPUTS=outputs, SIZE=size, PADDED=padded, BLOCK=block, GATED=gated,
+        WIDTH=0 if taps is None else taps.shape[1], ACTIVATION=activation, SKIP=skip,
+        num_warps=num_warps, **dependent_launch(x),
     )  # fmt: skip
+    return y, total
+
+
+def _tile(weight: Tensor) -> tuple[int, int]:
+    """Weight elements of a program, and its warps: 32 KiB keep enough bytes on their way, small matrices want more
+    programs, and long rows must fit into one."""
+    size = triton.next_power_of_2(weight.shape[1])
+    if size <= 1024:
+        return 1 << 13, 2
+    tile = 1 << 13 if weight.numel() < 5 << 20 else 1 << 14
+    return max(tile, size), 4
 
 
 @triton.jit
@@ -96,28 +93,44 @@ def _dot(weight, x):
 
 
 @triton.jit
+def _after(y, bias_ptr, scale, outputs, mask):
+    """What every product goes through: the norm's scale, then the bias."""
+    if scale is not None:
+        y *= scale
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + outputs, mask=mask, other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
 def _kernel(
-    x_ptr, x_stride, residual_ptr, residual_stride, norm_ptr, eps, weight_ptr, bias_ptr, y_ptr, total_ptr,
+    x_ptr, x_stride, residual_ptr, residual_stride, norm_ptr, eps, weight_ptr, bias_ptr,
+    taps_ptr, stride_channel, stride_tap, conv_bias_ptr, history_ptr, stride_slot, stride_row, slots_ptr, positions_ptr,
+    y_ptr, total_ptr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
-    GATED: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, SKIP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    # The next kernel may ask for its weights too, while this one waits for its own.
+    start_successor(PDL)
     outputs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inputs = tl.arange(0, PADDED)[None, :]
     inside = inputs < SIZE
-    mask = (outputs < OUTPUTS)[:, None] & inside
+    valid = outputs < OUTPUTS
+    mask = valid[:, None] & inside
     offsets = outputs[:, None].to(tl.int64) * SIZE + inputs
     weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
     if GATED:
         up_weight = tl.load(weight_ptr + OUTPUTS * SIZE + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
     if norm_ptr is not None:
         norm_weight = tl.load(norm_ptr + inputs, mask=inside, other=0.0)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + outputs, mask=outputs < OUTPUTS, other=0.0).to(tl.float32)
+    if WIDTH > 0:
+        taps = load_taps(taps_ptr, conv_bias_ptr, outputs, valid, stride_channel, stride_tap, WIDTH)
         if GATED:
-            up_bias = tl.load(bias_ptr + OUTPUTS + outputs, mask=outputs < OUTPUTS, other=0.0).to(tl.float32)
-    wait_for_predecessor(PDL)
+            up_taps = load_taps(taps_ptr, conv_bias_ptr, outputs + OUTPUTS, valid, stride_channel, stride_tap, WIDTH)
+    wait(PDL)
     for row in tl.static_range(ROWS):
         x = tl.load(x_ptr + row * x_stride + inputs, mask=inside, other=0.0)
+        scale = None
         if residual_ptr is not None:
             kept = tl.load(residual_ptr + row * residual_stride + inputs, mask=inside, other=0.0)
             total = (x.to(tl.float32) + kept.to(tl.float32)).to(x.dtype)
@@ -129,16 +142,33 @@ def _kernel(
             wide_x = wide * norm_weight
         else:
             wide_x = x.to(tl.float32)
-        y = _dot(weight, wide_x)
-        if residual_ptr is not None:
-            y *= scale
-        if bias_ptr is not None:
-            y += bias
+        y = _after(_dot(weight, wide_x), bias_ptr, scale, outputs, valid)
         if GATED:
-            up = _dot(up_weight, wide_x)
-            if residual_ptr is not None:
-                up *= scale
-            if bias_ptr is not None:
-                up += up_bias
-            y = y / (1.0 + tl.exp(-y)) * up
-        tl.store(y_ptr + row * OUTPUTS + outputs, y.to(y_ptr.dtype.element_ty), mask=outputs < OUTPUTS)
+            up = _after(_dot(up_weight, wide_x), bias_ptr, scale, outputs + OUTPUTS, valid)
+        if WIDTH > 0:
+            # A program has its channels' history to itself.
+            slot_ptr = history_ptr + tl.load(slots_ptr + row) * stride_slot
+            position = tl.load(positions_ptr + row)
+            y = _convolve(
+                y.to(x.dtype), taps, slot_ptr, stride_row, outputs, valid, position, WIDTH, ACTIVATION, SKIP
+            ).to(tl.float32)
+            if GATED:
+                up = _convolve(
+                    up.to(x.dtype), up_taps, slot_ptr, stride_row, outputs + OUTPUTS, valid, position,
+                    WIDTH, ACTIVATION, SKIP,
+                ).to(tl.float32)  # fmt: skip
+        if GATED:
+            y = silu(y) * up
+        tl.store(y_ptr + row * OUTPUTS + outputs, y.to(y_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _convolve(
+    current, taps, history, stride_row, channels, mask, position,
+    WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, SKIP: tl.constexpr,
+):  # fmt: skip
+    """The convolution of one new token's channels, whose history moves on."""
+    rows = load_history(history, stride_row, channels, mask, position, WIDTH, current.dtype)
+    rows += (current,)
+    store_history(history, stride_row, channels, mask, rows, WIDTH)
+    return convolve(rows, taps, 0, WIDTH, ACTIVATION, SKIP)

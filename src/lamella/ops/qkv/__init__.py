@@ -8,9 +8,6 @@ from torch import Tensor
 
 from lamella.ops.backend import use_triton
 from lamella.ops.qkv import reference
-from lamella.ops.qkv.reference import CanonStep
-
-__all__ = ["CanonStep", "prepare_qkv"]
 
 
 def prepare_qkv(

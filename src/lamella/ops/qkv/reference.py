@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.rms_norm.reference import rms_norm
 from lamella.ops.rotary.reference import rotate
-from lamella.ops.short_conv.reference import short_conv
-
-
-class CanonStep(NamedTuple):
-    """The convolution of [q | k | v] where every request has one new token; see ops/short_conv."""
-
-    weight: Tensor  # (C, W), C = (H + 2 KV) D
-    bias: Tensor | None
-    history: Tensor  # (slots, W-1, C), replaced in place in the rows `slots`
-    slots: Tensor  # (T,) int64
-    activation: bool
-    residual: bool
+from lamella.ops.short_conv.reference import ConvStep, short_conv
 
 
 def prepare_qkv(
@@ -39,7 +26,7 @@ def prepare_qkv(
     k_cache: Tensor | None = None,
     v_cache: Tensor | None = None,
     rows: Tensor | None = None,
-    canon: CanonStep | None = None,
+    canon: ConvStep | None = None,
     positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The projected [q | k | v] made ready for attention: (q (T, H, D), k, v).

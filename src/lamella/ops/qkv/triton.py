@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lamella.ops.launch import dependent_launch, wait_for_predecessor
-from lamella.ops.qkv.reference import CanonStep
 from lamella.ops.rms_norm.triton import row_scale
+from lamella.ops.short_conv.reference import ConvStep
 from lamella.ops.short_conv.triton import convolve, load_history, load_taps, store_history
 
 WARPS = 2  # the norm has the bits of its own kernel if a warp has at least 512 channels
@@ -30,7 +30,7 @@ def prepare_qkv(
     k_cache: Tensor | None = None,
     v_cache: Tensor | None = None,
     rows: Tensor | None = None,
-    canon: CanonStep | None = None,
+    canon: ConvStep | None = None,
     positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See `reference.prepare_qkv`. Rows of qkv and heads in a row of a cache may be of any stride.

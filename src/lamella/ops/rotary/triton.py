@@ -18,7 +18,7 @@ def angles(positions: Tensor, frequencies: Tensor, magnitude: float) -> tuple[Te
     padded = triton.next_power_of_2(pairs)
     rows = max(1, 512 // padded)
     _angles[(triton.cdiv(tokens, rows),)](
-        positions, frequencies, both, tokens, magnitude, PAIRS=pairs, PADDED=padded, ROWS=rows,
+        positions, frequencies, both[0], both[1], tokens, magnitude, PAIRS=pairs, PADDED=padded, ROWS=rows,
         **dependent_launch(positions),
     )  # fmt: skip
     return both[0], both[1]
@@ -26,7 +26,7 @@ def angles(positions: Tensor, frequencies: Tensor, magnitude: float) -> tuple[Te
 
 @triton.jit
 def _angles(
-    positions_ptr, frequencies_ptr, out_ptr, tokens, magnitude,
+    positions_ptr, frequencies_ptr, cos_ptr, sin_ptr, tokens, magnitude,
     PAIRS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows, pairs = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
@@ -36,5 +36,5 @@ def _angles(
     positions = tl.load(positions_ptr + rows, mask=rows < tokens, other=0)
     turns = positions.to(tl.float32)[:, None] * frequencies[None, :]
     offsets = rows.to(tl.int64)[:, None] * PAIRS + pairs[None, :]
-    tl.store(out_ptr + offsets, tl.cos(turns) * magnitude, mask=mask)
-    tl.store(out_ptr + tokens.to(tl.int64) * PAIRS + offsets, tl.sin(turns) * magnitude, mask=mask)
+    tl.store(cos_ptr + offsets, tl.cos(turns) * magnitude, mask=mask)
+    tl.store(sin_ptr + offsets, tl.sin(turns) * magnitude, mask=mask)

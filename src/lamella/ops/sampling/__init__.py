@@ -9,6 +9,9 @@ from torch import Tensor
 
 from lamella.ops.backend import use_triton
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below this count as 0: dividing by them would only reproduce the argmax, at a loss of range."""
+
 
 def pending_tokens(input_ids: Tensor, tokens: Tensor) -> Tensor:
     """input_ids (T,) int64 in which -1 - r stands for tokens[r] (R,) int64, with these in their places."""
@@ -28,6 +31,14 @@ def draw(logits: Tensor, sampling: Mapping[str, Tensor], out: Tensor | None = No
     from lamella.ops.sampling import triton
 
     tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device) if out is None else out
-    names = ("temperature", "top_k", "top_p", "min_p", "seed", "step")
-    triton.sample(logits, *(sampling[name] for name in names), tokens)
+    triton.sample(
+        logits,
+        sampling["temperature"],
+        sampling["top_k"],
+        sampling["top_p"],
+        sampling["min_p"],
+        sampling["seed"],
+        sampling["step"],
+        tokens,
+    )
     return tokens

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lamella.engine.sampling_params import GREEDY_BELOW
-from lamella.ops.launch import dependent_launch
+from lamella.ops.launch import dependent_launch, wait_for_predecessor
+from lamella.ops.sampling import GREEDY_BELOW
 
 _BLOCK = 4096  # tokens of a program of the first kernel, and looked at at a time by the second
 _GROUP = 64  # tokens of which the second kernel knows the maximum
@@ -93,13 +93,10 @@ def _block_kernel(
     maxima_ptr, indices_ptr, sums_ptr,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     block = tl.program_id(0)
     row = tl.program_id(1)
     ids = block * BLOCK + tl.arange(0, BLOCK)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    wait_for_predecessor(PDL)
     x = _finite(tl.load(logits_ptr + row.to(tl.int64) * stride + ids, mask=ids < vocab, other=float("-inf")))
     temperature = tl.load(temperature_ptr + row)
     limited = _limited(tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row), vocab)
@@ -123,12 +120,9 @@ def _choose_kernel(
     BLOCK: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr, PADDED_BLOCKS: tl.constexpr,
     PADDED_GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
     blocks = tl.arange(0, PADDED_BLOCKS)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
+    wait_for_predecessor(PDL)
     temperature = tl.load(temperature_ptr + row)
     top_k = tl.load(top_k_ptr + row)
     top_p = tl.load(top_p_ptr + row).to(tl.float64)

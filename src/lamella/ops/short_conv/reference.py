@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from lamella.ops.ragged import RaggedBatch
+
+
+class ConvStep(NamedTuple):
+    """What the convolution of a step is given beside its input, where every request has one new token."""
+
+    weight: Tensor  # (C, W)
+    bias: Tensor | None  # (C,)
+    history: Tensor  # (slots, W-1, C), replaced in place in the rows `slots`
+    slots: Tensor  # (T,) int64
+    activation: bool
+    residual: bool
 
 
 def short_conv(

@@ -1,0 +1,160 @@
+"""The GPU's kernels against their references, on tiny tensors: where one is wrong, nothing may run silently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lamella.ops.attention import reference as attention_reference
+from lamella.ops.backend import use_triton
+from lamella.ops.linear import reference as linear_reference
+from lamella.ops.qkv import reference as qkv_reference
+from lamella.ops.ragged import RaggedBatch
+from lamella.ops.rms_norm import reference as norm_reference
+from lamella.ops.rms_norm.reference import NormStep
+from lamella.ops.short_conv import reference as conv_reference
+from lamella.ops.swiglu import reference as swiglu_reference
+
+# How far a result may be from its reference, in units of the reference's root mean square.
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_PAGE = 4
+
+
+class KernelError(RuntimeError):
+    """A kernel does not compute what its reference does on this machine."""
+
+
+@torch.inference_mode()
+def self_check(dtype: torch.dtype, device: torch.device) -> None:
+    """Run every kernel of ours once. Raises `KernelError` naming the first that is wrong."""
+    if not use_triton(torch.empty(0, device=device)):
+        return
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    for name, ours, expected in _checks(random, dtype, device):
+        scale = expected.float().square().mean().sqrt()
+        difference = (ours.float() - expected.float()).abs().max()
+        if not bool(difference <= _TOLERANCE[dtype] * scale):
+            raise KernelError(
+                f"{name}: the GPU kernel differs from its reference by {float(difference / scale):.2g} of its size on "
+                f"{torch.cuda.get_device_name(device)} (torch {torch.__version__}); refusing to run"
+            )
+
+
+def _checks(
+    random: Callable[..., Tensor], dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    from lamella.ops.linear import triton as linear
+    from lamella.ops.rms_norm import triton as norm
+    from lamella.ops.short_conv import triton as conv
+    from lamella.ops.swiglu import triton as swiglu
+
+    width, gate_up = 64, random(3, 128)
+    x, residual, weight = random(3, width), random(3, width), random(width).float()
+    yield "rms_norm", norm.rms_norm(x, weight, 1e-5), norm_reference.rms_norm(x, weight, 1e-5)
+    normed, _ = norm_reference.add_rms_norm(x, residual, weight, 1e-5)
+    yield "add_rms_norm", norm.add_rms_norm(x, residual, weight, 1e-5)[0], normed
+    yield "swiglu", swiglu.swiglu(gate_up), swiglu_reference.swiglu(gate_up)
+    matrix = random(96, width)
+    if linear.serves(x[:1], matrix):
+        step, product = NormStep(residual[:1], weight, 1e-5), linear_reference.linear(normed[:1], matrix, None)
+        yield "linear", linear.linear(normed[:1], matrix, None)[0], product
+        yield "linear behind a norm", linear.linear(x[:1], matrix, None, norm=step)[0], product
+        ours = linear.linear(x[:1], matrix, None, norm=step, gated=True)[0]
+        yield "linear before swiglu", ours, swiglu_reference.swiglu(product)
+
+    taps = random(4, width).T
+    for query, context in (((1, 1, 1), (1, 9, 3)), ((1, 2, 7), (4, 2, 9))):
+        batch = RaggedBatch.from_lengths(query, context, device)
+        tokens, slots = batch.num_tokens, torch.tensor([2, 1, 3], device=device)
+        x, residual, history = random(tokens, width), random(tokens, width), random(4, 3, width)
+        old, new = history.clone(), history.clone()
+        operands = x, taps, None, batch
+        yield (
+            "short_conv",
+            conv.short_conv(*operands, new, slots, residual=True),
+            conv_reference.short_conv(*operands, old, slots, residual=True),
+        )
+        yield "short_conv (its history)", new, old
+        normed, _ = norm_reference.add_rms_norm(x, residual, weight, 1e-5)
+        yield (
+            "norm_short_conv",
+            conv.norm_short_conv(x, residual, weight, 1e-5, taps, None, batch, history.clone(), slots)[0],
+            conv_reference.short_conv(normed, taps, None, batch, history.clone(), slots),
+        )
+        yield (
+            "short_conv_swiglu",
+            conv.short_conv_swiglu(*operands, history.clone(), slots),
+            swiglu_reference.swiglu(conv_reference.short_conv(*operands, history.clone(), slots)),
+        )
+        yield from _attention_checks(random, batch, dtype, device)
+    yield from _sampling_checks(device)
+
+
+def _attention_checks(
+    random: Callable[..., Tensor], batch: RaggedBatch, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    from lamella.ops.attention.paged import AttentionPlan, AttentionSpace, paged_attention
+    from lamella.ops.qkv import triton as qkv
+    from lamella.ops.rotary import triton as rotary
+
+    heads, kv_heads, dim = 4, 2, 16
+    pages = torch.randperm(12, device=device)[:9].view(3, 3).int() + 1
+    rows = pages[batch.token_request, batch.positions // _PAGE].long() * _PAGE + batch.positions % _PAGE
+    caches = [random(13, _PAGE, kv_heads, dim) for _ in range(2)]
+    frequencies = random(dim // 2).float()
+    turns = batch.positions.float()[:, None] * frequencies
+    cos, sin = rotary.angles(batch.positions, frequencies, 1.0)
+    yield "angles", torch.cat((cos, sin)), torch.cat((turns.cos(), turns.sin()))
+    projected = random(batch.num_tokens, (heads + 2 * kv_heads) * dim)
+    norms: dict[str, Any] = {"q_norm": random(dim).float(), "k_norm": random(dim).float(), "eps": 1e-5}
+    written = [[cache.clone() for cache in caches] for _ in range(2)]
+    prepared = [
+        function(
+            projected, heads, kv_heads, dim, **norms, cos=cos, sin=sin, k_cache=some[0], v_cache=some[1], rows=rows
+        )[0]
+        for function, some in zip((qkv.prepare_qkv, qkv_reference.prepare_qkv), written, strict=True)
+    ]
+    yield "prepare_qkv", prepared[0], prepared[1]
+    yield "prepare_qkv (its cache)", torch.stack(written[0]), torch.stack(written[1])
+    space = AttentionSpace(batch.num_requests, 3 * _PAGE, device)
+    listed = torch.cat(
+        [
+            row[: -(-length // _PAGE)]
+            for row, length in zip(pages[batch.num_decodes :], batch.context_lens[batch.num_decodes :], strict=True)
+        ]
+        or [pages.new_empty(0)]
+    )
+    for window in (None, 3):
+        plan = AttentionPlan(space, batch, listed, heads, kv_heads, dim, _PAGE, dtype, 0.25, window, flashinfer=False)
+        k_cache, v_cache = written[1]
+        yield (
+            "paged attention",
+            paged_attention(prepared[1], k_cache, v_cache, pages, batch, 0.25, window, plan),
+            attention_reference.paged_attention(prepared[1], k_cache, v_cache, pages, batch, 0.25, window),
+        )
+
+
+def _sampling_checks(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
+    from lamella.ops.sampling import draw, pending_tokens
+
+    logits = torch.randn(2, 5000, device=device)
+    logits[0, 4321] = logits[1, 7] = 50.0
+    sampling = {
+        "temperature": torch.tensor([0.0, 1.0], device=device),
+        "top_k": torch.tensor([0, 3], dtype=torch.int32, device=device),
+        "top_p": torch.tensor([1.0, 0.9], device=device),
+        "min_p": torch.zeros(2, device=device),
+        "seed": torch.tensor([1, 2], device=device),
+        "step": torch.tensor([0, 5], device=device),
+    }
+    tokens = draw(logits, sampling)
+    yield "draw", tokens, torch.tensor([4321, 7], device=device)
+    ids = torch.tensor([5, -1, 9, -2], device=device)
+    yield "pending_tokens", pending_tokens(ids, tokens), torch.tensor([5, 4321, 9, 7], device=device)

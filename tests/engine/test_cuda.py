@@ -1,0 +1,146 @@
+"""The engine on a GPU: graphs, padding, running ahead, and what happens where a kernel is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helpers import canon_checkpoint, hf_checkpoint, random_prompts
+from lamella import LLM, SamplingParams
+from lamella.ops.self_check import KernelError, self_check
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+PROMPTS = random_prompts([1, 2, 5, 17, 40, 130, 3, 33, 64, 9])
+SCORED = SamplingParams(temperature=0, max_tokens=24, logprobs=3, prompt_logprobs=0, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", params=["canon", "qwen3"])
+def checkpoint(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "canon":
+        return canon_checkpoint(folder, hidden_size=256, intermediate_size=384, head_dim=64, canon_bias=True)
+    from transformers import Qwen3Config
+
+    config = Qwen3Config(
+        vocab_size=128,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=512,
+    )
+    hf_checkpoint(folder, config)
+    return folder
+
+
+def engine(folder, **options):
+    llm = LLM(folder, **{"device": "cuda", "dtype": "bfloat16", "max_num_seqs": 16, **options})
+    llm.engine.memory.poison()
+    return llm
+
+
+def everything(outputs):
+    return [(c.token_ids, c.logprobs, c.finish_reason) for out in outputs for c in out.outputs]
+
+
+def test_graphs_change_no_bit(checkpoint):
+    expected = engine(checkpoint, enforce_eager=True).generate(PROMPTS, SCORED, use_tqdm=False)
+    outputs = engine(checkpoint).generate(PROMPTS, SCORED, use_tqdm=False)
+    assert everything(outputs) == everything(expected)
+    assert [out.prompt_logprobs for out in outputs] == [out.prompt_logprobs for out in expected]
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 7])
+def test_padding_changes_no_bit(checkpoint, count):
+    """Real rows beside padding give what they give beside other requests, in a step of as many rows."""
+    full = {1: 1, 3: 3, 5: 8, 7: 8}[count]
+    llm = engine(checkpoint, max_num_batched_tokens=512)
+    params = SamplingParams(temperature=0, max_tokens=20, logprobs=0, ignore_eos=True)
+    prompts = random_prompts([30] * full, seed=5)
+    together = everything(llm.generate(prompts, params, use_tqdm=False))[:count]
+    # The prompts' own products have other sizes with fewer requests: only where these round alike can all bits agree.
+    llm.reset_prefix_cache()
+    fewer = everything(llm.generate(prompts[:count], params, use_tqdm=False))
+    for (tokens, logprobs, _), (others, other_logprobs, _) in zip(together, fewer, strict=True):
+        assert tokens == others
+        for mine, theirs in zip(logprobs, other_logprobs, strict=True):
+            assert next(iter(mine.values())).logprob == pytest.approx(next(iter(theirs.values())).logprob, abs=0.05)
+
+
+def test_sampling_in_the_graph_draws_what_it_draws_outside(checkpoint):
+    params = [
+        SamplingParams(
+            temperature=0.5 + 0.1 * i, top_k=i * 5, top_p=1 - 0.05 * i, min_p=0.001 * i, seed=i, max_tokens=30
+        )
+        for i in range(len(PROMPTS))
+    ]
+    expected = engine(checkpoint, enforce_eager=True).generate(PROMPTS, params, use_tqdm=False)
+    graphs = engine(checkpoint)
+    for _ in range(2):
+        assert everything(graphs.generate(PROMPTS, params, use_tqdm=False)) == everything(expected)
+
+
+def test_requests_that_need_more_than_the_graph_gives(checkpoint):
+    params = [
+        SCORED,
+        SamplingParams(temperature=0, max_tokens=20, repetition_penalty=1.3),
+        SamplingParams(temperature=0.9, seed=2, max_tokens=15, stop_token_ids=list(range(0, 128, 3))),
+        SamplingParams(temperature=1.0, seed=4, max_tokens=22, logit_bias={5: 4.0}, logprobs=1),
+        SamplingParams(temperature=0, max_tokens=18, min_tokens=6, stop_token_ids=list(range(128))),
+        SamplingParams(temperature=1.5, seed=3, top_k=30, top_p=0.8, max_tokens=25, n=3),
+    ]
+    prompts = PROMPTS[: len(params)]
+    expected = everything(engine(checkpoint, enforce_eager=True).generate(prompts, params, use_tqdm=False))
+    llm = engine(checkpoint)
+    assert everything(llm.generate(prompts, params, use_tqdm=False)) == expected
+    assert llm.stats()["pages_used"] == 0
+
+
+def test_preemption_and_prefixes_with_graphs(checkpoint):
+    options = dict(block_size=4, num_blocks=60, max_num_batched_tokens=64)
+    expected = engine(checkpoint, enforce_eager=True).generate(PROMPTS[::-1], SCORED, use_tqdm=False)
+    llm = engine(checkpoint, **options)
+    for _ in range(2):
+        outputs = llm.generate(PROMPTS[::-1], SCORED, use_tqdm=False)
+        for ours, theirs in zip(outputs, expected, strict=True):
+            mine, other = (
+                [next(iter(row.values())).logprob for row in out.outputs[0].logprobs[:1]] for out in (ours, theirs)
+            )
+            assert mine == pytest.approx(other, abs=0.1)
+    assert llm.stats()["preemptions"] > 0
+
+
+def test_the_device_works_while_the_host_reads(checkpoint):
+    llm = engine(checkpoint)
+    runner, events = llm.engine.runner, []
+    launch, collect = runner.launch, runner.collect
+    runner.launch = lambda step: events.append("launch") or launch(step)
+    runner.collect = lambda flight: events.append("collect") or collect(flight)
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        llm.generate(PROMPTS[:1], params, use_tqdm=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert events == ["launch", *["launch", "collect"] * 4, "collect"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_kernels_pass_their_check(dtype):
+    self_check(dtype, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "short_conv"])
+def test_a_wrong_kernel_is_not_used(checkpoint, monkeypatch, name):
+    from importlib import import_module
+
+    module = import_module(f"lamella.ops.{name}.triton")
+    right = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, **kwargs: right(*args, **kwargs) * 1.5)
+    with pytest.raises(KernelError, match=f"^{name}: the GPU kernel differs from its reference by .* refusing to run"):
+        engine(checkpoint)
