@@ -16,6 +16,7 @@ from lamella.checkpoint.loader import fill
 from lamella.checkpoint.names import targets
 from lamella.distributed.group import Group
 from lamella.distributed.sharding import Share, Split, cut
+from lamella.engine.options import EngineOptions
 from lamella.errors import ConfigError
 from lamella.layers.kit import LocalKit, state_holders
 from lamella.models import resolve_architecture
@@ -249,3 +250,18 @@ def test_models_that_cannot_be_divided_are_refused(changes, size, message):
     with pytest.raises(ConfigError) as error:
         architecture.allocate(config, LocalKit(device="meta", group=ranks(size)[0]))
     assert str(error.value) == message
+
+
+def test_devices_are_checked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    def resolve(**options):
+        return EngineOptions(model="x", **options).resolve_device()
+
+    assert resolve(tensor_parallel_size=2) == resolve(device="cuda", tensor_parallel_size=2) == torch.device("cuda", 0)
+    assert resolve(device="cpu", tensor_parallel_size=8) == torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"^tensor_parallel_size=4: this host has 2 CUDA devices$"):
+        resolve(tensor_parallel_size=4)
+    with pytest.raises(ConfigError, match=r"^device='cuda:1': must be cuda or cpu with tensor_parallel_size=2$"):
+        resolve(device="cuda:1", tensor_parallel_size=2)
