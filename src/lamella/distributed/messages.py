@@ -44,29 +44,28 @@ class NewRequest(msgspec.Struct, array_like=True):
     slot: int
 
 
-class ShareOfStep(msgspec.Struct, array_like=True):
-    """A request's tokens [start, start + count), and what has been added since its last step.
+class Step(msgspec.Struct, tag=True):
+    """A step to compute, and what has been added to its requests since their last.
 
     Attributes:
-        pending: its tokens that the devices have chosen, or are about to, and no host has seen.
-        output_token_ids, pages: new ones; pages by group.
+        copies: slots to copy before it, (from, to).
+        ended: requests that are no more.
+        new: requests that there have not been.
+        ids, starts, counts: by share, its request and its tokens [start, start + count).
+        pending: by share, tokens that the devices have chosen, or are about to, and no host has seen.
+        tokens: by share, the request's new output.
+        pages: (share, group, pages), for the shares that have new ones.
     """
-
-    id: int
-    start: int
-    count: int
-    pending: int
-    output_token_ids: list[int]
-    pages: list[list[int]]
-
-
-class Step(msgspec.Struct, tag=True):
-    """A step to compute: slots to copy before it, (from, to), requests that are no more, new ones, and the shares."""
 
     copies: list[tuple[int, int]]
     ended: list[int]
     new: list[NewRequest]
-    shares: list[ShareOfStep]
+    ids: list[int]
+    starts: list[int]
+    counts: list[int]
+    pending: list[int]
+    tokens: list[list[int]]
+    pages: list[tuple[int, int, list[int]]]
 
 
 class Ready(msgspec.Struct, tag=True):

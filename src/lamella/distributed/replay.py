@@ -7,18 +7,18 @@ and choose the same tokens, each by itself.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lamella.distributed.messages import NewRequest, ShareOfStep, Step
+from lamella.distributed.messages import NewRequest, Step
 from lamella.engine.request import Request
 from lamella.engine.scheduler import Scheduled
 from lamella.state.manager import Holding, StateManager
 
 
-@dataclass
+@dataclass(slots=True)
 class _Told:
-    """What the others know of a request: its number, and how much of its output and pages."""
+    """What the others know of a request: its number, how much of its output, and how many pages of each group."""
 
     id: int
     holding: Holding
@@ -40,7 +40,18 @@ class Recorder:
         gone = [request for request, told in self._told.items() if holdings.get(request) is not told.holding]
         ended = [self._told.pop(request).id for request in gone]
         new = [self._introduce(share.request) for share in shares if share.request not in self._told]
-        return Step(list(copies), ended, new, [self._share(share) for share in shares])
+        told = [self._told[share.request] for share in shares]
+        return Step(
+            copies=list(copies),
+            ended=ended,
+            new=new,
+            ids=[each.id for each in told],
+            starts=[share.start for share in shares],
+            counts=[share.count for share in shares],
+            pending=[share.request.num_pending for share in shares],
+            tokens=[self._tokens(share.request, each) for share, each in zip(shares, told, strict=True)],
+            pages=[entry for index, each in enumerate(told) for entry in self._pages(index, each)],
+        )
 
     def _introduce(self, request: Request) -> NewRequest:
         holding = self._state.holdings[request]
@@ -50,13 +61,18 @@ class Recorder:
         eos = list(request.eos_token_ids)
         return NewRequest(told.id, request.prompt_token_ids, request.params, seed, eos, holding.slot)
 
-    def _share(self, share: Scheduled) -> ShareOfStep:
-        request, told = share.request, self._told[share.request]
-        outputs = request.output_token_ids[told.outputs :]
-        pages = [pages[known:] for pages, known in zip(told.holding.pages, told.pages, strict=True)]
-        told.outputs += len(outputs)
-        told.pages = [known + len(more) for known, more in zip(told.pages, pages, strict=True)]
-        return ShareOfStep(told.id, share.start, share.count, request.num_pending, outputs, pages)
+    @staticmethod
+    def _tokens(request: Request, told: _Told) -> list[int]:
+        known, told.outputs = told.outputs, len(request.output_token_ids)
+        return request.output_token_ids[known:]
+
+    @staticmethod
+    def _pages(index: int, told: _Told) -> Iterator[tuple[int, int, list[int]]]:
+        for group, pages in enumerate(told.holding.pages):
+            known = told.pages[group]
+            if len(pages) > known:
+                told.pages[group] = len(pages)
+                yield index, group, pages[known:]
 
 
 class Replayer:
@@ -67,8 +83,9 @@ class Replayer:
         self._requests: dict[int, Request] = {}
 
     def replay(self, step: Step) -> list[Scheduled]:
+        holdings = self._state.holdings
         for number in step.ended:
-            del self._state.holdings[self._requests.pop(number)]
+            del holdings[self._requests.pop(number)]
         for new in step.new:
             request = Request(
                 request_id=str(new.id),
@@ -78,13 +95,14 @@ class Replayer:
                 eos_token_ids=tuple(new.eos_token_ids),
             )
             self._requests[new.id] = request
-            self._state.holdings[request] = Holding(new.slot, [[] for _ in self._state.groups])
-        return [self._share(share) for share in step.shares]
-
-    def _share(self, share: ShareOfStep) -> Scheduled:
-        request = self._requests[share.id]
-        request.output_token_ids += share.output_token_ids
-        request.num_pending = share.pending
-        for pages, more in zip(self._state.holdings[request].pages, share.pages, strict=True):
-            pages += more
-        return Scheduled.of(request, share.start, share.count)
+            holdings[request] = Holding(new.slot, [[] for _ in self._state.groups])
+        requests = [self._requests[number] for number in step.ids]
+        for request, tokens, pending in zip(requests, step.tokens, step.pending, strict=True):
+            request.output_token_ids += tokens
+            request.num_pending = pending
+        for index, group, pages in step.pages:
+            holdings[requests[index]].pages[group] += pages
+        return [
+            Scheduled.of(request, start, count)
+            for request, start, count in zip(requests, step.starts, step.counts, strict=True)
+        ]
