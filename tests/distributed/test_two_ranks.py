@@ -206,7 +206,7 @@ def test_an_error_on_rank_0_stops_the_others(canon_folder):
         llm.generate(PROMPTS[:1], use_tqdm=False)
 
 
-def test_workers_end_with_the_engine_and_with_its_process(canon_folder):
+def test_workers_end_with_the_engine_and_with_its_process(canon_folder, tmp_path):
     llm = LLM(canon_folder, **OPTIONS, tensor_parallel_size=2)
     process, folder = worker(llm), llm.engine.workers._folder
     assert folder.stat().st_mode & 0o077 == 0
@@ -220,7 +220,8 @@ def test_workers_end_with_the_engine_and_with_its_process(canon_folder):
         "print(llm.engine.workers._ranks[0].process.pid, flush=True)\n"
         "os.kill(os.getpid(), 9)"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # Whoever is killed cannot remove the folder in which the ranks meet.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     pid = int(done.stdout)
