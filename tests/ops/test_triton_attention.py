@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from lamella.ops.attention import reference
 from lamella.ops.attention import triton as decode
 from lamella.ops.attention import triton_prefill as prefill

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from lamella.ops.linear import reference
 from lamella.ops.linear import triton as fast
 from lamella.ops.ragged import RaggedBatch

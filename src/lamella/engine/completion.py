@@ -87,7 +87,8 @@ class Job:
 
     @property
     def revision(self) -> int:
-        return sum(completion.revision for completion in self.completions)
+        first, *others = self.completions
+        return first.revision + sum(completion.revision for completion in others) if others else first.revision
 
     @property
     def finished(self) -> bool:

@@ -302,7 +302,9 @@ class Engine:
         if not token_ids:
             raise ParameterError("prompt_token_ids: must not be empty")
         vocab = self.model.config.vocab_size
-        for token in token_ids:
+        if set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < vocab:
+            return text, token_ids, salt
+        for token in token_ids:  # which one is it?
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
                 raise ParameterError(f"prompt_token_ids: {token!r} is not a token id below vocab_size={vocab}")
         return text, token_ids, salt
