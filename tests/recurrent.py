@@ -30,7 +30,6 @@ class RecurrentConfig:
     head_dim: int
     decay: float = 0.9
     canon: None = None
-    canon_channels: int = 0
 
     def build(self, kit: Kit, hidden_size: int, prefix: str, history: CanonHistory | None) -> Recurrent:
         return Recurrent(self, kit, hidden_size, prefix)

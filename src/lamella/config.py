@@ -176,10 +176,6 @@ class AttentionConfig:
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
-    @property
-    def canon_channels(self) -> int:
-        return self.query_size + 2 * self.kv_size if self.canon else 0
-
     def build(self, kit: Kit, hidden_size: int, prefix: str, history: CanonHistory | None) -> Attention:
         """The module; `history` holds what the layer's canon convolutions remember."""
         from lamella.layers.attention import Attention
@@ -198,10 +194,6 @@ class MLPConfig:
 
     def __post_init__(self) -> None:
         _check(self.intermediate_size > 0, "mlp.intermediate_size", self.intermediate_size, "positive")
-
-    @property
-    def canon_channels(self) -> int:
-        return 2 * self.intermediate_size if self.canon else 0
 
     def build(self, kit: Kit, hidden_size: int, prefix: str, history: CanonHistory | None) -> MLP:
         """The module; `history` holds what the layer's canon convolutions remember."""

@@ -17,3 +17,7 @@ class CheckpointError(LamellaError):
 
 class ParameterError(LamellaError):
     """A request's prompt or sampling parameters are not usable."""
+
+
+class WorkerError(RuntimeError):
+    """A process that holds a part of the model has ended, so that the engine computes no more. One line, too."""

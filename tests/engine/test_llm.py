@@ -218,7 +218,7 @@ def test_a_request_that_the_pools_can_never_hold_is_refused(folder):
         ({"seed": "x"}, "seed"),
         ({"load_format": "gguf"}, "load_format"),
         ({"enforce_eager": 1}, "enforce_eager"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
         ({"placement": ["attention"]}, "placement"),
         ({"deterministic": True}, "deterministic"),
     ],

@@ -11,6 +11,7 @@ from torch import Tensor
 from lamella.checkpoint.files import Checkpoint
 from lamella.checkpoint.names import Target, targets
 from lamella.checkpoint.tensors import OpenTensors
+from lamella.distributed.group import Group
 from lamella.errors import CheckpointError, ConfigError
 from lamella.layers.kit import LocalKit
 from lamella.models.base import CausalLM, initialize
@@ -49,12 +50,16 @@ def load_model(
     load_format: str = "auto",
     max_length: int | None = None,
     seed: int = 0,
+    group: Group | None = None,
 ) -> CausalLM:
-    """The model of a checkpoint in `dtype` on `device`; `load_format="dummy"` fills it at random instead."""
+    """The model of a checkpoint in `dtype` on `device`; `load_format="dummy"` fills it at random instead.
+
+    With a `group`, the part of it that this rank holds, of which alone the files are read.
+    """
     if load_format not in LOAD_FORMATS:
         raise ConfigError(f"load_format={load_format!r}: must be one of {', '.join(LOAD_FORMATS)}")
     config = checkpoint.read_config(max_length)
-    model = checkpoint.architecture.allocate(config, LocalKit(resolve_dtype(checkpoint, dtype), device))
+    model = checkpoint.architecture.allocate(config, LocalKit(resolve_dtype(checkpoint, dtype), device, group))
     if load_format == "dummy":
         initialize(model, torch.Generator(device).manual_seed(seed))
     else:
@@ -72,21 +77,20 @@ def fill(model: CausalLM, checkpoint: Checkpoint, tensors: OpenTensors) -> None:
         tensor = load_tensor(checkpoint, tensors, name, target)
         if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
             raise CheckpointError(f"{checkpoint.path}: tensor {name} is {tensor.dtype}: quantised files are not read")
-        target.parameter[target.start : target.stop].copy_(tensor)
+        target.place.copy_(tensor)
     for name in redundant:
-        embedding = model.get_parameter("model.embed_tokens.weight")
-        if not torch.equal(tensors.load(name).to(embedding.dtype), embedding.cpu()):
+        embedding = next(target for target in expected.values() if target.path == "model.embed_tokens.weight")
+        copy = tensors.load(name, embedding.splits)
+        if not torch.equal(copy.to(embedding.place.dtype), embedding.place.cpu()):
             logger.warning("%s: %s differs from the embedding it is tied to, and is not used", checkpoint.path, name)
 
 
 def load_tensor(checkpoint: Checkpoint, tensors: OpenTensors, name: str, target: Target) -> Tensor:
-    """The tensor that goes to `target`, which must have its shape."""
-    tensor = tensors.load(name)
-    if tuple(tensor.shape) != target.shape:
-        raise CheckpointError(
-            f"{checkpoint.path}: tensor {name} has shape {tuple(tensor.shape)}, the config says {target.shape}"
-        )
-    return tensor
+    """What goes to `target` of the tensor, which must have its shape."""
+    shape = tensors.shape(name)
+    if shape != target.shape:
+        raise CheckpointError(f"{checkpoint.path}: tensor {name} has shape {shape}, the config says {target.shape}")
+    return tensors.load(name, target.splits)
 
 
 def check_names(

@@ -5,24 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from lamella.layers.linear import MergedLinear
+from lamella.distributed.sharding import Split
+from lamella.layers.linear import MergedLinear, splits_of
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where one tensor of a file goes: rows [start, stop) of a parameter, all of it where they are None."""
+    """Where one tensor of a file goes: rows [start, stop) of a parameter, all of it where they are None.
+
+    `splits` say of its leading dimensions what of the tensor goes there; the others go whole.
+    """
 
     parameter: nn.Parameter
     path: str
+    splits: tuple[Split, ...] = ()
     start: int | None = None
     stop: int | None = None
 
     @property
+    def place(self) -> Tensor:
+        """The part of the parameter that the tensor fills, or a rank's part of the tensor."""
+        return self.parameter[self.start : self.stop]
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        whole = tuple(self.parameter.shape)
-        return whole if self.start is None or self.stop is None else (self.stop - self.start, *whole[1:])
+        """Of the tensor in the file."""
+        return (*(split.full for split in self.splits), *self.place.shape[len(self.splits) :])
 
 
 def rename(path: str, names: Mapping[str, str]) -> str:
@@ -51,12 +61,13 @@ def targets(model: nn.Module, names: Mapping[str, str]) -> dict[str, Target]:
     for path, parameter in model.named_parameters():
         owner, _, leaf = path.rpartition(".")
         module = modules[owner]
+        splits = splits_of(module, leaf)
         if not isinstance(module, MergedLinear):
-            found[rename(path, names)] = Target(parameter, path)
+            found[rename(path, names)] = Target(parameter, path, splits)
             continue
         parent, start = owner.rpartition(".")[0], 0
-        for part, size in module.parts.items():
-            part_path = f"{parent}.{part}.{leaf}"
-            found[rename(part_path, names)] = Target(parameter, part_path, start, start + size)
-            start += size
+        for part, rows in module.parts.items():
+            part_path, stop = f"{parent}.{part}.{leaf}", start + rows.size
+            found[rename(part_path, names)] = Target(parameter, part_path, (rows, *splits[1:]), start, stop)
+            start = stop
     return found

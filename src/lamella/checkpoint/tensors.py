@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lamella.checkpoint.json_file import read_json
+from lamella.distributed.sharding import Split, cut
 from lamella.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -28,7 +29,13 @@ class TensorSource(Protocol):
 class OpenTensors(Protocol):
     def names(self) -> list[str]: ...
 
-    def load(self, name: str) -> Tensor: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor; nothing is read."""
+        ...
+
+    def load(self, name: str, splits: Sequence[Split] = ()) -> Tensor:
+        """The tensor, or what `splits` say of its leading dimensions: no more than that is read."""
+        ...
 
 
 class SafetensorsFolder:
@@ -73,8 +80,13 @@ class _Handles:
     def names(self) -> list[str]:
         return list(self._handles)
 
-    def load(self, name: str) -> Tensor:
-        return self._handles[name].get_tensor(name)
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._handles[name].get_slice(name).get_shape())
+
+    def load(self, name: str, splits: Sequence[Split] = ()) -> Tensor:
+        if all(split == Split.whole(split.full) for split in splits):
+            return self._handles[name].get_tensor(name)
+        return cut(self._handles[name].get_slice(name), splits)
 
 
 class TorchFile:
@@ -107,8 +119,11 @@ class _Tensors:
     def names(self) -> list[str]:
         return list(self._tensors)
 
-    def load(self, name: str) -> Tensor:
-        return self._tensors[name]
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def load(self, name: str, splits: Sequence[Split] = ()) -> Tensor:
+        return cut(self._tensors[name], splits)
 
 
 def _some(names: list[str], limit: int = 8) -> str:

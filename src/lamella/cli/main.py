@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import lamella
-from lamella.errors import LamellaError
+from lamella.errors import LamellaError, WorkerError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Each subcommand's module is imported when it runs, so that `--help` does not wait for torch.
         return import_module(f"lamella.cli.{args.module}").run(args)
-    except LamellaError as error:
+    except (LamellaError, WorkerError) as error:
         if args.debug:
             raise
         print(f"lamella: {error}", file=sys.stderr)

@@ -91,11 +91,12 @@ class AsyncLLM:
         self._order(self.engine.reset_prefix_cache)
 
     def shutdown(self) -> None:
-        """Abort what is running and stop the thread."""
+        """Abort what is running, and stop the thread and other ranks."""
         with self._wake:
             self._closing = True
             self._wake.notify()
         self._thread.join()
+        self.engine.close()
 
     async def __aenter__(self) -> AsyncLLM:
         return self

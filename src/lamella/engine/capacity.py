@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lamella.distributed.group import Group
 from lamella.engine.options import EngineOptions
 from lamella.errors import ConfigError
 from lamella.state.memory import StateCost
@@ -31,16 +32,25 @@ class Capacity:
 
     @classmethod
     def plan(
-        cls, options: EngineOptions, cost: StateCost, max_model_len: int, device: torch.device, reserved: int = 0
+        cls,
+        options: EngineOptions,
+        cost: StateCost,
+        max_model_len: int,
+        device: torch.device,
+        reserved: int = 0,
+        group: Group | None = None,
     ) -> Capacity:
         """As asked, or as much as a share of the free memory holds and requests and cache could fill.
 
-        `reserved` bytes of it are left to whatever else a step needs.
+        `reserved` bytes of it are left to whatever else a step needs. All ranks of a `group` make the same plan.
 
         Raises `ConfigError` where not even one page fits beside the requests' slots. Where the prefix cache is on and
         can hit nothing, the log says why.
         """
-        budget = int((_free_memory(device) - reserved) * _MEMORY_SHARE[device.type])
+        group = group or Group()
+        ranks = group.share.size if device.type == "cpu" else 1  # which have one memory
+        free = group.smallest(_free_memory(device) - reserved)
+        budget = int(free * _MEMORY_SHARE[device.type] / ranks)
         snapshots = _snapshots(options, cost, budget)
         num_slots = options.max_num_seqs + snapshots
         if not options.enable_prefix_caching:

@@ -12,6 +12,10 @@ from typing import Any, TypeAlias
 import torch
 
 from lamella.checkpoint import load_model, open_checkpoint
+from lamella.checkpoint.files import Checkpoint
+from lamella.distributed.group import Group
+from lamella.distributed.sharding import Share
+from lamella.distributed.workers import WorkerProcesses, Workers
 from lamella.engine.capacity import Capacity
 from lamella.engine.completion import Completion, Job
 from lamella.engine.options import EngineOptions
@@ -21,9 +25,9 @@ from lamella.engine.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduler
 from lamella.engine.tokenizer import Tokenizer
 from lamella.engine.warm_up import warm_up
-from lamella.errors import ParameterError
+from lamella.errors import ConfigError, ParameterError
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.kit import state_holders
+from lamella.layers.kit import LocalKit, state_holders
 from lamella.state.manager import StateManager
 from lamella.state.memory import StateCost, StateMemory
 from lamella.state.prefix import root_key
@@ -46,15 +50,18 @@ class Engine:
         device: torch.device,
         tokenizer: Tokenizer | None = None,
         eos_token_ids: tuple[int, ...] = (),
+        workers: Workers | None = None,
         make_runner: Callable[..., ModelRunner] = ModelRunner,
     ) -> None:
+        """`model` is this rank's part, and `workers` are the other ranks, which make the same engine of theirs."""
+        self.workers = workers or Workers()
         self.model, self.options, self.device, self.tokenizer = model, options, device, tokenizer
         self.eos_token_ids = eos_token_ids
         self.max_model_len = options.resolve_length(model.config)
         holders = state_holders(model)
         self.cost = StateCost.of(holders)
         reserved = warm_up(model, options, self.max_model_len, device)
-        plan = Capacity.plan(options, self.cost, self.max_model_len, device, reserved)
+        plan = Capacity.plan(options, self.cost, self.max_model_len, device, reserved, self.workers.group)
         groups, pages = list(plan.pages), list(plan.pages.values())
         self.state = StateManager(groups, pages, plan.num_slots, options.block_size, bool(self.cost.slots))
         self.memory = StateMemory(holders, plan.pages, options.block_size, plan.num_slots, device)
@@ -67,6 +74,7 @@ class Engine:
         )
         self.runner = make_runner(model, self.state, device, self.max_model_len, options.max_num_seqs)
         self.runner.warm_up(graphs=not options.enforce_eager)
+        self.workers.follow(self.state)
         self._ahead: Flight | None = None  # a step that has been launched, and not collected yet
         self._seeds = itertools.count()
         self._jobs: dict[str, Job] = {}
@@ -79,10 +87,17 @@ class Engine:
         """The engine of a checkpoint. Raises `ConfigError` or `CheckpointError` with one line."""
         device = options.resolve_device()
         checkpoint = open_checkpoint(options.model)
-        max_length = options.resolve_length(checkpoint.read_config())
-        model = load_model(checkpoint, options.dtype, device, options.load_format, max_length, options.seed)
-        eos = checkpoint.eos_token_ids(model.config)
-        return cls(model, options, device, Tokenizer.load(checkpoint.path), eos)
+        check_split(checkpoint, options)
+        workers = WorkerProcesses(options, device) if options.tensor_parallel_size > 1 else Workers()
+        with workers.guard():
+            model = load_part(checkpoint, options, device, workers.group)
+            workers.connect(device)
+            eos = checkpoint.eos_token_ids(model.config)
+            return cls(model, options, device, Tokenizer.load(checkpoint.path), eos, workers)
+
+    def close(self) -> None:
+        """End the processes of other ranks, if there are any. They end with the engine, too."""
+        self.workers.close()
 
     def make_job(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Job:
         """Check a request and get it ready, without queueing it. Raises `ParameterError`."""
@@ -148,7 +163,13 @@ class Engine:
         Where the runner runs ahead, the step launched is the one after that whose results are taken: the device goes
         on while the host reads. A request that turns out to have ended has then been given one step too many, whose
         token is dropped.
+
+        Raises `WorkerError` where another rank's process has ended; so does every later step.
         """
+        with self.workers.guard():
+            return self._step()
+
+    def _step(self) -> list[Job]:
         before, self._ahead = self._ahead, None
         if before is not None and any(request.looks_back for request in self.scheduler.running):
             return self._take(before)
@@ -169,7 +190,9 @@ class Engine:
         shares = self.scheduler.schedule()
         if not shares:
             return None
-        self.memory.copy_slots(self.state.take_copies())
+        copies = self.state.take_copies()
+        self.workers.launch(shares, copies)
+        self.memory.copy_slots(copies)
         flight = self.runner.launch(shares)
         self._counts["steps"] += 1
         for share in shares:
@@ -300,3 +323,20 @@ class Engine:
         """A seed of its own for each request that has none, reproducible from the engine's."""
         digest = hashlib.sha256(f"{self.options.seed}/{next(self._seeds)}".encode()).digest()
         return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def check_split(checkpoint: Checkpoint, options: EngineOptions) -> None:
+    """Raises `ConfigError` where the model cannot be divided among so many ranks. Nothing is loaded."""
+    size, architecture = options.tensor_parallel_size, checkpoint.architecture
+    if size > 1 and architecture.__module__ == "__main__":
+        raise ConfigError(
+            f"tensor_parallel_size={size}: {architecture.__name__} is defined in the main script, where other "
+            "processes cannot import it; put it into a module"
+        )
+    architecture.allocate(checkpoint.read_config(), LocalKit(device="meta", group=Group(Share(0, size))))
+
+
+def load_part(checkpoint: Checkpoint, options: EngineOptions, device: torch.device, group: Group) -> LanguageModel:
+    """A rank's part of the model."""
+    max_length = options.resolve_length(checkpoint.read_config())
+    return load_model(checkpoint, options.dtype, device, options.load_format, max_length, options.seed, group)

@@ -23,8 +23,9 @@ class EngineOptions:
         max_num_seqs: requests that are computed at a time.
         max_num_batched_tokens: tokens computed in a step; longer prompts are computed in chunks.
         enable_prefix_caching: share the state of equal beginnings of prompts, and of finished conversations.
-        tensor_parallel_size, placement, deterministic: only the defaults are possible yet, others are an error.
-        enforce_eager: on a GPU, no graphs of the decode steps: quicker to start, slower to run. Nothing on a CPU.
+        tensor_parallel_size: devices of this host (on a CPU: processes) that hold a part of the model each.
+        placement, deterministic: only the defaults are possible yet, others are an error.
+        enforce_eager: on a GPU, no graphs of the decode steps: quicker to start, slower to run; no effect on a CPU.
         seed: of the draws of requests without a seed, and of dummy weights.
         load_format: "auto", or "dummy" for random weights.
         block_size: tokens in a page.
@@ -63,6 +64,7 @@ class EngineOptions:
             "max_model_len",
             "max_num_seqs",
             "max_num_batched_tokens",
+            "tensor_parallel_size",
             "block_size",
             "num_blocks",
             "snapshot_interval",
@@ -84,7 +86,6 @@ class EngineOptions:
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(f"{field}={getattr(self, field)!r}: must be True or False")
         unsupported = {
-            "tensor_parallel_size": (1, "this version runs on one device"),
             "deterministic": (False, "this version does not fix the order of sums across batch shapes"),
             "placement": (None, "no architecture of this version has a choice of mixers"),
         }
@@ -93,16 +94,26 @@ class EngineOptions:
                 raise ConfigError(f"{field}={getattr(self, field)!r}: must be {only}: {why}")
 
     def resolve_device(self) -> torch.device:
-        """The device to run on."""
+        """The device to run on, rank 0's where there are several."""
         if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return self._device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         try:
             device = torch.device(self.device)
         except RuntimeError as error:
             raise ConfigError(f"device={self.device!r}: {str(error).splitlines()[0]}") from error
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device={self.device!r}: torch sees no CUDA device")
-        return device
+        return self._device(device)
+
+    def _device(self, device: torch.device) -> torch.device:
+        size = self.tensor_parallel_size
+        if size == 1 or device.type == "cpu":
+            return device
+        if device.type != "cuda" or device.index is not None:
+            raise ConfigError(f"device={str(device)!r}: must be cuda or cpu with tensor_parallel_size={size}")
+        if size > (count := torch.cuda.device_count()):
+            raise ConfigError(f"tensor_parallel_size={size}: this host has {count} CUDA device{'s' * (count != 1)}")
+        return torch.device("cuda", 0)
 
     def resolve_length(self, config: ModelConfig) -> int:
         """The longest request in tokens; more than the model supports is an error."""

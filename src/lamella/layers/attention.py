@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.config import AttentionConfig
+from lamella.distributed.sharding import Split
 from lamella.layers.block_input import BlockInput
 from lamella.layers.canon import Canon, CanonHistory
 from lamella.layers.context import require_batch
@@ -28,20 +29,26 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.sizes = (config.query_size, config.kv_size, config.kv_size)
-        self.qkv_proj = kit.qkv_linear(hidden_size, heads, kv_heads, dim, config.qkv_bias, f"{prefix}.qkv_proj")
+        heads, kv_heads = kit.share.heads(config.num_heads), kit.share.kv_heads(config.num_kv_heads)
+        dim = config.head_dim
+        queries, keys = heads.times(dim), kv_heads.times(dim)
+        self.heads, self.kv_heads = heads.size, kv_heads.size
+        self.sizes = (queries.size, keys.size, keys.size)
+        self.qkv_proj = kit.qkv_linear(
+            hidden_size, config.num_heads, config.num_kv_heads, dim, config.qkv_bias, f"{prefix}.qkv_proj"
+        )
         self.o_proj = kit.row_linear(config.query_size, hidden_size, config.output_bias, f"{prefix}.o_proj")
-        if config.qk_norm:
-            widths = (dim, dim) if config.qk_norm_scope == "head" else self.sizes[:2]
-            self.q_norm, self.k_norm = (RMSNorm(width, config.qk_norm.eps, kit.device) for width in widths)
+        if config.qk_norm and config.qk_norm_scope == "full":
+            self.q_norm, self.k_norm = (kit.column_norm(split, config.qk_norm.eps) for split in (queries, keys))
+        elif config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(dim, config.qk_norm.eps, kit.device) for _ in "qk")
         self.canon: Canon | None = None
         if config.canon:
             assert history is not None
-            self.canon = Canon(config.canon, config.canon_channels, kit, history)
+            self.canon = Canon(config.canon, Split.join((queries, keys, keys)), kit, history)
         self.rotary = Rotary(config.rope, kit.device) if config.rope else None
-        spec = PagedState(kv_heads, dim, kit.dtype, config.window)
-        self.attention = kit.attention(heads, config.scale, spec, f"{prefix}.attention")
+        spec = PagedState(kv_heads.size, dim, kit.dtype, config.window)
+        self.attention = kit.attention(heads.size, config.scale, spec, f"{prefix}.attention")
 
     def forward(self, positions: Tensor, entry: BlockInput) -> Tensor:
         """(T, hidden_size) -> (T, hidden_size)."""
@@ -96,7 +103,7 @@ class Attention(nn.Module):
         }
         if step is None and few_decodes(batch.ragged):
             return self.attention.decode(qkv, options)
-        sizes = config.num_heads, config.num_kv_heads, config.head_dim
+        sizes = self.heads, self.kv_heads, config.head_dim
         return self.attention.read(prepare_qkv(qkv, *sizes, **options, canon=step, positions=batch.ragged.positions)[0])
 
     def _norm(self, x: Tensor, norm: RMSNorm) -> Tensor:

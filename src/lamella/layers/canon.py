@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from lamella.config import CanonConfig
+from lamella.distributed.sharding import Split
 from lamella.layers.context import require_batch
-from lamella.layers.kit import Kit
+from lamella.layers.kit import Kit, SlotHolder
 from lamella.layers.norm import RMSNorm
 from lamella.ops.backend import use_fused
 from lamella.ops.ragged import RaggedBatch
@@ -23,29 +24,35 @@ class CanonHistory(nn.Module):
     One tensor instead of one per convolution keeps the kinds of state, and so an engine's bookkeeping, few.
     """
 
-    def __init__(self, kit: Kit, kernel: int, channels: int, prefix: str) -> None:
+    holder: SlotHolder
+
+    def __init__(self, kernel: int) -> None:
         super().__init__()
-        self.holder = kit.slot_state(SlotState((kernel - 1, channels), kit.dtype), prefix)
-        self._taken = 0
+        self.kernel, self._taken = kernel, 0
 
     def take(self, channels: int) -> slice:
-        """The next free channels."""
+        """Room for one convolution's channels."""
         start, self._taken = self._taken, self._taken + channels
-        assert self._taken <= self.holder.spec.shape[1]
         return slice(start, self._taken)
+
+    def declare(self, kit: Kit, prefix: str) -> None:
+        """Ask for the state, once every convolution of the layer has taken its channels."""
+        self.holder = kit.slot_state(SlotState((self.kernel - 1, self._taken), kit.dtype), prefix)
 
 
 class Canon(nn.Module):
-    """One canon convolution. weight (channels, 1, W), column W-1 multiplies the current token."""
+    """A canon convolution of the rank's channels. weight (channels, 1, W), column W-1 multiplies the current token."""
 
-    def __init__(self, config: CanonConfig, channels: int, kit: Kit, history: CanonHistory) -> None:
+    def __init__(self, config: CanonConfig, channels: Split, kit: Kit, history: CanonHistory) -> None:
         super().__init__()
-        self.config = config
+        assert config.kernel == history.kernel
+        self.config, size = config, channels.size
         # A tap's weights of all channels lie side by side, so that kernels load many at once.
-        taps = torch.empty(config.kernel, channels, dtype=kit.dtype, device=kit.device)
+        taps = torch.empty(config.kernel, size, dtype=kit.dtype, device=kit.device)
         self.weight = nn.Parameter(taps.T[:, None, :])
-        self.bias = nn.Parameter(torch.empty(channels, dtype=kit.dtype, device=kit.device)) if config.bias else None
-        self.history, self.channels = history, history.take(channels)
+        self.bias = nn.Parameter(torch.empty(size, dtype=kit.dtype, device=kit.device)) if config.bias else None
+        self.splits = {"weight": (channels,), "bias": (channels,)}
+        self.history, self.channels = history, history.take(size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, channels) -> (T, channels)."""

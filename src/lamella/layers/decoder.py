@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.config import CanonConfig, LayerConfig, ModelConfig
+from lamella.distributed.sharding import Split
 from lamella.layers.block_input import BlockInput
 from lamella.layers.canon import Canon, CanonHistory
 from lamella.layers.context import ForwardBatch, current_batch, forward_batch
@@ -19,27 +20,21 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: LayerConfig, kit: Kit, hidden_size: int, prefix: str) -> None:
         super().__init__()
-        self.history = self._history(config, kit, hidden_size, prefix)
+        self.history = CanonHistory(config.canons[0].kernel) if config.canons else None
         self.mixer_norm = RMSNorm(hidden_size, config.norm.eps, kit.device)
         self.mixer_canon = self._canon(config.mixer_canon, hidden_size, kit)
         self.mixer = config.mixer.build(kit, hidden_size, f"{prefix}.mixer", self.history)
         self.feed_forward_norm = RMSNorm(hidden_size, config.norm.eps, kit.device)
         self.feed_forward_canon = self._canon(config.feed_forward_canon, hidden_size, kit)
         self.feed_forward = config.feed_forward.build(kit, hidden_size, f"{prefix}.feed_forward", self.history)
-
-    @staticmethod
-    def _history(config: LayerConfig, kit: Kit, hidden_size: int, prefix: str) -> CanonHistory | None:
-        if not config.canons:
-            return None
-        outside = [canon for canon in (config.mixer_canon, config.feed_forward_canon) if canon]
-        channels = len(outside) * hidden_size + config.mixer.canon_channels + config.feed_forward.canon_channels
-        return CanonHistory(kit, config.canons[0].kernel, channels, f"{prefix}.history")
+        if self.history is not None:
+            self.history.declare(kit, f"{prefix}.history")
 
     def _canon(self, config: CanonConfig | None, hidden_size: int, kit: Kit) -> Canon | None:
         if config is None:
             return None
         assert self.history is not None
-        return Canon(config, hidden_size, kit, self.history)
+        return Canon(config, Split.whole(hidden_size), kit, self.history)
 
     def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """hidden and residual (T, hidden_size) -> the same pair after the layer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lamella.config import MLPConfig
+from lamella.distributed.sharding import Split
 from lamella.layers.block_input import BlockInput
 from lamella.layers.canon import Canon, CanonHistory
 from lamella.layers.kit import Kit
@@ -18,13 +19,14 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         size = config.intermediate_size
+        channels = kit.share.even(size, "intermediate_size")
         parts = {"gate_proj": size, "up_proj": size}
         self.gate_up_proj = kit.merged_linear(hidden_size, parts, config.gate_up_bias, f"{prefix}.gate_up_proj")
         self.down_proj = kit.row_linear(size, hidden_size, config.down_bias, f"{prefix}.down_proj")
         self.canon = None
         if config.canon:
             assert history is not None
-            self.canon = Canon(config.canon, config.canon_channels, kit, history)
+            self.canon = Canon(config.canon, Split.join((channels, channels)), kit, history)
 
     def forward(self, entry: BlockInput) -> Tensor:
         """(T, hidden_size) -> (T, hidden_size)."""

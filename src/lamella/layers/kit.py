@@ -1,6 +1,9 @@
 """The seam between layers and engines: who supplies projections, embeddings, attention and state.
 
-Layers name no engine's classes; they ask their kit. `LocalKit` is plain torch on one device.
+Layers name no engine's classes; they ask their kit. `LocalKit` is plain torch on one device, or one of several.
+
+Widths are those of the whole model, unless a kit is given a `Split`; what a layer needs to know of its rank's own sizes
+it learns from the kit's `share`.
 """
 
 from __future__ import annotations
@@ -11,8 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from lamella.distributed.group import Group
+from lamella.distributed.sharding import Share, Split
 from lamella.layers.context import ForwardBatch, require_batch
-from lamella.layers.linear import Embedding, Head, Linear, MergedLinear
+from lamella.layers.linear import Embedding, Head, Linear, MergedLinear, RowLinear, SplitEmbedding, SplitHead
+from lamella.layers.norm import RMSNorm, SplitRMSNorm
 from lamella.ops import attention
 from lamella.ops.attention.paged import AttentionPlan
 from lamella.state.spec import PagedState, SlotState
@@ -23,6 +29,7 @@ class Kit(Protocol):
 
     dtype: torch.dtype
     device: torch.device
+    share: Share  # of a tensor-parallel group
 
     def merged_linear(self, in_size: int, parts: Mapping[str, int], bias: bool, prefix: str) -> nn.Module:
         """Column-parallel projections of one input as one product; `parts` maps checkpoint names to widths."""
@@ -36,6 +43,10 @@ class Kit(Protocol):
         """A projection back to the full width, whose input is what a column-parallel one left."""
         ...
 
+    def column_norm(self, channels: Split, eps: float) -> RMSNorm:
+        """RMS norm of what column-parallel projections left, over all ranks' channels."""
+        ...
+
     def embedding(self, vocab_size: int, hidden_size: int, prefix: str) -> nn.Module:
         """Token embedding, ids (T,) -> (T, hidden)."""
         ...
@@ -45,11 +56,12 @@ class Kit(Protocol):
         ...
 
     def attention(self, heads: int, scale: float, spec: PagedState, prefix: str) -> nn.Module:
-        """Causal attention `(q (T, H, D), k (T, KV, D), v) -> (T, H, D)` that keeps its keys and values."""
+        """Causal attention `(q (T, H, D), k (T, KV, D), v) -> (T, H, D)` of the rank's heads, that keeps its keys and
+        values."""
         ...
 
     def slot_state(self, spec: SlotState, prefix: str) -> SlotHolder:
-        """A fixed-size state of the layer for each request."""
+        """A fixed-size state of the layer for each request, the rank's part."""
         ...
 
 
@@ -134,26 +146,53 @@ class SlotHolder(nn.Module):
 
 
 class LocalKit:
-    """Plain torch modules on one device, their parameters allocated but not initialised."""
+    """Plain torch modules on the device of one rank, their parameters allocated but not initialised."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", group: Group | None = None
+    ) -> None:
         self.dtype, self.device = dtype, torch.device(device)
+        self.group = group or Group()
+        self.share = self.group.share
+
+    @property
+    def _is_split(self) -> bool:
+        return self.share.size > 1
 
     def merged_linear(self, in_size: int, parts: Mapping[str, int], bias: bool, prefix: str) -> nn.Module:
-        return MergedLinear(in_size, parts, bias, self.dtype, self.device)
+        splits = {name: self.share.even(width, f"{prefix}.{name}") for name, width in parts.items()}
+        return MergedLinear(Split.whole(in_size), splits, bias, self.dtype, self.device)
 
     def qkv_linear(self, in_size: int, heads: int, kv_heads: int, head_dim: int, bias: bool, prefix: str) -> nn.Module:
-        sizes = {"q_proj": heads * head_dim, "k_proj": kv_heads * head_dim, "v_proj": kv_heads * head_dim}
-        return MergedLinear(in_size, sizes, bias, self.dtype, self.device)
+        queries, keys = self.share.heads(heads).times(head_dim), self.share.kv_heads(kv_heads).times(head_dim)
+        parts = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        return MergedLinear(Split.whole(in_size), parts, bias, self.dtype, self.device)
 
     def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str) -> nn.Module:
-        return Linear(in_size, out_size, bias, self.dtype, self.device)
+        inputs, outputs = self.share.even(in_size, prefix), Split.whole(out_size)
+        if self._is_split:
+            return RowLinear(inputs, outputs, bias, self.dtype, self.device, self.group)
+        return Linear(inputs, outputs, bias, self.dtype, self.device)
+
+    def column_norm(self, channels: Split, eps: float) -> RMSNorm:
+        if self._is_split:
+            return SplitRMSNorm(channels, eps, self.device, self.group)
+        return RMSNorm(channels.size, eps, self.device)
 
     def embedding(self, vocab_size: int, hidden_size: int, prefix: str) -> nn.Module:
-        return Embedding(vocab_size, hidden_size, self.dtype, self.device)
+        tokens = self.share.vocabulary(vocab_size)
+        if self._is_split:
+            return SplitEmbedding(tokens, hidden_size, self.dtype, self.device, self.group)
+        return Embedding(tokens, hidden_size, self.dtype, self.device)
 
     def lm_head(self, vocab_size: int, hidden_size: int, tied: nn.Module | None, prefix: str) -> nn.Module:
-        head = Head(hidden_size, vocab_size, False, self.dtype, self.device if tied is None else torch.device("meta"))
+        inputs, outputs = Split.whole(hidden_size), self.share.vocabulary(vocab_size)
+        device = self.device if tied is None else torch.device("meta")
+        head = (
+            SplitHead(inputs, outputs, self.dtype, device, self.group)
+            if self._is_split
+            else Head(inputs, outputs, False, self.dtype, device)
+        )
         if tied is not None:
             head.weight = tied.weight  # type: ignore[assignment]
         return head

@@ -1,4 +1,4 @@
-"""Projections and the embedding of the local engine."""
+"""Projections and the embedding of the local engine, each with what its rank holds."""
 
 from __future__ import annotations
 
@@ -7,16 +7,23 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lamella.distributed.group import Group
+from lamella.distributed.sharding import Split
 from lamella.ops.linear import linear, wide_linear
 
 
 class Linear(nn.Module):
-    """`x W^T + b`, weight (out, in)."""
+    """`x W^T + b`, weight (out, in).
 
-    def __init__(self, in_size: int, out_size: int, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
+    `splits`, here and in other modules, says by parameter what the rank holds of its leading dimensions; what is not in
+    there is whole.
+    """
+
+    def __init__(self, inputs: Split, outputs: Split, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_size, in_size, dtype=dtype, device=device))
-        self.bias = nn.Parameter(torch.empty(out_size, dtype=dtype, device=device)) if bias else None
+        self.weight = nn.Parameter(torch.empty(outputs.size, inputs.size, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(outputs.size, dtype=dtype, device=device)) if bias else None
+        self.splits = {"weight": (outputs, inputs), "bias": (outputs,)}
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -26,10 +33,24 @@ class MergedLinear(Linear):
     """Several projections of one input as one product; a checkpoint holds them apart, under the names in `parts`."""
 
     def __init__(
-        self, in_size: int, parts: Mapping[str, int], bias: bool, dtype: torch.dtype, device: torch.device
+        self, inputs: Split, parts: Mapping[str, Split], bias: bool, dtype: torch.dtype, device: torch.device
     ) -> None:
-        super().__init__(in_size, sum(parts.values()), bias, dtype, device)
+        super().__init__(inputs, Split.join(parts.values()), bias, dtype, device)
         self.parts = dict(parts)
+
+
+class RowLinear(Linear):
+    """A projection whose input is spread over the ranks: the sum of what each makes of its part."""
+
+    def __init__(
+        self, inputs: Split, outputs: Split, bias: bool, dtype: torch.dtype, device: torch.device, group: Group
+    ) -> None:
+        super().__init__(inputs, outputs, bias, dtype, device)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias if self.group.share.rank == 0 else None  # which the sum must hold once
+        return self.group.all_reduce(linear(x, self.weight, bias))
 
 
 class Head(Linear):
@@ -39,12 +60,47 @@ class Head(Linear):
         return wide_linear(x, self.weight)
 
 
+class SplitHead(Head):
+    """The same where each rank has a part of the vocabulary; all of them get all logits."""
+
+    def __init__(self, inputs: Split, outputs: Split, dtype: torch.dtype, device: torch.device, group: Group) -> None:
+        super().__init__(inputs, outputs, False, dtype, device)
+        self.vocab_size, self.group = outputs.full, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        part = super().forward(x)
+        missing = self.group.share.vocabulary_part(self.vocab_size) - part.shape[-1]
+        if missing:
+            part = nn.functional.pad(part, (0, missing))
+        return self.group.all_gather(part)[..., : self.vocab_size].contiguous()
+
+
 class Embedding(nn.Module):
     """Token embedding, weight (vocab, hidden)."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, tokens: Split, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, dtype=dtype, device=device))
+        self.weight = nn.Parameter(torch.empty(tokens.size, hidden_size, dtype=dtype, device=device))
+        self.splits = {"weight": (tokens,)}
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return nn.functional.embedding(input_ids, self.weight)
+
+
+class SplitEmbedding(Embedding):
+    """The same where each rank has a part of the vocabulary: its own tokens' rows, zeros for others, and the sum."""
+
+    def __init__(self, tokens: Split, hidden_size: int, dtype: torch.dtype, device: torch.device, group: Group) -> None:
+        super().__init__(tokens, hidden_size, dtype, device)
+        ((self.start, self.stop),) = tokens.spans
+        self.group = group
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        others = (input_ids < self.start) | (input_ids >= self.stop)
+        rows = super().forward((input_ids - self.start).masked_fill(others, 0))
+        return self.group.all_reduce(rows.masked_fill(others[..., None], 0))
+
+
+def splits_of(module: nn.Module, leaf: str) -> tuple[Split, ...]:
+    """What a rank holds of the leading dimensions of a module's own parameter; see `Linear`."""
+    return getattr(module, "splits", {}).get(leaf, ())

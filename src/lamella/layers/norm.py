@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lamella.distributed.group import Group
+from lamella.distributed.sharding import Split
 from lamella.ops import rms_norm as ops
 
 
@@ -21,3 +23,21 @@ class RMSNorm(nn.Module):
         if residual is None:
             return ops.rms_norm(x, self.weight, self.eps)
         return ops.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class SplitRMSNorm(RMSNorm):
+    """RMS norm over channels that are spread over the ranks, each of which has as many.
+
+    Channels that several ranks hold change nothing: each is held by equally many, so that the mean is the same.
+    """
+
+    def __init__(self, channels: Split, eps: float, device: torch.device, group: Group) -> None:
+        super().__init__(channels.size, eps, device)
+        self.splits, self.group = {"weight": (channels,)}, group
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The norm of x (..., size), the rank's channels."""
+        assert residual is None, "the residual stream is not split"
+        wide = x.float()
+        mean = self.group.all_reduce(wide.square().mean(-1, keepdim=True)) / self.group.share.size
+        return (wide * torch.rsqrt(mean + self.eps) * self.weight).to(x.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lamella.config import ModelConfig
+from lamella.distributed.sharding import Split, cut
 from lamella.errors import CheckpointError
 from lamella.layers.canon import Canon
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import Kit, LocalKit
+from lamella.layers.linear import splits_of
 from lamella.layers.norm import RMSNorm
 from lamella.models.hf_config import HFConfig
 
@@ -82,21 +84,28 @@ class CausalLM(LanguageModel):
 
 @torch.no_grad()
 def initialize(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Fill every parameter at random, as the architectures' training code starts; the same for every dtype."""
+    """Fill every parameter at random, as the architectures' training code starts.
+
+    The same for every dtype, and for every rank its part of the same model.
+    """
     for module in model.modules():
         parameters = dict(module.named_parameters(recurse=False))
         for name, parameter in parameters.items():
+            splits = splits_of(module, name)
             if isinstance(module, RMSNorm):
                 parameter.fill_(1.0)
             elif isinstance(module, Canon):
                 bound = module.config.kernel**-0.5
-                parameter.copy_(_wide(parameter).uniform_(-bound, bound, generator=generator))
+                parameter.copy_(cut(_wide(parameter, splits).uniform_(-bound, bound, generator=generator), splits))
             elif name == "bias":
                 parameter.zero_()
             else:
-                parameter.copy_(_wide(parameter).normal_(0.0, 0.02, generator=generator))
+                parameter.copy_(cut(_wide(parameter, splits).normal_(0.0, 0.02, generator=generator), splits))
 
 
-def _wide(parameter: nn.Parameter) -> Tensor:
-    """Room to draw in: a generator gives other numbers in other dtypes."""
-    return torch.empty_like(parameter, dtype=torch.float32)
+def _wide(parameter: nn.Parameter, splits: Sequence[Split]) -> Tensor:
+    """Room to draw in: a generator gives other numbers in other dtypes, for part of a tensor, and in another order."""
+    shape = [*(split.full for split in splits), *parameter.shape[len(splits) :]]
+    order = sorted(range(len(shape)), key=parameter.stride, reverse=True)
+    room = torch.empty([shape[dim] for dim in order], dtype=torch.float32, device=parameter.device)
+    return room.permute([order.index(dim) for dim in range(len(order))])

@@ -34,6 +34,12 @@ def register_architecture(name: str, target: str | type[CausalLM], aliases: tupl
     _aliases.update(dict.fromkeys(aliases, name))
 
 
+def registered() -> dict[str, str]:
+    """All that has been registered, names and aliases, as "module:Class", for another process to register."""
+    names = {**{name: name for name in _targets}, **_aliases}
+    return {name: _path(_targets[target]) for name, target in names.items()}
+
+
 def architectures() -> list[str]:
     """The names that are known, those of installed entry points included."""
     return sorted({*_targets, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})

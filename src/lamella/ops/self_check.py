@@ -100,7 +100,13 @@ def _checks(
 def _attention_checks(
     random: Callable[..., Tensor], batch: RaggedBatch, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    from lamella.ops.attention.paged import AttentionPlan, AttentionSpace, paged_attention
+    from lamella.ops.attention.paged import (
+        AttentionPlan,
+        AttentionSpace,
+        decode_prepared,
+        few_decodes,
+        paged_attention,
+    )
     from lamella.ops.qkv import triton as qkv
     from lamella.ops.rotary import triton as rotary
 
@@ -132,13 +138,16 @@ def _attention_checks(
         or [pages.new_empty(0)]
     )
     for window in (None, 3):
-        plan = AttentionPlan(space, batch, listed, heads, kv_heads, dim, _PAGE, dtype, 0.25, window, flashinfer=False)
         k_cache, v_cache = written[1]
-        yield (
-            "paged attention",
-            paged_attention(prepared[1], k_cache, v_cache, pages, batch, 0.25, window, plan),
-            attention_reference.paged_attention(prepared[1], k_cache, v_cache, pages, batch, 0.25, window),
-        )
+        truth = attention_reference.paged_attention(prepared[1], k_cache, v_cache, pages, batch, 0.25, window)
+        plan = AttentionPlan(space, batch, listed, heads, kv_heads, dim, _PAGE, dtype, 0.25, window, flashinfer=False)
+        ours = paged_attention(prepared[1], k_cache, v_cache, pages, batch, 0.25, window, plan)
+        yield "paged attention", ours, truth
+        if few_decodes(batch):
+            fresh = {"k_cache": caches[0].clone(), "v_cache": caches[1].clone()}
+            options = {**norms, "cos": cos, "sin": sin, "interleaved": False, "rows": rows, **fresh}
+            yield "attention of few", decode_prepared(projected, heads, pages, 0.25, window, plan, options), truth
+            yield "attention of few (its cache)", torch.stack(list(fresh.values())), torch.stack(written[1])
 
 
 def _sampling_checks(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:

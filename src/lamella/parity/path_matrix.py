@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lamella.config import AttentionConfig, ModelConfig
-from lamella.errors import ParameterError
+from lamella.config import AttentionConfig, MLPConfig, ModelConfig
+from lamella.engine.engine import Engine, check_split
+from lamella.engine.options import EngineOptions
+from lamella.engine.sampling_params import SamplingParams
+from lamella.errors import ConfigError, ParameterError, WorkerError
 from lamella.layers.decoder import LanguageModel
 from lamella.ops import native
 from lamella.ops.backend import portable_only
@@ -60,8 +63,17 @@ class NotExercised(Exception):
 class Laboratory:
     """One loaded model, one sequence, and engines as each path needs them."""
 
-    def __init__(self, model: LanguageModel, device: torch.device, token_ids: Sequence[int], seed: int) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        device: torch.device,
+        token_ids: Sequence[int],
+        seed: int,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`options` of an engine that loads the same model, for paths that take a process more."""
         self.model, self.device, self.token_ids = model, device, tuple(token_ids)
+        self.options = options or {}
         self._random = random.Random(seed)
 
     def engine(self, pads: int = 0, **options: Any) -> ForcedEngine:
@@ -73,6 +85,14 @@ class Laboratory:
             "enforce_eager": True,
         }
         return ForcedEngine(self.model, usual | options, self.device, pads=pads)
+
+    def divided(self, size: int) -> Engine:
+        """An engine of so many tensor-parallel ranks."""
+        usual = {"max_num_seqs": 1, "block_size": PAGE_SIZE, "num_blocks": 1024, "enforce_eager": True}
+        chunk = len(self.token_ids) * 2 // 3  # one chunk and a rest
+        return Engine.load(
+            EngineOptions(**{**usual, **self.options}, max_num_batched_tokens=chunk, tensor_parallel_size=size)
+        )
 
     def sequence(self, prompt_len: int | None = None) -> TokenSequence:
         """The sequence, all but the last token of it a prompt unless said otherwise."""
@@ -93,8 +113,10 @@ class Laboratory:
         return self.engine().score([self.sequence()])[0]
 
 
-def catalogue(config: ModelConfig, length: int, device: torch.device) -> list[Path]:
-    """The paths for a model on `device` and a sequence of `length` tokens."""
+def catalogue(
+    config: ModelConfig, length: int, device: torch.device, undivided: str | None = "no checkpoint to divide"
+) -> list[Path]:
+    """The paths for a model on `device` and a sequence of `length` tokens; `undivided`: why ranks cannot share it."""
     on_gpu = device.type == "cuda"
     kernels = on_gpu or native.available()
     return [
@@ -116,7 +138,7 @@ def catalogue(config: ModelConfig, length: int, device: torch.device) -> list[Pa
         Path("a conversation's next turn", _next_turn),
         Path("preempted, resumed by prefix", _resumed),
         Path("token by token in graphs", _graphs, unavailable=None if on_gpu else "graphs need a GPU"),
-        Path("two tensor-parallel ranks", None, unavailable="the kit looks into one process only"),
+        Path("two tensor-parallel ranks", _two_ranks, unavailable=undivided),
     ]
 
 
@@ -193,6 +215,29 @@ def _module(lab: Laboratory) -> Record:
 def _rows(scores: Scores) -> dict[int, Scores]:
     pairs = zip(scores.target.split(1), scores.logprobs.split(1), strict=True)
     return {index: Scores(*pair) for index, pair in enumerate(pairs)}
+
+
+def _two_ranks(lab: Laboratory) -> Record:
+    """Each rank's state is another part of the whole; what is compared are the logits, of which all have all."""
+    sequence, rows = lab.sequence(), []
+    try:
+        engine = lab.divided(2)
+        compute = engine.model.compute_logits
+
+        def logits(hidden: Tensor) -> Tensor:
+            rows.append(compute(hidden))
+            return rows[-1]
+
+        engine.model.compute_logits = logits  # type: ignore[method-assign]
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        engine.add(engine.make_job("path", {"prompt_token_ids": list(sequence.prompt)}, params))
+        while engine.has_work:
+            engine.step()
+        engine.close()
+    except WorkerError as error:
+        raise NotExercised(str(error)) from error
+    scores = Scores.of(torch.cat(rows), sequence.token_ids[1:], None)
+    return Record(sequence.prompt, sequence.continuation, 1, _rows(scores))
 
 
 def _portable(lab: Laboratory) -> Record:
@@ -335,7 +380,16 @@ def run_paths(
     """All paths over one sequence. `candidate` is tested in place of the one that the checkpoint gives."""
     if len(token_ids) < SHORTEST:
         raise ParameterError(f"paths need a sequence of at least {SHORTEST} tokens, not {len(token_ids)}")
-    lab = Laboratory(candidate or subject.load(dtype, device), device, token_ids, seed)
+    undivided = "the model is given, and no other process can load it" if candidate else _why_undivided(subject, device)
+    options = {
+        "model": subject.checkpoint.path,
+        "dtype": dtype,
+        "device": device.type,
+        "load_format": subject.load_format,
+        "seed": subject.seed,
+        "max_model_len": subject.max_model_len,
+    }
+    lab = Laboratory(candidate or subject.load(dtype, device), device, token_ids, seed, options)
     full = lab.full()
     truth = (
         Oracle(subject.config, subject.weights(device), torch.float32, device).logits(token_ids[:-1]).log_softmax(-1)
@@ -347,10 +401,24 @@ def run_paths(
         "state": STATE_LIMITS[dtype],
     }
     cells = []
-    for path in catalogue(subject.config, len(token_ids), device):
+    for path in catalogue(subject.config, len(token_ids), device, undivided):
         progress(path.name)
         cells.append(_cell(path, lab, full, limits))
     return PathMatrix(tuple(cells), limits, own)
+
+
+def _why_undivided(subject: Subject, device: torch.device) -> str | None:
+    """Why two ranks cannot share the model."""
+    kinds = {type(part) for layer in subject.config.layers for part in (layer.mixer, layer.feed_forward)}
+    if not kinds <= {AttentionConfig, MLPConfig}:
+        return "a layer of a kind that may not know how to be divided"
+    try:
+        options = EngineOptions(model=subject.checkpoint.path, device=device.type, tensor_parallel_size=2)
+        options.resolve_device()
+        check_split(subject.checkpoint, options)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def _why(path: Path, cell: Cell, limits: dict[str, float]) -> str | None:

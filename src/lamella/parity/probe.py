@@ -44,7 +44,7 @@ def tapped(model: nn.Module, tap: Tap) -> Iterator[None]:
 def _hook(module: nn.Module, site: str, tap: Tap) -> Callable[..., Any] | None:
     """The forward hook of a module that is an operation: its result as (n, channels) to the tap, and back."""
     if isinstance(module, MergedLinear):
-        parent, sizes = site.rpartition(".")[0], module.parts
+        parent, sizes = site.rpartition(".")[0], {name: split.size for name, split in module.parts.items()}
 
         def merged(_: nn.Module, args: Any, output: Tensor) -> Tensor:
             pieces = output.split(list(sizes.values()), -1)

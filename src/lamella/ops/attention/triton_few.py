@@ -174,7 +174,7 @@ def _decode_prepared(
     # The item is loaded together with what tells whether there is such an item.
     request, start, end, first, count = _item(items_ptr, max_items, item)
     if item >= tl.load(num_items_ptr):
-        wait_for_predecessor(PDL)
+        # Without a wait, to make room: there is always an item 0, whose programs wait.
         return
     # The newest token is the last position of the last chunk. It is not in the cache: this is where it gets there.
     newest = item == first + count - 1

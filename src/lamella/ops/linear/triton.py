@@ -181,6 +181,6 @@ def _convolve(
     WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
     """The convolution of one new token's channels behind the `old` ones, in fp32; the history moves on."""
-    rows = old + (current,)
+    rows = old + (current,)  # noqa: RUF005 (Triton knows no starred tuple)
     store_history(history, stride_row, channels, mask, rows, WIDTH)
     return convolve(rows, taps, 0, WIDTH, ACTIVATION, SKIP).to(tl.float32)
