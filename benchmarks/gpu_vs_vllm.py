@@ -1,6 +1,7 @@
 """lamella against vLLM on one GPU: one machine, one run, the same shapes with random bf16 weights.
 
     python benchmarks/gpu_vs_vllm.py [--shapes llama-1b qwen3-0.6b llama-8b] [--canon] [--vllm-python PYTHON]
+        [--engines lamella vllm]
 
 Three workloads, of which each engine does all in a process of its own: decode of 256 tokens after a prompt of 128, one
 request at a time (the best of three); 256 requests of 100 to 1024 tokens in and out; prompts of 32 x 2048 tokens. With
@@ -153,7 +154,8 @@ def run_lamella(path: str) -> dict[str, Any]:
     )
     load = time.perf_counter() - start
     gap = check(llm, Workload(2, 300, 16))
-    assert gap < 0.1, f"tokens are {gap} nats less likely than a plain forward's"
+    # Rounding is worth some hundredths, and more in many layers of random weights; a wrong token is worth about 3.
+    assert gap < 0.3, f"tokens are {gap} nats less likely than a plain forward's"
 
     def run(prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
         params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n, detokenize=False) for n in lengths]
@@ -191,7 +193,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--canon", action="store_true", help="also the same shapes with canon layers")
     parser.add_argument("--vllm-python", default=sys.executable, help="the interpreter that has vLLM")
-    parser.add_argument("--without-vllm", action="store_true", help="lamella alone")
+    parser.add_argument("--engines", nargs="+", choices=("lamella", "vllm"), default=["lamella", "vllm"])
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -200,10 +202,12 @@ def main() -> None:
         return
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for name in args.shapes:
-        runs = {"lamella": in_process("lamella", name, sys.executable)}
-        if args.canon:
-            runs["lamella, canon ABCD"] = in_process("lamella", f"{name}+canon", sys.executable)
-        if not args.without_vllm:
+        runs = {}
+        if "lamella" in args.engines:
+            runs["lamella"] = in_process("lamella", name, sys.executable)
+            if args.canon:
+                runs["lamella, canon ABCD"] = in_process("lamella", f"{name}+canon", sys.executable)
+        if "vllm" in args.engines:
             runs["vllm"] = in_process("vllm", name, args.vllm_python)
         results[name] = runs
         print_shape(name, runs)
@@ -211,12 +215,13 @@ def main() -> None:
 
 
 def print_shape(name: str, runs: dict[str, dict[str, Any]]) -> None:
-    first = runs["lamella"]
-    print(f"\n{name}: floor {first['floor_ms']:.3f} ms a decode step at {first['bandwidth_gb_s']} GB/s")
+    first = runs.get("lamella")
+    floor = f"floor {first['floor_ms']:.3f} ms a decode step at {first['bandwidth_gb_s']} GB/s" if first else ""
+    print(f"\n{name}: {floor}")
     print(f"{'':22}{'decode b1, ms':>16}{'256 requests, tok/s':>22}{'prefill, tok/s':>18}")
     for engine, run in runs.items():
         print(f"{engine:22}{run['decode_b1_ms']:16.3f}{run['offline_tok_s']:22}{run['prefill_tok_s']:18}")
-        if engine != "lamella":
+        if first and engine != "lamella":
             ratios = (
                 run["decode_b1_ms"] / first["decode_b1_ms"],
                 first["offline_tok_s"] / run["offline_tok_s"],

@@ -78,19 +78,25 @@ class TensorParallelGroup(Group):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        self._group.allreduce([x], self._sum).wait()
+        _wait(self._group.allreduce([x], self._sum))
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         every = x.new_empty(self.share.size * x.numel())
-        self._group._allgather_base(every, x.contiguous().flatten(), self._gather).wait()
+        _wait(self._group._allgather_base(every, x.contiguous().flatten(), self._gather))
         return every.view(self.share.size, *x.shape).movedim(0, -2).flatten(-2)
 
     def smallest(self, value: int) -> int:
         least = torch.tensor([value], device=self._device)
-        self._group.allreduce([least], self._min).wait()
+        _wait(self._group.allreduce([least], self._min))
         return int(least)
 
     def abort(self) -> None:
         if self._group is not None and self._device.type == "cuda":  # gloo's ranks notice by themselves
             self._group.abort()
+
+
+def _wait(work: Any) -> None:
+    """For a collective's result; one that NCCL has put on the current stream may have no handle, nor need one."""
+    if work is not None:
+        work.wait()
