@@ -170,7 +170,7 @@ def test_prefill(new, context, shape, dtype, window):
     q, k_cache, v_cache, table, batch = random_case(new, context, heads, kv_heads, dim, page, window, dtype)
     inputs = (q, k_cache, v_cache, table, batch.seq_lens, batch.query_start_loc)
     copies = [x.clone() for x in inputs]
-    settings = prefill._SETTINGS[prefill._padded(dim), q.itemsize]._replace(rows=64, block=16)
+    settings = prefill._SETTINGS[decode.padded_dim(dim), q.itemsize]._replace(rows=64, block=16)
     expected = reference.paged_attention(q, k_cache, v_cache, table, batch, dim**-0.5, window)
     actual = prefill.prefill_attention(
         q, k_cache, v_cache, table, batch.query_start_loc, batch.seq_lens, max(new) + 30, dim**-0.5, window,

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from lamella.engine.graphs import DecodeGraphs, bucket_sizes
 from lamella.engine.request import Request
@@ -98,7 +99,10 @@ class ModelRunner:
         ]
         for pad in pads:
             self.state.holdings[pad] = Holding(DUMMY, [[DUMMY] for _ in self.state.groups])
-        self.launch([Scheduled(pad, 0, len(pad.prompt_token_ids), samples=True) for pad in pads])
+        # Kernels that are not in a cache on disk yet are compiled now: seconds, and minutes for a library's.
+        with tqdm(total=1, desc="compiling kernels", unit="step", dynamic_ncols=True) as bar:
+            self.launch([Scheduled(pad, 0, len(pad.prompt_token_ids), samples=True) for pad in pads])
+            bar.update()
         for pad in pads:
             del self.state.holdings[pad]
         self._rows = {}

@@ -17,7 +17,7 @@ from torch import Tensor
 from lamella.ops.launch import dependent_launch, wait_for_predecessor
 
 MAX_CHUNKS = tl.constexpr(64)  # of a request: beyond, its chunks grow
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 _FIELDS = 5  # of an item: request, first and last position + 1, the request's first item, its number of items
 
 
@@ -136,7 +136,7 @@ def decode_attention(
     assert q.stride(2) == 1 and q.stride(1) == dim and k_cache.stride(3) == 1 and page_table.stride(1) == 1
     assert k_cache.stride() == v_cache.stride() and q.dtype == k_cache.dtype == v_cache.dtype
     assert page_table.dtype == torch.int32 and page_size & (page_size - 1) == 0
-    group, padded = heads // kv_heads, _padded(dim)
+    group, padded = heads // kv_heads, padded_dim(dim)
     padded_group = triton.next_power_of_2(group)
     settings = settings or _SETTINGS[padded, q.itemsize]
     items = min(workspace.items.shape[1], requests * MAX_CHUNKS.value)
@@ -145,7 +145,7 @@ def decode_attention(
     _decode_kernel[(min(settings.programs * workspace.processors, items * kv_heads),)](
         q, q.stride(0), k_cache, v_cache, k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         page_table, page_table.stride(0), workspace.items, workspace.items.shape[1], workspace.num_items,
-        workspace.arrived, workspace.parts, workspace.maxima, workspace.sums, out, scale * _LOG2_E,
+        workspace.arrived, workspace.parts, workspace.maxima, workspace.sums, out, scale * LOG2_E,
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, PAGE_SIZE=page_size, ROWS=max(16, padded_group),
         PADDED_GROUP=padded_group, PADDED=padded, BLOCK=settings.block,
         PARTS=max(1, 4096 // (padded_group * padded)), num_warps=settings.num_warps, num_stages=settings.num_stages,
@@ -154,7 +154,7 @@ def decode_attention(
     return out
 
 
-def _padded(dim: int) -> int:
+def padded_dim(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
 
 
@@ -198,7 +198,7 @@ def _plan_kernel(
 
 
 @triton.jit
-def _item(items_ptr, max_items, item):
+def load_item(items_ptr, max_items, item):
     item_ptr = items_ptr + item
     return (
         tl.load(item_ptr),
@@ -216,7 +216,6 @@ def _decode_kernel(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr,
     PADDED_GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    HEADS: tl.constexpr = KV_HEADS * GROUP
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, PADDED)
     inside = dims < DIM
@@ -224,7 +223,7 @@ def _decode_kernel(
     cell_mask = (rows < GROUP)[:, None] & inside[None, :]
     unit = tl.program_id(0)
     # The item is loaded together with what tells whether there is such an item: at batch 1, a wait less.
-    request, start, end, first, count = _item(items_ptr, max_items, unit // KV_HEADS)
+    request, start, end, first, count = load_item(items_ptr, max_items, unit // KV_HEADS)
     units = tl.load(num_items_ptr) * KV_HEADS
     wait_for_predecessor(PDL)
     while unit < units:
@@ -255,23 +254,11 @@ def _decode_kernel(
             part = tl.dot(weights.to(v.dtype), v, part * shrink[:, None], input_precision="ieee")
             maximum = new_maximum
 
-        out_head_ptr = out_ptr + (request * HEADS + kv_head * GROUP) * DIM
-        if count == 1:
-            tl.store(out_head_ptr + cells, (part / total[:, None]).to(out_ptr.dtype.element_ty), mask=cell_mask)
-        else:
-            head = item * HEADS + kv_head * GROUP
-            tl.store(parts_ptr + head.to(tl.int64) * DIM + cells, part, mask=cell_mask)
-            tl.store(maxima_ptr + head + rows, maximum, mask=rows < GROUP)
-            tl.store(sums_ptr + head + rows, total, mask=rows < GROUP)
-            # All threads have stored before one of them announces it, and read the others' parts after that.
-            tl.debug_barrier()
-            counter_ptr = arrived_ptr + 1 + request * KV_HEADS + kv_head
-            if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == count - 1:
-                _combine(
-                    parts_ptr, maxima_ptr, sums_ptr, out_head_ptr, first, count, kv_head * GROUP,
-                    HEADS, GROUP, DIM, PADDED_GROUP, PADDED, PARTS,
-                )  # fmt: skip
-                tl.store(counter_ptr, 0)
+        finish(
+            part, maximum, total, request, kv_head, item, first, count, cells, cell_mask,
+            arrived_ptr, parts_ptr, maxima_ptr, sums_ptr, out_ptr,
+            KV_HEADS, GROUP, DIM, ROWS, PADDED_GROUP, PADDED, PARTS,
+        )  # fmt: skip
 
         # The first units go by number; if there are more, whoever has time takes the next.
         programs = tl.num_programs(0)
@@ -279,9 +266,38 @@ def _decode_kernel(
         if units > programs:
             unit = programs + tl.atomic_add(arrived_ptr, 1, sem="relaxed", scope="gpu")
             if unit < units:
-                request, start, end, first, count = _item(items_ptr, max_items, unit // KV_HEADS)
+                request, start, end, first, count = load_item(items_ptr, max_items, unit // KV_HEADS)
             elif unit == units + programs - 1:  # every program has asked in vain: no one will ask again
                 tl.store(arrived_ptr, 0)
+
+
+@triton.jit
+def finish(
+    part, maximum, total, request, kv_head, item, first, count, cells, cell_mask,
+    arrived_ptr, parts_ptr, maxima_ptr, sums_ptr, out_ptr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
+    PADDED_GROUP: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Write what an item has given: the output, or a part of it; a request's last item to come adds up its parts."""
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    rows = tl.arange(0, ROWS)
+    out_head_ptr = out_ptr + (request * HEADS + kv_head * GROUP) * DIM
+    if count == 1:
+        tl.store(out_head_ptr + cells, (part / total[:, None]).to(out_ptr.dtype.element_ty), mask=cell_mask)
+    else:
+        head = item * HEADS + kv_head * GROUP
+        tl.store(parts_ptr + head.to(tl.int64) * DIM + cells, part, mask=cell_mask)
+        tl.store(maxima_ptr + head + rows, maximum, mask=rows < GROUP)
+        tl.store(sums_ptr + head + rows, total, mask=rows < GROUP)
+        # All threads have stored before one of them announces it, and read the others' parts after that.
+        tl.debug_barrier()
+        counter_ptr = arrived_ptr + 1 + request * KV_HEADS + kv_head
+        if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == count - 1:
+            _combine(
+                parts_ptr, maxima_ptr, sums_ptr, out_head_ptr, first, count, kv_head * GROUP,
+                HEADS, GROUP, DIM, PADDED_GROUP, PADDED, PARTS,
+            )  # fmt: skip
+            tl.store(counter_ptr, 0)
 
 
 @triton.jit

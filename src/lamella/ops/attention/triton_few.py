@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lamella.ops.attention.triton import _LOG2_E, MAX_CHUNKS, DecodeWorkspace, _combine, _item, _padded
+from lamella.ops.attention.triton import LOG2_E, MAX_CHUNKS, DecodeWorkspace, finish, load_item, padded_dim
 from lamella.ops.launch import dependent_launch, wait_for_predecessor
 from lamella.ops.rms_norm.triton import row_scale
 
@@ -84,7 +84,7 @@ def decode_prepared(
     assert qkv.dtype == k_cache.dtype == v_cache.dtype
     assert rows.shape == (requests,) and rows.dtype == torch.int64 and rows.is_contiguous()
     assert page_table.dtype == torch.int32 and page_table.stride(1) == 1
-    group, padded = num_heads // num_kv_heads, _padded(head_dim)
+    group, padded = num_heads // num_kv_heads, padded_dim(head_dim)
     padded_group = triton.next_power_of_2(group)
     settings = settings or _SETTINGS[padded, qkv.itemsize]
     items = min(workspace.items.shape[1], requests * MAX_CHUNKS.value)
@@ -93,7 +93,7 @@ def decode_prepared(
         qkv, qkv.stride(0), q_norm, k_norm, cos, sin, rows,
         k_cache, v_cache, k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         page_table, page_table.stride(0), workspace.items, workspace.items.shape[1], workspace.num_items,
-        workspace.arrived, workspace.parts, workspace.maxima, workspace.sums, out, scale * _LOG2_E, eps,
+        workspace.arrived, workspace.parts, workspace.maxima, workspace.sums, out, scale * LOG2_E, eps,
         KV_HEADS=num_kv_heads, GROUP=group, DIM=head_dim, PAIRS=pairs, INTERLEAVED=interleaved, PAGE_SIZE=page_size,
         ROWS=max(16, padded_group), PADDED_GROUP=padded_group, PADDED=padded, BLOCK=settings.block,
         PARTS=max(1, 4096 // (padded_group * padded)),
@@ -172,7 +172,7 @@ def _decode_prepared(
     HEADS: tl.constexpr = KV_HEADS * GROUP
     item, kv_head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     # The item is loaded together with what tells whether there is such an item.
-    request, start, end, first, count = _item(items_ptr, max_items, item)
+    request, start, end, first, count = load_item(items_ptr, max_items, item)
     if item >= tl.load(num_items_ptr):
         # Without a wait, to make room: there is always an item 0, whose programs wait.
         return
@@ -231,20 +231,8 @@ def _decode_prepared(
         scores = _score(q, k, tile, end, scale, BLOCK)
         maximum, total, part = _add(scores, v, maximum, total, part)
 
-    out_head_ptr = out_ptr + (request * HEADS + kv_head * GROUP) * DIM
-    if count == 1:
-        tl.store(out_head_ptr + cells, (part / total[:, None]).to(out_ptr.dtype.element_ty), mask=cell_mask)
-    else:
-        head = item * HEADS + kv_head * GROUP
-        tl.store(parts_ptr + head.to(tl.int64) * DIM + cells, part, mask=cell_mask)
-        tl.store(maxima_ptr + head + rows, maximum, mask=rows < GROUP)
-        tl.store(sums_ptr + head + rows, total, mask=rows < GROUP)
-        # All threads have stored before one of them announces it, and read the others' parts after that.
-        tl.debug_barrier()
-        counter_ptr = arrived_ptr + 1 + request * KV_HEADS + kv_head
-        if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == count - 1:
-            _combine(
-                parts_ptr, maxima_ptr, sums_ptr, out_head_ptr, first, count, kv_head * GROUP,
-                HEADS, GROUP, DIM, PADDED_GROUP, PADDED, PARTS,
-            )  # fmt: skip
-            tl.store(counter_ptr, 0)
+    finish(
+        part, maximum, total, request, kv_head, item, first, count, cells, cell_mask,
+        arrived_ptr, parts_ptr, maxima_ptr, sums_ptr, out_ptr,
+        KV_HEADS, GROUP, DIM, ROWS, PADDED_GROUP, PADDED, PARTS,
+    )  # fmt: skip

@@ -13,9 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lamella.ops.attention.triton import LOG2_E, padded_dim
 from lamella.ops.launch import dependent_launch, wait_for_predecessor
-
-_LOG2_E = 1.4426950408889634
 
 
 class Settings(NamedTuple):
@@ -108,21 +107,17 @@ def _launch(
     assert q.stride(2) == 1 and q.stride(1) == dim and k.stride(3) == 1
     assert k.stride() == v.stride() and q.dtype == k.dtype == v.dtype and scale > 0
     assert query_start_loc.dtype == torch.int32 and query_start_loc.is_contiguous()
-    group, padded = heads // kv_heads, _padded(dim)
+    group, padded = heads // kv_heads, padded_dim(dim)
     settings = settings or _SETTINGS[padded, q.itemsize]
     rows = max(settings.rows, triton.next_power_of_2(group))
     assert out.is_contiguous() and out.shape == q.shape
     _kernel[(triton.cdiv(max_query_len, rows // group), kv_heads, query_start_loc.shape[0] - 1)](
         q, q.stride(0), k, v, k.stride(0), k.stride(1), k.stride(2),
-        page_table, 0 if page_table is None else page_table.stride(0), query_start_loc, seq_lens, out, scale * _LOG2_E,
+        page_table, 0 if page_table is None else page_table.stride(0), query_start_loc, seq_lens, out, scale * LOG2_E,
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, PAGE_SIZE=k.shape[1], PADDED=padded, WINDOW=window or 0,
         ROWS=rows, BLOCK=settings.block, num_warps=settings.num_warps, num_stages=settings.num_stages,
         **dependent_launch(q),
     )  # fmt: skip
-
-
-def _padded(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
 
 
 @triton.jit

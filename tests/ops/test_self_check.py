@@ -1,0 +1,55 @@
+"""The start-up check itself, with the kernels in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lamella.ops import backend, sampling, self_check
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+KERNELS = {
+    "rms_norm": "rms_norm",
+    "swiglu": "swiglu",
+    "short_conv": "short_conv",
+    "qkv": "prepare_qkv",
+    "rotary": "angles",
+    "attention": "decode_attention",
+}
+
+
+@pytest.fixture(autouse=True)
+def kernels_everywhere(monkeypatch):
+    for module in (backend, sampling, self_check):
+        monkeypatch.setattr(module, "use_triton", lambda x: True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_right_kernels_pass(dtype):
+    self_check.self_check(dtype, DEVICE)
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_a_wrong_kernel_is_named(op, monkeypatch):
+    module = import_module(f"lamella.ops.{op}.triton")
+    right = getattr(module, KERNELS[op])
+
+    def wrong(*args, **kwargs):
+        result = right(*args, **kwargs)
+        first, *others = result if isinstance(result, tuple) else (result,)
+        return (first * 1.3 + 0.3, *others) if others else first * 1.3 + 0.3
+
+    monkeypatch.setattr(module, KERNELS[op], wrong)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "this machine")
+    with pytest.raises(self_check.KernelError, match=r"differs from its reference by .* on this machine .*refusing"):
+        self_check.self_check(torch.float32, DEVICE)
+
+
+def test_where_no_kernel_serves_there_is_nothing_to_check(monkeypatch):
+    monkeypatch.setattr(self_check, "use_triton", lambda x: False)
+    monkeypatch.setattr(self_check, "_checks", lambda *args: pytest.fail("checked"))
+    self_check.self_check(torch.float32, DEVICE)
