@@ -27,7 +27,7 @@ from lamella.engine.step_inputs import StepInputs, StepTensors
 from lamella.layers.context import forward_batch
 from lamella.layers.decoder import LanguageModel
 from lamella.ops.attention.paged import AttentionSpace
-from lamella.ops.backend import use_triton
+from lamella.ops.backend import has_triton, use_triton
 from lamella.ops.sampling import draw, pending_tokens
 from lamella.state.manager import DUMMY, Holding, StateManager
 
@@ -76,7 +76,8 @@ class ModelRunner:
         self.model, self.state, self.device = model, state, device
         self.runs_ahead = device.type == "cuda"
         self.num_replays = 0
-        self.attention = AttentionSpace(max_num_seqs, max_model_len, device) if device.type == "cuda" else None
+        kernels = device.type == "cuda" and has_triton()
+        self.attention = AttentionSpace(max_num_seqs, max_model_len, device) if kernels else None
         self.inputs = StepInputs(state, max_model_len, device, self.attention)
         # Of the latest step, what each of its rows has chosen.
         self._tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
@@ -106,7 +107,7 @@ class ModelRunner:
         for pad in pads:
             del self.state.holdings[pad]
         self._rows = {}
-        if graphs:
+        if graphs and self.attention is not None:
             capturing = DecodeGraphs(self.model, self.inputs, self._tokens, self._sizes)
             capturing.capture()
             self._graphs = capturing

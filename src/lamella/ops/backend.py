@@ -32,7 +32,7 @@ def use_native(x: Tensor) -> bool:
 
 def use_triton(x: Tensor) -> bool:
     """Whether our Triton kernels serve `x`: on a GPU, without gradients."""
-    return x.is_cuda and not torch.is_grad_enabled() and not _portable.get() and _has_triton()
+    return x.is_cuda and not torch.is_grad_enabled() and not _portable.get() and has_triton()
 
 
 def use_fused(x: Tensor) -> bool:
@@ -41,7 +41,8 @@ def use_fused(x: Tensor) -> bool:
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether our GPU kernels can be used at all; a log line says so if not."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
