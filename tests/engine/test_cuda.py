@@ -56,7 +56,7 @@ def test_graphs_change_no_bit(checkpoint):
 
 
 @pytest.mark.parametrize("count", [1, 3, 5, 7])
-def test_padding_changes_no_bit(checkpoint, count):
+def test_padding_changes_nothing_but_rounding(checkpoint, count):
     """Real rows beside padding give what they give beside other requests, in a step of as many rows."""
     full = {1: 1, 3: 3, 5: 8, 7: 8}[count]
     llm = engine(checkpoint, max_num_batched_tokens=512)

@@ -73,6 +73,8 @@ class Engine:
             options.snapshot_prompts,
         )
         self.runner = make_runner(model, self.state, device, self.max_model_len, options.max_num_seqs)
+        if options.enforce_eager and device.type != "cuda":
+            logger.info("enforce_eager: without effect, since there are no graphs on this device")
         self.runner.warm_up(graphs=not options.enforce_eager)
         self.workers.follow(self.state)
         self._ahead: Flight | None = None  # a step that has been launched, and not collected yet

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lamella")
 
-_FEW_REQUESTS = 8  # up to which a step is latency, not work
-
 
 class AttentionSpace:
     """Device memory for the attention of one engine's steps, made when first asked for.
@@ -117,7 +115,9 @@ class AttentionPlan:
 
 def few_decodes(batch: RaggedBatch) -> bool:
     """Whether `decode_prepared` is for this step: a few requests, and all decode."""
-    return batch.num_requests <= _FEW_REQUESTS and batch.num_decodes == batch.num_requests
+    from lamella.ops.attention import triton
+
+    return batch.num_requests <= triton.FEW_REQUESTS and batch.num_decodes == batch.num_requests
 
 
 def decode_prepared(

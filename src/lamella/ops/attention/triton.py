@@ -31,7 +31,7 @@ class Settings(NamedTuple):
 
 
 # Few requests are cut finely, so that there is work for every multiprocessor; many give enough of it uncut.
-_FEW_REQUESTS, _SHORT_CHUNK, _LONG_CHUNK = 8, 128, 512
+FEW_REQUESTS, _SHORT_CHUNK, _LONG_CHUNK = 8, 128, 512
 # By head_dim, padded to a power of two, and bytes per element.
 _SETTINGS = {
     (16, 2): Settings(128, 4, 5, 4),
@@ -49,7 +49,7 @@ _SETTINGS = {
 
 def max_items(requests: int, length: int) -> int:
     """How many items the plan of at most `requests` requests of at most `length` visible tokens can have."""
-    few = min(requests, _FEW_REQUESTS)
+    few = min(requests, FEW_REQUESTS)
     return max(few * _chunks(length, _SHORT_CHUNK), requests * _chunks(length, _LONG_CHUNK))
 
 
@@ -107,7 +107,7 @@ def plan_decode(seq_lens: Tensor, window: int | None, workspace: DecodeWorkspace
     _plan_kernel[(requests,)](
         seq_lens, requests, workspace.items, workspace.items.shape[1], workspace.num_items,
         PADDED=triton.next_power_of_2(requests), WINDOW=window or 0,
-        CHUNK=workspace.chunk or (_SHORT_CHUNK if requests <= _FEW_REQUESTS else _LONG_CHUNK),
+        CHUNK=workspace.chunk or (_SHORT_CHUNK if requests <= FEW_REQUESTS else _LONG_CHUNK),
         **dependent_launch(seq_lens),
     )  # fmt: skip
     # Attention reads the plan before it waits for the launch ahead of it, so that must not be the plan's own.

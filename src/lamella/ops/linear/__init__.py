@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,6 @@ from lamella.ops.rms_norm.reference import NormStep
 from lamella.ops.short_conv.reference import ConvStep
 
 _BLOCK = 256  # rows that the native kernel takes at a time, see native.linear_rows
-_FEW_ROWS = 2  # up to which our Triton kernel beats a library's product
 _SLICE = 16384  # rows of the weight that the portable path widens at a time
 
 
@@ -19,21 +20,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W^T + b`, see `reference.linear`. Few rows, where reading the weight is all the work, go to our own kernel."""
     if x.dim() == 2 and use_native(x) and 0 < x.shape[0] <= native.linear_rows(x.dtype, x.shape[1]):
         return native.linear(x, weight, bias)
-    if x.dim() == 2 and x.shape[0] <= _FEW_ROWS and use_triton(x):
-        from lamella.ops.linear import triton
-
-        if triton.serves(x, weight):
-            return triton.linear(x, weight, bias)[0]
+    if (kernels := _kernels(x, weight)) is not None:
+        return kernels.linear(x, weight, bias)[0]
     return torch.nn.functional.linear(x, weight, bias)
 
 
 def fuses(x: Tensor, weight: Tensor) -> bool:
     """Whether `fused_linear` has a kernel for x (T, in), and is allowed to use it."""
-    if x.dim() != 2 or x.shape[0] > _FEW_ROWS or not use_fused(x):
-        return False
-    from lamella.ops.linear import triton
-
-    return triton.serves(x, weight)
+    return use_fused(x) and _kernels(x, weight) is not None
 
 
 def fused_linear(
@@ -66,14 +60,10 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
         wide = parts[0] if len(parts) == 1 else torch.cat(parts)
     elif torch.is_grad_enabled():
         wide = torch.nn.functional.linear(rows, weight).float()
-    elif use_triton(x) and rows.shape[0] <= _FEW_ROWS:
-        from lamella.ops.linear import triton
-
-        wide = (
-            triton.linear(rows, weight, None, wide=True)[0] if triton.serves(rows, weight) else _wide_mm(rows, weight)
-        )
+    elif (kernels := _kernels(rows, weight)) is not None:
+        wide = kernels.linear(rows, weight, None, wide=True)[0]
     elif x.is_cuda:
-        wide = _wide_mm(rows, weight)
+        wide = torch.mm(rows, weight.T, out_dtype=torch.float32)
     else:
         # A slice of the weight at a time: a whole copy in fp32 may not fit.
         slices = [torch.nn.functional.linear(rows.float(), part.float()) for part in weight.split(_SLICE)]
@@ -81,5 +71,10 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     return wide.view(*x.shape[:-1], weight.shape[0])
 
 
-def _wide_mm(rows: Tensor, weight: Tensor) -> Tensor:
-    return torch.mm(rows, weight.T, out_dtype=torch.float32)
+def _kernels(x: Tensor, weight: Tensor) -> ModuleType | None:
+    """Our Triton kernels, where they serve this product."""
+    if x.dim() != 2 or not use_triton(x):
+        return None
+    from lamella.ops.linear import triton
+
+    return triton if triton.serves(x, weight) else None
