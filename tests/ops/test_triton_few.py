@@ -19,6 +19,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [  # heads, kv_heads, head_dim, page_size, rotated pairs
     (4, 1, 64, 16, 32),
     (4, 2, 128, 8, 64),
+    (8, 2, 128, 16, 64),
     (2, 2, 16, 4, 8),
     (6, 2, 24, 1, 5),
     (16, 1, 80, 128, 16),
