@@ -224,7 +224,7 @@ class Engine:
                 if job.finished:
                     del self._jobs[job.request_id]
         if not self.has_work:
-            self.state.check_integrity()
+            self.state.check_at_rest()
         return list(changed.values())
 
     def stats(self) -> dict[str, Any]:

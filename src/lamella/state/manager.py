@@ -197,6 +197,12 @@ class StateManager:
         for pool in (*self.page_pools, self.slot_pool):
             pool.reset()
 
+    def check_at_rest(self) -> None:
+        """Without requests nothing is held. Takes no time that grows with the pools."""
+        assert not self.holdings
+        for pool in (*self.page_pools, self.slot_pool):
+            pool.check_at_rest()
+
     def check_integrity(self) -> None:
         """No place is lost, or held by somebody who does not know of it."""
         for index, pool in enumerate(self.page_pools):

@@ -108,6 +108,11 @@ class Pool:
         for key in list(self._places):
             self.drop(key)
 
+    def check_at_rest(self) -> None:
+        """Nobody holds a place, and none is lost."""
+        assert not self._holders, f"places {sorted(self._holders)[:8]} are held by nobody who is there"
+        assert self.num_free == self.capacity, f"{self.capacity - self.num_free} places are lost"
+
     def check_integrity(self, held: Counter[int]) -> None:
         """Every place is free, findable or held, once; and `held`, all holders' places, are those held here."""
         free, cached, holders = set(self._free), set(self._cached), set(self._holders)

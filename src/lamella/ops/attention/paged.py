@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lamella")
 
+FLASHINFER_HEAD_DIMS = (64, 128, 256)  # its Hopper kernels assert that it is one of these, as they compile
+
 
 class AttentionSpace:
     """Device memory for the attention of one engine's steps, made when first asked for.
@@ -29,7 +31,7 @@ class AttentionSpace:
         """For steps of so many requests, padding included, of so many tokens each."""
         self.max_requests, self.max_length, self.device = max_requests, max_length, device
         self._workspaces: dict[tuple[int, int, int, int | None], DecodeWorkspace] = {}
-        self._prefills: dict[tuple[int, Hashable], Prefill] = {}
+        self._prefills: dict[tuple[int, tuple[Any, ...]], Prefill] = {}
         self._turn = 0
 
     def begin_step(self) -> None:
@@ -52,19 +54,24 @@ class AttentionSpace:
             )
         return self._workspaces[key]
 
-    def prefill(self, key: Hashable, dtype: torch.dtype) -> Prefill | None:
+    def prefill(self, heads: int, kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype) -> Prefill | None:
         """FlashInfer's attention of many tokens a request, for one plan of this turn; None where it cannot serve."""
-        if not _has_flashinfer() or dtype == torch.float32:
+        if not _flashinfer_has(head_dim, dtype):
             return None
         from lamella.ops.attention.flashinfer import Prefill
 
+        key = heads, kv_heads, head_dim, scale
         if (self._turn, key) not in self._prefills:
             self._prefills[self._turn, key] = Prefill(self.device)
         return self._prefills[self._turn, key]
 
 
 @cache
-def _has_flashinfer() -> bool:
+def _flashinfer_has(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether that library is there and has kernels for these heads; says once what serves instead."""
+    if head_dim not in FLASHINFER_HEAD_DIMS or dtype == torch.float32:
+        logger.info("attention of prompts by our Triton kernel: no FlashInfer for head_dim %d in %s", head_dim, dtype)
+        return False
     try:
         import flashinfer  # noqa: F401
     except ImportError as error:
@@ -105,7 +112,7 @@ class AttentionPlan:
         self.prefill: Prefill | None = None
         if decodes < batch.num_requests and window is None and flashinfer:
             # Beyond a window lie pages that were given back: FlashInfer would read them, if only to weigh them by zero.
-            self.prefill = space.prefill((heads, kv_heads, head_dim, scale), dtype)
+            self.prefill = space.prefill(heads, kv_heads, head_dim, scale, dtype)
             if self.prefill is not None:
                 self.prefill.plan(
                     batch.query_lens[decodes:], batch.context_lens[decodes:], page_list, heads, kv_heads, head_dim,
