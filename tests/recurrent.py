@@ -54,7 +54,7 @@ class Recurrent(nn.Module):
         self.o_proj = kit.row_linear(heads * dim, hidden_size, False, f"{prefix}.o_proj")
         self.state = kit.slot_state(SlotState((heads, dim, dim), torch.float32), f"{prefix}.state")
 
-    def forward(self, positions: Tensor, entry: BlockInput) -> Tensor:
+    def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
         batch = require_batch().ragged
         rows, slots = self.state.current()
         qkv = entry.project(self.qkv_proj)

@@ -17,7 +17,7 @@ from lamella.layers.context import forward_batch
 from lamella.layers.decoder import DecoderLayer, LanguageModel, plain_batch
 from lamella.layers.kit import PagedAttention
 from lamella.layers.norm import RMSNorm
-from lamella.layers.rotary import Rotary
+from lamella.layers.rotary import Positions, Rotary
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -117,7 +117,7 @@ def test_the_stream_is_the_sum_of_the_pair(checkpoint):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, VOCAB, (20,), generator=generator)
     with forward_batch(plain_batch(ids)) as batch:
-        positions = batch.ragged.positions
+        positions = Positions(batch.ragged.positions)
         stream = model.model.embed_tokens(ids)
         for layer in model.model.layers:
             assert isinstance(layer, DecoderLayer)

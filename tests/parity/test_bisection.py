@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from types import MethodType, SimpleNamespace
+from types import MethodType
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from helpers import VOCAB, canon_checkpoint, hf_checkpoint
 from lamella.config import ModelConfig
 from lamella.errors import ConfigError, ParameterError
 from lamella.layers.context import require_batch
-from lamella.layers.rotary import Rotary
+from lamella.layers.rotary import Positions, Rotary
 from lamella.models import LlamaForCausalLM
 from lamella.parity import bisect
 from lamella.parity.bisection import CHUNKS, RATIO_LIMIT
@@ -125,11 +125,10 @@ def turned_one_position_further_in_decodes(model):
     mixer = layer(model, 0).mixer
     inner = mixer.rotary
 
-    def rotary(batch, positions, q, k):
-        if not batch.ragged.num_decodes:
-            return inner(batch, positions, q, k)
-        fresh = SimpleNamespace(once=lambda key, compute: compute())
-        return inner(fresh, positions + 1, q, k)
+    def rotary(positions, q, k):
+        if not require_batch().ragged.num_decodes:
+            return inner(positions, q, k)
+        return inner(Positions(positions.index + 1), q, k)
 
     mixer.rotary = rotary
 

@@ -14,7 +14,7 @@ from lamella.layers.canon import Canon, CanonHistory
 from lamella.layers.context import require_batch
 from lamella.layers.kit import Kit, PagedAttention
 from lamella.layers.norm import RMSNorm
-from lamella.layers.rotary import Rotary
+from lamella.layers.rotary import Positions, Rotary
 from lamella.ops.attention.paged import few_decodes
 from lamella.ops.backend import use_fused
 from lamella.ops.qkv import prepare_qkv
@@ -45,17 +45,17 @@ class Attention(nn.Module):
         self.canon: Canon | None = None
         if config.canon:
             assert history is not None
-            self.canon = Canon(config.canon, Split.join((queries, keys, keys)), kit, history)
+            self.canon = Canon(config.canon, Split.join((queries, keys, keys)), kit, history, "mixer")
         self.rotary = Rotary(config.rope, kit.device) if config.rope else None
         spec = PagedState(kv_heads.size, dim, kit.dtype, config.window)
         self.attention = kit.attention(heads.size, config.scale, spec, f"{prefix}.attention")
 
-    def forward(self, positions: Tensor, entry: BlockInput) -> Tensor:
+    def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
         """(T, hidden_size) -> (T, hidden_size)."""
         # Behind a query/key norm the convolution cannot be the projection's own.
         canon = None if self.config.qk_norm or not entry.fuses(self.qkv_proj, self.canon) else self.canon
         qkv = entry.project(self.qkv_proj, canon)
-        if use_fused(qkv) and isinstance(self.attention, PagedAttention) and require_batch().pages is not None:
+        if isinstance(self.attention, PagedAttention) and use_fused(qkv) and require_batch().pages is not None:
             return self.o_proj(self._attend(positions, qkv, canon is not None).flatten(1))
         q, k, v = qkv.split(self.sizes, dim=-1)
         if self.config.qk_norm:
@@ -64,10 +64,10 @@ class Attention(nn.Module):
             q, k, v = self.canon(torch.cat((q, k, v), dim=-1)).split(self.sizes, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.config.head_dim)) for part in (q, k, v))
         if self.rotary is not None:
-            q, k = self.rotary(require_batch(), positions, q, k)
+            q, k = self.rotary(positions, q, k)
         return self.o_proj(self.attention(q, k, v).flatten(1))
 
-    def _attend(self, positions: Tensor, qkv: Tensor, convolved: bool) -> Tensor:
+    def _attend(self, positions: Positions, qkv: Tensor, convolved: bool) -> Tensor:
         """From the projected [q | k | v] to attention's output (T, H, D), with keys and values in their pages.
 
         What comes before attention is one kernel, or a part of attention's own where few requests decode, with two
@@ -88,7 +88,7 @@ class Attention(nn.Module):
             step = canon.step()
         elif canon is not None:
             qkv = canon(qkv)
-        cos, sin = (None, None) if self.rotary is None else self.rotary.angles(batch, positions)
+        cos, sin = (None, None) if self.rotary is None else positions.angles(self.rotary)
         k_cache, v_cache, rows = self.attention.target()
         options: dict[str, Any] = {
             "q_norm": q_norm,

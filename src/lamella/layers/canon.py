@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from lamella.config import CanonConfig
 from lamella.distributed.sharding import Split
 from lamella.layers.context import require_batch
-from lamella.layers.kit import Kit, SlotHolder
+from lamella.layers.kit import Compute, Kit, SlotHolder
 from lamella.layers.norm import RMSNorm
 from lamella.ops.backend import use_fused
 from lamella.ops.ragged import RaggedBatch
@@ -29,42 +31,51 @@ class CanonHistory(nn.Module):
     def __init__(self, kernel: int) -> None:
         super().__init__()
         self.kernel, self._taken = kernel, 0
+        self._parts: dict[str, Compute] = {}
 
-    def take(self, channels: int) -> slice:
-        """Room for one convolution's channels."""
+    def take(self, channels: int, parts: Mapping[str, Compute]) -> slice:
+        """Room for one convolution's channels; `parts` are what reads and writes them."""
         start, self._taken = self._taken, self._taken + channels
+        self._parts |= parts
         return slice(start, self._taken)
 
     def declare(self, kit: Kit, prefix: str) -> None:
         """Ask for the state, once every convolution of the layer has taken its channels."""
         self.holder = kit.slot_state(SlotState((self.kernel - 1, self._taken), kit.dtype), prefix)
+        self.holder.parts |= self._parts
 
 
 class Canon(nn.Module):
-    """A canon convolution of the rank's channels. weight (channels, 1, W), column W-1 multiplies the current token."""
+    """A canon convolution of the rank's channels. weight (channels, 1, W), column W-1 multiplies the current token.
 
-    def __init__(self, config: CanonConfig, channels: Split, kit: Kit, history: CanonHistory) -> None:
+    `part` is what it is called among those that share the layer's history.
+    """
+
+    def __init__(self, config: CanonConfig, channels: Split, kit: Kit, history: CanonHistory, part: str) -> None:
         super().__init__()
         assert config.kernel == history.kernel
-        self.config, size = config, channels.size
+        self.config, self.size, self.part = config, channels.size, part
         # A tap's weights of all channels lie side by side, so that kernels load many at once.
-        taps = torch.empty(config.kernel, size, dtype=kit.dtype, device=kit.device)
+        taps = torch.empty(config.kernel, self.size, dtype=kit.dtype, device=kit.device)
         self.weight = nn.Parameter(taps.T[:, None, :])
-        self.bias = nn.Parameter(torch.empty(size, dtype=kit.dtype, device=kit.device)) if config.bias else None
+        self.bias = nn.Parameter(torch.empty(self.size, dtype=kit.dtype, device=kit.device)) if config.bias else None
         self.splits = {"weight": (channels,), "bias": (channels,)}
-        self.history, self.channels = history, history.take(size)
+        self.history = history
+        self.channels = history.take(self.size, {part: self._convolve, f"{part}.swiglu": self._convolve_and_gate})
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, channels) -> (T, channels)."""
-        return short_conv(x, *self.operands())
+        return self.history.holder.run(self.part, x, self.size)
 
     def swiglu(self, x: Tensor) -> Tensor:
         """`silu(gate) * up` of the convolved x (T, channels) = [gate | up]."""
-        return short_conv_swiglu(x, *self.operands()) if use_fused(x) else swiglu(self(x))
+        if self.history.holder.inline and not use_fused(x):
+            return swiglu(self(x))
+        return self.history.holder.run(f"{self.part}.swiglu", x, self.size // 2)
 
     def after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """The convolution of `norm(x, residual)`, and the new residual."""
-        if use_fused(x):
+        if self.history.holder.inline and use_fused(x):
             return norm_short_conv(x, residual, norm.weight, norm.eps, *self.operands())
         normed, total = norm(x, residual)
         return self(normed), total
@@ -81,16 +92,24 @@ class Canon(nn.Module):
         assert history is not None and slots is not None
         return ConvStep(weight, bias, history, slots, activation, residual)
 
-    def operands(self) -> tuple[Tensor, Tensor | None, RaggedBatch, Tensor | None, Tensor | None, bool, bool]:
+    def operands(
+        self, x: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, RaggedBatch, Tensor | None, Tensor | None, bool, bool]:
         """What a convolution is given beside its input: weight (C, W), bias, batch, history, slots, activation,
-        residual."""
-        rows, slots = self.history.holder.current()
+        residual. The input is needed where the holder is not `inline`."""
+        history, slots = self.history.holder.window(self.channels, x)
         return (
             self.weight.squeeze(1),
             self.bias,
             require_batch().ragged,
-            None if rows is None else rows[:, :, self.channels],
+            history,
             slots,
             self.config.activation,
             self.config.residual,
         )
+
+    def _convolve(self, x: Tensor, out: Tensor | None) -> Tensor:
+        return short_conv(x, *self.operands(x), out)
+
+    def _convolve_and_gate(self, x: Tensor, out: Tensor | None) -> Tensor:
+        return short_conv_swiglu(x, *self.operands(x), out)

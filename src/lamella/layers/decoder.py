@@ -12,6 +12,7 @@ from lamella.layers.canon import Canon, CanonHistory
 from lamella.layers.context import ForwardBatch, current_batch, forward_batch
 from lamella.layers.kit import Kit
 from lamella.layers.norm import RMSNorm
+from lamella.layers.rotary import Positions
 from lamella.ops.ragged import RaggedBatch
 
 
@@ -22,21 +23,21 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.history = CanonHistory(config.canons[0].kernel) if config.canons else None
         self.mixer_norm = RMSNorm(hidden_size, config.norm.eps, kit.device)
-        self.mixer_canon = self._canon(config.mixer_canon, hidden_size, kit)
+        self.mixer_canon = self._canon(config.mixer_canon, hidden_size, kit, "mixer_canon")
         self.mixer = config.mixer.build(kit, hidden_size, f"{prefix}.mixer", self.history)
         self.feed_forward_norm = RMSNorm(hidden_size, config.norm.eps, kit.device)
-        self.feed_forward_canon = self._canon(config.feed_forward_canon, hidden_size, kit)
+        self.feed_forward_canon = self._canon(config.feed_forward_canon, hidden_size, kit, "feed_forward_canon")
         self.feed_forward = config.feed_forward.build(kit, hidden_size, f"{prefix}.feed_forward", self.history)
         if self.history is not None:
             self.history.declare(kit, f"{prefix}.history")
 
-    def _canon(self, config: CanonConfig | None, hidden_size: int, kit: Kit) -> Canon | None:
+    def _canon(self, config: CanonConfig | None, hidden_size: int, kit: Kit, part: str) -> Canon | None:
         if config is None:
             return None
         assert self.history is not None
-        return Canon(config, Split.whole(hidden_size), kit, self.history)
+        return Canon(config, Split.whole(hidden_size), kit, self.history, part)
 
-    def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, positions: Positions, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """hidden and residual (T, hidden_size) -> the same pair after the layer."""
         entry = BlockInput(hidden, residual, self.mixer_norm, self.mixer_canon)
         hidden = self.mixer(positions, entry)
@@ -60,8 +61,9 @@ class Decoder(nn.Module):
         """ids and positions (T,) -> (T, hidden_size)."""
         residual = self.embed_tokens(input_ids)
         hidden = torch.zeros_like(residual)
+        at = Positions(positions)
         for layer in self.layers:
-            hidden, residual = layer(positions, hidden, residual)
+            hidden, residual = layer(at, hidden, residual)
         return self.norm(hidden, residual)[0]
 
 

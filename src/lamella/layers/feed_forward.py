@@ -26,7 +26,7 @@ class MLP(nn.Module):
         self.canon = None
         if config.canon:
             assert history is not None
-            self.canon = Canon(config.canon, Split.join((channels, channels)), kit, history)
+            self.canon = Canon(config.canon, Split.join((channels, channels)), kit, history, "feed_forward")
 
     def forward(self, entry: BlockInput) -> Tensor:
         """(T, hidden_size) -> (T, hidden_size)."""

@@ -8,8 +8,8 @@ it learns from the kit's `share`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from lamella.layers.norm import RMSNorm, SplitRMSNorm
 from lamella.ops import attention
 from lamella.ops.attention.paged import AttentionPlan
 from lamella.state.spec import PagedState, SlotState
+
+# What reads and writes slot state: of x (T, ...), into the second tensor where one is given.
+Compute: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Kit(Protocol):
@@ -125,16 +128,28 @@ class PagedAttention(nn.Module):
 
 
 class SlotHolder(nn.Module):
-    """Holds one layer's slot tensor, (slots, *shape); computes nothing."""
+    """Holds one layer's slot tensor, (slots, *shape), and knows what reads and writes it; computes nothing itself.
+
+    Attributes:
+        parts: the computations over the state, by names that are the layer's own.
+        inline: whether what is computed over the state may be a part of a larger kernel, in place of `run`.
+    """
+
+    inline = True
 
     def __init__(self, spec: SlotState, prefix: str) -> None:
         super().__init__()
         self.spec, self.prefix = spec, prefix
         self.rows: Tensor | None = None
+        self.parts: dict[str, Compute] = {}
 
     def bind(self, *tensors: Tensor) -> None:
         """The slots (slots, *shape) of this layer."""
         (self.rows,) = tensors
+
+    def run(self, part: str, x: Tensor, width: int) -> Tensor:
+        """One of the `parts` of x (T, ...): (T, width)."""
+        return self.parts[part](x, None)
 
     def current(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """This layer's slots and the slot ids (R,) of the requests in flight; (None, None) in a plain forward."""
@@ -143,6 +158,12 @@ class SlotHolder(nn.Module):
             return None, None
         assert self.rows is not None, f"{self.prefix}: no slots bound"
         return self.rows, batch.slots
+
+    def window(self, channels: slice, x: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Of a convolution's state, (slots, W-1, channels): what stood before its input x (T, channels) is in the rows
+        of the slot ids (R,), and what stands before the next step's must be there afterwards."""
+        rows, slots = self.current()
+        return (None, None) if rows is None or slots is None else (rows[:, :, channels], slots)
 
 
 class LocalKit:

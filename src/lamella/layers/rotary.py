@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lamella.config import DynamicScaling, Llama3Scaling, RopeConfig, YarnScaling
-from lamella.layers.context import ForwardBatch
 from lamella.ops.backend import use_triton
 from lamella.ops.rotary import angles, rotate
 
@@ -63,23 +62,36 @@ def _yarn(base: Tensor, config: RopeConfig, scaling: YarnScaling) -> Tensor:
 
 
 class Rotary:
-    """Turns queries and keys by their positions; layers with equal configs share the angles of a batch."""
+    """Turns queries and keys by their positions."""
 
     def __init__(self, config: RopeConfig, device: torch.device) -> None:
         self.config = config
+        self.key = repr(config)  # of two with equal keys the angles are the same
         self.magnitude = config.scaling.attention_factor if isinstance(config.scaling, YarnScaling) else 1.0
         self.frequencies = inverse_frequencies(config).to(device)
 
-    def __call__(self, batch: ForwardBatch, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, positions: Positions, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (T, H, D) and k (T, KV, D) turned, as new tensors."""
-        return rotate(q, k, *self.angles(batch, positions), self.config.interleaved)
+        return rotate(q, k, *positions.angles(self), self.config.interleaved)
 
-    def angles(self, batch: ForwardBatch, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin (T, dim / 2) fp32 of a batch's positions, computed once for all layers with this config."""
-        return batch.once(self.config, lambda: self._angles(positions))
-
-    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (T, dim / 2) fp32 of positions (T,)."""
         if use_triton(positions):
             return angles(positions, self.frequencies, self.magnitude)
         turns = positions.float()[:, None] * self.frequencies
         return turns.cos() * self.magnitude, turns.sin() * self.magnitude
+
+
+class Positions:
+    """Where the tokens of a forward stand in their requests, and the angles that follow, once for all layers alike."""
+
+    def __init__(self, index: Tensor) -> None:
+        """index (T,), absolute."""
+        self.index = index
+        self._angles: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def angles(self, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """cos and sin (T, dim / 2) fp32."""
+        if rotary.key not in self._angles:
+            self._angles[rotary.key] = rotary.angles(self.index)
+        return self._angles[rotary.key]

@@ -26,7 +26,8 @@ class CausalLM(LanguageModel):
 
     `checkpoint_names` rewrites our parameter paths into the checkpoint's: each key is one or more path components of
     ours, each value what stands there in the file. `packed_modules_mapping` tells, in the form that LoRA and
-    quantisation tools know, which of the file's projections are one module here.
+    quantisation tools know, which of the file's projections are one module here. `has_slot_state` is false where no
+    layer of any model of the architecture keeps more than keys and values.
     """
 
     checkpoint_names: ClassVar[Mapping[str, str]] = {
@@ -39,6 +40,8 @@ class CausalLM(LanguageModel):
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
+
+    has_slot_state: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig, kit: Kit | None = None) -> None:
         """A model with random weights (linears and embeddings N(0, 0.02), convolutions as torch's, norms one)."""

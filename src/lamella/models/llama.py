@@ -25,6 +25,8 @@ LLAMA_3_2_ROPE = {
 class LlamaForCausalLM(CausalLM):
     """Llama. The keyword constructor gives a model with random weights; its defaults are Llama 3.2 1B's."""
 
+    has_slot_state = False
+
     def __init__(
         self,
         vocab_size: int = 128256,

@@ -13,6 +13,8 @@ from lamella.models.hf_config import HFConfig, read_model, read_rope, read_windo
 class Qwen3ForCausalLM(CausalLM):
     """Qwen3. The keyword constructor gives a model with random weights."""
 
+    has_slot_state = False
+
     def __init__(
         self,
         vocab_size: int,

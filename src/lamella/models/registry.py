@@ -40,6 +40,11 @@ def registered() -> dict[str, str]:
     return {name: _path(_targets[target]) for name, target in names.items()}
 
 
+def model_types() -> dict[str, str]:
+    """What config files call the architectures in `model_type`: the aliases, and the name that each stands for."""
+    return dict(_aliases)
+
+
 def architectures() -> list[str]:
     """The names that are known, those of installed entry points included."""
     return sorted({*_targets, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})

@@ -20,9 +20,13 @@ _separate: ContextVar[bool] = ContextVar("separate_operations", default=False)
 
 
 def use_native(x: Tensor) -> bool:
-    """Whether the native CPU kernels serve `x`: they know two dtypes and no gradients."""
+    """Whether the native CPU kernels serve `x`: they know two dtypes and no gradients.
+
+    While torch.compile traces, plain torch serves everything, since that is what it can fuse.
+    """
     return (
         x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
         and x.dtype in (torch.float32, torch.bfloat16)
         and not torch.is_grad_enabled()
         and not _portable.get()
@@ -32,7 +36,9 @@ def use_native(x: Tensor) -> bool:
 
 def use_triton(x: Tensor) -> bool:
     """Whether our Triton kernels serve `x`: on a GPU, without gradients."""
-    return x.is_cuda and not torch.is_grad_enabled() and not _portable.get() and has_triton()
+    if not x.is_cuda or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return not _portable.get() and has_triton()
 
 
 def use_fused(x: Tensor) -> bool:

@@ -61,4 +61,4 @@ class RaggedBatch:
 
     @property
     def num_requests(self) -> int:
-        return len(self.query_lens)
+        return self.query_start_loc.shape[0] - 1

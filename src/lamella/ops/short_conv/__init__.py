@@ -8,6 +8,7 @@ from lamella.ops import native
 from lamella.ops.backend import use_native, use_triton
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.short_conv import reference
+from lamella.ops.swiglu import swiglu
 
 
 def short_conv(
@@ -19,17 +20,22 @@ def short_conv(
     slots: Tensor | None = None,
     activation: bool = False,
     residual: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """See `reference.short_conv`."""
-    if use_native(x):
-        return native.short_conv(
-            x, weight, bias, history, slots, batch.query_start_loc, batch.positions, activation, residual
-        )
+    """See `reference.short_conv`; the result is in `out` (T, C), contiguous, where that is given."""
     if use_triton(x):
         from lamella.ops.short_conv import triton
 
-        return triton.short_conv(x, weight, bias, batch, history, slots, activation=activation, residual=residual)
-    return reference.short_conv(x, weight, bias, batch, history, slots, activation=activation, residual=residual)
+        return triton.short_conv(
+            x, weight, bias, batch, history, slots, activation=activation, residual=residual, out=out
+        )
+    if use_native(x):
+        y = native.short_conv(
+            x, weight, bias, history, slots, batch.query_start_loc, batch.positions, activation, residual
+        )
+    else:
+        y = reference.short_conv(x, weight, bias, batch, history, slots, activation=activation, residual=residual)
+    return y if out is None else out.copy_(y)
 
 
 def short_conv_swiglu(
@@ -37,15 +43,21 @@ def short_conv_swiglu(
     weight: Tensor,
     bias: Tensor | None,
     batch: RaggedBatch,
-    history: Tensor | None,
-    slots: Tensor | None,
-    activation: bool,
-    residual: bool,
+    history: Tensor | None = None,
+    slots: Tensor | None = None,
+    activation: bool = False,
+    residual: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """`swiglu` of the convolved x (T, 2 I) in one kernel, on a GPU."""
-    from lamella.ops.short_conv import triton
+    """`swiglu` of the convolved x (T, 2 I), in one kernel on a GPU; in `out` (T, I), contiguous, where given."""
+    if use_triton(x):
+        from lamella.ops.short_conv import triton
 
-    return triton.short_conv_swiglu(x, weight, bias, batch, history, slots, activation=activation, residual=residual)
+        return triton.short_conv_swiglu(
+            x, weight, bias, batch, history, slots, activation=activation, residual=residual, out=out
+        )
+    y = swiglu(short_conv(x, weight, bias, batch, history, slots, activation, residual))
+    return y if out is None else out.copy_(y)
 
 
 def norm_short_conv(

@@ -31,10 +31,11 @@ def short_conv(
     *,
     activation: bool = False,
     residual: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See `reference.short_conv`; the channels of `history` are contiguous. A weight whose taps lie apart
     (stride 1 over channels) is read faster."""
-    return _convolve(x, weight, bias, batch, history, slots, activation, residual, gated=False)
+    return _convolve(x, weight, bias, batch, history, slots, activation, residual, out, gated=False)
 
 
 def short_conv_swiglu(
@@ -47,9 +48,10 @@ def short_conv_swiglu(
     *,
     activation: bool = False,
     residual: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`swiglu(short_conv(gate_up, ...))` with the same bits. gate_up (T, 2 I); returns (T, I)."""
-    return _convolve(gate_up, weight, bias, batch, history, slots, activation, residual, gated=True)
+    return _convolve(gate_up, weight, bias, batch, history, slots, activation, residual, out, gated=True)
 
 
 def norm_short_conv(
@@ -121,6 +123,7 @@ def _convolve(
     slots: Tensor | None,
     activation: bool,
     residual: bool,
+    out: Tensor | None,
     gated: bool,
 ) -> Tensor:
     tokens, channels = x.shape
@@ -132,7 +135,8 @@ def _convolve(
     # The windows and weights of a thread's channels live in registers: wider ones leave room for fewer channels.
     thread_bytes = (1 + gated) * weight.shape[1] * x.element_size()
     warps = 2 * triton.next_power_of_2(triton.cdiv(thread_bytes, 16))
-    y = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
+    y = torch.empty((tokens, width), dtype=x.dtype, device=x.device) if out is None else out
+    assert y.shape == (tokens, width) and y.dtype == x.dtype and y.is_contiguous()
     _short_conv[(programs, triton.cdiv(width, BLOCK))](
         x,
         weight,

@@ -1,0 +1,83 @@
+"""What is settled before an engine is built: options under which vLLM would be wrong in silence, and its defaults."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from lamella.errors import ConfigError
+from lamella.vllm_plugin import compat
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger("lamella")
+
+# How drafts are found that need nothing from the model but its tokens.
+_DRAFTS = ("ngram", "ngram_gpu", "suffix")
+
+
+class Checks(VerifyAndUpdateConfig):
+    """Raises `ConfigError`, which names the option; or changes a default, and says so in a log line."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        from vllm.platforms import current_platform
+
+        on_cpu = current_platform.is_cpu()
+        cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+        if on_cpu and parallel.pipeline_parallel_size > 1 and vllm_config.model_config.enforce_eager:
+            raise ConfigError(
+                "enforce_eager with pipeline_parallel_size > 1: vLLM's CPU runner makes the buffers between stages "
+                "only when it compiles; leave enforce_eager out"
+            )
+        if on_cpu and vllm_config.lora_config is not None:
+            raise ConfigError(
+                "enable_lora on CPU: vLLM gives requests without an adapter that of others in their batch "
+                "(vLLM pull requests 48421, 49656)"
+            )
+        if not vllm_config.model_config.is_hybrid:
+            return
+        _check_state(vllm_config)
+        if on_cpu and not cache.user_specified_block_size:
+            # A block holds a request's state of a layer as well, which is smaller than 128 tokens' keys and values.
+            cache.block_size = 32
+        if vllm_config.speculative_config is not None:
+            _check_speculation(vllm_config, on_cpu)
+
+
+def _check_state(vllm_config: VllmConfig) -> None:
+    from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+
+    cache = vllm_config.cache_config
+    if cache.mamba_cache_dtype not in ("auto", _name(vllm_config.model_config.dtype)):
+        raise ConfigError(f"mamba_cache_dtype={cache.mamba_cache_dtype!r}: state has the model's dtype; use 'auto'")
+    if cache.mamba_cache_mode == "all":
+        raise ConfigError("mamba_cache_mode='all': its layers keep one state for each request; use 'align'")
+    if is_conv_state_dim_first():
+        raise ConfigError("VLLM_SSM_CONV_STATE_LAYOUT=DS: the rows of a state are kept together; use SD")
+    if cache.prefix_match_unit is not None and not compat.has_sound_partial_hits():
+        raise ConfigError(
+            f"prefix_match_unit={cache.prefix_match_unit}: hits within a block give wrong tokens with slot state in "
+            "this vLLM (pull request 55112); leave it out"
+        )
+
+
+def _check_speculation(vllm_config: VllmConfig, on_cpu: bool) -> None:
+    method = vllm_config.speculative_config.method
+    if method not in _DRAFTS:
+        raise ConfigError(f"speculative_config: method {method!r} is not supported; there are {', '.join(_DRAFTS)}")
+    if not compat.speculation_is_sound():
+        raise ConfigError(
+            "speculative_config: up to 0.31, vLLM forgets in steps without drafts how many tokens were accepted, and "
+            "slot state goes wrong; use 0.32 or later"
+        )
+    if on_cpu and vllm_config.cache_config.enable_prefix_caching:
+        logger.warning("prefix caching is off: with speculation vLLM copies state by a kernel that CPUs have not")
+        vllm_config.cache_config.enable_prefix_caching = False
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,119 @@
+"""The kit that builds lamella's layers from vLLM's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from lamella.config import ModelConfig
+from lamella.distributed.group import Group
+from lamella.distributed.sharding import Share, Split
+from lamella.layers.norm import RMSNorm, SplitRMSNorm
+from lamella.state.spec import PagedState, SlotState
+from lamella.vllm_plugin import compat
+from lamella.vllm_plugin.state_layer import StateLayer, widest_slot
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class VllmGroup(Group):
+    """vLLM's tensor-parallel group."""
+
+    def __init__(self) -> None:
+        super().__init__(Share(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()))
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return tensor_model_parallel_all_reduce(x)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return tensor_model_parallel_all_gather(x)
+
+
+class VllmAttention(nn.Module):
+    """vLLM's attention, with our shapes."""
+
+    def __init__(self, heads: int, scale: float, spec: PagedState, config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, spec.head_dim
+        self.attn = Attention(
+            heads,
+            spec.head_dim,
+            scale,
+            num_kv_heads=spec.kv_heads,
+            cache_config=config.cache_config,
+            quant_config=config.quant_config,
+            per_layer_sliding_window=spec.window,
+            prefix=f"{prefix}.attn",
+        )
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(T, H, D), (T, KV, D), (T, KV, D) -> (T, H, D)."""
+        return self.attn(q.flatten(1), k.flatten(1), v.flatten(1)).view(-1, self.heads, self.head_dim)
+
+
+class VllmKit:
+    """vLLM's projections, embeddings and attention, with its quantisation and its tensor parallelism.
+
+    A projection that holds several of a checkpoint's has the attribute `parts`: their names, and what vLLM's weight
+    loader calls them.
+    """
+
+    def __init__(self, config: VllmConfig, model: ModelConfig) -> None:
+        self.config = config
+        self.dtype, self.device = config.model_config.dtype, torch.empty(0).device  # where vLLM builds models
+        self.group = VllmGroup()
+        self.share = self.group.share
+        # All layers get slots of one shape, so that they are one group with small pages.
+        self._slot = widest_slot(model, self.share, self.dtype)
+        self._spare_rows = compat.num_speculative_tokens(config)
+
+    def merged_linear(self, in_size: int, parts: Mapping[str, int], bias: bool, prefix: str) -> nn.Module:
+        for name, width in parts.items():
+            self.share.even(width, f"{prefix}.{name}")
+        linear = MergedColumnParallelLinear(in_size, list(parts.values()), bias=bias, **self._common(prefix))
+        linear.parts = {name: index for index, name in enumerate(parts)}
+        return linear
+
+    def qkv_linear(self, in_size: int, heads: int, kv_heads: int, head_dim: int, bias: bool, prefix: str) -> nn.Module:
+        linear = QKVParallelLinear(in_size, head_dim, heads, kv_heads, bias=bias, **self._common(prefix))
+        linear.parts = {"q_proj": "q", "k_proj": "k", "v_proj": "v"}
+        return linear
+
+    def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str) -> nn.Module:
+        self.share.even(in_size, prefix)
+        return RowParallelLinear(in_size, out_size, bias=bias, **self._common(prefix))
+
+    def column_norm(self, channels: Split, eps: float) -> RMSNorm:
+        if self.share.size > 1:
+            return SplitRMSNorm(channels, eps, self.device, self.group)
+        return RMSNorm(channels.size, eps, self.device)
+
+    def embedding(self, vocab_size: int, hidden_size: int, prefix: str) -> nn.Module:
+        return VocabParallelEmbedding(vocab_size, hidden_size, quant_config=self.config.quant_config, prefix=prefix)
+
+    def lm_head(self, vocab_size: int, hidden_size: int, tied: nn.Module | None, prefix: str) -> nn.Module:
+        head = ParallelLMHead(vocab_size, hidden_size, quant_config=self.config.quant_config, prefix=prefix)
+        return head if tied is None else head.tie_weights(tied)
+
+    def attention(self, heads: int, scale: float, spec: PagedState, prefix: str) -> nn.Module:
+        return VllmAttention(heads, scale, spec, self.config, prefix)
+
+    def slot_state(self, spec: SlotState, prefix: str) -> StateLayer:
+        assert self._slot is not None
+        return StateLayer(spec, self._slot, self._spare_rows, prefix)
+
+    def _common(self, prefix: str) -> dict[str, Any]:
+        return {"quant_config": self.config.quant_config, "prefix": prefix, "return_bias": False}

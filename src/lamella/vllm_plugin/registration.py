@@ -1,0 +1,34 @@
+"""What the plugin tells vLLM: architectures, config classes, formats, checks. Imports no model and no layer."""
+
+from __future__ import annotations
+
+from lamella.models.registry import architectures, model_types
+from lamella.vllm_plugin import PREFIX, compat
+
+MODULE = "lamella.vllm_plugin.model"
+OPERATION = "lamella::stateful"
+
+
+def served_names() -> dict[str, str]:
+    """The names under which vLLM is to find each architecture: its own unless vLLM has that, and always a prefixed
+    one."""
+    names = {f"{PREFIX}{name}": name for name in architectures()}
+    return names | {name: name for name in architectures() if compat.module_of(name) in (None, MODULE)}
+
+
+def register_all() -> None:
+    """See `lamella.vllm_plugin.register`."""
+    from vllm.model_executor.models import ModelRegistry
+
+    from lamella.vllm_plugin.checks import Checks
+    from lamella.vllm_plugin.formats import register_formats
+    from lamella.vllm_plugin.hf_config import register_config
+
+    for name in served_names():
+        if compat.module_of(name) != MODULE:
+            ModelRegistry.register_model(name, f"{MODULE}:{name}")
+        compat.check_when_configured(name, Checks)
+    for model_type in model_types():
+        register_config(model_type)
+    register_formats()
+    compat.split_graphs_at(OPERATION)
