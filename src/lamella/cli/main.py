@@ -92,6 +92,9 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--questions", type=int, default=300, help="how many held-out questions to ask")
     _json(demo)
 
+    doctor = _command(commands, "doctor", "say what is installed, which kernels serve, and what vLLM was told")
+    _json(doctor)
+
     bench = _command(commands, "bench", "time a model on this machine")
     bench.add_argument(
         "workload", choices=("offline", "latency", "ops"), help="many requests at a time, one, or each operation"

@@ -1,0 +1,141 @@
+"""vLLM engines on tiny models, and what their tokens are measured against: one full float64 forward a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from helpers import canon_checkpoint, random_prompts
+from lamella.parity.oracle import Oracle
+from lamella.parity.subject import Subject
+
+ON_CPU = not torch.cuda.is_available()
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_CI_ENV": "1",  # compiled means traced, and then run as it stands
+    "VLLM_NO_USAGE_STATS": "1",
+}
+# vLLM's attention has heads of 32 channels at least on CPUs.
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+EVERYTHING = SHAPE | {"canon_bias": True, "qk_norm": True, "rope_dim": 8, "attention_bias": True, "mlp_bias": True}
+LENGTHS = (1, 2, 3, 4, 5, 9, 40, 170)
+MAX_LEN = 256
+# vLLM's float32 attention on GPUs multiplies in TF32: there, a token may be this much less likely than the likeliest.
+TOLERANCE = 1e-3 if ON_CPU else 5e-2
+
+
+def canon(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A random LlamaCanon with everything on."""
+    return canon_checkpoint(folder, seed, **(EVERYTHING | changes))
+
+
+def prompts_of(*lengths: int, seed: int = 0) -> list[list[int]]:
+    return [prompt["prompt_token_ids"] for prompt in random_prompts(lengths, seed)]
+
+
+@contextmanager
+def running(model: Path, **options: Any) -> Iterator[Any]:
+    """A vLLM engine."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "max_model_len": MAX_LEN,
+        "max_num_seqs": 8,
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "disable_log_stats": False,
+        "seed": 0,
+    }
+    if not ON_CPU:
+        settings["gpu_memory_utilization"] = 0.3
+    try:
+        llm = LLM(model=str(model), **(settings | options))
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+    finally:
+        cleanup_dist_env_and_memory()
+
+
+def generate(llm: Any, prompts: Sequence[Sequence[int]], count: int | Sequence[int] = 24) -> list[Any]:
+    """vLLM's outputs of `count` greedy tokens each, with their log-probabilities."""
+    from vllm import SamplingParams
+
+    counts = [count] * len(prompts) if isinstance(count, int) else count
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, logprobs=1) for n in counts]
+    return llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], params, use_tqdm=False)
+
+
+def tokens_of(outputs: Sequence[Any]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+@cache
+def oracle(model: Path) -> Oracle:
+    subject = Subject.open(model)
+    return Oracle(subject.config, subject.weights(torch.device("cpu")), torch.float64)
+
+
+def assert_right(model: Path, outputs: Sequence[Any]) -> None:
+    """Every token is the one that the oracle finds likeliest after those before it, and as likely as vLLM says."""
+    for output in outputs:
+        prompt, completion = output.prompt_token_ids, output.outputs[0]
+        taken = torch.tensor(completion.token_ids)
+        assert len(taken), "nothing was generated"
+        logits = oracle(model).logits([*prompt, *completion.token_ids])[len(prompt) - 1 : -1]
+        best = logits.topk(2, dim=-1)
+        margin = (best.values[:, 0] - best.values[:, 1]).min()
+        behind = best.values[:, 0] - logits.gather(1, taken[:, None])[:, 0]
+        right = taken == best.indices[:, 0] if ON_CPU else behind <= TOLERANCE
+        wrong = (~right).nonzero().flatten().tolist()
+        about = f"after a prompt of {len(prompt)} tokens, smallest margin {margin:.2g}"
+        assert not wrong, f"tokens {wrong} of {len(taken)} are wrong {about}"
+        said = torch.tensor(
+            [row[token].logprob for row, token in zip(completion.logprobs, completion.token_ids, strict=True)]
+        )
+        off = (said - logits.log_softmax(-1).gather(1, taken[:, None])[:, 0]).abs().max()
+        assert off <= TOLERANCE, f"log-probabilities are off by {off:.2g} {about}"
+
+
+def scheduler_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+@contextmanager
+def watched(llm: Any) -> Iterator[list[Mapping[str, int]]]:
+    """The tokens that each step has of each request, while the block runs."""
+    scheduler, steps = scheduler_of(llm), []
+    schedule = scheduler.schedule
+
+    def noted(*args: Any, **options: Any) -> Any:
+        output = schedule(*args, **options)
+        if output.total_num_scheduled_tokens:
+            steps.append(dict(output.num_scheduled_tokens))
+        return output
+
+    scheduler.schedule = noted
+    try:
+        yield steps
+    finally:
+        scheduler.schedule = schedule
+
+
+def metric(llm: Any, name: str) -> float:
+    """A counter of the engine's, from its start."""
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == f"vllm:{name}")

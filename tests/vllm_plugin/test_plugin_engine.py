@@ -1,0 +1,227 @@
+"""Models in vLLM by the plugin: greedy tokens are those of one full forward in float64, however a step is cut."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen3Config
+
+from checkpoint.test_lingua import lingua_checkpoint
+from helpers import VOCAB, greedy, hf_checkpoint
+from lamella.demo import CHECKPOINT
+from lamella.demo.questions import END, VOCABULARY, held_out, is_right
+from lamella.parity import compare
+from vllm_plugin.plugin_helpers import (
+    LENGTHS,
+    ON_CPU,
+    SHAPE,
+    assert_right,
+    canon,
+    generate,
+    metric,
+    prompts_of,
+    running,
+    tokens_of,
+    watched,
+)
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+BLOCK = 32
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+MODELS = {
+    "everything": {},
+    "AC, activation": {"canon_set": "AC", "canon_activation": True, "canon_residual": False},
+    "lingua rotation": {"rope_version": "lingua", "canon_kernel": 3, "tie_word_embeddings": True},
+}
+sound_speculation = pytest.mark.skipif(
+    "not __import__('lamella.vllm_plugin.compat', fromlist='_').speculation_is_sound()",
+    reason="this vLLM's speculation is refused",
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    made = {name: canon(tmp_path_factory.mktemp("canon"), **changes) for name, changes in MODELS.items()}
+    changes = SHAPE | {"qk_norm": True, "rope_dim": 8, "rope_version": "lingua"}
+    made["lingua files"] = lingua_checkpoint(tmp_path_factory.mktemp("lingua"), **changes)
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(folders: dict[str, Path]) -> Path:
+    return folders["everything"]
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("everything", {"enable_prefix_caching": False}),
+        ("everything", {"max_num_batched_tokens": 64}),
+        ("everything", {"max_num_batched_tokens": 5, "max_num_seqs": 5, "enable_prefix_caching": False}),
+        ("AC, activation", {"max_num_batched_tokens": 5, "max_num_seqs": 5, "enable_prefix_caching": False}),
+        ("lingua rotation", {"max_num_batched_tokens": 7, "max_num_seqs": 5, "enable_prefix_caching": False}),
+        ("lingua files", {"max_num_batched_tokens": 64, "config_format": "lamella", "load_format": "lamella"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else str(value.get("max_num_batched_tokens", "whole")),
+)
+def test_prompts_in_one_batch_however_they_are_cut(
+    folders: dict[str, Path], model: str, options: dict[str, Any]
+) -> None:
+    with running(folders[model], **options) as llm, watched(llm) as steps:
+        assert_right(folders[model], generate(llm, prompts_of(*LENGTHS)))
+    limit = options.get("max_num_batched_tokens")
+    lengths = {count for step in steps for count in step.values()}
+    if limit is None:
+        assert lengths == set(LENGTHS)
+    else:
+        assert max(sum(step.values()) for step in steps) == limit
+        assert any(1 in step.values() and max(step.values()) > 1 for step in steps)
+    if limit == 5:
+        assert lengths == {1, 2, 3, 4, 5}
+
+
+def test_slots_are_used_again(folder: Path) -> None:
+    """Prompts of one token would show what another request left."""
+    options = {"max_num_seqs": 4, "num_gpu_blocks_override": 24, "enable_prefix_caching": False}
+    with running(folder, **options) as llm:
+        for seed in range(4):
+            prompts = prompts_of(1, 1, 30, 2, 1, 3, 7, 1, seed=seed)
+            assert_right(folder, generate(llm, prompts, 8))
+
+
+def test_cached_prefixes(folder: Path) -> None:
+    base, other = prompts_of(150, 70, seed=3)
+    shared = [[*base[:length], *prompts_of(9, seed=length)[0]] for length in (32, 64, 96, 33, 50, 128, 149)]
+    with running(folder, enable_prefix_caching=True, max_num_batched_tokens=100) as llm:
+        hits = []
+        for prompts in ([base], [base, other], shared, shared, [*shared, base, other, base[:96], base[:1]]):
+            outputs = generate(llm, prompts, 40)
+            assert_right(folder, outputs)
+            hits.append([output.num_cached_tokens for output in outputs])
+    assert hits[0] == [0]
+    assert hits[1][0] >= BLOCK and hits[1][1] == 0
+    assert any(hits[2]) and sum(map(bool, hits[3])) >= 4
+    assert all(hit % BLOCK == 0 for row in hits for hit in row) or not ON_CPU
+
+
+def test_a_conversation_continues_on_its_own_answer(folder: Path) -> None:
+    (prompt,) = prompts_of(20, seed=5)
+    with running(folder, enable_prefix_caching=True) as llm:
+        hits = []
+        for _ in range(4):
+            outputs = generate(llm, [prompt], 37)
+            assert_right(folder, outputs)
+            hits.append(outputs[0].num_cached_tokens)
+            prompt = [*prompt, *tokens_of(outputs)[0], 3, 1]
+    assert hits[-1] > 0
+
+
+@pytest.mark.parametrize("caching", [True, False], ids=["prefixes", "no prefixes"])
+def test_preempted_requests_begin_again(folder: Path, caching: bool) -> None:
+    options = {"num_gpu_blocks_override": 30, "enable_prefix_caching": caching, "max_num_batched_tokens": 48}
+    with running(folder, **options) as llm:
+        outputs = generate(llm, prompts_of(*range(20, 44, 2), seed=7), 60)
+        assert metric(llm, "num_preemptions") > 0
+        assert_right(folder, outputs)
+
+
+@pytest.mark.parametrize("model", ["everything", "AC, activation"])
+def test_compiled(folders: dict[str, Path], model: str) -> None:
+    options = {"enforce_eager": False, "max_num_batched_tokens": 64, "max_num_seqs": 5}
+    with running(folders[model], **options) as llm:
+        for seed in range(2):
+            assert_right(folders[model], generate(llm, prompts_of(*LENGTHS, seed=seed)))
+
+
+@sound_speculation
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 40, "max_num_seqs": 4}], ids=["whole", "chunks"])
+def test_drafts_from_the_prompt(folder: Path, options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Some continuations repeat themselves, so that drafts are accepted; random prompts hardly ever are."""
+    rng = random.Random(1)
+    pattern = prompts_of(6, seed=8)[0]
+    prompts = [*prompts_of(*LENGTHS), pattern * 12, [*pattern, *pattern], [7] * 30]
+    prompts += [[rng.choice((3, 4)) for _ in range(50)] for _ in range(2)]
+    with caplog.at_level(logging.WARNING, "lamella"), running(folder, speculative_config=NGRAM, **options) as llm:
+        assert not ON_CPU or not llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
+        assert_right(folder, generate(llm, prompts, 60))
+        drafted, accepted = (metric(llm, f"spec_decode_num_{kind}_tokens") for kind in ("draft", "accepted"))
+    assert 0 < accepted < drafted
+    assert not ON_CPU or "prefix caching is off" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def questions() -> tuple[list[Any], list[list[int]]]:
+    """Held-out questions of every kind, and their tokens."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    asked = held_out(24)
+    return asked, [tokenizer.encode(question.prompt).ids for question in asked]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_seqs": 16},
+        {"max_num_batched_tokens": 5, "max_num_seqs": 5, "enable_prefix_caching": False},
+        {"enable_prefix_caching": True, "max_num_seqs": 16},
+        {"enforce_eager": False},
+        pytest.param({"speculative_config": NGRAM}, marks=sound_speculation),
+    ],
+    ids=["whole", "5 a step", "prefixes", "compiled", "drafts"],
+)
+def test_the_demo_answers_questions(questions: tuple[list[Any], list[list[int]]], options: dict[str, Any]) -> None:
+    from vllm import SamplingParams
+
+    asked, prompts = questions
+    params = SamplingParams(temperature=0, max_tokens=60, logprobs=1)
+    with running(CHECKPOINT, **options) as llm:
+        for _ in range(2 if options.get("enable_prefix_caching") else 1):
+            outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+            assert_right(CHECKPOINT, outputs)
+        if "speculative_config" in options:
+            assert metric(llm, "spec_decode_num_accepted_tokens") > 0
+    said = [" ".join(VOCABULARY[token] for token in tokens) for tokens in tokens_of(outputs)]
+    right = [is_right(question, text) for question, text in zip(asked, said, strict=True)]
+    assert sum(right) >= 0.95 * len(right), [pair for pair in zip(asked, said, strict=True) if not is_right(*pair)]
+    assert all(text.endswith(END) for text in said)
+
+
+@pytest.mark.parametrize("model", ["demo", "random"])
+def test_bfloat16_is_no_further_from_the_truth_than_plain_torch(folder: Path, model: str) -> None:
+    result = compare(
+        CHECKPOINT if model == "demo" else folder,
+        engine="vllm",
+        dtype="bfloat16",
+        prompts="random",
+        count=12,
+        prompt_len=48,
+        decode_len=16,
+        engine_options={"enforce_eager": True, "max_num_batched_tokens": 64},
+    )
+    assert result.noise_floor_ratio <= 1.0
+    assert result.outliers["count"] == 0
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config], ids=["Llama", "Qwen3"])
+def test_architectures_that_vllm_has_are_served_under_a_prefix(config: type, tmp_path: Path) -> None:
+    model = hf_checkpoint(tmp_path, config(vocab_size=VOCAB, **SHAPE, max_position_embeddings=256))
+    own = model.config.architectures[0]
+    prompts = prompts_of(*LENGTHS)
+    expected = [greedy(lambda ids: model(ids).logits, prompt, 12) for prompt in prompts]
+    for architecture, module in ((own, "vllm."), (f"Lamella{own}", "lamella.")):
+        with running(tmp_path, hf_overrides={"architectures": [architecture]}) as llm:
+            (served,) = llm.apply_model(_module)
+            assert served.startswith(module)
+            assert tokens_of(generate(llm, prompts, 12)) == expected
+
+
+def _module(model: torch.nn.Module) -> str:
+    return type(model).__module__
