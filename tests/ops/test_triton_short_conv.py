@@ -11,6 +11,7 @@ from lamella.ops.short_conv import reference
 pytest.importorskip("triton")
 
 from lamella.ops.rms_norm.triton import add_rms_norm
+from lamella.ops.short_conv import triton as kernels
 from lamella.ops.short_conv.triton import norm_short_conv, short_conv, short_conv_swiglu
 from lamella.ops.swiglu.triton import swiglu
 
@@ -22,6 +23,7 @@ BATCHES = {
     "mixed": ([1, 2, 3, 9, 1], [7, 9, 3, 27, 2]),
     "one": ([11], [11]),
 }
+LONG = {"long": ([1, 33, 2, 40], [8, 33, 9, 90])}  # more than the most tokens of a program
 
 
 def rows_apart(values, gap):
@@ -41,7 +43,7 @@ class Case:
         def random(*shape):
             return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
-        self.batch = RaggedBatch.from_lengths(*BATCHES[batch], DEVICE)
+        self.batch = RaggedBatch.from_lengths(*(BATCHES | LONG)[batch], DEVICE)
         self.x = rows_apart(random(self.batch.num_tokens, channels), gap)
         self.weight = random(width, channels).T if transposed else random(channels, width)
         self.bias = random(channels) if bias else None
@@ -165,6 +167,19 @@ def test_convolution_of_the_norm(dtype, batch, channels, remembering, gap):
     )
     assert torch.equal(total, expected_total)
     assert torch.equal(y, expected)
+    assert same(shared, expected_shared)
+
+
+@pytest.mark.parametrize("block_tokens", [8, 16, 32])
+@pytest.mark.parametrize("width", [2, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_tokens_of_a_program_do_not_matter(dtype, width, block_tokens, monkeypatch):
+    case = Case("long", 36, width, dtype, bias=True)
+    (shared, history), (expected_shared, expected_history) = case.history(), case.history()
+    expected = reference.short_conv(case.x, case.weight, case.bias, case.batch, expected_history, case.slots)
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+    monkeypatch.setattr(kernels, "MAX_TOKENS", block_tokens)
+    close(short_conv(case.x, case.weight, case.bias, case.batch, history, case.slots), expected)
     assert same(shared, expected_shared)
 
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -49,6 +49,9 @@ class Workers:
     def follow(self, state: StateManager) -> None:
         """Run the steps of this state's requests from now on."""
 
+    def before_stop(self, release: Callable[[], None]) -> None:
+        """Have a method called before the group is given up: NCCL waits until no graph holds its operations."""
+
     def launch(self, shares: Sequence[Scheduled], copies: Sequence[tuple[int, int]]) -> None:
         """Give every rank a step, with the slots to copy before, that this one is about to run too."""
 
@@ -75,7 +78,8 @@ class WorkerProcesses(Workers):
         self._folder = Path(tempfile.mkdtemp(prefix="lamella-"))
         self._watch = _Watch(self.group)
         self._ranks: list[_Rank] = []
-        self._finalizer = weakref.finalize(self, _stop, self._ranks, self._watch, self._folder)
+        self._releases: list[weakref.WeakMethod[Callable[[], None]]] = []
+        self._finalizer = weakref.finalize(self, _stop, self._ranks, self._watch, self._folder, self._releases)
         self._why = "closed"
         self._recorder: Recorder | None = None
         values = {
@@ -110,6 +114,9 @@ class WorkerProcesses(Workers):
 
     def follow(self, state: StateManager) -> None:
         self._recorder = Recorder(state)
+
+    def before_stop(self, release: Callable[[], None]) -> None:
+        self._releases.append(weakref.WeakMethod(release))  # which must not keep the engine alive
 
     def launch(self, shares: Sequence[Scheduled], copies: Sequence[tuple[int, int]]) -> None:
         assert self._recorder is not None
@@ -209,7 +216,9 @@ class _Watch:
             self.group.abort()
 
 
-def _stop(ranks: Sequence[_Rank], watch: _Watch, folder: Path) -> None:
+def _stop(
+    ranks: Sequence[_Rank], watch: _Watch, folder: Path, releases: Sequence[weakref.WeakMethod[Callable[[], None]]]
+) -> None:
     """A worker ends when its socket closes, see `worker.main`."""
     watch.closing = True
     for rank in ranks:
@@ -220,5 +229,8 @@ def _stop(ranks: Sequence[_Rank], watch: _Watch, folder: Path) -> None:
         except subprocess.TimeoutExpired:
             rank.process.kill()
             rank.process.wait()
+    for release in (reference() for reference in releases):
+        if release is not None:
+            release()
     watch.group.abort()
     shutil.rmtree(folder, ignore_errors=True)

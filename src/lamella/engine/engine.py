@@ -76,6 +76,7 @@ class Engine:
         if options.enforce_eager and device.type != "cuda":
             logger.info("enforce_eager: without effect, since there are no graphs on this device")
         self.runner.warm_up(graphs=not options.enforce_eager)
+        self.workers.before_stop(self.runner.drop_graphs)
         self.workers.follow(self.state)
         self._ahead: Flight | None = None  # a step that has been launched, and not collected yet
         self._seeds = itertools.count()

@@ -76,6 +76,12 @@ class DecodeGraphs:
         ):
             self._graphs[size] = self._capture(size, pool)
 
+    def release(self) -> None:
+        """Destroy the graphs; replays that are under way end first or go on, as the driver likes."""
+        for graph in self._graphs.values():
+            graph.graph.reset()
+        self._graphs = {}
+
     @torch.inference_mode()
     def _capture(self, rows: int, pool: Any) -> _Graph:
         layout = self._layout(rows)

@@ -112,6 +112,12 @@ class ModelRunner:
             capturing.capture()
             self._graphs = capturing
 
+    def drop_graphs(self) -> None:
+        """Let go of what the captured steps hold. The runner goes on without them."""
+        if self._graphs is not None:
+            self._graphs.release()
+            self._graphs = None
+
     @torch.inference_mode()
     def launch(self, step: Sequence[Scheduled]) -> Flight:
         """Give the device a step, without waiting for it where it is a GPU."""

@@ -2,7 +2,8 @@
 
 One launch serves prefill and decode together without a race on the histories: the first R programs own a request
 each, whose history nobody else touches, and compute those of its outputs that need the history; the programs after
-them compute all others, whose taps lie within x.
+them compute all others, whose taps lie within x, walking over the tokens with the last taps in registers and the
+loads of the next tokens under way.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lamella.ops.arithmetic import rounded, widened
 from lamella.ops.launch import dependent_launch, wait_for_predecessor
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.rms_norm.triton import add_rms_norm, row_block, row_scale
-from lamella.ops.swiglu.triton import gate, silu
+from lamella.ops.swiglu.triton import silu
 
 BLOCK = 512  # channels a program
-BLOCK_TOKENS = 8
+MAX_TOKENS = 32  # a program: a bit of an integer each
+CHUNK = 4  # tokens whose inputs are on their way at once; twice as many, a program's fewest, reach over W - 1
+PROGRAMS = 1024  # so many are wanted before a program gets more tokens than it must have
 
 
 def short_conv(
@@ -131,13 +135,13 @@ def _convolve(
     _check(x, weight, bias, batch, history, slots)
     width = channels // (1 + gated)
     decode = batch.num_decodes == batch.num_requests
-    programs = batch.num_requests + (0 if decode else triton.cdiv(tokens, BLOCK_TOKENS))
-    # The windows and weights of a thread's channels live in registers: wider ones leave room for fewer channels.
-    thread_bytes = (1 + gated) * weight.shape[1] * x.element_size()
-    warps = 2 * triton.next_power_of_2(triton.cdiv(thread_bytes, 16))
+    blocks = triton.cdiv(width, BLOCK)
+    # Many tokens a program share the loads of its weights and of the tokens before them; few fill the machine sooner.
+    block_tokens = min(MAX_TOKENS, max(2 * CHUNK, triton.next_power_of_2(tokens * blocks // PROGRAMS)))
+    programs = batch.num_requests + (0 if decode else triton.cdiv(tokens, block_tokens))
     y = torch.empty((tokens, width), dtype=x.dtype, device=x.device) if out is None else out
     assert y.shape == (tokens, width) and y.dtype == x.dtype and y.is_contiguous()
-    _short_conv[(programs, triton.cdiv(width, BLOCK))](
+    _short_conv[(programs, blocks)](
         x,
         weight,
         bias,
@@ -149,6 +153,7 @@ def _convolve(
         y,
         batch.num_requests,
         tokens,
+        block_tokens,
         x.stride(0),
         *weight.stride(),
         *_history_strides(history),
@@ -159,12 +164,18 @@ def _convolve(
         GATED=gated,
         DECODE=decode,
         BLOCK=BLOCK,
-        BLOCK_TOKENS=BLOCK_TOKENS,
-        num_warps=warps,
+        MAX_TOKENS=MAX_TOKENS,
+        CHUNK=CHUNK,
+        num_warps=_warps(gated, weight.shape[1], x.element_size()),
         enable_fp_fusion=False,  # what is fused depends on the code around, and all these kernels must agree
         **dependent_launch(x),
     )
     return y
+
+
+def _warps(gated: bool, width: int, element_size: int) -> int:
+    """The windows and weights of a thread's channels live in registers: large ones leave room for fewer channels."""
+    return 4 if (1 + gated) * width * element_size <= 16 else 8
 
 
 def _check(
@@ -226,17 +237,32 @@ def convolve(
     RESIDUAL: tl.constexpr,
 ):
     """The output at the last of rows[first : first + WIDTH], rounded to their dtype."""
+    return _weigh(rows, taps, first, WIDTH, ACTIVATION, RESIDUAL).to(rows[first].dtype)
+
+
+@triton.jit
+def _weigh(
+    rows,
+    taps,
+    first: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """`convolve` before it rounds. Fused multiply-adds by name: what a compiler fuses depends on the code around."""
     current = rows[first + WIDTH - 1].to(tl.float32)
     total = current * taps[WIDTH - 1]
+    if RESIDUAL and not ACTIVATION:
+        total = tl.fma(current, taps[WIDTH - 1], current)
     for offset in tl.static_range(1, WIDTH):
-        total += rows[first + WIDTH - 1 - offset].to(tl.float32) * taps[WIDTH - 1 - offset]
+        total = tl.fma(rows[first + WIDTH - 1 - offset].to(tl.float32), taps[WIDTH - 1 - offset], total)
     if len(taps) > WIDTH:
         total += taps[WIDTH]
     if ACTIVATION:
         total = silu(total)
-    if RESIDUAL:
-        total += current
-    return total.to(rows[first].dtype)
+        if RESIDUAL:
+            total += current
+    return total
 
 
 @triton.jit
@@ -312,19 +338,30 @@ def _request(
             x, history, stride_x, stride_row, channel + N, mask, start, count, position, WIDTH, DECODE
         )
     for token in tl.static_range(1 if DECODE else WIDTH - 1):
-        value = _output(rows, up_rows, taps, up_taps, token, WIDTH, ACTIVATION, RESIDUAL, GATED)
+        value = _output(rows, up_rows, taps, up_taps, token, WIDTH, ACTIVATION, RESIDUAL, GATED, x.dtype.element_ty)
         tl.store(y + (start + token) * N + channel, value, mask=mask & (token < count))
 
 
 @triton.jit
-def _block_rows(x, stride_x, channel, mask, first, num_tokens, COUNT: tl.constexpr):
-    """COUNT rows of x from row `first` on, zero outside of x."""
+def _load_rows(x, stride_x, channel, mask, first, end, COUNT: tl.constexpr):
+    """COUNT rows of x from row `first` on; anything from row `end` on, and outside of the mask."""
     rows = ()
     for i in tl.static_range(COUNT):
-        row = first + i
-        inside = (row >= 0) & (row < num_tokens)
-        rows += (tl.load(x + row * stride_x + channel, mask=mask & inside, other=0.0),)
+        row = tl.cast(first + i, tl.int64)
+        rows += (tl.load(x + row * stride_x + channel, mask=mask & (row < end)),)
     return rows
+
+
+@triton.jit
+def _free_tokens(token_request, first, end, WIDTH: tl.constexpr, MAX_TOKENS: tl.constexpr):
+    """Of the tokens from `first` to `end`, a bit for each that needs no history."""
+    index = tl.arange(0, MAX_TOKENS)
+    token = first + index
+    inside = (token >= WIDTH - 1) & (token < end)
+    # Where the oldest tap is of the same request, all are.
+    oldest = tl.load(token_request + token - (WIDTH - 1), mask=inside, other=-1)
+    free = inside & (oldest == tl.load(token_request + token, mask=inside, other=-1))
+    return tl.sum(free.to(tl.int32) << index)
 
 
 @triton.jit
@@ -333,7 +370,7 @@ def _block(
     token_request,
     y,
     first,
-    num_tokens,
+    end,
     stride_x,
     channel,
     mask,
@@ -344,22 +381,31 @@ def _block(
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
+    MAX_TOKENS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """The outputs of the tokens from flat index `first` on, but for those that need a history."""
-    COUNT: tl.constexpr = BLOCK_TOKENS + WIDTH - 1
-    rows = _block_rows(x, stride_x, channel, mask, first - (WIDTH - 1), num_tokens, COUNT)
+    """The outputs of the tokens from `first` to `end`, but for those that need a history: their requests' programs'."""
+    before = mask & (first > 0)
+    rows = widened(_load_rows(x, stride_x, channel, before, first - (WIDTH - 1), end, WIDTH - 1))
+    ahead = _load_rows(x, stride_x, channel, mask, first, end, CHUNK)
     up_rows = ()
+    up_ahead = ()
     if GATED:
-        up_rows = _block_rows(x, stride_x, channel + N, mask, first - (WIDTH - 1), num_tokens, COUNT)
-    for i in tl.static_range(BLOCK_TOKENS):
-        token = first + i
-        inside = (token >= WIDTH - 1) & (token < num_tokens)
-        # Where the oldest tap is of the same request, all are; where not, the request's own program does this token.
-        oldest = tl.load(token_request + token - (WIDTH - 1), mask=inside, other=-1)
-        inside &= oldest == tl.load(token_request + token, mask=inside, other=-1)
-        value = _output(rows, up_rows, taps, up_taps, i, WIDTH, ACTIVATION, RESIDUAL, GATED)
-        tl.store(y + token * N + channel, value, mask=mask & inside)
+        up_rows = widened(_load_rows(x, stride_x, channel + N, before, first - (WIDTH - 1), end, WIDTH - 1))
+        up_ahead = _load_rows(x, stride_x, channel + N, mask, first, end, CHUNK)
+    free = _free_tokens(token_request, first, end, WIDTH, MAX_TOKENS)
+    for token in range(first, end, CHUNK):
+        rows += widened(ahead)
+        ahead = _load_rows(x, stride_x, channel, mask, token + CHUNK, end, CHUNK)
+        if GATED:
+            up_rows += widened(up_ahead)
+            up_ahead = _load_rows(x, stride_x, channel + N, mask, token + CHUNK, end, CHUNK)
+        for i in tl.static_range(CHUNK):
+            value = _output(rows, up_rows, taps, up_taps, i, WIDTH, ACTIVATION, RESIDUAL, GATED, x.dtype.element_ty)
+            tl.store(y + tl.cast(token + i, tl.int64) * N + channel, value, mask=mask & ((free >> i) & 1 != 0))
+        free = free >> CHUNK
+        rows = rows[CHUNK:]
+        up_rows = up_rows[CHUNK:]
 
 
 @triton.jit
@@ -373,15 +419,17 @@ def _output(
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
+    dtype: tl.constexpr,
 ):
     """See `convolve`; GATED: of both halves, joined by the gate."""
-    value = convolve(rows, taps, first, WIDTH, ACTIVATION, RESIDUAL)
+    value = _weigh(rows, taps, first, WIDTH, ACTIVATION, RESIDUAL)
     if GATED:
-        value = gate(value, convolve(up_rows, up_taps, first, WIDTH, ACTIVATION, RESIDUAL))
-    return value
+        up = _weigh(up_rows, up_taps, first, WIDTH, ACTIVATION, RESIDUAL)
+        value = silu(rounded(value, dtype)) * rounded(up, dtype)
+    return value.to(dtype)
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_tokens"])
+@triton.jit(do_not_specialize=["num_requests", "num_tokens", "block_tokens"])
 def _short_conv(
     x,
     weight,
@@ -394,6 +442,7 @@ def _short_conv(
     y,
     num_requests,
     num_tokens,
+    block_tokens,
     stride_x,
     stride_channel,
     stride_tap,
@@ -406,7 +455,8 @@ def _short_conv(
     GATED: tl.constexpr,
     DECODE: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
+    MAX_TOKENS: tl.constexpr,
+    CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -441,12 +491,13 @@ def _short_conv(
             DECODE,
         )
     else:
+        first = (program - num_requests) * block_tokens
         _block(
             x,
             token_request,
             y,
-            (program - num_requests).to(tl.int64) * BLOCK_TOKENS,
-            num_tokens,
+            first,
+            min(first + block_tokens, num_tokens),
             stride_x,
             channel,
             mask,
@@ -457,7 +508,8 @@ def _short_conv(
             ACTIVATION,
             RESIDUAL,
             GATED,
-            BLOCK_TOKENS,
+            MAX_TOKENS,
+            CHUNK,
         )
 
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lamella.ops.arithmetic import sigmoid
 from lamella.ops.launch import dependent_launch, wait_for_predecessor
 
 BLOCK = 1024
@@ -33,7 +34,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 @triton.jit
 def silu(x):
     """x * sigmoid(x) of fp32."""
-    return x / (1.0 + tl.exp(-x))
+    return x * sigmoid(x)
 
 
 @triton.jit
