@@ -77,7 +77,7 @@ class DecodeGraphs:
             self._graphs[size] = self._capture(size, pool)
 
     def release(self) -> None:
-        """Destroy the graphs; replays that are under way end first or go on, as the driver likes."""
+        """Destroy the graphs, when no replay is wanted any more."""
         for graph in self._graphs.values():
             graph.graph.reset()
         self._graphs = {}

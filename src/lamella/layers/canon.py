@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lamella.config import CanonConfig
 from lamella.distributed.sharding import Split
 from lamella.layers.context import require_batch
-from lamella.layers.kit import Compute, Kit, SlotHolder
+from lamella.layers.kit import Computation, Kit, SlotHolder
 from lamella.layers.norm import RMSNorm
 from lamella.ops.backend import use_fused
 from lamella.ops.ragged import RaggedBatch
@@ -31,9 +31,9 @@ class CanonHistory(nn.Module):
     def __init__(self, kernel: int) -> None:
         super().__init__()
         self.kernel, self._taken = kernel, 0
-        self._parts: dict[str, Compute] = {}
+        self._parts: dict[str, Computation] = {}
 
-    def take(self, channels: int, parts: Mapping[str, Compute]) -> slice:
+    def take(self, channels: int, parts: Mapping[str, Computation]) -> slice:
         """Room for one convolution's channels; `parts` are what reads and writes them."""
         start, self._taken = self._taken, self._taken + channels
         self._parts |= parts
@@ -61,7 +61,10 @@ class Canon(nn.Module):
         self.bias = nn.Parameter(torch.empty(self.size, dtype=kit.dtype, device=kit.device)) if config.bias else None
         self.splits = {"weight": (channels,), "bias": (channels,)}
         self.history = history
-        self.channels = history.take(self.size, {part: self._convolve, f"{part}.swiglu": self._convolve_and_gate})
+        computations: dict[str, Computation] = {
+            part: self._convolve, f"{part}.swiglu": self._convolve_and_gate, f"{part}.after_norm": self._after_norm
+        }  # fmt: skip
+        self.channels = history.take(self.size, computations)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, channels) -> (T, channels)."""
@@ -75,7 +78,10 @@ class Canon(nn.Module):
 
     def after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """The convolution of `norm(x, residual)`, and the new residual."""
-        if self.history.holder.inline and use_fused(x):
+        holder = self.history.holder
+        if not holder.inline:
+            return holder.run_after_norm(self.part, x, residual, norm.weight, norm.eps)
+        if use_fused(x):
             return norm_short_conv(x, residual, norm.weight, norm.eps, *self.operands())
         normed, total = norm(x, residual)
         return self(normed), total
@@ -113,3 +119,8 @@ class Canon(nn.Module):
 
     def _convolve_and_gate(self, x: Tensor, out: Tensor | None) -> Tensor:
         return short_conv_swiglu(x, *self.operands(x), out)
+
+    def _after_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, total: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return norm_short_conv(x, residual, weight, eps, *self.operands(), out, total)

@@ -23,8 +23,8 @@ from lamella.ops import attention
 from lamella.ops.attention.paged import AttentionPlan
 from lamella.state.spec import PagedState, SlotState
 
-# What reads and writes slot state: of x (T, ...), into the second tensor where one is given.
-Compute: TypeAlias = Callable[[Tensor, Tensor | None], Tensor]
+# What reads and writes slot state: its inputs, then where its outputs go, or None where it makes them.
+Computation: TypeAlias = Callable[..., Any]
 
 
 class Kit(Protocol):
@@ -141,7 +141,7 @@ class SlotHolder(nn.Module):
         super().__init__()
         self.spec, self.prefix = spec, prefix
         self.rows: Tensor | None = None
-        self.parts: dict[str, Compute] = {}
+        self.parts: dict[str, Computation] = {}
 
     def bind(self, *tensors: Tensor) -> None:
         """The slots (slots, *shape) of this layer."""
@@ -150,6 +150,13 @@ class SlotHolder(nn.Module):
     def run(self, part: str, x: Tensor, width: int) -> Tensor:
         """One of the `parts` of x (T, ...): (T, width)."""
         return self.parts[part](x, None)
+
+    def run_after_norm(
+        self, part: str, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """One of the `parts` of the weighted RMS norm of x + residual, all (T, C), where the holder is not `inline`;
+        and the sum."""
+        raise NotImplementedError
 
     def current(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """This layer's slots and the slot ids (R,) of the requests in flight; (None, None) in a plain forward."""

@@ -43,7 +43,7 @@ class Checks(VerifyAndUpdateConfig):
         _check_state(vllm_config)
         if on_cpu and not cache.user_specified_block_size:
             # A block holds a request's state of a layer as well, which is smaller than 128 tokens' keys and values.
-            cache.block_size = 32
+            cache.block_size, cache.user_specified_block_size = 32, True  # else the platform sets its own
         if vllm_config.speculative_config is not None:
             _check_speculation(vllm_config, on_cpu)
 

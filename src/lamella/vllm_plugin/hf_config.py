@@ -63,8 +63,11 @@ def register_config(model_type: str) -> None:
 @cache
 def config_class(model_type: str) -> type[LamellaConfig]:
     """The class for files of this `model_type`."""
-    name, contents = f"Config_{model_type}", {"model_type": model_type, "architecture": model_types()[model_type]}
-    return type(name, (LamellaConfig,), contents | {"__module__": __name__, "__qualname__": name})
+    name = f"Config_{model_type}"
+    contents: dict[str, Any] = {"model_type": model_type, "architecture": model_types()[model_type]}
+    # transformers writes an `__init__` for a class that has none of its own.
+    contents |= {"__init__": LamellaConfig.__init__, "__module__": __name__, "__qualname__": name}
+    return type(name, (LamellaConfig,), contents)
 
 
 def __getattr__(name: str) -> type[LamellaConfig]:

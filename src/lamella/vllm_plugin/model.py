@@ -93,7 +93,7 @@ class Model(nn.Module, SupportsPP, SupportsLoRA, SupportsQuant):
         super().__init__()
         assert not prefix, "a language model inside another model is not supported"
         self.vllm_config, self.config = vllm_config, model_config(vllm_config, self.architecture)
-        self.model = Stack(vllm_config=vllm_config, config=self.config)
+        self.model = Stack(vllm_config=vllm_config, config=self.config, prefix="model")
         self.lm_head = PPMissingLayer()
         if get_pp_group().is_last_rank:
             tied = self.model.embed_tokens if self.config.tie_word_embeddings else None

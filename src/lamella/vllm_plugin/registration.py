@@ -6,7 +6,7 @@ from lamella.models.registry import architectures, model_types
 from lamella.vllm_plugin import PREFIX, compat
 
 MODULE = "lamella.vllm_plugin.model"
-OPERATION = "lamella::stateful"
+OPERATIONS = ("lamella::stateful", "lamella::stateful_after_norm")
 
 
 def served_names() -> dict[str, str]:
@@ -31,4 +31,5 @@ def register_all() -> None:
     for model_type in model_types():
         register_config(model_type)
     register_formats()
-    compat.split_graphs_at(OPERATION)
+    for operation in OPERATIONS:
+        compat.split_graphs_at(operation)

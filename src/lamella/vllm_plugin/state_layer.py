@@ -7,6 +7,7 @@ it, what the layers do is what they do in lamella's own engine.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +33,10 @@ from lamella.layers.context import ForwardBatch, forward_batch, require_batch
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import LocalKit, SlotHolder, state_holders
 from lamella.ops.ragged import RaggedBatch
+from lamella.ops.rms_norm import add_rms_norm
 from lamella.state.spec import SlotState
 from lamella.vllm_plugin import compat
-from lamella.vllm_plugin.registration import OPERATION
+from lamella.vllm_plugin.registration import OPERATIONS
 
 
 def widest_slot(model: ModelConfig, share: Share, dtype: torch.dtype) -> SlotState | None:
@@ -87,6 +89,16 @@ class StateLayer(SlotHolder, MambaBase):
         torch.ops.lamella.stateful(x, out, self.prefix, part)
         return out
 
+    def run_after_norm(
+        self, part: str, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        if self.spare_rows:  # what is normed must be kept row by row
+            normed, total = add_rms_norm(x, residual, weight, eps)
+            return self.run(part, normed, x.shape[1]), total
+        out, total = torch.empty_like(x), torch.empty_like(x)
+        torch.ops.lamella.stateful_after_norm(x, residual, weight, eps, out, total, self.prefix, f"{part}.after_norm")
+        return out, total
+
     def current(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         slots = require_batch().slots
         return (None, None) if slots is None else (self.kv_cache[0], slots)
@@ -101,17 +113,20 @@ class StateLayer(SlotHolder, MambaBase):
         assert x is not None
         return advance_window(rows, slots, size, x, require_batch().ragged.query_start_loc, self._metadata())
 
-    def compute(self, part: str, x: Tensor, out: Tensor) -> None:
-        """The operation itself: `part` of x into out, whose rows beyond the step's tokens become zero."""
+    def compute(self, part: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], *constants: Any) -> None:
+        """The operation itself: `part` of the inputs, and of what is no row of a token, into the outputs, whose rows
+        beyond the step's tokens become zero."""
         metadata = self._metadata()
         if metadata is None:  # a run for memory's sake
-            out.zero_()
+            for out in outputs:
+                out.zero_()
             return
         batch = metadata.batch()
         count = batch.ragged.num_tokens
         with forward_batch(batch):
-            self.parts[part](x[:count], out[:count])
-        out[count:].zero_()
+            self.parts[part](*(x[:count] for x in inputs), *constants, *(out[:count] for out in outputs))
+        for out in outputs:
+            out[count:].zero_()
 
     def _metadata(self) -> Any:
         metadata = get_forward_context().attn_metadata
@@ -246,15 +261,26 @@ class StateBackend(ShortConvAttentionBackend):
 
 def _stateful(x: Tensor, out: Tensor, layer: str, part: str) -> None:
     """A part of the state layer named `layer`, of x (T, ...) into out (T, ...)."""
-    get_forward_context().no_compile_layers[layer].compute(part, x, out)
+    get_forward_context().no_compile_layers[layer].compute(part, (x,), (out,))
 
 
-def _stateful_fake(x: Tensor, out: Tensor, layer: str, part: str) -> None:
-    """Nothing to see without data."""
+def _stateful_after_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, total: Tensor, layer: str, part: str
+) -> None:
+    """The same of the weighted RMS norm of x + residual, which sum goes into total."""
+    get_forward_context().no_compile_layers[layer].compute(part, (x, residual), (out, total), weight, eps)
 
 
-_NAMESPACE, _, _NAME = OPERATION.partition("::")
-_library = Library(_NAMESPACE, "FRAGMENT")  # the operation goes with it
-direct_register_custom_op(
-    op_name=_NAME, op_func=_stateful, mutates_args=["out"], fake_impl=_stateful_fake, target_lib=_library
-)
+def _nothing(*_: Any) -> None:
+    """What the operations do to tensors without data."""
+
+
+_library = Library("lamella", "FRAGMENT")  # the operations go with it
+for _operation, _function, _outputs in (
+    ("stateful", _stateful, ["out"]),
+    ("stateful_after_norm", _stateful_after_norm, ["out", "total"]),
+):
+    assert f"lamella::{_operation}" in OPERATIONS
+    direct_register_custom_op(
+        op_name=_operation, op_func=_function, mutates_args=_outputs, fake_impl=_nothing, target_lib=_library
+    )

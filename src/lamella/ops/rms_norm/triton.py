@@ -18,10 +18,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _normalize(x, None, weight, eps)[0]
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `reference.add_rms_norm`. x and residual (T, N), weight (N,) fp32; returns two new contiguous tensors."""
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, total: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `reference.add_rms_norm`. x and residual (T, N), weight (N,) fp32; returns two new contiguous tensors, but
+    that the sum is in `total` where that is given."""
     assert x.dim() == 2 and residual.shape == x.shape and residual.dtype == x.dtype and residual.stride(1) == 1
-    normed, total = _normalize(x, residual, weight, eps)
+    normed, total = _normalize(x, residual, weight, eps, total)
     assert total is not None
     return normed, total
 
@@ -42,12 +45,16 @@ def row_scale(x, N: tl.constexpr, eps):
     return tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / N + eps)
 
 
-def _normalize(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
+def _normalize(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, total: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     tokens, heads, width = x.shape if x.dim() == 3 else (x.shape[0], 1, x.shape[1])
     assert x.stride(-1) == 1 and weight.is_contiguous() and weight.shape == (width,)
     rows, columns, warps = row_block(width)
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = None if residual is None else torch.empty_like(normed)
+    if residual is not None:
+        total = torch.empty_like(normed) if total is None else total
+        assert total.shape == x.shape and total.dtype == x.dtype and total.is_contiguous()
     _rms_norm[(triton.cdiv(tokens * heads, rows),)](
         x,
         residual,

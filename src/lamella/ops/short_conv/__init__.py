@@ -7,6 +7,7 @@ from torch import Tensor
 from lamella.ops import native
 from lamella.ops.backend import use_native, use_triton
 from lamella.ops.ragged import RaggedBatch
+from lamella.ops.rms_norm import add_rms_norm
 from lamella.ops.short_conv import reference
 from lamella.ops.swiglu import swiglu
 
@@ -72,11 +73,18 @@ def norm_short_conv(
     slots: Tensor | None,
     activation: bool,
     skip: bool,
+    out: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The convolution of `add_rms_norm(x, residual, ...)`, and the new residual, on a GPU; with `skip`, `y = x + c`."""
-    from lamella.ops.short_conv import triton
+    """The convolution of `add_rms_norm(x, residual, ...)`, and the new residual, in one kernel on a GPU; with `skip`,
+    `y = x + c`. The results are in `out` and `total`, both (T, C) and contiguous, where those are given."""
+    if use_triton(x):
+        from lamella.ops.short_conv import triton
 
-    return triton.norm_short_conv(
-        x, residual, norm_weight, eps, weight, bias, batch, history, slots,
-        activation=activation, residual_connection=skip,
-    )  # fmt: skip
+        return triton.norm_short_conv(
+            x, residual, norm_weight, eps, weight, bias, batch, history, slots,
+            activation=activation, residual_connection=skip, out=out, total=total,
+        )  # fmt: skip
+    normed, new_residual = add_rms_norm(x, residual, norm_weight, eps)
+    y = short_conv(normed, weight, bias, batch, history, slots, activation, skip, out)
+    return y, new_residual if total is None else total.copy_(new_residual)

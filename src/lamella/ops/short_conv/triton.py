@@ -71,6 +71,8 @@ def norm_short_conv(
     *,
     activation: bool = False,
     residual_connection: bool = False,
+    out: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`add_rms_norm(x, residual, ...)`, then `short_conv` of the norm, with the same bits: (convolved, x + residual).
 
@@ -80,15 +82,18 @@ def norm_short_conv(
     rows, columns, warps = row_block(x.shape[1])
     aligned = all(side.stride(0) % 16 == 0 and side.data_ptr() % 16 == 0 for side in (x, residual))
     if batch.num_decodes < batch.num_requests or rows > 1 or not aligned:
-        normed, total = add_rms_norm(x, residual, norm_weight, eps)
-        y = short_conv(normed, weight, bias, batch, history, slots, activation=activation, residual=residual_connection)
+        normed, total = add_rms_norm(x, residual, norm_weight, eps, total)
+        y = short_conv(
+            normed, weight, bias, batch, history, slots, activation=activation, residual=residual_connection, out=out
+        )
         return y, total
     tokens, channels = x.shape
     assert x.stride(1) == residual.stride(1) == 1 and residual.shape == x.shape and residual.dtype == x.dtype
     assert norm_weight.is_contiguous() and norm_weight.shape == (channels,)
     _check(x, weight, bias, batch, history, slots)
     block = min(columns, 256 * warps)
-    y, total = (torch.empty((tokens, channels), dtype=x.dtype, device=x.device) for _ in range(2))
+    y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) if t is None else t for t in (out, total))
+    assert all(side.shape == x.shape and side.dtype == x.dtype and side.is_contiguous() for side in (y, total))
     _norm_step[(tokens, triton.cdiv(channels, block))](
         x,
         residual,
