@@ -136,6 +136,8 @@ def test_plan(length, window):
     workspace = decode.DecodeWorkspace(3, 200, 1, 1, 64, device, chunk=16)
     decode.plan_decode(torch.tensor(lengths, dtype=torch.int32, device=device), window, workspace)
     items = workspace.items[:, : int(workspace.num_items)].T.tolist()
+    assert [end - start for _, start, end, *_ in items] == sorted((i[2] - i[1] for i in items), reverse=True)
+    items.sort(key=lambda item: item[3])
     index = 0
     for request, n in enumerate(lengths):
         first = 0 if window is None else max(0, n - window)
@@ -144,10 +146,37 @@ def test_plan(length, window):
             size *= 2
         starts = range(first, n, size)
         assert len(starts) <= 64
-        expected = [[request, start, min(start + size, n), index, len(starts)] for start in starts]
+        expected = [
+            [request, start, min(start + size, n), index + i, index, len(starts)] for i, start in enumerate(starts)
+        ]
         assert items[index : index + len(starts)] == expected
         index += len(starts)
     assert index == len(items)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_plan_queues_every_chunk_once_and_the_longest_first(window):
+    """Chunks of many lengths and of one; of those too that grow, where a request is long."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 100, (37,), generator=generator, dtype=torch.int32)
+    lengths[[3, 11, 12]] = torch.tensor([16 * 64 + 1, 5000, 16 * 64 * 4], dtype=torch.int32)
+    lengths[20:24] = 48
+    workspace = decode.DecodeWorkspace(37, 1000, 1, 1, 64, device, chunk=16)
+    workspace.items.fill_(-1)
+    decode.plan_decode(lengths.to(device), window, workspace)
+    count = int(workspace.num_items)
+    assert (workspace.items[:, count:] == -1).all()
+    request, start, end, part, first, parts = (field.tolist() for field in workspace.items[:, :count])
+    sizes = [e - s for s, e in zip(start, end, strict=True)]
+    assert sizes == sorted(sizes, reverse=True) and min(sizes) > 0
+    assert sorted(part) == list(range(count))
+    order = sorted(range(count), key=lambda i: part[i])
+    assert [request[i] for i in order] == sorted(request)
+    for r, n in enumerate(lengths.tolist()):
+        mine = [i for i in order if request[i] == r]
+        seen = [position for i in mine for position in range(start[i], end[i])]
+        assert seen == list(range(0 if window is None else max(0, n - window), n))
+        assert {first[i] for i in mine} == {part[mine[0]]} and {parts[i] for i in mine} == {len(mine)}
 
 
 @pytest.mark.parametrize("length", [1, 128, 700, 9000])

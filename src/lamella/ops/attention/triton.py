@@ -1,8 +1,9 @@
 """Attention of one query token a request over paged keys and values.
 
 The visible context of a request is cut into chunks that depend on its own length alone, so that no sum ever depends on
-strangers. `plan_decode` lists the chunks of all requests once a step. Then a fixed number of programs, whatever the
-lengths, work the list off for each layer. Of the programs that share a request, the last to finish adds up the parts.
+strangers. `plan_decode` lists the chunks of all requests once a step, the longest first, so that the programs end at
+about the same time. Then a fixed number of programs, whatever the lengths, work the list off for each layer. Of the
+programs that share a request, the last to finish adds up the parts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from lamella.ops.launch import dependent_launch, wait_for_predecessor
 
 MAX_CHUNKS = tl.constexpr(64)  # of a request: beyond, its chunks grow
 LOG2_E = 1.4426950408889634
-_FIELDS = 5  # of an item: request, first and last position + 1, the request's first item, its number of items
+_FIELDS = 6  # of an item: request, first and last position + 1, its part, the request's first part, its number of parts
 
 
 class Settings(NamedTuple):
@@ -28,16 +29,20 @@ class Settings(NamedTuple):
     num_warps: int
     num_stages: int
     programs: int  # per multiprocessor
+    registers: int | None = None  # the most a thread may take, so that all programs run at a time
 
 
 # Few requests are cut finely, so that there is work for every multiprocessor; many give enough of it uncut.
 FEW_REQUESTS, _SHORT_CHUNK, _LONG_CHUNK = 8, 128, 512
+SORTED = True  # work is handed out the longest first
+AHEAD = 2  # before a program has done its work, it asks for more (1) and loads queries and pages (2)
+DEALT = 0  # eighths of the work that go by number; the rest, to whoever has time
 # By head_dim, padded to a power of two, and bytes per element.
 _SETTINGS = {
     (16, 2): Settings(128, 4, 5, 4),
     (32, 2): Settings(128, 4, 5, 4),
-    (64, 2): Settings(128, 4, 5, 3),
-    (128, 2): Settings(64, 4, 5, 3),
+    (64, 2): Settings(128, 4, 3, 3, 168),
+    (128, 2): Settings(64, 4, 3, 3, 168),
     (256, 2): Settings(32, 4, 5, 3),
     (16, 4): Settings(64, 4, 3, 4),
     (32, 4): Settings(64, 4, 3, 4),
@@ -61,7 +66,7 @@ class DecodeWorkspace:
     """Device memory for a plan and for the parts of outputs, to be used by one stream at a time.
 
     Attributes:
-        items: (5, max_items) int32, the plan; beyond `num_items`, anything.
+        items: (6, max_items) int32, the plan, the longest first; beyond `num_items`, anything.
         num_items: (1,) int32.
         arrived: (1 + max_requests * kv_heads,) int32, zero between calls: units of work handed out, then parts finished
             of each request and key/value head.
@@ -106,7 +111,7 @@ def plan_decode(seq_lens: Tensor, window: int | None, workspace: DecodeWorkspace
     assert requests * workspace.kv_heads < workspace.arrived.shape[0]
     _plan_kernel[(requests,)](
         seq_lens, requests, workspace.items, workspace.items.shape[1], workspace.num_items,
-        PADDED=triton.next_power_of_2(requests), WINDOW=window or 0,
+        PADDED=triton.next_power_of_2(requests), WINDOW=window or 0, SORTED=SORTED,
         CHUNK=workspace.chunk or (_SHORT_CHUNK if requests <= FEW_REQUESTS else _LONG_CHUNK),
         **dependent_launch(seq_lens),
     )  # fmt: skip
@@ -148,7 +153,8 @@ def decode_attention(
         workspace.arrived, workspace.parts, workspace.maxima, workspace.sums, out, scale * LOG2_E,
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, PAGE_SIZE=page_size, ROWS=max(16, padded_group),
         PADDED_GROUP=padded_group, PADDED=padded, BLOCK=settings.block,
-        PARTS=max(1, 4096 // (padded_group * padded)), num_warps=settings.num_warps, num_stages=settings.num_stages,
+        PARTS=max(1, 4096 // (padded_group * padded)), AHEAD=AHEAD, DEALT=DEALT,
+        num_warps=settings.num_warps, num_stages=settings.num_stages, maxnreg=settings.registers,
         **dependent_launch(q),
     )  # fmt: skip
     return out
@@ -174,27 +180,39 @@ def _chunking(length, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
 @triton.jit(do_not_specialize=["requests"])
 def _plan_kernel(
     lengths_ptr, requests, items_ptr, max_items, num_items_ptr,
-    PADDED: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    PADDED: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SORTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
     others = tl.arange(0, PADDED)
     wait_for_predecessor(PDL)
     lengths = tl.load(lengths_ptr + others, mask=others < requests, other=0)
-    _, _, counts = _chunking(lengths, WINDOW, CHUNK)
-    first = tl.sum(tl.where(others < request, counts, 0))
+    starts, sizes, counts = _chunking(lengths, WINDOW, CHUNK)
+    before = others < request
+    first = tl.sum(tl.where(before, counts, 0))
     if request == 0:
         tl.store(num_items_ptr, tl.sum(counts))
     length = tl.load(lengths_ptr + request)
     start, size, count = _chunking(length, WINDOW, CHUNK)
     chunks = tl.arange(0, MAX_CHUNKS)
+    places = first + chunks
+    if SORTED:
+        # Every chunk's place is the number of those that go before it: longer ones, or as long and of requests before.
+        # All chunks of a request but the last have its size; of as long chunks, these go first.
+        whole = tl.maximum(counts - 1, 0)
+        lasts = lengths - starts - whole * sizes
+        last = length - start - (count - 1) * size
+        ahead = tl.where((sizes > size) | ((sizes == size) & before), whole, 0) + (lasts > size).to(tl.int32)
+        ahead_of_last = tl.where(sizes >= last, whole, 0) + ((lasts > last) | ((lasts == last) & before)).to(tl.int32)
+        places = tl.where(chunks < count - 1, tl.sum(ahead) + chunks, tl.sum(ahead_of_last))
     mine = chunks < count
-    starts = start + chunks * size
-    item_ptrs = items_ptr + first + chunks
+    chunk_starts = start + chunks * size
+    item_ptrs = items_ptr + places
     tl.store(item_ptrs, tl.zeros_like(chunks) + request, mask=mine)
-    tl.store(item_ptrs + max_items, starts, mask=mine)
-    tl.store(item_ptrs + 2 * max_items, tl.minimum(starts + size, length), mask=mine)
-    tl.store(item_ptrs + 3 * max_items, tl.zeros_like(chunks) + first, mask=mine)
-    tl.store(item_ptrs + 4 * max_items, tl.zeros_like(chunks) + count, mask=mine)
+    tl.store(item_ptrs + max_items, chunk_starts, mask=mine)
+    tl.store(item_ptrs + 2 * max_items, tl.minimum(chunk_starts + size, length), mask=mine)
+    tl.store(item_ptrs + 3 * max_items, first + chunks, mask=mine)
+    tl.store(item_ptrs + 4 * max_items, tl.zeros_like(chunks) + first, mask=mine)
+    tl.store(item_ptrs + 5 * max_items, tl.zeros_like(chunks) + count, mask=mine)
 
 
 @triton.jit
@@ -206,6 +224,7 @@ def load_item(items_ptr, max_items, item):
         tl.load(item_ptr + 2 * max_items),
         tl.load(item_ptr + 3 * max_items),
         tl.load(item_ptr + 4 * max_items),
+        tl.load(item_ptr + 5 * max_items),
     )
 
 
@@ -214,66 +233,108 @@ def _decode_kernel(
     q_ptr, q_stride, k_ptr, v_ptr, page_stride, row_stride, head_stride, table_ptr, table_stride,
     items_ptr, max_items, num_items_ptr, arrived_ptr, parts_ptr, maxima_ptr, sums_ptr, out_ptr, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr,
-    PADDED_GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    PADDED_GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    AHEAD: tl.constexpr, DEALT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, PADDED)
     inside = dims < DIM
     cells = rows[:, None] * DIM + dims[None, :]  # of a group's q, parts and output
     cell_mask = (rows < GROUP)[:, None] & inside[None, :]
+    programs = tl.num_programs(0)
     unit = tl.program_id(0)
     # The item is loaded together with what tells whether there is such an item: at batch 1, a wait less.
-    request, start, end, first, count = load_item(items_ptr, max_items, unit // KV_HEADS)
+    request, start, end, index, first, count = load_item(items_ptr, max_items, unit // KV_HEADS)
     units = tl.load(num_items_ptr) * KV_HEADS
+    dealt = tl.maximum(units * DEALT // (8 * programs), 1) * programs
     wait_for_predecessor(PDL)
-    while unit < units:
-        item = unit // KV_HEADS
-        kv_head = unit % KV_HEADS
-        q = tl.load(q_ptr + request.to(tl.int64) * q_stride + kv_head * GROUP * DIM + cells, mask=cell_mask, other=0.0)
-        pages_ptr = table_ptr + request.to(tl.int64) * table_stride
-        k_head_ptr = k_ptr + kv_head * head_stride
-        v_head_ptr = v_ptr + kv_head * head_stride
-        maximum = tl.full((ROWS,), float("-inf"), tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        part = tl.zeros((ROWS, PADDED), tl.float32)
-        for tile in tl.range(start, end, BLOCK):
-            positions = tile + tl.arange(0, BLOCK)
-            seen = positions < end
-            pages = tl.load(pages_ptr + positions // PAGE_SIZE, mask=seen, other=0).to(tl.int64)
-            offsets = pages * page_stride + (positions % PAGE_SIZE) * row_stride
-            cached = offsets[:, None] + dims[None, :]
-            mask = seen[:, None] & inside[None, :]
-            k = tl.load(k_head_ptr + cached, mask=mask, other=0.0)
-            scores = tl.dot(q, k.T, input_precision="ieee") * scale
-            scores = tl.where(seen[None, :], scores, float("-inf"))
-            new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-            weights = tl.exp2(scores - new_maximum[:, None])
-            shrink = tl.exp2(maximum - new_maximum)
-            total = total * shrink + tl.sum(weights, axis=1)
-            v = tl.load(v_head_ptr + cached, mask=mask, other=0.0)
-            part = tl.dot(weights.to(v.dtype), v, part * shrink[:, None], input_precision="ieee")
-            maximum = new_maximum
-
-        finish(
-            part, maximum, total, request, kv_head, item, first, count, cells, cell_mask,
-            arrived_ptr, parts_ptr, maxima_ptr, sums_ptr, out_ptr,
-            KV_HEADS, GROUP, DIM, ROWS, PADDED_GROUP, PADDED, PARTS,
+    if unit < units:
+        q, pages = _load_first(
+            q_ptr, q_stride, table_ptr, table_stride, request, start, end, unit % KV_HEADS, cells, cell_mask,
+            GROUP, DIM, PAGE_SIZE, BLOCK,
         )  # fmt: skip
+        while unit < units:
+            kv_head = unit % KV_HEADS
+            if AHEAD > 0:
+                next_unit = _next_unit(unit, units, dealt, arrived_ptr)
+                next_item = load_item(items_ptr, max_items, tl.minimum(next_unit, units - 1) // KV_HEADS)
+            pages_ptr = table_ptr + request.to(tl.int64) * table_stride
+            k_head_ptr = k_ptr + kv_head * head_stride
+            v_head_ptr = v_ptr + kv_head * head_stride
+            maximum = tl.full((ROWS,), float("-inf"), tl.float32)
+            total = tl.zeros((ROWS,), tl.float32)
+            part = tl.zeros((ROWS, PADDED), tl.float32)
+            for tile in tl.range(start, end, BLOCK):
+                positions = tile + tl.arange(0, BLOCK)
+                seen = positions < end
+                offsets = pages.to(tl.int64) * page_stride + (positions % PAGE_SIZE) * row_stride
+                pages = _load_pages(pages_ptr, positions + BLOCK, end, PAGE_SIZE)
+                cached = offsets[:, None] + dims[None, :]
+                mask = seen[:, None] & inside[None, :]
+                k = tl.load(k_head_ptr + cached, mask=mask, other=0.0)
+                scores = tl.dot(q, k.T, input_precision="ieee") * scale
+                scores = tl.where(seen[None, :], scores, float("-inf"))
+                new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+                weights = tl.exp2(scores - new_maximum[:, None])
+                shrink = tl.exp2(maximum - new_maximum)
+                total = total * shrink + tl.sum(weights, axis=1)
+                v = tl.load(v_head_ptr + cached, mask=mask, other=0.0)
+                part = tl.dot(weights.to(v.dtype), v, part * shrink[:, None], input_precision="ieee")
+                maximum = new_maximum
+            if AHEAD == 2:
+                q, pages = _load_first(
+                    q_ptr, q_stride, table_ptr, table_stride, next_item[0], next_item[1], next_item[2],
+                    next_unit % KV_HEADS, cells, cell_mask, GROUP, DIM, PAGE_SIZE, BLOCK,
+                )  # fmt: skip
 
-        # The first units go by number; if there are more, whoever has time takes the next.
-        programs = tl.num_programs(0)
-        unit = units
-        if units > programs:
-            unit = programs + tl.atomic_add(arrived_ptr, 1, sem="relaxed", scope="gpu")
-            if unit < units:
-                request, start, end, first, count = load_item(items_ptr, max_items, unit // KV_HEADS)
-            elif unit == units + programs - 1:  # every program has asked in vain: no one will ask again
-                tl.store(arrived_ptr, 0)
+            finish(
+                part, maximum, total, request, kv_head, index, first, count, cells, cell_mask,
+                arrived_ptr, parts_ptr, maxima_ptr, sums_ptr, out_ptr,
+                KV_HEADS, GROUP, DIM, ROWS, PADDED_GROUP, PADDED, PARTS,
+            )  # fmt: skip
+            if AHEAD == 0:
+                next_unit = _next_unit(unit, units, dealt, arrived_ptr)
+                next_item = load_item(items_ptr, max_items, tl.minimum(next_unit, units - 1) // KV_HEADS)
+            if AHEAD < 2:
+                q, pages = _load_first(
+                    q_ptr, q_stride, table_ptr, table_stride, next_item[0], next_item[1], next_item[2],
+                    next_unit % KV_HEADS, cells, cell_mask, GROUP, DIM, PAGE_SIZE, BLOCK,
+                )  # fmt: skip
+            unit = next_unit
+            request, start, end, index, first, count = next_item
+
+
+@triton.jit
+def _next_unit(unit, units, dealt, arrived_ptr):
+    """The next unit of work of the program that has `unit`, at least `units` if there is none."""
+    programs = tl.num_programs(0)
+    unit += programs
+    if unit >= dealt and units > dealt:
+        unit = dealt + tl.atomic_add(arrived_ptr, 1, sem="relaxed", scope="gpu")
+        if unit == units + programs - 1:  # every program has asked in vain: no one will ask again
+            tl.store(arrived_ptr, 0)
+    return unit
+
+
+@triton.jit
+def _load_pages(pages_ptr, positions, end, PAGE_SIZE: tl.constexpr):
+    return tl.load(pages_ptr + tl.minimum(positions, end - 1) // PAGE_SIZE)
+
+
+@triton.jit
+def _load_first(
+    q_ptr, q_stride, table_ptr, table_stride, request, start, end, kv_head, cells, cell_mask,
+    GROUP: tl.constexpr, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What an item needs before its keys: the queries, and the pages of the first tile."""
+    pages = _load_pages(table_ptr + request.to(tl.int64) * table_stride, start + tl.arange(0, BLOCK), end, PAGE_SIZE)
+    q = tl.load(q_ptr + request.to(tl.int64) * q_stride + kv_head * GROUP * DIM + cells, mask=cell_mask, other=0.0)
+    return q, pages
 
 
 @triton.jit
 def finish(
-    part, maximum, total, request, kv_head, item, first, count, cells, cell_mask,
+    part, maximum, total, request, kv_head, index, first, count, cells, cell_mask,
     arrived_ptr, parts_ptr, maxima_ptr, sums_ptr, out_ptr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PADDED_GROUP: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr,
@@ -285,7 +346,7 @@ def finish(
     if count == 1:
         tl.store(out_head_ptr + cells, (part / total[:, None]).to(out_ptr.dtype.element_ty), mask=cell_mask)
     else:
-        head = item * HEADS + kv_head * GROUP
+        head = index * HEADS + kv_head * GROUP
         tl.store(parts_ptr + head.to(tl.int64) * DIM + cells, part, mask=cell_mask)
         tl.store(maxima_ptr + head + rows, maximum, mask=rows < GROUP)
         tl.store(sums_ptr + head + rows, total, mask=rows < GROUP)

@@ -172,12 +172,12 @@ def _decode_prepared(
     HEADS: tl.constexpr = KV_HEADS * GROUP
     item, kv_head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     # The item is loaded together with what tells whether there is such an item.
-    request, start, end, first, count = load_item(items_ptr, max_items, item)
+    request, start, end, index, first, count = load_item(items_ptr, max_items, item)
     if item >= tl.load(num_items_ptr):
         # Without a wait, to make room: there is always an item 0, whose programs wait.
         return
     # The newest token is the last position of the last chunk. It is not in the cache: this is where it gets there.
-    newest = item == first + count - 1
+    newest = index == first + count - 1
     end -= newest.to(tl.int32)
 
     # Whatever has a head's channels is loaded in the shape of q, once a row, and so meets q in the same threads.
@@ -232,7 +232,7 @@ def _decode_prepared(
         maximum, total, part = _add(scores, v, maximum, total, part)
 
     finish(
-        part, maximum, total, request, kv_head, item, first, count, cells, cell_mask,
+        part, maximum, total, request, kv_head, index, first, count, cells, cell_mask,
         arrived_ptr, parts_ptr, maxima_ptr, sums_ptr, out_ptr,
         KV_HEADS, GROUP, DIM, ROWS, PADDED_GROUP, PADDED, PARTS,
     )  # fmt: skip
