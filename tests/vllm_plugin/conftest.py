@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -15,3 +16,10 @@ def vllm_settings() -> Iterator[None]:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         yield
+
+
+@pytest.fixture(autouse=True)
+def engines_may_start_after_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM 0.32 looks at the variables of all modules when an engine starts on a CPU, and stumbles over one of these,
+    which its search for drafts has imported."""
+    monkeypatch.delitem(sys.modules, "llvmlite.binding.ffi", raising=False)

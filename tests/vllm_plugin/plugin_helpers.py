@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import gc
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from helpers import canon_checkpoint, random_prompts
 from lamella.parity.oracle import Oracle
@@ -31,6 +35,7 @@ SHAPE = {
     "head_dim": 32,
 }
 EVERYTHING = SHAPE | {"canon_bias": True, "qk_norm": True, "rope_dim": 8, "attention_bias": True, "mlp_bias": True}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 LENGTHS = (1, 2, 3, 4, 5, 9, 40, 170)
 MAX_LEN = 256
 # vLLM's float32 attention on GPUs multiplies in TF32: there, a token may be this much less likely than the likeliest.
@@ -60,9 +65,11 @@ def running(model: Path, **options: Any) -> Iterator[Any]:
         "skip_tokenizer_init": True,
         "disable_log_stats": False,
         "seed": 0,
+        "kv_cache_memory_bytes": 64 << 20,
     }
     if not ON_CPU:
         settings["gpu_memory_utilization"] = 0.3
+    gc.freeze()  # vLLM collects garbage many times over
     try:
         llm = LLM(model=str(model), **(settings | options))
         try:
@@ -87,18 +94,19 @@ def tokens_of(outputs: Sequence[Any]) -> list[list[int]]:
 
 
 @cache
-def oracle(model: Path) -> Oracle:
+def oracle(model: Path) -> Callable[[list[int]], Tensor]:
+    """Logits (n, vocab) of n tokens."""
     subject = Subject.open(model)
-    return Oracle(subject.config, subject.weights(torch.device("cpu")), torch.float64)
+    return Oracle(subject.config, subject.weights(torch.device("cpu")), torch.float64).logits
 
 
-def assert_right(model: Path, outputs: Sequence[Any]) -> None:
-    """Every token is the one that the oracle finds likeliest after those before it, and as likely as vLLM says."""
+def assert_right(logits_of: Callable[[list[int]], Tensor], outputs: Sequence[Any]) -> None:
+    """Every token is the likeliest after those before it, and as likely as vLLM says."""
     for output in outputs:
         prompt, completion = output.prompt_token_ids, output.outputs[0]
         taken = torch.tensor(completion.token_ids)
         assert len(taken), "nothing was generated"
-        logits = oracle(model).logits([*prompt, *completion.token_ids])[len(prompt) - 1 : -1]
+        logits = logits_of([*prompt, *completion.token_ids])[len(prompt) - 1 : -1]
         best = logits.topk(2, dim=-1)
         margin = (best.values[:, 0] - best.values[:, 1]).min()
         behind = best.values[:, 0] - logits.gather(1, taken[:, None])[:, 0]
@@ -138,4 +146,16 @@ def watched(llm: Any) -> Iterator[list[Mapping[str, int]]]:
 
 def metric(llm: Any, name: str) -> float:
     """A counter of the engine's, from its start."""
-    return sum(metric.value for metric in llm.get_metrics() if metric.name == f"vllm:{name}")
+    return sum(found.value for found in llm.get_metrics() if found.name == f"vllm:{name}")
+
+
+def main(model: Path, options: dict[str, Any]) -> None:
+    """In a process of its own: with several ranks vLLM starts more of them."""
+    with running(model, **options) as llm:
+        for _ in range(2):
+            assert_right(oracle(model), generate(llm, prompts_of(*LENGTHS), 12))
+    print("right")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,21 @@ import torch
 from transformers import LlamaConfig, Qwen3Config
 
 from checkpoint.test_lingua import lingua_checkpoint
-from helpers import VOCAB, greedy, hf_checkpoint
+from helpers import VOCAB, hf_checkpoint
 from lamella.demo import CHECKPOINT
 from lamella.demo.questions import END, VOCABULARY, held_out, is_right
 from lamella.parity import compare
+from lamella.vllm_plugin import compat
 from vllm_plugin.plugin_helpers import (
     LENGTHS,
+    NGRAM,
     ON_CPU,
     SHAPE,
     assert_right,
     canon,
     generate,
     metric,
+    oracle,
     prompts_of,
     running,
     tokens_of,
@@ -34,16 +36,12 @@ from vllm_plugin.plugin_helpers import (
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 BLOCK = 32
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 MODELS = {
     "everything": {},
     "AC, activation": {"canon_set": "AC", "canon_activation": True, "canon_residual": False},
     "lingua rotation": {"rope_version": "lingua", "canon_kernel": 3, "tie_word_embeddings": True},
 }
-sound_speculation = pytest.mark.skipif(
-    "not __import__('lamella.vllm_plugin.compat', fromlist='_').speculation_is_sound()",
-    reason="this vLLM's speculation is refused",
-)
+sound_speculation = pytest.mark.skipif(not compat.speculation_is_sound(), reason="this vLLM's speculation is refused")
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +73,13 @@ def test_prompts_in_one_batch_however_they_are_cut(
     folders: dict[str, Path], model: str, options: dict[str, Any]
 ) -> None:
     with running(folders[model], **options) as llm, watched(llm) as steps:
-        assert_right(folders[model], generate(llm, prompts_of(*LENGTHS)))
+        assert_right(oracle(folders[model]), generate(llm, prompts_of(*LENGTHS)))
     limit = options.get("max_num_batched_tokens")
     lengths = {count for step in steps for count in step.values()}
     if limit is None:
         assert lengths == set(LENGTHS)
     else:
-        assert max(sum(step.values()) for step in steps) == limit
+        assert limit - BLOCK < max(sum(step.values()) for step in steps) <= limit
         assert any(1 in step.values() and max(step.values()) > 1 for step in steps)
     if limit == 5:
         assert lengths == {1, 2, 3, 4, 5}
@@ -93,7 +91,7 @@ def test_slots_are_used_again(folder: Path) -> None:
     with running(folder, **options) as llm:
         for seed in range(4):
             prompts = prompts_of(1, 1, 30, 2, 1, 3, 7, 1, seed=seed)
-            assert_right(folder, generate(llm, prompts, 8))
+            assert_right(oracle(folder), generate(llm, prompts, 8))
 
 
 def test_cached_prefixes(folder: Path) -> None:
@@ -103,7 +101,7 @@ def test_cached_prefixes(folder: Path) -> None:
         hits = []
         for prompts in ([base], [base, other], shared, shared, [*shared, base, other, base[:96], base[:1]]):
             outputs = generate(llm, prompts, 40)
-            assert_right(folder, outputs)
+            assert_right(oracle(folder), outputs)
             hits.append([output.num_cached_tokens for output in outputs])
     assert hits[0] == [0]
     assert hits[1][0] >= BLOCK and hits[1][1] == 0
@@ -117,7 +115,7 @@ def test_a_conversation_continues_on_its_own_answer(folder: Path) -> None:
         hits = []
         for _ in range(4):
             outputs = generate(llm, [prompt], 37)
-            assert_right(folder, outputs)
+            assert_right(oracle(folder), outputs)
             hits.append(outputs[0].num_cached_tokens)
             prompt = [*prompt, *tokens_of(outputs)[0], 3, 1]
     assert hits[-1] > 0
@@ -129,7 +127,7 @@ def test_preempted_requests_begin_again(folder: Path, caching: bool) -> None:
     with running(folder, **options) as llm:
         outputs = generate(llm, prompts_of(*range(20, 44, 2), seed=7), 60)
         assert metric(llm, "num_preemptions") > 0
-        assert_right(folder, outputs)
+        assert_right(oracle(folder), outputs)
 
 
 @pytest.mark.parametrize("model", ["everything", "AC, activation"])
@@ -137,7 +135,7 @@ def test_compiled(folders: dict[str, Path], model: str) -> None:
     options = {"enforce_eager": False, "max_num_batched_tokens": 64, "max_num_seqs": 5}
     with running(folders[model], **options) as llm:
         for seed in range(2):
-            assert_right(folders[model], generate(llm, prompts_of(*LENGTHS, seed=seed)))
+            assert_right(oracle(folders[model]), generate(llm, prompts_of(*LENGTHS, seed=seed)))
 
 
 @sound_speculation
@@ -150,7 +148,7 @@ def test_drafts_from_the_prompt(folder: Path, options: dict[str, Any], caplog: p
     prompts += [[rng.choice((3, 4)) for _ in range(50)] for _ in range(2)]
     with caplog.at_level(logging.WARNING, "lamella"), running(folder, speculative_config=NGRAM, **options) as llm:
         assert not ON_CPU or not llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
-        assert_right(folder, generate(llm, prompts, 60))
+        assert_right(oracle(folder), generate(llm, prompts, 60))
         drafted, accepted = (metric(llm, f"spec_decode_num_{kind}_tokens") for kind in ("draft", "accepted"))
     assert 0 < accepted < drafted
     assert not ON_CPU or "prefix caching is off" in caplog.text
@@ -185,7 +183,7 @@ def test_the_demo_answers_questions(questions: tuple[list[Any], list[list[int]]]
     with running(CHECKPOINT, **options) as llm:
         for _ in range(2 if options.get("enable_prefix_caching") else 1):
             outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-            assert_right(CHECKPOINT, outputs)
+            assert_right(oracle(CHECKPOINT), outputs)
         if "speculative_config" in options:
             assert metric(llm, "spec_decode_num_accepted_tokens") > 0
     said = [" ".join(VOCABULARY[token] for token in tokens) for tokens in tokens_of(outputs)]
@@ -199,6 +197,7 @@ def test_bfloat16_is_no_further_from_the_truth_than_plain_torch(folder: Path, mo
     result = compare(
         CHECKPOINT if model == "demo" else folder,
         engine="vllm",
+        oracle="reference",
         dtype="bfloat16",
         prompts="random",
         count=12,
@@ -214,13 +213,16 @@ def test_bfloat16_is_no_further_from_the_truth_than_plain_torch(folder: Path, mo
 def test_architectures_that_vllm_has_are_served_under_a_prefix(config: type, tmp_path: Path) -> None:
     model = hf_checkpoint(tmp_path, config(vocab_size=VOCAB, **SHAPE, max_position_embeddings=256))
     own = model.config.architectures[0]
-    prompts = prompts_of(*LENGTHS)
-    expected = [greedy(lambda ids: model(ids).logits, prompt, 12) for prompt in prompts]
+
+    @torch.no_grad()
+    def logits_of(ids: list[int]) -> torch.Tensor:
+        return model(torch.tensor([ids])).logits[0]
+
     for architecture, module in ((own, "vllm."), (f"Lamella{own}", "lamella.")):
         with running(tmp_path, hf_overrides={"architectures": [architecture]}) as llm:
             (served,) = llm.apply_model(_module)
             assert served.startswith(module)
-            assert tokens_of(generate(llm, prompts, 12)) == expected
+            assert_right(logits_of, generate(llm, prompts_of(*LENGTHS), 12))
 
 
 def _module(model: torch.nn.Module) -> str:

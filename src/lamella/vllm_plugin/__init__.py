@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 
-logger = logging.getLogger("lamella")
+logger = logging.getLogger("vllm.lamella")  # whose lines stand among vLLM's own
 
 PREFIX = "Lamella"  # of the names under which architectures are served here that vLLM has a class of its own for
 

@@ -13,7 +13,7 @@ from lamella.vllm_plugin import compat
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-logger = logging.getLogger("lamella")
+logger = logging.getLogger("vllm.lamella")  # whose lines stand among vLLM's own
 
 # How drafts are found that need nothing from the model but its tokens.
 _DRAFTS = ("ngram", "ngram_gpu", "suffix")

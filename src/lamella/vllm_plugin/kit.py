@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ from lamella.vllm_plugin.state_layer import StateLayer, widest_slot
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.lamella")  # whose lines stand among vLLM's own
 
 
 class VllmGroup(Group):
@@ -79,6 +82,10 @@ class VllmKit:
         # All layers get slots of one shape, so that they are one group with small pages.
         self._slot = widest_slot(model, self.share, self.dtype)
         self._spare_rows = compat.num_speculative_tokens(config)
+        if self._slot is not None:
+            layers, (rows, channels) = len(model.layers), self._slot.shape
+            size = layers * (rows + self._spare_rows) * channels * self.dtype.itemsize
+            logger.info("state: %.2f MB a request, in one group of %d layers", size / 1e6, layers)
 
     def merged_linear(self, in_size: int, parts: Mapping[str, int], bias: bool, prefix: str) -> nn.Module:
         for name, width in parts.items():

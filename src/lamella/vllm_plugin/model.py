@@ -2,6 +2,7 @@
 """One model class for every architecture: lamella's layers with vLLM around them."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -24,6 +25,7 @@ from vllm.sequence import IntermediateTensors
 
 from lamella.config import ModelConfig
 from lamella.distributed.sharding import Share
+from lamella.errors import ConfigError
 from lamella.layers.decoder import DecoderLayer
 from lamella.layers.norm import RMSNorm
 from lamella.layers.rotary import Positions
@@ -135,7 +137,10 @@ class HybridModel(Model, HasInnerState, IsHybrid):
             Share(0, vllm_config.parallel_config.tensor_parallel_size),
             vllm_config.model_config.dtype,
         )
-        assert slot is not None
+        if slot is None:
+            raise ConfigError(
+                f"{cls.architecture}: no layer keeps slot state; its class must say has_slot_state = False"
+            )
         return ((slot.shape[0] + compat.num_speculative_tokens(vllm_config), slot.shape[1]),)
 
     @classmethod
@@ -171,6 +176,7 @@ def model_class(name: str) -> type[Model]:
 
 def __getattr__(name: str) -> type[Model]:
     """The classes by name, as vLLM's registry imports them."""
-    if not name.endswith("ForCausalLM"):
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    return model_class(name)
+    if not name.startswith("_"):
+        with suppress(ConfigError):
+            return model_class(name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")

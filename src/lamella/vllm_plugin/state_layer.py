@@ -29,6 +29,7 @@ from vllm.v1.attention.backends.short_conv_attn import (
 from lamella.config import ModelConfig
 from lamella.distributed.group import Group
 from lamella.distributed.sharding import Share
+from lamella.errors import ConfigError
 from lamella.layers.context import ForwardBatch, forward_batch, require_batch
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import LocalKit, SlotHolder, state_holders
@@ -45,7 +46,12 @@ def widest_slot(model: ModelConfig, share: Share, dtype: torch.dtype) -> SlotSta
     specs = {holder.spec for holder in state_holders(layers) if isinstance(holder.spec, SlotState)}
     if not specs:
         return None
-    assert all(len(spec.shape) == 2 and spec.dtype == dtype for spec in specs), "only convolutions' inputs so far"
+    for spec in specs:
+        if len(spec.shape) != 2 or spec.dtype != dtype:
+            raise ConfigError(
+                f"{model.architecture}: slot state {spec.shape} in {spec.dtype} cannot be kept in vLLM yet, "
+                "only the last inputs of convolutions, in the model's dtype"
+            )
     return SlotState(tuple(max(sizes) for sizes in zip(*(spec.shape for spec in specs), strict=True)), dtype)
 
 

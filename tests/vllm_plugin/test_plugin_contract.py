@@ -1,0 +1,489 @@
+"""What vLLM asks of a model with slot state, and what is refused; the arithmetic of slots; strict loading."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from helpers import VOCAB, canon_config
+from lamella.distributed.sharding import Share
+from lamella.errors import CheckpointError
+from lamella.models.hf_config import HFConfig
+from lamella.models.registry import architectures, resolve_architecture
+from lamella.ops.ragged import RaggedBatch
+from lamella.vllm_plugin import PREFIX, compat
+from lamella.vllm_plugin.model import model_class
+from lamella.vllm_plugin.registration import OPERATIONS, register_all, served_names
+from lamella.vllm_plugin.state_layer import (
+    StateLayer,
+    StateMetadata,
+    StateMetadataBuilder,
+    advance_window,
+    widest_slot,
+)
+from vllm_plugin.plugin_helpers import (
+    NGRAM,
+    ON_CPU,
+    SHAPE,
+    assert_right,
+    canon,
+    generate,
+    oracle,
+    prompts_of,
+    running,
+    scheduler_of,
+)
+
+register_all()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return canon(tmp_path_factory.mktemp("canon"))
+
+
+class TestClasses:
+    @pytest.mark.parametrize("name", served_names())
+    def test_flags(self, name: str) -> None:
+        from vllm.model_executor.models import interfaces
+
+        cls = model_class(name)
+        stateful = resolve_architecture(name.removeprefix(PREFIX)).has_slot_state
+        assert stateful == ("Canon" in name)
+        assert interfaces.is_hybrid(cls) == interfaces.has_inner_state(cls) == stateful
+        assert interfaces.supports_pp(cls) and interfaces.supports_lora(cls)
+        # The flag of another contract, which vLLM's own short convolutions have.
+        assert not getattr(cls, "supports_mamba_prefix_caching", False)
+
+    @pytest.mark.parametrize("name", architectures())
+    def test_both_names_are_registered(self, name: str) -> None:
+        own = compat.module_of(name)
+        assert own == "lamella.vllm_plugin.model" or own.startswith("vllm.")
+        assert compat.module_of(f"{PREFIX}{name}") == "lamella.vllm_plugin.model"
+
+    def test_state_is_copied_by_vllms_own_function(self) -> None:
+        from vllm.model_executor.layers.mamba.mamba_utils import get_conv_copy_spec
+
+        cls = model_class("LlamaCanonForCausalLM")
+        assert cls.get_mamba_state_copy_func() == (get_conv_copy_spec,)
+        assert cls.get_mamba_state_copy_funcs({"a", "b"}) == dict.fromkeys("ab", (get_conv_copy_spec,))
+
+    def test_graphs_are_split_at_the_operations(self) -> None:
+        from vllm.config import CompilationConfig
+
+        assert [CompilationConfig._attention_ops.count(name) for name in OPERATIONS] == [1] * len(OPERATIONS)
+
+    def test_both_runners_hand_accepted_counts_to_the_builder(self) -> None:
+        from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder
+        from vllm.v1.attention.backends.short_conv_attn import ShortConvAttentionMetadataBuilder
+
+        wanted = ShortConvAttentionMetadataBuilder if compat.at_least(0, 29) else GDNAttentionMetadataBuilder
+        assert issubclass(StateMetadataBuilder, wanted)
+
+    def test_what_a_request_of_an_8b_model_holds(self) -> None:
+        """One holder a layer fills its pages; one for each convolution would pad every one to the widest's."""
+        sizes = {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 128256,
+        }
+        values = canon_config(**sizes)
+        config = resolve_architecture("LlamaCanonForCausalLM").read_config(HFConfig(values))
+        slot = widest_slot(config, Share(), torch.bfloat16)
+        assert slot is not None
+        assert 32 * slot.bytes_per_request == 8_257_536
+        kv_page = 16 * 2 * 8 * 128 * 2  # of the fewest tokens that a block has
+
+        def held(holders: int, most: int) -> int:
+            return 32 * holders * math.ceil(most / kv_page) * kv_page
+
+        assert held(1, slot.bytes_per_request) == 8_388_608
+        assert held(4, 3 * 2 * 14336 * 2) == 25_165_824
+
+
+@pytest.fixture(
+    scope="class",
+    params=[
+        {},
+        pytest.param(
+            {"speculative_config": NGRAM, "enable_prefix_caching": False},
+            marks=pytest.mark.skipif(not compat.speculation_is_sound(), reason="this vLLM's speculation is refused"),
+        ),
+    ],
+    ids=["", "drafts"],
+)
+def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Any]:
+    with running(folder, **request.param) as llm:
+        yield llm
+
+
+class TestEngine:
+    def test_pages_have_the_shape_that_was_announced(self, engine: Any) -> None:
+        config = engine.llm_engine.vllm_config
+        cls = model_class("LlamaCanonForCausalLM")
+        ((rows, channels),) = cls.get_mamba_state_shape_from_config(config)
+        assert rows == 3 + compat.num_speculative_tokens(config)
+        assert channels == 64 + 8 * 32 + 64 + 2 * 96
+        holders = state_layers(engine)
+        assert len(holders) == 3
+        for holder in holders:
+            assert holder.get_state_shape() == ((rows, channels),)
+            assert holder.get_state_dtype() == cls.get_mamba_state_dtype_from_config(config) == (torch.float32,)
+            assert holder.kv_cache[0].shape[1:] == (rows, channels)
+            assert holder.kv_cache[0].shape[0] >= config.cache_config.num_gpu_blocks
+
+    def test_attention_and_state_are_a_group_each(self, engine: Any) -> None:
+        groups = scheduler_of(engine).kv_cache_config.kv_cache_groups
+        names = [sorted(group.layer_names) for group in groups]
+        assert sorted(names) == [
+            [f"model.layers.{index}.history" for index in range(3)],
+            [f"model.layers.{index}.mixer.attention.attn" for index in range(3)],
+        ]
+        assert len({group.kv_cache_spec.page_size_bytes for group in groups}) == 1
+        assert not ON_CPU or {group.kv_cache_spec.block_size for group in groups} <= {32, 256}
+
+
+def state_layers(llm: Any) -> list[StateLayer]:
+    (found,) = llm.apply_model(lambda model: [module for module in model.modules() if isinstance(module, StateLayer)])
+    return found
+
+
+@pytest.fixture(scope="class")
+def unfilled(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A model in vLLM's hands before its weights are."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    config = configured(folder)
+    meeting = tmp_path_factory.mktemp("group") / "file"
+    with set_current_vllm_config(config):
+        init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
+        initialize_model_parallel()
+        yield initialize_model(vllm_config=config)
+        cleanup_dist_env_and_memory()
+
+
+class TestLoading:
+    def test_what_is_loaded_is_all_that_there_is(self, unfilled: Any, folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        assert unfilled.load_weights(tensors.items()) == {name for name, _ in unfilled.named_parameters()}
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"), r"missing: model\.layers\.1\.self_attn\.k_pr"),
+            (lambda t: t.pop("model.layers.2.canonA.weight"), r"missing: model\.layers\.2\.canonA\.weight$"),
+            (lambda t: t.update({"model.layers.0.canonE.weight": torch.ones(3)}), r"unexpected: .*\.0\.canonE\.weight"),
+            (lambda t: t.update({"model.norm.weight": torch.ones(65)}), r"model\.norm\.weight has shape \(65,\), .*64"),
+            (lambda t: t.update({"model.layers.0.mlp.up_proj.weight": torch.ones(96, 63)}), r"up_proj.* \(96, 63\)"),
+        ],
+        ids=["missing projection", "missing convolution", "unexpected", "norm's shape", "projection's shape"],
+    )
+    def test_tensors_that_do_not_fit_are_named(
+        self, unfilled: Any, folder: Path, change: Callable[[dict[str, Tensor]], Any], message: str
+    ) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        with pytest.raises(CheckpointError, match=message):
+            unfilled.load_weights(tensors.items())
+
+    def test_a_tensor_that_stands_twice_is_named(self, unfilled: Any, folder: Path) -> None:
+        tensors = list(load_file(folder / "model.safetensors").items())
+        with pytest.raises(CheckpointError, match=f"tensor {tensors[0][0]} stands in the checkpoint twice"):
+            unfilled.load_weights([*tensors, tensors[0]])
+
+
+def test_an_engine_does_not_start_with_half_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.canonD.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(CheckpointError, match=r"missing: model\.layers\.0\.mlp\.canonD\.weight$"), running(tmp_path):
+        pass
+
+
+def test_quantised_projections_beside_whole_convolutions(folder: Path, tmp_path: Path) -> None:
+    """Those of layer 1's attention are left whole, under the names that they have in the file."""
+    pytest.importorskip("compressed_tensors")
+    tensors, whole, kept = load_file(folder / "model.safetensors"), {}, []
+    stored = {}
+    for name, tensor in tensors.items():
+        whole[name] = stored[name] = tensor
+        if not name.endswith("_proj.weight"):
+            continue
+        if "layers.1.self_attn" in name:
+            kept.append(name.removesuffix(".weight"))
+            continue
+        scale = tensor.abs().amax(1, keepdim=True) / 127
+        stored[name] = (tensor / scale).round().to(torch.int8)
+        stored[f"{name}_scale"] = scale
+        whole[name] = stored[name] * scale
+    config = json.loads((folder / "config.json").read_text())
+    grid = {"num_bits": 8, "type": "int", "symmetric": True}
+    scheme = {
+        "targets": ["Linear"],
+        "weights": grid | {"strategy": "channel", "dynamic": False},
+        "input_activations": grid | {"strategy": "token", "dynamic": True},
+    }
+    quantisation = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"group_0": scheme},
+        "ignore": ["lm_head", *kept],
+    }
+    for name, files, values in (
+        ("whole", whole, config),
+        ("stored", stored, config | {"quantization_config": quantisation}),
+    ):
+        (tmp_path / name).mkdir()
+        save_file(files, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text(json.dumps(values))
+    with running(tmp_path / "stored", dtype="bfloat16") as llm:
+        (types,) = llm.apply_model(
+            lambda model: {
+                name.removeprefix("model.layers."): module.weight.dtype
+                for name, module in model.named_modules()
+                if name.endswith("_proj")
+            }
+        )
+        outputs = generate(llm, prompts_of(3, 20), 1)
+    assert types["1.mixer.qkv_proj"] == types["1.mixer.o_proj"] == torch.bfloat16
+    assert types["0.mixer.qkv_proj"] == types["1.feed_forward.gate_up_proj"] == torch.int8
+    for output in outputs:
+        ((token, said),) = output.outputs[0].logprobs[0].items()
+        truth = oracle(tmp_path / "whole")(output.prompt_token_ids)[-1].log_softmax(-1)
+        assert said.logprob == pytest.approx(float(truth[token]), abs=0.1)
+
+
+class TestWindows:
+    """Slots with spare rows, which speculation needs."""
+
+    @pytest.mark.parametrize("seed", range(12))
+    def test_a_window_is_the_last_accepted_inputs(self, seed: int) -> None:
+        rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        size, spare, channels = rng.randint(1, 4), rng.randint(1, 4), 3
+        rows = torch.full((9, size + spare, channels), torch.nan)
+        slots = rng.sample(range(9), 5)
+        seen: list[list[Tensor]] = [[] for _ in slots]
+        accepted, drafting = [1] * 5, [False] * 5
+        for _ in range(40):
+            chosen = rng.sample(range(5), rng.randint(1, 5))
+            for request in chosen:
+                drafting[request] |= bool(seen[request]) and rng.random() < 0.5
+            decodes = [request for request in chosen if drafting[request]]
+            order = decodes + [request for request in chosen if not drafting[request]]
+            lengths = [rng.randint(1, 1 + spare) if drafting[request] else rng.randint(1, 6) for request in order]
+            x = torch.randn(sum(lengths), channels, generator=generator)
+            found, index = advance_window(
+                rows,
+                torch.tensor([slots[request] for request in order]),
+                size,
+                x,
+                starts_of(lengths),
+                metadata(
+                    num_decodes=len(decodes),
+                    num_prefills=len(order) - len(decodes),
+                    num_accepted_tokens=torch.tensor([accepted[request] for request in decodes], dtype=torch.int32),
+                ),
+            )
+            assert index.tolist() == list(range(len(order)))
+            for request, window, new in zip(order, found, x.split(lengths), strict=True):
+                known = seen[request][-size:]
+                assert not known or torch.equal(window[size - len(known) :], torch.stack(known))
+                accepted[request] = rng.randint(1, len(new)) if drafting[request] else 1
+                seen[request] += new[: accepted[request] if drafting[request] else len(new)]
+        untouched = [slot for slot in range(9) if slot not in slots]
+        assert rows[untouched].isnan().all()
+
+    def test_a_padding_request_has_neither_tokens_nor_effects(self) -> None:
+        """In a captured step they have length 0, and the reserved slot 0."""
+        rows = torch.arange(60.0).view(4, 5, 3)
+        before, x = rows.clone(), -torch.arange(6.0).view(2, 3)
+        accepted = torch.tensor([2, 1, 1])
+        history, _ = advance_window(
+            rows,
+            torch.tensor([2, 0, 0]),
+            3,
+            x,
+            torch.tensor([0, 2, 2, 2]),
+            metadata(num_decodes=3, num_accepted_tokens=accepted),
+        )
+        assert torch.equal(history[0], before[2, 1:4])
+        assert torch.equal(rows[2, :4], torch.cat([before[2, 2:4], x]))
+        assert torch.equal(rows[[1, 3]], before[[1, 3]])
+
+
+class TestBatches:
+    @pytest.mark.parametrize("seed", range(12))
+    @pytest.mark.parametrize("spare", [0, 3])
+    def test_a_step_in_our_terms(self, seed: int, spare: int) -> None:
+        rng = random.Random(seed)
+        decodes, prefills = rng.choice([(0, 3), (4, 0), (3, 2), (1, 1)])
+        query = [rng.randint(1, 1 + spare) for _ in range(decodes)] + [rng.randint(1, 9) for _ in range(prefills)]
+        context = [length + rng.randint(1, 50) * (rng.random() < 0.7) for length in query]
+        slots = torch.tensor(rng.sample(range(1, 30), len(query)), dtype=torch.int32)
+        batch = step(query, context, slots, decodes, spare).batch()
+        expected = RaggedBatch.from_lengths(query, context)
+        for name in ("positions", "query_start_loc", "seq_lens", "token_request"):
+            assert getattr(batch.ragged, name).tolist() == getattr(expected, name).tolist(), name
+        assert batch.ragged.positions.dtype == torch.int64
+        assert batch.ragged.num_decodes == (0 if spare else decodes)
+        assert batch.slots is not None and batch.slots.tolist() == slots.tolist()
+        assert batch.slots.dtype == torch.int64
+
+    @pytest.mark.parametrize("spare", [0, 3])
+    def test_padding_requests_of_a_captured_step(self, spare: int) -> None:
+        query = [1 + spare] * 2
+        slots = torch.tensor([5, 7, 0, 0], dtype=torch.int32)
+        made = step(query, [9, 20], slots, 4, spare, padding=2).batch()
+        expected = RaggedBatch.from_lengths(query, [9, 20])
+        tokens = expected.num_tokens
+        assert made.ragged.positions[:tokens].tolist() == expected.positions.tolist()
+        assert made.ragged.token_request[:tokens].tolist() == expected.token_request.tolist()
+        assert made.slots is not None and made.slots[:2].tolist() == [5, 7]
+
+    def test_it_is_made_once_a_step(self) -> None:
+        made = step([1, 4], [3, 4], torch.tensor([1, 2]), 1, 0)
+        assert made.batch() is made.batch()
+
+
+def starts_of(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def metadata(**values: Any) -> StateMetadata:
+    """A step's, of which the test says what counts."""
+    required = {field.name: None for field in fields(StateMetadata) if field.default is MISSING}
+    counts = dict.fromkeys(("num_prefills", "num_prefill_tokens", "num_decodes", "num_decode_tokens", "num_reqs"), 0)
+    return StateMetadata(**(required | counts | values))
+
+
+def step(
+    query: list[int], context: list[int], slots: Tensor, decodes: int, spare: int, padding: int = 0
+) -> StateMetadata:
+    """As the builder makes it: decodes first, their slots in a table's first column."""
+    real = decodes - padding
+    return metadata(
+        num_decodes=decodes,
+        num_decode_tokens=sum(query[:real]),
+        num_prefills=len(query) - real,
+        num_prefill_tokens=sum(query[real:]),
+        state_indices_tensor_d=torch.stack([slots[:decodes], slots[:decodes] + 100], 1) if decodes else None,
+        state_indices_tensor_p=slots[decodes:] if len(query) > real else None,
+        seq_lens=torch.tensor([*context, *[0] * padding], dtype=torch.int32),
+        query_start_loc=starts_of([*query, *[0] * padding]),
+        index=torch.arange(100),
+        spare_rows=spare,
+    )
+
+
+def configured(folder: Path, **options: Any) -> Any:
+    """vLLM's config of an engine that is not built."""
+    from vllm import EngineArgs
+
+    settings = {"dtype": "float32", "max_model_len": 128, "skip_tokenizer_init": True}
+    return EngineArgs(model=str(folder), **(settings | options)).create_engine_config()
+
+
+def refused(message: str) -> Any:
+    """vLLM's config classes turn a `ConfigError` into an error of their own, which has its text."""
+    return pytest.raises(ValueError, match=message)
+
+
+class TestChecks:
+    def test_nothing_is_wrong_with_the_defaults(self, folder: Path) -> None:
+        config = configured(folder)
+        assert config.model_config.is_hybrid
+        assert not ON_CPU or config.cache_config.block_size == 32
+
+    def test_a_block_size_that_was_asked_for_stays(self, folder: Path) -> None:
+        assert configured(folder, block_size=64).cache_config.block_size == 64
+
+    def test_state_of_another_dtype(self, folder: Path) -> None:
+        configured(folder, mamba_cache_dtype="auto")
+        with refused("mamba_cache_dtype='float32': state has the model's dtype"):
+            configured(folder, dtype="bfloat16", mamba_cache_dtype="float32")
+
+    def test_the_other_order_of_rows(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from vllm.model_executor.layers.mamba import mamba_utils
+
+        monkeypatch.setattr(mamba_utils, "is_conv_state_dim_first", lambda: True)
+        with refused("VLLM_SSM_CONV_STATE_LAYOUT=DS"):
+            configured(folder)
+
+    @pytest.mark.skipif(compat.at_least(0, 32), reason="this vLLM has no such mode")
+    def test_states_at_every_block(self, folder: Path) -> None:
+        with refused("mamba_cache_mode='all'"):
+            configured(folder, mamba_cache_mode="all")
+
+    @pytest.mark.skipif(compat.has_sound_partial_hits(), reason="in this vLLM they are right, or absent")
+    def test_hits_within_a_block(self, folder: Path) -> None:
+        with refused("prefix_match_unit=16: .*leave it out"):
+            configured(folder, prefix_match_unit=16, enable_prefix_caching=True)
+
+    @pytest.mark.skipif(not ON_CPU, reason="a fault of vLLM's on CPUs")
+    def test_adapters(self, folder: Path) -> None:
+        with refused("enable_lora on CPU"):
+            configured(folder, enable_lora=True)
+
+    @pytest.mark.skipif(not ON_CPU, reason="a fault of vLLM's on CPUs")
+    def test_eager_stages(self, folder: Path) -> None:
+        with refused("enforce_eager with pipeline_parallel_size > 1"):
+            configured(folder, pipeline_parallel_size=2, enforce_eager=True)
+
+    def test_drafts_of_a_model(self, folder: Path) -> None:
+        drafts = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 2}
+        with refused(r"speculative_config: method 'draft_model' .* there are ngram, "):
+            configured(folder, speculative_config=drafts)
+
+    def test_drafts_in_a_vllm_that_forgets_what_was_accepted(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(compat, "speculation_is_sound", lambda: False)
+        with refused(r"speculative_config: up to 0\.31"):
+            configured(folder, speculative_config=NGRAM)
+
+    @pytest.mark.skipif(not compat.speculation_is_sound(), reason="this vLLM's speculation is refused")
+    def test_drafts_turn_prefix_caching_off_on_cpus(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level(logging.WARNING, "lamella"):
+            config = configured(folder, speculative_config=NGRAM)
+        assert ("prefix caching is off" in caplog.text) == ON_CPU
+        assert not ON_CPU or not config.cache_config.enable_prefix_caching
+
+    def test_a_model_without_state_is_left_alone(self, tmp_path: Path) -> None:
+        from transformers import LlamaConfig
+
+        config = LlamaConfig(vocab_size=VOCAB, **SHAPE, max_position_embeddings=256)
+        config.architectures = ["LamellaLlamaForCausalLM"]
+        config.save_pretrained(tmp_path)
+        made = configured(tmp_path, speculative_config=NGRAM)
+        assert not made.model_config.is_hybrid
+        assert not ON_CPU or made.cache_config.block_size == 128
+
+    def test_a_canon_without_canons_has_no_state(self, tmp_path: Path) -> None:
+        folder = canon(tmp_path, canon_set="")
+        assert not configured(folder).model_config.is_hybrid
+        with running(folder) as llm:
+            assert_right(oracle(folder), generate(llm, prompts_of(1, 30)))

@@ -1,0 +1,53 @@
+"""Two ranks: each holds its channels of a slot, or its layers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_plugin.plugin_helpers import ENVIRONMENT, ON_CPU, canon
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+pytestmark = pytest.mark.skipif(
+    (os.cpu_count() or 1) < 2 if ON_CPU else torch.cuda.device_count() < 2, reason="needs two cores or two GPUs"
+)
+
+
+# On CPUs vLLM's stages need the pass that warms a compiled model up, which VLLM_CPU_CI_ENV leaves out.
+TRACED = {"enforce_eager": False} | ({"compilation_config": {"mode": 2, "backend": "eager"}} if ON_CPU else {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({"num_key_value_heads": 1}, {"tensor_parallel_size": 2}),
+        ({"tie_word_embeddings": True}, {"pipeline_parallel_size": 2} | TRACED),
+    ],
+    ids=["tensor", "pipeline"],
+)
+def test_tokens_are_those_of_one_rank(tmp_path: Path, changes: dict[str, Any], options: dict[str, Any]) -> None:
+    """Under tensor parallelism both ranks have the one head of keys, and the norm spans the queries of both."""
+    folder = canon(tmp_path / "model", num_hidden_layers=4, **changes)
+    separate = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_CI_ENV": "0"}
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "vllm_plugin.plugin_helpers",
+            folder,
+            json.dumps(options | {"max_num_batched_tokens": 64}),
+        ],
+        env={**os.environ, **ENVIRONMENT, **separate, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0 and result.stdout.splitlines()[-1] == "right", result.stdout + result.stderr
