@@ -124,7 +124,9 @@ def test_decode_replays_with_other_lengths():
         queries = torch.cat([q, torch.full_like(q[:1], torch.nan)])[:4]
         decode.plan_decode(lengths, None, workspace)
         for _layer in range(2):
-            actual = decode.decode_attention(queries, k_cache, v_cache, table, 0.2, workspace)
+            out = torch.full(queries.shape, torch.nan, device=device)
+            actual = decode.decode_attention(queries, k_cache, v_cache, table, 0.2, workspace, out=out)
+            assert not workspace.arrived.any()
             expected = reference.paged_attention(q, k_cache, v_cache, table, batch, 0.2, None)
             assert_near(actual[: len(context)], expected)
 

@@ -36,14 +36,15 @@ class Settings(NamedTuple):
 FEW_REQUESTS, _SHORT_CHUNK, _LONG_CHUNK = 8, 128, 512
 SORTED = True  # work is handed out the longest first
 AHEAD = 2  # before a program has done its work, it asks for more (1) and loads queries and pages (2)
-DEALT = 0  # eighths of the work that go by number; the rest, to whoever has time
+# Eighths of the work that go by number; the rest, to whoever has time. Only where all programs run at a time.
+DEALT = 0
 # By head_dim, padded to a power of two, and bytes per element.
 _SETTINGS = {
-    (16, 2): Settings(128, 4, 5, 4),
-    (32, 2): Settings(128, 4, 5, 4),
+    (16, 2): Settings(128, 4, 3, 4),
+    (32, 2): Settings(128, 4, 3, 4),
     (64, 2): Settings(128, 4, 3, 3, 168),
     (128, 2): Settings(64, 4, 3, 3, 168),
-    (256, 2): Settings(32, 4, 5, 3),
+    (256, 2): Settings(32, 4, 3, 3),
     (16, 4): Settings(64, 4, 3, 4),
     (32, 4): Settings(64, 4, 3, 4),
     (64, 4): Settings(32, 4, 3, 3),
@@ -109,10 +110,12 @@ def plan_decode(seq_lens: Tensor, window: int | None, workspace: DecodeWorkspace
     requests = seq_lens.shape[0]
     assert seq_lens.dtype == torch.int32 and seq_lens.is_contiguous()
     assert requests * workspace.kv_heads < workspace.arrived.shape[0]
+    padded = triton.next_power_of_2(requests)
     _plan_kernel[(requests,)](
         seq_lens, requests, workspace.items, workspace.items.shape[1], workspace.num_items,
-        PADDED=triton.next_power_of_2(requests), WINDOW=window or 0, SORTED=SORTED,
+        PADDED=padded, WINDOW=window or 0, SORTED=SORTED,
         CHUNK=workspace.chunk or (_SHORT_CHUNK if requests <= FEW_REQUESTS else _LONG_CHUNK),
+        num_warps=1 if padded <= 128 else 4,
         **dependent_launch(seq_lens),
     )  # fmt: skip
     # Attention reads the plan before it waits for the launch ahead of it, so that must not be the plan's own.
