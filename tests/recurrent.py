@@ -15,6 +15,7 @@ from lamella.layers.block_input import BlockInput
 from lamella.layers.canon import CanonHistory
 from lamella.layers.context import require_batch
 from lamella.layers.kit import Kit
+from lamella.layers.rotary import Positions
 from lamella.models.base import CausalLM
 from lamella.models.hf_config import HFConfig
 from lamella.parity.oracle import MIXERS, Oracle

@@ -33,11 +33,7 @@ class Settings(NamedTuple):
 
 
 # Few requests are cut finely, so that there is work for every multiprocessor; many give enough of it uncut.
-FEW_REQUESTS, _SHORT_CHUNK, _LONG_CHUNK = 8, 128, 512
-SORTED = True  # work is handed out the longest first
-AHEAD = 2  # before a program has done its work, it asks for more (1) and loads queries and pages (2)
-# Eighths of the work that go by number; the rest, to whoever has time. Only where all programs run at a time.
-DEALT = 0
+FEW_REQUESTS, _SHORT_CHUNK, _LONG_CHUNK = 8, 128, 1024
 # By head_dim, padded to a power of two, and bytes per element.
 _SETTINGS = {
     (16, 2): Settings(128, 4, 3, 4),
@@ -113,7 +109,7 @@ def plan_decode(seq_lens: Tensor, window: int | None, workspace: DecodeWorkspace
     padded = triton.next_power_of_2(requests)
     _plan_kernel[(requests,)](
         seq_lens, requests, workspace.items, workspace.items.shape[1], workspace.num_items,
-        PADDED=padded, WINDOW=window or 0, SORTED=SORTED,
+        PADDED=padded, WINDOW=window or 0,
         CHUNK=workspace.chunk or (_SHORT_CHUNK if requests <= FEW_REQUESTS else _LONG_CHUNK),
         num_warps=1 if padded <= 128 else 4,
         **dependent_launch(seq_lens),
@@ -156,7 +152,7 @@ def decode_attention(
         workspace.arrived, workspace.parts, workspace.maxima, workspace.sums, out, scale * LOG2_E,
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, PAGE_SIZE=page_size, ROWS=max(16, padded_group),
         PADDED_GROUP=padded_group, PADDED=padded, BLOCK=settings.block,
-        PARTS=max(1, 4096 // (padded_group * padded)), AHEAD=AHEAD, DEALT=DEALT,
+        PARTS=max(1, 4096 // (padded_group * padded)),
         num_warps=settings.num_warps, num_stages=settings.num_stages, maxnreg=settings.registers,
         **dependent_launch(q),
     )  # fmt: skip
@@ -183,7 +179,7 @@ def _chunking(length, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
 @triton.jit(do_not_specialize=["requests"])
 def _plan_kernel(
     lengths_ptr, requests, items_ptr, max_items, num_items_ptr,
-    PADDED: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SORTED: tl.constexpr, PDL: tl.constexpr,
+    PADDED: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
     others = tl.arange(0, PADDED)
@@ -197,16 +193,14 @@ def _plan_kernel(
     length = tl.load(lengths_ptr + request)
     start, size, count = _chunking(length, WINDOW, CHUNK)
     chunks = tl.arange(0, MAX_CHUNKS)
-    places = first + chunks
-    if SORTED:
-        # Every chunk's place is the number of those that go before it: longer ones, or as long and of requests before.
-        # All chunks of a request but the last have its size; of as long chunks, these go first.
-        whole = tl.maximum(counts - 1, 0)
-        lasts = lengths - starts - whole * sizes
-        last = length - start - (count - 1) * size
-        ahead = tl.where((sizes > size) | ((sizes == size) & before), whole, 0) + (lasts > size).to(tl.int32)
-        ahead_of_last = tl.where(sizes >= last, whole, 0) + ((lasts > last) | ((lasts == last) & before)).to(tl.int32)
-        places = tl.where(chunks < count - 1, tl.sum(ahead) + chunks, tl.sum(ahead_of_last))
+    # Every chunk's place is the number of those that go before it: longer ones, or as long and of requests before.
+    # All chunks of a request but the last have its size; of as long chunks, these go first.
+    whole = tl.maximum(counts - 1, 0)
+    lasts = lengths - starts - whole * sizes
+    last = length - start - (count - 1) * size
+    ahead = tl.where((sizes > size) | ((sizes == size) & before), whole, 0) + (lasts > size).to(tl.int32)
+    ahead_of_last = tl.where(sizes >= last, whole, 0) + ((lasts > last) | ((lasts == last) & before)).to(tl.int32)
+    places = tl.where(chunks < count - 1, tl.sum(ahead) + chunks, tl.sum(ahead_of_last))
     mine = chunks < count
     chunk_starts = start + chunks * size
     item_ptrs = items_ptr + places
@@ -236,20 +230,17 @@ def _decode_kernel(
     q_ptr, q_stride, k_ptr, v_ptr, page_stride, row_stride, head_stride, table_ptr, table_stride,
     items_ptr, max_items, num_items_ptr, arrived_ptr, parts_ptr, maxima_ptr, sums_ptr, out_ptr, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr,
-    PADDED_GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
-    AHEAD: tl.constexpr, DEALT: tl.constexpr, PDL: tl.constexpr,
+    PADDED_GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, PADDED)
     inside = dims < DIM
     cells = rows[:, None] * DIM + dims[None, :]  # of a group's q, parts and output
     cell_mask = (rows < GROUP)[:, None] & inside[None, :]
-    programs = tl.num_programs(0)
     unit = tl.program_id(0)
     # The item is loaded together with what tells whether there is such an item: at batch 1, a wait less.
     request, start, end, index, first, count = load_item(items_ptr, max_items, unit // KV_HEADS)
     units = tl.load(num_items_ptr) * KV_HEADS
-    dealt = tl.maximum(units * DEALT // (8 * programs), 1) * programs
     wait_for_predecessor(PDL)
     if unit < units:
         q, pages = _load_first(
@@ -258,9 +249,9 @@ def _decode_kernel(
         )  # fmt: skip
         while unit < units:
             kv_head = unit % KV_HEADS
-            if AHEAD > 0:
-                next_unit = _next_unit(unit, units, dealt, arrived_ptr)
-                next_item = load_item(items_ptr, max_items, tl.minimum(next_unit, units - 1) // KV_HEADS)
+            # Asked for now, so that it is there when it is wanted.
+            next_unit = _next_unit(unit, units, arrived_ptr)
+            next_item = load_item(items_ptr, max_items, tl.minimum(next_unit, units - 1) // KV_HEADS)
             pages_ptr = table_ptr + request.to(tl.int64) * table_stride
             k_head_ptr = k_ptr + kv_head * head_stride
             v_head_ptr = v_ptr + kv_head * head_stride
@@ -284,36 +275,27 @@ def _decode_kernel(
                 v = tl.load(v_head_ptr + cached, mask=mask, other=0.0)
                 part = tl.dot(weights.to(v.dtype), v, part * shrink[:, None], input_precision="ieee")
                 maximum = new_maximum
-            if AHEAD == 2:
-                q, pages = _load_first(
-                    q_ptr, q_stride, table_ptr, table_stride, next_item[0], next_item[1], next_item[2],
-                    next_unit % KV_HEADS, cells, cell_mask, GROUP, DIM, PAGE_SIZE, BLOCK,
-                )  # fmt: skip
-
+            q, pages = _load_first(
+                q_ptr, q_stride, table_ptr, table_stride, next_item[0], next_item[1], next_item[2],
+                next_unit % KV_HEADS, cells, cell_mask, GROUP, DIM, PAGE_SIZE, BLOCK,
+            )  # fmt: skip
             finish(
                 part, maximum, total, request, kv_head, index, first, count, cells, cell_mask,
                 arrived_ptr, parts_ptr, maxima_ptr, sums_ptr, out_ptr,
                 KV_HEADS, GROUP, DIM, ROWS, PADDED_GROUP, PADDED, PARTS,
             )  # fmt: skip
-            if AHEAD == 0:
-                next_unit = _next_unit(unit, units, dealt, arrived_ptr)
-                next_item = load_item(items_ptr, max_items, tl.minimum(next_unit, units - 1) // KV_HEADS)
-            if AHEAD < 2:
-                q, pages = _load_first(
-                    q_ptr, q_stride, table_ptr, table_stride, next_item[0], next_item[1], next_item[2],
-                    next_unit % KV_HEADS, cells, cell_mask, GROUP, DIM, PAGE_SIZE, BLOCK,
-                )  # fmt: skip
             unit = next_unit
             request, start, end, index, first, count = next_item
 
 
 @triton.jit
-def _next_unit(unit, units, dealt, arrived_ptr):
-    """The next unit of work of the program that has `unit`, at least `units` if there is none."""
+def _next_unit(unit, units, arrived_ptr):
+    """What follows `unit` for its program, at least `units` if nothing does. The first units go by number; if there are
+    more, whoever has time takes the next."""
     programs = tl.num_programs(0)
     unit += programs
-    if unit >= dealt and units > dealt:
-        unit = dealt + tl.atomic_add(arrived_ptr, 1, sem="relaxed", scope="gpu")
+    if units > programs:
+        unit = programs + tl.atomic_add(arrived_ptr, 1, sem="relaxed", scope="gpu")
         if unit == units + programs - 1:  # every program has asked in vain: no one will ask again
             tl.store(arrived_ptr, 0)
     return unit
