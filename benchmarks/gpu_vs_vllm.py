@@ -115,6 +115,19 @@ def workloads(run: Run) -> dict[str, float]:
     }
 
 
+def timed(llm: Any, params_class: Any) -> Run:
+    """How long an `LLM`, lamella's or vLLM's, needs."""
+
+    def run(prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
+        common = {"temperature": 0.6, "ignore_eos": True, "detokenize": False}
+        params = [params_class(max_tokens=length, **common) for length in lengths]
+        start = time.perf_counter()
+        llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], params, use_tqdm=False)
+        return time.perf_counter() - start
+
+    return run
+
+
 def run_vllm(path: str) -> dict[str, Any]:
     import vllm
 
@@ -127,15 +140,7 @@ def run_vllm(path: str) -> dict[str, Any]:
         enable_prefix_caching=False,
     )
 
-    def run(prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
-        params = [
-            vllm.SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n, detokenize=False) for n in lengths
-        ]
-        start = time.perf_counter()
-        llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
-        return time.perf_counter() - start
-
-    return {"version": vllm.__version__, **workloads(run)}
+    return {"version": vllm.__version__, **workloads(timed(llm, vllm.SamplingParams))}
 
 
 def run_lamella(path: str) -> dict[str, Any]:
@@ -157,13 +162,7 @@ def run_lamella(path: str) -> dict[str, Any]:
     # Rounding is worth some hundredths, and more in many layers of random weights; a wrong token is worth about 3.
     assert gap < 0.3, f"tokens are {gap} nats less likely than a plain forward's"
 
-    def run(prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
-        params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n, detokenize=False) for n in lengths]
-        start = time.perf_counter()
-        llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
-        return time.perf_counter() - start
-
-    measured = workloads(run)
+    measured = workloads(timed(llm, SamplingParams))
     bandwidth = measure_bandwidth(llm.engine.device)
     floor = CostCard.of(llm.engine.model, bandwidth).floor_seconds(1, PROMPT_TOKENS + DECODE_TOKENS // 2) * 1e3
     return {

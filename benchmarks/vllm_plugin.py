@@ -19,14 +19,12 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from gpu_vs_vllm import MAX_MODEL_LEN, SHAPES, config, workloads
+from gpu_vs_vllm import MAX_MODEL_LEN, SHAPES, config, timed, workloads
 
 RUNS = ("vllm", "vllm-v1", "control", "canon", "canon-v2", "canon-eager")
 KEYS = {"decode_b1_ms": -1, "offline_tok_s": 1, "prefill_tok_s": 1}  # whether more is better
@@ -66,17 +64,12 @@ def measure(run: str, shape: str) -> dict[str, Any]:
         (Path(folder) / "config.json").write_text(json.dumps(values))
         llm = engine(folder, max_model_len=MAX_MODEL_LEN, enforce_eager=run == "canon-eager")
 
-    def complete(prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
-        params = [
-            vllm.SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n, detokenize=False) for n in lengths
-        ]
-        start = time.perf_counter()
-        llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
-        return time.perf_counter() - start
-
     from lamella.bench.card import measure_bandwidth
 
-    return {**workloads(complete), "bandwidth_gb_s": round(measure_bandwidth(torch.device("cuda")) / 1e9)}
+    return {
+        **workloads(timed(llm, vllm.SamplingParams)),
+        "bandwidth_gb_s": round(measure_bandwidth(torch.device("cuda")) / 1e9),
+    }
 
 
 def floor_ms(shape: str, bandwidth: float) -> float:

@@ -68,7 +68,8 @@ def running(model: Path, **options: Any) -> Iterator[Any]:
         "kv_cache_memory_bytes": 64 << 20,
     }
     if not ON_CPU:
-        settings["gpu_memory_utilization"] = 0.3
+        # FlashAttention has no float32, and FlashInfer is not everywhere.
+        settings |= {"gpu_memory_utilization": 0.3, "attention_backend": "TRITON_ATTN"}
     gc.freeze()  # vLLM collects garbage many times over
     try:
         llm = LLM(model=str(model), **(settings | options))
