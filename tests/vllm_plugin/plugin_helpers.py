@@ -98,7 +98,8 @@ def tokens_of(outputs: Sequence[Any]) -> list[list[int]]:
 def oracle(model: Path) -> Callable[[list[int]], Tensor]:
     """Logits (n, vocab) of n tokens."""
     subject = Subject.open(model)
-    return Oracle(subject.config, subject.weights(torch.device("cpu")), torch.float64).logits
+    logits = cache(Oracle(subject.config, subject.weights(torch.device("cpu")), torch.float64).logits)
+    return lambda ids: logits(tuple(ids))
 
 
 def assert_right(logits_of: Callable[[list[int]], Tensor], outputs: Sequence[Any]) -> None:
