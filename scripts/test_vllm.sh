@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:?usage: test_vllm.sh PYTHON [PYTEST_ARGS...]}
 shift
-exec "$python" -m pytest tests/vllm_plugin tests/parity/test_vllm_scorer.py "$@"
+exec "$python" -m pytest tests/parity/test_vllm_scorer.py tests/vllm_plugin "$@"

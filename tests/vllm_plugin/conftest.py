@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 
@@ -23,3 +24,15 @@ def engines_may_start_after_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM 0.32 looks at the variables of all modules when an engine starts on a CPU, and stumbles over one of these,
     which its search for drafts has imported."""
     monkeypatch.delitem(sys.modules, "llvmlite.binding.ffi", raising=False)
+
+
+@pytest.fixture
+def plugin_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What the plugin says, which goes to vLLM's logger otherwise, and from there to nobody else."""
+    from lamella import vllm_plugin
+    from lamella.vllm_plugin import checks
+
+    for module in (vllm_plugin, checks):
+        monkeypatch.setattr(module, "logger", logging.getLogger("lamella"))
+    caplog.set_level(logging.WARNING, "lamella")
+    return caplog

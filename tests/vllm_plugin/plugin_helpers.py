@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from helpers import canon_checkpoint, random_prompts
+from lamella.demo import CHECKPOINT
+from lamella.demo.questions import Question, held_out
 from lamella.parity.oracle import Oracle
 from lamella.parity.subject import Subject
 
@@ -151,11 +153,21 @@ def metric(llm: Any, name: str) -> float:
     return sum(found.value for found in llm.get_metrics() if found.name == f"vllm:{name}")
 
 
+def demo_questions(count: int) -> tuple[list[Question], list[list[int]]]:
+    """Held-out questions of every kind, and their tokens."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    asked = held_out(count)
+    return asked, [tokenizer.encode(question.prompt).ids for question in asked]
+
+
 def main(model: Path, options: dict[str, Any]) -> None:
-    """In a process of its own: with several ranks vLLM starts more of them."""
-    with running(model, **options) as llm:
-        for _ in range(2):
-            assert_right(oracle(model), generate(llm, prompts_of(*LENGTHS), 12))
+    """The model, then the demo, in a process of its own: with several ranks vLLM starts more of them."""
+    for folder, prompts in ((model, prompts_of(*LENGTHS)), (CHECKPOINT, demo_questions(8)[1])):
+        with running(folder, **options) as llm:
+            for _ in range(2):
+                assert_right(oracle(folder), generate(llm, prompts, 12))
     print("right")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -466,10 +465,9 @@ class TestChecks:
             configured(folder, speculative_config=NGRAM)
 
     @pytest.mark.skipif(not compat.speculation_is_sound(), reason="this vLLM's speculation is refused")
-    def test_drafts_turn_prefix_caching_off_on_cpus(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-        with caplog.at_level(logging.WARNING, "lamella"):
-            config = configured(folder, speculative_config=NGRAM)
-        assert ("prefix caching is off" in caplog.text) == ON_CPU
+    def test_drafts_turn_prefix_caching_off_on_cpus(self, folder: Path, plugin_log: pytest.LogCaptureFixture) -> None:
+        config = configured(folder, speculative_config=NGRAM)
+        assert ("prefix caching is off" in plugin_log.text) == ON_CPU
         assert not ON_CPU or not config.cache_config.enable_prefix_caching
 
     def test_a_model_without_state_is_left_alone(self, tmp_path: Path) -> None:

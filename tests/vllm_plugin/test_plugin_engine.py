@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import LlamaConfig, Qwen3Config
 from checkpoint.test_lingua import lingua_checkpoint
 from helpers import VOCAB, hf_checkpoint
 from lamella.demo import CHECKPOINT
-from lamella.demo.questions import END, VOCABULARY, held_out, is_right
+from lamella.demo.questions import END, VOCABULARY, is_right
 from lamella.parity import compare
 from lamella.vllm_plugin import compat
 from vllm_plugin.plugin_helpers import (
@@ -24,6 +23,7 @@ from vllm_plugin.plugin_helpers import (
     SHAPE,
     assert_right,
     canon,
+    demo_questions,
     generate,
     metric,
     oracle,
@@ -140,40 +140,36 @@ def test_compiled(folders: dict[str, Path], model: str) -> None:
 
 @sound_speculation
 @pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 40, "max_num_seqs": 4}], ids=["whole", "chunks"])
-def test_drafts_from_the_prompt(folder: Path, options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_drafts_from_the_prompt(folder: Path, options: dict[str, Any], plugin_log: pytest.LogCaptureFixture) -> None:
     """Some continuations repeat themselves, so that drafts are accepted; random prompts hardly ever are."""
     rng = random.Random(1)
     pattern = prompts_of(6, seed=8)[0]
     prompts = [*prompts_of(*LENGTHS), pattern * 12, [*pattern, *pattern], [7] * 30]
     prompts += [[rng.choice((3, 4)) for _ in range(50)] for _ in range(2)]
-    with caplog.at_level(logging.WARNING, "lamella"), running(folder, speculative_config=NGRAM, **options) as llm:
+    with running(folder, speculative_config=NGRAM, **options) as llm:
         assert not ON_CPU or not llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
         assert_right(oracle(folder), generate(llm, prompts, 60))
         drafted, accepted = (metric(llm, f"spec_decode_num_{kind}_tokens") for kind in ("draft", "accepted"))
     assert 0 < accepted < drafted
-    assert not ON_CPU or "prefix caching is off" in caplog.text
+    assert not ON_CPU or "prefix caching is off" in plugin_log.text
 
 
 @pytest.fixture(scope="module")
 def questions() -> tuple[list[Any], list[list[int]]]:
-    """Held-out questions of every kind, and their tokens."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
-    asked = held_out(24)
-    return asked, [tokenizer.encode(question.prompt).ids for question in asked]
+    return demo_questions(24)
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {"max_num_seqs": 16},
+        {"num_gpu_blocks_override": 12, "max_num_seqs": 16, "enable_prefix_caching": False},
         {"max_num_batched_tokens": 5, "max_num_seqs": 5, "enable_prefix_caching": False},
         {"enable_prefix_caching": True, "max_num_seqs": 16},
         {"enforce_eager": False},
         pytest.param({"speculative_config": NGRAM}, marks=sound_speculation),
     ],
-    ids=["whole", "5 a step", "prefixes", "compiled", "drafts"],
+    ids=["whole", "few blocks", "5 a step", "prefixes", "compiled", "drafts"],
 )
 def test_the_demo_answers_questions(questions: tuple[list[Any], list[list[int]]], options: dict[str, Any]) -> None:
     from vllm import SamplingParams
@@ -184,6 +180,8 @@ def test_the_demo_answers_questions(questions: tuple[list[Any], list[list[int]]]
         for _ in range(2 if options.get("enable_prefix_caching") else 1):
             outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
             assert_right(oracle(CHECKPOINT), outputs)
+        if "num_gpu_blocks_override" in options:
+            assert metric(llm, "num_preemptions") > 0
         if "speculative_config" in options:
             assert metric(llm, "spec_decode_num_accepted_tokens") > 0
     said = [" ".join(VOCABULARY[token] for token in tokens) for tokens in tokens_of(outputs)]

@@ -64,23 +64,25 @@ def test_registering_again_changes_and_says_nothing(caplog: pytest.LogCaptureFix
 
 @pytest.mark.parametrize("found", [("0.99.0", (0, 99)), ("0.25.1", (0, 25)), None], ids=str)
 def test_an_unsupported_version_is_one_line(
-    found: tuple[str, tuple[int, int]] | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    found: tuple[str, tuple[int, int]] | None, monkeypatch: pytest.MonkeyPatch, plugin_log: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(compat, "installed", lambda: found)
     monkeypatch.setattr("lamella.vllm_plugin.registration.register_all", lambda: pytest.fail("registered all the same"))
     vllm_plugin.register()
-    (record,) = caplog.records
+    (record,) = plugin_log.records
     version = "vLLM is not installed" if found is None else f"vLLM {found[0]} is installed"
     assert f"not registered with vLLM: {version}; 0.26 to 0.33 are supported" in record.getMessage()
 
 
-def test_a_vllm_that_has_changed_is_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_vllm_that_has_changed_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, plugin_log: pytest.LogCaptureFixture
+) -> None:
     def broken(operation: str) -> None:
         raise AttributeError("type object 'CompilationConfig' has no attribute '_attention_ops'")
 
     monkeypatch.setattr(compat, "split_graphs_at", broken)
     vllm_plugin.register()
-    (record,) = caplog.records
+    (record,) = plugin_log.records
     assert "not registered" in record.getMessage() and "_attention_ops" in record.getMessage()
 
 
