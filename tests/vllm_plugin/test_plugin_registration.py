@@ -49,17 +49,17 @@ def test_without_the_plugin_it_does_not() -> None:
     assert output_of(KNOWN, VLLM_PLUGINS="") == ""
 
 
-def test_registering_again_changes_and_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_registering_again_changes_and_says_nothing(plugin_log: pytest.LogCaptureFixture) -> None:
     from vllm.config import CompilationConfig
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     vllm_plugin.register()
     before = dict(ModelRegistry.models), list(CompilationConfig._attention_ops), dict(MODELS_CONFIG_MAP)
-    with caplog.at_level(logging.INFO):
+    with plugin_log.at_level(logging.INFO):
         vllm_plugin.register()
     assert (dict(ModelRegistry.models), list(CompilationConfig._attention_ops), dict(MODELS_CONFIG_MAP)) == before
-    assert not caplog.records
+    assert not plugin_log.records
 
 
 @pytest.mark.parametrize("found", [("0.99.0", (0, 99)), ("0.25.1", (0, 25)), None], ids=str)
