@@ -23,6 +23,8 @@ from lamella.errors import CheckpointError
 from lamella.models.hf_config import HFConfig
 from lamella.models.registry import architectures, resolve_architecture
 from lamella.ops.ragged import RaggedBatch
+from lamella.parity.scorers.hf import why_not
+from lamella.parity.subject import Subject
 from lamella.vllm_plugin import PREFIX, compat
 from lamella.vllm_plugin.model import model_class
 from lamella.vllm_plugin.registration import OPERATIONS, register_all, served_names
@@ -115,6 +117,11 @@ class TestClasses:
 
         assert held(1, slot.bytes_per_request) == 8_388_608
         assert held(4, 3 * 2 * 14336 * 2) == 25_165_824
+
+
+def test_a_registered_config_is_no_model_of_transformers(folder: Path) -> None:
+    """Parity's truth must come from elsewhere."""
+    assert "no language model for LlamaCanon" in why_not(Subject.open(folder))
 
 
 @pytest.fixture(

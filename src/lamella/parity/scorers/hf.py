@@ -29,13 +29,15 @@ def why_not(subject: Subject) -> str | None:
     if subject.load_format == "dummy":
         return "dummy weights are in no file that transformers could read"
     try:
-        from transformers import AutoConfig
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
     except ImportError:
         return "transformers is not installed (pip install 'lamella[hf]')"
     try:
-        AutoConfig.from_pretrained(subject.checkpoint.path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(subject.checkpoint.path, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         return f"transformers does not know the model ({str(error).strip().splitlines()[0]})"
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # one that the vLLM plugin has registered, for instance
+        return f"transformers has a config but no language model for {config.model_type}"
     return None
 
 
