@@ -23,6 +23,8 @@ from lamella.errors import CheckpointError
 from lamella.models.hf_config import HFConfig
 from lamella.models.registry import architectures, resolve_architecture
 from lamella.ops.ragged import RaggedBatch
+from lamella.ops.rms_norm.reference import add_rms_norm
+from lamella.ops.short_conv.reference import short_conv
 from lamella.parity.scorers.hf import why_not
 from lamella.parity.subject import Subject
 from lamella.vllm_plugin import PREFIX, compat
@@ -219,6 +221,36 @@ class TestLoading:
         tensors = list(load_file(folder / "model.safetensors").items())
         with pytest.raises(CheckpointError, match=f"tensor {tensors[0][0]} stands in the checkpoint twice"):
             unfilled.load_weights([*tensors, tensors[0]])
+
+
+class TestRehearsal:
+    """vLLM runs a model for memory's sake before there are blocks, and without metadata."""
+
+    def test_kernels_run_as_on_one_prompt(self, unfilled: Any, folder: Path) -> None:
+        from vllm.forward_context import set_forward_context
+
+        unfilled.load_weights(load_file(folder / "model.safetensors").items())
+        layer = unfilled.model.layers[0]
+        channels = layer.mixer_canon.size
+        x, residual = torch.randn(2, 9, channels).unbind()
+        with torch.inference_mode(), set_forward_context(None, unfilled.vllm_config):
+            y, total = layer.mixer_canon.after_norm(x, residual, layer.mixer_norm)
+        plain = RaggedBatch.from_lengths([9], [9])
+        weight, bias = layer.mixer_canon.weight.squeeze(1), layer.mixer_canon.bias
+        normed, expected_total = add_rms_norm(x, residual, layer.mixer_norm.weight, layer.mixer_norm.eps)
+        torch.testing.assert_close(y, short_conv(normed, weight, bias, plain, residual=True))
+        torch.testing.assert_close(total, expected_total)
+
+    def test_nothing_is_computed_once_there_are_blocks(self, unfilled: Any) -> None:
+        from vllm.forward_context import set_forward_context
+
+        holder = unfilled.model.layers[0].history.holder
+        blocks = torch.full((2, *holder.shape), torch.nan)
+        holder.kv_cache, unbound = (blocks,), holder.kv_cache
+        with set_forward_context(None, unfilled.vllm_config):
+            assert not holder.run("mixer_canon", torch.randn(4, 64), 64).any()
+        holder.kv_cache = unbound
+        assert blocks.isnan().all()
 
 
 def test_an_engine_does_not_start_with_half_a_checkpoint(folder: Path, tmp_path: Path) -> None:

@@ -106,8 +106,12 @@ class StateLayer(SlotHolder, MambaBase):
         return out, total
 
     def current(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        slots = require_batch().slots
-        return (None, None) if slots is None else (self.kv_cache[0], slots)
+        slots, rows = require_batch().slots, self.kv_cache[0]
+        if slots is None:
+            return None, None
+        if not rows.numel():  # a rehearsal
+            rows = torch.zeros((1, *self.shape), dtype=self.spec.dtype, device=slots.device)
+        return rows, slots
 
     def window(self, channels: slice, x: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
         rows, slots = self.current()
@@ -123,16 +127,23 @@ class StateLayer(SlotHolder, MambaBase):
         """The operation itself: `part` of the inputs, and of what is no row of a token, into the outputs, whose rows
         beyond the step's tokens become zero."""
         metadata = self._metadata()
-        if metadata is None:  # a run for memory's sake
+        if metadata is None and (self.kv_cache[0].numel() or self.spare_rows):  # a run for the sake of others
             for out in outputs:
                 out.zero_()
             return
-        batch = metadata.batch()
+        batch = self._rehearsal(inputs[0]) if metadata is None else metadata.batch()
         count = batch.ragged.num_tokens
         with forward_batch(batch):
             self.parts[part](*(x[:count] for x in inputs), *constants, *(out[:count] for out in outputs))
         for out in outputs:
             out[count:].zero_()
+
+    def _rehearsal(self, x: Tensor) -> ForwardBatch:
+        """The step of a run for memory's sake, before there are blocks: one prompt. So kernels are compiled before the
+        first request comes, and take the memory that they will take."""
+        tokens = x.shape[0]
+        ragged = RaggedBatch.from_lengths([tokens], [tokens], x.device)
+        return ForwardBatch(ragged, slots=torch.zeros(1, dtype=torch.int64, device=x.device))
 
     def _metadata(self) -> Any:
         metadata = get_forward_context().attn_metadata
