@@ -6,7 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from helpers import VOCAB, canon_config
 from lamella.distributed.sharding import Share
-from lamella.errors import CheckpointError
+from lamella.errors import CheckpointError, ConfigError
 from lamella.models.hf_config import HFConfig
 from lamella.models.registry import architectures, resolve_architecture
 from lamella.ops.ragged import RaggedBatch
@@ -222,6 +222,22 @@ class TestLoading:
         with pytest.raises(CheckpointError, match=f"tensor {tensors[0][0]} stands in the checkpoint twice"):
             unfilled.load_weights([*tensors, tensors[0]])
 
+    @pytest.mark.parametrize("same", [True, False])
+    def test_a_tied_heads_own_copy_is_compared(
+        self,
+        unfilled: Any,
+        folder: Path,
+        same: bool,
+        monkeypatch: pytest.MonkeyPatch,
+        plugin_log: pytest.LogCaptureFixture,
+    ) -> None:
+        """Later versions of vLLM untie such a head before it comes to that."""
+        monkeypatch.setattr(unfilled, "config", replace(unfilled.config, tie_word_embeddings=True))
+        tensors = load_file(folder / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (0 if same else 1)
+        unfilled.load_weights(tensors.items())
+        assert ("lm_head.weight differs from the embedding" in plugin_log.text) == (not same)
+
 
 class TestRehearsal:
     """vLLM runs a model for memory's sake before there are blocks, and without metadata."""
@@ -251,6 +267,13 @@ class TestRehearsal:
             assert not holder.run("mixer_canon", torch.randn(4, 64), 64).any()
         holder.kv_cache = unbound
         assert blocks.isnan().all()
+
+
+def test_a_revision_is_refused_by_the_own_format(folder: Path) -> None:
+    from lamella.vllm_plugin.formats import Parser
+
+    with pytest.raises(ConfigError, match="revision='v2'"):
+        Parser().parse(folder, False, revision="v2")
 
 
 def test_an_engine_does_not_start_with_half_a_checkpoint(folder: Path, tmp_path: Path) -> None:

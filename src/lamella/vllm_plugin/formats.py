@@ -15,6 +15,7 @@ from vllm.transformers_utils.config import register_config_parser
 from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
 from lamella.checkpoint.files import open_checkpoint
+from lamella.errors import ConfigError
 from lamella.models.registry import model_types
 from lamella.vllm_plugin.hf_config import config_class
 from lamella.vllm_plugin.weights import WeightFiller
@@ -33,6 +34,8 @@ class Parser(ConfigParserBase):
         code_revision: str | None = None,
         **_: Any,
     ) -> tuple[dict[str, Any], PretrainedConfig]:
+        if revision is not None or code_revision is not None:
+            raise ConfigError(f"revision={revision or code_revision!r}: format 'lamella' takes the newest files")
         values = dict(open_checkpoint(model).values)
         architecture, model_type = values["architectures"][0], values.get("model_type")
         if model_type not in model_types():

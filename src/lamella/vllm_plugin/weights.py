@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from lamella.errors import CheckpointError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import LocalKit
 from lamella.layers.linear import splits_of
+
+logger = logging.getLogger("vllm.lamella")  # whose lines stand among vLLM's own
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,19 @@ class WeightFiller:
         places = self._places()
         seen: set[str] = set()
         unexpected, filled = [], set()
+        tied: dict[str, Tensor] = {}  # the embedding, and what the file has beside it for the head
         for name, tensor in weights:
-            if name.endswith("rotary_emb.inv_freq") or name in self._redundant:
+            if name.endswith("rotary_emb.inv_freq"):
+                continue
+            if name in self._redundant:
+                tied[name] = tensor
                 continue
             if name in seen:
                 raise CheckpointError(f"tensor {name} stands in the checkpoint twice")
             seen.add(name)
             target, place = self._expected.get(name), places.get(name)
+            if self._redundant and target is not None and target.path == "model.embed_tokens.weight":
+                tied[name] = tensor
             if target is None and not (self._quantised and place is not None):
                 unexpected.append(name)
             elif target is not None and not self._quantised and tuple(tensor.shape) != target.shape:
@@ -69,7 +78,14 @@ class WeightFiller:
         if any(problems.values()):
             listed = "; ".join(f"{kind}: {', '.join(some[:20])}" for kind, some in problems.items() if some)
             raise CheckpointError(f"tensors do not fit {type(self.model).__name__}; {listed}")
+        self._compare(tied)
         return filled
+
+    def _compare(self, tied: Mapping[str, Tensor]) -> None:
+        """Say where a head's own copy of the embedding, which is not used, is none."""
+        if len(tied) == 2 and not torch.equal(*tied.values()):
+            (copy,) = tied.keys() & self._redundant
+            logger.warning("%s differs from the embedding it is tied to, and is not used", copy)
 
     def _places(self) -> dict[str, _Place]:
         """Where the tensors go that this rank and stage wants, by their names in the file."""
