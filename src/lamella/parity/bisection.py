@@ -132,7 +132,9 @@ def run_bisect(
 
 
 def _run_engine(model: LanguageModel, token_ids: Sequence[int], device: torch.device, tap: Tap) -> tuple[int, ...]:
-    engine = ForcedEngine(model, {"max_num_seqs": 1, "max_num_batched_tokens": MAX_TOKENS, "num_blocks": 64}, device)
+    # A replayed graph calls no module, so there would be nothing to tap.
+    options = {"max_num_seqs": 1, "max_num_batched_tokens": MAX_TOKENS, "num_blocks": 64, "enforce_eager": True}
+    engine = ForcedEngine(model, options, device)
     with tapped(model, tap):
         return tuple(engine.score([split(token_ids, DECODES)], CHUNKS)[0].steps)
 
