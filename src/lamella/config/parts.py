@@ -1,0 +1,33 @@
+"""What stands in several places of a layer: norms and short convolutions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lamella.config.checks import check
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormConfig:
+    """RMS normalisation with a learned weight."""
+
+    eps: float
+
+    def __post_init__(self) -> None:
+        check(self.eps >= 0, "norm.eps", self.eps, "not negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CanonConfig:
+    """Canon layer (arXiv 2512.17351): a causal depthwise convolution of width `kernel`.
+
+    `y = [residual] x + act(bias + conv(x))`, with SiLU as act when `activation`.
+    """
+
+    kernel: int = 4
+    bias: bool = False
+    activation: bool = False
+    residual: bool = True
+
+    def __post_init__(self) -> None:
+        check(self.kernel >= 2, "canon.kernel", self.kernel, "at least 2")
