@@ -5,9 +5,18 @@ nothing of devices, engines or checkpoints. All sizes are in elements, all token
 """
 
 from lamella.config.feed_forward import FeedForwardConfig, MLPConfig
-from lamella.config.mixers import AttentionConfig, MixerConfig
+from lamella.config.mixers import (
+    AttentionConfig,
+    GatedDeltaNetConfig,
+    KimiDeltaConfig,
+    MambaConfig,
+    MixerConfig,
+    SingleMixerConfig,
+    StochasticConfig,
+)
 from lamella.config.model import LayerConfig, ModelConfig
 from lamella.config.parts import CanonConfig, NormConfig
+from lamella.config.placement import Placement, PlacementLike, main_placement, mixer_names, placed, read_placement
 from lamella.config.rope import DynamicScaling, LinearScaling, Llama3Scaling, RopeConfig, RopeScaling, YarnScaling
 
 __all__ = [
@@ -15,14 +24,25 @@ __all__ = [
     "CanonConfig",
     "DynamicScaling",
     "FeedForwardConfig",
+    "GatedDeltaNetConfig",
+    "KimiDeltaConfig",
     "LayerConfig",
     "LinearScaling",
     "Llama3Scaling",
     "MLPConfig",
+    "MambaConfig",
     "MixerConfig",
     "ModelConfig",
     "NormConfig",
+    "Placement",
+    "PlacementLike",
     "RopeConfig",
     "RopeScaling",
+    "SingleMixerConfig",
+    "StochasticConfig",
     "YarnScaling",
+    "main_placement",
+    "mixer_names",
+    "placed",
+    "read_placement",
 ]

@@ -127,6 +127,8 @@ class EngineOptions:
 
 def supported_length(config: ModelConfig) -> int | None:
     """The longest context that the model's rotation is made for; None where it adapts to any length."""
+    if not config.length_is_known:
+        return None
     lengths: list[int] = []
     for layer in config.layers:
         rope = layer.mixer.rope if isinstance(layer.mixer, AttentionConfig) else None

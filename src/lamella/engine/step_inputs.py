@@ -113,6 +113,7 @@ class StepTensors:
         groups: Sequence[PagedState],
         query_lens: tuple[int, ...],
         context_lens: tuple[int, ...],
+        page_size: int,
         attention: AttentionSpace | None = None,
     ) -> StepTensors:
         num_decodes = next((i for i, n in enumerate(query_lens) if n != 1), len(query_lens))
@@ -126,7 +127,9 @@ class StepTensors:
             num_decodes=num_decodes,
         )
         pages = {
-            group: PageView(tensors["page_table"][index], tensors["new_rows"][index], tensors["page_list"][index])
+            group: PageView(
+                tensors["page_table"][index], tensors["new_rows"][index], tensors["page_list"][index], page_size
+            )
             for index, group in enumerate(groups)
         }
         sampling = {name: tensors[name] for name in ("seed", "step", "top_k", "temperature", "top_p", "min_p")}
@@ -190,7 +193,7 @@ class StepInputs:
 
         `latest` gives the rows in which pending tokens were chosen.
         """
-        lengths = [share.start + share.count for share in shares] + [1] * pads
+        lengths, size = [share.start + share.count for share in shares] + [1] * pads, self.state.page_size
         listed = 0 if self.attention is None else sum(self.state.pages_for(s.start + s.count) for s in prefills(shares))
         layout = Layout(
             requests=len(shares) + pads,
@@ -208,6 +211,7 @@ class StepInputs:
             self.state.groups,
             (*(share.count for share in shares), *(1,) * pads),
             tuple(lengths),
+            size,
             self.attention,
         )
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lamella.config import CanonConfig, LayerConfig, ModelConfig
+from lamella.config import CanonConfig, LayerConfig, ModelConfig, Placement, PlacementLike, read_placement
 from lamella.distributed.sharding import Split
 from lamella.layers.block_input import BlockInput
-from lamella.layers.canon import Canon, CanonHistory
+from lamella.layers.canon import Canon
 from lamella.layers.context import ForwardBatch, current_batch, forward_batch
-from lamella.layers.kit import Kit
-from lamella.layers.norm import RMSNorm
+from lamella.layers.kit import Kit, PagedAttention, SlotHolder, state_holders
+from lamella.layers.norm import RMSNorm, build_norm
 from lamella.layers.rotary import Positions
+from lamella.layers.short_conv import ConvHistory
+from lamella.layers.stochastic import Stochastic
 from lamella.ops.ragged import RaggedBatch
 
 
@@ -21,11 +23,13 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: LayerConfig, kit: Kit, hidden_size: int, prefix: str) -> None:
         super().__init__()
-        self.history = CanonHistory(config.canons[0].kernel) if config.canons else None
-        self.mixer_norm = RMSNorm(hidden_size, config.norm.eps, kit.device)
+        self.history = ConvHistory(config.canons[0].kernel) if config.canons else None
+        self.mixer_norm = build_norm(config.norm, hidden_size, kit.device)
         self.mixer_canon = self._canon(config.mixer_canon, hidden_size, kit, "mixer_canon")
         self.mixer = config.mixer.build(kit, hidden_size, f"{prefix}.mixer", self.history)
-        self.feed_forward_norm = RMSNorm(hidden_size, config.norm.eps, kit.device)
+        if isinstance(self.mixer, Stochastic):
+            self.mixer.index = int(prefix.rpartition(".")[2])
+        self.feed_forward_norm = build_norm(config.norm, hidden_size, kit.device)
         self.feed_forward_canon = self._canon(config.feed_forward_canon, hidden_size, kit, "feed_forward_canon")
         self.feed_forward = config.feed_forward.build(kit, hidden_size, f"{prefix}.feed_forward", self.history)
         if self.history is not None:
@@ -82,6 +86,28 @@ class LanguageModel(nn.Module):
         self.model = Decoder(config, kit)
         tied = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = kit.lm_head(config.vocab_size, config.hidden_size, tied, "lm_head")
+
+    @property
+    def placement(self) -> Placement:
+        """Of a supernet, which mixer is active in each layer; None where a layer has no choice."""
+        mixers = [layer.mixer for layer in self.model.layers]
+        return tuple(mixer.active if isinstance(mixer, Stochastic) else None for mixer in mixers)
+
+    def set_placement(self, placement: PlacementLike | None) -> Placement:
+        """Activate a placement, see `read_placement`; all or nothing. Raises `ConfigError`."""
+        read = read_placement(placement, self.config)
+        for layer, name in zip(self.model.layers, read, strict=True):
+            if name is not None:
+                layer.mixer.active = name
+        return read
+
+    def active_holders(self) -> list[PagedAttention | SlotHolder]:
+        """The modules that keep state under the active placement, in layer order."""
+        idle: set[nn.Module] = set()
+        for layer in self.model.layers:
+            if isinstance(layer.mixer, Stochastic):
+                idle.update(module for mixer in layer.mixer.inactive() for module in mixer.modules())
+        return [holder for holder in state_holders(self) if holder not in idle]
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm.

@@ -95,3 +95,7 @@ class Positions:
         if rotary.key not in self._angles:
             self._angles[rotary.key] = rotary.angles(self.index)
         return self._angles[rotary.key]
+
+    def rows(self, index: Tensor) -> Positions:
+        """Of some of the tokens, index (n,)."""
+        return Positions(self.index[index])

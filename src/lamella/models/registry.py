@@ -17,8 +17,16 @@ _targets: dict[str, str | type[CausalLM]] = {
     "LlamaForCausalLM": "lamella.models.llama:LlamaForCausalLM",
     "Qwen3ForCausalLM": "lamella.models.qwen3:Qwen3ForCausalLM",
     "LlamaCanonForCausalLM": "lamella.models.llama_canon:LlamaCanonForCausalLM",
+    "Apriel2ForCausalLM": "lamella.models.apriel2:Apriel2ForCausalLM",
+    "Apriel2ForConditionalGeneration": "lamella.models.apriel2:Apriel2ForCausalLM",  # its text part
 }
-_aliases = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "LlamaCanon": "LlamaCanonForCausalLM"}
+_aliases = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "LlamaCanon": "LlamaCanonForCausalLM",
+    "apriel2_text": "Apriel2ForCausalLM",
+    "apriel2": "Apriel2ForConditionalGeneration",
+}
 
 
 def register_architecture(name: str, target: str | type[CausalLM], aliases: tuple[str, ...] = ()) -> None:

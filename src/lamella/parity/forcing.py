@@ -181,8 +181,8 @@ class _ForcedRunner(ModelRunner):
         holding, found = self.state.holdings[request], {}
         for holder in state_holders(self.model):
             if isinstance(holder, SlotHolder):
-                assert holder.rows is not None
-                found[holder.prefix] = holder.rows[holding.slot].clone().cpu()
+                for index, rows in enumerate(holder.rows):
+                    found[f"{holder.prefix}.{index}" if index else holder.prefix] = rows[holding.slot].clone().cpu()
                 continue
             spec = holder.spec
             pages = holding.pages[self.state.groups.index(spec)]
