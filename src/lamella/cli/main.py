@@ -77,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     parity.add_argument("--seed", type=int, default=0, help="of random tokens and dummy weights")
     parity.add_argument("--load-format", default="auto", help="auto, or dummy for random weights")
     parity.add_argument("--max-model-len", type=int)
+    parity.add_argument("--placement", help="of a supernet: all-X, every3rd-X, bookend-attn-X, or a name a layer")
     parity.add_argument("--free-running", action="store_true", help="also the old number: both generate freely")
     parity.add_argument("--json", metavar="FILE", help="the report as one JSON object; - prints it, last on stdout")
     parity.add_argument("--html", metavar="FILE", help="the report as one page")

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-from lamella.config.mixers import StochasticConfig
-from lamella.config.model import ModelConfig
+from lamella.config.mixers import MixerConfig, SingleMixerConfig, StochasticConfig
+from lamella.config.model import LayerConfig, ModelConfig
 from lamella.errors import ConfigError
 
 Placement: TypeAlias = tuple[str | None, ...]
@@ -26,6 +26,11 @@ _EVERY = re.compile(r"every(\d+)(?:st|nd|rd|th)-(.+)")
 def stochastic_layers(config: ModelConfig) -> dict[int, StochasticConfig]:
     """The layers that have a choice."""
     return {i: layer.mixer for i, layer in enumerate(config.layers) if isinstance(layer.mixer, StochasticConfig)}
+
+
+def every_mixer(mixer: MixerConfig) -> tuple[SingleMixerConfig, ...]:
+    """The mixers that a layer may compute with: one, where it has no choice."""
+    return tuple(sub for _, sub in mixer.mixers) if isinstance(mixer, StochasticConfig) else (mixer,)
 
 
 def main_placement(config: ModelConfig) -> Placement:
@@ -107,11 +112,13 @@ def _listed(layers: Mapping[int, StochasticConfig]) -> str:
 
 def placed(config: ModelConfig, placement: Placement) -> ModelConfig:
     """The model without a choice: what a supernet with this placement computes."""
-    layers = [
-        replace(layer, mixer=dict(layer.mixer.mixers)[name]) if isinstance(layer.mixer, StochasticConfig) else layer
-        for layer, name in zip(config.layers, placement, strict=True)
-    ]
-    return replace(config, layers=tuple(layers))
+
+    def place(layer: LayerConfig, name: str | None) -> LayerConfig:
+        if not isinstance(layer.mixer, StochasticConfig):
+            return layer
+        return replace(layer, mixer=next(mixer for own, mixer in layer.mixer.mixers if own == name))
+
+    return replace(config, layers=tuple(map(place, config.layers, placement)))
 
 
 def describe(placement: Placement) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from lamella.config import AttentionConfig, DynamicScaling, LinearScaling, ModelConfig, YarnScaling
+from lamella.config import AttentionConfig, DynamicScaling, LinearScaling, ModelConfig, PlacementLike, YarnScaling
+from lamella.config.placement import every_mixer
 from lamella.errors import ConfigError
 
 
@@ -24,7 +25,10 @@ class EngineOptions:
         max_num_batched_tokens: tokens computed in a step; longer prompts are computed in chunks.
         enable_prefix_caching: share the state of equal beginnings of prompts, and of finished conversations.
         tensor_parallel_size: devices of this host (on a CPU: processes) that hold a part of the model each.
-        placement, deterministic: only the defaults are possible yet, others are an error.
+        placement: of a supernet, which mixer is active in each layer, see `lamella.config.read_placement`; None is the
+            checkpoint's own.
+        mixed_placements: keep state for all mixers, so that requests may have placements of their own.
+        deterministic: only the default is possible yet, True is an error.
         enforce_eager: on a GPU, no graphs of the decode steps: quicker to start, slower to run; no effect on a CPU.
         seed: of the draws of requests without a seed, and of dummy weights.
         load_format: "auto", or "dummy" for random weights.
@@ -56,7 +60,8 @@ class EngineOptions:
     snapshot_bytes: int | None = None
     snapshot_interval: int | None = None
     snapshot_prompts: str = "never"
-    placement: object = None
+    placement: PlacementLike | None = None
+    mixed_placements: bool = False
     deterministic: bool = False
 
     def __post_init__(self) -> None:
@@ -82,12 +87,11 @@ class EngineOptions:
             raise ConfigError(f"snapshot_bytes={size!r}: must be a whole number of bytes")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed={self.seed!r}: must be a whole number")
-        for field in ("enable_prefix_caching", "enforce_eager", "deterministic"):
+        for field in ("enable_prefix_caching", "enforce_eager", "deterministic", "mixed_placements"):
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(f"{field}={getattr(self, field)!r}: must be True or False")
         unsupported = {
             "deterministic": (False, "this version does not fix the order of sums across batch shapes"),
-            "placement": (None, "no architecture of this version has a choice of mixers"),
         }
         for field, (only, why) in unsupported.items():
             if getattr(self, field) != only:
@@ -130,8 +134,8 @@ def supported_length(config: ModelConfig) -> int | None:
     if not config.length_is_known:
         return None
     lengths: list[int] = []
-    for layer in config.layers:
-        rope = layer.mixer.rope if isinstance(layer.mixer, AttentionConfig) else None
+    for mixer in (mixer for layer in config.layers for mixer in every_mixer(layer.mixer)):
+        rope = mixer.rope if isinstance(mixer, AttentionConfig) else None
         scaling = rope.scaling if rope else None
         if isinstance(scaling, DynamicScaling):
             return None

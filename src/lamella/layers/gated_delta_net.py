@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lamella.config import CanonConfig, GatedDeltaNetConfig
 from lamella.distributed.sharding import Split
@@ -51,6 +51,10 @@ class GatedDeltaNet(RecurrentMixer):
         self.qkv_sizes = (key_channels.size, key_channels.size, value_channels.size)
         matrix = (values.size, config.key_head_dim, config.value_head_dim)
         self.declare(kit, f"{prefix}.state", matrix)
+
+    @property
+    def output(self) -> nn.Module:
+        return self.out_proj
 
     def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
         """(T, hidden_size) -> (T, hidden_size)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lamella.config import CanonConfig, KimiDeltaConfig
 from lamella.layers.block_input import BlockInput
@@ -46,6 +46,10 @@ class KimiDelta(RecurrentMixer):
         self.norm = RMSNorm(dim, config.norm.eps, kit.device)
         self.sizes = (3 * channels.size, heads.size)
         self.declare(kit, f"{prefix}.state", (heads.size, dim, dim))
+
+    @property
+    def output(self) -> nn.Module:
+        return self.o_proj
 
     def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
         """(T, hidden_size) -> (T, hidden_size)."""

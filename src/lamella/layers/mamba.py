@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lamella.config import CanonConfig, MambaConfig
 from lamella.layers.block_input import BlockInput
@@ -44,6 +44,10 @@ class Mamba(RecurrentMixer):
         self.initial = {"A_log": (0.0, math.log(state)), "D": (1.0, 1.0), "step_bias": STEP_BIAS}
         self.sizes = (inner.size, narrow.size, narrow.size, inner.size)
         self.declare(kit, f"{prefix}.state", (heads.size, state, state))
+
+    @property
+    def output(self) -> nn.Module:
+        return self.out_proj
 
     def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
         """(T, hidden_size) -> (T, hidden_size)."""

@@ -18,12 +18,18 @@ class RecurrentMixer(nn.Module):
     """A mixer that keeps the last inputs of its convolution and a recurrent matrix (fp32) for each request.
 
     A subclass builds its `ShortConv` over `self.history`, calls `declare`, and computes in `core` what reads and writes
-    the state: to an engine that is one operation, which it calls as it likes.
+    the state: to an engine that is one operation, which it calls as it likes. What comes out goes through the
+    projection `output`.
     """
 
     def __init__(self, kernel: int) -> None:
         super().__init__()
         self.history = ConvHistory(kernel)
+
+    @property
+    def output(self) -> nn.Module:
+        """The projection behind `core`."""
+        raise NotImplementedError
 
     def declare(self, kit: Kit, prefix: str, matrix: Sequence[int]) -> None:
         """Ask for the state: the convolutions' windows, and a matrix of this shape on the rank."""
