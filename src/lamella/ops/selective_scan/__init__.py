@@ -1,0 +1,26 @@
+"""The selective scan with a per-request state (Mamba mixers)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lamella.ops.ragged import RaggedBatch
+from lamella.ops.selective_scan import cpu
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    b: Tensor,
+    c: Tensor,
+    z: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor | None,
+    d: Tensor,
+    batch: RaggedBatch,
+    state: Tensor | None = None,
+    slots: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See `reference.selective_scan`; the result is in `out` (T, H, P), contiguous, where that is given."""
+    return cpu.selective_scan(x, dt, b, c, z, a_log, dt_bias, d, batch, state, slots, out)
