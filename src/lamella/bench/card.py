@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.kit import state_holders
 from lamella.state.memory import StateCost
 
 _PROBE_BYTES = {"cpu": 1 << 29, "cuda": 1 << 32}  # well beyond any cache's share of one process
@@ -23,8 +22,9 @@ class CostCard:
     Attributes:
         parameters: count, tied ones once.
         weight_bytes: of all parameters.
-        step_bytes: of those that every step reads whole, which leaves out an untied embedding table.
-        state: bytes per token and per request.
+        step_bytes: of those that every step reads whole, which leaves out an untied embedding table, and mixers that
+            the placement of a supernet leaves out.
+        state: bytes per token and per request, of the layers' active mixers.
         bandwidth: bytes per second that reading takes, measured; None where it was not.
     """
 
@@ -43,14 +43,14 @@ class CostCard:
         return cls(
             parameters=sum(p.numel() for p in parameters.values()),
             weight_bytes=weight_bytes,
-            step_bytes=weight_bytes - looked_up,
-            state=StateCost.of(state_holders(model)),
+            step_bytes=weight_bytes - looked_up - sum(p.nbytes for p in model.idle_parameters()),
+            state=StateCost.of(model.active_holders()),
             bandwidth=bandwidth,
         )
 
     def decode_bytes(self, batch: int, context: int) -> int:
-        """Bytes that a decode step of `batch` requests with `context` tokens each must read."""
-        return self.step_bytes + batch * self.state.bytes_at(context)
+        """Bytes that a decode step of `batch` requests with `context` tokens each must move: slot state twice."""
+        return self.step_bytes + batch * (self.state.bytes_at(context) + self.state.bytes_per_request)
 
     def floor_seconds(self, batch: int, context: int) -> float:
         """The shortest time of such a step at the measured bandwidth."""

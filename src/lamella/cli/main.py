@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     _model(inspect)
     inspect.add_argument("--dtype", default="auto")
     inspect.add_argument("--context", type=int, default=2048, help="tokens of context that the costs are shown for")
+    inspect.add_argument("--placement", help="of a supernet: the mixers whose costs are shown")
     _json(inspect)
 
     parity = _command(

@@ -16,7 +16,15 @@ from lamella.config.mixers import (
 )
 from lamella.config.model import LayerConfig, ModelConfig
 from lamella.config.parts import CanonConfig, NormConfig
-from lamella.config.placement import Placement, PlacementLike, main_placement, mixer_names, placed, read_placement
+from lamella.config.placement import (
+    Placement,
+    PlacementLike,
+    describe_placement,
+    main_placement,
+    mixer_names,
+    placed,
+    read_placement,
+)
 from lamella.config.rope import DynamicScaling, LinearScaling, Llama3Scaling, RopeConfig, RopeScaling, YarnScaling
 
 __all__ = [
@@ -41,6 +49,7 @@ __all__ = [
     "SingleMixerConfig",
     "StochasticConfig",
     "YarnScaling",
+    "describe_placement",
     "main_placement",
     "mixer_names",
     "placed",

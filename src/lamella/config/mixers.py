@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lamella.config.checks import check
 from lamella.config.parts import CanonConfig, NormConfig
@@ -75,7 +75,7 @@ class AttentionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GatedDeltaNetConfig:
-    """Gated delta net (arXiv 2412.06464): a matrix for each value head, decayed as a whole and corrected by a delta rule.
+    """Gated delta net (arXiv 2412.06464): a matrix for each value head, decayed as a whole, corrected by a delta rule.
 
     Value head h has key head h // (value_heads / key_heads). A convolution of width `kernel` with SiLU stands before
     queries, keys and values; the output is normed a head at a time, then multiplied by SiLU of a gate.
@@ -129,7 +129,7 @@ class KimiDeltaConfig:
     head_dim: int
     kernel: int
     norm: NormConfig
-    gate: str = "silu"
+    gate: Literal["silu", "sigmoid"] = "silu"
 
     def __post_init__(self) -> None:
         _check_positive(self, "kda", "num_heads", "head_dim")

@@ -121,7 +121,7 @@ def placed(config: ModelConfig, placement: Placement) -> ModelConfig:
     return replace(config, layers=tuple(map(place, config.layers, placement)))
 
 
-def describe(placement: Placement) -> str:
+def describe_placement(placement: Placement) -> str:
     """In one line, as `read_placement` reads it: the names of the stochastic layers, `all-X` where they are one."""
     names = [name for name in placement if name is not None]
     return f"all-{names[0]}" if len(set(names)) == 1 else ",".join(names)

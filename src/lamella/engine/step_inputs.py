@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lamella.engine.request import Request
 from lamella.engine.scheduler import Scheduled
-from lamella.layers.context import ForwardBatch, PageView
+from lamella.layers.context import ForwardBatch, PageView, RequestPlacements
 from lamella.ops.attention.paged import AttentionSpace
 from lamella.ops.ragged import RaggedBatch
 from lamella.state.manager import Holding, StateManager
@@ -115,6 +115,7 @@ class StepTensors:
         context_lens: tuple[int, ...],
         page_size: int,
         attention: AttentionSpace | None = None,
+        placements: RequestPlacements | None = None,
     ) -> StepTensors:
         num_decodes = next((i for i, n in enumerate(query_lens) if n != 1), len(query_lens))
         ragged = RaggedBatch(
@@ -133,7 +134,8 @@ class StepTensors:
             for index, group in enumerate(groups)
         }
         sampling = {name: tensors[name] for name in ("seed", "step", "top_k", "temperature", "top_p", "min_p")}
-        return cls(ForwardBatch(ragged, pages, tensors["slots"], attention), tensors["input_ids"], sampling)
+        batch = ForwardBatch(ragged, pages, tensors["slots"], attention, placements)
+        return cls(batch, tensors["input_ids"], sampling)
 
 
 def prefills(shares: Sequence[Scheduled]) -> Sequence[Scheduled]:
@@ -188,7 +190,13 @@ class StepInputs:
         self.max_pages = state.pages_for(max_model_len)
         self._rows = RequestRows(state, self.max_pages)
 
-    def build(self, shares: Sequence[Scheduled], latest: Mapping[Request, int], pads: int = 0) -> StepTensors:
+    def build(
+        self,
+        shares: Sequence[Scheduled],
+        latest: Mapping[Request, int],
+        pads: int = 0,
+        placements: RequestPlacements | None = None,
+    ) -> StepTensors:
         """The step's tensors, new ones, with so many rows of padding behind a step that only decodes.
 
         `latest` gives the rows in which pending tokens were chosen.
@@ -213,6 +221,7 @@ class StepInputs:
             tuple(lengths),
             size,
             self.attention,
+            placements,
         )
 
     def fill(

@@ -7,7 +7,7 @@ from torch import Tensor
 from lamella.config import CanonConfig
 from lamella.distributed.sharding import Split
 from lamella.layers.context import require_batch
-from lamella.layers.kit import Kit
+from lamella.layers.kit import Computation, Kit
 from lamella.layers.norm import LayerNorm, RMSNorm
 from lamella.layers.short_conv import ConvHistory, ShortConv
 from lamella.ops.backend import use_fused
@@ -23,7 +23,7 @@ class Canon(ShortConv):
     """
 
     def __init__(self, config: CanonConfig, channels: Split, kit: Kit, history: ConvHistory, part: str) -> None:
-        computations = {
+        computations: dict[str, Computation] = {
             part: self._convolve, f"{part}.swiglu": self._convolve_and_gate, f"{part}.after_norm": self._after_norm
         }  # fmt: skip
         super().__init__(config, channels, kit, history, computations)

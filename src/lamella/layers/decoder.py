@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -88,26 +90,46 @@ class LanguageModel(nn.Module):
         self.lm_head = kit.lm_head(config.vocab_size, config.hidden_size, tied, "lm_head")
 
     @property
+    def has_choice(self) -> bool:
+        """Whether any layer has several mixers."""
+        return any(True for _ in self._stochastic())
+
+    @property
     def placement(self) -> Placement:
         """Of a supernet, which mixer is active in each layer; None where a layer has no choice."""
-        mixers = [layer.mixer for layer in self.model.layers]
-        return tuple(mixer.active if isinstance(mixer, Stochastic) else None for mixer in mixers)
+        active = {index: mixer.active for index, mixer in self._stochastic()}
+        return tuple(active.get(index) for index in range(len(self.model.layers)))
 
-    def set_placement(self, placement: PlacementLike | None) -> Placement:
+    def set_placement(self, placement: PlacementLike | None) -> None:
         """Activate a placement, see `read_placement`; all or nothing. Raises `ConfigError`."""
-        read = read_placement(placement, self.config)
-        for layer, name in zip(self.model.layers, read, strict=True):
-            if name is not None:
-                layer.mixer.active = name
-        return read
+        self.activate(read_placement(placement, self.config))
 
-    def active_holders(self) -> list[PagedAttention | SlotHolder]:
-        """The modules that keep state under the active placement, in layer order."""
-        idle: set[nn.Module] = set()
-        for layer in self.model.layers:
-            if isinstance(layer.mixer, Stochastic):
-                idle.update(module for mixer in layer.mixer.inactive() for module in mixer.modules())
+    def activate(self, placement: Placement) -> None:
+        """The same of one that has been read."""
+        for index, mixer in self._stochastic():
+            name = placement[index]
+            assert name is not None
+            mixer.active = name
+
+    def active_holders(self, placement: Placement | None = None) -> list[PagedAttention | SlotHolder]:
+        """The modules that keep state under a placement, by default the active one, in layer order."""
+        idle = {module for mixer in self._idle(placement or self.placement) for module in mixer.modules()}
         return [holder for holder in state_holders(self) if holder not in idle]
+
+    def idle_parameters(self) -> Iterator[nn.Parameter]:
+        """Those that compute nothing under the active placement."""
+        return (parameter for mixer in self._idle(self.placement) for parameter in mixer.parameters())
+
+    def _idle(self, placement: Placement) -> Iterator[nn.Module]:
+        """The mixers that a placement leaves out."""
+        for index, stochastic in self._stochastic():
+            yield from (mixer for name, mixer in stochastic.mixers.items() if name != placement[index])
+
+    def _stochastic(self) -> Iterator[tuple[int, Stochastic]]:
+        for index, layer in enumerate(self.model.layers):
+            assert isinstance(layer, DecoderLayer)
+            if isinstance(layer.mixer, Stochastic):
+                yield index, layer.mixer
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm.

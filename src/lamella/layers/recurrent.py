@@ -46,7 +46,7 @@ class RecurrentMixer(nn.Module):
         return self.history.holder.run(_PART, inputs, width)
 
     def matrix(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """The matrices (slots, ...) and the slot ids (R,) of the requests in flight; (None, None) in a plain forward."""
+        """The matrices (slots, ...) and the slot ids (R,) of the requests in flight; Nones in a plain forward."""
         holder: SlotHolder = self.history.holder
         (_, matrix), slots = holder.current()
         return (None, None) if matrix is None or slots is None else (matrix, slots)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -16,8 +14,8 @@ from lamella.layers.short_conv import ConvHistory
 
 
 class Stochastic(nn.Module):
-    """All mixers, built and loaded. The `active` one computes, unless the batch has requests of several placements: then
-    each mixer that is wanted computes its own requests."""
+    """All mixers, built and loaded. The `active` one computes, unless the batch has requests of several placements:
+    then each mixer that is wanted computes its own requests."""
 
     def __init__(
         self, config: StochasticConfig, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None
@@ -28,10 +26,6 @@ class Stochastic(nn.Module):
         )
         self.active = config.main
         self.index = -1  # of the decoder layer, which whoever builds the stack says
-
-    def inactive(self) -> Iterator[nn.Module]:
-        """The mixers that compute nothing while the placement is this one."""
-        return (mixer for name, mixer in self.mixers.items() if name != self.active)
 
     def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
         """(T, hidden_size) -> (T, hidden_size)."""

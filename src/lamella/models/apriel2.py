@@ -1,5 +1,5 @@
-"""Apriel2 (ServiceNow): pre-norm decoder whose mixers are attention, sliding windows, Mamba, gated delta nets, Kimi delta
-attention, or several of these at once, of which a placement chooses (a supernet).
+"""Apriel2 (ServiceNow): a pre-norm decoder whose mixers are attention, sliding windows, Mamba, gated delta nets, Kimi
+delta attention, or several of these at once, of which a placement chooses (a supernet).
 
 Three programs write these files and two read them, with defaults that differ; where they contradict each other the
 checkpoint's tensors decide, then what training does:
@@ -30,6 +30,7 @@ from lamella.config import (
     ModelConfig,
     NormConfig,
     RopeConfig,
+    RopeScaling,
     SingleMixerConfig,
     StochasticConfig,
     YarnScaling,
@@ -214,9 +215,8 @@ class _BlockReader:
         if kind == "none":
             rotary.finish(harmless=("theta",))
             return None
-        theta, scaling = rotary.float("theta", None if rotary.values else 10000.0), None  # type: RopeScaling | None
-        if theta is None:
-            raise ConfigError(f"{rotary.source}: theta is missing")
+        theta = rotary.float("theta") if rotary.values else 10000.0
+        scaling: RopeScaling | None = None
         if kind == "llama3":
             scaling = Llama3Scaling(
                 factor=rotary.float("scale_factor", 8.0),
@@ -280,9 +280,11 @@ class _BlockReader:
         return config
 
     @staticmethod
-    def _kernel(mixer: HFConfig, *default: int) -> int:
+    def _kernel(mixer: HFConfig, default: int | None = None) -> int:
         section = _section(mixer, "convolution_layer", {})
-        kernel = section.int("kernel_size", *default, minimum=2)
+        kernel = section.int("kernel_size", default, minimum=2)
+        if kernel is None:
+            raise ConfigError(f"{section.source}: kernel_size is missing")
         section.choice("activation", ("silu",), "silu")
         section.finish(harmless=("init", "bias"))
         return kernel

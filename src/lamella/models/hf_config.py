@@ -247,8 +247,8 @@ def read_model(
 ) -> ModelConfig:
     """The keys around the layers; then no key may be left unread.
 
-    `defaults` are those of vocab_size, hidden_size, bos_token_id and eos_token_id, where the architecture has some; `harmless` are
-    its keys that compute nothing here.
+    `defaults` are those of vocab_size, hidden_size, bos_token_id and eos_token_id, where the architecture has some;
+    `harmless` are its keys that compute nothing here.
     """
     for key in ("is_encoder_decoder", "add_cross_attention", "pruned_heads"):
         config.choice(key, (False, {}), False)  # transformers writes these out

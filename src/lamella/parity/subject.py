@@ -26,8 +26,8 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint and how to take it; `load_format="dummy"` fills it at random, by `seed`, instead of reading it, and of
-    a supernet `placement` says which mixers compute."""
+    """A checkpoint and how to take it; `load_format="dummy"` fills it at random, by `seed`, instead of reading it, and
+    of a supernet `placement` says which mixers compute."""
 
     name: str
     checkpoint: Checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,30 +59,16 @@ class StateMemory:
         capacities: Mapping[PagedState, int],
         page_size: int,
         num_slots: int,
-        device: torch.device,
-        block: torch.Tensor | None = None,
+        block: torch.Tensor,
     ) -> None:
-        """`capacities` gives the usable pages of each group. `block`, bytes, is allocated where none is given or it is
-        too small."""
+        """`capacities` gives the usable pages of each group; `block` is at least `size` bytes."""
         self._holders = tuple(holders)
-        shapes: list[list[tuple[StateSpec, tuple[int, ...]]]] = []
-        for holder in holders:
-            shapes.append([])
-            for spec in holder.specs:
-                if isinstance(spec, PagedState):
-                    shapes[-1] += [(spec, (capacities[spec] + 1, page_size, spec.kv_heads, spec.head_dim))] * 2
-                else:
-                    shapes[-1].append((spec, (num_slots + 1, *spec.shape)))
-        nbytes = sum(_room(spec, shape) for each in shapes for spec, shape in each)
-        if block is None or block.numel() < nbytes:
-            block = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self.block = block
         self._bound: list[list[torch.Tensor]] = []
         self._slots: list[torch.Tensor] = []
         start = 0
-        for each in shapes:
+        for holder in holders:
             self._bound.append([])
-            for spec, shape in each:
+            for spec, shape in _shapes(holder, capacities, page_size, num_slots):
                 size = math.prod(shape) * spec.dtype.itemsize
                 tensor = block[start : start + size].view(spec.dtype).view(shape)
                 start += _room(spec, shape)
@@ -90,6 +76,14 @@ class StateMemory:
                 if isinstance(spec, SlotState):
                     self._slots.append(tensor)
         self.bind()
+
+    @staticmethod
+    def size(
+        holders: Sequence[StateHolder], capacities: Mapping[PagedState, int], page_size: int, num_slots: int
+    ) -> int:
+        """Bytes of the block that all this needs."""
+        shapes = (_shapes(holder, capacities, page_size, num_slots) for holder in holders)
+        return sum(_room(spec, shape) for each in shapes for spec, shape in each)
 
     def bind(self) -> None:
         """Give the layers their tensors (again, after another layout's)."""
@@ -114,6 +108,19 @@ class StateMemory:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def _shapes(
+    holder: StateHolder, capacities: Mapping[PagedState, int], page_size: int, num_slots: int
+) -> Iterator[tuple[StateSpec, tuple[int, ...]]]:
+    """What is bound to a holder, in order: keys and values, or its slots."""
+    for spec in holder.specs:
+        if isinstance(spec, PagedState):
+            shape = (capacities[spec] + 1, page_size, spec.kv_heads, spec.head_dim)
+            yield spec, shape
+            yield spec, shape
+        else:
+            yield spec, (num_slots + 1, *spec.shape)
 
 
 def _room(spec: StateSpec, shape: Sequence[int]) -> int:
