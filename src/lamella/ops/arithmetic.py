@@ -26,6 +26,15 @@ def sigmoid(x):
 
 
 @triton.jit
+def softplus(x):
+    """log(1 + exp(x)) of fp32, to a few units in the last place wherever that is not as small as them."""
+    power = tl.exp(-tl.abs(x))
+    # 1 + power would round away what a small one adds; four terms of the series are exact there.
+    series = power * (1.0 - power * (0.5 - power * (0.3333333333 - power * 0.25)))
+    return tl.maximum(x, 0.0) + tl.where(power < 0.015625, series, tl.log(1.0 + power))
+
+
+@triton.jit
 def rounded(x, dtype: tl.constexpr):
     """x of fp32, rounded to dtype, in fp32."""
     if _INTERPRETED or dtype != tl.bfloat16:
