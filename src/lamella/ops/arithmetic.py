@@ -35,6 +35,32 @@ def softplus(x):
 
 
 @triton.jit
+def _add_two(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _add_three(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def sum_two(a, b):
+    """The sums over axis 0 of two tensors of one shape, which meet at the same barriers."""
+    if _INTERPRETED:
+        return tl.sum(a, axis=0), tl.sum(b, axis=0)
+    return tl.reduce((a, b), 0, _add_two)
+
+
+@triton.jit
+def sum_three(a, b, c):
+    """See `sum_two`."""
+    if _INTERPRETED:
+        return tl.sum(a, axis=0), tl.sum(b, axis=0), tl.sum(c, axis=0)
+    return tl.reduce((a, b, c), 0, _add_three)
+
+
+@triton.jit
 def rounded(x, dtype: tl.constexpr):
     """x of fp32, rounded to dtype, in fp32."""
     if _INTERPRETED or dtype != tl.bfloat16:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lamella.ops.arithmetic import sigmoid, softplus
+from lamella.ops.arithmetic import sigmoid, softplus, sum_three, sum_two
 from lamella.ops.delta_rule import fla
 from lamella.ops.delta_rule.reference import L2_EPS
 from lamella.ops.launch import dependent_launch, wait_for_predecessor
@@ -70,7 +70,7 @@ def delta_rule(
 
 
 def gates(decay: Tensor, beta: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The logarithms of the decays, as `decay` (T, HV) or (T, HV, DK), and `sigmoid(beta)` (T, HV): fp32, contiguous."""
+    """`reference.log_decay`, (T, HV) or (T, HV, DK), and `sigmoid(beta)` (T, HV): fp32, contiguous."""
     tokens, heads = beta.shape
     channels = decay[0, 0].numel()
     logs = torch.empty(decay.shape, dtype=torch.float32, device=decay.device)
@@ -195,18 +195,17 @@ def _step(memory, operands, rate, bias, scale, eps, BY_CHANNEL: tl.constexpr):
     """
     q, k, v = operands[0].to(tl.float32), operands[1].to(tl.float32), operands[2].to(tl.float32)
     factor = tl.exp(log_decay(operands[3], rate, bias))
-    key_norm = tl.rsqrt(tl.sum(k * k, axis=0) + eps)
-    query_norm = tl.rsqrt(tl.sum(q * q, axis=0) + eps) * scale
-    product = tl.sum(q * k, axis=0) * key_norm
-    found_key = tl.sum(memory * (k * factor)[:, None], axis=0) * key_norm
-    found_query = tl.sum(memory * (q * factor)[:, None], axis=0)
-    update = sigmoid(operands[4].to(tl.float32)) * (v - found_key)
+    key_square, query_square, product = sum_three(k * k, q * q, q * k)
+    found_key, found_query = sum_two(memory * (k * factor)[:, None], memory * (q * factor)[:, None])
+    key_norm = tl.rsqrt(key_square + eps)
+    query_norm = tl.rsqrt(query_square + eps) * scale
+    update = sigmoid(operands[4].to(tl.float32)) * (v - found_key * key_norm)
     if BY_CHANNEL:
         memory *= factor[:, None]
     else:
         memory *= factor
     memory += (k * key_norm)[:, None] * update[None, :]
-    return memory, (found_query + product * update) * query_norm
+    return memory, (found_query + product * key_norm * update) * query_norm
 
 
 @triton.jit(do_not_specialize=["first"])
