@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lamella.ops.backend import use_triton
 from lamella.ops.delta_rule import cpu
 from lamella.ops.ragged import RaggedBatch
+
+_MAX_KEY_DIM = 256  # of a memory whose columns a program of our Triton kernel holds
 
 
 def delta_rule(
@@ -22,4 +25,8 @@ def delta_rule(
     out: Tensor | None = None,
 ) -> Tensor:
     """See `reference.delta_rule`; the result is in `out` (T, HV, DV), contiguous, where that is given."""
+    if use_triton(v) and q.shape[-1] <= _MAX_KEY_DIM:
+        from lamella.ops.delta_rule import triton
+
+        return triton.delta_rule(q, k, v, decay, beta, a_log, dt_bias, batch, state, slots, out)
     return cpu.delta_rule(q, k, v, decay, beta, a_log, dt_bias, batch, state, slots, out)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lamella.ops.backend import use_triton
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.selective_scan import cpu
+
+_MAX_WIDTH = 256  # of a state that a program of our Triton kernel holds
 
 
 def selective_scan(
@@ -23,4 +26,8 @@ def selective_scan(
     out: Tensor | None = None,
 ) -> Tensor:
     """See `reference.selective_scan`; the result is in `out` (T, H, P), contiguous, where that is given."""
+    if use_triton(x) and b.shape[-1] <= _MAX_WIDTH:
+        from lamella.ops.selective_scan import triton
+
+        return triton.selective_scan(x, dt, b, c, z, a_log, dt_bias, d, batch, state, slots, out)
     return cpu.selective_scan(x, dt, b, c, z, a_log, dt_bias, d, batch, state, slots, out)
