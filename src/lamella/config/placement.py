@@ -121,6 +121,19 @@ def placed(config: ModelConfig, placement: Placement) -> ModelConfig:
     return replace(config, layers=tuple(map(place, config.layers, placement)))
 
 
+def restricted(config: ModelConfig, placement: Placement) -> ModelConfig:
+    """The supernet whose layers have no mixer but the placement's: what it computes, under the same names."""
+
+    def restrict(layer: LayerConfig, name: str | None) -> LayerConfig:
+        if not isinstance(layer.mixer, StochasticConfig):
+            return layer
+        assert name is not None
+        only = tuple((own, mixer) for own, mixer in layer.mixer.mixers if own == name)
+        return replace(layer, mixer=replace(layer.mixer, mixers=only, main=name))
+
+    return replace(config, layers=tuple(map(restrict, config.layers, placement)))
+
+
 def describe_placement(placement: Placement) -> str:
     """In one line, as `read_placement` reads it: the names of the stochastic layers, `all-X` where they are one."""
     names = [name for name in placement if name is not None]

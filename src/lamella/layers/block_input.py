@@ -29,12 +29,12 @@ class BlockInput:
         self._residual: Tensor | None = None
 
     @classmethod
-    def rows(cls, entry: BlockInput, index: Tensor) -> BlockInput:
-        """What enters for some of the tokens, index (n,)."""
-        some = cls.__new__(cls)
-        some._pair, some._norm, some._canon, some._residual = None, None, None, None
-        some._entered = entry.tensor()[index]
-        return some
+    def ready(cls, entered: Tensor) -> BlockInput:
+        """What has been normed and convolved already (T, hidden_size), of a part of a block."""
+        entry = cls.__new__(cls)
+        entry._pair, entry._norm, entry._canon, entry._residual = None, None, None, None
+        entry._entered = entered
+        return entry
 
     @property
     def residual(self) -> Tensor:

@@ -77,6 +77,10 @@ class Kit(Protocol):
         """Fixed-size states for each request that belong together, the rank's part; a convolution's window first."""
         ...
 
+    def caller(self, stochastic: nn.Module, prefix: str) -> Callable[..., Tensor] | None:
+        """Who calls the active mixer of a stochastic layer, as the layer is called; None: the layer itself."""
+        ...
+
 
 class PagedAttention(nn.Module):
     """Attention over pages that an engine binds, or over the tokens at hand in a plain forward."""
@@ -251,6 +255,9 @@ class LocalKit:
 
     def slot_state(self, specs: Sequence[SlotState], prefix: str) -> SlotHolder:
         return SlotHolder(specs, prefix)
+
+    def caller(self, stochastic: nn.Module, prefix: str) -> None:
+        return None
 
 
 def sections(widths: Widths) -> Sequence[int]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lamella.config import StochasticConfig
 from lamella.layers.block_input import BlockInput
-from lamella.layers.context import forward_batch, require_batch
+from lamella.layers.context import current_batch, forward_batch
 from lamella.layers.kit import Kit
 from lamella.layers.rotary import Positions
 from lamella.layers.short_conv import ConvHistory
@@ -25,20 +25,24 @@ class Stochastic(nn.Module):
             {name: mixer.build(kit, hidden_size, f"{prefix}.mixers.{name}", history) for name, mixer in config.mixers}
         )
         self.active = config.main
+        self._caller = kit.caller(self, prefix)
         self.index = -1  # of the decoder layer, which whoever builds the stack says
 
     def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
         """(T, hidden_size) -> (T, hidden_size)."""
-        batch = require_batch()
-        if batch.placements is None:
+        if self._caller is not None:
+            return self._caller(positions, entry)
+        batch = current_batch()
+        if batch is None or batch.placements is None:
             return self.mixers[self.active](positions, entry)
         shares = batch.placements.by_mixer(self.index)
         if len(shares) == 1:
             ((name, _),) = shares
             return self.mixers[name](positions, entry)
-        out = torch.empty_like(entry.tensor())
+        x = entry.tensor()
+        out = torch.empty_like(x)
         for name, requests in shares:
             part = batch.part(requests)
             with forward_batch(part.batch):
-                out[part.tokens] = self.mixers[name](positions.rows(part.tokens), BlockInput.rows(entry, part.tokens))
+                out[part.tokens] = self.mixers[name](positions.rows(part.tokens), BlockInput.ready(x[part.tokens]))
         return out

@@ -50,7 +50,7 @@ class Apriel2ForCausalLM(CausalLM):
 
     checkpoint_names: ClassVar = {
         **CausalLM.checkpoint_names,
-        "model.layers": "model.decoder.blocks",
+        "layers": "decoder.blocks",
         "mixer": "mixer",
         "step_bias": "dt_proj.bias",
     }
