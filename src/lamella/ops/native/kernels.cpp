@@ -170,8 +170,8 @@ INLINE inline f32v exp(f32v x) {
 }
 INLINE inline f32v silu(f32v x) { return x / (1.f + exp(-x)); }
 
-// log(1 + e^x) to about 2 ulp. With y = e^-|x| in (0, 1], log(1 + y) is that of half of it, and log(2), where y is large:
-// either way the argument less one, f, is exact.
+// log(1 + e^x) to about 2 ulp. With y = e^-|x| in (0, 1], log(1 + y) is that of half of it, and log(2), where y is
+// large: either way the argument less one, f, is exact.
 INLINE inline f32v softplus(f32v x) {
     const f32v y = exp(x < 0.f ? x : -x);
     const auto large = y > 0.41421356f;
@@ -731,12 +731,15 @@ struct DeltaRule {
     void run(int64_t r, int64_t h, int64_t column, int lanes) const {
         const int64_t begin = starts[r], end = starts[r + 1];
         if (begin == end) return;
-        std::vector<float> own(state ? 0 : DK * NV * LANES);
-        float* memory = state ? state + slots[r] * state_slot + h * DK * DV + column : own.data();
-        const int64_t ld = state ? DV : NV * LANES;
-        if (state && lengths[r] <= end - begin)  // its first token is among the new ones
-            for (int64_t d = 0; d < DK; ++d)
-                for (int i = 0; i < NV; ++i) store(memory + d * ld + i * LANES, f32v{}, lanes);
+        float* slot = state ? state + slots[r] * state_slot + h * DK * DV + column : nullptr;
+        const bool old = slot && lengths[r] > end - begin;  // else its first token is among the new ones
+        // One step works where the memory lies; more of them where its rows are next to each other, close to the core.
+        std::vector<float> own(slot && end - begin == 1 ? 0 : DK * NV * LANES);
+        float* memory = own.empty() ? slot : own.data();
+        const int64_t ld = own.empty() ? DV : NV * LANES;
+        for (int64_t d = 0; d < DK && !(old && own.empty()); ++d)
+            for (int i = 0; i < NV; ++i)
+                store(memory + d * ld + i * LANES, old ? load(slot + d * DV + i * LANES, lanes) : f32v{}, lanes);
         Operands at(DK);
         const float rate = std::exp(a_log[h]);
         for (int64_t t = begin; t < end; ++t) {
@@ -761,6 +764,10 @@ struct DeltaRule {
                           NV > 1 ? LANES : lanes);
                 }
         }
+        if (!slot || own.empty()) return;
+        for (int64_t d = 0; d < DK; ++d)
+            for (int i = 0; i < NV; ++i)
+                store(slot + d * DV + i * LANES, load(memory + d * ld + i * LANES, lanes), lanes);
     }
 };
 
