@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lamella.ops.backend import use_triton
+from lamella.ops import native
+from lamella.ops.backend import use_native, use_triton
 from lamella.ops.delta_rule import cpu
 from lamella.ops.ragged import RaggedBatch
 
@@ -29,4 +30,7 @@ def delta_rule(
         from lamella.ops.delta_rule import triton
 
         return triton.delta_rule(q, k, v, decay, beta, a_log, dt_bias, batch, state, slots, out)
+    if use_native(v):
+        y = native.delta_rule(q, k, v, decay, beta, a_log, dt_bias, state, slots, batch.query_start_loc, batch.seq_lens)
+        return y if out is None else out.copy_(y)
     return cpu.delta_rule(q, k, v, decay, beta, a_log, dt_bias, batch, state, slots, out)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lamella.ops.backend import use_triton
+from lamella.ops import native
+from lamella.ops.backend import use_native, use_triton
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.selective_scan import cpu
 
@@ -30,4 +31,9 @@ def selective_scan(
         from lamella.ops.selective_scan import triton
 
         return triton.selective_scan(x, dt, b, c, z, a_log, dt_bias, d, batch, state, slots, out)
+    if use_native(x):
+        y = native.selective_scan(
+            x, dt, b, c, z, a_log, dt_bias, d, state, slots, batch.query_start_loc, batch.seq_lens
+        )
+        return y if out is None else out.copy_(y)
     return cpu.selective_scan(x, dt, b, c, z, a_log, dt_bias, d, batch, state, slots, out)
