@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
@@ -88,20 +89,22 @@ def _kernels() -> tuple[Chunked, Chunked] | None:
     return chunk_gated_delta_rule, chunk_kda
 
 
-_last: tuple[ReferenceType[RaggedBatch], tuple[RaggedBatch, Tensor, Tensor]] | None = None
+_Prompts = tuple[RaggedBatch, Tensor, Tensor]
+_recent: deque[tuple[ReferenceType[RaggedBatch], _Prompts]] = deque(maxlen=4)  # a step may have several batches
 
 
-def _prompts(batch: RaggedBatch) -> tuple[RaggedBatch, Tensor, Tensor]:
+def _prompts(batch: RaggedBatch) -> _Prompts:
     """The batch without its decodes, and the bounds of its requests on the device and on the host.
 
     Made once for all layers of a step: the device need not be asked again, and fla keeps, for the last few tensors of
-    bounds that it has seen, what it made of them. So a new step has to come with new tensors.
+    bounds that it has seen, what it made of them. So a new step has to come with a new batch, and gets new tensors.
     """
-    global _last
-    if _last is None or _last[0]() is not batch:
-        some = prefills_of(batch)
-        bounds = some.query_start_loc.long().clone()
-        lengths = batch.query_lens[batch.num_decodes :]
-        on_host = torch.tensor([0, *lengths]).cumsum(0) if lengths else bounds.cpu()
-        _last = ref(batch), (some, bounds, on_host)
-    return _last[1]
+    for reference, prompts in _recent:
+        if reference() is batch:
+            return prompts
+    some = prefills_of(batch)
+    bounds = some.query_start_loc.long().clone()
+    lengths = batch.query_lens[batch.num_decodes :]
+    on_host = torch.tensor([0, *lengths]).cumsum(0) if lengths else bounds.cpu()
+    _recent.append((ref(batch), (some, bounds, on_host)))
+    return some, bounds, on_host
