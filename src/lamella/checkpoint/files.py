@@ -35,7 +35,11 @@ class Checkpoint:
 
     def read_config(self, max_length: int | None = None) -> ModelConfig:
         """The model that the values describe; `max_length` is the context that an engine will use."""
-        return self.architecture.read_config(HFConfig(self.values, str(self.config_file), max_length, self._list))
+        return self.architecture.read_config(self.hf_config(self.values, max_length))
+
+    def hf_config(self, values: Mapping[str, Any], max_length: int | None = None) -> HFConfig:
+        """Values in the place of its own, to be read as these are."""
+        return HFConfig(values, str(self.config_file), max_length, self._list)
 
     def _list(self) -> Collection[str] | None:
         """The names of the tensors; None where there are no files, as for dummy weights."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,3 +19,14 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: not a JSON object")
     return values
+
+
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Replace `file`, whole or not at all."""
+    new = file.with_name(f"{file.name}.new")
+    try:
+        new.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        new.replace(file)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise CheckpointError(f"{file}: cannot be written ({error.strerror})") from error

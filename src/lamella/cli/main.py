@@ -90,6 +90,30 @@ def parser() -> argparse.ArgumentParser:
         "--rope", default="keep", help="keep, huggingface or lingua: which channels of a head the file pairs"
     )
 
+    placement = _command(commands, "placement", "of a supernet: its mixers, those it uses, and what others would cost")
+    actions = placement.add_subparsers(title="actions", metavar="ACTION", required=True, dest="action")
+    show = actions.add_parser("show", help="the layers' mixers, and what a placement keeps")
+    _model(show)
+    show.add_argument("--placement", help="all-X, every3rd-X, bookend-attn-X, or a name a layer; default: the file's")
+    show.add_argument("--dtype", default="auto")
+    _json(show)
+    change = actions.add_parser("set", help="write another main placement into the checkpoint's config.json")
+    _model(change)
+    change.add_argument("placement", help="all-X, every3rd-X, bookend-attn-X, or a name a layer")
+    _json(change)
+    sweep = actions.add_parser("sweep", help="loss, distance from the main placement, speed and state of several")
+    _model(sweep)
+    sweep.add_argument("placements", nargs="*", help="default: each mixer alone, every 2nd and 4th, between attention")
+    sweep.add_argument("--prompts", metavar="FILE", help="text that is scored: a prompt a line; default: bundled")
+    sweep.add_argument("--count", type=int, help="score only so many sequences")
+    sweep.add_argument("--requests", type=int, default=8, help="decoded at a time, for the times")
+    sweep.add_argument("--input-len", type=int, default=128)
+    sweep.add_argument("--output-len", type=int, default=32)
+    sweep.add_argument("--repeats", type=int, default=3)
+    sweep.add_argument("--plot", metavar="FILE", help="loss over time as a picture (.png, .svg, .pdf)")
+    _engine(sweep)
+    _json(sweep)
+
     demo = _command(commands, "demo", "the tour: the bundled model, its answers, and how right it is on every path")
     demo.add_argument("--questions", type=int, default=300, help="how many held-out questions to ask")
     _json(demo)
@@ -144,6 +168,7 @@ def _engine(command: argparse.ArgumentParser) -> None:
         ("snapshot-interval", int),
         ("snapshot-prompts", str),
         ("seed", int),
+        ("placement", str),
     ):
         group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
     flag = argparse.BooleanOptionalAction

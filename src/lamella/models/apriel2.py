@@ -29,6 +29,7 @@ from lamella.config import (
     MLPConfig,
     ModelConfig,
     NormConfig,
+    Placement,
     RopeConfig,
     RopeScaling,
     SingleMixerConfig,
@@ -86,6 +87,25 @@ class Apriel2ForCausalLM(CausalLM):
             length_is_known=length != _NO_LENGTH,
             harmless=("vision_encoder", "image_token_index", "projector_hidden_act", "vision_config"),
         )
+
+    @classmethod
+    def with_placement(cls, values: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
+        """The same model, its layers' blocks written out as a pattern where they now differ in their main mixer."""
+        decoder = values["decoder"]
+        blocks = {"block": decoder["block"]} if decoder.get("type", "fixed") == "fixed" else decoder["blocks"]
+        pattern = decoder.get("pattern") or ["block"]
+        written: dict[str, Any] = {}
+        names = []
+        for index, main in enumerate(placement):
+            block = pattern[index % len(pattern)]
+            name = block if main is None else f"{block}_{main}"
+            mixer = blocks[block]["mixer"] if main is None else {**blocks[block]["mixer"], "main_mixer_name": main}
+            written[name] = {**blocks[block], "mixer": mixer}
+            names.append(name)
+        new: dict[str, Any] = {"type": "pattern", "num_blocks": len(names), "pattern": names, "blocks": written}
+        if len(written) == 1:
+            new = {"type": "fixed", "num_blocks": len(names), "block": written[names[0]]}
+        return {**values, "decoder": new}
 
 
 def _section(config: HFConfig, key: str, default: Mapping[str, Any]) -> HFConfig:

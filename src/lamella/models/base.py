@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from lamella.config import ModelConfig
+from lamella.config import ModelConfig, Placement
 from lamella.distributed.sharding import Split, cut
 from lamella.errors import CheckpointError
 from lamella.layers.decoder import LanguageModel
@@ -52,6 +52,11 @@ class CausalLM(LanguageModel):
     def read_config(cls, config: HFConfig) -> ModelConfig:
         """The architecture's `config.json` as layers."""
         raise NotImplementedError(f"{cls.__name__}.read_config")
+
+    @classmethod
+    def with_placement(cls, values: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
+        """The values of a supernet's `config.json` with this as its main placement."""
+        raise NotImplementedError(f"{cls.__name__}.with_placement")
 
     @classmethod
     def allocate(cls, config: ModelConfig, kit: Kit) -> Self:

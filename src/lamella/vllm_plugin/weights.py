@@ -57,11 +57,11 @@ class WeightFiller:
         for name, tensor in weights:
             if name.endswith("rotary_emb.inv_freq"):
                 continue
-            if name.startswith(self.ignored) or name in self._idle:
-                unread += 1
-                continue
             if name in self._redundant:
                 tied[name] = tensor
+                continue
+            if name.startswith(self.ignored) or name in self._idle:
+                unread += 1
                 continue
             if name in seen:
                 raise CheckpointError(f"tensor {name} stands in the checkpoint twice")
