@@ -242,7 +242,13 @@ class Engine:
             "pages": capacity,
             "pages_used": capacity - free,
             "page_groups": [
-                {"window": group.window, "pages": pool.capacity, "used": pool.num_held, "cached": pool.num_cached}
+                {
+                    "window": group.window,
+                    "chunk": group.chunk,
+                    "pages": pool.capacity,
+                    "used": pool.num_held,
+                    "cached": pool.num_cached,
+                }
                 for group, pool in zip(self.state.groups, pools, strict=True)
             ],
             "slots": self.options.max_num_seqs,
