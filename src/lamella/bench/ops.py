@@ -164,7 +164,8 @@ def _attended(batch: ForwardBatch, attention: PagedAttention, q: Tensor) -> Tens
     assert batch.pages is not None and attention.k_cache is not None and attention.v_cache is not None
     table = batch.pages[attention.spec].page_table
     return attention_reference.paged_attention(
-        q, attention.k_cache, attention.v_cache, table, batch.ragged, attention.scale, attention.spec.window
+        q, attention.k_cache, attention.v_cache, table, batch.ragged, attention.scale, attention.spec.window,
+        attention.spec.chunk,
     )
 
 

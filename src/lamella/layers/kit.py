@@ -84,7 +84,8 @@ class PagedAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch = require_batch()
         if batch.pages is None:
-            return attention.causal_attention(q, k, v, batch.ragged, self.scale, self.spec.window)
+            spec = self.spec
+            return attention.causal_attention(q, k, v, batch.ragged, self.scale, spec.window, spec.chunk)
         attention.write_kv(k, v, *self.target())
         return self.read(q)
 
@@ -102,7 +103,7 @@ class PagedAttention(nn.Module):
         assert batch.pages is not None
         table = batch.pages[spec].page_table
         return attention.paged_attention(
-            q, k_cache, v_cache, table, batch.ragged, self.scale, spec.window, self._plan(batch)
+            q, k_cache, v_cache, table, batch.ragged, self.scale, spec.window, self._plan(batch), spec.chunk
         )
 
     def decode(self, qkv: Tensor, options: Mapping[str, Any]) -> Tensor:
@@ -122,7 +123,7 @@ class PagedAttention(nn.Module):
             ("attention", spec, self.heads, self.scale),
             lambda: AttentionPlan(
                 space, batch.ragged, view.page_list, self.heads, spec.kv_heads, spec.head_dim, page_size, spec.dtype,
-                self.scale, spec.window,
+                self.scale, spec.window, chunk=spec.chunk,
             ),
         )  # fmt: skip
 

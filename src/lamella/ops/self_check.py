@@ -137,11 +137,13 @@ def _attention_checks(
         ]
         or [pages.new_empty(0)]
     )
-    for window in (None, 3):
+    for window, chunk in ((None, None), (3, None), (None, 3)):
         k_cache, v_cache = written[1]
-        truth = attention_reference.paged_attention(prepared[1], k_cache, v_cache, pages, batch, 0.25, window)
-        plan = AttentionPlan(space, batch, listed, heads, kv_heads, dim, _PAGE, dtype, 0.25, window, flashinfer=False)
-        ours = paged_attention(prepared[1], k_cache, v_cache, pages, batch, 0.25, window, plan)
+        truth = attention_reference.paged_attention(prepared[1], k_cache, v_cache, pages, batch, 0.25, window, chunk)
+        plan = AttentionPlan(
+            space, batch, listed, heads, kv_heads, dim, _PAGE, dtype, 0.25, window, flashinfer=False, chunk=chunk
+        )
+        ours = paged_attention(prepared[1], k_cache, v_cache, pages, batch, 0.25, window, plan, chunk)
         yield "paged attention", ours, truth
         if few_decodes(batch):
             fresh = {"k_cache": caches[0].clone(), "v_cache": caches[1].clone()}
