@@ -12,7 +12,6 @@ from lamella.ops.attention import reference, sdpa
 from lamella.ops.attention.chunks import pieces, seen_pages
 from lamella.ops.ragged import RaggedBatch
 
-
 SIGHTS = [(None, None), (1, None), (3, None), (17, None), (None, 1), (None, 4), (None, 10), (None, 64)]
 
 

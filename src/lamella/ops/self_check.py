@@ -15,6 +15,7 @@ from lamella.ops.qkv import reference as qkv_reference
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.rms_norm import reference as norm_reference
 from lamella.ops.rms_norm.reference import NormStep
+from lamella.ops.rotary import reference as rotary_reference
 from lamella.ops.short_conv import reference as conv_reference
 from lamella.ops.swiglu import reference as swiglu_reference
 
@@ -118,8 +119,13 @@ def _attention_checks(
     turns = batch.positions.float()[:, None] * frequencies
     cos, sin = rotary.angles(batch.positions, frequencies, 1.0)
     yield "angles", torch.cat((cos, sin)), torch.cat((turns.cos(), turns.sin()))
+    periodic = (function.angles(batch.positions, frequencies, 1.0, 2)[1] for function in (rotary, rotary_reference))
+    yield "angles within a period", *periodic
+    growth = [function.temperature(batch.positions, 0.5, 2) for function in (rotary, rotary_reference)]
+    yield "temperature", *growth
     projected = random(batch.num_tokens, (heads + 2 * kv_heads) * dim)
     norms: dict[str, Any] = {"q_norm": random(dim).float(), "k_norm": random(dim).float(), "eps": 1e-5}
+    norms["q_scale"] = growth[1]
     written = [[cache.clone() for cache in caches] for _ in range(2)]
     prepared = [
         function(

@@ -14,7 +14,8 @@ def attend(
     """One request: the last queries of a context. q (n, H, D); k and v (m, KV, D), m >= n; returns (n, H, D).
 
     `first` is the position of the first key. With a `window` of w a query sees the last w keys up to its own, with a
-    `chunk` of c those from the last position on that is a multiple of c. Query head h reads key/value head `h // (H / KV)`; softmax and sums in fp32, rounded once.
+    `chunk` of c those from the last position on that is a multiple of c. Query head h reads key/value head
+    `h // (H / KV)`; softmax and sums in fp32, rounded once.
     """
     group = q.shape[1] // k.shape[1]
     k, v = (side.float().repeat_interleave(group, dim=1) for side in (k, v))

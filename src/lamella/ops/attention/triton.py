@@ -100,9 +100,9 @@ class DecodeWorkspace:
 def plan_decode(seq_lens: Tensor, window: int | None, workspace: DecodeWorkspace, span: int | None = None) -> None:
     """Write into `workspace` the work of one step: seq_lens (R,) int32, each >= 1, the new token counted.
 
-    A token sees itself and, with a window w, the w - 1 tokens before it; with a span s, what lies from the last multiple
-    of s up to its position on (`AttentionConfig.chunk`; here chunks are parts of the work). How a request is cut depends on its own
-    length, and on whether the step has few requests or many.
+    A token sees itself and, with a window w, the w - 1 tokens before it; with a span s (`chunk` elsewhere, which is a
+    part of the work here), what lies from the last multiple of s up to its position on. How a request is cut depends on
+    its own length, and on whether the step has few requests or many.
     """
     requests = seq_lens.shape[0]
     assert seq_lens.dtype == torch.int32 and seq_lens.is_contiguous()
