@@ -14,7 +14,13 @@ from lamella.errors import ConfigError
 from lamella.models import CausalLM, architectures, register_architecture, registry, resolve_architecture
 from lamella.models.hf_config import read_model
 
-BUILT_IN = ["LlamaCanonForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM"]
+BUILT_IN = [
+    "Llama4ForCausalLM",
+    "Llama4ForConditionalGeneration",
+    "LlamaCanonForCausalLM",
+    "LlamaForCausalLM",
+    "Qwen3ForCausalLM",
+]
 VALUES = {"vocab_size": 128, "hidden_size": 32, "depth": 3, "architectures": ["StripesForCausalLM"]}
 
 

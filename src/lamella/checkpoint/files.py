@@ -49,17 +49,19 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     path = _find(model)
     lingua = find_lingua(path)
     if lingua is not None and not any(path.glob("*.safetensors")):
-        config_file, tensors = lingua / "params.json", TorchFile(lingua / "consolidated.pth")
+        config_file = lingua / "params.json"
         values = read_params(config_file)
         architecture = resolve_architecture(_architecture_name(values, config_file))
-        return Checkpoint(path, config_file, architecture, values, LINGUA_NAMES, TIED_HEAD, tensors)
+        file = TorchFile(lingua / "consolidated.pth")
+        return Checkpoint(path, config_file, architecture, values, LINGUA_NAMES, TIED_HEAD, file)
     config_file = path / "config.json"
     if not config_file.is_file():
         raise CheckpointError(f"{path}: neither config.json nor params.json with consolidated.pth is there")
     values = read_json(config_file)
     architecture = resolve_architecture(_architecture_name(values, config_file))
     names = architecture.checkpoint_names
-    return Checkpoint(path, config_file, architecture, values, names, "lm_head.weight", SafetensorsFolder(path))
+    tensors = SafetensorsFolder(path, architecture.own_name)
+    return Checkpoint(path, config_file, architecture, values, names, "lm_head.weight", tensors)
 
 
 def _find(model: str | Path) -> Path:

@@ -4,8 +4,8 @@ The configs are the only thing that an architecture file produces and the only t
 nothing of devices, engines or checkpoints. All sizes are in elements, all token counts in tokens.
 """
 
-from lamella.config.feed_forward import FeedForwardConfig, MLPConfig
-from lamella.config.mixers import AttentionConfig, MixerConfig
+from lamella.config.feed_forward import FeedForwardConfig, MLPConfig, MoEConfig
+from lamella.config.mixers import AttentionConfig, MixerConfig, TemperatureConfig
 from lamella.config.model import LayerConfig, ModelConfig
 from lamella.config.parts import CanonConfig, NormConfig
 from lamella.config.rope import DynamicScaling, LinearScaling, Llama3Scaling, RopeConfig, RopeScaling, YarnScaling
@@ -20,9 +20,11 @@ __all__ = [
     "Llama3Scaling",
     "MLPConfig",
     "MixerConfig",
+    "MoEConfig",
     "ModelConfig",
     "NormConfig",
     "RopeConfig",
     "RopeScaling",
+    "TemperatureConfig",
     "YarnScaling",
 ]

@@ -17,7 +17,7 @@ class BlockInput:
     """The stream in front of a block, `hidden + residual`, not yet added up, normed and convolved.
 
     A block's first projection brings that about, so that it can be part of the projection's own kernel. What enters is
-    the same whichever way it is read, and is computed once.
+    the same whichever way it is read, and is computed once: what projects several times reads it as a tensor first.
     """
 
     def __init__(self, hidden: Tensor, residual: Tensor, norm: RMSNorm, canon: Canon | None) -> None:
@@ -54,7 +54,7 @@ class BlockInput:
         if self.fuses(linear, canon):
             assert isinstance(linear, Linear)
             norm = None
-            if self._canon is None:
+            if self._canon is None and self._pair is not None:
                 hidden, residual = self._take()
                 norm = NormStep(residual, self._norm.weight, self._norm.eps)
             else:

@@ -32,7 +32,8 @@ class Kit(Protocol):
 
     dtype: torch.dtype
     device: torch.device
-    share: Share  # of a tensor-parallel group
+    group: Group  # the tensor-parallel one
+    share: Share  # of it
 
     def merged_linear(self, in_size: int, parts: Mapping[str, int], bias: bool, prefix: str) -> nn.Module:
         """Column-parallel projections of one input as one product; `parts` maps checkpoint names to widths."""
@@ -42,8 +43,9 @@ class Kit(Protocol):
         """The query, key and value projections as one product with output [q | k | v]."""
         ...
 
-    def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str) -> nn.Module:
-        """A projection back to the full width, whose input is what a column-parallel one left."""
+    def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str, reduce: bool = True) -> nn.Module:
+        """A projection back to the full width, whose input is what a column-parallel one left. Without `reduce`, which
+        takes no bias, it is left to the caller to sum over the ranks."""
         ...
 
     def column_norm(self, channels: Split, eps: float) -> RMSNorm:
@@ -197,9 +199,10 @@ class LocalKit:
         parts = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
         return MergedLinear(Split.whole(in_size), parts, bias, self.dtype, self.device)
 
-    def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str) -> nn.Module:
+    def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str, reduce: bool = True) -> nn.Module:
+        assert reduce or not bias
         inputs, outputs = self.share.even(in_size, prefix), Split.whole(out_size)
-        if self._is_split:
+        if self._is_split and reduce:
             return RowLinear(inputs, outputs, bias, self.dtype, self.device, self.group)
         return Linear(inputs, outputs, bias, self.dtype, self.device)
 

@@ -9,6 +9,8 @@ from lamella._lazy import lazy_attributes
 if TYPE_CHECKING:
     from lamella.models.base import CausalLM as CausalLM
     from lamella.models.llama import LlamaForCausalLM as LlamaForCausalLM
+    from lamella.models.llama4 import Llama4ForCausalLM as Llama4ForCausalLM
+    from lamella.models.llama4 import Llama4ForConditionalGeneration as Llama4ForConditionalGeneration
     from lamella.models.llama_canon import LlamaCanonForCausalLM as LlamaCanonForCausalLM
     from lamella.models.qwen3 import Qwen3ForCausalLM as Qwen3ForCausalLM
     from lamella.models.registry import architectures as architectures
@@ -19,6 +21,8 @@ __getattr__, __all__ = lazy_attributes(
     __name__,
     {
         "CausalLM": "lamella.models.base",
+        "Llama4ForCausalLM": "lamella.models.llama4",
+        "Llama4ForConditionalGeneration": "lamella.models.llama4",
         "LlamaCanonForCausalLM": "lamella.models.llama_canon",
         "LlamaForCausalLM": "lamella.models.llama",
         "Qwen3ForCausalLM": "lamella.models.qwen3",

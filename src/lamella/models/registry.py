@@ -17,8 +17,16 @@ _targets: dict[str, str | type[CausalLM]] = {
     "LlamaForCausalLM": "lamella.models.llama:LlamaForCausalLM",
     "Qwen3ForCausalLM": "lamella.models.qwen3:Qwen3ForCausalLM",
     "LlamaCanonForCausalLM": "lamella.models.llama_canon:LlamaCanonForCausalLM",
+    "Llama4ForCausalLM": "lamella.models.llama4:Llama4ForCausalLM",
+    "Llama4ForConditionalGeneration": "lamella.models.llama4:Llama4ForConditionalGeneration",
 }
-_aliases = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "LlamaCanon": "LlamaCanonForCausalLM"}
+_aliases = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "LlamaCanon": "LlamaCanonForCausalLM",
+    "llama4_text": "Llama4ForCausalLM",
+    "llama4": "Llama4ForConditionalGeneration",
+}
 
 
 def register_architecture(name: str, target: str | type[CausalLM], aliases: tuple[str, ...] = ()) -> None:

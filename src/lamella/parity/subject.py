@@ -14,7 +14,7 @@ from torch import Tensor
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.checkpoint.files import Checkpoint
 from lamella.checkpoint.loader import resolve_dtype
-from lamella.checkpoint.names import rename, targets
+from lamella.checkpoint.names import targets
 from lamella.config import ModelConfig
 from lamella.engine.tokenizer import Tokenizer
 from lamella.layers.kit import LocalKit
@@ -72,4 +72,5 @@ class Subject:
             model = self.load(torch.float32, device)
             return {path: t.parameter[t.start : t.stop] for path, t in targets(model, {}).items()}
         with self.checkpoint.tensors.opened() as tensors:
-            return {path: tensors.load(rename(path, self.checkpoint.names)) for path in targets(self.skeleton(), {})}
+            found = targets(self.skeleton(), self.checkpoint.names, tensors.names())
+            return {target.path: tensors.load(name) for name, target in found.items()}

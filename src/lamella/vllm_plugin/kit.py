@@ -21,6 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from lamella.config import ModelConfig
 from lamella.distributed.group import Group
 from lamella.distributed.sharding import Share, Split
+from lamella.errors import ConfigError
 from lamella.layers.norm import RMSNorm, SplitRMSNorm
 from lamella.state.spec import PagedState, SlotState
 from lamella.vllm_plugin import compat
@@ -50,6 +51,8 @@ class VllmAttention(nn.Module):
 
     def __init__(self, heads: int, scale: float, spec: PagedState, config: VllmConfig, prefix: str) -> None:
         super().__init__()
+        if spec.chunk is not None:
+            raise ConfigError(f"{prefix}: attention in chunks of {spec.chunk} tokens is not served inside vLLM yet")
         self.heads, self.head_dim = heads, spec.head_dim
         self.attn = Attention(
             heads,
@@ -77,7 +80,7 @@ class VllmKit:
     def __init__(self, config: VllmConfig, model: ModelConfig) -> None:
         self.config = config
         self.dtype, self.device = config.model_config.dtype, torch.empty(0).device  # where vLLM builds models
-        self.group = VllmGroup()
+        self.group: Group = VllmGroup()
         self.share = self.group.share
         # All layers get slots of one shape, so that they are one group with small pages.
         self._slot = widest_slot(model, self.share, self.dtype)
@@ -99,9 +102,9 @@ class VllmKit:
         linear.parts = {"q_proj": "q", "k_proj": "k", "v_proj": "v"}
         return linear
 
-    def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str) -> nn.Module:
+    def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str, reduce: bool = True) -> nn.Module:
         self.share.even(in_size, prefix)
-        return RowParallelLinear(in_size, out_size, bias=bias, **self._common(prefix))
+        return RowParallelLinear(in_size, out_size, bias=bias, reduce_results=reduce, **self._common(prefix))
 
     def column_norm(self, channels: Split, eps: float) -> RMSNorm:
         if self.share.size > 1:
