@@ -63,6 +63,22 @@ def qwen(**changes):
     return llama(**changes) | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 
 
+def llama4(intermediate_size, num_hidden_layers, mlp_bias=None, **changes):
+    """Two layers: experts, and a dense one; chunks and none."""
+    return llama(**changes) | {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        "num_hidden_layers": 2,
+        "intermediate_size": intermediate_size,
+        "intermediate_size_mlp": 2 * intermediate_size,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_layers": [0],
+        "no_rope_layers": [1, 0],
+        "attention_chunk_size": 4,
+    }
+
+
 def logits(model, ids):
     with torch.inference_mode():
         return model.compute_logits(model(ids))
@@ -129,7 +145,7 @@ def configs(draw):
         tie_word_embeddings=draw(st.booleans()),
         attention_bias=draw(st.booleans()),
     )
-    family = draw(st.sampled_from([llama, qwen, canon_config]))
+    family = draw(st.sampled_from([llama, qwen, canon_config, llama4]))
     if family is canon_config:
         letters = draw(st.sets(st.sampled_from("ABCD")))
         changes |= dict(

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
+import torch
 from transformers import Llama4TextConfig
 
-from helpers import VOCAB, assert_engine_parity, assert_plain_parity, hf_checkpoint
+from helpers import VOCAB, assert_engine_parity, assert_plain_parity, hf_checkpoint, logprobs, plain_logits
+from lamella.checkpoint import load_model, open_checkpoint
+from lamella.config import AttentionConfig, RopeConfig
+from lamella.layers.decoder import LanguageModel
+from lamella.layers.kit import LocalKit
+from lamella.layers.rotary import Positions, Rotary, inverse_frequencies
+from lamella.ops.moe import reference
 
 LENGTHS = (1, 15, 16, 17, 70, 200)
 CHUNK = 16
@@ -47,13 +58,14 @@ CASES = {
     "one kv head, tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
 }
 CASES["explicit layer_types"]["num_hidden_layers"] = 6
+CONFIGS = {name: Llama4TextConfig(**SHAPE | changes) for name, changes in CASES.items()}
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=CONFIGS)
 def case(request, tmp_path_factory):
     """(folder, logits of the transformers model)."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    model = hf_checkpoint(folder, Llama4TextConfig(**SHAPE | CASES[request.param]))
+    model = hf_checkpoint(folder, CONFIGS[request.param])
     return folder, lambda ids: model(ids, use_cache=False).logits
 
 
@@ -63,3 +75,103 @@ def test_plain_forward(case):
 
 def test_engine(case):
     assert_engine_parity(*case, LENGTHS)
+
+
+# What makes it another model: each of these is a mistake that one may make.
+
+
+@pytest.fixture(scope="module", params=["scout", "maverick", "top 2"])
+def scout(request, tmp_path_factory):
+    """(our model, logits of the transformers model, tokens)."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = hf_checkpoint(folder, CONFIGS[request.param])
+    ids = torch.randint(VOCAB, (1, 90), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = logprobs(model(ids, use_cache=False).logits)[0]
+    return load_model(open_checkpoint(folder)), expected, ids
+
+
+def errors(model: LanguageModel, expected: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The largest of every position."""
+    return (logprobs(plain_logits(model, ids))[0] - expected).abs().amax(-1)
+
+
+def with_mixers(model: LanguageModel, change: Callable[[AttentionConfig], dict[str, Any]]) -> LanguageModel:
+    """The same weights, with other settings of attention."""
+    layers = tuple(replace(layer, mixer=replace(layer.mixer, **change(layer.mixer))) for layer in model.config.layers)
+    other = LanguageModel(replace(model.config, layers=layers), LocalKit())
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_nothing_is_changed(scout):
+    assert errors(with_mixers(scout[0], lambda mixer: {}), *scout[1:]).max() <= 1e-4
+
+
+def test_rotation_of_halves_is_another_model(scout):
+    def halves(mixer):
+        return {"rope": None if mixer.rope is None else replace(mixer.rope, interleaved=False)}
+
+    found = errors(with_mixers(scout[0], halves), *scout[1:])
+    assert found[0] <= 1e-4 and found[1:].max() > 0.3
+
+
+def test_without_chunks_the_first_chunk_is_right(scout):
+    found = errors(with_mixers(scout[0], lambda mixer: {"chunk": None}), *scout[1:])
+    assert found[:CHUNK].max() <= 1e-4 and found[CHUNK:].max() > 0.3
+
+
+def test_a_window_is_no_chunk(scout):
+    found = errors(with_mixers(scout[0], lambda mixer: {"chunk": None, "window": mixer.chunk}), *scout[1:])
+    assert found[:CHUNK].max() <= 1e-4 and found[CHUNK:].max() > 0.3
+
+
+def test_without_temperature_positions_before_the_floor_scale_are_right(scout):
+    found = errors(with_mixers(scout[0], lambda mixer: {"temperature": None}), *scout[1:])
+    first = SHAPE["floor_scale"] - 1
+    assert found[:first].max() <= 1e-4 and found[first] > 1e-3
+
+
+def test_weighing_what_leaves_an_expert_is_another_model(scout, monkeypatch):
+    def weigh_outputs(x, logits, top_k, *weights):
+        total = torch.zeros_like(x)
+        for expert, factor in zip(*(part.T for part in reference.route(logits, top_k)), strict=True):
+            alone = torch.full_like(logits, -1e4).scatter(1, expert[:, None], 1e4)  # whose weight is 1
+            total += factor[:, None] * reference.experts(x, alone, 1, *weights)
+        return total
+
+    monkeypatch.setattr("lamella.ops.moe.experts", weigh_outputs)
+    assert errors(*scout).max() > 0.1
+
+
+def test_a_norm_before_the_rotation_is_the_same_model(scout):
+    """Of a norm without a weight: what the kernels on a GPU make use of."""
+    norm = torch.nn.functional.rms_norm
+    for layer in scout[0].model.layers:
+        mixer = layer.mixer
+        if mixer.config.qk_norm is None:
+            continue
+        qkv = torch.randn(7, sum(mixer.sizes))
+        at = Positions(torch.arange(7))
+        q, k, _ = (part.unflatten(-1, (-1, 16)) for part in qkv.split(mixer.sizes, -1))
+        before = mixer.rotary(at, norm(q, (16,), eps=1e-5), norm(k, (16,), eps=1e-5))
+        after = (norm(part, (16,), eps=1e-5) for part in mixer.rotary(at, q, k))
+        for ours, theirs in zip(before, after, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("position", [1_000_000, 10_000_000])
+def test_angles_in_a_chunk_stay_exact_far_out(position):
+    """Differences of angles in a chunk, which are all that shows, against fp64; and by absolute positions."""
+    rope = RopeConfig(dim=128, theta=500000.0, interleaved=True)
+    index = torch.arange(position, position + 8192) // 8192 * 8192 + torch.arange(8192)
+    frequencies = inverse_frequencies(rope).double()
+    wide = (index % 8192).double()[:, None] * frequencies
+    errors = []
+    for period in (8192, None):
+        cos, sin = Rotary(rope, torch.device("cpu"), period).angles(index)
+        turns = torch.complex(cos.double(), sin.double())
+        turns = turns * turns[0].conj()  # relative to the chunk's first token
+        expected = torch.polar(torch.ones_like(wide), wide - wide[0])
+        errors.append(float((turns - expected).abs().max()))
+    assert errors[0] < 5e-4 and errors[1] > 50 * errors[0]

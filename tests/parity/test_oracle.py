@@ -15,6 +15,7 @@ from lamella.parity.subject import Subject
 from models.canon_oracle import CanonOracle, read_hf
 from models.test_canon_parity import OPTIONS as CANON
 from models.test_hf_parity import CASES
+from models.test_llama4 import CONFIGS as LLAMA4
 
 CPU = torch.device("cpu")
 
@@ -32,6 +33,9 @@ def recorded(logits, ids):
         return value
 
     return logits(ids, tap), values
+
+
+CASES = CASES | {f"llama 4: {name}": config for name, config in LLAMA4.items()}
 
 
 @pytest.fixture(scope="module", params=CASES)

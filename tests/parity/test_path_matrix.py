@@ -13,6 +13,7 @@ from lamella.parity import paths
 from lamella.parity.forcing import ForcedEngine
 from lamella.parity.path_matrix import Laboratory, NotExercised, catalogue
 from lamella.parity.subject import Subject
+from models.test_llama4 import CONFIGS as LLAMA4
 from parity.test_bisection import SHAPE, change_history, forgot_the_history, layer, load
 
 CPU = torch.device("cpu")
@@ -23,6 +24,9 @@ MODELS = {
     "llama": lambda folder: hf_checkpoint(folder, LlamaConfig(**SHAPE | {"attention_bias": True})),
     "qwen3": lambda folder: hf_checkpoint(folder, Qwen3Config(**SHAPE)),
     "qwen3, window": lambda folder: hf_checkpoint(folder, Qwen3Config(**SHAPE | WINDOW)),
+    "llama 4": lambda folder: hf_checkpoint(folder, LLAMA4["scout"]),
+    "llama 4, top 2": lambda folder: hf_checkpoint(folder, LLAMA4["top 2"]),
+    "llama 4, no page ends with a chunk": lambda folder: hf_checkpoint(folder, LLAMA4["chunk that no page ends with"]),
     "canon": lambda folder: canon_checkpoint(folder, num_hidden_layers=3, qk_norm=True),
     "canon, kernel 5": lambda folder: canon_checkpoint(folder, canon_kernel=5, canon_bias=True, canon_activation=True),
     "canon A, lingua": lambda folder: canon_checkpoint(folder, canon_set="A", rope_version="lingua", rope_dim=8),

@@ -11,6 +11,7 @@ from torch import Tensor
 from lamella.ops.attention import reference as attention_reference
 from lamella.ops.backend import use_triton
 from lamella.ops.linear import reference as linear_reference
+from lamella.ops.moe import reference as moe_reference
 from lamella.ops.qkv import reference as qkv_reference
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.rms_norm import reference as norm_reference
@@ -52,6 +53,7 @@ def _checks(
     random: Callable[..., Tensor], dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     from lamella.ops.linear import triton as linear
+    from lamella.ops.moe import triton as moe
     from lamella.ops.rms_norm import triton as norm
     from lamella.ops.short_conv import triton as conv
     from lamella.ops.swiglu import triton as swiglu
@@ -62,6 +64,10 @@ def _checks(
     normed, _ = norm_reference.add_rms_norm(x, residual, weight, 1e-5)
     yield "add_rms_norm", norm.add_rms_norm(x, residual, weight, 1e-5)[0], normed
     yield "swiglu", swiglu.swiglu(gate_up), swiglu_reference.swiglu(gate_up)
+    logits, gates, downs = random(3, 5).float(), random(5, 96, width) / 8, random(5, width, 48) / 8
+    for top_k in (1, 2):
+        mixture = x, logits, top_k, gates, downs, residual
+        yield "experts", moe.experts(*mixture), moe_reference.experts(*mixture)
     matrix = random(96, width)
     if linear.serves(x[:1], matrix):
         step, product = NormStep(residual[:1], weight, 1e-5), linear_reference.linear(normed[:1], matrix, None)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamella.config import AttentionConfig, MLPConfig, ModelConfig
+from lamella.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
 from lamella.engine.engine import Engine, check_split
 from lamella.engine.options import EngineOptions
 from lamella.engine.sampling_params import SamplingParams
@@ -133,6 +133,7 @@ def catalogue(
         Path("padded rows", _padded),
         Path("prefix hit at a page's end", _prefix_hit(0)),
         Path("prefix hit inside a page", _prefix_hit(2)),
+        *(Path(f"prefix hit at a chunk's end, {end}", _hit_at(end)) for end in _chunk_ends(config, length)),
         Path("prefix of a running request", _prefix_of_a_running_request),
         Path("prefix evicted and found again", _prefix_evicted),
         Path("a conversation's next turn", _next_turn),
@@ -143,10 +144,10 @@ def catalogue(
 
 
 def _interesting(config: ModelConfig) -> set[int]:
-    """Lengths around which state changes hands: kernel widths, windows, pages."""
+    """Lengths around which state changes hands: kernel widths, windows, chunks, pages."""
     widths = {canon.kernel for layer in config.layers for canon in layer.canons}
     mixers = [layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionConfig)]
-    windows = {mixer.window for mixer in mixers if mixer.window is not None}
+    windows = {size for mixer in mixers for size in (mixer.window, mixer.chunk) if size is not None}
     return {size + step for size in widths for step in (-2, -1, 0, 1)} | {
         size + step for size in {PAGE_SIZE} | windows for step in (-1, 0, 1)
     }
@@ -295,6 +296,22 @@ def _prefix_hit(beyond: int) -> Callable[[Laboratory], Record]:
     return run
 
 
+def _chunk_ends(config: ModelConfig, length: int) -> list[int]:
+    """Of each size of attention's chunks, the last end of one that a prefix of `length` tokens can be cut at."""
+    mixers = [layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionConfig)]
+    ends = {(length - 2) // mixer.chunk * mixer.chunk for mixer in mixers if mixer.chunk is not None}
+    return sorted(end for end in ends if end and end % SMALL_PAGE == 0)
+
+
+def _hit_at(length: int) -> Callable[[Laboratory], Record]:
+    def run(lab: Laboratory) -> Record:
+        engine = _caching(lab)
+        engine.score([lab.sharing(length)])
+        return _hit(engine.score([lab.sequence()])[0], length)
+
+    return run
+
+
 def _prefix_of_a_running_request(lab: Laboratory) -> Record:
     # The first step's budget is used up by the other's shared pages, so that ours starts beside its continuation.
     length = _shared_length(lab)
@@ -410,7 +427,7 @@ def run_paths(
 def _why_undivided(subject: Subject, device: torch.device) -> str | None:
     """Why two ranks cannot share the model."""
     kinds = {type(part) for layer in subject.config.layers for part in (layer.mixer, layer.feed_forward)}
-    if not kinds <= {AttentionConfig, MLPConfig}:
+    if not kinds <= {AttentionConfig, MLPConfig, MoEConfig}:
         return "a layer of a kind that may not know how to be divided"
     try:
         options = EngineOptions(model=subject.checkpoint.path, device=device.type, tensor_parallel_size=2)
