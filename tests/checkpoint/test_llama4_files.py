@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Llama4Config, Llama4ForConditionalGeneration, Llama4TextConfig
 
 from helpers import hf_checkpoint, plain_logits, randomize
+from lamella import LLM
 from lamella.checkpoint import load_model, loader, open_checkpoint
 from lamella.distributed.group import Group
 from lamella.distributed.sharding import Share
-from lamella.errors import CheckpointError
+from lamella.errors import CheckpointError, ConfigError
 from lamella.parity.oracle import Oracle
 from lamella.parity.subject import Subject
 
@@ -156,3 +157,20 @@ def test_what_does_not_fit_is_named(original, change, message, tmp_path):
     with pytest.raises(CheckpointError, match=message) as caught:
         load_model(open_checkpoint(write(tmp_path, changed, values)))
     assert "\n" not in str(caught.value)
+
+
+def test_an_override_goes_before_the_file(original, tmp_path):
+    tensors, values, _ = original
+    write(tmp_path, with_images(tensors), around(values))
+    overrides = {"text_config": {"attn_temperature_tuning": False}}
+
+    def temperatures(**options):
+        llm = LLM(tmp_path, device="cpu", num_blocks=8, **options)
+        return [layer.mixer.temperature is not None for layer in llm.engine.model.config.layers]
+
+    assert temperatures() == [False, False, False, True]
+    assert temperatures(hf_overrides=overrides) == [False] * 4
+    with pytest.raises(ConfigError, match="hf_overrides='off': must be a mapping"):
+        LLM(tmp_path, hf_overrides="off")
+    with pytest.raises(ConfigError, match=r"text_config: unknown keys .*made_up=1"):
+        LLM(tmp_path, device="cpu", hf_overrides={"text_config": {"made_up": 1}})

@@ -15,7 +15,15 @@ from lamella.bench.card import CostCard, measure_bandwidth
 from lamella.checkpoint.files import Checkpoint, open_checkpoint
 from lamella.checkpoint.loader import resolve_dtype
 from lamella.cli.common import console, print_json, size
-from lamella.config import AttentionConfig, CanonConfig, LayerConfig, ModelConfig, RopeConfig
+from lamella.config import (
+    AttentionConfig,
+    CanonConfig,
+    FeedForwardConfig,
+    LayerConfig,
+    MLPConfig,
+    ModelConfig,
+    RopeConfig,
+)
 from lamella.errors import ParameterError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import LocalKit
@@ -61,7 +69,7 @@ def show(console: Console, config: ModelConfig, card: CostCard, context: int) ->
 
 def describe(layer: LayerConfig) -> list[str]:
     """The parts of a layer in the order in which tokens pass them."""
-    mixer, mlp = layer.mixer, layer.feed_forward
+    mixer, feed_forward = layer.mixer, layer.feed_forward
     return [
         "norm",
         *_canon("canon A", layer.mixer_canon),
@@ -69,8 +77,8 @@ def describe(layer: LayerConfig) -> list[str]:
         *_canon("canon B on q,k,v", mixer.canon),
         "+ residual, norm",
         *_canon("canon C", layer.feed_forward_canon),
-        f"MLP {mlp.intermediate_size}",
-        *_canon("canon D on gate,up", mlp.canon),
+        _feed_forward(feed_forward),
+        *_canon("canon D on gate,up", feed_forward.canon),
         "+ residual",
     ]
 
@@ -80,7 +88,18 @@ def _attention(mixer: AttentionConfig) -> str:
     text += f", {_rope(mixer.rope, mixer.head_dim)}"
     if mixer.qk_norm:
         text += f", qk-norm {'per head' if mixer.qk_norm_scope == 'head' else 'full width'}"
+        text += "" if mixer.qk_norm_weight else ", no weight"
+    if mixer.temperature:
+        text += f", temperature from {mixer.temperature.floor_scale - 1} on"
+    text += f", chunk {mixer.chunk}" if mixer.chunk else ""
     return text + (f", window {mixer.window}" if mixer.window else "")
+
+
+def _feed_forward(config: FeedForwardConfig) -> str:
+    if isinstance(config, MLPConfig):
+        return f"MLP {config.intermediate_size}"
+    text = f"{config.top_k} of {config.num_experts} experts {config.intermediate_size}"
+    return text + (f" + shared {config.shared_size}" if config.shared_size else "")
 
 
 def _rope(rope: RopeConfig | None, head_dim: int) -> str:
@@ -130,7 +149,7 @@ def layer_table(config: ModelConfig) -> Table:
         }
         letters = "".join(letter for letter, canon in canons.items() if canon) or "-"
         span = f"{first}..{last}" if last > first else str(first)
-        table.add_row(span, _attention(layer.mixer), f"MLP {layer.feed_forward.intermediate_size}", letters)
+        table.add_row(span, _attention(layer.mixer), _feed_forward(layer.feed_forward), letters)
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -142,6 +143,7 @@ def _engine(command: argparse.ArgumentParser) -> None:
         ("snapshot-interval", int),
         ("snapshot-prompts", str),
         ("seed", int),
+        ("hf-overrides", json.loads),
     ):
         group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
     flag = argparse.BooleanOptionalAction

@@ -89,7 +89,7 @@ class Engine:
     def load(cls, options: EngineOptions) -> Engine:
         """The engine of a checkpoint. Raises `ConfigError` or `CheckpointError` with one line."""
         device = options.resolve_device()
-        checkpoint = open_checkpoint(options.model)
+        checkpoint = open_checkpoint(options.model, options.hf_overrides)
         check_split(checkpoint, options)
         workers = WorkerProcesses(options, device) if options.tensor_parallel_size > 1 else Workers()
         with workers.guard():
