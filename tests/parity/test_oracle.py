@@ -79,7 +79,10 @@ def test_a_tap_changes_what_goes_on(subject):
     ids = tokens(20)
     for model in (hf, oracle):
         plain, sites = recorded(model.logits, ids)
-        for site in ("layers.0.mixer.queries_keys", "layers.1.feed_forward.activation", "layers.1.mixer.o_proj"):
+        dense = "layers.1.feed_forward.activation" in sites
+        inner = ("activation",) if dense else ("router", "experts", "shared_expert.activation")
+        named = ["layers.0.mixer.queries_keys", "layers.1.mixer.o_proj"]
+        for site in (*named, *(f"layers.1.feed_forward.{name}" for name in inner)):
             assert site in sites
             changed = model.logits(ids, lambda at, value, site=site: value * 2 if at == site else value)
             assert not torch.allclose(plain, changed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +23,9 @@ from lamella.errors import ConfigError, ParameterError, WorkerError
 from lamella.layers.decoder import LanguageModel
 from lamella.ops import native
 from lamella.ops.backend import portable_only
-from lamella.parity.forcing import ForcedEngine, Record
+from lamella.parity.forcing import ForcedEngine, Record, computing
 from lamella.parity.oracle import Oracle
+from lamella.parity.routing import HeldRouting
 from lamella.parity.scores import Scores
 from lamella.parity.sequences import TokenSequence, split
 from lamella.parity.subject import Subject
@@ -37,6 +39,7 @@ LOGPROB_LIMIT = 1e-4
 STATE_LIMITS = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
 # A path may stray from the full forward so many times as far as that strays from the truth.
 NOISE_LIMIT = 4.0
+_UNHELD = "experts cannot be held there, and rounding decides between some: with dtype float32 it is tried"
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class Laboratory:
         """`options` of an engine that loads the same model, for paths that take a process more."""
         self.model, self.device, self.token_ids = model, device, tuple(token_ids)
         self.options = options or {}
-        self._random = random.Random(seed)
+        self.routing = HeldRouting(model, token_ids[:-1])  # the last is only predicted
+        self._random = random.Random(f"strangers {seed}")  # other tokens than a random sequence of the same seed has
 
     def engine(self, pads: int = 0, **options: Any) -> ForcedEngine:
         usual = {
@@ -207,7 +211,7 @@ def _recycled(lab: Laboratory) -> Record:
 
 def _module(lab: Laboratory) -> Record:
     sequence = lab.sequence()
-    with torch.inference_mode():
+    with torch.inference_mode(), computing([(sequence.prompt, 0, len(sequence.prompt))]):
         logits = lab.model.compute_logits(lab.model(torch.tensor(sequence.prompt, device=lab.device)))
     scores = Scores.of(logits, sequence.token_ids[1:], None)
     return Record(sequence.prompt, sequence.continuation, 1, _rows(scores))
@@ -407,7 +411,8 @@ def run_paths(
         "max_model_len": subject.max_model_len,
     }
     lab = Laboratory(candidate or subject.load(dtype, device), device, token_ids, seed, options)
-    full = lab.full()
+    with lab.routing.recorded():
+        full = lab.full()
     truth = (
         Oracle(subject.config, subject.weights(device), torch.float32, device).logits(token_ids[:-1]).log_softmax(-1)
     )
@@ -418,9 +423,13 @@ def run_paths(
         "state": STATE_LIMITS[dtype],
     }
     cells = []
+    hold = bool(lab.routing) and dtype != torch.float32
     for path in catalogue(subject.config, len(token_ids), device, undivided):
         progress(path.name)
-        cells.append(_cell(path, lab, full, limits))
+        if hold and path.run in (_graphs, _two_ranks):
+            path = replace(path, unavailable=path.unavailable or _UNHELD)
+        with lab.routing.held() if hold else nullcontext():
+            cells.append(_cell(path, lab, full, limits))
     return PathMatrix(tuple(cells), limits, own)
 
 
@@ -475,6 +484,9 @@ def _cell(path: Path, lab: Laboratory, full: Record, limits: dict[str, float]) -
     ours, expected = record.scores.logprobs, full.scores.logprobs[record.cached :]
     difference = ours - expected
     states = {name: _relative(record.state[name], full.state[name]) for name in record.state}
+    for name, logits in lab.routing.seen.items():
+        there = ~logits.isnan().all(-1)
+        states[f"{name}.router"] = _relative(logits[there], lab.routing.truth[name][there])
     worst = max(states, key=lambda name: states[name], default=None)
     bitwise = torch.equal(ours, expected) and all(value == 0 for value in states.values())
     cell = Cell(
