@@ -15,6 +15,7 @@ from lamella.checkpoint import load_model, open_checkpoint
 from lamella.config import AttentionConfig, RopeConfig
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import LocalKit
+from lamella.layers.moe import MoE
 from lamella.layers.rotary import Positions, Rotary, inverse_frequencies
 from lamella.ops.moe import reference
 
@@ -175,3 +176,26 @@ def test_angles_in_a_chunk_stay_exact_far_out(position):
         expected = torch.polar(torch.ones_like(wide), wide - wide[0])
         errors.append(float((turns - expected).abs().max()))
     assert errors[0] < 5e-4 and errors[1] > 50 * errors[0]
+
+
+def test_the_names_that_users_of_vllm_know(scout):
+    model, expected, ids = scout
+    logits = torch.randn(5, 4)
+    weights, experts = MoE.custom_routing_function(torch.empty(5, 64), logits, 2, False)
+    assert weights.dtype == torch.float32 and experts.dtype == torch.int32
+    torch.testing.assert_close(weights, logits.topk(2).values.sigmoid())
+    with pytest.raises(ValueError, match="renormalize=True"):
+        MoE.custom_routing_function(torch.empty(5, 64), logits, 2, True)
+    assert model.is_heterogeneous
+
+    # Permuted in every layer, unrotated ones too, the weights are those of an engine that turns halves.
+    other = with_mixers(model, lambda m: {"rope": None if m.rope is None else replace(m.rope, interleaved=False)})
+    for index, layer in enumerate(other.model.layers):
+        weight = layer.mixer.qkv_proj.weight
+        parts = weight.detach().split(layer.mixer.sizes)
+        names = (f"model.layers.{index}.self_attn.{part}_proj.weight" for part in "qkv")
+        permuted = [model.permute_qk_weight_for_rotary(*pair)[1] for pair in zip(names, parts, strict=True)]
+        assert torch.equal(permuted[2], parts[2])
+        with torch.no_grad():
+            weight.copy_(torch.cat(permuted))
+    assert errors(other, expected, ids).max() <= 1e-4

@@ -83,6 +83,11 @@ class LanguageModel(nn.Module):
         tied = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = kit.lm_head(config.vocab_size, config.hidden_size, tied, "lm_head")
 
+    @property
+    def is_heterogeneous(self) -> bool:
+        """Whether any two layers differ."""
+        return len(set(self.config.layers)) > 1
+
     def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm.
 

@@ -15,6 +15,7 @@ from lamella.layers.kit import Kit
 from lamella.layers.linear import Apart, WideLinear
 from lamella.ops import moe
 from lamella.ops.backend import use_fused
+from lamella.ops.moe.reference import route
 
 
 class MoE(nn.Module):
@@ -44,6 +45,17 @@ class MoE(nn.Module):
         if use_fused(x):
             return self.group.all_reduce(self.experts(x, logits, shared))
         return self.group.all_reduce(shared + self.experts(x, logits))
+
+    @staticmethod
+    def custom_routing_function(
+        hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The routing in the form in which vLLM is given one: weights (T, topk) fp32 and experts (T, topk) int32 of the
+        router's logits (T, E). Nothing depends on the hidden states, and weights are not made to add up to one."""
+        if renormalize:
+            raise ValueError("renormalize=True: a weight is the sigmoid of its own logit, whatever the others are")
+        ids, weights = route(gating_output, topk)
+        return weights, ids.int()
 
 
 class Experts(nn.Module):

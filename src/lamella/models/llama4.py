@@ -11,7 +11,10 @@ and what may be said explicitly is read as transformers does.
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from lamella.config import (
     AttentionConfig,
@@ -85,6 +88,19 @@ class Llama4ForCausalLM(CausalLM):
             config.choice(key, (False, {}), False)
         config.finish()
         return model
+
+    def permute_qk_weight_for_rotary(self, name: str, weight: Tensor) -> tuple[str, Tensor]:
+        """A tensor of a file as engines want it that turn halves of a head against each other: the rows of queries and
+        keys reordered, of every layer, and anything else as it is. Not needed here, where adjacent channels turn.
+
+        `weight` has a row for each channel: weights, biases, and scales of channels, but no scales of blocks.
+        """
+        from lamella.checkpoint.convert import permute_heads, rope_order
+
+        if not re.search(r"\.self_attn\.[qk]_proj\.", name):
+            return name, weight
+        head_dim = self.config.layers[0].mixer.head_dim
+        return name, permute_heads(weight, rope_order(head_dim, head_dim, "huggingface"))
 
 
 class Llama4ForConditionalGeneration(Llama4ForCausalLM):
