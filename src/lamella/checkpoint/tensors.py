@@ -44,11 +44,12 @@ class OpenTensors(Protocol):
 class SafetensorsFolder:
     """All `*.safetensors` of a folder, or those that its index names.
 
-    `own` says what a tensor of the files is called here, or None where it is left aside, unread; the log says so once.
+    `own` says what a tensor of the files is called here, or None where it does not belong to `part` and is left aside,
+    unread; the log says so once.
     """
 
-    def __init__(self, folder: Path, own: Callable[[str], str | None] = str) -> None:
-        self.folder, self._own, self._said = folder, own, False
+    def __init__(self, folder: Path, own: Callable[[str], str | None] = str, part: str = "the language model") -> None:
+        self.folder, self._own, self._part, self._said = folder, own, part, False
         self._indexed: dict[str, str] | None = None
         if (folder / INDEX).is_file():
             self._indexed = read_json(folder / INDEX).get("weight_map")
@@ -86,7 +87,7 @@ class SafetensorsFolder:
             if aside and not self._said:
                 self._said = True
                 listed = _some(aside, 3)
-                logger.info("%s: tensors of other parts than the language model are not read: %s", self.folder, listed)
+                logger.info("%s: tensors of other parts than %s are not read: %s", self.folder, self._part, listed)
             yield _Handles(handles, names)
 
 
