@@ -42,9 +42,8 @@ class VisionConfig:
     theta: float = 10000.0
 
     def __post_init__(self) -> None:
-        check(
-            self.hidden_size % (4 * self.num_heads) == 0, "vision.hidden_size", self.hidden_size, "4 x heads x a number"
-        )
+        heads = self.num_heads
+        check(self.hidden_size % (4 * heads) == 0, "vision.hidden_size", self.hidden_size, f"a multiple of 4 x {heads}")
         check(self.image_size % self.patch_size == 0, "vision.image_size", self.image_size, "whole patches")
         check(self.side % self.shuffle == 0, "vision.image_size", self.image_size, "patches that can be joined")
 
@@ -107,9 +106,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (N, n, C), angles of the n patches (n, D / 2) fp32."""
         tiles, count, _ = x.shape
-        q, k, v = (
-            part(x).view(tiles * count, self.heads, self.head_dim) for part in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        shape = tiles * count, self.heads, self.head_dim
+        q, k, v = (part(x).view(shape) for part in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, k, cos.repeat(tiles, 1), sin.repeat(tiles, 1), interleaved=True)
         q, k, v = (part.unflatten(0, (tiles, count)).transpose(1, 2) for part in (q, k, v))
         return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
@@ -164,7 +162,7 @@ class Tower(nn.Module):
         # The class token stands last, unturned, and is dropped in the end.
         x = torch.cat((x, self.class_embedding.expand(x.shape[0], 1, -1)), 1) + self.positional_embedding_vlm
         x, angles = self.layernorm_pre(x), patch_angles(self.config).to(x.device)
-        for layer in self.model["layers"]:
+        for layer in self.model["layers"].children():
             x = layer(x, angles.cos(), angles.sin())
         return self.vision_adapter["mlp"](self._joined(self.layernorm_post(x)[:, :-1]))
 
