@@ -12,10 +12,10 @@ from helpers import randomize, save_lamella
 from lamella import register_architecture
 from lamella.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig, RopeConfig
 from lamella.layers.block_input import BlockInput
-from lamella.layers.canon import CanonHistory
 from lamella.layers.context import require_batch
 from lamella.layers.kit import Kit
 from lamella.layers.rotary import Positions
+from lamella.layers.short_conv import ConvHistory
 from lamella.models.base import CausalLM
 from lamella.models.hf_config import HFConfig
 from lamella.parity.oracle import MIXERS, Oracle
@@ -30,9 +30,8 @@ class RecurrentConfig:
     num_heads: int
     head_dim: int
     decay: float = 0.9
-    canon: None = None
 
-    def build(self, kit: Kit, hidden_size: int, prefix: str, history: CanonHistory | None) -> Recurrent:
+    def build(self, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None) -> Recurrent:
         return Recurrent(self, kit, hidden_size, prefix)
 
 
@@ -53,16 +52,16 @@ class Recurrent(nn.Module):
         heads, dim = config.num_heads, config.head_dim
         self.qkv_proj = kit.qkv_linear(hidden_size, heads, heads, dim, False, f"{prefix}.qkv_proj")
         self.o_proj = kit.row_linear(heads * dim, hidden_size, False, f"{prefix}.o_proj")
-        self.state = kit.slot_state(SlotState((heads, dim, dim), torch.float32), f"{prefix}.state")
+        self.state = kit.slot_state((SlotState((heads, dim, dim), torch.float32),), f"{prefix}.state")
 
     def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
         batch = require_batch().ragged
-        rows, slots = self.state.current()
+        (rows,), slots = self.state.current()
         qkv = entry.project(self.qkv_proj)
         parts = [part.split(batch.query_lens) for part in qkv.chunk(3, -1)]
         outputs = []
         for index, (new, total) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
-            state = torch.zeros(self.state.spec.shape, device=qkv.device)
+            state = torch.zeros(self.state.specs[0].shape, device=qkv.device)
             if rows is not None and new < total:
                 state = rows[slots[index]]
             output, state = step(self.config, *(part[index] for part in parts), state)

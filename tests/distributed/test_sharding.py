@@ -198,14 +198,15 @@ def test_state_is_divided():
     config = canon_config(num_attention_heads=4, num_key_value_heads=1, qk_norm=True)
     whole, parts = divided(config, 2)
     for one, first, second in zip(*map(state_holders, (whole, *parts)), strict=True):
-        assert first.spec == second.spec
-        if hasattr(one.spec, "kv_heads"):
-            assert (one.spec.kv_heads, first.spec.kv_heads) == (1, 1)
+        assert first.specs == second.specs
+        (whole_spec,), (spec,) = one.specs, first.specs
+        if hasattr(spec, "kv_heads"):
+            assert (whole_spec.kv_heads, spec.kv_heads) == (1, 1)
         else:
             # A and C whole; B's queries by half, its one key and value head on both; D by half.
             hidden, inside = config["hidden_size"], config["intermediate_size"]
-            assert one.spec.shape[1] == 2 * hidden + 6 * 16 + 2 * inside
-            assert first.spec.shape[1] == 2 * hidden + 4 * 16 + inside
+            assert whole_spec.shape[1] == 2 * hidden + 6 * 16 + 2 * inside
+            assert spec.shape[1] == 2 * hidden + 4 * 16 + inside
 
 
 def test_canon_channels_are_gathered_from_all_over():

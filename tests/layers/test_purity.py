@@ -70,7 +70,7 @@ def watched(monkeypatch):
 def everyone(model: LanguageModel) -> set[type]:
     """The classes that compute something in `model`."""
     classes = {type(module) for module in model.modules() if "forward" in dir(type(module))}
-    return {cls for cls in classes if cls.__name__ not in ("ModuleList", "CanonHistory", "SlotHolder")} | {Rotary}
+    return {cls for cls in classes if cls.__name__ not in ("ModuleList", "ConvHistory", "SlotHolder")} | {Rotary}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,14 +5,20 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import recurrences
 import torch
 import torch.nn.functional as F
+from recurrences import Case, DeltaCase, ScanCase
 from torch import Tensor
 
 from lamella.ops import native
+from lamella.ops.delta_rule import reference as delta_reference
+from lamella.ops.ragged import RaggedBatch
+from lamella.ops.selective_scan import reference as scan_reference
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="native CPU kernels are not available (no compiler?)")
 
@@ -236,6 +242,76 @@ def test_short_conv_is_the_same_however_it_is_cut(dtype: torch.dtype, seed: int)
         y, other = run(cuts)
         assert torch.equal(y, whole)
         assert torch.equal(other, state)
+
+
+# ---- recurrent mixers ----------------------------------------------------------------------------------------------
+
+
+def native_form(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The kernel, called as the operation is."""
+
+    def form(
+        batch: RaggedBatch, state: Tensor | None = None, slots: Tensor | None = None, **operands: Tensor
+    ) -> Tensor:
+        slots = None if slots is None else slots.contiguous()
+        return kernel(
+            **operands, state=state, slots=slots, query_start_loc=batch.query_start_loc, seq_lens=batch.seq_lens
+        )
+
+    return form
+
+
+def check_recurrence(case: Case, kernel: Callable[..., Tensor], reference: Callable[..., Tensor]) -> None:
+    ulps = 1 if case.dtype == torch.bfloat16 else 0
+    for remembering in (True, False):
+        y, pages = case.run(native_form(kernel), remembering)
+        expected, expected_pages = case.run(reference, remembering)
+        recurrences.close(y, expected, ulps=ulps)
+        recurrences.close(pages, expected_pages)
+        if remembering:
+            case.check_pages(pages)
+
+
+@DTYPES
+@pytest.mark.parametrize("by_channel", [False, True], ids=["by_head", "by_channel"])
+@pytest.mark.parametrize("dims", [(64, 64), (16, 80), (33, 17), (7, 130), (128, 5), (1, 1)])
+def test_delta_rule(dtype: torch.dtype, dims: tuple[int, int], by_channel: bool) -> None:
+    for rate in (0.0, 4.0):
+        case = DeltaCase(([1, 1, 9, 2], [4, 1, 9, 7]), (2, 4), dims, by_channel, rate=rate, dtype=dtype)
+        check_recurrence(case, native.delta_rule, delta_reference.delta_rule)
+
+
+@DTYPES
+@pytest.mark.parametrize("dims", [(16, 16), (5, 33), (40, 64), (1, 1)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_selective_scan(dtype: torch.dtype, dims: tuple[int, int], bias: bool) -> None:
+    for rate in (0.0, 4.0):
+        case = ScanCase(([1, 1, 9, 2], [4, 1, 9, 7]), (2, 4, 4), dims, bias, rate=rate, dtype=dtype)
+        check_recurrence(case, native.selective_scan, scan_reference.selective_scan)
+
+
+@DTYPES
+def test_recurrences_are_the_same_however_they_are_cut(dtype: torch.dtype) -> None:
+    delta = DeltaCase(([13, 9], [13, 9]), (1, 2), (20, 70), True, dtype=dtype)
+    scan = ScanCase(([13, 9], [13, 9]), (1, 2, 2), (5, 20), dtype=dtype)
+    for case, kernel in ((delta, native.delta_rule), (scan, native.selective_scan)):
+        whole, pages = case.run(native_form(kernel))
+        for cuts in ([[1] * 13, [9]], [[2, 1, 10], [0, 8, 1]]):
+            y, other = recurrences.pieces(case, native_form(kernel), cuts)
+            assert torch.equal(y, whole)
+            assert recurrences.same(other, pages)
+
+
+@pytest.mark.parametrize("value", [-200.0, -87.0, -20.0, -1e-4, 0.0, 0.8, 0.9, 5.0, 30.0, 1e4])
+def test_softplus(value: float) -> None:
+    """Seen through a state that forgets at its rate: exp(-softplus) = sigmoid(-x)."""
+    one, zero = torch.ones(1, 1, 1), torch.zeros(1, 1)
+    state = torch.ones(1, 1, 1, 1)
+    native.delta_rule(
+        one, 0 * one, one, torch.tensor([[value]]), zero, torch.zeros(1), torch.zeros(1), state,
+        torch.tensor([0]), torch.tensor([0, 1], dtype=torch.int32), torch.tensor([2], dtype=torch.int32),
+    )  # fmt: skip
+    assert float(state) == pytest.approx(float(torch.tensor(-value).double().sigmoid()), rel=2e-6, abs=2e-38)
 
 
 # ---- norm and activation -------------------------------------------------------------------------------------------

@@ -20,6 +20,9 @@ KERNELS = {
     "qkv": "prepare_qkv",
     "rotary": "angles",
     "attention": "decode_attention",
+    "gated_rms_norm": "gated_rms_norm",
+    "delta_rule": "delta_rule",
+    "selective_scan": "selective_scan",
 }
 
 

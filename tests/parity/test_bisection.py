@@ -80,8 +80,8 @@ def change_history(canon, change: Callable) -> None:
     holder, inner = canon.history.holder, canon.forward
 
     def forward(x):
-        rows, slots = holder.current()
-        holder.current = lambda: (change(rows, require_batch().ragged), slots)
+        (rows,), slots = holder.current()
+        holder.current = lambda: ((change(rows, require_batch().ragged),), slots)
         try:
             return inner(x)
         finally:

@@ -97,9 +97,9 @@ def tokens_of(outputs: Sequence[Any]) -> list[list[int]]:
 
 
 @cache
-def oracle(model: Path) -> Callable[[list[int]], Tensor]:
+def oracle(model: Path, placement: str | None = None) -> Callable[[list[int]], Tensor]:
     """Logits (n, vocab) of n tokens."""
-    subject = Subject.open(model)
+    subject = Subject.open(model, placement=placement)
     logits = cache(Oracle(subject.config, subject.weights(torch.device("cpu")), torch.float64).logits)
     return lambda ids: logits(tuple(ids))
 
@@ -162,8 +162,19 @@ def demo_questions(count: int) -> tuple[list[Question], list[list[int]]]:
     return asked, [tokenizer.encode(question.prompt).ids for question in asked]
 
 
-def main(model: Path, options: dict[str, Any]) -> None:
-    """The model, then the demo, in a process of its own: with several ranks vLLM starts more of them."""
+def main(model: Path, options: dict[str, Any], placements: Sequence[str] = ()) -> None:
+    """The model, then the demo, in a process of its own: with several ranks vLLM starts more of them. Of a supernet,
+    all `placements` one after the other."""
+    if placements:
+        from lamella.vllm_plugin.placement import set_placement
+
+        with running(model, **options) as llm:
+            for placement in (*placements, *placements):
+                set_placement(llm, placement)
+                for _ in range(2):
+                    assert_right(oracle(model, placement), generate(llm, prompts_of(*LENGTHS), 12))
+        print("right")
+        return
     for folder, prompts in ((model, prompts_of(*LENGTHS)), (CHECKPOINT, demo_questions(8)[1])):
         with running(folder, **options) as llm:
             for _ in range(2):
@@ -172,4 +183,4 @@ def main(model: Path, options: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:])

@@ -32,10 +32,10 @@ from lamella.vllm_plugin.model import model_class
 from lamella.vllm_plugin.registration import OPERATIONS, register_all, served_names
 from lamella.vllm_plugin.state_layer import (
     StateLayer,
+    StateLayout,
     StateMetadata,
     StateMetadataBuilder,
     advance_window,
-    widest_slot,
 )
 from vllm_plugin.plugin_helpers import (
     NGRAM,
@@ -109,15 +109,16 @@ class TestClasses:
         }
         values = canon_config(**sizes)
         config = resolve_architecture("LlamaCanonForCausalLM").read_config(HFConfig(values))
-        slot = widest_slot(config, Share(), torch.bfloat16)
-        assert slot is not None
-        assert 32 * slot.bytes_per_request == 8_257_536
+        layout = StateLayout.of(config, Share(), torch.bfloat16)
+        assert layout is not None and layout.dtype == torch.bfloat16
+        size = math.prod(layout.shape) * 2
+        assert 32 * size == 8_257_536
         kv_page = 16 * 2 * 8 * 128 * 2  # of the fewest tokens that a block has
 
         def held(holders: int, most: int) -> int:
             return 32 * holders * math.ceil(most / kv_page) * kv_page
 
-        assert held(1, slot.bytes_per_request) == 8_388_608
+        assert held(1, size) == 8_388_608
         assert held(4, 3 * 2 * 14336 * 2) == 25_165_824
 
 
@@ -161,7 +162,7 @@ class TestEngine:
         groups = scheduler_of(engine).kv_cache_config.kv_cache_groups
         names = [sorted(group.layer_names) for group in groups]
         assert sorted(names) == [
-            [f"model.layers.{index}.history" for index in range(3)],
+            [f"model.layers.{index}.state" for index in range(3)],
             [f"model.layers.{index}.mixer.attention.attn" for index in range(3)],
         ]
         assert len({group.kv_cache_spec.page_size_bytes for group in groups}) == 1

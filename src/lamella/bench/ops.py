@@ -16,7 +16,7 @@ from torch import Tensor
 from lamella.engine.llm import LLM
 from lamella.layers.canon import Canon
 from lamella.layers.context import ForwardBatch, PageView, forward_batch
-from lamella.layers.kit import PagedAttention, SlotHolder, state_holders
+from lamella.layers.kit import PagedAttention
 from lamella.layers.linear import Head, Linear
 from lamella.layers.norm import RMSNorm
 from lamella.ops.attention import reference as attention_reference
@@ -122,11 +122,8 @@ def _decode_batch(llm: LLM, rows: int, context: int) -> ForwardBatch:
     """A step over random state: every request has pages and a slot of its own, in no order."""
     engine, device = llm.engine, llm.engine.device
     pages = engine.state.pages_for(context)
-    for holder in state_holders(engine.model):
-        tensors = [holder.rows] if isinstance(holder, SlotHolder) else [holder.k_cache, holder.v_cache]
-        for tensor in tensors:
-            assert tensor is not None
-            tensor.normal_()
+    for tensor in engine.memory.tensors:
+        tensor.normal_()
     views: dict[PagedState, PageView] = {}
     for group, pool in zip(engine.state.groups, engine.state.page_pools, strict=True):
         if pool.capacity < rows * pages:
@@ -136,7 +133,7 @@ def _decode_batch(llm: LLM, rows: int, context: int) -> ForwardBatch:
         order = torch.randperm(pool.capacity, device=device)[: rows * pages] + 1
         none = torch.empty(0, dtype=torch.int32, device=device)
         new_rows = torch.zeros(rows, dtype=torch.int64, device=device)
-        views[group] = PageView(order.view(rows, pages).int(), new_rows, none)
+        views[group] = PageView(order.view(rows, pages).int(), new_rows, none, engine.state.page_size)
     ragged = RaggedBatch.from_lengths([1] * rows, [context] * rows, device)
     slots = torch.arange(1, rows + 1, device=device)
     return ForwardBatch(ragged, views, slots, engine.runner.attention)

@@ -16,7 +16,7 @@ from lamella.checkpoint.files import Checkpoint, open_checkpoint
 from lamella.checkpoint.loader import check_names, load_tensor, resolve_dtype
 from lamella.checkpoint.names import Target, targets
 from lamella.checkpoint.tensors import INDEX, OpenTensors
-from lamella.config import ModelConfig
+from lamella.config import AttentionConfig, ModelConfig
 from lamella.errors import CheckpointError, ConfigError
 from lamella.layers.kit import LocalKit
 
@@ -94,6 +94,7 @@ def _reordered(tensor: Tensor, target: Target, config: ModelConfig, to: str) -> 
     if "mixer" not in parts:
         return tensor
     mixer = config.layers[int(parts[parts.index("layers") + 1])].mixer
+    assert isinstance(mixer, AttentionConfig)
     if mixer.rope is None:
         return tensor
     order, head = rope_order(mixer.head_dim, mixer.rope.dim, to), parts[parts.index("mixer") + 1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,12 @@ class Checkpoint:
 
     def read_config(self, max_length: int | None = None) -> ModelConfig:
         """The model that the values describe; `max_length` is the context that an engine will use."""
-        return self.architecture.read_config(HFConfig(self.values, str(self.config_file), max_length))
+        return self.architecture.read_config(HFConfig(self.values, str(self.config_file), max_length, self._list))
+
+    def _list(self) -> Collection[str] | None:
+        """The names of the tensors; None where there are no files, as for dummy weights."""
+        with self.tensors.opened() as tensors:
+            return frozenset(tensors.names()) or None
 
     def eos_token_ids(self, config: ModelConfig) -> tuple[int, ...]:
         """Ids that end a text: the model's, and those of generation_config.json."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lamella.distributed.sharding import Split
-from lamella.layers.linear import MergedLinear, splits_of
+from lamella.layers.linear import splits_of
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,16 @@ def targets(model: nn.Module, names: Mapping[str, str], present: Collection[str]
             if any(rename(name, names) in present for name in apart):
                 found |= {rename(name, names): Target(part.place, name, part.splits) for name, part in apart.items()}
                 continue
-        if not isinstance(module, MergedLinear):
+        parts: Mapping[str, Split] | None = getattr(module, "parts", None)
+        if parts is None:
             found[rename(path, names)] = Target(parameter, path, splits)
             continue
         parent, start = owner.rpartition(".")[0], 0
-        for part, rows in module.parts.items():
+        for part, rows in parts.items():
             part_path, stop = f"{parent}.{part}.{leaf}", start + rows.size
+            if leaf == "bias" and part in getattr(module, "unbiased", ()):
+                start = stop
+                continue
             found[rename(part_path, names)] = Target(parameter, part_path, (rows, *splits[1:]), start, stop)
             start = stop
     return found

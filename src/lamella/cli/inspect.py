@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import singledispatch
 from itertools import groupby
 from typing import Any
 
@@ -19,10 +20,15 @@ from lamella.config import (
     AttentionConfig,
     CanonConfig,
     FeedForwardConfig,
+    GatedDeltaNetConfig,
+    KimiDeltaConfig,
     LayerConfig,
+    MambaConfig,
     MLPConfig,
     ModelConfig,
+    PlacementLike,
     RopeConfig,
+    StochasticConfig,
 )
 from lamella.errors import ParameterError
 from lamella.layers.decoder import LanguageModel
@@ -36,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         raise ParameterError(f"--context {args.context}: must be at least 1")
     checkpoint = open_checkpoint(args.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    card = cost_card(checkpoint, args.dtype, measure_bandwidth(device))
+    card = cost_card(checkpoint, args.dtype, measure_bandwidth(device), args.placement)
     config = checkpoint.read_config()
     if args.json:
         print_json(
@@ -53,10 +59,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def cost_card(checkpoint: Checkpoint, dtype: str, bandwidth: float | None) -> CostCard:
-    """The card of a checkpoint's model, from its config alone."""
+def cost_card(
+    checkpoint: Checkpoint, dtype: str, bandwidth: float | None, placement: PlacementLike | None = None
+) -> CostCard:
+    """The card of a checkpoint's model, from its config alone; of a supernet, under a placement."""
     kit = LocalKit(resolve_dtype(checkpoint, dtype), "meta")
     model: LanguageModel = checkpoint.architecture.allocate(checkpoint.read_config(), kit)
+    model.set_placement(placement)
     return CostCard.of(model, bandwidth)
 
 
@@ -69,13 +78,13 @@ def show(console: Console, config: ModelConfig, card: CostCard, context: int) ->
 
 def describe(layer: LayerConfig) -> list[str]:
     """The parts of a layer in the order in which tokens pass them."""
-    mixer, feed_forward = layer.mixer, layer.feed_forward
+    feed_forward = layer.feed_forward
     return [
-        "norm",
+        _norm(layer),
         *_canon("canon A", layer.mixer_canon),
-        _attention(mixer),
-        *_canon("canon B on q,k,v", mixer.canon),
-        "+ residual, norm",
+        describe_mixer(layer.mixer),
+        *_canon("canon B on q,k,v", getattr(layer.mixer, "canon", None)),
+        f"+ residual, {_norm(layer)}",
         *_canon("canon C", layer.feed_forward_canon),
         _feed_forward(feed_forward),
         *_canon("canon D on gate,up", feed_forward.canon),
@@ -83,6 +92,47 @@ def describe(layer: LayerConfig) -> list[str]:
     ]
 
 
+def _norm(layer: LayerConfig) -> str:
+    return "norm" if layer.norm.kind == "rms" else "layer norm"
+
+
+def _mlp(mlp: MLPConfig) -> str:
+    kind = "" if mlp.is_swiglu else f" {'gated ' if mlp.gated else ''}{mlp.activation}"
+    return f"MLP {mlp.intermediate_size}{kind}"
+
+
+@singledispatch
+def describe_mixer(mixer: Any) -> str:
+    """A mixer in one line; one of somebody else's is called by its config's name."""
+    return type(mixer).__name__.removesuffix("Config")
+
+
+@describe_mixer.register
+def _gated_delta_net(mixer: GatedDeltaNetConfig) -> str:
+    shape = f"{mixer.value_heads} x {mixer.key_head_dim} x {mixer.value_head_dim}"
+    return f"gated delta net {shape}, {mixer.key_heads} key heads, conv {mixer.kernel}"
+
+
+@describe_mixer.register
+def _kimi_delta(mixer: KimiDeltaConfig) -> str:
+    shape = f"{mixer.num_heads} x {mixer.head_dim} x {mixer.head_dim}"
+    return f"Kimi delta attention {shape}, {mixer.gate} gate, conv {mixer.kernel}"
+
+
+@describe_mixer.register
+def _mamba(mixer: MambaConfig) -> str:
+    return (
+        f"mamba {mixer.inner_size} x {mixer.state_size}, {mixer.kv_heads} of {mixer.heads} heads, conv {mixer.kernel}"
+    )
+
+
+@describe_mixer.register
+def _stochastic(mixer: StochasticConfig) -> str:
+    each = (f"{name}{' (main)' if name == mixer.main else ''}: {describe_mixer(sub)}" for name, sub in mixer.mixers)
+    return "one of " + "; ".join(each)
+
+
+@describe_mixer.register
 def _attention(mixer: AttentionConfig) -> str:
     text = f"attention {mixer.num_heads}q/{mixer.num_kv_heads}kv x {mixer.head_dim}"
     text += f", {_rope(mixer.rope, mixer.head_dim)}"
@@ -97,7 +147,7 @@ def _attention(mixer: AttentionConfig) -> str:
 
 def _feed_forward(config: FeedForwardConfig) -> str:
     if isinstance(config, MLPConfig):
-        return f"MLP {config.intermediate_size}"
+        return _mlp(config)
     text = f"{config.top_k} of {config.num_experts} experts {config.intermediate_size}"
     return text + (f" + shared {config.shared_size}" if config.shared_size else "")
 
@@ -143,13 +193,13 @@ def layer_table(config: ModelConfig) -> Table:
     for first, last, layer in _runs(config):
         canons: dict[str, Any] = {
             "A": layer.mixer_canon,
-            "B": layer.mixer.canon,
+            "B": getattr(layer.mixer, "canon", None),
             "C": layer.feed_forward_canon,
             "D": layer.feed_forward.canon,
         }
         letters = "".join(letter for letter, canon in canons.items() if canon) or "-"
         span = f"{first}..{last}" if last > first else str(first)
-        table.add_row(span, _attention(layer.mixer), _feed_forward(layer.feed_forward), letters)
+        table.add_row(span, describe_mixer(layer.mixer), _feed_forward(layer.feed_forward), letters)
     return table
 
 

@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     _model(inspect)
     inspect.add_argument("--dtype", default="auto")
     inspect.add_argument("--context", type=int, default=2048, help="tokens of context that the costs are shown for")
+    inspect.add_argument("--placement", help="of a supernet: the mixers whose costs are shown")
     _json(inspect)
 
     parity = _command(
@@ -78,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     parity.add_argument("--seed", type=int, default=0, help="of random tokens and dummy weights")
     parity.add_argument("--load-format", default="auto", help="auto, or dummy for random weights")
     parity.add_argument("--max-model-len", type=int)
+    parity.add_argument("--placement", help="of a supernet: all-X, every3rd-X, bookend-attn-X, or a name a layer")
     parity.add_argument("--free-running", action="store_true", help="also the old number: both generate freely")
     parity.add_argument("--json", metavar="FILE", help="the report as one JSON object; - prints it, last on stdout")
     parity.add_argument("--html", metavar="FILE", help="the report as one page")

@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
             free_running=args.free_running,
             load_format=args.load_format,
             max_model_len=args.max_model_len,
+            placement=args.placement,
         )
     result = report.as_dict()
     terminal.show(console, result)

@@ -5,9 +5,27 @@ nothing of devices, engines or checkpoints. All sizes are in elements, all token
 """
 
 from lamella.config.feed_forward import FeedForwardConfig, MLPConfig, MoEConfig
-from lamella.config.mixers import AttentionConfig, MixerConfig, TemperatureConfig
+from lamella.config.mixers import (
+    AttentionConfig,
+    GatedDeltaNetConfig,
+    KimiDeltaConfig,
+    MambaConfig,
+    MixerConfig,
+    SingleMixerConfig,
+    StochasticConfig,
+    TemperatureConfig,
+)
 from lamella.config.model import LayerConfig, ModelConfig
 from lamella.config.parts import CanonConfig, NormConfig
+from lamella.config.placement import (
+    Placement,
+    PlacementLike,
+    describe_placement,
+    main_placement,
+    mixer_names,
+    placed,
+    read_placement,
+)
 from lamella.config.rope import DynamicScaling, LinearScaling, Llama3Scaling, RopeConfig, RopeScaling, YarnScaling
 
 __all__ = [
@@ -15,16 +33,28 @@ __all__ = [
     "CanonConfig",
     "DynamicScaling",
     "FeedForwardConfig",
+    "GatedDeltaNetConfig",
+    "KimiDeltaConfig",
     "LayerConfig",
     "LinearScaling",
     "Llama3Scaling",
     "MLPConfig",
+    "MambaConfig",
     "MixerConfig",
     "MoEConfig",
     "ModelConfig",
     "NormConfig",
+    "Placement",
+    "PlacementLike",
     "RopeConfig",
     "RopeScaling",
+    "SingleMixerConfig",
+    "StochasticConfig",
     "TemperatureConfig",
     "YarnScaling",
+    "describe_placement",
+    "main_placement",
+    "mixer_names",
+    "placed",
+    "read_placement",
 ]

@@ -9,25 +9,42 @@ from lamella.config.checks import check
 from lamella.config.parts import CanonConfig
 
 if TYPE_CHECKING:
-    from lamella.layers.canon import CanonHistory
     from lamella.layers.feed_forward import MLP
     from lamella.layers.kit import Kit
     from lamella.layers.moe import MoE
+    from lamella.layers.short_conv import ConvHistory
+
+
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "sigmoid", "identity")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MLPConfig:
-    """SwiGLU feed-forward: `down(silu(gate(x)) * up(x))`, with an optional canon over [gate|up]."""
+    """Feed-forward `down(act(gate(x)) * up(x))`, or `down(act(up(x)))` where not `gated`; SwiGLU by default.
+
+    With an optional canon over [gate|up].
+    """
 
     intermediate_size: int
+    gated: bool = True
+    activation: str = "silu"
     gate_up_bias: bool = False
     down_bias: bool = False
     canon: CanonConfig | None = None
 
     def __post_init__(self) -> None:
         check(self.intermediate_size > 0, "mlp.intermediate_size", self.intermediate_size, "positive")
+        check(self.activation in ACTIVATIONS, "mlp.activation", self.activation, f"one of {', '.join(ACTIVATIONS)}")
 
-    def build(self, kit: Kit, hidden_size: int, prefix: str, history: CanonHistory | None) -> MLP:
+    @property
+    def canons(self) -> tuple[CanonConfig, ...]:
+        return () if self.canon is None else (self.canon,)
+
+    @property
+    def is_swiglu(self) -> bool:
+        return self.gated and self.activation == "silu"
+
+    def build(self, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None) -> MLP:
         """The module; `history` holds what the layer's canon convolutions remember."""
         from lamella.layers.feed_forward import MLP
 
@@ -50,6 +67,7 @@ class MoEConfig:
     shared_size: int | None = None
 
     canon: ClassVar[None] = None  # no convolution inside
+    canons: ClassVar[tuple[CanonConfig, ...]] = ()
 
     def __post_init__(self) -> None:
         for field in ("num_experts", "top_k", "intermediate_size"):
@@ -57,7 +75,7 @@ class MoEConfig:
         check(self.top_k <= self.num_experts, "moe.top_k", self.top_k, f"at most num_experts={self.num_experts}")
         check(self.shared_size is None or self.shared_size > 0, "moe.shared_size", self.shared_size, "positive")
 
-    def build(self, kit: Kit, hidden_size: int, prefix: str, history: CanonHistory | None) -> MoE:
+    def build(self, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None) -> MoE:
         """The module; there is no convolution in it that `history` could be for."""
         from lamella.layers.moe import MoE
 

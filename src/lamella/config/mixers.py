@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lamella.config.checks import check
 from lamella.config.parts import CanonConfig, NormConfig
@@ -11,8 +11,12 @@ from lamella.config.rope import RopeConfig
 
 if TYPE_CHECKING:
     from lamella.layers.attention import Attention
-    from lamella.layers.canon import CanonHistory
+    from lamella.layers.gated_delta_net import GatedDeltaNet
+    from lamella.layers.kimi_delta import KimiDelta
     from lamella.layers.kit import Kit
+    from lamella.layers.mamba import Mamba
+    from lamella.layers.short_conv import ConvHistory
+    from lamella.layers.stochastic import Stochastic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,7 @@ class AttentionConfig:
     num_kv_heads: int
     head_dim: int
     scale: float
-    qkv_bias: bool = False
+    qkv_bias: bool | tuple[str, ...] = False  # of all three projections, or of those named ("q_proj", ...)
     output_bias: bool = False
     qk_norm: NormConfig | None = None
     qk_norm_scope: str = "head"
@@ -79,6 +83,10 @@ class AttentionConfig:
             check(self.rope.dim <= self.head_dim, "rope.dim", self.rope.dim, f"at most head_dim={self.head_dim}")
 
     @property
+    def canons(self) -> tuple[CanonConfig, ...]:
+        return () if self.canon is None else (self.canon,)
+
+    @property
     def query_size(self) -> int:
         return self.num_heads * self.head_dim
 
@@ -86,12 +94,180 @@ class AttentionConfig:
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
-    def build(self, kit: Kit, hidden_size: int, prefix: str, history: CanonHistory | None) -> Attention:
+    def build(self, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None) -> Attention:
         """The module; `history` holds what the layer's canon convolutions remember."""
         from lamella.layers.attention import Attention
 
         return Attention(self, kit, hidden_size, prefix, history)
 
 
-# What can stand as a layer's mixer. Later kinds join this union and bring their own `build`.
-MixerConfig = AttentionConfig
+@dataclass(frozen=True, kw_only=True)
+class GatedDeltaNetConfig:
+    """Gated delta net (arXiv 2412.06464): a matrix for each value head, decayed as a whole, corrected by a delta rule.
+
+    Value head h has key head h // (value_heads / key_heads). A convolution of width `kernel` with SiLU stands before
+    queries, keys and values; the output is normed a head at a time, then multiplied by SiLU of a gate.
+    """
+
+    value_heads: int
+    key_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    kernel: int
+    norm: NormConfig
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "gdn", "value_heads", "key_heads", "key_head_dim", "value_head_dim")
+        check(self.kernel >= 2, "gdn.kernel", self.kernel, "at least 2")
+        check(
+            self.value_heads % self.key_heads == 0,
+            "gdn.key_heads",
+            self.key_heads,
+            f"a divisor of value_heads={self.value_heads}",
+        )
+
+    @property
+    def canons(self) -> tuple[CanonConfig, ...]:
+        return ()
+
+    @property
+    def key_size(self) -> int:
+        return self.key_heads * self.key_head_dim
+
+    @property
+    def value_size(self) -> int:
+        return self.value_heads * self.value_head_dim
+
+    def build(self, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None) -> GatedDeltaNet:
+        """The module, which has a history of its own."""
+        from lamella.layers.gated_delta_net import GatedDeltaNet
+
+        return GatedDeltaNet(self, kit, hidden_size, prefix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KimiDeltaConfig:
+    """Kimi delta attention (arXiv 2510.26692): the same with a decay for each key channel, from a low-rank projection.
+
+    Queries, keys and values have `num_heads` heads of `head_dim`, each kind a convolution of its own; the output's gate
+    is low-rank too, with the activation `gate`, "silu" or "sigmoid".
+    """
+
+    num_heads: int
+    head_dim: int
+    kernel: int
+    norm: NormConfig
+    gate: Literal["silu", "sigmoid"] = "silu"
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "kda", "num_heads", "head_dim")
+        check(self.kernel >= 2, "kda.kernel", self.kernel, "at least 2")
+        check(self.gate in ("silu", "sigmoid"), "kda.gate", self.gate, "silu or sigmoid")
+
+    @property
+    def canons(self) -> tuple[CanonConfig, ...]:
+        return ()
+
+    @property
+    def size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    def build(self, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None) -> KimiDelta:
+        """The module, which has a history of its own."""
+        from lamella.layers.kimi_delta import KimiDelta
+
+        return KimiDelta(self, kit, hidden_size, prefix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaConfig:
+    """The selective scan with grouped inputs that attention can be distilled into ("Mamba in the Llama", arXiv
+    2408.15237).
+
+    Heads of `state_size` channels, each channel with `state_size` numbers of state. `inner_size` channels come out;
+    what is scanned and what is written (x and B) have `kv_size` channels, whose heads are repeated like keys and
+    values: x before its convolution, or behind it unless `repeat_before_conv`. The bias of the step size counts twice,
+    as in the training code.
+    """
+
+    state_size: int
+    inner_size: int
+    kv_size: int
+    dt_rank: int
+    kernel: int
+    repeat_before_conv: bool = True
+    conv_bias: bool = True
+    dt_bias: bool = True
+    linear_bias: bool = False
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "mamba", "state_size", "inner_size", "kv_size", "dt_rank")
+        check(self.kernel >= 2, "mamba.kernel", self.kernel, "at least 2")
+        for field in ("inner_size", "kv_size"):
+            size = getattr(self, field)
+            check(size % self.state_size == 0, f"mamba.{field}", size, f"a multiple of state_size={self.state_size}")
+        check(
+            self.inner_size % self.kv_size == 0,
+            "mamba.kv_size",
+            self.kv_size,
+            f"a divisor of d_inner={self.inner_size}",
+        )
+
+    @property
+    def canons(self) -> tuple[CanonConfig, ...]:
+        return ()
+
+    @property
+    def heads(self) -> int:
+        return self.inner_size // self.state_size
+
+    @property
+    def kv_heads(self) -> int:
+        return self.kv_size // self.state_size
+
+    def build(self, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None) -> Mamba:
+        """The module, which has a history of its own."""
+        from lamella.layers.mamba import Mamba
+
+        return Mamba(self, kit, hidden_size, prefix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StochasticConfig:
+    """Several mixers of which one is active: a layer of a supernet. `mixers` are (name, config) pairs.
+
+    Which one it is, is a *placement*'s to say, see `lamella.config.placement`; `main` where none says anything.
+    """
+
+    mixers: tuple[tuple[str, SingleMixerConfig], ...]
+    main: str
+
+    def __post_init__(self) -> None:
+        names = self.names
+        check(len(names) > 0 and len(set(names)) == len(names), "stochastic.mixers", names, "distinct names")
+        check(self.main in names, "stochastic.main_mixer_name", self.main, f"one of {', '.join(names)}")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.mixers)
+
+    @property
+    def canons(self) -> tuple[CanonConfig, ...]:
+        return tuple(canon for _, mixer in self.mixers for canon in mixer.canons)
+
+    def build(self, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None) -> Stochastic:
+        """The module; `history` holds what the layer's canon convolutions remember."""
+        from lamella.layers.stochastic import Stochastic
+
+        return Stochastic(self, kit, hidden_size, prefix, history)
+
+
+def _check_positive(config: object, name: str, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        check(value > 0, f"{name}.{field}", value, "positive")
+
+
+# What can stand as a layer's mixer. Later kinds join these unions and bring their own `build`.
+SingleMixerConfig = AttentionConfig | GatedDeltaNetConfig | KimiDeltaConfig | MambaConfig
+MixerConfig = SingleMixerConfig | StochasticConfig

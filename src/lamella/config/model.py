@@ -26,15 +26,17 @@ class LayerConfig:
 
     @property
     def canons(self) -> tuple[CanonConfig, ...]:
-        every = (self.mixer_canon, self.mixer.canon, self.feed_forward_canon, self.feed_forward.canon)
-        return tuple(canon for canon in every if canon is not None)
+        around = (self.mixer_canon, self.feed_forward_canon)
+        inside = (canon for part in (self.mixer, self.feed_forward) for canon in getattr(part, "canons", ()))
+        return (*(canon for canon in around if canon is not None), *inside)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A whole decoder: embedding, layers, final norm, head.
 
-    `max_position_embeddings` is the longest context that the checkpoint claims to support, in tokens.
+    `max_position_embeddings` is the longest context that the checkpoint claims to support, in tokens; where
+    `length_is_known` is false it claims nothing, and this is what to take where nobody says more.
     """
 
     architecture: str
@@ -44,6 +46,7 @@ class ModelConfig:
     norm: NormConfig
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
+    length_is_known: bool = True
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 

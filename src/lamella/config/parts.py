@@ -9,12 +9,15 @@ from lamella.config.checks import check
 
 @dataclass(frozen=True, kw_only=True)
 class NormConfig:
-    """RMS normalisation with a learned weight."""
+    """Normalisation with a learned weight: by the root mean square ("rms"), or by mean and variance ("layer"), which
+    has a bias too."""
 
     eps: float
+    kind: str = "rms"
 
     def __post_init__(self) -> None:
         check(self.eps >= 0, "norm.eps", self.eps, "not negative")
+        check(self.kind in ("rms", "layer"), "norm.kind", self.kind, "rms or layer")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,7 @@ class NewRequest(msgspec.Struct, array_like=True):
     seed: int
     eos_token_ids: list[int]
     slot: int
+    placement: list[str | None]
 
 
 class Step(msgspec.Struct, tag=True):
@@ -68,6 +69,12 @@ class Step(msgspec.Struct, tag=True):
     pages: list[tuple[int, int, list[int]]]
 
 
+class Move(msgspec.Struct, tag=True):
+    """From now on the engine's placement is this one; unless all share one state, no request holds anything."""
+
+    placement: list[str | None]
+
+
 class Ready(msgspec.Struct, tag=True):
     """The worker has its part of the model, and waits for the other ranks."""
 
@@ -79,7 +86,7 @@ class Failed(msgspec.Struct, tag=True):
 
 
 _LENGTH = struct.Struct("<Q")
-Message = Start | Step | Ready | Failed
+Message = Start | Step | Move | Ready | Failed
 
 
 class Channel:

@@ -59,7 +59,8 @@ class Recorder:
         # The draws depend on the seed's low 64 bits, and a message holds no more.
         seed = request.seed & (1 << 64) - 1
         eos = list(request.eos_token_ids)
-        return NewRequest(told.id, request.prompt_token_ids, request.params, seed, eos, holding.slot)
+        placement = list(request.placement)
+        return NewRequest(told.id, request.prompt_token_ids, request.params, seed, eos, holding.slot, placement)
 
     @staticmethod
     def _tokens(request: Request, told: _Told) -> list[int]:
@@ -82,6 +83,12 @@ class Replayer:
         self._state = state
         self._requests: dict[int, Request] = {}
 
+    def end_all(self) -> None:
+        """No request is any more, of which rank 0 would tell with its next step."""
+        for request in self._requests.values():
+            del self._state.holdings[request]
+        self._requests.clear()
+
     def replay(self, step: Step) -> list[Scheduled]:
         holdings = self._state.holdings
         for number in step.ended:
@@ -93,6 +100,7 @@ class Replayer:
                 params=new.params,
                 seed=new.seed,
                 eos_token_ids=tuple(new.eos_token_ids),
+                placement=tuple(new.placement),
             )
             self._requests[new.id] = request
             holdings[request] = Holding(new.slot, [[] for _ in self._state.groups])

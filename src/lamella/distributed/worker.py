@@ -19,7 +19,7 @@ import torch
 
 from lamella.checkpoint import open_checkpoint
 from lamella.distributed.group import TensorParallelGroup
-from lamella.distributed.messages import Channel, Failed, Ready, Start, Step, wait_for_hang_up
+from lamella.distributed.messages import Channel, Failed, Move, Ready, Start, Step, wait_for_hang_up
 from lamella.distributed.replay import Replayer
 from lamella.distributed.sharding import Share
 from lamella.distributed.workers import Workers
@@ -68,6 +68,13 @@ def run(start: Start, channel: Channel) -> None:
     replayer = Replayer(engine.state)
     while True:
         step = channel.receive()
+        if isinstance(step, Move):
+            if not options.mixed_placements:
+                replayer.end_all()
+            engine.move(tuple(step.placement))
+            if not options.mixed_placements:
+                replayer = Replayer(engine.state)
+            continue
         assert isinstance(step, Step)
         shares = replayer.replay(step)
         engine.memory.copy_slots(step.copies)

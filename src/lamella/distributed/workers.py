@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lamella.config import Placement
 from lamella.distributed.group import Group, TensorParallelGroup
-from lamella.distributed.messages import Channel, Failed, Ready, Start, wait_for_hang_up
+from lamella.distributed.messages import Channel, Failed, Move, Ready, Start, wait_for_hang_up
 from lamella.distributed.replay import Recorder
 from lamella.distributed.sharding import Share
 from lamella.engine.scheduler import Scheduled
@@ -48,6 +49,9 @@ class Workers:
 
     def follow(self, state: StateManager) -> None:
         """Run the steps of this state's requests from now on."""
+
+    def move(self, placement: Placement) -> None:
+        """Give every rank a placement; `follow` what it has then."""
 
     def before_stop(self, release: Callable[[], None]) -> None:
         """Have a method called before the group is given up: NCCL waits until no graph holds its operations."""
@@ -114,6 +118,10 @@ class WorkerProcesses(Workers):
 
     def follow(self, state: StateManager) -> None:
         self._recorder = Recorder(state)
+
+    def move(self, placement: Placement) -> None:
+        for rank in self._ranks:
+            rank.channel.send(Move(list(placement)))
 
     def before_stop(self, release: Callable[[], None]) -> None:
         self._releases.append(weakref.WeakMethod(release))  # which must not keep the engine alive

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+from lamella.config import PlacementLike
 from lamella.engine.completion import Job
 from lamella.engine.engine import Engine, Prompt
 from lamella.engine.options import EngineOptions
@@ -89,6 +90,27 @@ class AsyncLLM:
     def reset_prefix_cache(self) -> None:
         """See `Engine.reset_prefix_cache`; done between two steps."""
         self._order(self.engine.reset_prefix_cache)
+
+    async def set_placement(self, placement: PlacementLike | None, running: str = "finish") -> None:
+        """See `Engine.set_placement`; returns once it is accepted, which may be before it is in force."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[None] = loop.create_future()
+
+        def reply(error: Exception | None) -> None:
+            if not answer.done():
+                answer.set_result(None) if error is None else answer.set_exception(error)
+
+        def change() -> None:
+            error: Exception | None = None
+            try:
+                self.engine.set_placement(placement, running)
+            except Exception as raised:
+                error = raised
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(reply, error)
+
+        self._order(change)
+        await answer
 
     def shutdown(self) -> None:
         """Abort what is running, and stop the thread and other ranks."""

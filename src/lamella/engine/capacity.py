@@ -36,38 +36,40 @@ class Capacity:
         options: EngineOptions,
         cost: StateCost,
         max_model_len: int,
-        device: torch.device,
-        reserved: int = 0,
-        group: Group | None = None,
+        budget: int,
     ) -> Capacity:
-        """As asked, or as much as a share of the free memory holds and requests and cache could fill.
+        """As asked, or as much as `budget` bytes hold and requests and cache could fill.
 
-        `reserved` bytes of it are left to whatever else a step needs. All ranks of a `group` make the same plan.
-
-        Raises `ConfigError` where not even one page fits beside the requests' slots. Where the prefix cache is on and
-        can hit nothing, the log says why.
+        Raises `ConfigError` where not even one page fits beside the requests' slots.
         """
-        group = group or Group()
-        ranks = group.share.size if device.type == "cpu" else 1  # which have one memory
-        free = group.smallest(_free_memory(device) - reserved)
-        budget = int(free * _MEMORY_SHARE[device.type] / ranks)
         snapshots = _snapshots(options, cost, budget)
         num_slots = options.max_num_seqs + snapshots
-        if not options.enable_prefix_caching:
-            logger.info("prefix caching is off: every prompt is computed whole")
-        elif options.block_size >= max_model_len:
-            logger.warning(
-                "prefix cache: no prompt of max_model_len=%d fills a page of block_size=%d tokens: nothing can hit",
-                max_model_len,
-                options.block_size,
-            )
-        elif cost.slots and not snapshots:
-            logger.warning(
-                "prefix cache: no snapshot of the %d bytes of slot state fits its budget, so that hits are only "
-                "possible while requests leave slots unused; see snapshot_bytes",
-                cost.bytes_per_request,
-            )
         return cls(_pages(options, cost, max_model_len, budget - num_slots * cost.bytes_per_request), num_slots)
+
+
+def memory_budget(device: torch.device, reserved: int, group: Group) -> int:
+    """Bytes for state: a share of the free memory, `reserved` bytes of which are left to whatever else a step needs.
+    The same on all ranks of a group."""
+    ranks = group.share.size if device.type == "cpu" else 1  # which have one memory
+    return int(group.smallest(_free_memory(device) - reserved) * _MEMORY_SHARE[device.type] / ranks)
+
+
+def say_what_cannot_hit(options: EngineOptions, cost: StateCost, plan: Capacity, max_model_len: int) -> None:
+    """Where the prefix cache is on and can hit nothing, the log says why."""
+    if not options.enable_prefix_caching:
+        logger.info("prefix caching is off: every prompt is computed whole")
+    elif options.block_size >= max_model_len:
+        logger.warning(
+            "prefix cache: no prompt of max_model_len=%d fills a page of block_size=%d tokens: nothing can hit",
+            max_model_len,
+            options.block_size,
+        )
+    elif cost.slots and plan.num_slots == options.max_num_seqs:
+        logger.warning(
+            "prefix cache: no snapshot of the %d bytes of slot state fits its budget, so that hits are only "
+            "possible while requests leave slots unused; see snapshot_bytes",
+            cost.bytes_per_request,
+        )
 
 
 def _snapshots(options: EngineOptions, cost: StateCost, budget: int) -> int:

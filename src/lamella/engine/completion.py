@@ -82,8 +82,11 @@ class Completion:
 class Job:
     """A user's request: one prompt, `n` completions."""
 
-    def __init__(self, request_id: str, prompt: str | None, completions: list[Completion]) -> None:
-        self.request_id, self.prompt, self.completions = request_id, prompt, completions
+    def __init__(
+        self, request_id: str, prompt: str | None, completions: list[Completion], salt: str | None = None
+    ) -> None:
+        """`salt` keeps its prefixes apart from others'."""
+        self.request_id, self.prompt, self.completions, self.salt = request_id, prompt, completions, salt
 
     @property
     def revision(self) -> int:

@@ -6,20 +6,22 @@ import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.checkpoint.files import Checkpoint
+from lamella.config import Placement, PlacementLike, describe_placement, read_placement
 from lamella.distributed.group import Group
 from lamella.distributed.sharding import Share
 from lamella.distributed.workers import WorkerProcesses, Workers
-from lamella.engine.capacity import Capacity
+from lamella.engine.capacity import memory_budget, say_what_cannot_hit
 from lamella.engine.completion import Completion, Job
 from lamella.engine.options import EngineOptions
 from lamella.engine.request import Request
+from lamella.engine.residence import Residence, Residences
 from lamella.engine.runner import Flight, ModelRunner
 from lamella.engine.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduler
@@ -27,7 +29,7 @@ from lamella.engine.tokenizer import Tokenizer
 from lamella.engine.warm_up import warm_up
 from lamella.errors import ConfigError, ParameterError
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.kit import LocalKit, state_holders
+from lamella.layers.kit import LocalKit
 from lamella.state.manager import StateManager
 from lamella.state.memory import StateCost, StateMemory
 from lamella.state.prefix import root_key
@@ -38,6 +40,15 @@ Prompt: TypeAlias = "str | Mapping[str, Any]"
 
 # So many prompts, none of which fills a page, are worth a warning.
 _SHORT_PROMPTS = 32
+
+
+@dataclass
+class _Switch:
+    """A change of placement that waits for what is running; `held` are the jobs that came after."""
+
+    residence: Residence
+    recompute: bool
+    held: list[Job]
 
 
 class Engine:
@@ -58,13 +69,16 @@ class Engine:
         self.model, self.options, self.device, self.tokenizer = model, options, device, tokenizer
         self.eos_token_ids = eos_token_ids
         self.max_model_len = options.resolve_length(model.config)
-        holders = state_holders(model)
-        self.cost = StateCost.of(holders)
+        if options.placement is not None:
+            model.set_placement(options.placement)
+        if options.mixed_placements and not model.has_choice:
+            raise ConfigError("mixed_placements=True: no layer of the model has a choice of mixers")
         reserved = warm_up(model, options, self.max_model_len, device)
-        plan = Capacity.plan(options, self.cost, self.max_model_len, device, reserved, self.workers.group)
-        groups, pages = list(plan.pages), list(plan.pages.values())
-        self.state = StateManager(groups, pages, plan.num_slots, options.block_size, bool(self.cost.slots))
-        self.memory = StateMemory(holders, plan.pages, options.block_size, plan.num_slots, device)
+        budget = memory_budget(device, reserved, self.workers.group)
+        self._residences = Residences(model, options, self.max_model_len, device, budget)
+        self._residence = self._residences.find(model.placement)
+        self._residences.move_in(self._residence)
+        say_what_cannot_hit(options, self.cost, self._residence.plan, self.max_model_len)
         self.scheduler = Scheduler(
             self.state,
             options.max_num_seqs,
@@ -76,6 +90,8 @@ class Engine:
         if options.enforce_eager and device.type != "cuda":
             logger.info("enforce_eager: without effect, since there are no graphs on this device")
         self.runner.warm_up(graphs=not options.enforce_eager)
+        self._switch: _Switch | None = None
+        self._own_placements: dict[Placement, Placement] = {}
         self.workers.before_stop(self.runner.drop_graphs)
         self.workers.follow(self.state)
         self._ahead: Flight | None = None  # a step that has been launched, and not collected yet
@@ -84,6 +100,25 @@ class Engine:
         self._completions: dict[Request, tuple[Job, Completion]] = {}
         self._short_prompts: int | None = 0  # so far, while there were no others
         self._counts = {"steps": 0, "prompt_tokens": 0, "generated_tokens": 0, "requests": 0}
+
+    @property
+    def state(self) -> StateManager:
+        return self._residence.state
+
+    @property
+    def cost(self) -> StateCost:
+        """Of the state that is kept."""
+        return self._residence.cost
+
+    @property
+    def memory(self) -> StateMemory:
+        assert self._residence.memory is not None
+        return self._residence.memory
+
+    @property
+    def placement(self) -> Placement:
+        """Of a supernet, the mixer of each layer for requests that ask for no other; None where there is no choice."""
+        return self._residence.placement
 
     @classmethod
     def load(cls, options: EngineOptions) -> Engine:
@@ -116,9 +151,11 @@ class Engine:
                 f"prompt of {len(token_ids)} tokens: max_model_len={self.max_model_len} leaves no room for an answer"
             )
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        self._check_pools(len(token_ids) + max_tokens - 1)
+        placement = self._placement_of(params)
+        self._check_pools(len(token_ids) + max_tokens - 1, self._next_residence.state)
         seed = params.seed if params.seed is not None else self._next_seed()
-        root = self._prefix_root(len(token_ids), salt)
+        self._watch_lengths(len(token_ids))
+        root = self._prefix_root(placement, salt)
         completions = [
             Completion(
                 Request(
@@ -130,13 +167,14 @@ class Engine:
                     max_tokens=max_tokens,
                     eos_token_ids=self.eos_token_ids,
                     prefix_root=root,
+                    placement=placement if self.options.mixed_placements else (),
                 ),
                 index,
                 self.tokenizer,
             )
             for index in range(params.n)
         ]
-        return Job(request_id, text, completions)
+        return Job(request_id, text, completions, salt)
 
     def add(self, job: Job) -> None:
         """Queue a job that `make_job` made."""
@@ -144,12 +182,22 @@ class Engine:
         self._counts["requests"] += 1
         for completion in job.completions:
             self._completions[completion.request] = (job, completion)
+        if self._switch is not None:
+            self._switch.held.append(job)
+        else:
+            self._queue(job)
+
+    def _queue(self, job: Job) -> None:
+        for completion in job.completions:
             self.scheduler.add(completion.request)
 
     def cancel(self, request_id: str) -> Job | None:
         """End a job now; its unfinished completions end with "abort". None where no such job is running."""
         job = self._jobs.pop(request_id, None)
         if job is not None:
+            if self._switch is not None and job in self._switch.held:
+                self._switch.held.remove(job)
+                self._queue(job)  # from where it is dropped, like any other
             for completion in job.completions:
                 if completion.finish_reason is None:
                     completion.end("abort")
@@ -158,7 +206,97 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._ahead is not None
+        return self.scheduler.has_work or self._ahead is not None or self._switch is not None
+
+    def set_placement(self, placement: PlacementLike | None, running: str = "finish") -> None:
+        """Compute with another placement of a supernet, see `read_placement`: from the next step on where nothing is
+        running; else what is queued or running finishes under the old one first, and what comes after waits for that,
+        or, with `running="recompute"`, all of it is computed anew under the new placement, its output so far kept.
+
+        With `mixed_placements` nothing waits: who is running goes on under its own placement.
+
+        Raises `ConfigError`, and changes nothing, where a name is wrong or the state does not fit.
+        """
+        if running not in ("finish", "recompute"):
+            raise ConfigError(f"running={running!r}: must be finish or recompute")
+        read = read_placement(placement, self.model.config)
+        residence = self._residences.find(read)
+        recompute = running == "recompute"
+        if recompute:
+            for job, completion in self._completions.values():
+                request = completion.request
+                try:
+                    self._check_pools(len(request.prompt_token_ids) + request.max_tokens - 1, residence.state)
+                except ParameterError as error:
+                    raise ConfigError(f"placement: request {job.request_id} would not fit: {error}") from error
+        held = self._switch.held if self._switch is not None else []
+        self._switch = _Switch(residence, recompute, held)
+        if self._ahead is None and self._can_switch:
+            self._complete_switch()
+
+    @property
+    def _can_switch(self) -> bool:
+        """Whether a change of placement that was asked for can be made once nothing is in flight."""
+        if self._switch is None:
+            return False
+        return self._switch.recompute or self.options.mixed_placements or not self.scheduler.has_work
+
+    def _complete_switch(self) -> None:
+        """The switch that was asked for; nothing is in flight."""
+        switch, self._switch = self._switch, None
+        assert switch is not None
+        if switch.recompute:
+            self.scheduler.preempt_all()
+        if switch.residence.placement != self.placement:
+            before = self.state
+            self.workers.move(switch.residence.placement)
+            self.move(switch.residence.placement)
+            if self.state is not before:
+                self.workers.follow(self.state)
+        waiting = [self._completions[request] for request in self.scheduler.waiting] if switch.recompute else []
+        waiting += [(job, completion) for job in switch.held for completion in job.completions]
+        for job, completion in waiting:
+            if completion.request.params.placement is None:
+                own = self.placement if self.options.mixed_placements else ()
+                completion.request.place(own, self._prefix_root(self.placement, job.salt))
+        for job in switch.held:
+            self._queue(job)
+
+    def move(self, placement: Placement) -> None:
+        """Make this the placement of the engine's own part. No request may hold anything, unless all placements share
+        one residence."""
+        residence = self._residences.find(placement)
+        self.model.activate(placement)
+        if self.options.mixed_placements:
+            self._residence.placement = placement
+        else:
+            assert not self.state.holdings
+            for dropped in self._residences.move_in(residence):
+                self.runner.forget(dropped.state)
+            self._residence = residence
+            self.scheduler.state = residence.state
+        self.runner.move(self.state, graphs=not self.options.enforce_eager)
+
+    @property
+    def _next_residence(self) -> Residence:
+        """Where a request that comes now will live."""
+        return self._residence if self._switch is None else self._switch.residence
+
+    def _placement_of(self, params: SamplingParams) -> Placement:
+        """A request's own placement, or the engine's."""
+        usual = self._next_residence.placement
+        if params.placement is None:
+            return usual
+        try:
+            own = read_placement(params.placement, self.model.config)
+        except ConfigError as error:
+            raise ParameterError(str(error)) from error
+        if own != usual and not self.options.mixed_placements:
+            raise ParameterError(
+                f"placement={describe_placement(own)!r}: the engine keeps state for {describe_placement(usual)!r} "
+                "only; LLM(mixed_placements=True) keeps it for every mixer"
+            )
+        return self._own_placements.setdefault(own, own)  # so that equal ones are one object
 
     def step(self) -> list[Job]:
         """Launch a step and take the results of one; the jobs that have got something new, each once.
@@ -174,6 +312,10 @@ class Engine:
 
     def _step(self) -> list[Job]:
         before, self._ahead = self._ahead, None
+        if self._can_switch:
+            changed = [] if before is None else self._take(before)
+            self._complete_switch()
+            return changed
         if before is not None and any(request.looks_back for request in self.scheduler.running):
             return self._take(before)
         flight = self._launch()
@@ -254,6 +396,7 @@ class Engine:
             "slots": self.options.max_num_seqs,
             "slots_used": slots.num_held,
             "state_bytes": self.memory.nbytes,
+            "placement": describe_placement(self.placement) if self.model.has_choice else None,
             "prefix_hit_tokens": cached,
             "prefix_hit_rate": cached / started if self.options.enable_prefix_caching and started else None,
             "prefix_cached_pages": sum(pool.num_cached for pool in pools),
@@ -270,11 +413,15 @@ class Engine:
         del self._completions[completion.request]
         self.scheduler.finish(completion.request)
 
-    def _prefix_root(self, length: int, salt: str | None) -> bytes | None:
-        """What the request's prefixes are keyed by; None where it takes no part in the cache."""
+    def _prefix_root(self, placement: Placement, salt: str | None) -> bytes | None:
+        """What a request's prefixes are keyed by; None where it takes no part in the cache."""
         if not self.options.enable_prefix_caching:
             return None
-        if self._short_prompts is not None:
+        return root_key(str(self.options.model), placement, salt)
+
+    def _watch_lengths(self, length: int) -> None:
+        """Say once where prompts are too short for the prefix cache."""
+        if self.options.enable_prefix_caching and self._short_prompts is not None:
             self._short_prompts = self._short_prompts + 1 if length <= self.options.block_size else None
             if self._short_prompts == _SHORT_PROMPTS:
                 logger.warning(
@@ -283,7 +430,6 @@ class Engine:
                     _SHORT_PROMPTS,
                     self.options.block_size,
                 )
-        return root_key(str(self.options.model), self.options.placement, salt)
 
     def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
         """A prompt's text, if it has one, its tokens, and the salt of its prefixes."""
@@ -318,13 +464,13 @@ class Engine:
                 raise ParameterError(f"prompt_token_ids: {token!r} is not a token id below vocab_size={vocab}")
         return text, token_ids, salt
 
-    def _check_pools(self, tokens: int) -> None:
+    def _check_pools(self, tokens: int, state: StateManager) -> None:
         chunk = min(tokens, self.options.max_num_batched_tokens)
-        for index, pool in enumerate(self.state.page_pools):
-            pages = self.state.peak_pages(index, tokens, chunk)
+        for index, pool in enumerate(state.page_pools):
+            pages = state.peak_pages(index, tokens, chunk)
             if pages > pool.capacity:
                 raise ParameterError(
-                    f"prompt and max_tokens need {pages} pages of {self.state.page_size} tokens, and num_blocks="
+                    f"prompt and max_tokens need {pages} pages of {state.page_size} tokens, and num_blocks="
                     f"{pool.capacity} is all there are"
                 )
 

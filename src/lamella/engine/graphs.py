@@ -93,7 +93,8 @@ class DecodeGraphs:
 
         def step() -> StepTensors:
             # How long the contexts are is unknown to the host at a replay: nothing may ask for it.
-            return StepTensors.of(fields, self.inputs.state.groups, (1,) * rows, (), self.inputs.attention)
+            state = self.inputs.state
+            return StepTensors.of(fields, state.groups, (1,) * rows, (), state.page_size, self.inputs.attention)
 
         def forward() -> Tensor:
             tensors = step()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from lamella.config import Placement, PlacementLike, mixer_names
 from lamella.engine.completion import Job
 from lamella.engine.engine import Engine, Prompt
 from lamella.engine.options import EngineOptions
@@ -45,7 +46,8 @@ class LLM:
         snapshot_interval: int | None = None,
         snapshot_prompts: str = "never",
         hf_overrides: Mapping[str, Any] | None = None,
-        placement: Any = None,
+        placement: PlacementLike | None = None,
+        mixed_placements: bool = False,
         deterministic: bool = False,
     ) -> None:
         self.engine = Engine.load(
@@ -68,6 +70,7 @@ class LLM:
                 snapshot_prompts=snapshot_prompts,
                 hf_overrides=hf_overrides,
                 placement=placement,
+                mixed_placements=mixed_placements,
                 deterministic=deterministic,
             )
         )
@@ -121,6 +124,19 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """See `Engine.reset_prefix_cache`."""
         self.engine.reset_prefix_cache()
+
+    @property
+    def placement(self) -> Placement:
+        """Of a supernet, the mixer of each layer for requests that ask for no other; None where there is no choice."""
+        return self.engine.placement
+
+    def mixer_names(self) -> tuple[str, ...]:
+        """The mixers that a placement may name; empty where no layer has a choice."""
+        return mixer_names(self.engine.model.config)
+
+    def set_placement(self, placement: PlacementLike | None, running: str = "finish") -> None:
+        """See `Engine.set_placement`."""
+        self.engine.set_placement(placement, running)
 
     def _run(self, jobs: Sequence[Job]) -> Iterator[Job]:
         """Step until the jobs are through, giving each that got something new; on the way out none is left behind."""

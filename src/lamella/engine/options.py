@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from lamella.config import AttentionConfig, DynamicScaling, LinearScaling, ModelConfig, YarnScaling
+from lamella.config import AttentionConfig, DynamicScaling, LinearScaling, ModelConfig, PlacementLike, YarnScaling
+from lamella.config.placement import every_mixer
 from lamella.errors import ConfigError
 
 
@@ -28,7 +29,10 @@ class EngineOptions:
         tensor_parallel_size: devices of this host (on a CPU: processes) that hold a part of the model each.
         hf_overrides: values in the place of config.json's, those of a nested mapping by themselves, such as
             `{"text_config": {"attn_temperature_tuning": False}}`.
-        placement, deterministic: only the defaults are possible yet, others are an error.
+        placement: of a supernet, which mixer is active in each layer, see `lamella.config.read_placement`; None is the
+            checkpoint's own.
+        mixed_placements: keep state for all mixers, so that requests may have placements of their own.
+        deterministic: only the default is possible yet, True is an error.
         enforce_eager: on a GPU, no graphs of the decode steps: quicker to start, slower to run; no effect on a CPU.
         seed: of the draws of requests without a seed, and of dummy weights.
         load_format: "auto", or "dummy" for random weights.
@@ -61,7 +65,8 @@ class EngineOptions:
     snapshot_interval: int | None = None
     snapshot_prompts: str = "never"
     hf_overrides: Mapping[str, Any] | None = None
-    placement: object = None
+    placement: PlacementLike | None = None
+    mixed_placements: bool = False
     deterministic: bool = False
 
     def __post_init__(self) -> None:
@@ -89,12 +94,11 @@ class EngineOptions:
             raise ConfigError(f"hf_overrides={self.hf_overrides!r}: must be a mapping of config.json's keys")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed={self.seed!r}: must be a whole number")
-        for field in ("enable_prefix_caching", "enforce_eager", "deterministic"):
+        for field in ("enable_prefix_caching", "enforce_eager", "deterministic", "mixed_placements"):
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(f"{field}={getattr(self, field)!r}: must be True or False")
         unsupported = {
             "deterministic": (False, "this version does not fix the order of sums across batch shapes"),
-            "placement": (None, "no architecture of this version has a choice of mixers"),
         }
         for field, (only, why) in unsupported.items():
             if getattr(self, field) != only:
@@ -134,9 +138,11 @@ class EngineOptions:
 
 def supported_length(config: ModelConfig) -> int | None:
     """The longest context that the model's rotation is made for; None where it adapts to any length."""
+    if not config.length_is_known:
+        return None
     lengths: list[int] = []
-    for layer in config.layers:
-        rope = layer.mixer.rope if isinstance(layer.mixer, AttentionConfig) else None
+    for mixer in (mixer for layer in config.layers for mixer in every_mixer(layer.mixer)):
+        rope = mixer.rope if isinstance(mixer, AttentionConfig) else None
         scaling = rope.scaling if rope else None
         if isinstance(scaling, DynamicScaling):
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lamella.config import Placement
 from lamella.engine.sampling_params import SamplingParams, has_penalty
 from lamella.state.prefix import page_key
 
@@ -25,6 +26,7 @@ class Request:
     num_cached_tokens: int = 0  # of them, those that it started with
     branch: int = 0  # where it leaves the tokens that others had before it
     prefix_root: bytes | None = None  # see `page_keys`; None keeps the request out of the prefix cache
+    placement: Placement = ()  # of a supernet; see `Engine`
     _page_keys: list[bytes] = field(default_factory=list)
     looks_back: bool = field(init=False)  # whether the choice of a token depends on the ones before
     plain: bool = field(init=False)  # whether nothing is done to its logits, nor wanted of them, but the choice
@@ -33,6 +35,12 @@ class Request:
         params = self.params
         self.looks_back = has_penalty(params)
         self.plain = not (self.looks_back or params.logit_bias or params.min_tokens or params.logprobs is not None)
+
+    def place(self, placement: Placement, prefix_root: bytes | None) -> None:
+        """Compute it with this placement, from the first token; it holds no state."""
+        assert not self.num_computed
+        self.placement, self.prefix_root = placement, prefix_root
+        self._page_keys.clear()
 
     @property
     def num_tokens(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lamella.config import Placement
 from lamella.engine.graphs import DecodeGraphs, bucket_sizes
 from lamella.engine.request import Request
 from lamella.engine.sampler import (
@@ -24,13 +26,14 @@ from lamella.engine.sampler import (
 from lamella.engine.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduled
 from lamella.engine.step_inputs import StepInputs, StepTensors
-from lamella.layers.context import forward_batch
+from lamella.layers.context import RequestPlacements, forward_batch
 from lamella.layers.decoder import LanguageModel
 from lamella.ops.attention.paged import AttentionSpace
 from lamella.ops.backend import has_triton, use_triton
 from lamella.ops.sampling import draw, pending_tokens
 from lamella.state.manager import DUMMY, Holding, StateManager
 
+_KEPT_GRAPHS = 4  # placements whose graphs are kept
 _LOGITS_ROWS = 256  # rows of the vocabulary's width at a time, where a prompt's logprobs are wanted
 
 
@@ -73,7 +76,7 @@ class ModelRunner:
     def __init__(
         self, model: LanguageModel, state: StateManager, device: torch.device, max_model_len: int, max_num_seqs: int
     ) -> None:
-        self.model, self.state, self.device = model, state, device
+        self.model, self.state, self.device, self.max_model_len = model, state, device, max_model_len
         self.runs_ahead = device.type == "cuda"
         self.num_replays = 0
         kernels = device.type == "cuda" and has_triton()
@@ -85,7 +88,30 @@ class ModelRunner:
         # On a GPU a step that only decodes has one of these numbers of rows, in a graph or not: the kernels of a
         # library, and with them the order of sums, may differ from number to number.
         self._sizes = bucket_sizes(max_num_seqs) if device.type == "cuda" else []
-        self._graphs: DecodeGraphs | None = None
+        # By the state whose memory a graph has captured, and the placement; the latest last.
+        self._graphs: OrderedDict[tuple[StateManager, Placement], DecodeGraphs] = OrderedDict()
+        self._inputs = {state: self.inputs}
+        self._active = model.placement
+
+    def move(self, state: StateManager, graphs: bool) -> None:
+        """Run the steps of another state's requests, under the model's placement; with `graphs`, decode steps are
+        captured where they have not been yet. Nothing may be in flight."""
+        self.state, self._active, self._rows = state, self.model.placement, {}
+        if state not in self._inputs:
+            self._inputs[state] = StepInputs(state, self.max_model_len, self.device, self.attention)
+        self.inputs = self._inputs[state]
+        if (state, self._active) in self._graphs:
+            self._graphs.move_to_end((state, self._active))
+        else:
+            self.warm_up(graphs)
+            while len(self._graphs) > _KEPT_GRAPHS:
+                self._graphs.popitem(last=False)[1].release()
+
+    def forget(self, state: StateManager) -> None:
+        """Let go of what was captured over a state's memory, which is gone."""
+        for key in [key for key in self._graphs if key[0] is state]:
+            self._graphs.pop(key).release()
+        self._inputs.pop(state, None)
 
     def warm_up(self, graphs: bool) -> None:
         """On a GPU, compile what a step of prompts needs and, with `graphs`, capture the decode steps.
@@ -110,13 +136,12 @@ class ModelRunner:
         if graphs and self.attention is not None:
             capturing = DecodeGraphs(self.model, self.inputs, self._tokens, self._sizes)
             capturing.capture()
-            self._graphs = capturing
+            self._graphs[self.state, self._active] = capturing
 
     def drop_graphs(self) -> None:
         """Let go of what the captured steps hold. The runner goes on without them."""
-        if self._graphs is not None:
-            self._graphs.release()
-            self._graphs = None
+        while self._graphs:
+            self._graphs.popitem()[1].release()
 
     @torch.inference_mode()
     def launch(self, step: Sequence[Scheduled]) -> Flight:
@@ -124,19 +149,32 @@ class ModelRunner:
         shares = sorted(step, key=lambda share: share.count != 1)  # decodes first, see RaggedBatch
         if self.attention is not None:
             self.attention.begin_step()
-        pads = 0
-        if self._sizes and shares[-1].count == 1:
+        pads, placements = 0, self._placements(shares)
+        if placements is None and self._sizes and shares[-1].count == 1:
             rows = min(size for size in self._sizes if size >= len(shares))
-            if self._graphs is not None and all(share.samples for share in shares):
-                hidden, tensors = self._graphs.replay(rows, shares, self._rows)
+            graphs = self._graphs.get((self.state, self._active))
+            if graphs is not None and all(share.samples for share in shares):
+                hidden, tensors = graphs.replay(rows, shares, self._rows)
                 self.num_replays += 1
                 return self._flight(shares, self._choose(shares, hidden, tensors, chosen=True), {})
             pads = rows - len(shares)
-        tensors = self.inputs.build(shares, self._rows, pads)
+        tensors = self.inputs.build(shares, self._rows, pads, placements)
         with forward_batch(tensors.batch):
             hidden = self.model(self._resolve(tensors.input_ids, shares))
             prompts = self._prompt_logprobs(shares, hidden)
             return self._flight(shares, self._choose(shares, hidden, tensors), prompts)
+
+    def _placements(self, shares: Sequence[Scheduled]) -> RequestPlacements | None:
+        """Of a step whose requests have several; where they have one, it becomes the model's."""
+        own = [share.request.placement for share in shares if share.request.placement]
+        if not own:
+            return None
+        if any(placement is not own[0] and placement != own[0] for placement in own):
+            return RequestPlacements(tuple(share.request.placement or self._active for share in shares))
+        if own[0] is not self._active and own[0] != self._active:
+            self.model.activate(own[0])
+        self._active = own[0]
+        return None
 
     def collect(self, flight: Flight) -> list[StepResult]:
         """The results of a step, in the order of its rows; waits for them."""

@@ -51,6 +51,8 @@ class SamplingParams:
         logit_bias: token id -> bias in [-100, 100], added to its logit.
         detokenize: produce text; without it, `stop` cannot be used.
         skip_special_tokens: leave special tokens out of the text.
+        placement: of a supernet, which mixer is active in each layer for this request, see
+            `lamella.config.read_placement`; None is the engine's. Needs an engine with `mixed_placements`.
         include_stop_str_in_output: end the text after, not before, the stop string.
 
     Raises:
@@ -77,6 +79,7 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    placement: Any = None
 
     def __post_init__(self) -> None:
         for field, low in (("n", 1), ("top_k", -1), ("min_tokens", 0)):

@@ -161,6 +161,11 @@ class Scheduler:
             self.num_cached_tokens += cached
             self.num_started_tokens += len(request.prompt_token_ids)
 
+    def preempt_all(self) -> None:
+        """All running requests give their state back, and are computed again from their first token."""
+        while self.running:
+            self._preempt_youngest()
+
     def _preempt_youngest(self) -> Request:
         request = self.running.pop()
         self.state.release(request)

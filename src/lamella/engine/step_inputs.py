@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lamella.engine.request import Request
 from lamella.engine.scheduler import Scheduled
-from lamella.layers.context import ForwardBatch, PageView
+from lamella.layers.context import ForwardBatch, PageView, RequestPlacements
 from lamella.ops.attention.paged import AttentionSpace
 from lamella.ops.ragged import RaggedBatch
 from lamella.state.manager import Holding, StateManager
@@ -113,7 +113,9 @@ class StepTensors:
         groups: Sequence[PagedState],
         query_lens: tuple[int, ...],
         context_lens: tuple[int, ...],
+        page_size: int,
         attention: AttentionSpace | None = None,
+        placements: RequestPlacements | None = None,
     ) -> StepTensors:
         num_decodes = next((i for i, n in enumerate(query_lens) if n != 1), len(query_lens))
         ragged = RaggedBatch(
@@ -126,11 +128,14 @@ class StepTensors:
             num_decodes=num_decodes,
         )
         pages = {
-            group: PageView(tensors["page_table"][index], tensors["new_rows"][index], tensors["page_list"][index])
+            group: PageView(
+                tensors["page_table"][index], tensors["new_rows"][index], tensors["page_list"][index], page_size
+            )
             for index, group in enumerate(groups)
         }
         sampling = {name: tensors[name] for name in ("seed", "step", "top_k", "temperature", "top_p", "min_p")}
-        return cls(ForwardBatch(ragged, pages, tensors["slots"], attention), tensors["input_ids"], sampling)
+        batch = ForwardBatch(ragged, pages, tensors["slots"], attention, placements)
+        return cls(batch, tensors["input_ids"], sampling)
 
 
 def prefills(shares: Sequence[Scheduled]) -> Sequence[Scheduled]:
@@ -185,12 +190,18 @@ class StepInputs:
         self.max_pages = state.pages_for(max_model_len)
         self._rows = RequestRows(state, self.max_pages)
 
-    def build(self, shares: Sequence[Scheduled], latest: Mapping[Request, int], pads: int = 0) -> StepTensors:
+    def build(
+        self,
+        shares: Sequence[Scheduled],
+        latest: Mapping[Request, int],
+        pads: int = 0,
+        placements: RequestPlacements | None = None,
+    ) -> StepTensors:
         """The step's tensors, new ones, with so many rows of padding behind a step that only decodes.
 
         `latest` gives the rows in which pending tokens were chosen.
         """
-        lengths = [share.start + share.count for share in shares] + [1] * pads
+        lengths, size = [share.start + share.count for share in shares] + [1] * pads, self.state.page_size
         listed = 0 if self.attention is None else sum(self.state.pages_for(s.start + s.count) for s in prefills(shares))
         layout = Layout(
             requests=len(shares) + pads,
@@ -208,7 +219,9 @@ class StepInputs:
             self.state.groups,
             (*(share.count for share in shares), *(1,) * pads),
             tuple(lengths),
+            size,
             self.attention,
+            placements,
         )
 
     def fill(

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from lamella.config import AttentionConfig
 from lamella.distributed.sharding import Split
 from lamella.layers.block_input import BlockInput
-from lamella.layers.canon import Canon, CanonHistory
+from lamella.layers.canon import Canon
 from lamella.layers.context import require_batch
 from lamella.layers.kit import Kit, PagedAttention
 from lamella.layers.norm import RMSNorm
 from lamella.layers.rotary import Positions, Rotary
+from lamella.layers.short_conv import ConvHistory
 from lamella.ops.attention.paged import few_decodes
 from lamella.ops.backend import use_fused
 from lamella.ops.qkv import prepare_qkv
@@ -28,7 +29,7 @@ class Attention(nn.Module):
     unit_norm: Tensor
 
     def __init__(
-        self, config: AttentionConfig, kit: Kit, hidden_size: int, prefix: str, history: CanonHistory | None
+        self, config: AttentionConfig, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None
     ) -> None:
         super().__init__()
         self.config = config

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from lamella.layers.canon import Canon
 from lamella.layers.context import require_batch
 from lamella.layers.linear import Linear
-from lamella.layers.norm import RMSNorm
+from lamella.layers.norm import LayerNorm, RMSNorm
 from lamella.ops.linear import fused_linear, fuses
 from lamella.ops.rms_norm.reference import NormStep
 from lamella.ops.swiglu import swiglu
@@ -20,12 +20,21 @@ class BlockInput:
     the same whichever way it is read, and is computed once: what projects several times reads it as a tensor first.
     """
 
-    def __init__(self, hidden: Tensor, residual: Tensor, norm: RMSNorm, canon: Canon | None) -> None:
+    def __init__(self, hidden: Tensor, residual: Tensor, norm: RMSNorm | LayerNorm, canon: Canon | None) -> None:
         """hidden and residual (T, hidden_size)."""
         self._pair: tuple[Tensor, Tensor] | None = (hidden, residual)
-        self._norm, self._canon = norm, canon
+        self._norm: RMSNorm | LayerNorm | None = norm
+        self._canon = canon
         self._entered: Tensor | None = None
         self._residual: Tensor | None = None
+
+    @classmethod
+    def ready(cls, entered: Tensor) -> BlockInput:
+        """What has been normed and convolved already (T, hidden_size), of a part of a block."""
+        entry = cls.__new__(cls)
+        entry._pair, entry._norm, entry._canon, entry._residual = None, None, None, None
+        entry._entered = entered
+        return entry
 
     @property
     def residual(self) -> Tensor:
@@ -38,14 +47,18 @@ class BlockInput:
         if self._entered is None:
             hidden, residual = self._take()
             if self._canon is not None:
+                assert self._norm is not None
                 self._entered, self._residual = self._canon.after_norm(hidden, residual, self._norm)
             else:
+                assert self._norm is not None
                 self._entered, self._residual = self._norm(hidden, residual)
         return self._entered
 
     def fuses(self, linear: nn.Module, canon: Canon | None = None) -> bool:
         """Whether `project` is one kernel."""
         if not isinstance(linear, Linear) or not fuses(self._source, linear.weight):
+            return False
+        if self._norms_within and not isinstance(self._norm, RMSNorm):
             return False
         return canon is None or canon.is_step
 
@@ -54,7 +67,8 @@ class BlockInput:
         if self.fuses(linear, canon):
             assert isinstance(linear, Linear)
             norm = None
-            if self._canon is None and self._pair is not None:
+            if self._norms_within:
+                assert isinstance(self._norm, RMSNorm)
                 hidden, residual = self._take()
                 norm = NormStep(residual, self._norm.weight, self._norm.eps)
             else:
@@ -71,6 +85,11 @@ class BlockInput:
         if canon is not None:
             return canon.swiglu(projected) if gated else canon(projected)
         return swiglu(projected) if gated else projected
+
+    @property
+    def _norms_within(self) -> bool:
+        """Whether the norm can still be a part of the projection."""
+        return self._pair is not None and self._canon is None
 
     @property
     def _source(self) -> Tensor:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
-from lamella.config import CanonConfig, LayerConfig, ModelConfig
+from lamella.config import CanonConfig, LayerConfig, ModelConfig, Placement, PlacementLike, read_placement
 from lamella.distributed.sharding import Split
 from lamella.layers.block_input import BlockInput
-from lamella.layers.canon import Canon, CanonHistory
+from lamella.layers.canon import Canon
 from lamella.layers.context import ForwardBatch, current_batch, forward_batch
-from lamella.layers.kit import Kit
-from lamella.layers.norm import RMSNorm
+from lamella.layers.kit import Kit, PagedAttention, SlotHolder, state_holders
+from lamella.layers.norm import RMSNorm, build_norm
 from lamella.layers.rotary import Positions
+from lamella.layers.short_conv import ConvHistory
+from lamella.layers.stochastic import Stochastic
 from lamella.ops.ragged import RaggedBatch
 
 
@@ -21,11 +25,13 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: LayerConfig, kit: Kit, hidden_size: int, prefix: str) -> None:
         super().__init__()
-        self.history = CanonHistory(config.canons[0].kernel) if config.canons else None
-        self.mixer_norm = RMSNorm(hidden_size, config.norm.eps, kit.device)
+        self.history = ConvHistory(config.canons[0].kernel) if config.canons else None
+        self.mixer_norm = build_norm(config.norm, hidden_size, kit.device)
         self.mixer_canon = self._canon(config.mixer_canon, hidden_size, kit, "mixer_canon")
         self.mixer = config.mixer.build(kit, hidden_size, f"{prefix}.mixer", self.history)
-        self.feed_forward_norm = RMSNorm(hidden_size, config.norm.eps, kit.device)
+        if isinstance(self.mixer, Stochastic):
+            self.mixer.index = int(prefix.rpartition(".")[2])
+        self.feed_forward_norm = build_norm(config.norm, hidden_size, kit.device)
         self.feed_forward_canon = self._canon(config.feed_forward_canon, hidden_size, kit, "feed_forward_canon")
         self.feed_forward = config.feed_forward.build(kit, hidden_size, f"{prefix}.feed_forward", self.history)
         if self.history is not None:
@@ -87,6 +93,48 @@ class LanguageModel(nn.Module):
     def is_heterogeneous(self) -> bool:
         """Whether any two layers differ."""
         return len(set(self.config.layers)) > 1
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether any layer has several mixers."""
+        return any(True for _ in self._stochastic())
+
+    @property
+    def placement(self) -> Placement:
+        """Of a supernet, which mixer is active in each layer; None where a layer has no choice."""
+        active = {index: mixer.active for index, mixer in self._stochastic()}
+        return tuple(active.get(index) for index in range(len(self.model.layers)))
+
+    def set_placement(self, placement: PlacementLike | None) -> None:
+        """Activate a placement, see `read_placement`; all or nothing. Raises `ConfigError`."""
+        self.activate(read_placement(placement, self.config))
+
+    def activate(self, placement: Placement) -> None:
+        """The same of one that has been read."""
+        for index, mixer in self._stochastic():
+            name = placement[index]
+            assert name is not None
+            mixer.active = name
+
+    def active_holders(self, placement: Placement | None = None) -> list[PagedAttention | SlotHolder]:
+        """The modules that keep state under a placement, by default the active one, in layer order."""
+        idle = {module for mixer in self._idle(placement or self.placement) for module in mixer.modules()}
+        return [holder for holder in state_holders(self) if holder not in idle]
+
+    def idle_parameters(self) -> Iterator[nn.Parameter]:
+        """Those that compute nothing under the active placement."""
+        return (parameter for mixer in self._idle(self.placement) for parameter in mixer.parameters())
+
+    def _idle(self, placement: Placement) -> Iterator[nn.Module]:
+        """The mixers that a placement leaves out."""
+        for index, stochastic in self._stochastic():
+            yield from (mixer for name, mixer in stochastic.mixers.items() if name != placement[index])
+
+    def _stochastic(self) -> Iterator[tuple[int, Stochastic]]:
+        for index, layer in enumerate(self.model.layers):
+            assert isinstance(layer, DecoderLayer)
+            if isinstance(layer.mixer, Stochastic):
+                yield index, layer.mixer
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm.

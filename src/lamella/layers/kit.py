@@ -8,7 +8,7 @@ it learns from the kit's `share`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lamella.distributed.group import Group
 from lamella.distributed.sharding import Share, Split
 from lamella.layers.context import ForwardBatch, require_batch
-from lamella.layers.linear import Embedding, Head, Linear, MergedLinear, RowLinear, SplitEmbedding, SplitHead
+from lamella.layers.linear import Biases, Embedding, Head, Linear, MergedLinear, RowLinear, SplitEmbedding, SplitHead
 from lamella.layers.norm import RMSNorm, SplitRMSNorm
 from lamella.ops import attention
 from lamella.ops.attention.paged import AttentionPlan
@@ -25,6 +25,9 @@ from lamella.state.spec import PagedState, SlotState
 
 # What reads and writes slot state: its inputs, then where its outputs go, or None where it makes them.
 Computation: TypeAlias = Callable[..., Any]
+
+# Of a checkpoint's tensor with several sections, or of one without.
+Widths: TypeAlias = int | Sequence[int]
 
 
 class Kit(Protocol):
@@ -35,11 +38,18 @@ class Kit(Protocol):
     group: Group  # the tensor-parallel one
     share: Share  # of it
 
-    def merged_linear(self, in_size: int, parts: Mapping[str, int], bias: bool, prefix: str) -> nn.Module:
-        """Column-parallel projections of one input as one product; `parts` maps checkpoint names to widths."""
+    def merged_linear(self, in_size: int, parts: Mapping[str, Widths], bias: bool, prefix: str) -> nn.Module:
+        """Column-parallel projections of one input as one product; `parts` maps checkpoint names to widths, several
+        where one tensor of the file has sections that are divided each by itself."""
         ...
 
-    def qkv_linear(self, in_size: int, heads: int, kv_heads: int, head_dim: int, bias: bool, prefix: str) -> nn.Module:
+    def replicated_linear(self, in_size: int, parts: Mapping[str, int], bias: bool, prefix: str) -> nn.Module:
+        """The same where every rank holds all of it: narrow projections in front of wide ones."""
+        ...
+
+    def qkv_linear(
+        self, in_size: int, heads: int, kv_heads: int, head_dim: int, bias: Biases, prefix: str
+    ) -> nn.Module:
         """The query, key and value projections as one product with output [q | k | v]."""
         ...
 
@@ -65,8 +75,12 @@ class Kit(Protocol):
         values."""
         ...
 
-    def slot_state(self, spec: SlotState, prefix: str) -> SlotHolder:
-        """A fixed-size state of the layer for each request, the rank's part."""
+    def slot_state(self, specs: Sequence[SlotState], prefix: str) -> SlotHolder:
+        """Fixed-size states for each request that belong together, the rank's part; a convolution's window first."""
+        ...
+
+    def caller(self, stochastic: nn.Module, prefix: str) -> Callable[..., Tensor] | None:
+        """Who calls the active mixer of a stochastic layer, as the layer is called; None: the layer itself."""
         ...
 
 
@@ -76,6 +90,7 @@ class PagedAttention(nn.Module):
     def __init__(self, heads: int, scale: float, spec: PagedState, prefix: str) -> None:
         super().__init__()
         self.heads, self.scale, self.spec, self.prefix = heads, scale, spec, prefix
+        self.specs = (spec,)
         self.k_cache: Tensor | None = None
         self.v_cache: Tensor | None = None
 
@@ -131,7 +146,7 @@ class PagedAttention(nn.Module):
 
 
 class SlotHolder(nn.Module):
-    """Holds one layer's slot tensor, (slots, *shape), and knows what reads and writes it; computes nothing itself.
+    """Holds slot tensors, each (slots, *shape), and knows what reads and writes them; computes nothing itself.
 
     Attributes:
         parts: the computations over the state, by names that are the layer's own.
@@ -140,19 +155,19 @@ class SlotHolder(nn.Module):
 
     inline = True
 
-    def __init__(self, spec: SlotState, prefix: str) -> None:
+    def __init__(self, specs: Sequence[SlotState], prefix: str) -> None:
         super().__init__()
-        self.spec, self.prefix = spec, prefix
-        self.rows: Tensor | None = None
+        self.specs, self.prefix = tuple(specs), prefix
+        self.rows: tuple[Tensor, ...] = ()
         self.parts: dict[str, Computation] = {}
 
     def bind(self, *tensors: Tensor) -> None:
-        """The slots (slots, *shape) of this layer."""
-        (self.rows,) = tensors
+        """The slots (slots, *shape), a tensor for each spec."""
+        self.rows = tensors
 
-    def run(self, part: str, x: Tensor, width: int) -> Tensor:
-        """One of the `parts` of x (T, ...): (T, width)."""
-        return self.parts[part](x, None)
+    def run(self, part: str, inputs: Sequence[Tensor], width: int) -> Tensor:
+        """One of the `parts` of inputs (T, ...): (T, width)."""
+        return self.parts[part](*inputs, None)
 
     def run_after_norm(
         self, part: str, x: Tensor, residual: Tensor, weight: Tensor, eps: float
@@ -161,18 +176,19 @@ class SlotHolder(nn.Module):
         and the sum."""
         raise NotImplementedError
 
-    def current(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """This layer's slots and the slot ids (R,) of the requests in flight; (None, None) in a plain forward."""
+    def current(self) -> tuple[Sequence[Tensor], Tensor] | tuple[Sequence[None], None]:
+        """The slots, a tensor for each spec, and the slot ids (R,) of the requests in flight; Nones in a plain
+        forward."""
         batch = require_batch()
         if batch.slots is None:
-            return None, None
-        assert self.rows is not None, f"{self.prefix}: no slots bound"
+            return (None,) * len(self.specs), None
+        assert self.rows, f"{self.prefix}: no slots bound"
         return self.rows, batch.slots
 
     def window(self, channels: slice, x: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Of a convolution's state, (slots, W-1, channels): what stood before its input x (T, channels) is in the rows
         of the slot ids (R,), and what stands before the next step's must be there afterwards."""
-        rows, slots = self.current()
+        (rows, *_), slots = self.current()
         return (None, None) if rows is None or slots is None else (rows[:, :, channels], slots)
 
 
@@ -190,11 +206,20 @@ class LocalKit:
     def _is_split(self) -> bool:
         return self.share.size > 1
 
-    def merged_linear(self, in_size: int, parts: Mapping[str, int], bias: bool, prefix: str) -> nn.Module:
-        splits = {name: self.share.even(width, f"{prefix}.{name}") for name, width in parts.items()}
+    def merged_linear(self, in_size: int, parts: Mapping[str, Widths], bias: bool, prefix: str) -> nn.Module:
+        splits = {
+            name: Split.join(self.share.even(width, f"{prefix}.{name}") for width in sections(widths))
+            for name, widths in parts.items()
+        }
         return MergedLinear(Split.whole(in_size), splits, bias, self.dtype, self.device)
 
-    def qkv_linear(self, in_size: int, heads: int, kv_heads: int, head_dim: int, bias: bool, prefix: str) -> nn.Module:
+    def replicated_linear(self, in_size: int, parts: Mapping[str, int], bias: bool, prefix: str) -> nn.Module:
+        splits = {name: Split.whole(width) for name, width in parts.items()}
+        return MergedLinear(Split.whole(in_size), splits, bias, self.dtype, self.device)
+
+    def qkv_linear(
+        self, in_size: int, heads: int, kv_heads: int, head_dim: int, bias: Biases, prefix: str
+    ) -> nn.Module:
         queries, keys = self.share.heads(heads).times(head_dim), self.share.kv_heads(kv_heads).times(head_dim)
         parts = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
         return MergedLinear(Split.whole(in_size), parts, bias, self.dtype, self.device)
@@ -232,8 +257,16 @@ class LocalKit:
     def attention(self, heads: int, scale: float, spec: PagedState, prefix: str) -> nn.Module:
         return PagedAttention(heads, scale, spec, prefix)
 
-    def slot_state(self, spec: SlotState, prefix: str) -> SlotHolder:
-        return SlotHolder(spec, prefix)
+    def slot_state(self, specs: Sequence[SlotState], prefix: str) -> SlotHolder:
+        return SlotHolder(specs, prefix)
+
+    def caller(self, stochastic: nn.Module, prefix: str) -> None:
+        return None
+
+
+def sections(widths: Widths) -> Sequence[int]:
+    """The widths of a part's sections."""
+    return (widths,) if isinstance(widths, int) else widths
 
 
 def state_holders(model: nn.Module) -> list[PagedAttention | SlotHolder]:

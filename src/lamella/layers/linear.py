@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from lamella.distributed.group import Group
 from lamella.distributed.sharding import Split
 from lamella.ops.linear import linear, wide_linear
+
+# Whether all parts of a merged projection have a bias, or the names of those that have.
+Biases: TypeAlias = bool | tuple[str, ...]
 
 
 class Linear(nn.Module):
@@ -31,13 +34,26 @@ class Linear(nn.Module):
 
 
 class MergedLinear(Linear):
-    """Several projections of one input as one product; a checkpoint holds them apart, under the names in `parts`."""
+    """Several projections of one input as one product; a checkpoint holds them apart, under the names in `parts`.
+
+    Where only some have a bias, that of the others is zero and stands in no file.
+    """
 
     def __init__(
-        self, inputs: Split, parts: Mapping[str, Split], bias: bool, dtype: torch.dtype, device: torch.device
+        self, inputs: Split, parts: Mapping[str, Split], bias: Biases, dtype: torch.dtype, device: torch.device
     ) -> None:
-        super().__init__(inputs, Split.join(parts.values()), bias, dtype, device)
+        super().__init__(inputs, Split.join(parts.values()), bool(bias), dtype, device)
         self.parts = dict(parts)
+        self.unbiased = without_bias(parts, bias)
+        if self.unbiased:
+            assert self.bias is not None
+            with torch.no_grad():
+                self.bias.zero_()
+
+
+def without_bias(parts: Iterable[str], bias: Biases) -> tuple[str, ...]:
+    """The parts that have no bias beside others that have one."""
+    return () if isinstance(bias, bool) else tuple(part for part in parts if part not in bias)
 
 
 class RowLinear(Linear):

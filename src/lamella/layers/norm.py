@@ -1,10 +1,11 @@
-"""RMS normalisation as a module."""
+"""Normalisations as modules."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from lamella.config import NormConfig
 from lamella.distributed.group import Group
 from lamella.distributed.sharding import Split
 from lamella.ops import rms_norm as ops
@@ -16,6 +17,7 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, device: torch.device) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32, device=device))
+        self.initial = {"weight": (1.0, 1.0)}
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -41,3 +43,29 @@ class SplitRMSNorm(RMSNorm):
         wide = x.float()
         mean = self.group.all_reduce(wide.square().mean(-1, keepdim=True)) / self.group.share.size
         return (wide * torch.rsqrt(mean + self.eps) * self.weight).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Norm by mean and variance over the last dimension, with weight and bias in fp32."""
+
+    def __init__(self, size: int, eps: float, device: torch.device) -> None:
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(torch.empty(size, dtype=torch.float32, device=device)) for _ in "wb")
+        self.initial = {"weight": (1.0, 1.0)}
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of x (..., size); with a residual of its shape, (the norm of x + residual, x + residual)."""
+        if residual is not None:
+            total = x + residual
+            return self._norm(total), total
+        return self._norm(x)
+
+    def _norm(self, x: Tensor) -> Tensor:
+        wide = nn.functional.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, self.eps)
+        return wide.to(x.dtype)
+
+
+def build_norm(config: NormConfig, size: int, device: torch.device) -> RMSNorm | LayerNorm:
+    """The norm of a decoder layer's blocks."""
+    return (RMSNorm if config.kind == "rms" else LayerNorm)(size, config.eps, device)

@@ -98,3 +98,7 @@ class Positions:
         if config not in self._temperatures:
             self._temperatures[config] = temperature(self.index, config.scale, config.floor_scale)
         return self._temperatures[config]
+
+    def rows(self, index: Tensor) -> Positions:
+        """Of some of the tokens, index (n,)."""
+        return Positions(self.index[index])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lamella._lazy import lazy_attributes
 
 if TYPE_CHECKING:
+    from lamella.models.apriel2 import Apriel2ForCausalLM as Apriel2ForCausalLM
     from lamella.models.base import CausalLM as CausalLM
     from lamella.models.llama import LlamaForCausalLM as LlamaForCausalLM
     from lamella.models.llama4 import Llama4ForCausalLM as Llama4ForCausalLM
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __getattr__, __all__ = lazy_attributes(
     __name__,
     {
+        "Apriel2ForCausalLM": "lamella.models.apriel2",
         "CausalLM": "lamella.models.base",
         "Llama4ForCausalLM": "lamella.models.llama4",
         "Llama4ForConditionalGeneration": "lamella.models.llama4",

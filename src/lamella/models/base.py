@@ -13,11 +13,9 @@ from typing_extensions import Self
 from lamella.config import ModelConfig
 from lamella.distributed.sharding import Split, cut
 from lamella.errors import CheckpointError
-from lamella.layers.canon import Canon
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import Kit, LocalKit
 from lamella.layers.linear import splits_of
-from lamella.layers.norm import RMSNorm
 from lamella.models.hf_config import HFConfig
 
 
@@ -27,7 +25,8 @@ class CausalLM(LanguageModel):
     `checkpoint_names` rewrites our parameter paths into the checkpoint's: each key is one or more path components of
     ours, each value what stands there in the file. `packed_modules_mapping` tells, in the form that LoRA and
     quantisation tools know, which of the file's projections are one module here. `has_slot_state` is false where no
-    layer of any model of the architecture keeps more than keys and values.
+    layer of any model of the architecture keeps more than keys and values. `ignored_tensors` are beginnings of names of
+    tensors that belong to parts of a checkpoint which are not computed here: they are not read, and the log says so.
     """
 
     checkpoint_names: ClassVar[Mapping[str, str]] = {
@@ -42,6 +41,7 @@ class CausalLM(LanguageModel):
     }
 
     has_slot_state: ClassVar[bool] = True
+    ignored_tensors: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: ModelConfig, kit: Kit | None = None) -> None:
         """A model with random weights (linears and embeddings N(0, 0.02), convolutions as torch's, norms one)."""
@@ -95,19 +95,18 @@ class CausalLM(LanguageModel):
 def initialize(model: nn.Module, generator: torch.Generator | None = None) -> None:
     """Fill every parameter at random, as the architectures' training code starts.
 
-    The same for every dtype, and for every rank its part of the same model.
+    The same for every dtype, and for every rank its part of the same model. A module whose parameters are not drawn
+    from N(0, 0.02) says in its attribute `initial` between which bounds they lie.
     """
     for module in model.modules():
-        parameters = dict(module.named_parameters(recurse=False))
-        for name, parameter in parameters.items():
+        ranges: Mapping[str, tuple[float, float]] = getattr(module, "initial", {})
+        for name, parameter in module.named_parameters(recurse=False):
             splits = splits_of(module, name)
-            if isinstance(module, RMSNorm):
-                parameter.fill_(1.0)
-            elif isinstance(module, Canon):
-                bound = module.config.kernel**-0.5
-                parameter.copy_(cut(_wide(parameter, splits).uniform_(-bound, bound, generator=generator), splits))
-            elif name == "bias":
-                parameter.zero_()
+            low, high = ranges.get(name, (0.0, 0.0))
+            if low < high:
+                parameter.copy_(cut(_wide(parameter, splits).uniform_(low, high, generator=generator), splits))
+            elif name in ranges or name == "bias":
+                parameter.fill_(low)
             else:
                 parameter.copy_(cut(_wide(parameter, splits).normal_(0.0, 0.02, generator=generator), splits))
 

@@ -7,7 +7,7 @@ listed here. Numbers are accepted as int or float where that loses nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from lamella.config import (
@@ -44,11 +44,19 @@ _MISSING: Any = object()
 class HFConfig:
     """The values of a config file, each marked as read when asked for.
 
-    `source` names the file in errors; `max_length` is the context length that an engine will use, where one is known.
+    `source` names the file in errors; `max_length` is the context length that an engine will use, where one is known,
+    and `list_tensors` lists what the checkpoint holds, None where there is nothing to look at.
     """
 
-    def __init__(self, values: Mapping[str, Any], source: str = "config.json", max_length: int | None = None) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        source: str = "config.json",
+        max_length: int | None = None,
+        list_tensors: Callable[[], Collection[str] | None] = lambda: None,
+    ) -> None:
         self.values, self.source, self.max_length = dict(values), source, max_length
+        self.list_tensors = list_tensors
         self._read: set[str] = set()
 
     def get(self, key: str, default: Any = _MISSING) -> Any:
@@ -99,9 +107,9 @@ class HFConfig:
             raise self.error(key, value, "a mapping")
         return {name: item for name, item in value.items() if item is not None}
 
-    def token_ids(self, key: str) -> tuple[Any, ...]:
+    def token_ids(self, key: str, default: Any = ()) -> tuple[Any, ...]:
         """A token id, a list of them, or nothing."""
-        value = self.get(key, ())
+        value = self.get(key, default)
         ids = value if isinstance(value, list | tuple) else [value]
         if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
             raise self.error(key, value, "a token id or a list of them")
@@ -110,7 +118,7 @@ class HFConfig:
     def section(self, key: str, values: Mapping[str, Any]) -> HFConfig:
         """A nested mapping with the same strictness."""
         self._read.add(key)
-        return HFConfig(values, f"{self.source}: {key}", self.max_length)
+        return HFConfig(values, f"{self.source}: {key}", self.max_length, self.list_tensors)
 
     def error(self, key: str, value: Any, allowed: str) -> ConfigError:
         return ConfigError(f"{self.source}: {key}={value!r} is not supported: must be {allowed}")
@@ -233,22 +241,40 @@ def read_windows(config: HFConfig, num_layers: int, window: int | None, first: i
 
 
 def read_model(
-    config: HFConfig, architecture: str, layers: Iterable[LayerConfig], eps: float, max_positions: int
+    config: HFConfig,
+    architecture: str,
+    layers: Iterable[LayerConfig],
+    eps: float,
+    max_positions: int,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    length_is_known: bool = True,
+    harmless: Iterable[str] = (),
 ) -> ModelConfig:
-    """The keys around the layers; then no key may be left unread."""
+    """The keys around the layers; then no key may be left unread.
+
+    `defaults` are those of vocab_size, hidden_size, bos_token_id and eos_token_id, where the architecture has some;
+    `harmless` are its keys that compute nothing here.
+    """
     for key in ("is_encoder_decoder", "add_cross_attention", "pruned_heads"):
         config.choice(key, (False, {}), False)  # transformers writes these out
-    bos = config.token_ids("bos_token_id")
+    defaults = dict(defaults or {})
+    bos = config.token_ids("bos_token_id", defaults.get("bos_token_id", ()))
+
+    def size(key: str) -> int:
+        return config.int(key, *((defaults[key],) if key in defaults else ()))
+
     model = ModelConfig(
         architecture=architecture,
-        vocab_size=config.int("vocab_size"),
-        hidden_size=config.int("hidden_size"),
+        vocab_size=size("vocab_size"),
+        hidden_size=size("hidden_size"),
         layers=tuple(layers),
         norm=NormConfig(eps=eps),
         tie_word_embeddings=config.bool("tie_word_embeddings", False),
         max_position_embeddings=max_positions,
+        length_is_known=length_is_known,
         bos_token_id=bos[0] if bos else None,
-        eos_token_ids=config.token_ids("eos_token_id"),
+        eos_token_ids=config.token_ids("eos_token_id", defaults.get("eos_token_id", ())),
     )
-    config.finish()
+    config.finish(harmless)
     return model

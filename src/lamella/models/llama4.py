@@ -99,7 +99,9 @@ class Llama4ForCausalLM(CausalLM):
 
         if not re.search(r"\.self_attn\.[qk]_proj\.", name):
             return name, weight
-        head_dim = self.config.layers[0].mixer.head_dim
+        mixer = self.config.layers[0].mixer
+        assert isinstance(mixer, AttentionConfig)
+        head_dim = mixer.head_dim
         return name, permute_heads(weight, rope_order(head_dim, head_dim, "huggingface"))
 
 

@@ -17,6 +17,8 @@ _targets: dict[str, str | type[CausalLM]] = {
     "LlamaForCausalLM": "lamella.models.llama:LlamaForCausalLM",
     "Qwen3ForCausalLM": "lamella.models.qwen3:Qwen3ForCausalLM",
     "LlamaCanonForCausalLM": "lamella.models.llama_canon:LlamaCanonForCausalLM",
+    "Apriel2ForCausalLM": "lamella.models.apriel2:Apriel2ForCausalLM",
+    "Apriel2ForConditionalGeneration": "lamella.models.apriel2:Apriel2ForCausalLM",  # its text part
     "Llama4ForCausalLM": "lamella.models.llama4:Llama4ForCausalLM",
     "Llama4ForConditionalGeneration": "lamella.models.llama4:Llama4ForConditionalGeneration",
 }
@@ -24,6 +26,8 @@ _aliases = {
     "llama": "LlamaForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "LlamaCanon": "LlamaCanonForCausalLM",
+    "apriel2_text": "Apriel2ForCausalLM",
+    "apriel2": "Apriel2ForConditionalGeneration",
     "llama4_text": "Llama4ForCausalLM",
     "llama4": "Llama4ForConditionalGeneration",
 }

@@ -26,6 +26,41 @@ def sigmoid(x):
 
 
 @triton.jit
+def softplus(x):
+    """log(1 + exp(x)) of fp32, to a few units in the last place wherever that is not as small as them."""
+    power = tl.exp(-tl.abs(x))
+    # 1 + power would round away what a small one adds; four terms of the series are exact there.
+    series = power * (1.0 - power * (0.5 - power * (0.3333333333 - power * 0.25)))
+    return tl.maximum(x, 0.0) + tl.where(power < 0.015625, series, tl.log(1.0 + power))
+
+
+@triton.jit
+def _add_two(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _add_three(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def sum_two(a, b):
+    """The sums over axis 0 of two tensors of one shape, which meet at the same barriers."""
+    if _INTERPRETED:
+        return tl.sum(a, axis=0), tl.sum(b, axis=0)
+    return tl.reduce((a, b), 0, _add_two)
+
+
+@triton.jit
+def sum_three(a, b, c):
+    """See `sum_two`."""
+    if _INTERPRETED:
+        return tl.sum(a, axis=0), tl.sum(b, axis=0), tl.sum(c, axis=0)
+    return tl.reduce((a, b, c), 0, _add_three)
+
+
+@triton.jit
 def rounded(x, dtype: tl.constexpr):
     """x of fp32, rounded to dtype, in fp32."""
     if _INTERPRETED or dtype != tl.bfloat16:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lamella.ops.attention import reference as attention_reference
 from lamella.ops.backend import use_triton
+from lamella.ops.delta_rule import reference as delta_reference
+from lamella.ops.gated_rms_norm import reference as gated_reference
 from lamella.ops.linear import reference as linear_reference
 from lamella.ops.moe import reference as moe_reference
 from lamella.ops.qkv import reference as qkv_reference
@@ -17,6 +19,7 @@ from lamella.ops.ragged import RaggedBatch
 from lamella.ops.rms_norm import reference as norm_reference
 from lamella.ops.rms_norm.reference import NormStep
 from lamella.ops.rotary import reference as rotary_reference
+from lamella.ops.selective_scan import reference as scan_reference
 from lamella.ops.short_conv import reference as conv_reference
 from lamella.ops.swiglu import reference as swiglu_reference
 
@@ -101,6 +104,7 @@ def _checks(
             swiglu_reference.swiglu(conv_reference.short_conv(*operands, history.clone(), slots)),
         )
         yield from _attention_checks(random, batch, dtype, device)
+        yield from _recurrence_checks(random, batch, slots)
     yield from _sampling_checks(device)
 
 
@@ -162,6 +166,39 @@ def _attention_checks(
             options = {**norms, "cos": cos, "sin": sin, "interleaved": False, "rows": rows, **fresh}
             yield "attention of few", decode_prepared(projected, heads, pages, 0.25, window, plan, options), truth
             yield "attention of few (its cache)", torch.stack(list(fresh.values())), torch.stack(written[1])
+
+
+def _recurrence_checks(
+    random: Callable[..., Tensor], batch: RaggedBatch, slots: Tensor
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    from lamella.ops.delta_rule import triton as delta
+    from lamella.ops.gated_rms_norm import triton as gated
+    from lamella.ops.selective_scan import triton as scan
+
+    tokens, heads, dim, width = batch.num_tokens, 4, 16, 8
+    x, gate, weight = random(tokens, heads, dim), random(tokens, heads, dim), random(dim).float()
+    yield (
+        "gated_rms_norm",
+        gated.gated_rms_norm(x, gate, weight, 1e-5),
+        gated_reference.gated_rms_norm(x, gate, weight, 1e-5),
+    )
+    for channels in ((), (dim,)):
+        q, k, v = random(tokens, 2, dim), random(tokens, 2, dim), random(tokens, heads, width)
+        decay, beta = random(tokens, heads, *channels), random(tokens, heads)
+        operands = q, k, v, decay, beta, random(heads).float(), random(heads, *channels).float(), batch
+        old = random(4, heads, dim, width).float()
+        new = old.clone()
+        yield "delta_rule", delta.delta_rule(*operands, new, slots), delta_reference.delta_rule(*operands, old, slots)
+        yield "delta_rule (its state)", new, old
+    x, b, c = random(tokens, 2, dim), random(tokens, 2, width), random(tokens, heads, width)
+    rates, bias, d = random(heads, dim, width).float(), random(heads, dim).float(), random(heads, dim).float()
+    steps = x, random(tokens, heads, dim), b, c, gate, rates, bias, d, batch
+    before = random(4, heads, dim, width).float()
+    for chunked in (False, True):
+        old, new = before.clone(), before.clone()
+        ours = scan.selective_scan(*steps, new, slots, chunked=chunked)
+        yield "selective_scan", ours, scan_reference.selective_scan(*steps, old, slots)
+        yield "selective_scan (its state)", new, old
 
 
 def _sampling_checks(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lamella.config import PlacementLike
 from lamella.engine.options import EngineOptions
 from lamella.errors import ConfigError
 from lamella.layers.decoder import LanguageModel
@@ -56,6 +57,7 @@ class ParityOptions:
         free_running: also generate freely and compare as published comparisons do.
         load_format: "auto", or "dummy" for random weights.
         max_model_len: the length that a `dynamic` rotation is scaled for.
+        placement: of a supernet, see `lamella.config.read_placement`.
         engine_options: of lamella or vllm, under the engine's own names, for stats; paths and bisect choose theirs.
         candidate: a loaded model to test in the place of the checkpoint's own, for lamella, with its dtype and device;
             the checkpoint stays the truth.
@@ -75,6 +77,7 @@ class ParityOptions:
     free_running: bool = False
     load_format: str = "auto"
     max_model_len: int | None = None
+    placement: PlacementLike | None = None
     engine_options: Mapping[str, Any] = field(default_factory=dict)
     candidate: LanguageModel | None = None
 
@@ -143,7 +146,8 @@ class _Run:
         self, model: str | Path, options: ParityOptions, progress: Callable[[str], None] = lambda text: None
     ) -> None:
         self.options, self._progress = options, progress
-        self.subject = Subject.open(model, options.load_format, options.seed, options.max_model_len)
+        o = options
+        self.subject = Subject.open(model, o.load_format, o.seed, o.max_model_len, o.placement)
         self.device = EngineOptions(model=model, device=options.device).resolve_device()
         self.dtype = self.subject.dtype(options.dtype)
         if options.candidate is not None:

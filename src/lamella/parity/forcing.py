@@ -22,7 +22,7 @@ from lamella.engine.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduled
 from lamella.engine.step_inputs import StepTensors
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.kit import SlotHolder, state_holders
+from lamella.layers.kit import SlotHolder
 from lamella.parity.scores import Scores
 from lamella.parity.sequences import TokenSequence
 from lamella.state.manager import DUMMY, Holding, StateManager
@@ -91,6 +91,11 @@ class Record:
         )
 
 
+def record_of(sequence: TokenSequence) -> Record:
+    """A sequence to be scored."""
+    return Record(sequence.prompt, sequence.continuation, len(sequence.continuation))
+
+
 class ForcedEngine:
     """An engine over a loaded model. Its pools start full of NaN, so that nothing unwritten can be read unseen."""
 
@@ -114,10 +119,13 @@ class ForcedEngine:
 
     def score(self, sequences: Sequence[TokenSequence], budgets: Iterable[int] = ()) -> list[Record]:
         """Run the sequences as requests of one batch; see `run`."""
-        return self.run([Record(s.prompt, s.continuation, len(s.continuation)) for s in sequences], budgets)
+        return self.run([record_of(sequence) for sequence in sequences], budgets)
 
-    def run(self, records: Sequence[Record], budgets: Iterable[int] = ()) -> list[Record]:
-        """Run the records' requests to their end. `budgets` are the tokens of the first steps, then the options'."""
+    def run(
+        self, records: Sequence[Record], budgets: Iterable[int] = (), preempt_after: int | None = None
+    ) -> list[Record]:
+        """Run the records' requests to their end. `budgets` are the tokens of the first steps, then the options'; after
+        so many steps all running requests are preempted once."""
         for record in records:
             params = SamplingParams(temperature=0, max_tokens=record.count, ignore_eos=True, detokenize=False)
             job = self.engine.make_job(str(next(self._ids)), {"prompt_token_ids": list(record.prompt)}, params)
@@ -126,9 +134,11 @@ class ForcedEngine:
             self._runner.records[request] = record
             self.engine.add(job)
         usual = self.engine.scheduler.max_num_batched_tokens
-        for budget in itertools.chain(budgets, itertools.repeat(usual)):
+        for index, budget in enumerate(itertools.chain(budgets, itertools.repeat(usual))):
             if not self.engine.has_work:
                 break
+            if index == preempt_after:
+                self.engine.scheduler.preempt_all()
             self.engine.scheduler.max_num_batched_tokens = budget
             self.engine.step()
             self.engine.state.check_integrity()
@@ -202,10 +212,10 @@ class _ForcedRunner(ModelRunner):
     def _snapshot(self, request: Request, length: int) -> dict[str, Tensor]:
         """A request's state, wherever it lies, in the order of its positions."""
         holding, found = self.state.holdings[request], {}
-        for holder in state_holders(self.model):
+        for holder in self.model.active_holders():
             if isinstance(holder, SlotHolder):
-                assert holder.rows is not None
-                found[holder.prefix] = holder.rows[holding.slot].clone().cpu()
+                for index, rows in enumerate(holder.rows):
+                    found[f"{holder.prefix}.{index}" if index else holder.prefix] = rows[holding.slot].clone().cpu()
                 continue
             spec = holder.spec
             pages = holding.pages[self.state.groups.index(spec)]

@@ -20,8 +20,11 @@ from lamella.config import (
     AttentionConfig,
     CanonConfig,
     DynamicScaling,
+    GatedDeltaNetConfig,
+    KimiDeltaConfig,
     LayerConfig,
     Llama3Scaling,
+    MambaConfig,
     MLPConfig,
     ModelConfig,
     MoEConfig,
@@ -30,6 +33,7 @@ from lamella.config import (
     YarnScaling,
 )
 from lamella.errors import ConfigError
+from lamella.parity.recurrences import gated_delta_net, kimi_delta, mamba
 from lamella.parity.sites import Tap, untouched
 
 ATTENTION = ("eager", "sdpa")
@@ -78,8 +82,21 @@ class Oracle:
             x = x + kinds[type(config)](self, config, y, f"{name}.{part}", tap)
         return x
 
+    def wide(self, name: str) -> Tensor:
+        """A parameter in fp32, or fp64 for an fp64 oracle, as far as its dtype here is that exact."""
+        weight = self._weights[f"model.{name}"]
+        return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+    def find_wide(self, name: str) -> Tensor | None:
+        """The same of one that may not be there."""
+        return self.wide(name) if f"model.{name}" in self._weights else None
+
     def norm(self, x: Tensor, config: NormConfig, name: str | None) -> Tensor:
         """The norm whose weight has this name, or none."""
+        if config.kind == "layer":
+            assert name is not None
+            weight, bias = (self.wide(f"{name}.{part}") for part in ("weight", "bias"))
+            return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, config.eps).to(x.dtype)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + config.eps)
         return wide.to(x.dtype) if name is None else self._weights[f"model.{name}.weight"] * wide.to(x.dtype)
@@ -143,11 +160,13 @@ def attention(oracle: Oracle, config: AttentionConfig, x: Tensor, name: str, tap
 
 
 def mlp(oracle: Oracle, config: MLPConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
-    gate, up = (oracle.linear(x, f"{name}.{part}_proj", tap) for part in ("gate", "up"))
+    sides = [oracle.linear(x, f"{name}.{part}_proj", tap) for part in (("gate", "up") if config.gated else ("up",))]
     if config.canon:
-        joined = tap(f"{name}.canon", oracle.canon(torch.cat((gate, up), -1), config.canon, f"{name}.canon"))
-        gate, up = joined.chunk(2, -1)
-    return oracle.linear(tap(f"{name}.activation", F.silu(gate) * up), f"{name}.down_proj", tap)
+        joined = tap(f"{name}.canon", oracle.canon(torch.cat(sides, -1), config.canon, f"{name}.canon"))
+        sides = list(joined.chunk(len(sides), -1))
+    y = _ACTIVATIONS[config.activation](sides[0])
+    y = y * sides[1] if config.gated else y
+    return oracle.linear(tap(f"{name}.activation", y), f"{name}.down_proj", tap)
 
 
 def tap_turned(tap: Tap, name: str, config: AttentionConfig, turned: Tensor) -> Tensor:
@@ -186,7 +205,22 @@ def moe(oracle: Oracle, config: MoEConfig, x: Tensor, name: str, tap: Tap) -> Te
     return mlp(oracle, MLPConfig(intermediate_size=config.shared_size), x, f"{name}.shared_expert", tap) + routed
 
 
-MIXERS: dict[type, Callable[..., Tensor]] = {AttentionConfig: attention}
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": torch.relu,
+    "relu2": lambda x: torch.relu(x) ** 2,
+    "sigmoid": torch.sigmoid,
+    "identity": lambda x: x,
+}
+
+MIXERS: dict[type, Callable[..., Tensor]] = {
+    AttentionConfig: attention,
+    GatedDeltaNetConfig: gated_delta_net,
+    KimiDeltaConfig: kimi_delta,
+    MambaConfig: mamba,
+}
 FEED_FORWARDS: dict[type, Callable[..., Tensor]] = {MLPConfig: mlp, MoEConfig: moe}
 
 

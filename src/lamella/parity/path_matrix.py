@@ -23,12 +23,13 @@ from lamella.errors import ConfigError, ParameterError, WorkerError
 from lamella.layers.decoder import LanguageModel
 from lamella.ops import native
 from lamella.ops.backend import portable_only
-from lamella.parity.forcing import ForcedEngine, Record, computing
+from lamella.parity.forcing import ForcedEngine, Record, computing, record_of
 from lamella.parity.oracle import Oracle
 from lamella.parity.routing import HeldRouting
 from lamella.parity.scores import Scores
 from lamella.parity.sequences import TokenSequence, split
 from lamella.parity.subject import Subject
+from lamella.state.memory import StateCost
 
 PAGE_SIZE = 16
 SMALL_PAGE = 4  # where a page has to be short of the sequence
@@ -98,6 +99,16 @@ class Laboratory:
             EngineOptions(**{**usual, **self.options}, max_num_batched_tokens=chunk, tensor_parallel_size=size)
         )
 
+    @property
+    def grows(self) -> bool:
+        """Whether any state grows with the sequence, so that a pool can run out."""
+        return any(spec.window is None for spec in StateCost.of(self.model.active_holders()).paged)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of one request's slot state."""
+        return StateCost.of(self.model.active_holders()).bytes_per_request
+
     def sequence(self, prompt_len: int | None = None) -> TokenSequence:
         """The sequence, all but the last token of it a prompt unless said otherwise."""
         return split(self.token_ids, len(self.token_ids) - (prompt_len or len(self.token_ids) - 1))
@@ -150,6 +161,7 @@ def catalogue(
 def _interesting(config: ModelConfig) -> set[int]:
     """Lengths around which state changes hands: kernel widths, windows, chunks, pages."""
     widths = {canon.kernel for layer in config.layers for canon in layer.canons}
+    widths |= {kernel for layer in config.layers if (kernel := getattr(layer.mixer, "kernel", None)) is not None}
     mixers = [layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionConfig)]
     windows = {size for mixer in mixers for size in (mixer.window, mixer.chunk) if size is not None}
     return {size + step for size in widths for step in (-2, -1, 0, 1)} | {
@@ -261,6 +273,11 @@ def _strangers(lab: Laboratory) -> Record:
 
 
 def _preempted(lab: Laboratory, **options: Any) -> Record:
+    if not lab.grows:
+        # No pool runs out, whatever its size: the requests are told to give up their state.
+        engine = lab.engine(block_size=SMALL_PAGE, **options)
+        half = len(lab.token_ids) // 2
+        return engine.run([record_of(lab.sequence(half))], preempt_after=SMALL_PAGE)[0]
     # Three requests start side by side in a pool that only two can finish in; the youngest is ours.
     half = len(lab.token_ids) // 2
     others = [lab.stranger(half, len(lab.token_ids) - half) for _ in range(2)]
@@ -324,7 +341,10 @@ def _prefix_of_a_running_request(lab: Laboratory) -> Record:
 
 def _prefix_evicted(lab: Laboratory) -> Record:
     length = len(lab.token_ids)
-    engine = _caching(lab, num_blocks=-(-length // SMALL_PAGE) + 2, max_num_seqs=1)
+    options: dict[str, Any] = {"num_blocks": -(-length // SMALL_PAGE) + 2}
+    if not lab.grows:
+        options["snapshot_bytes"] = lab.slot_bytes  # one snapshot, and no pages that could run out
+    engine = _caching(lab, max_num_seqs=1, **options)
     engine.score([lab.sequence()])
     engine.score([lab.stranger(length, 1)])
     engine.score([lab.sequence()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,8 @@ from lamella.layers.canon import Canon
 from lamella.layers.kit import PagedAttention
 from lamella.layers.linear import Embedding, Linear, MergedLinear
 from lamella.layers.moe import Experts
-from lamella.layers.norm import RMSNorm
+from lamella.layers.norm import LayerNorm, RMSNorm
+from lamella.layers.recurrent import RecurrentMixer
 from lamella.ops.backend import separate_operations
 from lamella.parity.sites import Tap
 
@@ -29,7 +31,10 @@ def tapped(model: nn.Module, tap: Tap) -> Iterator[None]:
     """
     handles = []
     for path, module in model.named_modules():
-        site = path.removeprefix("model.")
+        # A supernet's active mixer is the layer's mixer.
+        site = re.sub(r"\.mixer\.mixers\.[^.]+", ".mixer", path.removeprefix("model."))
+        if isinstance(module, RecurrentMixer):
+            handles.append(module.output.register_forward_pre_hook(_fed(f"{site}.recurrence", tap)))
         if (hook := _hook(module, site, tap)) is not None:
             handles.append(module.register_forward_hook(hook))
         if (pre_hook := _pre_hook(module, site, tap)) is not None:
@@ -52,7 +57,7 @@ def _hook(module: nn.Module, site: str, tap: Tap) -> Callable[..., Any] | None:
             return torch.cat([tap(f"{parent}.{name}", piece) for name, piece in zip(sizes, pieces, strict=True)], -1)
 
         return merged
-    if isinstance(module, RMSNorm):
+    if isinstance(module, RMSNorm | LayerNorm):
 
         def norm(_: nn.Module, args: Any, output: Any) -> Any:
             if isinstance(output, tuple):
@@ -78,9 +83,12 @@ def _pre_hook(module: nn.Module, site: str, tap: Tap) -> Callable[..., Any] | No
             return *_flat(f"{parent}.queries_keys", torch.cat((q, k), 1), tap).split(sizes, 1), v
 
         return seen
-    if name in FED_BY:
-        return lambda _, args: (tap(f"{parent}.{FED_BY[name]}", args[0]),)
-    return None
+    return _fed(f"{parent}.{FED_BY[name]}", tap) if name in FED_BY else None
+
+
+def _fed(site: str, tap: Tap) -> Callable[..., Any]:
+    """The hook that takes a module's only input for the result of the operation at `site`."""
+    return lambda _, args: (tap(site, args[0]),)
 
 
 def _flat(site: str, value: Tensor, tap: Tap) -> Tensor:

@@ -19,6 +19,7 @@ _WORDS = {
     "mixer_norm": "norm",
     "feed_forward_norm": "norm",
     "mixer.queries_keys": "rotary",
+    "mixer.recurrence": "recurrence",
     "mixer_canon": "canon A",
     "mixer.canon": "canon B",
     "feed_forward_canon": "canon C",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from lamella.state.spec import PagedState, SlotState, StateHolder
+from lamella.state.spec import PagedState, SlotState, StateHolder, StateSpec
+
+_ALIGNMENT = 256  # bytes: more than the widest loads of a kernel need
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class StateCost:
 
     @classmethod
     def of(cls, holders: Sequence[StateHolder]) -> StateCost:
-        specs = Counter(holder.spec for holder in holders)
+        specs = Counter(spec for holder in holders for spec in holder.specs)
         return cls(
             {spec: count for spec, count in specs.items() if isinstance(spec, PagedState)},
             {spec: count for spec, count in specs.items() if isinstance(spec, SlotState)},
@@ -43,9 +46,11 @@ class StateCost:
 
 
 class StateMemory:
-    """Page and slot tensors, bound to the layers that hold them. Place 0 of each is the dummy; nothing is initialised.
+    """Page and slot tensors in one block of memory, bound to the layers that hold them. Place 0 of each is the dummy;
+    nothing is initialised.
 
-    `capacities` gives the usable pages of each group.
+    What is laid out for the same holders and capacities lies at the same places, so that a graph that was captured over
+    it can be replayed after other layouts had the block.
     """
 
     def __init__(
@@ -54,22 +59,40 @@ class StateMemory:
         capacities: Mapping[PagedState, int],
         page_size: int,
         num_slots: int,
-        device: torch.device,
+        block: torch.Tensor,
     ) -> None:
-        self.tensors: list[torch.Tensor] = []
+        """`capacities` gives the usable pages of each group; `block` is at least `size` bytes."""
+        self._holders = tuple(holders)
+        self._bound: list[list[torch.Tensor]] = []
         self._slots: list[torch.Tensor] = []
+        start = 0
         for holder in holders:
-            spec = holder.spec
-            if isinstance(spec, PagedState):
-                shape = (capacities[spec] + 1, page_size, spec.kv_heads, spec.head_dim)
-                holder.bind(self._allocate(shape, spec.dtype, device), self._allocate(shape, spec.dtype, device))
-            else:
-                self._slots.append(self._allocate((num_slots + 1, *spec.shape), spec.dtype, device))
-                holder.bind(self._slots[-1])
+            self._bound.append([])
+            for spec, shape in _shapes(holder, capacities, page_size, num_slots):
+                size = math.prod(shape) * spec.dtype.itemsize
+                tensor = block[start : start + size].view(spec.dtype).view(shape)
+                start += _room(spec, shape)
+                self._bound[-1].append(tensor)
+                if isinstance(spec, SlotState):
+                    self._slots.append(tensor)
+        self.bind()
 
-    def _allocate(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        self.tensors.append(torch.empty(*shape, dtype=dtype, device=device))
-        return self.tensors[-1]
+    @staticmethod
+    def size(
+        holders: Sequence[StateHolder], capacities: Mapping[PagedState, int], page_size: int, num_slots: int
+    ) -> int:
+        """Bytes of the block that all this needs."""
+        shapes = (_shapes(holder, capacities, page_size, num_slots) for holder in holders)
+        return sum(_room(spec, shape) for each in shapes for spec, shape in each)
+
+    def bind(self) -> None:
+        """Give the layers their tensors (again, after another layout's)."""
+        for holder, tensors in zip(self._holders, self._bound, strict=True):
+            holder.bind(*tensors)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [tensor for tensors in self._bound for tensor in tensors]
 
     def copy_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole slots, (from, to), one after the other."""
@@ -85,3 +108,21 @@ class StateMemory:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def _shapes(
+    holder: StateHolder, capacities: Mapping[PagedState, int], page_size: int, num_slots: int
+) -> Iterator[tuple[StateSpec, tuple[int, ...]]]:
+    """What is bound to a holder, in order: keys and values, or its slots."""
+    for spec in holder.specs:
+        if isinstance(spec, PagedState):
+            shape = (capacities[spec] + 1, page_size, spec.kv_heads, spec.head_dim)
+            yield spec, shape
+            yield spec, shape
+        else:
+            yield spec, (num_slots + 1, *spec.shape)
+
+
+def _room(spec: StateSpec, shape: Sequence[int]) -> int:
+    """Bytes that a tensor takes of the block."""
+    return -(-math.prod(shape) * spec.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

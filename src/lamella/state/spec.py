@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,8 +63,9 @@ class StateHolder(Protocol):
     """The part of a layer that keeps state: it declares what it needs, and is given tensors."""
 
     @property
-    def spec(self) -> StateSpec: ...
+    def specs(self) -> Sequence[StateSpec]: ...
 
     def bind(self, *tensors: torch.Tensor) -> None:
-        """Paged state: keys and values, each (pages, page_size, kv_heads, head_dim); slot state: (slots, *shape)."""
+        """For paged state: keys and values, each (pages, page_size, kv_heads, head_dim); for each slot state: (slots,
+        *shape)."""
         ...

@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from lamella.config import ModelConfig, StochasticConfig
+from lamella.config.placement import every_mixer
+from lamella.distributed.sharding import Share
 from lamella.errors import ConfigError
 from lamella.vllm_plugin import compat
+from lamella.vllm_plugin.hf_config import read_model_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -38,6 +42,9 @@ class Checks(VerifyAndUpdateConfig):
                 "enable_lora on CPU: vLLM gives requests without an adapter that of others in their batch "
                 "(vLLM pull requests 48421, 49656)"
             )
+        model = read_model_config(vllm_config.model_config.hf_config, vllm_config.model_config.architecture)
+        if any(isinstance(layer.mixer, StochasticConfig) for layer in model.layers):
+            _prepare_supernet(vllm_config, model)
         if not vllm_config.model_config.is_hybrid:
             return
         _check_state(vllm_config)
@@ -46,6 +53,23 @@ class Checks(VerifyAndUpdateConfig):
             cache.block_size, cache.user_specified_block_size = 32, True  # else the platform sets its own
         if vllm_config.speculative_config is not None:
             _check_speculation(vllm_config, on_cpu)
+
+
+def _prepare_supernet(vllm_config: VllmConfig, model: ModelConfig) -> None:
+    """Its workers take placements; and where there is a choice, no graph may hold the mixer of today."""
+    from vllm.config import CUDAGraphMode
+
+    parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
+    if not parallel.worker_extension_cls:
+        parallel.worker_extension_cls = "lamella.vllm_plugin.placement.PlacementWorker"
+    elif not parallel.worker_extension_cls.endswith("PlacementWorker"):
+        logger.warning(
+            "worker_extension_cls=%r: its workers take no placements unless it derives from "
+            "lamella.vllm_plugin.placement.PlacementWorker", parallel.worker_extension_cls,
+        )  # fmt: skip
+    mode = compilation.cudagraph_mode
+    if any(len(every_mixer(layer.mixer)) > 1 for layer in model.layers) and mode not in (None, CUDAGraphMode.NONE):
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
 
 def _check_state(vllm_config: VllmConfig) -> None:
@@ -69,6 +93,16 @@ def _check_speculation(vllm_config: VllmConfig, on_cpu: bool) -> None:
     method = vllm_config.speculative_config.method
     if method not in _DRAFTS:
         raise ConfigError(f"speculative_config: method {method!r} is not supported; there are {', '.join(_DRAFTS)}")
+    from lamella.vllm_plugin.state_layer import StateLayout
+
+    model, dtype = vllm_config.model_config, vllm_config.model_config.dtype
+    share = Share(0, vllm_config.parallel_config.tensor_parallel_size)
+    layout = StateLayout.of(read_model_config(model.hf_config, model.architecture), share, dtype)
+    if layout is not None and layout.offsets is not None:
+        raise ConfigError(
+            "speculative_config: recurrent state cannot go back to before a rejected draft; only models whose slot "
+            "state is convolutions' take drafts"
+        )
     if not compat.speculation_is_sound():
         raise ConfigError(
             "speculative_config: up to 0.31, vLLM forgets in steps without drafts how many tokens were accepted, and "

@@ -52,7 +52,7 @@ class Loader(BaseModelLoader):
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         checkpoint = open_checkpoint(model_config.model)
         with checkpoint.tensors.opened() as tensors:
-            filler = WeightFiller(model, checkpoint.names, checkpoint.tied_head)
+            filler = WeightFiller(model, checkpoint.names, tied_head=checkpoint.tied_head)
             filler.fill((name, torch.as_tensor(tensors.load(name))) for name in tensors.names())
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,15 +24,28 @@ from lamella.config import ModelConfig
 from lamella.distributed.group import Group
 from lamella.distributed.sharding import Share, Split
 from lamella.errors import ConfigError
+from lamella.layers.kit import Widths, sections
+from lamella.layers.linear import Biases, MergedLinear, without_bias
 from lamella.layers.norm import RMSNorm, SplitRMSNorm
+from lamella.layers.stochastic import Stochastic
 from lamella.state.spec import PagedState, SlotState
 from lamella.vllm_plugin import compat
-from lamella.vllm_plugin.state_layer import StateLayer, widest_slot
+from lamella.vllm_plugin.state_layer import Chooser, StateLayer, StateLayout, VllmHolder, decoder_layer
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = logging.getLogger("vllm.lamella")  # whose lines stand among vLLM's own
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of a checkpoint's tensor, rows [start, stop) or all of it, and what vLLM's weight loader calls it in a
+    projection that holds several."""
+
+    name: str | int
+    start: int | None = None
+    stop: int | None = None
 
 
 class VllmGroup(Group):
@@ -73,8 +88,8 @@ class VllmAttention(nn.Module):
 class VllmKit:
     """vLLM's projections, embeddings and attention, with its quantisation and its tensor parallelism.
 
-    A projection that holds several of a checkpoint's has the attribute `parts`: their names, and what vLLM's weight
-    loader calls them.
+    A projection that holds several of a checkpoint's has the attribute `shards`: their names, and what of each goes
+    where.
     """
 
     def __init__(self, config: VllmConfig, model: ModelConfig) -> None:
@@ -83,23 +98,42 @@ class VllmKit:
         self.group: Group = VllmGroup()
         self.share = self.group.share
         # All layers get slots of one shape, so that they are one group with small pages.
-        self._slot = widest_slot(model, self.share, self.dtype)
+        self._layout = StateLayout.of(model, self.share, self.dtype)
         self._spare_rows = compat.num_speculative_tokens(config)
-        if self._slot is not None:
-            layers, (rows, channels) = len(model.layers), self._slot.shape
-            size = layers * (rows + self._spare_rows) * channels * self.dtype.itemsize
+        self._state_layers: dict[str, StateLayer] = {}
+        if self._layout is not None:
+            layers = len(model.layers)
+            size = layers * math.prod(self._layout.block(self._spare_rows)) * self._layout.dtype.itemsize
             logger.info("state: %.2f MB a request, in one group of %d layers", size / 1e6, layers)
 
-    def merged_linear(self, in_size: int, parts: Mapping[str, int], bias: bool, prefix: str) -> nn.Module:
-        for name, width in parts.items():
-            self.share.even(width, f"{prefix}.{name}")
-        linear = MergedColumnParallelLinear(in_size, list(parts.values()), bias=bias, **self._common(prefix))
-        linear.parts = {name: index for index, name in enumerate(parts)}
+    def merged_linear(self, in_size: int, parts: Mapping[str, Widths], bias: bool, prefix: str) -> nn.Module:
+        widths: list[int] = []
+        shards: dict[str, list[Shard]] = {}
+        for name, each in parts.items():
+            start = 0
+            for width in sections(each):
+                self.share.even(width, f"{prefix}.{name}")
+                shards.setdefault(name, []).append(Shard(len(widths), start, start + width))
+                widths.append(width)
+                start += width
+        linear = MergedColumnParallelLinear(in_size, widths, bias=bias, **self._common(prefix))
+        linear.shards = shards
         return linear
 
-    def qkv_linear(self, in_size: int, heads: int, kv_heads: int, head_dim: int, bias: bool, prefix: str) -> nn.Module:
-        linear = QKVParallelLinear(in_size, head_dim, heads, kv_heads, bias=bias, **self._common(prefix))
-        linear.parts = {"q_proj": "q", "k_proj": "k", "v_proj": "v"}
+    def replicated_linear(self, in_size: int, parts: Mapping[str, int], bias: bool, prefix: str) -> nn.Module:
+        # Narrow, and held whole: not worth quantising, nor known to vLLM in this form.
+        splits = {name: Split.whole(width) for name, width in parts.items()}
+        return MergedLinear(Split.whole(in_size), splits, bias, self.dtype, self.device)
+
+    def qkv_linear(
+        self, in_size: int, heads: int, kv_heads: int, head_dim: int, bias: Biases, prefix: str
+    ) -> nn.Module:
+        linear = QKVParallelLinear(in_size, head_dim, heads, kv_heads, bias=bool(bias), **self._common(prefix))
+        linear.shards = {f"{name}_proj": [Shard(name)] for name in "qkv"}
+        linear.unbiased = without_bias(linear.shards, bias)
+        if linear.unbiased:
+            with torch.no_grad():
+                linear.bias.zero_()
         return linear
 
     def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str, reduce: bool = True) -> nn.Module:
@@ -121,9 +155,16 @@ class VllmKit:
     def attention(self, heads: int, scale: float, spec: PagedState, prefix: str) -> nn.Module:
         return VllmAttention(heads, scale, spec, self.config, prefix)
 
-    def slot_state(self, spec: SlotState, prefix: str) -> StateLayer:
-        assert self._slot is not None
-        return StateLayer(spec, self._slot, self._spare_rows, prefix)
+    def slot_state(self, specs: Sequence[SlotState], prefix: str) -> VllmHolder:
+        assert self._layout is not None
+        name = decoder_layer(prefix)
+        if name not in self._state_layers:
+            self._state_layers[name] = StateLayer(self._layout, self._spare_rows, f"{name}.state")
+        return VllmHolder(specs, self._state_layers[name], prefix)
+
+    def caller(self, stochastic: nn.Module, prefix: str) -> Chooser | None:
+        assert isinstance(stochastic, Stochastic)
+        return Chooser(stochastic, prefix) if len(stochastic.mixers) > 1 else None
 
     def _common(self, prefix: str) -> dict[str, Any]:
         return {"quant_config": self.config.quant_config, "prefix": prefix, "return_bias": False}

@@ -13,7 +13,7 @@ from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.mamba.mamba_utils import get_conv_copy_spec
+from vllm.model_executor.layers.mamba.mamba_utils import get_conv_copy_spec, get_temporal_copy_spec
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid, SupportsLoRA, SupportsPP, SupportsQuant
 from vllm.model_executor.models.utils import (
     PPMissingLayer,
@@ -29,11 +29,12 @@ from lamella.errors import ConfigError
 from lamella.layers.decoder import DecoderLayer
 from lamella.layers.norm import RMSNorm
 from lamella.layers.rotary import Positions
+from lamella.layers.stochastic import Stochastic
 from lamella.models.registry import resolve_architecture
 from lamella.vllm_plugin import PREFIX, compat
 from lamella.vllm_plugin.hf_config import read_model_config
 from lamella.vllm_plugin.kit import VllmKit
-from lamella.vllm_plugin.state_layer import widest_slot
+from lamella.vllm_plugin.state_layer import StateLayout
 from lamella.vllm_plugin.weights import WeightFiller
 
 
@@ -124,7 +125,18 @@ class Model(nn.Module, SupportsPP, SupportsLoRA, SupportsQuant):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Fill the parameters of this rank and stage; raises `CheckpointError` where tensors do not fit the model."""
         architecture = resolve_architecture(self.architecture)
-        return WeightFiller(self, architecture.checkpoint_names).fill(weights)
+        return WeightFiller(self, architecture.checkpoint_names, architecture.ignored_tensors).fill(weights)
+
+    @property
+    def whole_config(self) -> ModelConfig:
+        """Of all that the checkpoint holds, mixers that a placement leaves out included."""
+        return read_model_config(self.vllm_config.model_config.hf_config, self.architecture, whole=True)
+
+    @property
+    def stochastic(self) -> dict[int, Stochastic]:
+        """The layers of this stage that have a choice of mixers."""
+        layers = enumerate(self.model.layers)
+        return {index: layer.mixer for index, layer in layers if isinstance(getattr(layer, "mixer", None), Stochastic)}
 
 
 class HybridModel(Model, HasInnerState, IsHybrid):
@@ -132,29 +144,31 @@ class HybridModel(Model, HasInnerState, IsHybrid):
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
-        slot = widest_slot(
-            model_config(vllm_config, cls.architecture),
-            Share(0, vllm_config.parallel_config.tensor_parallel_size),
-            vllm_config.model_config.dtype,
-        )
-        if slot is None:
-            raise ConfigError(
-                f"{cls.architecture}: no layer keeps slot state; its class must say has_slot_state = False"
-            )
-        return ((slot.shape[0] + compat.num_speculative_tokens(vllm_config), slot.shape[1]),)
+        return (cls._layout(vllm_config).block(compat.num_speculative_tokens(vllm_config)),)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
-        return (vllm_config.model_config.dtype,)
+        return (cls._layout(vllm_config).dtype,)
 
     @classmethod
-    def get_mamba_state_copy_func(cls) -> tuple[Any, ...]:
-        return (get_conv_copy_spec,)
+    def _layout(cls, vllm_config: VllmConfig) -> StateLayout:
+        share = Share(0, vllm_config.parallel_config.tensor_parallel_size)
+        config = model_config(vllm_config, cls.architecture)
+        layout = StateLayout.of(config, share, vllm_config.model_config.dtype)
+        if layout is None:
+            raise ConfigError(
+                f"{cls.architecture}: no layer keeps slot state; its class must say has_slot_state = False"
+            )
+        return layout
 
-    @classmethod
-    def get_mamba_state_copy_funcs(cls, mamba_types: set[Any]) -> dict[Any, tuple[Any, ...]]:
+    def get_mamba_state_copy_func(self) -> tuple[Any, ...]:
+        """How a block's state becomes another block's: rows with their accepted drafts, or all bytes."""
+        rows = self._layout(self.vllm_config).offsets is None
+        return (get_conv_copy_spec if rows else get_temporal_copy_spec,)
+
+    def get_mamba_state_copy_funcs(self, mamba_types: set[Any]) -> dict[Any, tuple[Any, ...]]:
         """The same in the form of vLLM 0.29 and later."""
-        return dict.fromkeys(mamba_types, cls.get_mamba_state_copy_func())
+        return dict.fromkeys(mamba_types, self.get_mamba_state_copy_func())
 
 
 @cache

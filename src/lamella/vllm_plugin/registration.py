@@ -6,7 +6,7 @@ from lamella.models.registry import architectures, model_types
 from lamella.vllm_plugin import PREFIX, compat
 
 MODULE = "lamella.vllm_plugin.model"
-OPERATIONS = ("lamella::stateful", "lamella::stateful_after_norm")
+OPERATIONS = ("lamella::stateful", "lamella::stateful_after_norm", "lamella::chosen_mixer")
 
 
 def served_names() -> dict[str, str]:

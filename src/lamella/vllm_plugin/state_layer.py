@@ -7,12 +7,14 @@ it, what the layers do is what they do in lamella's own engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.library import Library
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context
@@ -29,10 +31,12 @@ from vllm.v1.attention.backends.short_conv_attn import (
 from lamella.config import ModelConfig
 from lamella.distributed.group import Group
 from lamella.distributed.sharding import Share
-from lamella.errors import ConfigError
+from lamella.layers.block_input import BlockInput
 from lamella.layers.context import ForwardBatch, forward_batch, require_batch
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import LocalKit, SlotHolder, state_holders
+from lamella.layers.rotary import Positions
+from lamella.layers.stochastic import Stochastic
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.rms_norm import add_rms_norm
 from lamella.state.spec import SlotState
@@ -40,34 +44,83 @@ from lamella.vllm_plugin import compat
 from lamella.vllm_plugin.registration import OPERATIONS
 
 
-def widest_slot(model: ModelConfig, share: Share, dtype: torch.dtype) -> SlotState | None:
-    """The shape into which the slot state of every layer fits, on a rank; None where no layer has any."""
-    layers = LanguageModel(model, LocalKit(dtype, "meta", Group(share)))
-    specs = {holder.spec for holder in state_holders(layers) if isinstance(holder.spec, SlotState)}
-    if not specs:
-        return None
-    for spec in specs:
-        if len(spec.shape) != 2 or spec.dtype != dtype:
-            raise ConfigError(
-                f"{model.architecture}: slot state {spec.shape} in {spec.dtype} cannot be kept in vLLM yet, "
-                "only the last inputs of convolutions, in the model's dtype"
-            )
-    return SlotState(tuple(max(sizes) for sizes in zip(*(spec.shape for spec in specs), strict=True)), dtype)
+@dataclass(frozen=True)
+class StateLayout:
+    """A layer's block as vLLM sees it, the same for all layers, so that they are one group with small pages.
 
+    Where all state is the last inputs of convolutions in the model's dtype, a block is rows of channels, and with
+    speculation has more of them. Otherwise it is bytes, in which each holder's state starts at an offset; the mixers of
+    a stochastic layer, of which one computes a request, start at the same one.
 
-class StateLayer(SlotHolder, MambaBase):
-    """The state of one decoder layer, as a layer that vLLM's cache knows of.
-
-    A slot is the first `spec.shape` of a block (rows, channels). With speculation each has `spare_rows` more rows: a
-    step leaves all its inputs, and the next begins behind those that were accepted.
+    Attributes:
+        shape, dtype: of a block, without spare rows.
+        offsets: in bytes, by the holder's prefix; None for rows of channels.
     """
 
-    inline = False
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offsets: Mapping[str, int] | None = None
 
-    def __init__(self, spec: SlotState, room: SlotState, spare_rows: int, prefix: str) -> None:
-        super().__init__(spec, prefix)
-        self.spare_rows = spare_rows
-        self.shape = (room.shape[0] + spare_rows, room.shape[1])
+    @classmethod
+    @cache
+    def of(cls, model: ModelConfig, share: Share, dtype: torch.dtype) -> StateLayout | None:
+        """That of a rank; None where no layer keeps slot state."""
+        layers = LanguageModel(model, LocalKit(dtype, "meta", Group(share)))
+        holders = [holder for holder in state_holders(layers) if isinstance(holder, SlotHolder)]
+        if not holders:
+            return None
+        specs = [holder.specs[0] for holder in holders]
+        alone = len({decoder_layer(holder.prefix) for holder in holders}) == len(holders)
+        plain = all(len(holder.specs) == 1 and len(holder.specs[0].shape) == 2 for holder in holders)
+        if alone and plain and {spec.dtype for spec in specs} == {dtype}:
+            rows, channels = (max(sizes) for sizes in zip(*(spec.shape for spec in specs), strict=True))
+            return cls((rows, channels), dtype)
+        offsets: dict[str, int] = {}
+        most = 0
+        for _, group in groupby(holders, key=lambda holder: decoder_layer(holder.prefix)):
+            ours = sorted(group, key=lambda holder: _CHOICE in holder.prefix)  # what has no alternative first
+            start = end = 0
+            for holder in ours:
+                offsets[holder.prefix] = start
+                stop = start + sum(_room(spec) for spec in holder.specs)
+                end = max(end, stop)
+                start = start if _CHOICE in holder.prefix else stop
+            most = max(most, end)
+        return cls((most,), torch.uint8, offsets)
+
+    def block(self, spare_rows: int) -> tuple[int, ...]:
+        """The shape with so many spare rows."""
+        if not spare_rows:
+            return self.shape
+        assert self.offsets is None
+        return (self.shape[0] + spare_rows, self.shape[1])
+
+
+_CHOICE = ".mixer.mixers."  # in the prefix of what belongs to one mixer of a stochastic layer
+_ALIGNMENT = 16  # bytes
+
+
+def _room(spec: SlotState) -> int:
+    return -(-spec.bytes_per_request // _ALIGNMENT) * _ALIGNMENT
+
+
+def decoder_layer(prefix: str) -> str:
+    """The path of the decoder layer that a module belongs to."""
+    return ".".join(prefix.split(".")[:3])
+
+
+class StateLayer(nn.Module, MambaBase):
+    """The state of one decoder layer, as a layer that vLLM's cache knows of; it computes nothing itself.
+
+    With speculation a slot has `spare_rows` more rows: a step leaves all its inputs, and the next begins behind those
+    that were accepted.
+    """
+
+    def __init__(self, layout: StateLayout, spare_rows: int, prefix: str) -> None:
+        super().__init__()
+        self.layout, self.spare_rows, self.prefix = layout, spare_rows, prefix
+        self.shape = layout.block(spare_rows)
+        self.holders: dict[str, VllmHolder] = {}
         self.kv_cache = (torch.tensor([]),)
         layers = get_current_vllm_config().compilation_config.static_forward_context
         assert prefix not in layers
@@ -79,7 +132,7 @@ class StateLayer(SlotHolder, MambaBase):
         return (self.shape,)
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        return (self.spec.dtype,)
+        return (self.layout.dtype,)
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
@@ -88,45 +141,15 @@ class StateLayer(SlotHolder, MambaBase):
     def get_attn_backend(self) -> type[AttentionBackend]:
         return StateBackend
 
-    # What our layers ask a holder for.
+    def slots(self, like: Tensor) -> Tensor:
+        """The blocks (slots, *shape); before there are any, one of zeros on the device of `like`."""
+        blocks = self.kv_cache[0]
+        return blocks if blocks.numel() else torch.zeros((1, *self.shape), dtype=self.layout.dtype, device=like.device)
 
-    def run(self, part: str, x: Tensor, width: int) -> Tensor:
-        out = x.new_empty(x.shape[0], width)
-        torch.ops.lamella.stateful(x, out, self.prefix, part)
-        return out
-
-    def run_after_norm(
-        self, part: str, x: Tensor, residual: Tensor, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        if self.spare_rows:  # what is normed must be kept row by row
-            normed, total = add_rms_norm(x, residual, weight, eps)
-            return self.run(part, normed, x.shape[1]), total
-        out, total = torch.empty_like(x), torch.empty_like(x)
-        torch.ops.lamella.stateful_after_norm(x, residual, weight, eps, out, total, self.prefix, f"{part}.after_norm")
-        return out, total
-
-    def current(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        slots, rows = require_batch().slots, self.kv_cache[0]
-        if slots is None:
-            return None, None
-        if not rows.numel():  # a rehearsal
-            rows = torch.zeros((1, *self.shape), dtype=self.spec.dtype, device=slots.device)
-        return rows, slots
-
-    def window(self, channels: slice, x: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        rows, slots = self.current()
-        if rows is None or slots is None:
-            return None, None
-        rows, size = rows[:, :, channels], self.spec.shape[0]
-        if not self.spare_rows:
-            return rows[:, :size], slots
-        assert x is not None
-        return advance_window(rows, slots, size, x, require_batch().ragged.query_start_loc, self._metadata())
-
-    def compute(self, part: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], *constants: Any) -> None:
-        """The operation itself: `part` of the inputs, and of what is no row of a token, into the outputs, whose rows
-        beyond the step's tokens become zero."""
-        metadata = self._metadata()
+    def compute(self, holder: str, part: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], *more: Any) -> None:
+        """The operation itself: a holder's part of the inputs, and of what is no row of a token, into the outputs,
+        whose rows beyond the step's tokens become zero."""
+        metadata = self.metadata()
         if metadata is None and (self.kv_cache[0].numel() or self.spare_rows):  # a run for the sake of others
             for out in outputs:
                 out.zero_()
@@ -134,7 +157,7 @@ class StateLayer(SlotHolder, MambaBase):
         batch = self._rehearsal(inputs[0]) if metadata is None else metadata.batch()
         count = batch.ragged.num_tokens
         with forward_batch(batch):
-            self.parts[part](*(x[:count] for x in inputs), *constants, *(out[:count] for out in outputs))
+            self.holders[holder].parts[part](*(x[:count] for x in inputs), *more, *(out[:count] for out in outputs))
         for out in outputs:
             out[count:].zero_()
 
@@ -145,9 +168,62 @@ class StateLayer(SlotHolder, MambaBase):
         ragged = RaggedBatch.from_lengths([tokens], [tokens], x.device)
         return ForwardBatch(ragged, slots=torch.zeros(1, dtype=torch.int64, device=x.device))
 
-    def _metadata(self) -> Any:
+    def metadata(self) -> Any:
         metadata = get_forward_context().attn_metadata
         return metadata.get(self.prefix) if isinstance(metadata, dict) else None
+
+
+class VllmHolder(SlotHolder):
+    """A holder whose state lies in a layer's blocks, beside other holders' or in their place."""
+
+    inline = False
+
+    def __init__(self, specs: Sequence[SlotState], layer: StateLayer, prefix: str) -> None:
+        super().__init__(specs, prefix)
+        self.layer = layer
+        layer.holders[prefix] = self
+
+    def run(self, part: str, inputs: Sequence[Tensor], width: int) -> Tensor:
+        out = inputs[0].new_empty(inputs[0].shape[0], width)
+        torch.ops.lamella.stateful(list(inputs), out, self.layer.prefix, self.prefix, part)
+        return out
+
+    def run_after_norm(
+        self, part: str, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        if self.layer.spare_rows:  # what is normed must be kept row by row
+            normed, total = add_rms_norm(x, residual, weight, eps)
+            return self.run(part, (normed,), x.shape[1]), total
+        out, total = torch.empty_like(x), torch.empty_like(x)
+        torch.ops.lamella.stateful_after_norm(
+            x, residual, weight, eps, out, total, self.layer.prefix, self.prefix, f"{part}.after_norm"
+        )
+        return out, total
+
+    def current(self) -> tuple[Sequence[Tensor], Tensor] | tuple[Sequence[None], None]:
+        slots = require_batch().slots
+        if slots is None:
+            return (None,) * len(self.specs), None
+        rows = self.layer.slots(slots)
+        if self.layer.layout.offsets is None:
+            return (rows,), slots
+        views, start = [], self.layer.layout.offsets[self.prefix]
+        for spec in self.specs:
+            part = rows[:, start : start + spec.bytes_per_request]
+            views.append(part.view(spec.dtype).unflatten(1, spec.shape))
+            start += _room(spec)
+        return views, slots
+
+    def window(self, channels: slice, x: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        (rows, *_), slots = self.current()
+        if rows is None or slots is None:
+            return None, None
+        rows, size = rows[:, :, channels], self.specs[0].shape[0]
+        if not self.layer.spare_rows:
+            return rows[:, :size], slots
+        assert x is not None
+        metadata = self.layer.metadata()
+        return advance_window(rows, slots, size, x, require_batch().ragged.query_start_loc, metadata)
 
 
 def advance_window(
@@ -180,6 +256,7 @@ class StateMetadata(ShortConvAttentionMetadata):
 
     query_start_loc: Tensor | None = None  # (R + 1,), of all requests
     index: Tensor | None = None  # 0, 1, 2, ... for as many tokens as a step may have
+    query_lens: tuple[int, ...] = ()  # (R,) on the host, of a step with prompts
     spare_rows: int = 0
     _batch: ForwardBatch | None = None
 
@@ -216,7 +293,7 @@ class StateMetadata(ShortConvAttentionMetadata):
             query_start_loc=starts,
             seq_lens=lengths,
             token_request=token_request,
-            query_lens=(),
+            query_lens=self.query_lens,
             context_lens=(),
             num_decodes=0 if self.spare_rows else decodes,
         )
@@ -258,6 +335,9 @@ class StateMetadataBuilder(ShortConvAttentionMetadataBuilder):
         metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **options)
         metadata.query_start_loc = common_attn_metadata.query_start_loc
         metadata.index, metadata.spare_rows = self._index, self._spare_rows
+        if metadata.num_prefills:
+            starts = common_attn_metadata.query_start_loc_cpu[: metadata.num_decodes + metadata.num_prefills + 1]
+            metadata.query_lens = tuple(starts.diff().tolist())
         return metadata
 
 
@@ -276,16 +356,30 @@ class StateBackend(ShortConvAttentionBackend):
         return StateMetadataBuilder
 
 
-def _stateful(x: Tensor, out: Tensor, layer: str, part: str) -> None:
-    """A part of the state layer named `layer`, of x (T, ...) into out (T, ...)."""
-    get_forward_context().no_compile_layers[layer].compute(part, (x,), (out,))
+def _stateful(inputs: list[Tensor], out: Tensor, layer: str, holder: str, part: str) -> None:
+    """A part of a holder in the state layer named `layer`, of inputs (T, ...) into out (T, ...)."""
+    get_forward_context().no_compile_layers[layer].compute(holder, part, inputs, (out,))
 
 
 def _stateful_after_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, total: Tensor, layer: str, part: str
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    total: Tensor,
+    layer: str,
+    holder: str,
+    part: str,
 ) -> None:
     """The same of the weighted RMS norm of x + residual, which sum goes into total."""
-    get_forward_context().no_compile_layers[layer].compute(part, (x, residual), (out, total), weight, eps)
+    get_forward_context().no_compile_layers[layer].compute(holder, part, (x, residual), (out, total), weight, eps)
+
+
+def _chosen_mixer(x: Tensor, positions: Tensor, out: Tensor, layer: str) -> None:
+    """The active mixer of the stochastic layer named `layer`, of what enters it, x (T, C), at positions (T,), into out
+    (T, C)."""
+    out.copy_(get_forward_context().no_compile_layers[layer].choose(x, positions))
 
 
 def _nothing(*_: Any) -> None:
@@ -296,8 +390,30 @@ _library = Library("lamella", "FRAGMENT")  # the operations go with it
 for _operation, _function, _outputs in (
     ("stateful", _stateful, ["out"]),
     ("stateful_after_norm", _stateful_after_norm, ["out", "total"]),
+    ("chosen_mixer", _chosen_mixer, ["out"]),
 ):
     assert f"lamella::{_operation}" in OPERATIONS
     direct_register_custom_op(
         op_name=_operation, op_func=_function, mutates_args=_outputs, fake_impl=_nothing, target_lib=_library
     )
+
+
+class Chooser:
+    """Calls a stochastic layer's active mixer from within an operation: which one it is must not be traced, and what it
+    computes not be captured, since it may be another tomorrow."""
+
+    def __init__(self, stochastic: Stochastic, prefix: str) -> None:
+        self._stochastic, self._prefix = stochastic, prefix
+        layers = get_current_vllm_config().compilation_config.static_forward_context
+        assert prefix not in layers
+        layers[prefix] = self
+
+    def __call__(self, positions: Positions, entry: BlockInput) -> Tensor:
+        x = entry.tensor()
+        out = torch.empty_like(x)
+        torch.ops.lamella.chosen_mixer(x, positions.index, out, self._prefix)
+        return out
+
+    def choose(self, x: Tensor, positions: Tensor) -> Tensor:
+        """The active mixer of x (T, C) at positions (T,)."""
+        return self._stochastic.mixers[self._stochastic.active](Positions(positions), BlockInput.ready(x))

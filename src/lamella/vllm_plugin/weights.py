@@ -3,46 +3,47 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-from lamella.checkpoint.names import rename, targets
+from lamella.checkpoint.names import Target, rename, targets
 from lamella.distributed.sharding import cut
 from lamella.errors import CheckpointError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import LocalKit
-from lamella.layers.linear import splits_of
+from lamella.vllm_plugin.kit import Shard
 
 logger = logging.getLogger("vllm.lamella")  # whose lines stand among vLLM's own
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where one tensor of a file goes; `shard` is what vLLM calls it where a parameter holds several."""
+    """Where one tensor of a file goes. `packed` says that it is a part of one of vLLM's parameters."""
 
     path: str
-    parameter: nn.Parameter
-    shard: str | int | None
-    load: Callable[..., None]
-
-    def fill(self, tensor: Tensor) -> None:
-        self.load(self.parameter, tensor, *(() if self.shard is None else (self.shard,)))
+    fill: Callable[[Tensor], None]
+    packed: bool = False
 
 
 class WeightFiller:
     """Loads what is this rank's and stage's of a checkpoint into a model of the plugin."""
 
-    def __init__(self, model: Any, names: Mapping[str, str], tied_head: str = "lm_head.weight") -> None:
-        """`names`: our parameter paths -> the file's, see `CausalLM.checkpoint_names`; `tied_head` is what a tied
-        head's redundant copy is called."""
-        self.model, self.names = model, names
-        whole = LanguageModel(model.config, LocalKit(torch.float32, "meta"))
-        self._expected = targets(whole, names)
+    def __init__(
+        self, model: Any, names: Mapping[str, str], ignored: tuple[str, ...] = (), tied_head: str = "lm_head.weight"
+    ) -> None:
+        """`names`: our parameter paths -> the file's, see `CausalLM.checkpoint_names`; `ignored` are beginnings of
+        names of other parts' tensors; `tied_head` is what a tied head's redundant copy is called."""
+        self.model, self.names, self.ignored = model, names, ignored
+        self._expected = targets(LanguageModel(model.config, LocalKit(torch.float32, "meta")), names)
+        # Of mixers that the placement leaves out.
+        whole = targets(LanguageModel(model.whole_config, LocalKit(torch.float32, "meta")), names)
+        self._idle = whole.keys() - self._expected.keys()
         self._redundant = {tied_head} if model.config.tie_word_embeddings else set()
         self._quantised = model.vllm_config.quant_config is not None
 
@@ -52,8 +53,12 @@ class WeightFiller:
         seen: set[str] = set()
         unexpected, filled = [], set()
         tied: dict[str, Tensor] = {}  # the embedding, and what the file has beside it for the head
+        unread = 0
         for name, tensor in weights:
             if name.endswith("rotary_emb.inv_freq"):
+                continue
+            if name.startswith(self.ignored) or name in self._idle:
+                unread += 1
                 continue
             if name in self._redundant:
                 tied[name] = tensor
@@ -73,12 +78,14 @@ class WeightFiller:
                 filled.add(place.path)
         missing = set(self._expected) - seen
         if self._quantised:  # what stands for a projection's weight is the method's own affair
-            missing = {name for name in missing if name in places and places[name].shard is None}
+            missing = {name for name in missing if name in places and not places[name].packed}
         problems = {"missing": sorted(missing), "unexpected": sorted(unexpected)}
         if any(problems.values()):
             listed = "; ".join(f"{kind}: {', '.join(some[:20])}" for kind, some in problems.items() if some)
             raise CheckpointError(f"tensors do not fit {type(self.model).__name__}; {listed}")
         self._compare(tied)
+        if unread:
+            logger.info("%d tensors of other parts, or of mixers that the placement leaves out, are not used", unread)
         return filled
 
     def _compare(self, tied: Mapping[str, Tensor]) -> None:
@@ -90,22 +97,49 @@ class WeightFiller:
     def _places(self) -> dict[str, _Place]:
         """Where the tensors go that this rank and stage wants, by their names in the file."""
         modules = dict(self.model.named_modules())
-        found = {}
+        paths = {parameter: path for path, parameter in self.model.named_parameters()}
+        found = {
+            rename(part, self.names): _Place(paths[target.parameter], _copy(target))
+            for part, target in targets(self.model, {}).items()
+            if not _is_vllms(modules, paths[target.parameter])
+        }
         for path, parameter in self.model.named_parameters():
+            if not _is_vllms(modules, path):
+                continue
             owner, _, leaf = path.rpartition(".")
-            module = modules[owner]
-            load = getattr(parameter, "weight_loader", None) or _loader(module, leaf)
-            shards: Mapping[str, str | int] | None = getattr(module, "parts", None)
+            shards: Mapping[str, Sequence[Shard]] | None = getattr(modules[owner], "shards", None)
+            load = getattr(parameter, "weight_loader", default_weight_loader)
             if shards is None:
-                found[rename(path, self.names)] = _Place(path, parameter, None, load)
+                found[rename(path, self.names)] = _Place(path, partial(load, parameter))
                 continue
             parent = owner.rpartition(".")[0]
-            for part, shard in shards.items():
-                found[rename(f"{parent}.{part}.{leaf}", self.names)] = _Place(path, parameter, shard, load)
+            for part, pieces in shards.items():
+                if leaf == "bias" and part in getattr(modules[owner], "unbiased", ()):
+                    continue
+                name = rename(f"{parent}.{part}.{leaf}", self.names)
+                found[name] = _Place(path, partial(_load, load, parameter, pieces), packed=True)
         return found
 
 
-def _loader(module: nn.Module, leaf: str) -> Callable[[nn.Parameter, Tensor], None]:
-    """How a parameter of a module of ours takes its part of a tensor."""
-    splits = splits_of(module, leaf)
-    return lambda parameter, tensor: default_weight_loader(parameter, cut(tensor, splits))
+def _is_vllms(modules: Mapping[str, nn.Module], path: str) -> bool:
+    """Whether a parameter is of a module that loads in vLLM's way."""
+    module, _, leaf = path.rpartition(".")
+    return hasattr(modules[module], "shards") or hasattr(modules[module].get_parameter(leaf), "weight_loader")
+
+
+def _copy(target: Target) -> Callable[[Tensor], None]:
+    """How a place of ours takes its part of a tensor."""
+
+    def fill(tensor: Tensor) -> None:
+        part = cut(tensor, target.splits)
+        assert part.shape == target.place.shape
+        with torch.no_grad():
+            target.place.copy_(part)
+
+    return fill
+
+
+def _load(load: Callable[..., None], parameter: nn.Parameter, pieces: Sequence[Shard], tensor: Tensor) -> None:
+    """The pieces of a tensor, each to where vLLM has it."""
+    for piece in pieces:
+        load(parameter, tensor[piece.start : piece.stop], piece.name)

@@ -34,10 +34,21 @@ class AttentionSpace:
         self._workspaces: dict[tuple[Any, ...], DecodeWorkspace] = {}
         self._prefills: dict[tuple[int, tuple[Any, ...]], Prefill] = {}
         self._turn = 0
+        self._others: list[AttentionSpace] = []
+        self._lent = 0
 
     def begin_step(self) -> None:
         """The host is about to prepare another step."""
-        self._turn = 1 - self._turn
+        self._turn, self._lent = 1 - self._turn, 0
+        for other in self._others:
+            other.begin_step()
+
+    def another(self) -> AttentionSpace:
+        """A space of its own for a part of the step, whose layers' plans must not lie in the whole step's."""
+        if self._lent == len(self._others):
+            self._others.append(AttentionSpace(self.max_requests, self.max_length, self.device))
+        self._lent += 1
+        return self._others[self._lent - 1]
 
     def decode_workspace(
         self, heads: int, kv_heads: int, head_dim: int, window: int | None, chunk: int | None = None

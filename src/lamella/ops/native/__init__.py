@@ -26,9 +26,11 @@ __all__ = [
     "add_rms_norm",
     "available",
     "decode_attention",
+    "delta_rule",
     "linear",
     "linear_rows",
     "rotary",
+    "selective_scan",
     "short_conv",
     "silu_mul",
     "write_kv",
@@ -48,6 +50,8 @@ _SIGNATURES: dict[str, list[type]] = {
     "wide_linear": [_P, _I, _P, _P, _P, _I, _I, _I, _N],
     "rotary": [_P, _I, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _B, _N],
     "write_kv": [_P, _I, _P, _I, _P, _P, _P, _I, _I, _N],
+    "delta_rule": [*[_P, _I] * 5, _P, _P, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _B, _N],
+    "selective_scan": [*[_P, _I] * 5, _P, _P, _P, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _N],
 }
 
 
@@ -316,3 +320,93 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
         k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), k_cache.data_ptr(), v_cache.data_ptr(),
         slot_mapping.data_ptr(), T, KV * D, torch.get_num_threads(),
     )  # fmt: skip
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor | None,
+    slots: Tensor | None,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+) -> Tensor:
+    """See ``lamella.ops.delta_rule.reference``: (T, HV, DV). **Mutates** ``state``.
+
+    q, k (T, HK, DK), v (T, HV, DV), decay (T, HV) or (T, HV, DK) and beta (T, HV), rows of any stride; a_log and
+    dt_bias float32; state (S, HV, DK, DV) float32, slots of any stride; slots (R,) int64, all different;
+    query_start_loc (R+1,) and seq_lens (R,) int32. Cutting a request into several calls gives bitwise the same outputs
+    and state; a request's result does not depend on the others, nor on the number of threads.
+    """
+    (_, HK, DK), (T, HV, DV), R = q.shape, v.shape, query_start_loc.shape[0] - 1
+    rows = (q, k, v, decay, beta)
+    assert q.is_cpu and all(x.dtype == v.dtype and x[:1].is_contiguous() for x in rows)
+    assert q.shape == k.shape == (T, HK, DK) and HV % HK == 0
+    assert decay.shape[:2] == beta.shape == (T, HV) and decay.shape[2:] in ((), (DK,))
+    _check_states((a_log, dt_bias), ((HV,), decay.shape[1:]), state, (HV, DK, DV), slots, query_start_loc, seq_lens)
+    out = v.new_empty((T, HV, DV))
+    _kernels["delta_rule", v.dtype](
+        *(part for x in rows for part in (x.data_ptr(), x.stride(0))), a_log.data_ptr(), dt_bias.data_ptr(),
+        _pointer(state), 0 if state is None else state.stride(0), _pointer(slots), query_start_loc.data_ptr(),
+        seq_lens.data_ptr(), out.data_ptr(), R, HK, HV, DK, DV, decay.dim() == 3, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    b: Tensor,
+    c: Tensor,
+    z: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor | None,
+    d: Tensor,
+    state: Tensor | None,
+    slots: Tensor | None,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+) -> Tensor:
+    """See ``lamella.ops.selective_scan.reference``: (T, H, P). **Mutates** ``state``.
+
+    x (T, X, P), dt (T, H, P), b (T, G, N), c (T, H, N) and z (T, H, P), rows of any stride; a_log (H, P, N), dt_bias
+    (H, P) and d (H, P) float32; state (S, H, P, N) float32; the rest, and what results do not depend on, as for
+    :func:`delta_rule`.
+    """
+    (T, H, P), N, R = dt.shape, b.shape[2], query_start_loc.shape[0] - 1
+    rows, X, G = (x, dt, b, c, z), x.shape[1], b.shape[1]
+    assert x.is_cpu and all(t.dtype == x.dtype and t[:1].is_contiguous() for t in rows)
+    assert x.shape == (T, X, P) and b.shape == (T, G, N) and c.shape == (T, H, N) and z.shape == (T, H, P)
+    assert H % X == H % G == 0
+    constants = (a_log, d) if dt_bias is None else (a_log, d, dt_bias)
+    _check_states(constants, ((H, P, N), (H, P), (H, P)), state, (H, P, N), slots, query_start_loc, seq_lens)
+    out = x.new_empty((T, H, P))
+    _kernels["selective_scan", x.dtype](
+        *(part for t in rows for part in (t.data_ptr(), t.stride(0))), a_log.data_ptr(), _pointer(dt_bias),
+        d.data_ptr(), _pointer(state), 0 if state is None else state.stride(0), _pointer(slots),
+        query_start_loc.data_ptr(), seq_lens.data_ptr(), out.data_ptr(), R, X, G, H, P, N, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _check_states(
+    constants: tuple[Tensor, ...],
+    shapes: tuple[tuple[int, ...], ...],
+    state: Tensor | None,
+    shape: tuple[int, ...],
+    slots: Tensor | None,
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+) -> None:
+    for constant, wanted in zip(constants, shapes, strict=False):
+        assert constant.dtype == torch.float32 and constant.is_contiguous() and constant.shape == wanted
+    for bounds in (query_start_loc, seq_lens):
+        assert bounds.dtype == torch.int32 and bounds.is_contiguous()
+    if state is not None:
+        assert state.dtype == torch.float32 and state.shape[1:] == shape and state[:1].is_contiguous()
+        assert slots is not None and slots.dtype == torch.int64 and slots.is_contiguous()
+        assert slots.shape == seq_lens.shape

@@ -1,0 +1,94 @@
+"""What an engine has for the requests of one placement: pools of the right kinds and sizes, and the memory behind them.
+
+Models without a choice of mixers have one placement, and so one residence.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+
+from lamella.config import Placement
+from lamella.engine.capacity import Capacity
+from lamella.engine.options import EngineOptions
+from lamella.layers.decoder import LanguageModel
+from lamella.layers.kit import PagedAttention, SlotHolder, state_holders
+from lamella.state.manager import StateManager
+from lamella.state.memory import StateCost, StateMemory
+
+_KEPT = 4  # placements whose graphs are kept, the current one included
+
+
+@dataclass(eq=False)
+class Residence:
+    """Pools for a placement, or for all of them at once.
+
+    Attributes:
+        placement: of the requests; with `mixed_placements`, of those that ask for none of their own.
+        cost: of the state of the layers that compute something.
+        state: who holds what; empty of requests while another residence is the engine's.
+        memory: None until the engine has moved in.
+    """
+
+    placement: Placement
+    holders: list[PagedAttention | SlotHolder]
+    cost: StateCost
+    plan: Capacity
+    state: StateManager
+    memory: StateMemory | None = None
+
+
+class Residences:
+    """Plans residences within one budget of bytes and one block of memory, and keeps the latest, which share it."""
+
+    def __init__(
+        self, model: LanguageModel, options: EngineOptions, max_model_len: int, device: torch.device, budget: int
+    ) -> None:
+        self.model, self.options, self.max_model_len, self.device = model, options, max_model_len, device
+        self.budget = budget
+        self._kept: OrderedDict[Placement, Residence] = OrderedDict()
+        self._block: torch.Tensor | None = None
+
+    def find(self, placement: Placement) -> Residence:
+        """The residence of a placement, a new one where none is kept. Changes nothing.
+
+        Raises `ConfigError` where the state of so many requests does not fit.
+        """
+        kept = self._kept.get(placement)
+        if kept is not None:
+            return kept
+        options = self.options
+        holders = state_holders(self.model) if options.mixed_placements else self.model.active_holders(placement)
+        cost = StateCost.of(holders)
+        plan = Capacity.plan(options, cost, self.max_model_len, self.budget)
+        groups, pages = list(plan.pages), list(plan.pages.values())
+        state = StateManager(groups, pages, plan.num_slots, options.block_size, bool(cost.slots))
+        return Residence(placement, holders, cost, plan, state)
+
+    def move_in(self, residence: Residence) -> list[Residence]:
+        """Give the layers the residence's memory; nobody may hold anything in another one. Nothing that was computed
+        before can be found. Returns the residences that are kept no more, of whose memory no graph may be replayed."""
+        options, dropped = self.options, []
+        if residence.memory is None:
+            arguments = (residence.holders, residence.plan.pages, options.block_size, residence.plan.num_slots)
+            nbytes = StateMemory.size(*arguments)
+            if self.device.type == "cuda" and self.model.has_choice:
+                nbytes = max(nbytes, self.budget)  # so that no later placement needs another block
+            if self._block is None or self._block.numel() < nbytes:
+                dropped = list(self._kept.values())
+                self._kept.clear()
+                for old in dropped:
+                    old.memory = None
+                self._block = None
+                self._block = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            residence.memory = StateMemory(*arguments, self._block)
+        else:
+            residence.memory.bind()
+            residence.state.reset_prefix_cache()
+        self._kept[residence.placement] = residence
+        self._kept.move_to_end(residence.placement)
+        while len(self._kept) > _KEPT:
+            dropped.append(self._kept.popitem(last=False)[1])
+        return dropped

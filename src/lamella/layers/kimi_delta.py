@@ -1,0 +1,70 @@
+"""The Kimi delta attention mixer."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from lamella.config import CanonConfig, KimiDeltaConfig
+from lamella.layers.block_input import BlockInput
+from lamella.layers.context import require_batch
+from lamella.layers.gated_delta_net import STEP_BIAS
+from lamella.layers.kit import Kit
+from lamella.layers.norm import RMSNorm
+from lamella.layers.recurrent import RecurrentMixer, wide_parameter
+from lamella.layers.rotary import Positions
+from lamella.layers.short_conv import ShortConv
+from lamella.ops.delta_rule import delta_rule
+from lamella.ops.gated_rms_norm import gated_rms_norm
+
+
+class KimiDelta(RecurrentMixer):
+    """Projection to [q | k | v | beta], decay and gate by low-rank projections, convolution of [q | k | v], delta rule
+    with a decay for each key channel, gated norm, projection."""
+
+    def __init__(self, config: KimiDeltaConfig, kit: Kit, hidden_size: int, prefix: str) -> None:
+        super().__init__(config.kernel)
+        self.config = config
+        heads = kit.share.even(config.num_heads, "heads")
+        channels, size, dim = heads.times(config.head_dim), config.size, config.head_dim
+        qkv = {"q_proj": size, "k_proj": size, "v_proj": size}
+        self.qkvb_proj = kit.merged_linear(
+            hidden_size, {**qkv, "beta_proj": config.num_heads}, False, f"{prefix}.qkvb_proj"
+        )
+        low = {"f_a_proj": dim, "g_a_proj": dim}
+        self.low_proj = kit.replicated_linear(hidden_size, low, False, f"{prefix}.low_proj")
+        self.decay_proj = kit.merged_linear(dim, {"f_b_proj": size}, False, f"{prefix}.decay_proj")
+        self.gate_proj = kit.merged_linear(dim, {"g_b_proj": size}, False, f"{prefix}.gate_proj")
+        self.o_proj = kit.row_linear(size, hidden_size, False, f"{prefix}.o_proj")
+        shape = CanonConfig(kernel=config.kernel, activation=True, residual=False)
+        convs = {"q_conv": channels, "k_conv": channels, "v_conv": channels}
+        self.convolution = ShortConv(shape, convs, kit, self.history)
+        self.A_log, self.dt_bias = wide_parameter(heads.size, kit), wide_parameter(channels.size, kit)
+        self.splits = {"A_log": (heads,), "dt_bias": (channels,)}
+        self.initial = {"A_log": (0.0, math.log(16)), "dt_bias": STEP_BIAS}
+        self.norm = RMSNorm(dim, config.norm.eps, kit.device)
+        self.sizes = (3 * channels.size, heads.size)
+        self.declare(kit, f"{prefix}.state", (heads.size, dim, dim))
+
+    @property
+    def output(self) -> nn.Module:
+        return self.o_proj
+
+    def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
+        """(T, hidden_size) -> (T, hidden_size)."""
+        x, dim = entry.tensor(), self.config.head_dim
+        decay, gate = self.low_proj(x).split(dim, -1)
+        inputs = (self.qkvb_proj(x), self.decay_proj(decay), self.gate_proj(gate))
+        return self.o_proj(self.run(inputs, self.sizes[0] // 3))
+
+    def core(self, projected: Tensor, decay: Tensor, gate: Tensor, out: Tensor | None) -> Tensor:  # type: ignore[override]
+        def by_head(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, self.config.head_dim))
+
+        qkv, beta = projected.split(self.sizes, -1)
+        q, k, v = map(by_head, self.convolution(qkv).chunk(3, -1))
+        bias = by_head(self.dt_bias)
+        mixed = delta_rule(q, k, v, by_head(decay), beta, self.A_log, bias, require_batch().ragged, *self.matrix())
+        y = gated_rms_norm(mixed, by_head(gate), self.norm.weight, self.norm.eps, self.config.gate).flatten(1)
+        return y if out is None else out.copy_(y)

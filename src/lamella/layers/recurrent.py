@@ -1,0 +1,58 @@
+"""What the recurrent mixers share: a short convolution, a matrix for each head, and one computation over both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lamella.layers.kit import Kit, SlotHolder
+from lamella.layers.short_conv import ConvHistory
+from lamella.state.spec import SlotState
+
+_PART = "mixer"
+
+
+class RecurrentMixer(nn.Module):
+    """A mixer that keeps the last inputs of its convolution and a recurrent matrix (fp32) for each request.
+
+    A subclass builds its `ShortConv` over `self.history`, calls `declare`, and computes in `core` what reads and writes
+    the state: to an engine that is one operation, which it calls as it likes. What comes out goes through the
+    projection `output`.
+    """
+
+    def __init__(self, kernel: int) -> None:
+        super().__init__()
+        self.history = ConvHistory(kernel)
+
+    @property
+    def output(self) -> nn.Module:
+        """The projection behind `core`."""
+        raise NotImplementedError
+
+    def declare(self, kit: Kit, prefix: str, matrix: Sequence[int]) -> None:
+        """Ask for the state: the convolutions' windows, and a matrix of this shape on the rank."""
+        self.history.take(0, {_PART: self.core})
+        self.history.declare(kit, prefix, SlotState(tuple(matrix), torch.float32))
+
+    def core(self, *inputs: Tensor | None) -> Tensor:
+        """The convolution, the recurrence, and what stands behind them: inputs (T, ...), then where the output (T,
+        width) goes, or None."""
+        raise NotImplementedError
+
+    def run(self, inputs: Sequence[Tensor], width: int) -> Tensor:
+        """`core` of inputs (T, ...), as the engine calls it: (T, width)."""
+        return self.history.holder.run(_PART, inputs, width)
+
+    def matrix(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The matrices (slots, ...) and the slot ids (R,) of the requests in flight; Nones in a plain forward."""
+        holder: SlotHolder = self.history.holder
+        (_, matrix), slots = holder.current()
+        return (None, None) if matrix is None or slots is None else (matrix, slots)
+
+
+def wide_parameter(size: int | tuple[int, ...], kit: Kit) -> nn.Parameter:
+    """A parameter that is fp32 whatever the model's dtype, not filled yet."""
+    shape = (size,) if isinstance(size, int) else size
+    return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=kit.device))

@@ -1,0 +1,94 @@
+"""Short causal convolutions, and what those of a layer or a mixer remember together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lamella.config import CanonConfig
+from lamella.distributed.sharding import Split
+from lamella.layers.context import require_batch
+from lamella.layers.kit import Computation, Kit, SlotHolder
+from lamella.ops.ragged import RaggedBatch
+from lamella.ops.short_conv import short_conv
+from lamella.state.spec import SlotState
+
+
+class ConvHistory(nn.Module):
+    """The last W-1 inputs of several convolutions, side by side in one slot tensor.
+
+    One tensor instead of one per convolution keeps the kinds of state, and so an engine's bookkeeping, few. What else
+    the same computations keep, a recurrent matrix, is declared with it and lies in the same holder.
+    """
+
+    holder: SlotHolder
+
+    def __init__(self, kernel: int) -> None:
+        super().__init__()
+        self.kernel, self._taken = kernel, 0
+        self._parts: dict[str, Computation] = {}
+
+    def take(self, channels: int, parts: Mapping[str, Computation]) -> slice:
+        """Room for one convolution's channels; `parts` are what reads and writes them."""
+        start, self._taken = self._taken, self._taken + channels
+        self._parts |= parts
+        return slice(start, self._taken)
+
+    def declare(self, kit: Kit, prefix: str, *more: SlotState) -> None:
+        """Ask for the state, once every convolution has taken its channels."""
+        self.holder = kit.slot_state((SlotState((self.kernel - 1, self._taken), kit.dtype), *more), prefix)
+        self.holder.parts |= self._parts
+
+
+class ShortConv(nn.Module):
+    """A convolution of the rank's channels. weight (channels, 1, W), column W-1 multiplies the current token.
+
+    A checkpoint may hold it as several, under the names in `parts`. `part` is what its own computation is called among
+    those of its history, where it has one.
+    """
+
+    def __init__(
+        self,
+        config: CanonConfig,
+        channels: Split | Mapping[str, Split],
+        kit: Kit,
+        history: ConvHistory,
+        computations: Mapping[str, Computation] | None = None,
+    ) -> None:
+        super().__init__()
+        assert config.kernel == history.kernel
+        if not isinstance(channels, Split):
+            self.parts = dict(channels)
+            channels = Split.join(channels.values())
+        self.config, self.size = config, channels.size
+        # A tap's weights of all channels lie side by side, so that kernels load many at once.
+        taps = torch.empty(config.kernel, self.size, dtype=kit.dtype, device=kit.device)
+        self.weight = nn.Parameter(taps.T[:, None, :])
+        self.bias = nn.Parameter(torch.empty(self.size, dtype=kit.dtype, device=kit.device)) if config.bias else None
+        self.splits = {"weight": (channels,), "bias": (channels,)}
+        bound = config.kernel**-0.5
+        self.initial = {"weight": (-bound, bound), "bias": (-bound, bound)}
+        self.history = history
+        self.channels = history.take(self.size, computations or {})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (T, channels) -> (T, channels), within a computation over the state."""
+        return short_conv(x, *self.operands(x))
+
+    def operands(
+        self, x: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, RaggedBatch, Tensor | None, Tensor | None, bool, bool]:
+        """What a convolution is given beside its input: weight (C, W), bias, batch, history, slots, activation,
+        residual. The input is needed where the holder is not `inline`."""
+        history, slots = self.history.holder.window(self.channels, x)
+        return (
+            self.weight.squeeze(1),
+            self.bias,
+            require_batch().ragged,
+            history,
+            slots,
+            self.config.activation,
+            self.config.residual,
+        )

@@ -1,0 +1,48 @@
+"""A layer of a supernet: several mixers, of which a placement says which computes a request."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lamella.config import StochasticConfig
+from lamella.layers.block_input import BlockInput
+from lamella.layers.context import current_batch, forward_batch
+from lamella.layers.kit import Kit
+from lamella.layers.rotary import Positions
+from lamella.layers.short_conv import ConvHistory
+
+
+class Stochastic(nn.Module):
+    """All mixers, built and loaded. The `active` one computes, unless the batch has requests of several placements:
+    then each mixer that is wanted computes its own requests."""
+
+    def __init__(
+        self, config: StochasticConfig, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None
+    ) -> None:
+        super().__init__()
+        self.mixers = nn.ModuleDict(
+            {name: mixer.build(kit, hidden_size, f"{prefix}.mixers.{name}", history) for name, mixer in config.mixers}
+        )
+        self.active = config.main
+        self._caller = kit.caller(self, prefix)
+        self.index = -1  # of the decoder layer, which whoever builds the stack says
+
+    def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
+        """(T, hidden_size) -> (T, hidden_size)."""
+        if self._caller is not None:
+            return self._caller(positions, entry)
+        batch = current_batch()
+        if batch is None or batch.placements is None:
+            return self.mixers[self.active](positions, entry)
+        shares = batch.placements.by_mixer(self.index)
+        if len(shares) == 1:
+            ((name, _),) = shares
+            return self.mixers[name](positions, entry)
+        x = entry.tensor()
+        out = torch.empty_like(x)
+        for name, requests in shares:
+            part = batch.part(requests)
+            with forward_batch(part.batch):
+                out[part.tokens] = self.mixers[name](positions.rows(part.tokens), BlockInput.ready(x[part.tokens]))
+        return out

@@ -1,0 +1,352 @@
+"""Apriel2 (ServiceNow): a pre-norm decoder whose mixers are attention, sliding windows, Mamba, gated delta nets, Kimi
+delta attention, or several of these at once, of which a placement chooses (a supernet).
+
+Three programs write these files and two read them, with defaults that differ; where they contradict each other the
+checkpoint's tensors decide, then what training does:
+
+* whether a projection has a bias, and whether a feed-forward is gated, is what the tensors say;
+* a block's own epsilon is the one of its norms (the published Hugging Face class takes the head's);
+* `state_size` and `d_state` are the same number;
+* how supernets were sampled in training says nothing of inference;
+* the stated context length is a default of 2048 that no exporter sets, so it bounds nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from lamella.config import (
+    AttentionConfig,
+    GatedDeltaNetConfig,
+    KimiDeltaConfig,
+    LayerConfig,
+    Llama3Scaling,
+    MambaConfig,
+    MixerConfig,
+    MLPConfig,
+    ModelConfig,
+    NormConfig,
+    RopeConfig,
+    RopeScaling,
+    SingleMixerConfig,
+    StochasticConfig,
+    YarnScaling,
+)
+from lamella.config.feed_forward import ACTIVATIONS
+from lamella.errors import ConfigError
+from lamella.models.base import CausalLM
+from lamella.models.hf_config import HFConfig, read_model
+
+logger = logging.getLogger("lamella")
+
+_NO_LENGTH = 2048  # what the config class writes where nobody said anything
+
+
+class Apriel2ForCausalLM(CausalLM):
+    """Apriel2, its text part."""
+
+    checkpoint_names: ClassVar = {
+        **CausalLM.checkpoint_names,
+        "layers": "decoder.blocks",
+        "mixer": "mixer",
+        "step_bias": "dt_proj.bias",
+    }
+    packed_modules_mapping: ClassVar = {
+        **CausalLM.packed_modules_mapping,
+        "qkvzba_proj": ["in_proj_qkvz", "in_proj_ba"],
+        "qkvb_proj": ["q_proj", "k_proj", "v_proj", "beta_proj"],
+        "low_proj": ["f_a_proj", "g_a_proj"],
+    }
+    ignored_tensors: ClassVar = ("model.vision_encoder.",)
+
+    @classmethod
+    def read_config(cls, config: HFConfig) -> ModelConfig:
+        hidden_size = config.int("hidden_size", 4096)
+        head = _section(config, "head", {"normalization": {"type": "rms_norm", "epsilon": 1e-5}})
+        norm = _read_norm(head, "normalization", 1e-5)
+        if norm.kind != "rms":
+            raise head.error("normalization", "layer_norm", "rms_norm for the head")
+        head.finish(harmless=("type",))
+        embeddings = _section(config, "embeddings", {"max_position_embeddings": _NO_LENGTH})
+        length = embeddings.int("max_position_embeddings", _NO_LENGTH)
+        embeddings.finish(harmless=("type",))
+        blocks = _read_decoder(config, hidden_size)
+        reader = _BlockReader(config, hidden_size, norm.eps)
+        layers = [reader.layer(index, name, block) for index, (name, block) in enumerate(blocks)]
+        return read_model(
+            config,
+            "Apriel2ForCausalLM",
+            layers,
+            norm.eps,
+            length,
+            defaults={"vocab_size": 32000, "hidden_size": hidden_size, "bos_token_id": 1, "eos_token_id": 2},
+            length_is_known=length != _NO_LENGTH,
+            harmless=("vision_encoder", "image_token_index", "projector_hidden_act", "vision_config"),
+        )
+
+
+def _section(config: HFConfig, key: str, default: Mapping[str, Any]) -> HFConfig:
+    """A nested mapping, the default where there is none or an empty one."""
+    return config.section(key, config.mapping(key) or default)
+
+
+def _read_norm(config: HFConfig, key: str, eps: float) -> NormConfig:
+    section = _section(config, key, {"type": "rms_norm"})
+    kind = section.choice("type", ("rms_norm", "layer_norm"), "rms_norm")
+    norm = NormConfig(eps=section.float("epsilon", eps), kind="rms" if kind == "rms_norm" else "layer")
+    section.finish()
+    return norm
+
+
+def _read_decoder(config: HFConfig, hidden_size: int) -> list[tuple[str, HFConfig]]:
+    """The block of each layer, with its path in the file."""
+    default = {"type": "fixed", "num_blocks": 32, "block": _default_block(hidden_size)}
+    decoder = _section(config, "decoder", default)
+    kind = decoder.choice("type", ("fixed", "pattern"), "fixed")
+    count = decoder.int("num_blocks", 32)
+    if kind == "fixed":
+        block = _section(decoder, "block", _default_block(hidden_size))
+        decoder.finish()
+        return [("block", block)] * count
+    pattern, blocks = decoder.get("pattern"), _section(decoder, "blocks", {})
+    if not isinstance(pattern, list) or not pattern or not all(isinstance(name, str) for name in pattern):
+        raise decoder.error("pattern", pattern, "a list of names of blocks")
+    for name in pattern:
+        if name not in blocks.values:
+            raise decoder.error("pattern", name, f"one of blocks: {', '.join(blocks.values)}")
+    decoder.finish()
+    # A block that no layer has is of no consequence: it is not read.
+    sections = {name: _section(blocks, name, {}) for name in dict.fromkeys(pattern)}
+    names = [pattern[index % len(pattern)] for index in range(count)]
+    return [(name, sections[name]) for name in names]
+
+
+def _default_block(hidden_size: int) -> dict[str, Any]:
+    rotary = {"type": "default", "theta": 10000}
+    attention = {"type": "attention", "heads": 32, "head_groups": 32, "head_size": hidden_size // 32, "rotary": rotary}
+    mlp = {"type": "mlp", "intermediate_size": 4 * hidden_size, "activation": "silu", "gated": True}
+    return {"mixer": attention, "mlp": mlp, "normalization": {"type": "rms_norm", "epsilon": 1e-5}}
+
+
+class _BlockReader:
+    """Reads the blocks of one file. Layers with equal tensors and the same block share one config."""
+
+    def __init__(self, config: HFConfig, hidden_size: int, eps: float) -> None:
+        self.config, self.hidden_size, self.eps = config, hidden_size, eps
+        self.tensors = config.list_tensors()
+        self._said: set[str] = set()
+
+    def layer(self, index: int, name: str, block: HFConfig) -> LayerConfig:
+        """The layer `index` by its block."""
+        at = f"model.decoder.blocks.{index}"
+        norm = _read_norm(block, "normalization", self.eps)
+        if norm.eps != self.eps:
+            self._say(
+                "%s: block %s norms with its own epsilon, as in training; the published class takes the head's",
+                self.config.source,
+                name,
+            )
+        layer = LayerConfig(
+            mixer=self._mixer(_section(block, "mixer", {"type": "attention"}), f"{at}.mixer"),
+            feed_forward=self._mlp(_section(block, "mlp", {"type": "mlp"}), f"{at}.mlp"),
+            norm=norm,
+        )
+        block.finish()
+        return layer
+
+    def _mixer(self, mixer: HFConfig, at: str) -> MixerConfig:
+        kind = mixer.choice("type", (*self._kinds, "stochastic"), "attention")
+        return self._stochastic(mixer, at) if kind == "stochastic" else self._single(mixer, at)
+
+    def _single(self, mixer: HFConfig, at: str) -> SingleMixerConfig:
+        config = self._kinds[mixer.choice("type", tuple(self._kinds), "attention")](self, mixer, at)
+        mixer.finish(harmless=("init", "lr_scale"))
+        return config
+
+    def _stochastic(self, mixer: HFConfig, at: str) -> StochasticConfig:
+        mixers = _section(mixer, "mixers", {})
+        names = [name for name, values in mixers.values.items() if values is not None]
+        for name in names:
+            if not name or "." in name:
+                raise mixer.error("mixers", name, "names without a dot, which separates the parts of tensors' names")
+            if not isinstance(mixers.values[name], Mapping):
+                raise mixers.error(name, mixers.values[name], "a mapping")
+        main = mixer.get("main_mixer_name", names[0] if names else None)
+        # The sampling of training has no effect here.
+        harmless = ("sampling_strategy", "sampling_weights", "predefined_layouts", "predefined_layout_probabilities")
+        subs = [(name, self._single(_section(mixers, name, {}), f"{at}.mixers.{name}")) for name in names]
+        mixer.finish(harmless=(*harmless, "init", "lr_scale", "seed_shift"))
+        try:
+            return StochasticConfig(mixers=tuple(subs), main=main)
+        except ConfigError as error:
+            raise ConfigError(f"{mixer.source}: {error}") from error
+
+    def _attention(self, mixer: HFConfig, at: str) -> AttentionConfig:
+        heads, head_dim = mixer.int("heads"), mixer.int("head_size")
+        mixer.choice("causal", (True,), True)
+        mixer.bool("cross_document_attention", True)
+        linear_bias = mixer.bool("add_linear_biases", False)
+        biased = {}
+        for layer, name in zip(("query", "key", "value", "dense"), "qkvo", strict=True):
+            stated = self._stated_bias(mixer, f"{layer}_layer", linear_bias)
+            biased[name] = self._bias(f"{at}.{name}_proj", stated)
+        parts = tuple(f"{name}_proj" for name in "qkv" if biased[name])
+        window = mixer.int("window_size", None)
+        if mixer.get("type", "attention") == "sliding_window" and window is None:
+            raise ConfigError(f"{mixer.source}: window_size is missing")
+        return AttentionConfig(
+            num_heads=heads,
+            num_kv_heads=mixer.int("head_groups", heads),
+            head_dim=head_dim,
+            scale=head_dim**-0.5,
+            qkv_bias=parts if 0 < len(parts) < 3 else bool(parts),
+            output_bias=biased["o"],
+            rope=self._rotary(mixer, head_dim),
+            window=window,
+        )
+
+    @staticmethod
+    def _rotary(mixer: HFConfig, head_dim: int) -> RopeConfig | None:
+        rotary = _section(mixer, "rotary", {})
+        kind = rotary.choice("type", ("mistral_1d", "default", "llama3", "yarn", "none"), "mistral_1d")
+        if kind == "none":
+            rotary.finish(harmless=("theta",))
+            return None
+        theta = rotary.float("theta") if rotary.values else 10000.0
+        scaling: RopeScaling | None = None
+        if kind == "llama3":
+            scaling = Llama3Scaling(
+                factor=rotary.float("scale_factor", 8.0),
+                low_freq_factor=rotary.float("low_frequency_factor", 1.0),
+                high_freq_factor=rotary.float("high_frequency_factor", 4.0),
+                original_length=rotary.int("original_context_length", 8192),
+            )
+        elif kind == "yarn":
+            factor = rotary.float("scale_factor", 8.0)
+            scaling = YarnScaling(
+                factor=factor,
+                original_length=rotary.int("original_context_length", 8192),
+                attention_factor=rotary.float("attention_factor", 0.1 * math.log(factor) + 1.0),
+                beta_fast=rotary.float("beta_fast", 32.0),
+                beta_slow=rotary.float("beta_slow", 1.0),
+            )
+        rotary.finish()
+        return RopeConfig(dim=head_dim, theta=theta, scaling=scaling)
+
+    def _mamba(self, mixer: HFConfig, at: str) -> MambaConfig:
+        sizes = {mixer.int(key, None) for key in ("state_size", "d_state")} - {None}
+        if len(sizes) > 1:
+            raise ConfigError(f"{mixer.source}: state_size and d_state contradict each other: {sorted(sizes)}")
+        rank = mixer.get("dt_rank", "auto")
+        linear_bias = mixer.bool("add_linear_biases", False)
+        for key in ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "activation_type"):
+            mixer.get(key, None)  # of the start of training
+        return MambaConfig(
+            state_size=sizes.pop() if sizes else 16,
+            inner_size=mixer.int("d_inner", None) or mixer.int("expand", 2) * self.hidden_size,
+            kv_size=mixer.int("d_xb", self.hidden_size),
+            dt_rank=-(-self.hidden_size // 16) if rank == "auto" else mixer.int("dt_rank"),
+            kernel=mixer.int("d_conv", 4, minimum=2),
+            repeat_before_conv=mixer.bool("repeat_kv_before_conv", True),
+            conv_bias=self._bias(f"{at}.conv1d", mixer.bool("conv_bias", None), mixer, "conv_bias"),
+            dt_bias=self._bias(f"{at}.dt_proj", mixer.bool("dt_proj_bias", None), mixer, "dt_proj_bias"),
+            linear_bias=self._bias(f"{at}.in_proj", linear_bias),
+        )
+
+    def _gdn(self, mixer: HFConfig, at: str) -> GatedDeltaNetConfig:
+        return GatedDeltaNetConfig(
+            value_heads=mixer.int("value_heads", 32),
+            key_heads=mixer.int("key_heads", 8),
+            key_head_dim=mixer.int("key_head_dim", 64),
+            value_head_dim=mixer.int("value_head_dim", 64),
+            kernel=self._kernel(mixer),
+            norm=NormConfig(eps=mixer.float("norm_eps", 1e-5)),
+        )
+
+    def _kda(self, mixer: HFConfig, at: str) -> KimiDeltaConfig:
+        norm = _section(mixer, "normalization", {})
+        norm.choice("type", ("rms_norm", "gated_rms_norm"), "rms_norm")
+        config = KimiDeltaConfig(
+            num_heads=mixer.int("heads", 32),
+            head_dim=mixer.int("head_dim", 64),
+            kernel=self._kernel(mixer, 4),
+            norm=NormConfig(eps=norm.float("epsilon", 1e-5)),
+            gate=norm.choice("activation", ("silu", "sigmoid"), "silu"),
+        )
+        norm.finish()
+        return config
+
+    @staticmethod
+    def _kernel(mixer: HFConfig, default: int | None = None) -> int:
+        section = _section(mixer, "convolution_layer", {})
+        kernel = section.int("kernel_size", default, minimum=2)
+        if kernel is None:
+            raise ConfigError(f"{section.source}: kernel_size is missing")
+        section.choice("activation", ("silu",), "silu")
+        section.finish(harmless=("init", "bias"))
+        return kernel
+
+    def _mlp(self, mlp: HFConfig, at: str) -> MLPConfig:
+        mlp.choice("type", ("mlp",), "mlp")
+        linear_bias, gated = mlp.bool("add_linear_biases", False), mlp.bool("gated", False)
+        first = self._stated_bias(mlp, "layer_1", linear_bias)
+        second = self._stated_bias(mlp, "layer_2", linear_bias)
+        config = MLPConfig(
+            intermediate_size=mlp.int("intermediate_size"),
+            gated=self._follow(f"{at}.gate_proj.weight", gated),
+            activation=mlp.choice("activation", ACTIVATIONS, "silu"),
+            gate_up_bias=self._bias(f"{at}.up_proj", first),
+            down_bias=self._bias(f"{at}.down_proj", second),
+        )
+        mlp.finish(harmless=("init", "lr_scale"))
+        return config
+
+    @staticmethod
+    def _stated_bias(part: HFConfig, key: str, inherited: bool) -> bool:
+        """What a projection's own section says of its bias."""
+        layer = _section(part, key, {})
+        bias = _section(layer, "bias", {})
+        enabled = bias.bool("enabled", inherited)
+        bias.finish(harmless=("init", "lr_scale"))
+        layer.finish(harmless=("init", "weight", "lr_scale", "apply_peft"))
+        return enabled
+
+    def _bias(self, projection: str, stated: bool | None, required_in: HFConfig | None = None, key: str = "") -> bool:
+        """Whether a projection has a bias. Raises `ConfigError` where neither file says it."""
+        if stated is None and self.tensors is None:
+            assert required_in is not None
+            raise ConfigError(f"{required_in.source}: {key} is missing")
+        return self._follow(f"{projection}.bias", stated)
+
+    def _follow(self, tensor: str, stated: bool | None) -> bool:
+        """Whether there is such a tensor: what the checkpoint has, else what the config says."""
+        if self.tensors is None:
+            return bool(stated)
+        there = tensor in self.tensors
+        if stated is not None and there != stated:
+            self._say(
+                "%s: the config says %s of %s, the tensors say %s, which counts",
+                self.config.source,
+                stated,
+                tensor.rpartition(".blocks.")[2].partition(".")[2],
+                there,
+            )
+        return there
+
+    def _say(self, message: str, *values: Any) -> None:
+        """A warning, once for all layers alike."""
+        text = message % values
+        if text not in self._said:
+            self._said.add(text)
+            logger.warning("%s", text)
+
+    _kinds: ClassVar[Mapping[str, Callable[[_BlockReader, HFConfig, str], SingleMixerConfig]]] = {
+        "attention": _attention,
+        "sliding_window": _attention,
+        "mamba": _mamba,
+        "gdn": _gdn,
+        "kda": _kda,
+    }

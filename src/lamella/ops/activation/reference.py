@@ -1,0 +1,28 @@
+"""Activations in plain torch: what else there is to fuse around them is little, since few models have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from torch import Tensor
+from torch.nn import functional as F
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "sigmoid": lambda x: x.sigmoid(),
+    "identity": lambda x: x,
+}
+
+
+def activate(x: Tensor, name: str, gated: bool) -> Tensor:
+    """`act(x)`, or `act(gate) * up` of x (T, 2 I) = [gate | up] where `gated`. In fp32, rounded once."""
+    function = ACTIVATIONS[name]
+    if not gated:
+        return function(x.float()).to(x.dtype)
+    gate, up = x.float().chunk(2, -1)
+    return (function(gate) * up).to(x.dtype)

@@ -1,0 +1,110 @@
+"""Prompts through the chunked kernels of flash-linear-attention (`fla-core`), where that is installed."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor
+
+from lamella.ops.ragged import RaggedBatch
+from lamella.ops.slots import prefills_of, read_states
+
+logger = logging.getLogger("lamella")
+
+# Of all prompts in a step, so many tokens are wanted: about ten launches, most of them prepared in Python, must cost
+# less than the steps of the token-by-token kernel. To be measured; until then a guess.
+MIN_TOKENS = 512
+_OLDEST = (0, 5)  # the first release in which a key head serves several value heads
+
+Chunked = Callable[..., tuple[Tensor, Tensor]]
+
+
+def serves(v: Tensor, tokens: int) -> bool:
+    """Whether these kernels take `tokens` tokens of prompts: many, in a narrow dtype (they would round fp32 to tf32),
+    and outside of a graph, whose replays have other lengths."""
+    if tokens < MIN_TOKENS or v.dtype not in (torch.bfloat16, torch.float16) or not v.is_cuda:
+        return False
+    return not torch.cuda.is_current_stream_capturing() and _kernels() is not None
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    logs: Tensor,
+    rates: Tensor,
+    batch: RaggedBatch,
+    state: Tensor | None,
+    slots: Tensor | None,
+    out: Tensor,
+) -> None:
+    """See `reference.delta_rule`, for the requests of `batch` after its decodes.
+
+    The operands and `out` are of these requests' tokens only; logs (T, HV) or (T, HV, DK) are the logarithms of the
+    decays and rates (T, HV) is sigmoid(beta), both fp32. The normed q and k are rounded to their dtype within. The host
+    waits for the device once a batch, where that does not know its lengths on the host.
+    """
+    kernels = _kernels()
+    assert kernels is not None
+    some, bounds, bounds_on_host = _prompts(batch)
+    if slots is not None:
+        slots = slots[batch.num_decodes :]
+    initial = None if state is None else read_states(some, state, slots, (v.shape[1], q.shape[2], v.shape[2]))
+    y, final = kernels[logs.dim() == 3](
+        q[None],
+        k[None],
+        v[None],
+        logs[None],
+        rates[None],
+        initial_state=initial,
+        output_final_state=state is not None,
+        use_qk_l2norm_in_kernel=True,
+        cu_seqlens=bounds,
+        cu_seqlens_cpu=bounds_on_host,
+    )
+    out.copy_(y[0])
+    if state is not None:
+        assert slots is not None
+        state[slots] = final
+
+
+@cache
+def _kernels() -> tuple[Chunked, Chunked] | None:
+    """The function for a decay a head, and that for one a key channel."""
+    try:
+        found = tuple(int(part) for part in version("fla-core").split(".")[:2])
+        if found < _OLDEST:
+            raise ImportError(f"fla-core {version('fla-core')} is older than {'.'.join(map(str, _OLDEST))}")
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+        from fla.ops.kda import chunk_kda
+    except Exception as error:  # whatever the import of a package with kernels raises: there is another way
+        logger.warning("fla-core is not used (%s): long prompts of delta rule layers take much longer", error)
+        return None
+    return chunk_gated_delta_rule, chunk_kda
+
+
+_Prompts = tuple[RaggedBatch, Tensor, Tensor]
+_recent: deque[tuple[ReferenceType[RaggedBatch], _Prompts]] = deque(maxlen=4)  # a step may have several batches
+
+
+def _prompts(batch: RaggedBatch) -> _Prompts:
+    """The batch without its decodes, and the bounds of its requests on the device and on the host.
+
+    Made once for all layers of a step: the device need not be asked again, and fla keeps, for the last few tensors of
+    bounds that it has seen, what it made of them. So a new step has to come with a new batch, and gets new tensors.
+    """
+    for reference, prompts in _recent:
+        if reference() is batch:
+            return prompts
+    some = prefills_of(batch)
+    bounds = some.query_start_loc.long().clone()
+    lengths = batch.query_lens[batch.num_decodes :]
+    on_host = torch.tensor([0, *lengths]).cumsum(0) if lengths else bounds.cpu()
+    _recent.append((ref(batch), (some, bounds, on_host)))
+    return some, bounds, on_host

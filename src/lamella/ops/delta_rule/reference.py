@@ -1,0 +1,77 @@
+"""The gated delta rule over a ragged batch in plain torch: token after token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from lamella.ops.ragged import RaggedBatch
+from lamella.ops.slots import read_states
+
+L2_EPS = 1e-6
+
+
+def log_decay(decay: Tensor, a_log: Tensor, dt_bias: Tensor) -> Tensor:
+    """`-exp(a_log) * softplus(decay + dt_bias)` in fp32, never positive: (T, HV) or (T, HV, DK), as `decay`.
+
+    a_log (HV,) fp32; dt_bias (HV,) or (HV, DK) fp32.
+    """
+    rate = a_log.float().exp()
+    return -(rate if decay.dim() == 2 else rate[:, None]) * softplus(decay.float() + dt_bias.float())
+
+
+def l2_norm(x: Tensor) -> Tensor:
+    """`x / sqrt(sum(x^2) + 1e-6)` over the last dimension, in fp32; a zero vector stays one."""
+    wide = x.float()
+    return wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + L2_EPS)
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    beta: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    batch: RaggedBatch,
+    state: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """Each value head's memory S (DK, DV), continued from what its request saw before.
+
+    With q and k l2-normalised, q scaled by DK^-0.5, `g = -exp(a_log) * softplus(decay + dt_bias)` and
+    `b = sigmoid(beta)`, each token does `S <- exp(g) S` (a factor for the head, or one for each row of S),
+    `u = b (v - S^T k)`, `S <- S + k u^T`, and its output is `S^T q`. Arithmetic in fp32, rounded once.
+    Gated DeltaNet (https://arxiv.org/abs/2412.06464); a decay for each key channel: Kimi Delta Attention
+    (https://arxiv.org/abs/2510.26692).
+
+    q, k (T, HK, DK) and v (T, HV, DV), value head h reading key head `h // (HV / HK)`; decay (T, HV) or (T, HV, DK);
+    beta (T, HV); a_log (HV,) and dt_bias (HV,) or (HV, DK) fp32. state (slots, HV, DK, DV) fp32, contiguous within a
+    slot, replaced in place in the rows `slots` (R,) int64; a request whose first token is among the new ones starts
+    from zero, whatever its slot contains. Without a state every request starts from nothing. Returns (T, HV, DV) in
+    the dtype of v.
+    """
+    group = v.shape[1] // q.shape[1]
+    wide_q = (l2_norm(q) * q.shape[-1] ** -0.5).repeat_interleave(group, 1)
+    wide_k = l2_norm(k).repeat_interleave(group, 1)
+    factor = log_decay(decay, a_log, dt_bias).exp()
+    factor = factor[..., None, None] if decay.dim() == 2 else factor[..., None]
+    rate = beta.float().sigmoid()[..., None]
+    memory = read_states(batch, state, slots, (v.shape[1], q.shape[2], v.shape[2]))
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    starts, lengths = batch.query_start_loc[:-1], batch.query_start_loc.diff()
+    for step in range(int(lengths.max())):
+        active = (lengths > step).nonzero()[:, 0]
+        token = starts[active] + step
+        now = memory[active] * factor[token]
+        kept = torch.einsum("rhkv,rhk->rhv", now, wide_k[token])
+        update = rate[token] * (v[token].float() - kept)
+        now = now + wide_k[token][..., None] * update[:, :, None, :]
+        out[token] = torch.einsum("rhkv,rhk->rhv", now, wide_q[token]).to(v.dtype)
+        memory[active] = now
+    if state is not None:
+        assert slots is not None
+        state[slots] = memory
+    return out

@@ -1,0 +1,22 @@
+"""RMS normalisation of each head's output, then a gate, in plain torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+Activation = Literal["silu", "sigmoid"]
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Activation = "silu") -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight * act(gate)` over the last dimension, in fp32, rounded once.
+
+    x and gate (T, H, D), weight (D,) fp32; `activation` is "silu" or "sigmoid". Returns (T, H, D) in the dtype of x.
+    """
+    wide, gates = x.float(), gate.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    factor = silu(gates) if activation == "silu" else gates.sigmoid()
+    return (wide * scale * weight.float() * factor).to(x.dtype)

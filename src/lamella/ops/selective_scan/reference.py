@@ -1,0 +1,63 @@
+"""The selective scan of "The Mamba in the Llama" over a ragged batch in plain torch: token after token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu, softplus
+
+from lamella.ops.ragged import RaggedBatch
+from lamella.ops.slots import read_states
+
+
+def step_size(dt: Tensor, dt_bias: Tensor | None) -> Tensor:
+    """`softplus(dt + dt_bias)` in fp32."""
+    return softplus(dt.float() if dt_bias is None else dt.float() + dt_bias.float())
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    b: Tensor,
+    c: Tensor,
+    z: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor | None,
+    d: Tensor,
+    batch: RaggedBatch,
+    state: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> Tensor:
+    """Each head's state S (P, N), continued from what its request saw before.
+
+    With `delta = softplus(dt + dt_bias)` and `A = -exp(a_log)`, each token does
+    `S <- exp(delta A) S + delta x b^T` (elementwise; delta and x of each of the P channels), and its output is
+    `(S c + d x) silu(z)`. Arithmetic in fp32, rounded once. Mamba (https://arxiv.org/abs/2312.00752) with the heads
+    of the attention that it replaces (https://arxiv.org/abs/2408.15237).
+
+    x (T, X, P) and b (T, G, N), head h reading x of `h // (H / X)` and b of `h // (H / G)`; c (T, H, N); z, dt
+    (T, H, P); a_log (H, P, N), d (H, P) and dt_bias (H, P) or None, fp32. state (slots, H, P, N) fp32, contiguous
+    within a slot, replaced in place in the rows `slots` (R,) int64; a request whose first token is among the new ones
+    starts from zero, whatever its slot contains. Without a state every request starts from nothing. Returns (T, H, P)
+    in the dtype of x.
+    """
+    heads = dt.shape[1]
+    wide = x.float().repeat_interleave(heads // x.shape[1], 1)
+    delta = step_size(dt, dt_bias)
+    rate = -a_log.float().exp()
+    inputs, outputs = b.float().repeat_interleave(heads // b.shape[1], 1), c.float()
+    memory = read_states(batch, state, slots, tuple(a_log.shape))
+    out = torch.empty(dt.shape, dtype=x.dtype, device=x.device)
+    starts, lengths = batch.query_start_loc[:-1], batch.query_start_loc.diff()
+    for step in range(int(lengths.max())):
+        active = (lengths > step).nonzero()[:, 0]
+        token = starts[active] + step
+        now = memory[active] * (delta[token][..., None] * rate).exp()
+        now = now + (delta[token] * wide[token])[..., None] * inputs[token][:, :, None, :]
+        y = torch.einsum("rhpn,rhn->rhp", now, outputs[token]) + d.float() * wide[token]
+        out[token] = (y * silu(z[token].float())).to(x.dtype)
+        memory[active] = now
+    if state is not None:
+        assert slots is not None
+        state[slots] = memory
+    return out

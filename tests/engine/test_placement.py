@@ -1,0 +1,296 @@
+"""Placements of a supernet at run time: chosen, switched, several in one batch; nothing of one reaches another."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from apriel2_models import ATTENTION, MIXERS, SUPERNET, checkpoint, config, fixed, pattern
+from helpers import VOCAB, poisoned_llm, random_prompts
+from lamella import LLM, AsyncLLM, SamplingParams
+from lamella.checkpoint import load_model, open_checkpoint
+from lamella.config import describe_placement, placed, read_placement
+from lamella.errors import ConfigError, ParameterError
+from lamella.models import Apriel2ForCausalLM
+from lamella.models.hf_config import HFConfig
+
+PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=VOCAB)
+PROMPTS = random_prompts((5, 37, 1, 18))
+A, B, C = "all-gdn", "mamba,attention,kda", "swa,attention,sliding_window"
+NAMES = ("attention", "sliding_window", "gdn", "kda", "mamba")
+
+
+@pytest.fixture(scope="module")
+def supernet(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("supernet"), fixed(SUPERNET, layers=3))
+
+
+def engine(folder: Path, **options) -> LLM:
+    return poisoned_llm(folder, max_num_batched_tokens=16, max_num_seqs=4, num_blocks=64, **options)
+
+
+def answers(llm: LLM, prompts=PROMPTS, params=PARAMS) -> list:
+    """Tokens and all log-probabilities of each answer, bit for bit comparable."""
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [
+        (o.outputs[0].token_ids, [[row[i].logprob for i in range(VOCAB)] for row in o.outputs[0].logprobs])
+        for o in outputs
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(supernet):
+    """What each placement answers in an engine that never had another."""
+    return {placement: answers(engine(supernet, placement=placement)) for placement in (A, B, C)}
+
+
+def test_placements_differ(alone):
+    assert alone[A] != alone[B] != alone[C]
+
+
+def test_a_switch_leaves_nothing_behind(supernet, alone):
+    """A -> B -> C -> A, with the prefix cache full of the others'."""
+    llm = engine(supernet, placement=A)
+    for placement in (A, B, C, A, B):
+        llm.set_placement(placement)
+        assert llm.placement == read_placement(placement, llm.engine.model.config)
+        assert answers(llm) == alone[placement]
+        again = [tokens for tokens, _ in answers(llm)]  # from the prefix cache, where it hits
+        assert again == [tokens for tokens, _ in alone[placement]]
+    assert llm.stats()["placement"] == "mamba,attention,kda"
+
+
+def test_a_supernet_with_a_placement_is_the_pruned_model(supernet, alone, tmp_path):
+    """The same tensors in a checkpoint without a choice: the same bits."""
+    model = load_model(open_checkpoint(supernet), dtype="float32")
+    names = ["mamba", "attention", "kda"]
+    values = pattern(names, MIXERS)
+    pruned = Apriel2ForCausalLM.from_config(values)
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for path, parameter in pruned.named_parameters():
+            layer = path.split(".")[2] if path.startswith("model.layers.") else None
+            source = path.replace(".mixer.", f".mixer.mixers.{names[int(layer)]}.") if layer else path
+            parameter.copy_(weights[source])
+    from helpers import save_lamella
+
+    assert answers(engine(save_lamella(pruned, values, tmp_path))) == alone[B]
+
+
+def test_state_is_kept_for_the_active_mixers_only(supernet):
+    llm = engine(supernet, placement="all-attention")
+    attention = llm.stats()
+    llm.set_placement(A)
+    gdn = llm.stats()
+    assert [group["window"] for group in attention["page_groups"]] == [None] and gdn["page_groups"] == []
+    heads, key_dim, value_dim, channels = 4, 8, 16, 2 * 2 * 8 + 4 * 16
+    assert llm.engine.cost.bytes_per_request == 3 * 4 * (heads * key_dim * value_dim + 3 * channels)
+    llm.set_placement("all-sliding_window")
+    assert [group["window"] for group in llm.stats()["page_groups"]] == [6]
+
+
+@pytest.mark.parametrize("running", ["finish", "recompute"])
+def test_a_switch_while_requests_run(supernet, alone, running):
+    """Whoever runs finishes under the old placement, or all its state is computed anew; whoever comes later has the new
+    one. Nobody has a layer of each."""
+    llm = engine(supernet, placement=A)
+    llm.engine.runner.runs_ahead = True
+    stream = llm.stream(PROMPTS[1], PARAMS)
+    first = [next(stream) for _ in range(3)][-1]
+    llm.set_placement(B, running=running)
+    assert len(first.outputs[0].token_ids) == 3
+    later = llm.stream(PROMPTS[0], PARAMS)
+    tokens = [output.outputs[0].token_ids for output in later][-1]
+    rest = [output.outputs[0].token_ids for output in stream][-1]
+    assert tokens == alone[B][0][0]
+    if running == "finish":
+        assert rest == alone[A][1][0]
+    else:
+        # The first tokens stand; what follows them is the new placement's continuation.
+        count = next(i for i, pair in enumerate(zip(rest, alone[A][1][0], strict=True)) if pair[0] != pair[1])
+        assert count >= 3
+        forced = {"prompt_token_ids": [*PROMPTS[1]["prompt_token_ids"], *rest[:4]]}
+        params = SamplingParams(temperature=0, max_tokens=len(rest) - 4, ignore_eos=True)
+        assert llm.generate(forced, params, use_tqdm=False)[0].outputs[0].token_ids == rest[4:]
+    assert describe_placement(llm.placement) == B
+
+
+def test_a_cancelled_request_that_waits_for_a_switch(supernet):
+    llm = engine(supernet, placement=A)
+    running = llm.stream(PROMPTS[1], PARAMS)
+    next(running)
+    llm.set_placement(B)
+    waiting = llm.engine.make_job("waiting", PROMPTS[0], PARAMS)
+    llm.engine.add(waiting)
+    assert llm.engine.cancel("waiting") is waiting and waiting.finished
+    running.close()
+    while llm.engine.has_work:
+        llm.engine.step()
+    assert describe_placement(llm.placement) == B
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        ("all-rwkv", "layer 0 has no mixer 'rwkv'; it has attention, sliding_window, gdn, kda, mamba"),
+        ("gdn,gdn", "2 names, for 3 stochastic layers of 3"),
+        ({7: "gdn"}, "layer 7 has no choice; those that have: 0, 1, 2"),
+        (["gdn", 3, "gdn"], "layer 1 has no mixer 3"),
+        ("every0th-gdn", "every 0th layer is none"),
+    ],
+)
+def test_a_bad_placement_changes_nothing(supernet, alone, bad, match):
+    llm = engine(supernet, placement=A)
+    with pytest.raises(ConfigError, match=match):
+        llm.set_placement(bad)
+    with pytest.raises(ConfigError, match="running='maybe': must be finish or recompute"):
+        llm.set_placement(B, running="maybe")
+    assert answers(llm) == alone[A] and describe_placement(llm.placement) == A
+
+
+def test_a_placement_that_does_not_fit_changes_nothing(supernet, alone):
+    """A running request is longer than the pools of the new placement: it is told before anything is given up."""
+    llm = engine(supernet, placement=A)
+    stream = llm.stream(PROMPTS[1], PARAMS)
+    next(stream)
+    llm.engine.options.__dict__["num_blocks"] = 2
+    with pytest.raises(ConfigError, match="placement: request 0 would not fit: prompt and max_tokens need 3 pages"):
+        llm.set_placement("all-attention", running="recompute")
+    assert [output.outputs[0].token_ids for output in stream][-1] == alone[A][1][0]
+
+
+def test_requests_of_several_placements_share_a_batch(supernet, alone):
+    """Each is bit for bit what it is alone, whoever stands beside it."""
+    llm = engine(supernet, mixed_placements=True, placement=A)
+    own = [None, B, C, B]
+    params = [SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=VOCAB, placement=p) for p in own]
+    mixed = answers(llm, PROMPTS, params)
+    for index, placement in enumerate(own):
+        tokens, logprobs = alone[placement or A][index]
+        assert mixed[index][0] == tokens
+        assert torch.tensor(mixed[index][1]).sub(torch.tensor(logprobs)).abs().max() <= 2e-5
+
+
+def test_a_mixed_batch_is_bitwise_its_parts(supernet):
+    """The same requests of one placement in one batch, with and without those of another: the very same bits."""
+    llm = engine(supernet, mixed_placements=True, placement=A, enable_prefix_caching=False)
+    params = [
+        SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=VOCAB, placement=p) for p in (A, B, A, B)
+    ]
+    prompts = random_prompts((3, 3, 3, 3))
+    both = answers(llm, prompts, params)
+    for start in (0, 1):
+        assert answers(llm, prompts[start::2], params[start::2]) == both[start::2]
+
+
+def test_prefixes_of_placements_are_apart(supernet):
+    """The same prompt under another placement hits nothing; under its own it does."""
+    llm = engine(supernet, mixed_placements=True, placement=A, snapshot_prompts="always")
+    prompt = random_prompts((40,))[0]
+
+    def cached(placement):
+        params = SamplingParams(temperature=0, max_tokens=1, placement=placement)
+        return llm.generate([prompt], params, use_tqdm=False)[0].num_cached_tokens
+
+    assert [cached(p) for p in (A, B, A, B, C)] == [0, 0, 32, 32, 0]
+
+
+def test_a_request_of_another_placement_needs_state_for_it(supernet):
+    with pytest.raises(ParameterError, match=r"placement='mamba,attention,kda': the engine keeps state for 'all-gdn'"):
+        engine(supernet, placement=A).generate(PROMPTS[0], SamplingParams(placement=B), use_tqdm=False)
+    llm = engine(supernet, mixed_placements=True)
+    with pytest.raises(ParameterError, match="no mixer 'rwkv'"):
+        llm.generate(PROMPTS[0], SamplingParams(placement="all-rwkv"), use_tqdm=False)
+
+
+def test_a_switch_of_the_default_among_mixed_requests(supernet, alone):
+    """Who is running keeps its placement; who comes later has the new default."""
+    llm = engine(supernet, mixed_placements=True, placement=A)
+    stream = llm.stream(PROMPTS[1], PARAMS)
+    next(stream)
+    llm.set_placement(B)
+    later = answers(llm, PROMPTS[:1])
+    assert later[0][0] == alone[B][0][0]
+    assert [output.outputs[0].token_ids for output in stream][-1] == alone[A][1][0]
+
+
+def test_models_without_a_choice(tmp_path):
+    folder = checkpoint(tmp_path, fixed(MIXERS["gdn"]))
+    llm = engine(folder)
+    assert llm.placement == (None, None) and llm.mixer_names() == ()
+    with pytest.raises(ConfigError, match="no layer of the model has a choice of mixers"):
+        llm.set_placement("all-gdn")
+    with pytest.raises(ConfigError, match="mixed_placements=True: no layer of the model has a choice"):
+        engine(folder, mixed_placements=True)
+
+
+def test_the_small_language():
+    values = pattern(["one", "plain", "one", "one", "one", "one"], {"one": SUPERNET, "plain": ATTENTION})
+    model = Apriel2ForCausalLM.read_config(HFConfig(values))
+
+    def names(written):
+        return [name for name in read_placement(written, model) if name is not None]
+
+    assert names(None) == ["attention"] * 5
+    assert names("all-swa") == ["sliding_window"] * 5
+    assert names("every2nd-gdn") == ["attention", "gdn", "attention", "gdn", "attention"]
+    assert names("every1st-kda") == ["kda"] * 5
+    assert names("every21st-kda") == ["attention"] * 5
+    assert names("bookend-attn-mamba") == ["attention", "attention", "mamba", "attention", "attention"]
+    assert names("gdn, kda,attn,swa,mamba") == ["gdn", "kda", "attention", "sliding_window", "mamba"]
+    assert names(["gdn", "ignored", "gdn", "gdn", "gdn", "kda"]) == ["gdn"] * 4 + ["kda"]  # one a layer of the model
+    assert names({"3": "gdn", 0: "kda"}) == ["kda", "attention", "gdn", "attention", "attention"]
+    assert read_placement("all-gdn", model)[1] is None
+    assert describe_placement(read_placement("every2nd-gdn", model)) == "attention,gdn,attention,gdn,attention"
+    assert all(layer.mixer.canons == () for layer in placed(model, read_placement("all-gdn", model)).layers)
+
+
+def test_behind_an_event_loop(supernet, alone):
+    async def run():
+        async with AsyncLLM(
+            supernet, device="cpu", placement=A, max_num_batched_tokens=16, max_num_seqs=4, num_blocks=64
+        ) as llm:
+            await llm.set_placement(B)
+            async for output in llm.generate(PROMPTS[1], PARAMS):
+                last = output
+            with pytest.raises(ConfigError, match="no mixer 'rwkv'"):
+                await llm.set_placement("all-rwkv")
+            return last.outputs[0].token_ids
+
+    assert asyncio.run(run()) == alone[B][1][0]
+
+
+def test_two_ranks(supernet, alone):
+    """Both ranks switch; a mixed batch is the same on both."""
+    options = {"max_num_batched_tokens": 16, "max_num_seqs": 4, "num_blocks": 64, "device": "cpu"}
+    llm = LLM(supernet, tensor_parallel_size=2, placement=A, **options)
+    try:
+        for placement in (A, B, C, A):
+            llm.set_placement(placement)
+            assert [tokens for tokens, _ in answers(llm)] == [tokens for tokens, _ in alone[placement]]
+    finally:
+        llm.engine.close()
+    llm = LLM(supernet, tensor_parallel_size=2, placement=A, mixed_placements=True, **options)
+    try:
+        own = [None, B, C, B]
+        params = [SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, placement=p) for p in own]
+        outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+        expected = [alone[placement or A][index][0] for index, placement in enumerate(own)]
+        assert [output.outputs[0].token_ids for output in outputs] == expected
+    finally:
+        llm.engine.close()
+
+
+def test_a_supernet_in_which_layers_have_other_mixers(tmp_path):
+    """Names that only some layers have: a placement may use them there."""
+    some = {"type": "stochastic", "main_mixer_name": "gdn", "mixers": {name: MIXERS[name] for name in ("gdn", "kda")}}
+    decoder = pattern(["all", "some"], {"all": SUPERNET, "some": some})["decoder"]
+    llm = engine(checkpoint(tmp_path, config(decoder)))
+    assert llm.mixer_names() == NAMES and llm.placement == ("attention", "gdn")
+    llm.set_placement({1: "kda"})
+    assert llm.placement == ("attention", "kda")
+    with pytest.raises(ConfigError, match="layer 1 has no mixer 'attention'; it has gdn, kda"):
+        llm.set_placement("all-attention")

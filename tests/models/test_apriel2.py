@@ -1,0 +1,114 @@
+"""Apriel2 against an fp64 oracle that reads the files by itself: each mixer, hybrids, supernets under placements."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from apriel2_oracle import Apriel2Oracle
+
+from apriel2_models import ATTENTION, MIXERS, SUPERNET, checkpoint, config, fixed, pattern
+from helpers import assert_engine_parity, assert_plain_parity, logprobs, plain_logits
+from lamella.checkpoint import load_model, open_checkpoint
+from lamella.parity import assert_parity
+
+LENGTHS = (1, 3, 4, 21)
+BIASED = {name: {"bias": {"enabled": True}} for name in ("query_layer", "key_layer", "value_layer")}
+MODELS = {
+    "attention": fixed(MIXERS["attention"]),
+    "attention, query and value biases": fixed(
+        {**ATTENTION, "query_layer": BIASED["query_layer"], "value_layer": BIASED["value_layer"]}
+    ),
+    "attention, all biases": fixed({**ATTENTION, "add_linear_biases": True}),
+    "one key head": fixed({**ATTENTION, "head_groups": 1}),
+    "sliding window": fixed(MIXERS["sliding_window"]),
+    "gdn": fixed(MIXERS["gdn"]),
+    "gdn, one key head": fixed({**MIXERS["gdn"], "key_heads": 1, "norm_eps": 1e-3}),
+    "gdn, kernel 2": fixed({**MIXERS["gdn"], "convolution_layer": {"kernel_size": 2}}),
+    "kda": fixed(MIXERS["kda"]),
+    "kda, sigmoid": fixed({**MIXERS["kda"], "normalization": {"activation": "sigmoid", "epsilon": 1e-3}}),
+    "mamba": fixed(MIXERS["mamba"]),
+    "mamba, repeated behind the convolution": fixed({**MIXERS["mamba"], "repeat_kv_before_conv": False}),
+    "mamba, no biases": fixed({**MIXERS["mamba"], "conv_bias": False, "dt_proj_bias": False}),
+    "mamba, linear biases": fixed({**MIXERS["mamba"], "add_linear_biases": True}),
+    "layer norms": fixed(MIXERS["gdn"], normalization={"type": "layer_norm", "epsilon": 1e-3}),
+    "block's own epsilon": fixed(MIXERS["attention"], normalization={"type": "rms_norm", "epsilon": 1e-2}),
+    "not gated": fixed(
+        MIXERS["kda"],
+        mlp={"type": "mlp", "intermediate_size": 48, "activation": "relu2", "add_linear_biases": True},
+    ),
+    "gated gelu": fixed(
+        MIXERS["mamba"],
+        mlp={"type": "mlp", "intermediate_size": 48, "activation": "gelu_pytorch_tanh", "gated": True},
+    ),
+    "hybrid": pattern(["attention", "gdn", "kda", "mamba", "sliding_window"]),
+    "tiled pattern": pattern(["kda", "attention"], layers=5),
+    "tied head": fixed(MIXERS["gdn"]) | {"tie_word_embeddings": True},
+    "supernet": fixed(SUPERNET),
+}
+PLACEMENTS = {
+    "all-gdn": ["gdn"] * 3,
+    "mamba,attention,kda": ["mamba", "attention", "kda"],
+    "swa,mamba,attn": ["sliding_window", "mamba", "attention"],
+    "every2nd-gdn": ["attention", "gdn", "attention"],
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_plain_forward_is_the_oracles(tmp_path, name):
+    folder = checkpoint(tmp_path, MODELS[name])
+    assert_plain_parity(folder, Apriel2Oracle(folder), LENGTHS)
+
+
+@pytest.mark.parametrize("name", ["gdn", "kda", "mamba", "hybrid", "sliding window"])
+def test_the_engine_is_the_oracles(tmp_path, name):
+    folder = checkpoint(tmp_path, MODELS[name])
+    assert_engine_parity(folder, Apriel2Oracle(folder), (1, 3, 40, 70), count=4)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_placement_chooses_the_mixers(tmp_path, placement):
+    folder = checkpoint(tmp_path, fixed(SUPERNET, layers=3))
+    model = load_model(open_checkpoint(folder), dtype="float32")
+    model.set_placement(placement)
+    ids = torch.randint(0, 128, (1, 15))
+    expected = Apriel2Oracle(folder, PLACEMENTS[placement])(ids)
+    assert (logprobs(plain_logits(model, ids)) - logprobs(expected)).abs().max() <= 1e-4
+
+
+def test_the_double_bias_of_mamba_shows(tmp_path):
+    """The control of the one formula that looks like a mistake: with a single bias the oracle differs."""
+    folder = checkpoint(tmp_path, MODELS["mamba"])
+    ids = torch.randint(0, 128, (1, 12))
+    oracle = Apriel2Oracle(folder)
+    expected = logprobs(oracle(ids))
+    for layer in range(2):
+        oracle.tensors[f"model.decoder.blocks.{layer}.mixer.dt_proj.bias"] /= 2
+    assert (logprobs(oracle(ids)) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["gdn", "kda", "mamba", "sliding window", "every5th kda"])
+def test_parity_kit(tmp_path, name, dtype):
+    """Every path, states included, every operation, and bf16 no further from the truth than the reference's own."""
+    values = MODELS.get(name) or pattern(["attention"] * 4 + ["kda"])
+    folder = checkpoint(tmp_path, values)
+    assert_parity(str(folder), dtype=dtype, prompts="random", count=8)
+
+
+@pytest.mark.parametrize("placement", [None, "all-gdn", "gdn,kda,mamba", "swa,attention,kda"])
+def test_parity_kit_of_a_supernet(tmp_path, placement):
+    folder = checkpoint(tmp_path, fixed(SUPERNET, layers=3))
+    assert_parity(str(folder), dtype="bfloat16", prompts="random", count=8, placement=placement)
+
+
+def test_text_of_a_multimodal_checkpoint(tmp_path, caplog):
+    """Its vision tensors are passed over, and the log says how many."""
+    from safetensors.torch import load_file, save_file
+
+    values = config(MODELS["gdn"]["decoder"], vision_encoder={"hidden_size": 8}, image_token_index=5)
+    folder = checkpoint(tmp_path, values)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"model.vision_encoder.adapter.linear_1.weight": torch.ones(2)}, folder / "model.safetensors")
+    with caplog.at_level("INFO", "lamella"):
+        load_model(open_checkpoint(folder))
+    assert "1 tensors of other parts are not read: model.vision_encoder.adapter.linear_1.weight" in caplog.text

@@ -1,0 +1,131 @@
+"""The selective scan: the reference against a loop in Python, the chunked form against the reference."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from recurrences import BATCHES, LONG, ScanCase, close, pieces, same
+
+from lamella.ops.selective_scan import cpu, reference, selective_scan
+
+FORMS = {"reference": reference.selective_scan, "chunks": cpu.selective_scan, "fast": selective_scan}
+# Heads of x and b and all heads; channels and width of a state.
+SHAPES = [((2, 3, 6), (5, 7)), ((1, 1, 1), (1, 2)), ((4, 2, 4), (16, 16))]
+
+
+def naive(case, state):
+    """Request by request, channel by channel, token by token, in fp64; the states are replaced."""
+    a = {name: None if x is None else x.double() for name, x in case.operands.items()}
+    _, heads, channels = a["dt"].shape
+    out, token = torch.empty_like(a["dt"]), 0
+    for request, (new, total) in enumerate(zip(case.batch.query_lens, case.batch.context_lens, strict=True)):
+        slot = case.slots[request]
+        for h in range(heads):
+            xh, bh = h // (heads // a["x"].shape[1]), h // (heads // a["b"].shape[1])
+            for p in range(channels):
+                row = state[slot, h, p].double() if new < total else torch.zeros(state.shape[3], dtype=torch.float64)
+                for t in range(token, token + new):
+                    bias = 0.0 if a["dt_bias"] is None else float(a["dt_bias"][h, p])
+                    delta, x = math.log1p(math.exp(float(a["dt"][t, h, p]) + bias)), float(a["x"][t, xh, p])
+                    row = row * torch.exp(-delta * a["a_log"][h, p].exp()) + delta * x * a["b"][t, bh]
+                    z = float(a["z"][t, h, p])
+                    y = float(row @ a["c"][t, h]) + float(a["d"][h, p]) * x
+                    out[t, h, p] = y * z / (1 + math.exp(-z))
+                state[slot, h, p] = row
+        token += new
+    return out
+
+
+@pytest.mark.parametrize("batch", ["decode", "one"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_form_is_the_recurrence(form, batch, bias):
+    case = ScanCase(BATCHES[batch], (2, 1, 4), (3, 5), bias=bias)
+    y, pages = case.run(FORMS[form])
+    expected_pages, state = case.state()
+    close(y, naive(case, state).float())
+    close(pages, expected_pages)
+    case.check_pages(pages)
+
+
+@pytest.mark.parametrize(("heads", "dims"), SHAPES)
+@pytest.mark.parametrize("rate", [0.0, 4.0, 10.0])
+@pytest.mark.parametrize("entries", [cpu.CHUNK_ENTRIES, 20000])
+def test_chunks_are_the_reference(heads, dims, rate, entries, monkeypatch):
+    monkeypatch.setattr(cpu, "CHUNK_ENTRIES", entries)
+    case = ScanCase(LONG["lengths"], heads, dims, rate=rate)
+    for remembering in (True, False):
+        (y, pages), (expected, expected_pages) = (case.run(FORMS[f], remembering) for f in ("chunks", "reference"))
+        close(y, expected)
+        close(pages, expected_pages)
+        if remembering:
+            case.check_pages(pages)
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 200])
+def test_one_request_of_any_length(length):
+    for context in (length, length + 5):
+        case = ScanCase(([length], [context]), (1, 3, 3), (8, 4), rate=2.0)
+        (y, pages), (expected, expected_pages) = (case.run(FORMS[f]) for f in ("chunks", "reference"))
+        close(y, expected)
+        close(pages, expected_pages)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_any_cut_equals_the_whole(form, data):
+    cuts = [data.draw(st.lists(st.sampled_from([0, 1, 1, 2, 7, 20, 65]), min_size=1, max_size=5)) for _ in range(3)]
+    cuts = [cut if any(cut) else [1] for cut in cuts]
+    lengths = [sum(cut) for cut in cuts]
+    case = ScanCase((lengths, lengths), (1, 2, 2), (9, 4))
+    whole, whole_pages = case.run(reference.selective_scan)
+    y, pages = pieces(case, FORMS[form], cuts)
+    close(y, whole)
+    close(pages, whole_pages)
+    case.check_pages(pages)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_results_are_rounded_once(batch, dtype):
+    case = ScanCase(BATCHES[batch], (2, 4, 4), (16, 24), dtype=dtype)
+    (y, pages), (expected, expected_pages) = (case.run(FORMS[f]) for f in ("fast", "reference"))
+    wide, _ = case.run(reference.selective_scan, **{n: x.float() for n, x in case.operands.items()})
+    assert same(expected, wide.to(dtype))
+    close(y, expected, 1e-5, ulps=1)
+    close(pages, expected_pages)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_channel_that_forgets_at_once_or_never(form):
+    case = ScanCase(([70, 70], [70, 90]), (1, 1, 2), (4, 6))
+    a_log = torch.tensor([-80.0, 70.0])[:, None, None].expand(2, 4, 6).contiguous()
+    y, pages = case.run(FORMS[form], a_log=a_log)
+    expected, expected_pages = case.run(reference.selective_scan, a_log=a_log)
+    close(y, expected)
+    close(pages, expected_pages)
+
+
+def test_a_request_does_not_notice_its_neighbours():
+    """A decode's bits are the same beside a prompt, and beside other decodes."""
+    case = ScanCase(BATCHES["mixed"], (2, 2, 4), (16, 8))
+    y, pages = case.run(selective_scan)
+    few = ScanCase(([1, 1], [7, 1]), (2, 2, 4), (16, 8))
+    few.slots, few.pages = case.slots[:2], case.pages
+    few.operands = {n: x if n in ("a_log", "dt_bias", "d") else x[:2] for n, x in case.operands.items()}
+    alone, alone_pages = few.run(selective_scan)
+    assert torch.equal(y[:2], alone)
+    assert torch.equal(pages[few.slots, few.span], alone_pages[few.slots, few.span])
+
+
+def test_out_is_where_the_result_goes():
+    case = ScanCase(BATCHES["mixed"], (1, 2, 2), (8, 8))
+    expected, _ = case.run(selective_scan)
+    out = torch.empty_like(expected)
+    y, _ = case.run(lambda **operands: selective_scan(**operands, out=out))
+    assert y is out and torch.equal(out, expected)

@@ -1,0 +1,230 @@
+"""Recurrent mixers and supernets in vLLM: tokens are those of one full float64 forward, however a step is cut, whoever
+stands in the batch, and whatever placement came before."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apriel2_models import ATTENTION, MIXERS, SUPERNET, checkpoint, fixed, pattern
+from lamella.parity import compare
+from vllm_plugin.plugin_helpers import (
+    ENVIRONMENT,
+    LENGTHS,
+    NGRAM,
+    ON_CPU,
+    assert_right,
+    generate,
+    metric,
+    oracle,
+    prompts_of,
+    running,
+    scheduler_of,
+    tokens_of,
+)
+from vllm_plugin.test_plugin_parallel import TRACED
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+# vLLM's attention has heads of 32 channels at least on CPUs.
+WIDE = {name: {**mixer, "head_size": 32} if mixer["type"] == "attention" else mixer for name, mixer in MIXERS.items()}
+SOME = {name: WIDE[name] for name in ("attention", "sliding_window", "gdn", "kda", "mamba")}
+A, B, C = "all-gdn", "mamba,attention,kda", "swa,attention,sliding_window"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    biased = {**WIDE["attention"], "query_layer": {"bias": {"enabled": True}}}
+    models = {
+        "gdn": pattern(["gdn", "attention"], WIDE),
+        "kda": pattern(["attention", "kda"], WIDE),
+        "mamba": pattern(["mamba", "attention"], WIDE),
+        "all": pattern(["attention", "gdn", "kda", "mamba", "sliding_window"], WIDE),
+        "query bias": pattern(["biased", "gdn"], {**WIDE, "biased": biased}),
+        "supernet": fixed({**SUPERNET, "mixers": SOME}, layers=3),
+    }
+    return {name: checkpoint(tmp_path_factory.mktemp("apriel2"), values) for name, values in models.items()}
+
+
+@pytest.mark.parametrize("name", ["gdn", "kda", "mamba", "all", "query bias"])
+def test_chunks_batches_and_reuse(folders: dict[str, Path], name: str) -> None:
+    """Prompts in chunks of a few tokens beside others' decodes, then one-token prompts in blocks that had tenants."""
+    folder = folders[name]
+    with running(folder, max_num_batched_tokens=16, enable_prefix_caching=False) as llm:
+        assert_right(oracle(folder), generate(llm, prompts_of(*LENGTHS), 12))
+        assert_right(oracle(folder), generate(llm, prompts_of(1, 1, 2), 6))
+
+
+@pytest.mark.parametrize("name", ["all", "supernet"])
+def test_prefix_hits(folders: dict[str, Path], name: str) -> None:
+    """A state that was copied at the end of a block is the state that a request would have computed."""
+    folder = folders[name]
+    placement = A if name == "supernet" else None
+    with running(folder, enable_prefix_caching=True) as llm:
+        if placement:
+            from lamella.vllm_plugin.placement import set_placement
+
+            set_placement(llm, placement)
+        shared = prompts_of(150)[0]
+        prompts = [shared, [*shared, 5, 6], [*shared[:130], 9, 9, 9], shared]
+        for prompt in prompts:
+            assert_right(oracle(folder, placement), generate(llm, [prompt], 8))
+        assert metric(llm, "prefix_cache_hits") > 0
+
+
+def test_preemption(folders: dict[str, Path]) -> None:
+    folder = folders["all"]
+    with running(folder, num_gpu_blocks_override=24, enable_prefix_caching=False) as llm:
+        assert_right(oracle(folder), generate(llm, prompts_of(60, 50, 70, 40, 65, 55), 60))
+        assert metric(llm, "num_preemptions") > 0
+
+
+@pytest.mark.parametrize("name", ["all", "supernet"])
+def test_compiled(folders: dict[str, Path], name: str) -> None:
+    folder = folders[name]
+    with running(folder, enforce_eager=False, max_num_batched_tokens=64) as llm:
+        assert_right(oracle(folder), generate(llm, prompts_of(*LENGTHS), 12))
+
+
+def test_bfloat16_is_as_exact_as_the_references(folders: dict[str, Path]) -> None:
+    report = compare(str(folders["all"]), engine="vllm", dtype="bfloat16", prompts="random", count=6)
+    assert report.ratio <= 1.0
+
+
+class TestSupernet:
+    @pytest.fixture(scope="class", params=[True, False], ids=["prefix caching", ""])
+    def engine(self, request: pytest.FixtureRequest, folders: dict[str, Path]) -> Iterator[Any]:
+        with running(folders["supernet"], enable_prefix_caching=request.param) as llm:
+            yield llm
+
+    def test_published_calls(self, engine: Any, folders: dict[str, Path]) -> None:
+        assert engine.collective_rpc("get_mixer_names") == [tuple(SOME)]
+        assert engine.collective_rpc("get_layer_placements") == [dict.fromkeys(range(3), "attention")]
+        engine.collective_rpc("clear_kv_cache")
+        engine.reset_prefix_cache()
+        names = ["gdn", "kda", "mamba"]
+        if engine.llm_engine.vllm_config.cache_config.enable_prefix_caching:
+            with pytest.raises(Exception, match="set_layer_placements: with prefix caching on"):
+                engine.collective_rpc("set_layer_placements", args=(names,))
+            return
+        assert engine.collective_rpc("set_layer_placements", args=(names,)) == [dict(enumerate(names))]
+        assert_right(oracle(folders["supernet"], "gdn,kda,mamba"), generate(engine, prompts_of(*LENGTHS), 8))
+
+    def test_switches(self, engine: Any, folders: dict[str, Path]) -> None:
+        """The same prompts under each placement, again and again: nothing of another is found."""
+        from lamella.vllm_plugin.placement import set_placement
+
+        seen: dict[str, list[list[int]]] = {}
+        for placement in (A, B, C, A, B):
+            set_placement(engine, placement)
+            for _ in range(2):
+                outputs = generate(engine, prompts_of(*LENGTHS), 8)
+                assert_right(oracle(folders["supernet"], placement), outputs)
+                assert seen.setdefault(placement, tokens_of(outputs)) == tokens_of(outputs)
+        assert len({str(tokens) for tokens in seen.values()}) == 3
+
+    def test_a_switch_in_flight(self, engine: Any, folders: dict[str, Path]) -> None:
+        """All tokens before are the old placement's, all after are the new one's over the whole prefix."""
+        from vllm import SamplingParams
+
+        from lamella.vllm_plugin.placement import set_placement
+
+        set_placement(engine, A)
+        prompt, core = prompts_of(70)[0], engine.llm_engine
+        params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+        core.add_request("in flight", {"prompt_token_ids": prompt}, params)
+        tokens: list[int] = []
+        while len(tokens) < 8:
+            tokens = [list(output.outputs[0].token_ids) for output in core.step()][-1] or tokens
+        set_placement(engine, B)
+        while core.has_unfinished_requests():
+            for output in core.step():
+                tokens = list(output.outputs[0].token_ids)
+        assert len(tokens) == 24
+        ids = [*prompt, *tokens]
+        chosen = {name: oracle(folders["supernet"], name)(ids).argmax(-1).tolist() for name in (A, B)}
+        start = len(prompt) - 1
+        right = {name: [a == b for a, b in zip(chosen[name][start:-1], tokens, strict=True)] for name in chosen}
+        count = next(index for index, same in enumerate(right[A]) if not same)
+        assert count >= 8 and all(right[A][:count]) and all(right[B][count:])
+
+    def test_a_bad_placement_changes_nothing(self, engine: Any) -> None:
+        from lamella.vllm_plugin.placement import set_placement
+
+        before = engine.collective_rpc("get_layer_placements")
+        with pytest.raises(Exception, match="layer 0 has no mixer 'rwkv'"):
+            set_placement(engine, "all-rwkv")
+        assert engine.collective_rpc("get_layer_placements") == before
+        assert tokens_of(generate(engine, prompts_of(3), 2))
+
+    def test_state_is_one_group_as_wide_as_the_widest_mixers(self, engine: Any) -> None:
+        kda, gdn = 4 * 2 * 16 * 16 + 4 * 3 * 96, 4 * 4 * 8 * 16 + 4 * 3 * 96
+        mamba = 4 * 8 * 8 * 8 + 4 * 3 * 64
+        groups = scheduler_of(engine).kv_cache_config.kv_cache_groups
+        specs = [group.kv_cache_spec for group in groups if any("state" in name for name in group.layer_names)]
+        assert len(specs) == 1 and specs[0].shapes == ((max(kda, gdn, mamba),),)
+
+
+def test_a_fixed_placement_has_no_other_mixers(folders: dict[str, Path]) -> None:
+    """`hf_overrides` chooses for good: the state, and the groups of cache, of what is chosen."""
+    folder = folders["supernet"]
+    for placement in (B, "all-attention"):
+        with running(folder, hf_overrides={"placement": placement}) as llm:
+            assert_right(oracle(folder, placement), generate(llm, prompts_of(*LENGTHS), 12))
+            (names,) = llm.apply_model(lambda model: [name for name, _ in model.named_parameters()])
+            assert not any("sliding_window" in name for name in names)
+            assert len(scheduler_of(llm).kv_cache_config.kv_cache_groups) == (1 if placement == "all-attention" else 2)
+
+
+def test_drafts_are_refused(folders: dict[str, Path]) -> None:
+    with (
+        pytest.raises(Exception, match="recurrent state cannot go back to before a rejected draft"),
+        running(folders["all"], speculative_config=NGRAM),
+    ):
+        pass
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2 or not ON_CPU, reason="needs two cores, and gloo")
+@pytest.mark.parametrize(
+    "options", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2} | TRACED], ids=["tensor", "pipeline"]
+)
+def test_two_ranks(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Every mixer, divided by heads or by layers; all ranks switch."""
+    folder = checkpoint(tmp_path / "model", fixed({**SUPERNET, "mixers": SOME}, layers=4))
+    separate = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_CI_ENV": "0"}
+    placements = ["gdn,kda,mamba,swa", "all-attention"]
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "vllm_plugin.plugin_helpers",
+            folder,
+            json.dumps(options | {"max_num_batched_tokens": 64}),
+            *placements,
+        ],
+        env={**os.environ, **ENVIRONMENT, **separate, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0 and result.stdout.splitlines()[-1] == "right", result.stdout + result.stderr
+
+
+def test_no_attention_at_all(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, fixed(WIDE["gdn"]))
+    with running(folder, max_num_batched_tokens=64) as llm:
+        assert_right(oracle(folder), generate(llm, prompts_of(*LENGTHS), 12))
+
+
+def test_attention_only(tmp_path: Path) -> None:
+    """Such a file keeps no slot state at all."""
+    folder = checkpoint(tmp_path, fixed({**ATTENTION, "head_size": 32}))
+    with running(folder) as llm:
+        assert_right(oracle(folder), generate(llm, prompts_of(*LENGTHS), 12))
