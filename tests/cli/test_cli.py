@@ -15,6 +15,13 @@ from helpers import canon_checkpoint
 from lamella import LLM, SamplingParams
 from lamella.cli import main
 
+LLAMA4 = {
+    "architectures": ["Llama4ForCausalLM"], "dtype": "float32", "vocab_size": 128, "hidden_size": 32,
+    "intermediate_size": 24, "intermediate_size_mlp": 40, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "interleave_moe_layer_step": 2,
+    "attention_chunk_size": 16,
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -156,3 +163,18 @@ def test_cuda_is_refused_where_there_is_none(folder, capsys):
         pytest.skip("a CUDA device is here")
     assert main(["generate", str(folder), "--tokens", "1", "--device", "cuda"]) == 2
     assert "device='cuda'" in capsys.readouterr().err
+
+
+def test_inspect_shows_what_layers_differ_in(tmp_path, capsys):
+    """Chunks, temperatures and experts, of which a step reads what its tokens go to."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA4))
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    card = json.loads(capsys.readouterr().out.splitlines()[-1])
+    experts = 3 * 32 * 24 * 4  # bytes of one, in fp32
+    dense = card["decode_step_weight_bytes"] - 2 * experts
+    assert card["weight_bytes"] - 128 * 32 * 4 == dense + 2 * 4 * experts
+    assert "interleaved, qk-norm per head, no weight, chunk 16" in card["layers"][0]
+    assert "no rope, temperature from 8191 on" in card["layers"][3]
+    assert "1 of 4 experts 24 + shared 24" in card["layers"][1] and "MLP 40" in card["layers"][2]
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "experts" in capsys.readouterr().out

@@ -63,6 +63,22 @@ def qwen(**changes):
     return llama(**changes) | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 
 
+def llama4(intermediate_size, num_hidden_layers, mlp_bias=None, **changes):
+    """Two layers: experts, and a dense one; chunks and none."""
+    return llama(**changes) | {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        "num_hidden_layers": 2,
+        "intermediate_size": intermediate_size,
+        "intermediate_size_mlp": 2 * intermediate_size,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_layers": [0],
+        "no_rope_layers": [1, 0],
+        "attention_chunk_size": 4,
+    }
+
+
 def logits(model, ids):
     with torch.inference_mode():
         return model.compute_logits(model(ids))
@@ -129,7 +145,7 @@ def configs(draw):
         tie_word_embeddings=draw(st.booleans()),
         attention_bias=draw(st.booleans()),
     )
-    family = draw(st.sampled_from([llama, qwen, canon_config]))
+    family = draw(st.sampled_from([llama, qwen, canon_config, llama4]))
     if family is canon_config:
         letters = draw(st.sets(st.sampled_from("ABCD")))
         changes |= dict(
@@ -182,14 +198,15 @@ def test_state_is_divided():
     config = canon_config(num_attention_heads=4, num_key_value_heads=1, qk_norm=True)
     whole, parts = divided(config, 2)
     for one, first, second in zip(*map(state_holders, (whole, *parts)), strict=True):
-        assert first.spec == second.spec
-        if hasattr(one.spec, "kv_heads"):
-            assert (one.spec.kv_heads, first.spec.kv_heads) == (1, 1)
+        assert first.specs == second.specs
+        (whole_spec,), (spec,) = one.specs, first.specs
+        if hasattr(spec, "kv_heads"):
+            assert (whole_spec.kv_heads, spec.kv_heads) == (1, 1)
         else:
             # A and C whole; B's queries by half, its one key and value head on both; D by half.
             hidden, inside = config["hidden_size"], config["intermediate_size"]
-            assert one.spec.shape[1] == 2 * hidden + 6 * 16 + 2 * inside
-            assert first.spec.shape[1] == 2 * hidden + 4 * 16 + inside
+            assert whole_spec.shape[1] == 2 * hidden + 6 * 16 + 2 * inside
+            assert spec.shape[1] == 2 * hidden + 4 * 16 + inside
 
 
 def test_canon_channels_are_gathered_from_all_over():

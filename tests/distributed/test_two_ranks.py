@@ -53,11 +53,26 @@ def qwen(folder):
     return folder
 
 
+def llama4(folder):
+    from transformers import Llama4TextConfig
+
+    hf_checkpoint(
+        folder,
+        Llama4TextConfig(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=24, intermediate_size_mlp=48, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
+            interleave_moe_layer_step=2, attention_chunk_size=16, floor_scale=20, max_position_embeddings=256,
+            pad_token_id=0,
+        ),
+    )  # fmt: skip
+    return folder
+
+
 def canon(folder):
     return canon_checkpoint(folder, vocab_size=VOCAB, qk_norm=True, num_key_value_heads=1, canon_bias=True)
 
 
-@pytest.fixture(scope="module", params=[llama, qwen, canon], ids=lambda make: make.__name__)
+@pytest.fixture(scope="module", params=[llama, qwen, llama4, canon], ids=lambda make: make.__name__)
 def pair(request, tmp_path_factory):
     """A model on one rank and on two."""
     folder = request.param(tmp_path_factory.mktemp(request.param.__name__))

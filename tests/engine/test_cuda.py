@@ -8,6 +8,7 @@ import torch
 from helpers import canon_checkpoint, hf_checkpoint, random_prompts
 from lamella import LLM, SamplingParams
 from lamella.ops.self_check import KernelError, self_check
+from models.test_llama4 import SHAPE as LLAMA4
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,13 +18,17 @@ PROMPTS = random_prompts([1, 2, 5, 17, 40, 130, 3, 33, 64, 9])
 SCORED = SamplingParams(temperature=0, max_tokens=24, logprobs=3, prompt_logprobs=0, ignore_eos=True)
 
 
-@pytest.fixture(scope="module", params=["canon", "qwen3"])
+@pytest.fixture(scope="module", params=["canon", "qwen3", "llama4"])
 def checkpoint(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "canon":
         return canon_checkpoint(folder, hidden_size=256, intermediate_size=384, head_dim=64, canon_bias=True)
-    from transformers import Qwen3Config
+    from transformers import Llama4TextConfig, Qwen3Config
 
+    if request.param == "llama4":  # whose chunks end in prompts and in decodes
+        shape = {"num_attention_heads": 10, "num_key_value_heads": 2, "head_dim": 64, "hidden_size": 256}
+        hf_checkpoint(folder, Llama4TextConfig(**LLAMA4 | shape | {"intermediate_size": 128, "num_experts_per_tok": 2}))
+        return folder
     config = Qwen3Config(
         vocab_size=128,
         hidden_size=256,

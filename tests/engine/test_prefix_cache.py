@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, Qwen3Config
+from transformers import Llama4TextConfig, LlamaConfig, Qwen3Config
 
 from helpers import canon_checkpoint, hf_checkpoint, poisoned_llm, random_prompts
 from lamella import LLM, SamplingParams
@@ -18,6 +18,7 @@ from lamella.models import registry
 from lamella.parity import bisect, paths
 from lamella.parity.forcing import ForcedEngine
 from lamella.parity.sequences import split
+from models.test_llama4 import SHAPE as LLAMA4
 from parity.test_bisection import SHAPE
 from recurrent import hybrid_checkpoint
 
@@ -26,6 +27,7 @@ MODELS = {
     "windowed": lambda folder: hf_checkpoint(
         folder, Qwen3Config(**SHAPE | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1})
     ),
+    "chunked": lambda folder: hf_checkpoint(folder, Llama4TextConfig(**LLAMA4 | {"attention_chunk_size": 12})),
     "canon": lambda folder: canon_checkpoint(folder, qk_norm=True),
     "hybrid": hybrid_checkpoint,
 }
@@ -88,7 +90,10 @@ def test_every_path_is_right_with_states(folder, dtype):
     matrix = paths(folder, dtype=dtype, device="cpu", prompts="random", count=1, prompt_len=40, decode_len=8)
     assert not matrix.failures, matrix.failures
     prefix = [cell for cell in matrix.cells if "prefix" in cell.path or "turn" in cell.path]
-    assert len(prefix) == 6 and all(cell.status == "pass" and cell.state_max is not None for cell in prefix)
+    at_chunks = [cell for cell in prefix if "at a chunk's end" in cell.path]
+    assert len(prefix) == 6 + len(at_chunks) and all(
+        cell.status == "pass" and cell.state_max is not None for cell in prefix
+    )
 
 
 def test_the_generic_recurrent_mixer_is_right(tmp_path):

@@ -297,9 +297,9 @@ def test_a_request_that_fits_alone_is_finished(shapes, budget):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 200), st.integers(1, 64), st.integers(1, 40))
-def test_a_window_never_holds_more_than_its_peak(tokens, chunk, window):
-    group = PagedState(1, 8, torch.float32, window=window)
+@given(st.integers(1, 200), st.integers(1, 64), st.integers(1, 40), st.sampled_from(["window", "chunk"]))
+def test_what_is_local_never_holds_more_than_its_peak(tokens, chunk, size, kind):
+    group = PagedState(1, 8, torch.float32, **{kind: size})
     state = StateManager([group], [1000], 1, PAGE)
     peak = state.peak_pages(0, tokens, min(chunk, tokens))
     computed = 0

@@ -14,7 +14,15 @@ from lamella.errors import ConfigError
 from lamella.models import CausalLM, architectures, register_architecture, registry, resolve_architecture
 from lamella.models.hf_config import read_model
 
-BUILT_IN = ["LlamaCanonForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM"]
+BUILT_IN = [
+    "Apriel2ForCausalLM",
+    "Apriel2ForConditionalGeneration",
+    "Llama4ForCausalLM",
+    "Llama4ForConditionalGeneration",
+    "LlamaCanonForCausalLM",
+    "LlamaForCausalLM",
+    "Qwen3ForCausalLM",
+]
 VALUES = {"vocab_size": 128, "hidden_size": 32, "depth": 3, "architectures": ["StripesForCausalLM"]}
 
 
@@ -58,7 +66,7 @@ def restored(monkeypatch):
 @pytest.mark.parametrize("name", [*BUILT_IN, "llama", "qwen3", "LlamaCanon"])
 def test_names_and_aliases(name):
     cls = resolve_architecture(name)
-    assert cls.__name__.lower().startswith(name.lower())
+    assert cls.__name__.lower().startswith(name.lower().removesuffix("forconditionalgeneration"))
     assert cls.__name__ in BUILT_IN
 
 

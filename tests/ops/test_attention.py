@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 from lamella.ops import attention
 from lamella.ops.attention import reference, sdpa
+from lamella.ops.attention.chunks import pieces, seen_pages
 from lamella.ops.ragged import RaggedBatch
+
+SIGHTS = [(None, None), (1, None), (3, None), (17, None), (None, 1), (None, 4), (None, 10), (None, 64)]
 
 
 @st.composite
@@ -23,18 +26,24 @@ def cases(draw):
         "group": draw(st.sampled_from([1, 2, 5])),
         "dim": draw(st.sampled_from([8, 16, 24, 64])),
         "page": draw(st.sampled_from([1, 4, 16])),
-        "window": draw(st.sampled_from([None, 1, 3, 17])),
+        **dict(zip(("window", "chunk"), draw(st.sampled_from(SIGHTS)), strict=True)),
         "seed": draw(st.integers(0, 2**31)),
     }
 
 
-def truth(q, keys, values, new, scale, window):
+def first_seen(position, window, chunk):
+    if chunk is not None:
+        return position - position % chunk
+    return 0 if window is None else max(0, position - window + 1)
+
+
+def truth(q, keys, values, new, scale, window, chunk=None):
     """fp64, one request, one query and one head at a time."""
     heads, group = q.shape[1], q.shape[1] // keys.shape[1]
     out = torch.empty(q.shape, dtype=torch.float64)
     for i in range(new):
         position = len(keys) - new + i
-        first = 0 if window is None else max(0, position - window + 1)
+        first = first_seen(position, window, chunk)
         for h in range(heads):
             k, v = (side[first : position + 1, h // group].double() for side in (keys, values))
             out[i, h] = torch.softmax(k @ q[i, h].double() * scale, 0) @ v
@@ -54,7 +63,7 @@ def paged(case, dtype):
         pages = [order.pop() for _ in range(counts[r])]
         table[r, : len(pages)] = torch.tensor(pages)
         k, v = (torch.randn(length, kv_heads, dim, generator=generator).to(dtype) for _ in range(2))
-        visible = 0 if case["window"] is None else max(0, length - new - case["window"] + 1)
+        visible = first_seen(length - new, case["window"], case["chunk"])
         for p in range(visible, length):
             k_cache[pages[p // page], p % page], v_cache[pages[p // page], p % page] = k[p], v[p]
         table[r, : visible // page] = 0
@@ -76,28 +85,28 @@ def test_paged_attention(implementation, case):
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
         queries, keys, values, k_cache, v_cache, table, batch = paged(case, dtype)
         scale = case["dim"] ** -0.5
-        out = implementation(torch.cat(queries), k_cache, v_cache, table, batch, scale, case["window"])
-        expected = torch.cat(
-            [truth(*parts, scale, case["window"]) for parts in zip(queries, keys, values, case["new"], strict=True)]
-        )
+        sight = {"window": case["window"], "chunk": case["chunk"]}
+        out = implementation(torch.cat(queries), k_cache, v_cache, table, batch, scale, **sight)
+        parts = zip(queries, keys, values, case["new"], strict=True)
+        expected = torch.cat([truth(*part, scale, **sight) for part in parts])
         assert out.dtype == dtype
         torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(("window", "chunk"), [(None, None), (3, None), (None, 3), (None, 1), (None, 7)])
 @pytest.mark.parametrize("lengths", [[4, 4], [1, 7, 3], [5]])
-def test_causal_attention_without_pages(lengths, window):
+def test_causal_attention_without_pages(lengths, window, chunk):
     torch.manual_seed(0)
     q, k, v = torch.randn(sum(lengths), 6, 16), torch.randn(sum(lengths), 2, 16), torch.randn(sum(lengths), 2, 16)
     batch = RaggedBatch.from_lengths(lengths, lengths)
     expected = torch.cat(
         [
-            truth(*parts, len(parts[0]), 0.3, window)
+            truth(*parts, len(parts[0]), 0.3, window, chunk)
             for parts in zip(*(side.split(lengths) for side in (q, k, v)), strict=True)
         ]
     ).float()
     for implementation in (reference.causal_attention, attention.causal_attention):
-        torch.testing.assert_close(implementation(q, k, v, batch, 0.3, window), expected, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(implementation(q, k, v, batch, 0.3, window, chunk), expected, rtol=2e-5, atol=2e-5)
 
 
 def test_write_kv_writes_its_rows_and_no_other():
@@ -108,3 +117,23 @@ def test_write_kv_writes_its_rows_and_no_other():
     assert torch.equal(k_cache.flatten(0, 1)[rows], k)
     assert torch.equal(v_cache.flatten(0, 1)[rows], v)
     assert k_cache.isnan().sum() == k_cache.numel() - k.numel()
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), pages=st.integers(1, 4))
+@torch.inference_mode()
+def test_chunks_are_requests_of_their_own(case, pages):
+    """What a library that knows no chunks is given: every chunk as a request, with the pages that it sees."""
+    page = case["page"]
+    case |= {"window": None, "chunk": page * pages}
+    queries, _, _, k_cache, v_cache, table, batch = paged(case, torch.float32)
+    lengths = case["new"], case["context"]
+    listed = torch.cat([row[: -(-n // page)] for row, n in zip(table, case["context"], strict=True)])
+    listed = listed[seen_pages(*lengths, case["chunk"], page)]
+    cut = pieces(*lengths, case["chunk"])
+    counts = [-(-piece.length // page) for piece in cut]
+    rows = torch.nn.utils.rnn.pad_sequence(list(listed.split(counts)), batch_first=True)
+    apart = RaggedBatch.from_lengths([piece.new for piece in cut], [piece.length for piece in cut])
+    q = torch.cat(queries)
+    expected = reference.paged_attention(q, k_cache, v_cache, table, batch, 0.3, None, case["chunk"])
+    torch.testing.assert_close(reference.paged_attention(q, k_cache, v_cache, rows, apart, 0.3, None), expected)

@@ -131,6 +131,23 @@ def test_decode_attention(dtype: torch.dtype, seed: int, window: int | None) -> 
 
 
 @DTYPES
+@pytest.mark.parametrize("chunk", [1, 7, 64, 256, 1000])
+def test_decode_attention_in_chunks(dtype: torch.dtype, chunk: int) -> None:
+    """As if the chunk were all there is; what lies before it may be anything."""
+    lens = [1, 6, 7, 8, 64, 65, 256, 257, 511, 700]
+    q, k_cache, v_cache, page_table, seq_lens, keys, values = attention_case(0, dtype, lens, (6, 2), 64, 16)
+    firsts = [(n - 1) // chunk * chunk for n in lens]
+    keys, values = ([x[first:] for x, first in zip(side, firsts, strict=True)] for side in (keys, values))
+    for r, first in enumerate(firsts):
+        hidden = flat_rows(page_table[r], 0, first, 16)
+        k_cache.flatten(0, 1)[hidden] = v_cache.flatten(0, 1)[hidden] = NAN
+        page_table[r, : first // 16] = 2**31 - 1
+    with Unchanged(q, k_cache, v_cache, page_table, seq_lens):
+        out = native.decode_attention(q, k_cache, v_cache, page_table, seq_lens, 0.125, chunk=chunk)
+    close(out, attention_reference(q, keys, values, 0.125, None))
+
+
+@DTYPES
 def test_decode_attention_rows_are_independent(dtype: torch.dtype) -> None:
     lens = [300, 1, 700, 64, 256]
     q, k_cache, v_cache, page_table, seq_lens, *_ = attention_case(0, dtype, lens, (8, 2), 64, 16)

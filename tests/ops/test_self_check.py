@@ -16,6 +16,7 @@ KERNELS = {
     "rms_norm": "rms_norm",
     "swiglu": "swiglu",
     "short_conv": "short_conv",
+    "moe": "experts",
     "qkv": "prepare_qkv",
     "rotary": "angles",
     "attention": "decode_attention",

@@ -15,7 +15,7 @@ from lamella.ops.ragged import RaggedBatch
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def random_case(new, context, heads, kv_heads, dim, page, window, dtype, seed=0):
+def random_case(new, context, heads, kv_heads, dim, page, window, dtype, seed=0, chunk=None):
     """q (strided rows), caches, page table and batch; whatever no query may see is NaN, or points nowhere."""
     generator = torch.Generator().manual_seed(seed)
     counts = [-(-n // page) for n in context]
@@ -25,6 +25,8 @@ def random_case(new, context, heads, kv_heads, dim, page, window, dtype, seed=0)
     for r, (n, length) in enumerate(zip(new, context, strict=True)):
         pages = torch.tensor([order.pop() for _ in range(counts[r])])
         visible = 0 if window is None else max(0, length - n - window + 1)
+        if chunk is not None:
+            visible = (length - n) // chunk * chunk
         table[r, visible // page : counts[r]] = pages[visible // page :]
         positions = torch.arange(visible, length)
         for cache in (k_cache, v_cache):
@@ -253,3 +255,37 @@ def test_prefill_takes_requests_without_new_tokens(empty):
     starts, lens = (torch.tensor(x, dtype=torch.int32, device=device) for x in (bounds, lengths))
     actual = prefill.prefill_attention(q, k_cache, v_cache, table[order], starts, lens, 18, 0.2, None)
     assert_near(actual, expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 40, 64, 200])
+def test_decode_in_chunks(chunk):
+    """Contexts that end before, at and after the end of a chunk; of what lies before it nothing is there."""
+    context = [1, 39, 40, 41, 64, 65, 100]
+    case = random_case([1] * 7, context, 6, 3, 24, 4, None, torch.float32, chunk=chunk)
+    q, k_cache, v_cache, table, batch = case
+    workspace = workspace_for(q, k_cache, context, chunk=32)
+    expected = reference.paged_attention(q, k_cache, v_cache, table, batch, 0.3, None, chunk)
+    decode.plan_decode(batch.seq_lens, None, workspace, chunk)
+    assert_near(decode.decode_attention(q, k_cache, v_cache, table, 0.3, workspace), expected)
+    assert not workspace.arrived.any()
+    items = workspace.items[:, : int(workspace.num_items)].T.tolist()
+    for request, length in enumerate(context):
+        seen = sorted(p for r, start, end, *_ in items if r == request for p in range(start, end))
+        assert seen == list(range((length - 1) // chunk * chunk, length))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [1, 7, 16, 64, 500])
+def test_prefill_in_chunks(chunk, dtype):
+    new, context = [5, 33, 40, 1, 16], [5, 70, 101, 49, 64]
+    q, k_cache, v_cache, table, batch = random_case(new, context, 4, 2, 16, 8, None, dtype, chunk=chunk)
+    expected = reference.paged_attention(q, k_cache, v_cache, table, batch, 0.25, None, chunk)
+    actual = prefill.prefill_attention(
+        q, k_cache, v_cache, table, batch.query_start_loc, batch.seq_lens, max(new), 0.25, None, chunk,
+        settings=prefill.Settings(16, 16, 4, 1),
+    )  # fmt: skip
+    assert_near(actual, expected)
+    k, v = (torch.randn(sum(new), 2, 16, device=device).to(dtype) for _ in "kv")
+    alone = RaggedBatch.from_lengths(new, new, device)
+    expected = reference.causal_attention(q, k, v, alone, 0.25, None, chunk)
+    assert_near(prefill.causal_attention(q, k, v, alone.query_start_loc, max(new), 0.25, None, chunk), expected)

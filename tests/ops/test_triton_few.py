@@ -30,7 +30,9 @@ SHAPES = [  # heads, kv_heads, head_dim, page_size, rotated pairs
 class Case:
     """Random arguments, the last `pads` requests pads; whatever no query may see is NaN, or points nowhere."""
 
-    def __init__(self, shape, context, dtype, *, window=None, norms="qk", interleaved=False, chunk=None, pads=0):
+    def __init__(
+        self, shape, context, dtype, *, window=None, norms="qk", interleaved=False, chunk=None, pads=0, grows=False
+    ):
         self.heads, self.kv_heads, self.dim, page, pairs = shape
         self.context, self.window, self.dtype, self.chunk = context, window, dtype, chunk
         self.requests = len(context)
@@ -64,13 +66,14 @@ class Case:
         angles = torch.rand(self.requests, pairs, device=device) * 6
         self.options |= {"cos": angles.cos(), "sin": angles.sin()} if pairs else {"cos": None, "sin": None}
         self.options |= {"eps": 1e-5, "interleaved": interleaved}
+        self.options["q_scale"] = torch.rand(self.requests, device=device) + 1 if grows else None
         self.seq_lens = torch.tensor(context, dtype=torch.int32, device=device)
 
     def picked(self, requests):
         """The options of some requests."""
         return self.options | {
             name: None if self.options[name] is None else self.options[name][requests].contiguous()
-            for name in ("cos", "sin")
+            for name in ("cos", "sin", "q_scale")
         }
 
     def workspace(self):
@@ -214,3 +217,10 @@ def test_pads_and_calls_in_a_row():
         close(case.attend(cache, workspace)[:2], expected[:2], steps=1)
         assert not workspace.arrived.any()
         close(cache[1:].nan_to_num(), expected_cache[1:].nan_to_num(), steps=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 2, 16, 4, 8), (3, 1, 24, 16, 0)])
+def test_queries_that_grow(shape, dtype):
+    case = Case(shape, [1, 33, 65, 64], dtype, norms="qk" if shape[-1] else "", interleaved=True, chunk=32, grows=True)
+    case.check()

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from lamella.ops.rms_norm import reference as norm_reference
+from lamella.ops.rotary import reference as rotary_reference
 from lamella.ops.swiglu import reference as swiglu_reference
 
 pytest.importorskip("triton")
 
 from lamella.ops.rms_norm.triton import add_rms_norm, rms_norm
+from lamella.ops.rotary import triton as rotary
 from lamella.ops.swiglu.triton import swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,3 +92,21 @@ def test_swiglu(dtype, rows, width):
     assert_rounds_alike(y, swiglu_reference.swiglu(x))
     assert torch.equal(x, before)
     assert torch.equal(swiglu(strided(x[-1:])), y[-1:])
+
+
+@pytest.mark.parametrize("period", [None, 1, 7, 8192])
+def test_angles(period):
+    positions = torch.tensor([0, 1, 6, 7, 8191, 8192, 10_000_000], device=DEVICE)
+    frequencies = torch.rand(5, device=DEVICE)
+    ours, theirs = (part.angles(positions, frequencies, 1.5, period) for part in (rotary, rotary_reference))
+    # Of large angles the cosine's own error grows.
+    near = slice(0, 6 if period is None else 7)
+    torch.testing.assert_close(torch.stack(ours)[:, near], torch.stack(theirs)[:, near], rtol=1e-4, atol=1e-4)
+
+
+def test_temperature():
+    positions = torch.tensor([0, 8190, 8191, 16382, 16383, 10_485_759], device=DEVICE)
+    ours, theirs = (part.temperature(positions, 0.1, 8192) for part in (rotary, rotary_reference))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    expected = [1, 1, 1.06931, 1.06931, 1.10986, 1.71555]
+    torch.testing.assert_close(theirs.cpu(), torch.tensor(expected), rtol=1e-5, atol=1e-5)

@@ -142,3 +142,16 @@ def test_canon(dtype, shape, interleaved):
     for actual, wanted in zip(results, expected, strict=True):
         close(actual, wanted, steps=8)
     close(shared, expected_shared)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "interleaved"), [((4, 2, 64, 0), False), ((3, 1, 80, 16), False), (SHAPES[0], True)])
+def test_a_factor_for_each_token_is_of_the_queries_alone(dtype, shape, interleaved):
+    case = Case(shape, 7, dtype, norm=interleaved, interleaved=interleaved)
+    factor = torch.rand(7, device=DEVICE) + 1
+    results = case.run(prepare_qkv, q_scale=factor)
+    for actual, expected in zip(results, case.run(reference.prepare_qkv, q_scale=factor), strict=True):
+        close(actual, expected, steps=3)
+    plain = case.run(prepare_qkv)
+    assert torch.equal(results[0], (plain[0].float() * factor[:, None, None]).to(dtype))
+    assert all(same(ours, theirs) for ours, theirs in zip(results[1:], plain[1:], strict=True))

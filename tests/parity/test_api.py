@@ -14,11 +14,13 @@ from lamella.errors import ConfigError, ParameterError
 from lamella.parity import assert_parity, check, compare, score
 from lamella.parity.forcing import ForcedEngine
 from lamella.parity.sequences import split
+from models.test_llama4 import CONFIGS as LLAMA4
 from parity.test_bisection import SHAPE, layer, load
 
 MODELS = {
     "llama": lambda folder, seed: hf_checkpoint(folder, LlamaConfig(**SHAPE), seed),
     "qwen3": lambda folder, seed: hf_checkpoint(folder, Qwen3Config(**SHAPE), seed),
+    "llama 4": lambda folder, seed: hf_checkpoint(folder, LLAMA4["scout"], seed),
     "canon": lambda folder, seed: canon_checkpoint(folder, seed, num_hidden_layers=3, qk_norm=True),
 }
 INPUTS = {"prompts": "random", "count": 6, "prompt_len": 24, "decode_len": 8}

@@ -14,12 +14,14 @@ from transformers import LlamaConfig, Qwen3Config
 from helpers import VOCAB, canon_checkpoint, hf_checkpoint
 from lamella.config import ModelConfig
 from lamella.errors import ConfigError, ParameterError
-from lamella.layers.context import require_batch
+from lamella.layers.context import forward_batch, require_batch
+from lamella.layers.kit import PagedAttention
 from lamella.layers.rotary import Positions, Rotary
 from lamella.models import LlamaForCausalLM
 from lamella.parity import bisect
 from lamella.parity.bisection import CHUNKS, RATIO_LIMIT
 from lamella.parity.subject import Subject
+from models.test_llama4 import CONFIGS as LLAMA4
 
 SHAPE = {
     "vocab_size": VOCAB,
@@ -39,9 +41,10 @@ PROMPTS = {"prompts": "random", "count": 1, "prompt_len": 32, "decode_len": 16}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A checkpoint of each architecture."""
-    made = {name: tmp_path_factory.mktemp(name) for name in ("llama", "qwen3", "canon")}
+    made = {name: tmp_path_factory.mktemp(name) for name in ("llama", "qwen3", "llama4", "canon")}
     hf_checkpoint(made["llama"], LlamaConfig(**LLAMA))
     hf_checkpoint(made["qwen3"], Qwen3Config(**QWEN3))
+    hf_checkpoint(made["llama4"], LLAMA4["scout"])
     canon_checkpoint(made["canon"], num_hidden_layers=3, qk_norm=True, rope_dim=8, canon_bias=True)
     return made
 
@@ -77,8 +80,8 @@ def change_history(canon, change: Callable) -> None:
     holder, inner = canon.history.holder, canon.forward
 
     def forward(x):
-        rows, slots = holder.current()
-        holder.current = lambda: (change(rows, require_batch().ragged), slots)
+        (rows,), slots = holder.current()
+        holder.current = lambda: ((change(rows, require_batch().ragged),), slots)
         try:
             return inner(x)
         finally:
@@ -201,6 +204,31 @@ def gate_and_up_exchanged(model):
     weight.copy_(weight.roll(weight.shape[0] // 2, 0))
 
 
+def first_expert_for_all(model):
+    experts = layer(model).feed_forward.experts
+    inner = experts.forward
+    experts.forward = lambda x, logits: inner(x, logits.roll(1, -1))
+
+
+def as_in_another_chunk(model):
+    """One decode in which a layer takes chunks for shorter than they are."""
+    attention = layer(model).mixer.attention
+    right, inner = attention.read, PagedAttention.read
+
+    def read(q):
+        spec, pages = attention.spec, require_batch().pages
+        if int(require_batch().ragged.positions[0]) != 41:
+            return right(q)
+        attention.spec = replace(spec, chunk=8)
+        view = {attention.spec: pages[spec]}
+        with forward_batch(replace(require_batch(), pages=view)):
+            result = inner(attention, q)
+        attention.spec = spec
+        return result
+
+    attention.read = read
+
+
 L1 = "model.layers.1."
 # fault -> (model, what it does, layer, operation, first position that it can be seen at)
 FAULTS = {
@@ -211,6 +239,12 @@ FAULTS = {
     "positions of decodes": ("llama", turned_one_position_further_in_decodes, 0, "rotary", 39),
     "sigmoid for silu": ("llama", sigmoid_for_silu, 1, "activation", 0),
     "gate and up exchanged": ("qwen3", gate_and_up_exchanged, 1, "gate_proj", 0),
+    "pairs of halves": ("llama4", rope(interleaved=False), 1, "rotary", 1),
+    "a rotation without its norm": ("llama4", config(L1 + "mixer", qk_norm=None), 1, "rotary", 0),
+    "no temperature": ("llama4", config("model.layers.3.mixer", temperature=None), 3, "rotary", 23),
+    "another chunk": ("llama4", as_in_another_chunk, 1, "attention", 41),
+    "a router off by one": ("llama4", first_expert_for_all, 1, "experts", 0),
+    "weights of experts": ("llama4", scaled(L1 + "feed_forward.experts.down_proj", 1.01), 1, "experts", 0),
     "heads swapped": ("llama", swapped_query_heads, 1, "q_proj", 0),
     "heads mapped by remainder": ("qwen3", mapped_query_heads_by_remainder, 1, "attention", 0),
     "bias of q, k, v dropped": ("llama", no_bias(L1 + "mixer.qkv_proj"), 1, "q_proj", 0),
@@ -359,6 +393,17 @@ def test_no_false_alarm(seed, tmp_path):
         result = bisect(folder, dtype=dtype, prompts="random", count=1, prompt_len=28, decode_len=12, seed=seed)
         assert result.first is None, str(result.first)
         assert all(row.ratio < 0.75 * RATIO_LIMIT for row in result.rows)  # nor was it a narrow escape
+
+
+@pytest.mark.parametrize("name", LLAMA4)
+def test_no_false_alarm_with_experts_and_chunks(name, tmp_path):
+    hf_checkpoint(tmp_path, LLAMA4[name])
+    for dtype in ("float32", "bfloat16"):
+        for oracle in ("hf", "reference"):
+            options = {"prompts": "random", "count": 1, "prompt_len": 28, "decode_len": 12}
+            result = bisect(tmp_path, dtype=dtype, oracle=oracle, **options)
+            assert result.first is None, str(result.first)
+            assert all(row.ratio < 0.75 * RATIO_LIMIT for row in result.rows)
 
 
 def test_what_cannot_be_bisected(folders):

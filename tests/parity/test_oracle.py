@@ -15,6 +15,7 @@ from lamella.parity.subject import Subject
 from models.canon_oracle import CanonOracle, read_hf
 from models.test_canon_parity import OPTIONS as CANON
 from models.test_hf_parity import CASES
+from models.test_llama4 import CONFIGS as LLAMA4
 
 CPU = torch.device("cpu")
 
@@ -32,6 +33,9 @@ def recorded(logits, ids):
         return value
 
     return logits(ids, tap), values
+
+
+CASES = CASES | {f"llama 4: {name}": config for name, config in LLAMA4.items()}
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -75,7 +79,10 @@ def test_a_tap_changes_what_goes_on(subject):
     ids = tokens(20)
     for model in (hf, oracle):
         plain, sites = recorded(model.logits, ids)
-        for site in ("layers.0.mixer.queries_keys", "layers.1.feed_forward.activation", "layers.1.mixer.o_proj"):
+        dense = "layers.1.feed_forward.activation" in sites
+        inner = ("activation",) if dense else ("router", "experts", "shared_expert.activation")
+        named = ["layers.0.mixer.queries_keys", "layers.1.mixer.o_proj"]
+        for site in (*named, *(f"layers.1.feed_forward.{name}" for name in inner)):
             assert site in sites
             changed = model.logits(ids, lambda at, value, site=site: value * 2 if at == site else value)
             assert not torch.allclose(plain, changed)

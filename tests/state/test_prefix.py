@@ -24,11 +24,16 @@ TOKEN_IDS = st.lists(st.integers(0, 1), max_size=14)
 
 
 def group(window: int | None = None) -> PagedState:
+    """One of a window, or of a chunk where that is written as a negative number."""
+    if window is not None and window < 0:
+        return PagedState(1, 8, torch.float32, chunk=-window)
     return PagedState(1, 8, torch.float32, window=window)
 
 
 def sees(spec: PagedState, position: int, other: int) -> bool:
     """Whether a token at `position` sees the earlier one at `other`."""
+    if spec.chunk is not None:
+        return position // spec.chunk == other // spec.chunk
     return spec.window is None or position - other < spec.window
 
 
@@ -112,7 +117,7 @@ def test_a_request_without_a_root_has_no_keys():
 
 # Hits
 
-WINDOWS = st.lists(st.sampled_from([None, 1, 2, 3, 4, 5, 8, 9, 13]), max_size=3)
+WINDOWS = st.lists(st.sampled_from([None, 1, 2, 3, 4, 5, 8, 9, 13, -1, -3, -4, -8, -10]), max_size=3)
 
 
 @settings(max_examples=250, deadline=None, derandomize=True)
@@ -149,6 +154,14 @@ def test_a_hit_is_the_longest_prefix_whose_visible_pages_and_snapshot_are_at_han
         (6, [0, 1, 2], 20),
         (6, [0, 1, 2, 3], 0),
         (6, [0, 3], 12),
+        (-4, [0, 1, 2, 3, 4], 20),  # where a chunk ends with a page, nothing of it is seen any more
+        (-8, [0, 1, 2, 3], 20),
+        (-8, [4], 16),
+        (-8, [0, 1, 2, 3, 4], 16),
+        (-6, [0, 1, 2, 3], 20),  # a chunk from 18 on, which lies inside a page
+        (-6, [4], 16),
+        (-6, [4, 2], 16),
+        (-6, [3, 4], 12),
     ],
 )
 def test_what_a_window_needs_of_the_pages(window, gone, length):
@@ -177,7 +190,7 @@ def computed_once(state: StateManager, tokens: int, release: bool = True) -> lis
 
 
 def test_a_hit_shares_just_the_pages_that_can_be_seen_and_gets_new_ones_for_the_rest():
-    windows = [None, 1, 3, 4, 6, 9]
+    windows = [None, 1, 3, 4, 6, 9, -4, -8, -6, -40]
     state = StateManager([group(w) for w in windows], [40] * len(windows), 8, PAGE, True)
     keys = computed_once(state, 20, release=False)
     hit = state.match(keys)
@@ -188,7 +201,7 @@ def test_a_hit_shares_just_the_pages_that_can_be_seen_and_gets_new_ones_for_the_
     for window, pool, pages, others in zip(
         windows, state.page_pools, state.holdings["second"].pages, state.holdings["first"].pages, strict=True
     ):
-        dead = {None: 0, 1: 5, 3: 4, 4: 4, 6: 3, 9: 3}[window]
+        dead = {None: 0, 1: 5, 3: 4, 4: 4, 6: 3, 9: 3, -4: 5, -8: 4, -6: 4, -40: 0}[window]
         assert pages[:dead] == [DUMMY] * dead
         assert pages[dead:5] == others[dead:5] == [pool.find(key) for key in keys[dead:]]
         assert len(set(pages[5:])) == 2 and not set(pages[5:]) & {DUMMY, *others}
@@ -534,10 +547,13 @@ KINDS = [
     ([None], False),
     ([None, 6], False),
     ([1, 3, 4, 9], False),
+    ([None, -8], False),
+    ([-1, -4, -6, -10], False),
     ([], True),
     ([None], True),
     ([6], True),
     ([None, 1, 3, 4, 9], True),
+    ([None, -8, -6, 3], True),
 ]
 
 
@@ -651,7 +667,7 @@ def test_a_long_prompt_leaves_snapshots_at_every_so_many_pages_and_at_its_last(i
 
 
 @pytest.mark.parametrize("budget", [5, 100])
-@pytest.mark.parametrize("windows", [[None], [None, 6], [6]])
+@pytest.mark.parametrize("windows", [[None], [None, 6], [6], [None, -8], [-6]])
 def test_whoever_branches_off_where_another_did_starts_there(windows, budget):
     scheduler = roomy_scheduler(windows, True, budget)
     requests = [make_request(str(index), [*range(22), *[50 + index] * 20], 3) for index in range(3)]

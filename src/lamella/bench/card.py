@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lamella.layers.decoder import LanguageModel
+from lamella.layers.moe import Experts
 from lamella.state.memory import StateCost
 
 _PROBE_BYTES = {"cpu": 1 << 29, "cuda": 1 << 32}  # well beyond any cache's share of one process
@@ -22,8 +23,9 @@ class CostCard:
     Attributes:
         parameters: count, tied ones once.
         weight_bytes: of all parameters.
-        step_bytes: of those that every step reads whole, which leaves out an untied embedding table, and mixers that
-            the placement of a supernet leaves out.
+        step_bytes: of those that every step reads whole, which leaves out an untied embedding table, experts, and the
+            mixers that the placement of a supernet leaves out.
+        experts: of each layer's experts, the bytes of one, how many there are, and how many a token goes to.
         state: bytes per token and per request, of the layers' active mixers.
         bandwidth: bytes per second that reading takes, measured; None where it was not.
     """
@@ -33,6 +35,7 @@ class CostCard:
     step_bytes: int
     state: StateCost
     bandwidth: float | None
+    experts: tuple[tuple[int, int, int], ...] = ()
 
     @classmethod
     def of(cls, model: LanguageModel, bandwidth: float | None = None) -> CostCard:
@@ -40,17 +43,30 @@ class CostCard:
         weight_bytes = sum(p.nbytes for p in parameters.values())
         embedding = parameters["model.embed_tokens.weight"]
         looked_up = 0 if model.config.tie_word_embeddings else embedding.nbytes
+        layers = [module for module in model.modules() if isinstance(module, Experts)]
+        experts = [(sum(p.nbytes for p in each.parameters()), each.down_proj.shape[0], each.top_k) for each in layers]
         return cls(
             parameters=sum(p.numel() for p in parameters.values()),
             weight_bytes=weight_bytes,
-            step_bytes=weight_bytes - looked_up - sum(p.nbytes for p in model.idle_parameters()),
+            step_bytes=weight_bytes
+            - looked_up
+            - sum(nbytes for nbytes, _, _ in experts)
+            - sum(p.nbytes for p in model.idle_parameters()),
             state=StateCost.of(model.active_holders()),
             bandwidth=bandwidth,
+            experts=tuple((nbytes // count, count, top_k) for nbytes, count, top_k in experts),
         )
+
+    def decode_weight_bytes(self, batch: int) -> int:
+        """Bytes of the weights that a decode step of `batch` requests must read: of experts, those that are to be
+        expected where every token goes to any of them."""
+        routed = sum(nbytes * count * (1 - (1 - top_k / count) ** batch) for nbytes, count, top_k in self.experts)
+        return self.step_bytes + round(routed)
 
     def decode_bytes(self, batch: int, context: int) -> int:
         """Bytes that a decode step of `batch` requests with `context` tokens each must move: slot state twice."""
-        return self.step_bytes + batch * (self.state.bytes_at(context) + self.state.bytes_per_request)
+        state = self.state.bytes_at(context) + self.state.bytes_per_request
+        return self.decode_weight_bytes(batch) + batch * state
 
     def floor_seconds(self, batch: int, context: int) -> float:
         """The shortest time of such a step at the measured bandwidth."""
@@ -61,7 +77,7 @@ class CostCard:
         return {
             "parameters": self.parameters,
             "weight_bytes": self.weight_bytes,
-            "decode_step_weight_bytes": self.step_bytes,
+            "decode_step_weight_bytes": self.decode_weight_bytes(1),
             "state_bytes_per_token": self.state.bytes_per_token,
             "state_bytes_per_request": self.state.bytes_per_request,
             "bandwidth_gb_s": None if self.bandwidth is None else round(self.bandwidth / 1e9, 1),

@@ -159,9 +159,9 @@ def _convolved(batch: ForwardBatch, canon: Canon, x: Tensor) -> Tensor:
 
 def _attended(batch: ForwardBatch, attention: PagedAttention, q: Tensor) -> Tensor:
     assert batch.pages is not None and attention.k_cache is not None and attention.v_cache is not None
-    table = batch.pages[attention.spec].page_table
+    table, spec = batch.pages[attention.spec].page_table, attention.spec
     return attention_reference.paged_attention(
-        q, attention.k_cache, attention.v_cache, table, batch.ragged, attention.scale, attention.spec.window
+        q, attention.k_cache, attention.v_cache, table, batch.ragged, attention.scale, spec.window, spec.chunk
     )
 
 

@@ -99,14 +99,14 @@ def _reordered(tensor: Tensor, target: Target, config: ModelConfig, to: str) -> 
         return tensor
     order, head = rope_order(mixer.head_dim, mixer.rope.dim, to), parts[parts.index("mixer") + 1]
     if head in ("q_proj", "k_proj", "q_norm", "k_norm"):
-        return _permute_heads(tensor, order)
+        return permute_heads(tensor, order)
     if head == "canon":
         queries_keys, values = tensor.split((mixer.query_size + mixer.kv_size, mixer.kv_size))
-        return torch.cat((_permute_heads(queries_keys, order), values))
+        return torch.cat((permute_heads(queries_keys, order), values))
     return tensor
 
 
-def _permute_heads(rows: Tensor, order: Tensor) -> Tensor:
+def permute_heads(rows: Tensor, order: Tensor) -> Tensor:
     """Rows (heads * D, ...) with each head's D rows in a new order."""
     return rows.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
 

@@ -53,22 +53,27 @@ class Checkpoint:
         return tuple(dict.fromkeys((*config.eos_token_ids, *extra)))
 
 
-def open_checkpoint(model: str | Path) -> Checkpoint:
-    """The checkpoint at a path, the bundled `demo`, or a Hub id. Reads configs only, no tensor."""
+def open_checkpoint(model: str | Path, overrides: Mapping[str, Any] | None = None) -> Checkpoint:
+    """The checkpoint at a path, the bundled `demo`, or a Hub id. Reads configs only, no tensor.
+
+    `overrides` are values in the place of the config file's, see `EngineOptions.hf_overrides`.
+    """
     path = _find(model)
     lingua = find_lingua(path)
     if lingua is not None and not any(path.glob("*.safetensors")):
-        config_file, tensors = lingua / "params.json", TorchFile(lingua / "consolidated.pth")
-        values = read_params(config_file)
+        config_file = lingua / "params.json"
+        values = _overridden(read_params(config_file), overrides or {})
         architecture = resolve_architecture(_architecture_name(values, config_file))
-        return Checkpoint(path, config_file, architecture, values, LINGUA_NAMES, TIED_HEAD, tensors)
+        file = TorchFile(lingua / "consolidated.pth")
+        return Checkpoint(path, config_file, architecture, values, LINGUA_NAMES, TIED_HEAD, file)
     config_file = path / "config.json"
     if not config_file.is_file():
         raise CheckpointError(f"{path}: neither config.json nor params.json with consolidated.pth is there")
-    values = read_json(config_file)
+    values = _overridden(read_json(config_file), overrides or {})
     architecture = resolve_architecture(_architecture_name(values, config_file))
     names = architecture.checkpoint_names
-    return Checkpoint(path, config_file, architecture, values, names, "lm_head.weight", SafetensorsFolder(path))
+    tensors = SafetensorsFolder(path, architecture.own_name)
+    return Checkpoint(path, config_file, architecture, values, names, "lm_head.weight", tensors)
 
 
 def _find(model: str | Path) -> Path:
@@ -91,6 +96,15 @@ def _find(model: str | Path) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{model}: no such folder, and not to be had from the Hub ({reason})") from error
+
+
+def _overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with others in their place, and where both are mappings, with those inside."""
+    changed = dict(overrides)
+    for key, value in overrides.items():
+        if isinstance(value, Mapping) and isinstance(values.get(key), Mapping):
+            changed[key] = _overridden(values[key], value)
+    return {**values, **changed}
 
 
 def _architecture_name(values: Mapping[str, Any], file: Path) -> str:

@@ -19,6 +19,7 @@ from lamella.models.base import CausalLM, initialize
 logger = logging.getLogger("lamella")
 
 LOAD_FORMATS = ("auto", "dummy")
+_PIECE_BYTES = 1 << 30  # of a tensor that are in memory at a time: the experts of one layer may be many times as large
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -71,13 +72,16 @@ def load_model(
 @torch.no_grad()
 def fill(model: CausalLM, checkpoint: Checkpoint, tensors: OpenTensors) -> None:
     """Copy every tensor into its place, converting its dtype; raises before anything is copied when names differ."""
-    expected = targets(model, checkpoint.names)
+    expected = targets(model, checkpoint.names, tensors.names())
     redundant = check_names(checkpoint, model, expected, tensors.names())
     for name, target in expected.items():
-        tensor = load_tensor(checkpoint, tensors, name, target)
-        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-            raise CheckpointError(f"{checkpoint.path}: tensor {name} is {tensor.dtype}: quantised files are not read")
-        target.place.copy_(tensor)
+        check_shape(checkpoint, tensors, name, target)
+        for piece in target.pieces(_PIECE_BYTES):
+            tensor = tensors.load(name, piece.splits)
+            if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+                problem = f"tensor {name} is {tensor.dtype}: quantised files are not read"
+                raise CheckpointError(f"{checkpoint.path}: {problem}")
+            piece.place.copy_(tensor)
     for name in redundant:
         embedding = next(target for target in expected.values() if target.path == "model.embed_tokens.weight")
         copy = tensors.load(name, embedding.splits)
@@ -87,10 +91,15 @@ def fill(model: CausalLM, checkpoint: Checkpoint, tensors: OpenTensors) -> None:
 
 def load_tensor(checkpoint: Checkpoint, tensors: OpenTensors, name: str, target: Target) -> Tensor:
     """What goes to `target` of the tensor, which must have its shape."""
+    check_shape(checkpoint, tensors, name, target)
+    return tensors.load(name, target.splits)
+
+
+def check_shape(checkpoint: Checkpoint, tensors: OpenTensors, name: str, target: Target) -> None:
+    """Refuse a tensor that is not of the shape that goes to `target`."""
     shape = tensors.shape(name)
     if shape != target.shape:
         raise CheckpointError(f"{checkpoint.path}: tensor {name} has shape {shape}, the config says {target.shape}")
-    return tensors.load(name, target.splits)
 
 
 def check_names(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,8 @@ from torch import Tensor
 from lamella.checkpoint.json_file import read_json
 from lamella.distributed.sharding import Split, cut
 from lamella.errors import CheckpointError
+
+logger = logging.getLogger("lamella")
 
 INDEX = "model.safetensors.index.json"
 
@@ -39,10 +42,14 @@ class OpenTensors(Protocol):
 
 
 class SafetensorsFolder:
-    """All `*.safetensors` of a folder, or those that its index names."""
+    """All `*.safetensors` of a folder, or those that its index names.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    `own` says what a tensor of the files is called here, or None where it does not belong to `part` and is left aside,
+    unread; the log says so once.
+    """
+
+    def __init__(self, folder: Path, own: Callable[[str], str | None] = str, part: str = "the language model") -> None:
+        self.folder, self._own, self._part, self._said = folder, own, part, False
         self._indexed: dict[str, str] | None = None
         if (folder / INDEX).is_file():
             self._indexed = read_json(folder / INDEX).get("weight_map")
@@ -58,6 +65,7 @@ class SafetensorsFolder:
     def opened(self) -> Iterator[OpenTensors]:
         with ExitStack() as stack:
             handles: dict[str, Any] = {}
+            names: dict[str, str] = {}  # as they are called here -> in the files
             for file in self.files:
                 try:
                     handle = stack.enter_context(safe_open(str(file), framework="pt"))
@@ -67,26 +75,38 @@ class SafetensorsFolder:
                     if name in handles:
                         raise CheckpointError(f"{file}: tensor {name} stands in another file of {self.folder} too")
                     handles[name] = handle
+                    if (known := self._own(name)) is None:
+                        continue
+                    if known in names:
+                        raise CheckpointError(f"{self.folder}: {name} and {names[known]} are both {known}")
+                    names[known] = name
             absent = sorted(set(self._indexed or ()) - set(handles))
             if absent:
                 raise CheckpointError(f"{self.folder}: {INDEX} names tensors that no file holds: {_some(absent)}")
-            yield _Handles(handles)
+            aside = sorted(set(handles) - set(names.values()))
+            if aside and not self._said:
+                self._said = True
+                listed = _some(aside, 3)
+                logger.info("%s: tensors of other parts than %s are not read: %s", self.folder, self._part, listed)
+            yield _Handles(handles, names)
 
 
 class _Handles:
-    def __init__(self, handles: dict[str, Any]) -> None:
-        self._handles = handles
+    def __init__(self, handles: dict[str, Any], names: dict[str, str]) -> None:
+        self._handles, self._names = handles, names
 
     def names(self) -> list[str]:
-        return list(self._handles)
+        return list(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._handles[name].get_slice(name).get_shape())
+        there = self._names[name]
+        return tuple(self._handles[there].get_slice(there).get_shape())
 
     def load(self, name: str, splits: Sequence[Split] = ()) -> Tensor:
+        there = self._names[name]
         if all(split == Split.whole(split.full) for split in splits):
-            return self._handles[name].get_tensor(name)
-        return cut(self._handles[name].get_slice(name), splits)
+            return self._handles[there].get_tensor(there)
+        return cut(self._handles[there].get_slice(there), splits)
 
 
 class TorchFile:

@@ -19,6 +19,7 @@ from lamella.cli.common import console, print_json, size
 from lamella.config import (
     AttentionConfig,
     CanonConfig,
+    FeedForwardConfig,
     GatedDeltaNetConfig,
     KimiDeltaConfig,
     LayerConfig,
@@ -77,7 +78,7 @@ def show(console: Console, config: ModelConfig, card: CostCard, context: int) ->
 
 def describe(layer: LayerConfig) -> list[str]:
     """The parts of a layer in the order in which tokens pass them."""
-    mlp = layer.feed_forward
+    feed_forward = layer.feed_forward
     return [
         _norm(layer),
         *_canon("canon A", layer.mixer_canon),
@@ -85,8 +86,8 @@ def describe(layer: LayerConfig) -> list[str]:
         *_canon("canon B on q,k,v", getattr(layer.mixer, "canon", None)),
         f"+ residual, {_norm(layer)}",
         *_canon("canon C", layer.feed_forward_canon),
-        _mlp(mlp),
-        *_canon("canon D on gate,up", mlp.canon),
+        _feed_forward(feed_forward),
+        *_canon("canon D on gate,up", feed_forward.canon),
         "+ residual",
     ]
 
@@ -137,7 +138,18 @@ def _attention(mixer: AttentionConfig) -> str:
     text += f", {_rope(mixer.rope, mixer.head_dim)}"
     if mixer.qk_norm:
         text += f", qk-norm {'per head' if mixer.qk_norm_scope == 'head' else 'full width'}"
+        text += "" if mixer.qk_norm_weight else ", no weight"
+    if mixer.temperature:
+        text += f", temperature from {mixer.temperature.floor_scale - 1} on"
+    text += f", chunk {mixer.chunk}" if mixer.chunk else ""
     return text + (f", window {mixer.window}" if mixer.window else "")
+
+
+def _feed_forward(config: FeedForwardConfig) -> str:
+    if isinstance(config, MLPConfig):
+        return _mlp(config)
+    text = f"{config.top_k} of {config.num_experts} experts {config.intermediate_size}"
+    return text + (f" + shared {config.shared_size}" if config.shared_size else "")
 
 
 def _rope(rope: RopeConfig | None, head_dim: int) -> str:
@@ -187,7 +199,7 @@ def layer_table(config: ModelConfig) -> Table:
         }
         letters = "".join(letter for letter, canon in canons.items() if canon) or "-"
         span = f"{first}..{last}" if last > first else str(first)
-        table.add_row(span, describe_mixer(layer.mixer), _mlp(layer.feed_forward), letters)
+        table.add_row(span, describe_mixer(layer.mixer), _feed_forward(layer.feed_forward), letters)
     return table
 
 

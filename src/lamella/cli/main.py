@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -169,6 +170,7 @@ def _engine(command: argparse.ArgumentParser) -> None:
         ("snapshot-prompts", str),
         ("seed", int),
         ("placement", str),
+        ("hf-overrides", json.loads),
     ):
         group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
     flag = argparse.BooleanOptionalAction

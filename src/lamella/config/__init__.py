@@ -4,7 +4,7 @@ The configs are the only thing that an architecture file produces and the only t
 nothing of devices, engines or checkpoints. All sizes are in elements, all token counts in tokens.
 """
 
-from lamella.config.feed_forward import FeedForwardConfig, MLPConfig
+from lamella.config.feed_forward import FeedForwardConfig, MLPConfig, MoEConfig
 from lamella.config.mixers import (
     AttentionConfig,
     GatedDeltaNetConfig,
@@ -13,6 +13,7 @@ from lamella.config.mixers import (
     MixerConfig,
     SingleMixerConfig,
     StochasticConfig,
+    TemperatureConfig,
 )
 from lamella.config.model import LayerConfig, ModelConfig
 from lamella.config.parts import CanonConfig, NormConfig
@@ -40,6 +41,7 @@ __all__ = [
     "MLPConfig",
     "MambaConfig",
     "MixerConfig",
+    "MoEConfig",
     "ModelConfig",
     "NormConfig",
     "Placement",
@@ -48,6 +50,7 @@ __all__ = [
     "RopeScaling",
     "SingleMixerConfig",
     "StochasticConfig",
+    "TemperatureConfig",
     "YarnScaling",
     "describe_placement",
     "main_placement",

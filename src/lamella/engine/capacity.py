@@ -82,27 +82,27 @@ def _snapshots(options: EngineOptions, cost: StateCost, budget: int) -> int:
 
 
 def _pages(options: EngineOptions, cost: StateCost, max_model_len: int, budget: int) -> dict[PagedState, int]:
-    """Pages of each group within `budget` bytes; windowed groups, which need few, come first."""
+    """Pages of each group within `budget` bytes; windowed and chunked groups, which need few, come first."""
     seqs, size = options.max_num_seqs, options.block_size
 
     def useful(spec: PagedState) -> int:
         """More pages than this can never be held at once."""
         whole = seqs * -(-max_model_len // size)
-        if spec.window is None:
+        if spec.reach is None:
             return whole
         # See StateManager.peak_pages; the chunks of all requests together are one step's tokens.
-        return min(whole, seqs * (-(-spec.window // size) + 2) + -(-options.max_num_batched_tokens // size))
+        return min(whole, seqs * (-(-spec.reach // size) + 2) + -(-options.max_num_batched_tokens // size))
 
     page = {spec: spec.bytes_per_token * size * layers for spec, layers in cost.paged.items()}
-    full = [spec for spec in cost.paged if spec.window is None]
+    full = [spec for spec in cost.paged if spec.reach is None]
     for keep in (_PAGES_TO_KEEP, 1) if options.enable_prefix_caching else (1,):
         most = {spec: keep * useful(spec) for spec in cost.paged}
         if options.num_blocks is not None:
             return {spec: min(options.num_blocks, count) for spec, count in most.items()}
-        rest = budget - sum(page[spec] * count for spec, count in most.items() if spec.window is not None)
+        rest = budget - sum(page[spec] * count for spec, count in most.items() if spec.reach is not None)
         share = rest // max(1, sum(page[spec] for spec in full))
         if rest >= 0 and (share >= 1 or not full):
-            return {spec: count if spec.window is not None else min(share, count) for spec, count in most.items()}
+            return {spec: count if spec.reach is not None else min(share, count) for spec, count in most.items()}
     raise ConfigError(f"max_num_seqs={seqs}: the state of so many requests does not fit into {budget >> 20} MiB")
 
 

@@ -124,7 +124,7 @@ class Engine:
     def load(cls, options: EngineOptions) -> Engine:
         """The engine of a checkpoint. Raises `ConfigError` or `CheckpointError` with one line."""
         device = options.resolve_device()
-        checkpoint = open_checkpoint(options.model)
+        checkpoint = open_checkpoint(options.model, options.hf_overrides)
         check_split(checkpoint, options)
         workers = WorkerProcesses(options, device) if options.tensor_parallel_size > 1 else Workers()
         with workers.guard():
@@ -384,7 +384,13 @@ class Engine:
             "pages": capacity,
             "pages_used": capacity - free,
             "page_groups": [
-                {"window": group.window, "pages": pool.capacity, "used": pool.num_held, "cached": pool.num_cached}
+                {
+                    "window": group.window,
+                    "chunk": group.chunk,
+                    "pages": pool.capacity,
+                    "used": pool.num_held,
+                    "cached": pool.num_cached,
+                }
                 for group, pool in zip(self.state.groups, pools, strict=True)
             ],
             "slots": self.options.max_num_seqs,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class LLM:
         snapshot_bytes: int | None = None,
         snapshot_interval: int | None = None,
         snapshot_prompts: str = "never",
+        hf_overrides: Mapping[str, Any] | None = None,
         placement: PlacementLike | None = None,
         mixed_placements: bool = False,
         deterministic: bool = False,
@@ -67,6 +68,7 @@ class LLM:
                 snapshot_bytes=snapshot_bytes,
                 snapshot_interval=snapshot_interval,
                 snapshot_prompts=snapshot_prompts,
+                hf_overrides=hf_overrides,
                 placement=placement,
                 mixed_placements=mixed_placements,
                 deterministic=deterministic,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +27,8 @@ class EngineOptions:
         max_num_batched_tokens: tokens computed in a step; longer prompts are computed in chunks.
         enable_prefix_caching: share the state of equal beginnings of prompts, and of finished conversations.
         tensor_parallel_size: devices of this host (on a CPU: processes) that hold a part of the model each.
+        hf_overrides: values in the place of config.json's, those of a nested mapping by themselves, such as
+            `{"text_config": {"attn_temperature_tuning": False}}`.
         placement: of a supernet, which mixer is active in each layer, see `lamella.config.read_placement`; None is the
             checkpoint's own.
         mixed_placements: keep state for all mixers, so that requests may have placements of their own.
@@ -60,6 +64,7 @@ class EngineOptions:
     snapshot_bytes: int | None = None
     snapshot_interval: int | None = None
     snapshot_prompts: str = "never"
+    hf_overrides: Mapping[str, Any] | None = None
     placement: PlacementLike | None = None
     mixed_placements: bool = False
     deterministic: bool = False
@@ -85,6 +90,8 @@ class EngineOptions:
         size = self.snapshot_bytes
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
             raise ConfigError(f"snapshot_bytes={size!r}: must be a whole number of bytes")
+        if self.hf_overrides is not None and not isinstance(self.hf_overrides, Mapping):
+            raise ConfigError(f"hf_overrides={self.hf_overrides!r}: must be a mapping of config.json's keys")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed={self.seed!r}: must be a whole number")
         for field in ("enable_prefix_caching", "enforce_eager", "deterministic", "mixed_placements"):

@@ -19,11 +19,14 @@ from lamella.layers.short_conv import ConvHistory
 from lamella.ops.attention.paged import few_decodes
 from lamella.ops.backend import use_fused
 from lamella.ops.qkv import prepare_qkv
+from lamella.ops.rms_norm import rms_norm
 from lamella.state.spec import PagedState
 
 
 class Attention(nn.Module):
-    """Projections, query/key norm, canon over [q|k|v], rotation, attention, output projection, in this order."""
+    """Projections, query/key norm, canon over [q|k|v], rotation, temperature, attention, output projection."""
+
+    unit_norm: Tensor
 
     def __init__(
         self, config: AttentionConfig, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None
@@ -39,7 +42,10 @@ class Attention(nn.Module):
             hidden_size, config.num_heads, config.num_kv_heads, dim, config.qkv_bias, f"{prefix}.qkv_proj"
         )
         self.o_proj = kit.row_linear(config.query_size, hidden_size, config.output_bias, f"{prefix}.o_proj")
-        if config.qk_norm and config.qk_norm_scope == "full":
+        if config.qk_norm and not config.qk_norm_weight:
+            ones = torch.ones(dim, dtype=torch.float32, device=kit.device)
+            self.register_buffer("unit_norm", ones, persistent=False)
+        elif config.qk_norm and config.qk_norm_scope == "full":
             self.q_norm, self.k_norm = (kit.column_norm(split, config.qk_norm.eps) for split in (queries, keys))
         elif config.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(dim, config.qk_norm.eps, kit.device) for _ in "qk")
@@ -47,8 +53,8 @@ class Attention(nn.Module):
         if config.canon:
             assert history is not None
             self.canon = Canon(config.canon, Split.join((queries, keys, keys)), kit, history, "mixer")
-        self.rotary = Rotary(config.rope, kit.device) if config.rope else None
-        spec = PagedState(kv_heads.size, dim, kit.dtype, config.window)
+        self.rotary = Rotary(config.rope, kit.device, config.chunk) if config.rope else None
+        spec = PagedState(kv_heads.size, dim, kit.dtype, config.window, config.chunk)
         self.attention = kit.attention(heads.size, config.scale, spec, f"{prefix}.attention")
 
     def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
@@ -59,13 +65,18 @@ class Attention(nn.Module):
         if isinstance(self.attention, PagedAttention) and use_fused(qkv) and require_batch().pages is not None:
             return self.o_proj(self._attend(positions, qkv, canon is not None).flatten(1))
         q, k, v = qkv.split(self.sizes, dim=-1)
-        if self.config.qk_norm:
+        norm, temperature = self.config.qk_norm, self.config.temperature
+        if norm and self.config.qk_norm_weight:
             q, k = self._norm(q, self.q_norm), self._norm(k, self.k_norm)
         if self.canon is not None:
             q, k, v = self.canon(torch.cat((q, k, v), dim=-1)).split(self.sizes, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.config.head_dim)) for part in (q, k, v))
         if self.rotary is not None:
             q, k = self.rotary(positions, q, k)
+        if norm and not self.config.qk_norm_weight:
+            q, k = (rms_norm(part, self.unit_norm, norm.eps) for part in (q, k))
+        if temperature is not None:
+            q = (q.float() * positions.temperature(temperature)[:, None, None]).to(q.dtype)
         return self.o_proj(self.attention(q, k, v).flatten(1))
 
     def _attend(self, positions: Positions, qkv: Tensor, convolved: bool) -> Tensor:
@@ -79,7 +90,9 @@ class Attention(nn.Module):
         assert isinstance(self.attention, PagedAttention)
         q_norm, k_norm, step = None, None, None
         canon = None if convolved else self.canon
-        if config.qk_norm:
+        if config.qk_norm and not config.qk_norm_weight:
+            q_norm = k_norm = self.unit_norm  # before the rotation, which leaves it as it is
+        elif config.qk_norm:
             if config.qk_norm_scope == "full" or (canon is not None and not canon.is_step):
                 q, k, v = qkv.split(self.sizes, dim=-1)
                 qkv = torch.cat((self._norm(q, self.q_norm), self._norm(k, self.k_norm), v), dim=-1)
@@ -98,6 +111,7 @@ class Attention(nn.Module):
             "cos": cos,
             "sin": sin,
             "interleaved": config.rope is not None and config.rope.interleaved,
+            "q_scale": None if config.temperature is None else positions.temperature(config.temperature),
             "k_cache": k_cache,
             "v_cache": v_cache,
             "rows": rows,

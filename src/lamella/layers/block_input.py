@@ -17,7 +17,7 @@ class BlockInput:
     """The stream in front of a block, `hidden + residual`, not yet added up, normed and convolved.
 
     A block's first projection brings that about, so that it can be part of the projection's own kernel. What enters is
-    the same whichever way it is read, and is computed once.
+    the same whichever way it is read, and is computed once: what projects several times reads it as a tensor first.
     """
 
     def __init__(self, hidden: Tensor, residual: Tensor, norm: RMSNorm | LayerNorm, canon: Canon | None) -> None:

@@ -90,6 +90,11 @@ class LanguageModel(nn.Module):
         self.lm_head = kit.lm_head(config.vocab_size, config.hidden_size, tied, "lm_head")
 
     @property
+    def is_heterogeneous(self) -> bool:
+        """Whether any two layers differ."""
+        return len(set(self.config.layers)) > 1
+
+    @property
     def has_choice(self) -> bool:
         """Whether any layer has several mixers."""
         return any(True for _ in self._stochastic())

@@ -16,14 +16,23 @@ from lamella.ops.activation import activate
 class MLP(nn.Module):
     """`down(act(gate) * up)`, with [gate|up] through a canon first where there is one; or `down(act(up))`."""
 
-    def __init__(self, config: MLPConfig, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None) -> None:
+    def __init__(
+        self,
+        config: MLPConfig,
+        kit: Kit,
+        hidden_size: int,
+        prefix: str,
+        history: ConvHistory | None,
+        reduce: bool = True,
+    ) -> None:
+        """Without `reduce` each rank gives its part of the sum, see `Kit.row_linear`."""
         super().__init__()
         self.config = config
         size = config.intermediate_size
         channels = kit.share.even(size, "intermediate_size")
         parts = {"gate_proj": size, "up_proj": size} if config.gated else {"up_proj": size}
         self.gate_up_proj = kit.merged_linear(hidden_size, parts, config.gate_up_bias, f"{prefix}.gate_up_proj")
-        self.down_proj = kit.row_linear(size, hidden_size, config.down_bias, f"{prefix}.down_proj")
+        self.down_proj = kit.row_linear(size, hidden_size, config.down_bias, f"{prefix}.down_proj", reduce)
         self.canon = None
         if config.canon:
             assert history is not None

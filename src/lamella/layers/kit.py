@@ -35,7 +35,8 @@ class Kit(Protocol):
 
     dtype: torch.dtype
     device: torch.device
-    share: Share  # of a tensor-parallel group
+    group: Group  # the tensor-parallel one
+    share: Share  # of it
 
     def merged_linear(self, in_size: int, parts: Mapping[str, Widths], bias: bool, prefix: str) -> nn.Module:
         """Column-parallel projections of one input as one product; `parts` maps checkpoint names to widths, several
@@ -52,8 +53,9 @@ class Kit(Protocol):
         """The query, key and value projections as one product with output [q | k | v]."""
         ...
 
-    def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str) -> nn.Module:
-        """A projection back to the full width, whose input is what a column-parallel one left."""
+    def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str, reduce: bool = True) -> nn.Module:
+        """A projection back to the full width, whose input is what a column-parallel one left. Without `reduce`, which
+        takes no bias, it is left to the caller to sum over the ranks."""
         ...
 
     def column_norm(self, channels: Split, eps: float) -> RMSNorm:
@@ -99,7 +101,8 @@ class PagedAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch = require_batch()
         if batch.pages is None:
-            return attention.causal_attention(q, k, v, batch.ragged, self.scale, self.spec.window)
+            spec = self.spec
+            return attention.causal_attention(q, k, v, batch.ragged, self.scale, spec.window, spec.chunk)
         attention.write_kv(k, v, *self.target())
         return self.read(q)
 
@@ -117,7 +120,7 @@ class PagedAttention(nn.Module):
         assert batch.pages is not None
         table = batch.pages[spec].page_table
         return attention.paged_attention(
-            q, k_cache, v_cache, table, batch.ragged, self.scale, spec.window, self._plan(batch)
+            q, k_cache, v_cache, table, batch.ragged, self.scale, spec.window, self._plan(batch), spec.chunk
         )
 
     def decode(self, qkv: Tensor, options: Mapping[str, Any]) -> Tensor:
@@ -137,7 +140,7 @@ class PagedAttention(nn.Module):
             ("attention", spec, self.heads, self.scale),
             lambda: AttentionPlan(
                 space, batch.ragged, view.page_list, self.heads, spec.kv_heads, spec.head_dim, page_size, spec.dtype,
-                self.scale, spec.window,
+                self.scale, spec.window, chunk=spec.chunk,
             ),
         )  # fmt: skip
 
@@ -221,9 +224,10 @@ class LocalKit:
         parts = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
         return MergedLinear(Split.whole(in_size), parts, bias, self.dtype, self.device)
 
-    def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str) -> nn.Module:
+    def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str, reduce: bool = True) -> nn.Module:
+        assert reduce or not bias
         inputs, outputs = self.share.even(in_size, prefix), Split.whole(out_size)
-        if self._is_split:
+        if self._is_split and reduce:
             return RowLinear(inputs, outputs, bias, self.dtype, self.device, self.group)
         return Linear(inputs, outputs, bias, self.dtype, self.device)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -70,11 +70,15 @@ class RowLinear(Linear):
         return self.group.all_reduce(linear(x, self.weight, bias))
 
 
-class Head(Linear):
-    """The last projection, to logits (..., vocab) in fp32 whatever the model's dtype."""
+class WideLinear(Linear):
+    """A projection without bias whose result is fp32 whatever the model's dtype, since something is decided by it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return wide_linear(x, self.weight)
+
+
+class Head(WideLinear):
+    """The last projection, to logits (..., vocab)."""
 
 
 class SplitHead(Head):
@@ -116,6 +120,13 @@ class SplitEmbedding(Embedding):
         others = (input_ids < self.start) | (input_ids >= self.stop)
         rows = super().forward((input_ids - self.start).masked_fill(others, 0))
         return self.group.all_reduce(rows.masked_fill(others[..., None], 0))
+
+
+class Apart(NamedTuple):
+    """A part of a parameter that some files hold as a tensor of its own; `splits` as in `Linear`."""
+
+    place: Tensor
+    splits: tuple[Split, ...]
 
 
 def splits_of(module: nn.Module, leaf: str) -> tuple[Split, ...]:

@@ -10,9 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from lamella.config import DynamicScaling, Llama3Scaling, RopeConfig, YarnScaling
-from lamella.ops.backend import use_triton
-from lamella.ops.rotary import angles, rotate
+from lamella.config import DynamicScaling, Llama3Scaling, RopeConfig, TemperatureConfig, YarnScaling
+from lamella.ops.rotary import angles, rotate, temperature
 
 
 def inverse_frequencies(config: RopeConfig) -> Tensor:
@@ -62,11 +61,11 @@ def _yarn(base: Tensor, config: RopeConfig, scaling: YarnScaling) -> Tensor:
 
 
 class Rotary:
-    """Turns queries and keys by their positions."""
+    """Turns queries and keys by their positions, or by their positions modulo a `period`."""
 
-    def __init__(self, config: RopeConfig, device: torch.device) -> None:
-        self.config = config
-        self.key = repr(config)  # of two with equal keys the angles are the same
+    def __init__(self, config: RopeConfig, device: torch.device, period: int | None = None) -> None:
+        self.config, self.period = config, period
+        self.key = repr((config, period))  # of two with equal keys the angles are the same
         self.magnitude = config.scaling.attention_factor if isinstance(config.scaling, YarnScaling) else 1.0
         self.frequencies = inverse_frequencies(config).to(device)
 
@@ -76,25 +75,29 @@ class Rotary:
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (T, dim / 2) fp32 of positions (T,)."""
-        if use_triton(positions):
-            return angles(positions, self.frequencies, self.magnitude)
-        turns = positions.float()[:, None] * self.frequencies
-        return turns.cos() * self.magnitude, turns.sin() * self.magnitude
+        return angles(positions, self.frequencies, self.magnitude, self.period)
 
 
 class Positions:
-    """Where the tokens of a forward stand in their requests, and the angles that follow, once for all layers alike."""
+    """Where the tokens of a forward stand in their requests, and what follows of it, once for all layers alike."""
 
     def __init__(self, index: Tensor) -> None:
         """index (T,), absolute."""
         self.index = index
         self._angles: dict[str, tuple[Tensor, Tensor]] = {}
+        self._temperatures: dict[TemperatureConfig, Tensor] = {}
 
     def angles(self, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """cos and sin (T, dim / 2) fp32."""
         if rotary.key not in self._angles:
             self._angles[rotary.key] = rotary.angles(self.index)
         return self._angles[rotary.key]
+
+    def temperature(self, config: TemperatureConfig) -> Tensor:
+        """What queries are multiplied by, (T,) fp32."""
+        if config not in self._temperatures:
+            self._temperatures[config] = temperature(self.index, config.scale, config.floor_scale)
+        return self._temperatures[config]
 
     def rows(self, index: Tensor) -> Positions:
         """Of some of the tokens, index (n,)."""

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from lamella.models.apriel2 import Apriel2ForCausalLM as Apriel2ForCausalLM
     from lamella.models.base import CausalLM as CausalLM
     from lamella.models.llama import LlamaForCausalLM as LlamaForCausalLM
+    from lamella.models.llama4 import Llama4ForCausalLM as Llama4ForCausalLM
+    from lamella.models.llama4 import Llama4ForConditionalGeneration as Llama4ForConditionalGeneration
     from lamella.models.llama_canon import LlamaCanonForCausalLM as LlamaCanonForCausalLM
     from lamella.models.qwen3 import Qwen3ForCausalLM as Qwen3ForCausalLM
     from lamella.models.registry import architectures as architectures
@@ -21,6 +23,8 @@ __getattr__, __all__ = lazy_attributes(
     {
         "Apriel2ForCausalLM": "lamella.models.apriel2",
         "CausalLM": "lamella.models.base",
+        "Llama4ForCausalLM": "lamella.models.llama4",
+        "Llama4ForConditionalGeneration": "lamella.models.llama4",
         "LlamaCanonForCausalLM": "lamella.models.llama_canon",
         "LlamaForCausalLM": "lamella.models.llama",
         "Qwen3ForCausalLM": "lamella.models.qwen3",

@@ -49,6 +49,12 @@ class CausalLM(LanguageModel):
         initialize(self)
 
     @classmethod
+    def own_name(cls, name: str) -> str | None:
+        """What a file's tensor `name` is called among the language model's own; None where it belongs to another part
+        of a larger model, which is not read."""
+        return name
+
+    @classmethod
     def read_config(cls, config: HFConfig) -> ModelConfig:
         """The architecture's `config.json` as layers."""
         raise NotImplementedError(f"{cls.__name__}.read_config")

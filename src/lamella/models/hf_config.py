@@ -142,7 +142,13 @@ def read_head_dim(config: HFConfig) -> int:
 
 
 def read_rope(
-    config: HFConfig, head_dim: int, max_positions: int, *, interleaved: bool = False, dim: int | None = None
+    config: HFConfig,
+    head_dim: int,
+    max_positions: int,
+    *,
+    interleaved: bool = False,
+    dim: int | None = None,
+    default_theta: float = 10000.0,
 ) -> RopeConfig | None:
     """The rotation from `rope_parameters` or from the older `rope_theta` and `rope_scaling`; None where nothing turns.
 
@@ -168,7 +174,7 @@ def read_rope(
         parameters["original_max_position_embeddings"] = original
     fields = config.section("rope_parameters", parameters)
     kind = fields.choice("rope_type", ("default", "linear", "dynamic", "llama3", "yarn"), "default")
-    theta = fields.float("rope_theta", 10000.0)
+    theta = fields.float("rope_theta", default_theta)
     factor = fields.float("partial_rotary_factor", 1.0)
     if dim is None:
         dim = int(head_dim * factor + 1e-6)  # a quotient of whole numbers that rounding made a little too small

@@ -19,6 +19,8 @@ _targets: dict[str, str | type[CausalLM]] = {
     "LlamaCanonForCausalLM": "lamella.models.llama_canon:LlamaCanonForCausalLM",
     "Apriel2ForCausalLM": "lamella.models.apriel2:Apriel2ForCausalLM",
     "Apriel2ForConditionalGeneration": "lamella.models.apriel2:Apriel2ForCausalLM",  # its text part
+    "Llama4ForCausalLM": "lamella.models.llama4:Llama4ForCausalLM",
+    "Llama4ForConditionalGeneration": "lamella.models.llama4:Llama4ForConditionalGeneration",
 }
 _aliases = {
     "llama": "LlamaForCausalLM",
@@ -26,6 +28,8 @@ _aliases = {
     "LlamaCanon": "LlamaCanonForCausalLM",
     "apriel2_text": "Apriel2ForCausalLM",
     "apriel2": "Apriel2ForConditionalGeneration",
+    "llama4_text": "Llama4ForCausalLM",
+    "llama4": "Llama4ForConditionalGeneration",
 }
 
 

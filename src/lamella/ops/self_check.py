@@ -13,10 +13,12 @@ from lamella.ops.backend import use_triton
 from lamella.ops.delta_rule import reference as delta_reference
 from lamella.ops.gated_rms_norm import reference as gated_reference
 from lamella.ops.linear import reference as linear_reference
+from lamella.ops.moe import reference as moe_reference
 from lamella.ops.qkv import reference as qkv_reference
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.rms_norm import reference as norm_reference
 from lamella.ops.rms_norm.reference import NormStep
+from lamella.ops.rotary import reference as rotary_reference
 from lamella.ops.selective_scan import reference as scan_reference
 from lamella.ops.short_conv import reference as conv_reference
 from lamella.ops.swiglu import reference as swiglu_reference
@@ -54,6 +56,7 @@ def _checks(
     random: Callable[..., Tensor], dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     from lamella.ops.linear import triton as linear
+    from lamella.ops.moe import triton as moe
     from lamella.ops.rms_norm import triton as norm
     from lamella.ops.short_conv import triton as conv
     from lamella.ops.swiglu import triton as swiglu
@@ -64,6 +67,10 @@ def _checks(
     normed, _ = norm_reference.add_rms_norm(x, residual, weight, 1e-5)
     yield "add_rms_norm", norm.add_rms_norm(x, residual, weight, 1e-5)[0], normed
     yield "swiglu", swiglu.swiglu(gate_up), swiglu_reference.swiglu(gate_up)
+    logits, gates, downs = random(3, 5).float(), random(5, 96, width) / 8, random(5, width, 48) / 8
+    for top_k in (1, 2):
+        mixture = x, logits, top_k, gates, downs, residual
+        yield "experts", moe.experts(*mixture), moe_reference.experts(*mixture)
     matrix = random(96, width)
     if linear.serves(x[:1], matrix):
         step, product = NormStep(residual[:1], weight, 1e-5), linear_reference.linear(normed[:1], matrix, None)
@@ -122,8 +129,13 @@ def _attention_checks(
     turns = batch.positions.float()[:, None] * frequencies
     cos, sin = rotary.angles(batch.positions, frequencies, 1.0)
     yield "angles", torch.cat((cos, sin)), torch.cat((turns.cos(), turns.sin()))
+    periodic = (function.angles(batch.positions, frequencies, 1.0, 2)[1] for function in (rotary, rotary_reference))
+    yield "angles within a period", *periodic
+    growth = [function.temperature(batch.positions, 0.5, 2) for function in (rotary, rotary_reference)]
+    yield "temperature", *growth
     projected = random(batch.num_tokens, (heads + 2 * kv_heads) * dim)
     norms: dict[str, Any] = {"q_norm": random(dim).float(), "k_norm": random(dim).float(), "eps": 1e-5}
+    norms["q_scale"] = growth[1]
     written = [[cache.clone() for cache in caches] for _ in range(2)]
     prepared = [
         function(
@@ -141,11 +153,13 @@ def _attention_checks(
         ]
         or [pages.new_empty(0)]
     )
-    for window in (None, 3):
+    for window, chunk in ((None, None), (3, None), (None, 3)):
         k_cache, v_cache = written[1]
-        truth = attention_reference.paged_attention(prepared[1], k_cache, v_cache, pages, batch, 0.25, window)
-        plan = AttentionPlan(space, batch, listed, heads, kv_heads, dim, _PAGE, dtype, 0.25, window, flashinfer=False)
-        ours = paged_attention(prepared[1], k_cache, v_cache, pages, batch, 0.25, window, plan)
+        truth = attention_reference.paged_attention(prepared[1], k_cache, v_cache, pages, batch, 0.25, window, chunk)
+        plan = AttentionPlan(
+            space, batch, listed, heads, kv_heads, dim, _PAGE, dtype, 0.25, window, flashinfer=False, chunk=chunk
+        )
+        ours = paged_attention(prepared[1], k_cache, v_cache, pages, batch, 0.25, window, plan, chunk)
         yield "paged attention", ours, truth
         if few_decodes(batch):
             fresh = {"k_cache": caches[0].clone(), "v_cache": caches[1].clone()}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -26,6 +28,25 @@ from lamella.parity.sequences import TokenSequence
 from lamella.state.manager import DUMMY, Holding, StateManager
 
 _LOGITS_ROWS = 256  # rows of the vocabulary's width at a time
+
+
+_in_flight: ContextVar[Sequence[tuple[Sequence[int], int, int]]] = ContextVar("in_flight", default=())
+
+
+def in_flight() -> Sequence[tuple[Sequence[int], int, int]]:
+    """What is being computed: of each request its tokens so far, and the start and the number of those computed. Rows
+    of the batch beyond belong to no request."""
+    return _in_flight.get()
+
+
+@contextmanager
+def computing(requests: Sequence[tuple[Sequence[int], int, int]]) -> Iterator[None]:
+    """Within the block these are `in_flight`."""
+    token = _in_flight.set(requests)
+    try:
+        yield
+    finally:
+        _in_flight.reset(token)
 
 
 @dataclass
@@ -153,7 +174,9 @@ class _ForcedRunner(ModelRunner):
         pads = self._pads if all(share.count == 1 for share in step) else []
         for pad in pads:
             self.state.holdings[pad] = Holding(DUMMY, [[DUMMY] for _ in self.state.groups])
-        flight = super().launch([*step, *(Scheduled(pad, 0, 1, False) for pad in pads)])
+        known = [(share.request.token_ids(0, share.start + share.count), share.start, share.count) for share in step]
+        with computing(known):
+            flight = super().launch([*step, *(Scheduled(pad, 0, 1, False) for pad in pads)])
         for pad in pads:
             del self.state.holdings[pad]
         return replace(flight, shares=[share for share in flight.shares if share.request not in pads])

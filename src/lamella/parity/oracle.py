@@ -27,6 +27,7 @@ from lamella.config import (
     MambaConfig,
     MLPConfig,
     ModelConfig,
+    MoEConfig,
     NormConfig,
     RopeConfig,
     YarnScaling,
@@ -90,17 +91,30 @@ class Oracle:
         """The same of one that may not be there."""
         return self.wide(name) if f"model.{name}" in self._weights else None
 
-    def norm(self, x: Tensor, config: NormConfig, name: str) -> Tensor:
+    def norm(self, x: Tensor, config: NormConfig, name: str | None) -> Tensor:
+        """The norm whose weight has this name, or none."""
         if config.kind == "layer":
+            assert name is not None
             weight, bias = (self.wide(f"{name}.{part}") for part in ("weight", "bias"))
             return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, config.eps).to(x.dtype)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + config.eps)
-        return self._weights[f"model.{name}.weight"] * wide.to(x.dtype)
+        return wide.to(x.dtype) if name is None else self._weights[f"model.{name}.weight"] * wide.to(x.dtype)
 
     def linear(self, x: Tensor, name: str, tap: Tap) -> Tensor:
         weight, bias = self._weights[f"model.{name}.weight"], self._weights.get(f"model.{name}.bias")
         return tap(name, F.linear(x, weight, bias))
+
+    def experts(self, name: str, count: int) -> tuple[Tensor, Tensor]:
+        """The experts' weights (E, H, 2 I), gates first, and (E, I, H), as a file has them whole or one by one."""
+        prefix = f"model.{name}"
+        if f"{prefix}.gate_up_proj" in self._weights:
+            return self._weights[f"{prefix}.gate_up_proj"], self._weights[f"{prefix}.down_proj"]
+        gate, up, down = (
+            torch.stack([self._weights[f"{prefix}.{index}.{part}_proj.weight"].T for index in range(count)])
+            for part in ("gate", "up", "down")
+        )
+        return torch.cat((gate, up), -1), down
 
     def canon(self, x: Tensor, config: CanonConfig, name: str) -> Tensor:
         weight, bias = self._weights[f"model.{name}.weight"], self._weights.get(f"model.{name}.bias")
@@ -116,7 +130,7 @@ class Oracle:
 
 def attention(oracle: Oracle, config: AttentionConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
     q, k, v = (oracle.linear(x, f"{name}.{part}_proj", tap) for part in "qkv")
-    if config.qk_norm:
+    if config.qk_norm and config.qk_norm_weight:
         shape = (-1, config.head_dim) if config.qk_norm_scope == "head" else (1, -1)
         q, k = (
             oracle.norm(side.unflatten(-1, shape), config.qk_norm, site)
@@ -130,10 +144,18 @@ def attention(oracle: Oracle, config: AttentionConfig, x: Tensor, name: str, tap
     turned = torch.cat((q, k))
     if config.rope:
         turned = _rotate(turned, *_angles(config.rope, x), config.rope)
-    turned = tap(f"{name}.queries_keys", turned.transpose(0, 1).flatten(1)).unflatten(-1, (-1, config.head_dim))
+    if config.qk_norm and not config.qk_norm_weight:
+        turned = oracle.norm(turned, config.qk_norm, None)
+    if config.temperature:
+        positions = torch.arange(x.shape[0], device=x.device).float()
+        grown = torch.log1p(torch.floor((positions + 1.0) / config.temperature.floor_scale))
+        grown = (grown * config.temperature.scale + 1.0)[:, None]
+        q, k = turned.split((config.num_heads, config.num_kv_heads))
+        turned = torch.cat(((q * grown).to(q.dtype), k))
+    turned = tap_turned(tap, name, config, turned.transpose(0, 1))
     q, k = turned.transpose(0, 1).split((config.num_heads, config.num_kv_heads))
     k, v = (side.repeat_interleave(config.num_heads // config.num_kv_heads, 0) for side in (k, v))
-    y = _ATTEND[oracle.attention](q, k, v, config.scale, _visible(x.shape[0], config.window, x.device))
+    y = _ATTEND[oracle.attention](q, k, v, config.scale, _visible(x.shape[0], config, x.device))
     return oracle.linear(tap(f"{name}.attention", y.transpose(0, 1).flatten(1)), f"{name}.o_proj", tap)
 
 
@@ -145,6 +167,42 @@ def mlp(oracle: Oracle, config: MLPConfig, x: Tensor, name: str, tap: Tap) -> Te
     y = _ACTIVATIONS[config.activation](sides[0])
     y = y * sides[1] if config.gated else y
     return oracle.linear(tap(f"{name}.activation", y), f"{name}.down_proj", tap)
+
+
+def tap_turned(tap: Tap, name: str, config: AttentionConfig, turned: Tensor) -> Tensor:
+    """The site of what attention is given: queries and keys (n, heads, D), as one.
+
+    Where attention sees chunks, the engine turns by positions in the chunk. This is another angle for all of a chunk
+    alike, which no product of a query and a key shows; but the site would show it. So there the engine's angles stand.
+    """
+    site, rope, chunk = f"{name}.queries_keys", config.rope, config.chunk
+    if tap is untouched or rope is None or chunk is None:
+        return tap(site, turned.flatten(1)).view(turned.shape)
+    positions, (frequencies, _) = torch.arange(turned.shape[0]), _frequencies(rope)
+    here, there = ((at.float()[:, None] * frequencies).double() for at in (positions, positions % chunk))
+
+    def turn(x: Tensor, angles: Tensor) -> Tensor:
+        cos, sin = angles.cos().to(x.device), angles.sin().to(x.device)
+        return _rotate(x.double().transpose(0, 1), cos, sin, rope).transpose(0, 1)
+
+    shown = turn(turned, there - here)
+    shown = tap(site, shown.flatten(1)).view(shown.shape)
+    return turn(shown, here - there).to(turned.dtype)
+
+
+def moe(oracle: Oracle, config: MoEConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
+    """Every expert of every token, of which those not chosen are given zeros."""
+    logits = oracle.linear(x, f"{name}.router", tap)
+    chosen, ids = logits.topk(config.top_k, dim=1)
+    weights = torch.full_like(logits, -torch.inf).scatter(1, ids, chosen)
+    weights = torch.sigmoid(weights.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+    gate_up, down = oracle.experts(f"{name}.experts", config.num_experts)
+    gate, up = torch.bmm(x[None] * weights.T[:, :, None], gate_up).chunk(2, -1)
+    routed = torch.bmm(up * F.silu(gate), down).sum(0)
+    routed = tap(f"{name}.experts", routed)
+    if config.shared_size is None:
+        return routed
+    return mlp(oracle, MLPConfig(intermediate_size=config.shared_size), x, f"{name}.shared_expert", tap) + routed
 
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -163,13 +221,15 @@ MIXERS: dict[type, Callable[..., Tensor]] = {
     KimiDeltaConfig: kimi_delta,
     MambaConfig: mamba,
 }
-FEED_FORWARDS: dict[type, Callable[..., Tensor]] = {MLPConfig: mlp}
+FEED_FORWARDS: dict[type, Callable[..., Tensor]] = {MLPConfig: mlp, MoEConfig: moe}
 
 
-def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
+def _visible(length: int, config: AttentionConfig, device: torch.device) -> Tensor:
     """(n, n), true where a query (row) sees a key (column)."""
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-    return (distance >= 0) & (distance < (window or length))
+    keys = torch.arange(length, device=device)
+    queries = keys[:, None]
+    seen = (keys <= queries) & (queries - keys < (config.window or length))
+    return seen if config.chunk is None else seen & (keys // config.chunk == queries // config.chunk)
 
 
 def _attend_eager(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Tensor) -> Tensor:
@@ -185,19 +245,24 @@ _ATTEND = {"eager": _attend_eager, "sdpa": _attend_sdpa}
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rope: RopeConfig) -> Tensor:
-    """x (heads, n, D) with its first `rope.dim` channels turned."""
+    """x (heads, n, D) with its first `rope.dim` channels turned.
+
+    Adjacent channels are turned as complex numbers of at least fp32, and rounded once, as they are in the code that
+    they come from (lingua, Llama 4).
+    """
     turned, rest = x[..., : rope.dim], x[..., rope.dim :]
     if rope.interleaved:
-        first, second = turned[..., 0::2], turned[..., 1::2]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        pairs = torch.view_as_complex(turned.to(wide).unflatten(-1, (-1, 2)).contiguous())
+        joined = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
     else:
         first, second = turned.chunk(2, -1)
-    pair = (first * cos - second * sin, second * cos + first * sin)
-    joined = torch.stack(pair, -1).flatten(-2) if rope.interleaved else torch.cat(pair, -1)
+        joined = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
     return torch.cat((joined, rest), -1)
 
 
-def _angles(rope: RopeConfig, x: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (n, dim / 2): fp32 angles by definition, in the dtype of x."""
+def _frequencies(rope: RopeConfig) -> tuple[Tensor, float]:
+    """The angle of each pair at position 1, (dim / 2,) fp32, and what cos and sin are multiplied by."""
     exponents = torch.arange(0, rope.dim, 2, dtype=torch.int64).float() / rope.dim
     theta, scaling, factor = rope.theta, rope.scaling, 1.0
     if isinstance(scaling, DynamicScaling) and scaling.length > scaling.original_length:
@@ -210,7 +275,19 @@ def _angles(rope: RopeConfig, x: Tensor) -> tuple[Tensor, Tensor]:
         frequencies, factor = _yarn(frequencies, rope, scaling), scaling.attention_factor
     elif scaling is not None and not isinstance(scaling, DynamicScaling):
         frequencies = frequencies / scaling.factor
+    return frequencies, factor
+
+
+def _angles(rope: RopeConfig, x: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin (n, dim / 2): fp32 angles by definition, in the dtype of x, or at least fp32 where interleaved."""
+    frequencies, factor = _frequencies(rope)
     angles = torch.arange(x.shape[0]).float()[:, None] * frequencies
+    if rope.interleaved:
+        turns, dtype = (
+            torch.polar(torch.ones_like(angles), angles) * factor,
+            torch.promote_types(x.dtype, torch.float32),
+        )
+        return turns.real.to(x.device, dtype), turns.imag.to(x.device, dtype)
     cos, sin = (angles.cos() * factor, angles.sin() * factor)
     return cos.to(x.device, x.dtype), sin.to(x.device, x.dtype)
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lamella.config import AttentionConfig, MLPConfig, ModelConfig
+from lamella.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
 from lamella.engine.engine import Engine, check_split
 from lamella.engine.options import EngineOptions
 from lamella.engine.sampling_params import SamplingParams
@@ -22,8 +23,9 @@ from lamella.errors import ConfigError, ParameterError, WorkerError
 from lamella.layers.decoder import LanguageModel
 from lamella.ops import native
 from lamella.ops.backend import portable_only
-from lamella.parity.forcing import ForcedEngine, Record, record_of
+from lamella.parity.forcing import ForcedEngine, Record, computing, record_of
 from lamella.parity.oracle import Oracle
+from lamella.parity.routing import HeldRouting
 from lamella.parity.scores import Scores
 from lamella.parity.sequences import TokenSequence, split
 from lamella.parity.subject import Subject
@@ -38,6 +40,7 @@ LOGPROB_LIMIT = 1e-4
 STATE_LIMITS = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
 # A path may stray from the full forward so many times as far as that strays from the truth.
 NOISE_LIMIT = 4.0
+_UNHELD = "experts cannot be held there, and rounding decides between some: with dtype float32 it is tried"
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class Laboratory:
         """`options` of an engine that loads the same model, for paths that take a process more."""
         self.model, self.device, self.token_ids = model, device, tuple(token_ids)
         self.options = options or {}
-        self._random = random.Random(seed)
+        self.routing = HeldRouting(model, token_ids[:-1])  # the last is only predicted
+        self._random = random.Random(f"strangers {seed}")  # other tokens than a random sequence of the same seed has
 
     def engine(self, pads: int = 0, **options: Any) -> ForcedEngine:
         usual = {
@@ -144,6 +148,7 @@ def catalogue(
         Path("padded rows", _padded),
         Path("prefix hit at a page's end", _prefix_hit(0)),
         Path("prefix hit inside a page", _prefix_hit(2)),
+        *(Path(f"prefix hit at a chunk's end, {end}", _hit_at(end)) for end in _chunk_ends(config, length)),
         Path("prefix of a running request", _prefix_of_a_running_request),
         Path("prefix evicted and found again", _prefix_evicted),
         Path("a conversation's next turn", _next_turn),
@@ -154,11 +159,11 @@ def catalogue(
 
 
 def _interesting(config: ModelConfig) -> set[int]:
-    """Lengths around which state changes hands: kernel widths, windows, pages."""
+    """Lengths around which state changes hands: kernel widths, windows, chunks, pages."""
     widths = {canon.kernel for layer in config.layers for canon in layer.canons}
     widths |= {kernel for layer in config.layers if (kernel := getattr(layer.mixer, "kernel", None)) is not None}
     mixers = [layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionConfig)]
-    windows = {mixer.window for mixer in mixers if mixer.window is not None}
+    windows = {size for mixer in mixers for size in (mixer.window, mixer.chunk) if size is not None}
     return {size + step for size in widths for step in (-2, -1, 0, 1)} | {
         size + step for size in {PAGE_SIZE} | windows for step in (-1, 0, 1)
     }
@@ -218,7 +223,7 @@ def _recycled(lab: Laboratory) -> Record:
 
 def _module(lab: Laboratory) -> Record:
     sequence = lab.sequence()
-    with torch.inference_mode():
+    with torch.inference_mode(), computing([(sequence.prompt, 0, len(sequence.prompt))]):
         logits = lab.model.compute_logits(lab.model(torch.tensor(sequence.prompt, device=lab.device)))
     scores = Scores.of(logits, sequence.token_ids[1:], None)
     return Record(sequence.prompt, sequence.continuation, 1, _rows(scores))
@@ -307,6 +312,22 @@ def _prefix_hit(beyond: int) -> Callable[[Laboratory], Record]:
     def run(lab: Laboratory) -> Record:
         engine, length = _caching(lab), _shared_length(lab)
         engine.score([lab.sharing(length + beyond)])
+        return _hit(engine.score([lab.sequence()])[0], length)
+
+    return run
+
+
+def _chunk_ends(config: ModelConfig, length: int) -> list[int]:
+    """Of each size of attention's chunks, the last end of one that a prefix of `length` tokens can be cut at."""
+    mixers = [layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionConfig)]
+    ends = {(length - 2) // mixer.chunk * mixer.chunk for mixer in mixers if mixer.chunk is not None}
+    return sorted(end for end in ends if end and end % SMALL_PAGE == 0)
+
+
+def _hit_at(length: int) -> Callable[[Laboratory], Record]:
+    def run(lab: Laboratory) -> Record:
+        engine = _caching(lab)
+        engine.score([lab.sharing(length)])
         return _hit(engine.score([lab.sequence()])[0], length)
 
     return run
@@ -410,7 +431,8 @@ def run_paths(
         "max_model_len": subject.max_model_len,
     }
     lab = Laboratory(candidate or subject.load(dtype, device), device, token_ids, seed, options)
-    full = lab.full()
+    with lab.routing.recorded():
+        full = lab.full()
     truth = (
         Oracle(subject.config, subject.weights(device), torch.float32, device).logits(token_ids[:-1]).log_softmax(-1)
     )
@@ -421,16 +443,20 @@ def run_paths(
         "state": STATE_LIMITS[dtype],
     }
     cells = []
+    hold = bool(lab.routing) and dtype != torch.float32
     for path in catalogue(subject.config, len(token_ids), device, undivided):
         progress(path.name)
-        cells.append(_cell(path, lab, full, limits))
+        if hold and path.run in (_graphs, _two_ranks):
+            path = replace(path, unavailable=path.unavailable or _UNHELD)
+        with lab.routing.held() if hold else nullcontext():
+            cells.append(_cell(path, lab, full, limits))
     return PathMatrix(tuple(cells), limits, own)
 
 
 def _why_undivided(subject: Subject, device: torch.device) -> str | None:
     """Why two ranks cannot share the model."""
     kinds = {type(part) for layer in subject.config.layers for part in (layer.mixer, layer.feed_forward)}
-    if not kinds <= {AttentionConfig, MLPConfig}:
+    if not kinds <= {AttentionConfig, MLPConfig, MoEConfig}:
         return "a layer of a kind that may not know how to be divided"
     try:
         options = EngineOptions(model=subject.checkpoint.path, device=device.type, tensor_parallel_size=2)
@@ -478,6 +504,9 @@ def _cell(path: Path, lab: Laboratory, full: Record, limits: dict[str, float]) -
     ours, expected = record.scores.logprobs, full.scores.logprobs[record.cached :]
     difference = ours - expected
     states = {name: _relative(record.state[name], full.state[name]) for name in record.state}
+    for name, logits in lab.routing.seen.items():
+        there = ~logits.isnan().all(-1)
+        states[f"{name}.router"] = _relative(logits[there], lab.routing.truth[name][there])
     worst = max(states, key=lambda name: states[name], default=None)
     bitwise = torch.equal(ours, expected) and all(value == 0 for value in states.values())
     cell = Cell(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lamella.layers.canon import Canon
 from lamella.layers.kit import PagedAttention
 from lamella.layers.linear import Embedding, Linear, MergedLinear
+from lamella.layers.moe import Experts
 from lamella.layers.norm import LayerNorm, RMSNorm
 from lamella.layers.recurrent import RecurrentMixer
 from lamella.ops.backend import separate_operations
@@ -66,7 +67,7 @@ def _hook(module: nn.Module, site: str, tap: Tap) -> Callable[..., Any] | None:
             return _flat(site, output, tap)
 
         return norm
-    if isinstance(module, Linear | Embedding | Canon | PagedAttention):
+    if isinstance(module, Linear | Embedding | Canon | PagedAttention | Experts):
         return lambda _, args, output: _flat(site, output, tap)
     return None
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.checkpoint.files import Checkpoint
 from lamella.checkpoint.loader import resolve_dtype
-from lamella.checkpoint.names import rename, targets
+from lamella.checkpoint.names import targets
 from lamella.config import ModelConfig, PlacementLike, placed, read_placement
 from lamella.engine.tokenizer import Tokenizer
 from lamella.layers.kit import LocalKit
@@ -93,8 +93,9 @@ class Subject:
             model = self.load(torch.float32, device)
             return self._placed({path: t.parameter[t.start : t.stop] for path, t in targets(model, {}).items()})
         with self.checkpoint.tensors.opened() as tensors:
-            paths = self._placed({path: path for path in targets(self.skeleton(), {})})
-            return {placed: tensors.load(rename(path, self.checkpoint.names)) for placed, path in paths.items()}
+            found = targets(self.skeleton(), self.checkpoint.names, tensors.names())
+            names = self._placed({target.path: name for name, target in found.items()})
+            return {path: tensors.load(name) for path, name in names.items()}
 
     def _placed(self, by_path: dict[str, _T]) -> dict[str, _T]:
         """What belongs to the model of `config`, by its own paths: the active mixer is the layer's mixer."""

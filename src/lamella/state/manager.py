@@ -55,18 +55,18 @@ class StateManager:
         self.holdings: dict[Hashable, Holding] = {}
         self._copies: list[tuple[int, int]] = []
         pairs = enumerate(zip(self.groups, self.page_pools, strict=True))
-        self._windowed = [(index, group, pool) for index, (group, pool) in pairs if group.window is not None]
+        self._local = [(index, group, pool) for index, (group, pool) in pairs if group.reach is not None]
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 
     def peak_pages(self, group: int, tokens: int, chunk: int) -> int:
         """The most pages of a group that one request of `tokens` tokens, computed `chunk` at a time, ever holds."""
-        window = self.groups[group].window
-        if window is None:
+        reach = self.groups[group].reach
+        if reach is None:
             return self.pages_for(tokens)
-        # A chunk sees the window before its first token; both ends may lie inside a page.
-        return min(self.pages_for(tokens), self.pages_for(window + chunk) + 1)
+        # A chunk sees what its first token can see; both ends may lie inside a page.
+        return min(self.pages_for(tokens), self.pages_for(reach + chunk) + 1)
 
     def match(self, keys: Sequence[bytes]) -> Hit:
         """The longest prefix, of the pages that have these keys, for which every kind of state is at hand."""
@@ -156,7 +156,7 @@ class StateManager:
             holding.named = full
             if self.has_slot_state and tokens % self.page_size == 0:
                 self._snapshot(holding, keys[full - 1], generated)
-        for index, group, pool in self._windowed:
+        for index, group, pool in self._local:
             dead, pages = group.first_visible(tokens) // self.page_size, holding.pages[index]
             if dead > holding.freed[index]:
                 pool.free(pages[holding.freed[index] : dead])

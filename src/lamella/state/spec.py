@@ -14,13 +14,20 @@ import torch
 class PagedState:
     """Keys and values that grow by one row per token, kept in fixed-size pages.
 
-    With a `window` of w, a token sees itself and the w - 1 tokens before it, so older pages can be freed.
+    With a `window` of w, a token sees itself and the w - 1 tokens before it, so older pages can be freed. With a
+    `chunk` of c it sees no earlier position than the last multiple of c up to its own, so pages of chunks before can.
     """
 
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
     window: int | None = None
+    chunk: int | None = None
+
+    @property
+    def reach(self) -> int | None:
+        """The most tokens that a token can see, itself included; None where it sees all."""
+        return self.chunk if self.window is None else self.window
 
     @property
     def bytes_per_token(self) -> int:
@@ -28,6 +35,8 @@ class PagedState:
 
     def first_visible(self, position: int) -> int:
         """The oldest position that a token at `position` can see."""
+        if self.chunk is not None:
+            return position // self.chunk * self.chunk
         return 0 if self.window is None else max(0, position - self.window + 1)
 
     def live_tokens(self, length: int) -> int:

@@ -23,6 +23,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from lamella.config import ModelConfig
 from lamella.distributed.group import Group
 from lamella.distributed.sharding import Share, Split
+from lamella.errors import ConfigError
 from lamella.layers.kit import Widths, sections
 from lamella.layers.linear import Biases, MergedLinear, without_bias
 from lamella.layers.norm import RMSNorm, SplitRMSNorm
@@ -65,6 +66,8 @@ class VllmAttention(nn.Module):
 
     def __init__(self, heads: int, scale: float, spec: PagedState, config: VllmConfig, prefix: str) -> None:
         super().__init__()
+        if spec.chunk is not None:
+            raise ConfigError(f"{prefix}: attention in chunks of {spec.chunk} tokens is not served inside vLLM yet")
         self.heads, self.head_dim = heads, spec.head_dim
         self.attn = Attention(
             heads,
@@ -92,7 +95,7 @@ class VllmKit:
     def __init__(self, config: VllmConfig, model: ModelConfig) -> None:
         self.config = config
         self.dtype, self.device = config.model_config.dtype, torch.empty(0).device  # where vLLM builds models
-        self.group = VllmGroup()
+        self.group: Group = VllmGroup()
         self.share = self.group.share
         # All layers get slots of one shape, so that they are one group with small pages.
         self._layout = StateLayout.of(model, self.share, self.dtype)
@@ -133,9 +136,9 @@ class VllmKit:
                 linear.bias.zero_()
         return linear
 
-    def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str) -> nn.Module:
+    def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str, reduce: bool = True) -> nn.Module:
         self.share.even(in_size, prefix)
-        return RowParallelLinear(in_size, out_size, bias=bias, **self._common(prefix))
+        return RowParallelLinear(in_size, out_size, bias=bias, reduce_results=reduce, **self._common(prefix))
 
     def column_norm(self, channels: Split, eps: float) -> RMSNorm:
         if self.share.size > 1:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lamella.ops.attention.chunks import pieces, seen_pages
 from lamella.ops.ragged import RaggedBatch
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class AttentionSpace:
     def __init__(self, max_requests: int, max_length: int, device: torch.device) -> None:
         """For steps of so many requests, padding included, of so many tokens each."""
         self.max_requests, self.max_length, self.device = max_requests, max_length, device
-        self._workspaces: dict[tuple[int, int, int, int | None], DecodeWorkspace] = {}
+        self._workspaces: dict[tuple[Any, ...], DecodeWorkspace] = {}
         self._prefills: dict[tuple[int, tuple[Any, ...]], Prefill] = {}
         self._turn = 0
         self._others: list[AttentionSpace] = []
@@ -49,12 +50,14 @@ class AttentionSpace:
         self._lent += 1
         return self._others[self._lent - 1]
 
-    def decode_workspace(self, heads: int, kv_heads: int, head_dim: int, window: int | None) -> DecodeWorkspace:
+    def decode_workspace(
+        self, heads: int, kv_heads: int, head_dim: int, window: int | None, chunk: int | None = None
+    ) -> DecodeWorkspace:
         from lamella.ops.attention import triton
 
-        key = heads, kv_heads, head_dim, window
+        key = heads, kv_heads, head_dim, window, chunk
         if key not in self._workspaces:
-            length = self.max_length if window is None else min(self.max_length, window)
+            length = min(self.max_length, window or self.max_length, chunk or self.max_length)
             self._workspaces[key] = triton.DecodeWorkspace(
                 self.max_requests,
                 triton.max_items(self.max_requests, length),
@@ -65,13 +68,15 @@ class AttentionSpace:
             )
         return self._workspaces[key]
 
-    def prefill(self, heads: int, kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype) -> Prefill | None:
+    def prefill(
+        self, heads: int, kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype, chunk: int | None = None
+    ) -> Prefill | None:
         """FlashInfer's attention of many tokens a request, for one plan of this turn; None where it cannot serve."""
         if not _flashinfer_has(head_dim, dtype):
             return None
         from lamella.ops.attention.flashinfer import Prefill
 
-        key = heads, kv_heads, head_dim, scale
+        key = heads, kv_heads, head_dim, scale, chunk
         if (self._turn, key) not in self._prefills:
             self._prefills[self._turn, key] = Prefill(self.device)
         return self._prefills[self._turn, key]
@@ -108,6 +113,7 @@ class AttentionPlan:
         scale: float,
         window: int | None,
         flashinfer: bool = True,
+        chunk: int | None = None,
     ) -> None:
         """`page_list` (N,) int32: the pages of the requests after the decodes, one request's after the other's.
 
@@ -118,17 +124,25 @@ class AttentionPlan:
         decodes = batch.num_decodes
         self.workspace: DecodeWorkspace | None = None
         if decodes:
-            self.workspace = space.decode_workspace(heads, kv_heads, head_dim, window)
-            triton.plan_decode(batch.seq_lens[:decodes], window, self.workspace)
+            self.workspace = space.decode_workspace(heads, kv_heads, head_dim, window, chunk)
+            triton.plan_decode(batch.seq_lens[:decodes], window, self.workspace, chunk)
         self.prefill: Prefill | None = None
-        if decodes < batch.num_requests and window is None and flashinfer:
-            # Beyond a window lie pages that were given back: FlashInfer would read them, if only to weigh them by zero.
-            self.prefill = space.prefill(heads, kv_heads, head_dim, scale, dtype)
+        # Beyond a window lie pages that were given back: FlashInfer would read them, if only to weigh them by zero.
+        # Chunks are requests of their own to it, where each starts with a page.
+        apart = chunk is None or chunk % page_size == 0
+        if decodes < batch.num_requests and window is None and apart and flashinfer:
+            self.prefill = space.prefill(heads, kv_heads, head_dim, scale, dtype, chunk)
             if self.prefill is not None:
+                query_lens: Sequence[int] = batch.query_lens[decodes:]
+                context_lens: Sequence[int] = batch.context_lens[decodes:]
+                if chunk is not None:
+                    cut = pieces(query_lens, context_lens, chunk)
+                    seen = torch.tensor(seen_pages(query_lens, context_lens, chunk, page_size))
+                    page_list = page_list[seen.to(page_list.device, non_blocking=True)]
+                    query_lens, context_lens = [piece.new for piece in cut], [piece.length for piece in cut]
                 self.prefill.plan(
-                    batch.query_lens[decodes:], batch.context_lens[decodes:], page_list, heads, kv_heads, head_dim,
-                    page_size, dtype, scale,
-                )  # fmt: skip
+                    query_lens, context_lens, page_list, heads, kv_heads, head_dim, page_size, dtype, scale
+                )
 
 
 def few_decodes(batch: RaggedBatch) -> bool:
@@ -167,6 +181,7 @@ def paged_attention(
     scale: float,
     window: int | None,
     plan: AttentionPlan,
+    chunk: int | None = None,
 ) -> Tensor:
     """See `reference.paged_attention`."""
     from lamella.ops.attention import triton, triton_prefill
@@ -193,5 +208,6 @@ def paged_attention(
         max(batch.query_lens[decodes:]),
         scale,
         window,
+        chunk,
         out=out,
     )

@@ -8,24 +8,35 @@ from torch import Tensor
 from lamella.ops.ragged import RaggedBatch
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, chunk: int | None = None, first: int = 0
+) -> Tensor:
     """One request: the last queries of a context. q (n, H, D); k and v (m, KV, D), m >= n; returns (n, H, D).
 
-    Query head h reads key/value head `h // (H / KV)`; softmax and sums in fp32, rounded once.
+    `first` is the position of the first key. With a `window` of w a query sees the last w keys up to its own, with a
+    `chunk` of c those from the last position on that is a multiple of c. Query head h reads key/value head
+    `h // (H / KV)`; softmax and sums in fp32, rounded once.
     """
     group = q.shape[1] // k.shape[1]
     k, v = (side.float().repeat_interleave(group, dim=1) for side in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q.float(), k) * scale
-    distance = torch.arange(k.shape[0] - q.shape[0], k.shape[0])[:, None] - torch.arange(k.shape[0])
-    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    keys = torch.arange(first, first + k.shape[0])
+    queries = keys[k.shape[0] - q.shape[0] :, None]
+    hidden = keys > queries
+    if window is not None:
+        hidden |= keys <= queries - window
+    if chunk is not None:
+        hidden |= keys < queries // chunk * chunk
     scores = scores.masked_fill(hidden.to(q.device), float("-inf"))
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(q.dtype)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, scale: float, window: int | None) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, scale: float, window: int | None, chunk: int | None = None
+) -> Tensor:
     """Every request sees its own new tokens only. q (T, H, D); k and v (T, KV, D); returns (T, H, D)."""
     parts = zip(*(side.split(batch.query_lens) for side in (q, k, v)), strict=True)
-    return torch.cat([attend(queries, keys, values, scale, window) for queries, keys, values in parts])
+    return torch.cat([attend(queries, keys, values, scale, window, chunk) for queries, keys, values in parts])
 
 
 def paged_attention(
@@ -36,6 +47,7 @@ def paged_attention(
     batch: RaggedBatch,
     scale: float,
     window: int | None,
+    chunk: int | None = None,
 ) -> Tensor:
     """Every request sees its whole context, which lies in pages; the new tokens' rows have been written already.
 
@@ -46,8 +58,11 @@ def paged_attention(
     outputs = []
     for request, queries in enumerate(q.split(batch.query_lens)):
         length = batch.context_lens[request]
-        start = 0 if window is None else max(0, length - queries.shape[0] - window + 1)
+        position = length - queries.shape[0]
+        start = 0 if window is None else max(0, position - window + 1)
+        if chunk is not None:
+            start = position // chunk * chunk
         positions = torch.arange(start, length, device=q.device)
         pages, rows = page_table[request, positions // page_size].long(), positions % page_size
-        outputs.append(attend(queries, k_cache[pages, rows], v_cache[pages, rows], scale, window))
+        outputs.append(attend(queries, k_cache[pages, rows], v_cache[pages, rows], scale, window, chunk, start))
     return torch.cat(outputs)

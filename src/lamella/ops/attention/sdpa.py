@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from lamella.ops.attention.chunks import pieces
 from lamella.ops.ragged import RaggedBatch
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, scale: float, window: int | None) -> Tensor:
-    """See `reference.causal_attention`. Requests of one length are one call."""
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, scale: float, window: int | None, chunk: int | None = None
+) -> Tensor:
+    """See `reference.causal_attention`. Requests (or chunks) of one length are one call."""
     lengths = batch.query_lens
+    if chunk is not None:
+        lengths = tuple(piece.new for piece in pieces(lengths, lengths, chunk))
     if len(set(lengths)) == 1:
         q, k, v = (side.unflatten(0, (len(lengths), lengths[0])) for side in (q, k, v))
         return _attend(q, k, v, scale, window).flatten(0, 1)
@@ -29,13 +34,14 @@ def paged_attention(
     batch: RaggedBatch,
     scale: float,
     window: int | None,
+    chunk: int | None = None,
 ) -> Tensor:
     """See `reference.paged_attention`. All decodes are one call, and so are prefills of one shape."""
     outputs = []
     decodes = batch.num_decodes
     if decodes:
-        outputs.append(_decode(q[:decodes], k_cache, v_cache, page_table[:decodes], batch, scale, window))
-    outputs += prefill_attention(q, k_cache, v_cache, page_table, batch, scale, window)
+        outputs.append(_decode(q[:decodes], k_cache, v_cache, page_table[:decodes], batch, scale, window, chunk))
+    outputs += prefill_attention(q, k_cache, v_cache, page_table, batch, scale, window, chunk)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -47,22 +53,27 @@ def prefill_attention(
     batch: RaggedBatch,
     scale: float,
     window: int | None,
+    chunk: int | None = None,
 ) -> list[Tensor]:
-    """The outputs of the requests after the decodes. Neighbours of equal shape are one call."""
-    shapes = list(zip(batch.query_lens, batch.context_lens, strict=True))[batch.num_decodes :]
+    """The outputs of the requests after the decodes. Neighbours of equal shape are one call, chunks among them."""
+    decodes = batch.num_decodes
+    query_lens, context_lens = batch.query_lens[decodes:], batch.context_lens[decodes:]
+    # What is not cut into chunks is one piece of everything.
+    cut = pieces(query_lens, context_lens, chunk or max(context_lens, default=1))
     outputs = []
-    start, request = batch.num_decodes, batch.num_decodes
-    for (new, length), run in groupby(shapes):
-        count = len(list(run))
-        first = 0 if window is None else max(0, length - new - window + 1)
-        positions = torch.arange(first, length, device=q.device).expand(count, -1)
-        rows = _cache_rows(page_table[request : request + count], positions, k_cache.shape[1])
+    start = decodes
+    for (new, chunk_start, length), run in groupby(cut, key=lambda piece: piece[1:]):
+        requests = [decodes + piece.request for piece in run]  # neighbours: two chunks of one start at different places
+        table, count = page_table[requests[0] : requests[-1] + 1], len(requests)
+        first = chunk_start if window is None else max(0, length - new - window + 1)
+        positions = torch.arange(first, chunk_start + length, device=q.device).expand(count, -1)
+        rows = _cache_rows(table, positions, k_cache.shape[1])
         k, v = (
             cache.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape) for cache in (k_cache, v_cache)
         )
         queries = q[start : start + count * new].unflatten(0, (count, new))
         outputs.append(_attend(queries, k, v, scale, window).flatten(0, 1))
-        start, request = start + count * new, request + count
+        start += count * new
     return outputs
 
 
@@ -79,22 +90,27 @@ def _decode(
     batch: RaggedBatch,
     scale: float,
     window: int | None,
+    chunk: int | None,
 ) -> Tensor:
     """One query a request, q (R, H, D), over contexts gathered to the longest one's length."""
     num_requests, heads, dim = q.shape
     kv_heads = k_cache.shape[2]
-    longest = max(batch.context_lens[:num_requests])
-    seen = longest if window is None else min(longest, window)
+    lengths = batch.context_lens[:num_requests]
     last = batch.seq_lens[:num_requests, None].long() - 1
+    seen, behind = max(lengths), last  # keys at most, and how many of them lie before the newest
+    if window is not None:
+        seen = min(seen, window)
+    if chunk is not None:
+        seen, behind = max((length - 1) % chunk + 1 for length in lengths), last % chunk
     # Counted back from the newest token; a shorter request repeats its oldest row, which the mask then hides, so that
     # nothing outside a request's own rows is ever read.
     back = torch.arange(seen, device=q.device)
-    rows = _cache_rows(page_table, (last - back).clamp(min=0), k_cache.shape[1])
+    rows = _cache_rows(page_table, last - torch.minimum(back, behind), k_cache.shape[1])
     k, v = (
         cache.flatten(0, 1).index_select(0, rows.flatten()).view(num_requests, seen, kv_heads, dim).transpose(1, 2)
         for cache in (k_cache, v_cache)
     )
-    mask = (back <= last)[:, None, None, :]
+    mask = (back <= behind)[:, None, None, :]
     # The query heads of a group share their keys: as rows of one small matrix they are read once.
     grouped = q.view(num_requests, kv_heads, heads // kv_heads, dim)
     return scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(num_requests, heads, dim)

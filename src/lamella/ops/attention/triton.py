@@ -97,11 +97,12 @@ class DecodeWorkspace:
         )
 
 
-def plan_decode(seq_lens: Tensor, window: int | None, workspace: DecodeWorkspace) -> None:
+def plan_decode(seq_lens: Tensor, window: int | None, workspace: DecodeWorkspace, span: int | None = None) -> None:
     """Write into `workspace` the work of one step: seq_lens (R,) int32, each >= 1, the new token counted.
 
-    A token sees itself and, with a window w, the w - 1 tokens before it. How a request is cut depends on its own
-    length, and on whether the step has few requests or many.
+    A token sees itself and, with a window w, the w - 1 tokens before it; with a span s (`chunk` elsewhere, which is a
+    part of the work here), what lies from the last multiple of s up to its position on. How a request is cut depends on
+    its own length, and on whether the step has few requests or many.
     """
     requests = seq_lens.shape[0]
     assert seq_lens.dtype == torch.int32 and seq_lens.is_contiguous()
@@ -109,7 +110,7 @@ def plan_decode(seq_lens: Tensor, window: int | None, workspace: DecodeWorkspace
     padded = triton.next_power_of_2(requests)
     _plan_kernel[(requests,)](
         seq_lens, requests, workspace.items, workspace.items.shape[1], workspace.num_items,
-        PADDED=padded, WINDOW=window or 0,
+        PADDED=padded, WINDOW=window or 0, SPAN=span or 0,
         CHUNK=workspace.chunk or (_SHORT_CHUNK if requests <= FEW_REQUESTS else _LONG_CHUNK),
         num_warps=1 if padded <= 128 else 4,
         **dependent_launch(seq_lens),
@@ -164,11 +165,14 @@ def padded_dim(dim: int) -> int:
 
 
 @triton.jit
-def _chunking(length, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
+def _chunking(length, WINDOW: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr):
     """Of requests: the first visible position, the tokens in a chunk, the number of chunks."""
     visible = length
     if WINDOW > 0:
         visible = tl.minimum(length, WINDOW)
+    if SPAN > 0:
+        # Of what is no request, and has length 0, nothing is visible.
+        visible = tl.where(length > 0, (length - 1) % SPAN + 1, 0)
     # The least power of two, times CHUNK, that covers the context in MAX_CHUNKS.
     size = visible * 0 + CHUNK
     for _ in tl.static_range(12):
@@ -179,19 +183,19 @@ def _chunking(length, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
 @triton.jit(do_not_specialize=["requests"])
 def _plan_kernel(
     lengths_ptr, requests, items_ptr, max_items, num_items_ptr,
-    PADDED: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    PADDED: tl.constexpr, WINDOW: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
     others = tl.arange(0, PADDED)
     wait_for_predecessor(PDL)
     lengths = tl.load(lengths_ptr + others, mask=others < requests, other=0)
-    starts, sizes, counts = _chunking(lengths, WINDOW, CHUNK)
+    starts, sizes, counts = _chunking(lengths, WINDOW, SPAN, CHUNK)
     before = others < request
     first = tl.sum(tl.where(before, counts, 0))
     if request == 0:
         tl.store(num_items_ptr, tl.sum(counts))
     length = tl.load(lengths_ptr + request)
-    start, size, count = _chunking(length, WINDOW, CHUNK)
+    start, size, count = _chunking(length, WINDOW, SPAN, CHUNK)
     chunks = tl.arange(0, MAX_CHUNKS)
     # Every chunk's place is the number of those that go before it: longer ones, or as long and of requests before.
     # All chunks of a request but the last have its size; of as long chunks, these go first.

@@ -54,6 +54,7 @@ def decode_prepared(
     cos: Tensor | None,
     sin: Tensor | None,
     interleaved: bool,
+    q_scale: Tensor | None = None,
     k_cache: Tensor,
     v_cache: Tensor,
     rows: Tensor,
@@ -65,7 +66,7 @@ def decode_prepared(
 ) -> Tensor:
     """`prepare_qkv` and `decode_attention` of one token a request: qkv (R, (H + 2 KV) D), returns (R, H, D).
 
-    Norms, angles, caches and `rows` as in ops/qkv/reference.py, page_table (R, P) int32 as in
+    Norms, angles, `q_scale`, caches and `rows` as in ops/qkv/reference.py, page_table (R, P) int32 as in
     reference.paged_attention; the requests are those of `plan_decode`, with this `window`. The rows `rows` of the
     caches are replaced in place: v as it is, k as `prepare_qkv` would, but that a norm may be rounded the other way.
     The workspace is overwritten. The launch directly ahead in the stream may write qkv, and nothing else read here.
@@ -77,6 +78,7 @@ def decode_prepared(
     if cos is not None:
         assert sin is not None and cos.dtype == sin.dtype == torch.float32 and cos.shape == sin.shape
         assert cos.shape[0] == requests and 2 * pairs <= head_dim and cos.is_contiguous() and sin.is_contiguous()
+    assert q_scale is None or (q_scale.shape == (requests,) and q_scale.is_contiguous())
     page_size = k_cache.shape[1]
     assert k_cache.shape == v_cache.shape and k_cache.shape[2:] == (num_kv_heads, head_dim)
     assert k_cache.stride() == v_cache.stride() and k_cache.stride(3) == 1
@@ -90,7 +92,7 @@ def decode_prepared(
     items = min(workspace.items.shape[1], requests * MAX_CHUNKS.value)
     out = torch.empty((requests, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     _decode_prepared[(items * num_kv_heads,)](
-        qkv, qkv.stride(0), q_norm, k_norm, cos, sin, rows,
+        qkv, qkv.stride(0), q_norm, k_norm, cos, sin, q_scale, rows,
         k_cache, v_cache, k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         page_table, page_table.stride(0), workspace.items, workspace.items.shape[1], workspace.num_items,
         workspace.arrived, workspace.parts, workspace.maxima, workspace.sums, out, scale * LOG2_E, eps,
@@ -162,7 +164,7 @@ def _add(scores, v, maximum, total, part):
 
 @triton.jit
 def _decode_prepared(
-    qkv_ptr, qkv_stride, q_norm, k_norm, cos_ptr, sin_ptr, rows_ptr,
+    qkv_ptr, qkv_stride, q_norm, k_norm, cos_ptr, sin_ptr, q_scale_ptr, rows_ptr,
     k_ptr, v_ptr, page_stride, row_stride, head_stride, table_ptr, table_stride, items_ptr, max_items, num_items_ptr,
     arrived_ptr, parts_ptr, maxima_ptr, sums_ptr, out_ptr, scale, eps,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -198,6 +200,8 @@ def _decode_prepared(
         sin = tl.where(second & turned, sin, -sin)
     q_gains = _load_gains(q_norm, channels, partners, inside, turned)
     k_gains = _load_gains(k_norm, channels, partners, inside, turned)
+    if q_scale_ptr is not None:
+        q_scale = tl.load(q_scale_ptr + request)
     cache_row = tl.load(rows_ptr + request, mask=newest, other=0) * row_stride
     pages_ptr = table_ptr + request.to(tl.int64) * table_stride
     k_ptr += kv_head * head_stride
@@ -216,6 +220,8 @@ def _decode_prepared(
     k_partner = tl.load(new_k_ptr + partners, mask=turned & newest, other=0.0)
     new_v = tl.load(new_v_ptr + channels, mask=inside & newest, other=0.0)
     q = _prepare(q, q_partner, q_gains, cos, sin, DIM, PAIRS, eps)
+    if q_scale_ptr is not None:
+        q = (q.to(tl.float32) * q_scale).to(q.dtype)
     scores = _score(q, k, start, end, scale, BLOCK)
     new_k = _prepare(new_k, k_partner, k_gains, cos, sin, DIM, PAIRS, eps)
     once = (rows == 0)[:, None] & inside & newest

@@ -51,6 +51,7 @@ def prefill_attention(
     max_query_len: int,
     scale: float,
     window: int | None,
+    chunk: int | None = None,
     *,
     out: Tensor | None = None,
     settings: Settings | None = None,
@@ -65,7 +66,9 @@ def prefill_attention(
     assert seq_lens.dtype == torch.int32 and seq_lens.is_contiguous()
     assert k_cache.shape[1] & (k_cache.shape[1] - 1) == 0
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-    _launch(q, k_cache, v_cache, page_table, query_start_loc, seq_lens, max_query_len, scale, window, settings, out)
+    _launch(
+        q, k_cache, v_cache, page_table, query_start_loc, seq_lens, max_query_len, scale, window, chunk, settings, out
+    )
     return out
 
 
@@ -77,6 +80,7 @@ def causal_attention(
     max_query_len: int,
     scale: float,
     window: int | None,
+    chunk: int | None = None,
     *,
     settings: Settings | None = None,
 ) -> Tensor:
@@ -84,7 +88,7 @@ def causal_attention(
     if k.stride() != v.stride():
         k, v = k.contiguous(), v.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _launch(q, k[:, None], v[:, None], None, query_start_loc, None, max_query_len, scale, window, settings, out)
+    _launch(q, k[:, None], v[:, None], None, query_start_loc, None, max_query_len, scale, window, chunk, settings, out)
     return out
 
 
@@ -98,6 +102,7 @@ def _launch(
     max_query_len: int,
     scale: float,
     window: int | None,
+    chunk: int | None,
     settings: Settings | None,
     out: Tensor,
 ) -> None:
@@ -115,7 +120,7 @@ def _launch(
         q, q.stride(0), k, v, k.stride(0), k.stride(1), k.stride(2),
         page_table, 0 if page_table is None else page_table.stride(0), query_start_loc, seq_lens, out, scale * LOG2_E,
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, PAGE_SIZE=k.shape[1], PADDED=padded, WINDOW=window or 0,
-        ROWS=rows, BLOCK=settings.block, num_warps=settings.num_warps, num_stages=settings.num_stages,
+        CHUNK=chunk or 0, ROWS=rows, BLOCK=settings.block, num_warps=settings.num_warps, num_stages=settings.num_stages,
         **dependent_launch(q),
     )  # fmt: skip
 
@@ -125,7 +130,7 @@ def _kernel(
     q_ptr, q_stride, k_ptr, v_ptr, page_stride, row_stride, head_stride, table_ptr, table_stride,
     starts_ptr, lengths_ptr, out_ptr, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, PADDED: tl.constexpr,
-    WINDOW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = ROWS // GROUP
     first_token = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS  # the last tokens see most: they go first
@@ -161,6 +166,9 @@ def _kernel(
     if WINDOW > 0:
         begin = tl.maximum(0, context + first_token - (WINDOW - 1))
         all_from = tl.maximum(0, end - WINDOW)
+    if CHUNK > 0:
+        begin = (context + first_token) // CHUNK * CHUNK
+        all_from = (end - 1) // CHUNK * CHUNK
     all_to = context + first_token + 1
     # Tiles lie at multiples of BLOCK, so that a row's sums do not depend on its neighbours.
     tiles_from = begin // BLOCK * BLOCK
@@ -171,21 +179,21 @@ def _kernel(
     maximum = tl.full((ROWS,), -1e38, tl.float32)  # finite, for rows that see nothing of the first tile
     total = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, PADDED), tl.float32)
-    if WINDOW > 0:
+    if WINDOW > 0 or CHUNK > 0:
         maximum, total, sums = _attend(
             q, positions, maximum, total, sums, tiles_from, tl.minimum(inner_from, end), begin, end,
             k_ptr, v_ptr, page_stride, row_stride, table_ptr, first_page, scale,
-            DIM, PAGE_SIZE, PADDED, WINDOW, BLOCK, True,
+            DIM, PAGE_SIZE, PADDED, WINDOW, CHUNK, BLOCK, True,
         )  # fmt: skip
     maximum, total, sums = _attend(
         q, positions, maximum, total, sums, inner_from, inner_to, begin, end,
         k_ptr, v_ptr, page_stride, row_stride, table_ptr, first_page, scale,
-        DIM, PAGE_SIZE, PADDED, WINDOW, BLOCK, False,
+        DIM, PAGE_SIZE, PADDED, WINDOW, CHUNK, BLOCK, False,
     )  # fmt: skip
     maximum, total, sums = _attend(
         q, positions, maximum, total, sums, inner_to, end, begin, end,
         k_ptr, v_ptr, page_stride, row_stride, table_ptr, first_page, scale,
-        DIM, PAGE_SIZE, PADDED, WINDOW, BLOCK, True,
+        DIM, PAGE_SIZE, PADDED, WINDOW, CHUNK, BLOCK, True,
     )  # fmt: skip
     out_offsets = ((start + tokens).to(tl.int64) * (KV_HEADS * GROUP) + heads)[:, None] * DIM + dims[None, :]
     tl.store(out_ptr + out_offsets, (sums / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
@@ -195,8 +203,8 @@ def _kernel(
 def _attend(
     q, positions, maximum, total, sums, tiles_from, tiles_to, begin, end,
     k_ptr, v_ptr, page_stride, row_stride, table_ptr, first_page, scale,
-    DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
-    EDGE: tl.constexpr,
+    DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Rows q at `positions` look at the tokens of some tiles; unless EDGE, every row sees them all."""
     dims = tl.arange(0, PADDED)
@@ -217,6 +225,8 @@ def _attend(
             seen = distance >= 0
             if WINDOW > 0:
                 seen &= distance < WINDOW
+            if CHUNK > 0:
+                seen &= keys[None, :] >= (positions // CHUNK * CHUNK)[:, None]
             scores = tl.where(seen, scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * scale)
         weights = tl.exp2(scores * scale - new_maximum[:, None])

@@ -42,7 +42,7 @@ _SOURCE = Path(__file__).with_name("kernels.cpp")
 
 _P, _I, _F, _B, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_bool, ctypes.c_int
 _SIGNATURES: dict[str, list[type]] = {
-    "decode_attention": [_P, _I, _P, _P, _P, _I, _P, _P, _I, _I, _I, _I, _I, _F, _I, _N],
+    "decode_attention": [_P, _I, _P, _P, _P, _I, _P, _P, _I, _I, _I, _I, _I, _F, _I, _I, _N],
     "short_conv": [_P, _I, _P, _I, _I, _P, _P, _I, _I, _P, _P, _P, _P, _I, _I, _I, _B, _B, _N],
     "add_rms_norm": [_P, _I, _I, _P, _I, _P, _F, _P, _P, _I, _I, _I, _N],
     "silu_mul": [_P, _I, _P, _I, _I, _N],
@@ -167,14 +167,16 @@ def decode_attention(
     seq_lens: Tensor,
     scale: float,
     window: int | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """Attention of one new token per request over its paged keys and values: (R, H, D).
 
     q (R, H, D), rows of any stride; k_cache, v_cache (P, page, KV, D) contiguous, H a multiple of KV; page_table
     (R, max_pages) int32; seq_lens (R,) int32, at least 1, counting the new token, whose key and value are in the cache
     already. Position p of request r lies in page ``page_table[r, p // page]`` at offset ``p % page``. Under a window
-    only positions greater than ``seq_len - 1 - window`` are seen. Nothing outside the visible range is read. A
-    request's result does not depend on the others, nor on the number of threads.
+    only positions greater than ``seq_len - 1 - window`` are seen, with a chunk only those from the last multiple of it
+    up to ``seq_len - 1`` on. Nothing outside the visible range is read. A request's result does not depend on the
+    others, nor on the number of threads.
     """
     R, H, D = q.shape
     _, page, KV, _ = k_cache.shape
@@ -182,12 +184,13 @@ def decode_attention(
     assert k_cache.shape == v_cache.shape and k_cache.is_contiguous() and v_cache.is_contiguous()
     assert k_cache.shape[3] == D and H % KV == 0 and _dense_rows(q)
     assert page_table.dtype == seq_lens.dtype == torch.int32 and page_table.is_contiguous() and seq_lens.is_contiguous()
-    assert page_table.shape[0] == R == seq_lens.shape[0] and scale > 0 and (window is None or window > 0)
+    assert page_table.shape[0] == R == seq_lens.shape[0] and scale > 0
+    assert (window is None or window > 0) and (chunk is None or (chunk > 0 and window is None))
     out = q.new_empty((R, H, D))
     _kernels["decode_attention", q.dtype](
         q.data_ptr(), q.stride(0), k_cache.data_ptr(), v_cache.data_ptr(), page_table.data_ptr(), page_table.shape[1],
         seq_lens.data_ptr(), out.data_ptr(), R, H, KV, D, page, scale, -1 if window is None else window,
-        torch.get_num_threads(),
+        -1 if chunk is None else chunk, torch.get_num_threads(),
     )  # fmt: skip
     return out
 

@@ -527,10 +527,11 @@ struct Split {
 template <class T>
 void decode_attention(const T* q, int64_t ldq, const T* k_cache, const T* v_cache, const int32_t* page_table,
                       int64_t max_pages, const int32_t* seq_lens, T* out, int64_t R, int64_t H, int64_t KV, int64_t D,
-                      int64_t page, float scale, int64_t window, int threads) {
+                      int64_t page, float scale, int64_t window, int64_t chunk, int threads) {
     static thread_local std::vector<int64_t> first_split;  // of every request, and their count at the end
     static thread_local std::vector<float> partial;        // what Split::attend leaves, per (split, head)
     const auto visible = [&](int64_t r) {
+        if (chunk > 0) return (int64_t(seq_lens[r]) - 1) % chunk + 1;
         return window < 0 ? int64_t(seq_lens[r]) : std::min<int64_t>(seq_lens[r], window);
     };
     first_split.assign(1, 0);

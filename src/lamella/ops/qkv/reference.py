@@ -23,6 +23,7 @@ def prepare_qkv(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     interleaved: bool = False,
+    q_scale: Tensor | None = None,
     k_cache: Tensor | None = None,
     v_cache: Tensor | None = None,
     rows: Tensor | None = None,
@@ -33,9 +34,9 @@ def prepare_qkv(
 
     In this order: RMS norm of each head of q and of k with the weights q_norm and k_norm (D,) fp32; the convolution
     `canon` of [q | k | v], for one new token a request at `positions` (T,) int64; rotation of q and k by cos and sin
-    (T, P) fp32, see ops/rotary; k and v written to the flat rows `rows` (T,) int64 of the caches
-    (pages, page_size, KV, D), in place. Each step is left out where its tensors are None, and rounds to the dtype of
-    qkv (T, (H + 2 KV) D). k and v are returned, each (T, KV, D), only without caches.
+    (T, P) fp32, see ops/rotary; q times q_scale (T,) fp32, a factor for each token; k and v written to the flat rows
+    `rows` (T,) int64 of the caches (pages, page_size, KV, D), in place. Each step is left out where its tensors are
+    None, and rounds to the dtype of qkv (T, (H + 2 KV) D). k and v are returned, each (T, KV, D), only without caches.
     """
     tokens, heads = qkv.shape[0], (num_heads, num_kv_heads, num_kv_heads)
     q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in qkv.split([count * head_dim for count in heads], dim=-1))
@@ -60,6 +61,8 @@ def prepare_qkv(
     if cos is not None:
         assert sin is not None
         q, k = rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
+    if q_scale is not None:
+        q = (q.float() * q_scale[:, None, None]).to(q.dtype)
     if k_cache is None:
         return q.contiguous(), k.contiguous(), v.contiguous()
     assert v_cache is not None and rows is not None

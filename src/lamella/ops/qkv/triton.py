@@ -27,6 +27,7 @@ def prepare_qkv(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
     interleaved: bool = False,
+    q_scale: Tensor | None = None,
     k_cache: Tensor | None = None,
     v_cache: Tensor | None = None,
     rows: Tensor | None = None,
@@ -45,6 +46,7 @@ def prepare_qkv(
     if cos is not None:
         assert sin is not None and cos.dtype == sin.dtype == torch.float32 and cos.shape == sin.shape == (tokens, pairs)
         assert cos.is_contiguous() and sin.is_contiguous()
+    assert q_scale is None or (q_scale.shape == (tokens,) and q_scale.is_contiguous())
     q = torch.empty((tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     k = v = None
     if k_cache is None:
@@ -76,6 +78,7 @@ def prepare_qkv(
         positions,
         cos,
         sin,
+        q_scale,
         rows,
         q,
         k if k_cache is None else k_cache,
@@ -147,6 +150,14 @@ def _turn(first, second, cos, sin):
 
 
 @triton.jit
+def _times(x, factor):
+    """x times a factor, if there is one, rounded to its dtype."""
+    if factor is not None:
+        x = (x.to(tl.float32) * factor).to(x.dtype)
+    return x
+
+
+@triton.jit
 def _prepare_heads(
     qkv,
     norm,
@@ -157,6 +168,7 @@ def _prepare_heads(
     positions,
     cos,
     sin,
+    factor,
     rows,
     out,
     program,
@@ -182,7 +194,9 @@ def _prepare_heads(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK of the HEADS heads a token has from channel FIRST on; to the rows `rows` of `out`, or token by token."""
+    """BLOCK of the HEADS heads a token has from channel FIRST on; to the rows `rows` of `out`, or token by token.
+
+    All channels are multiplied by the token's `factor` in the end, where there is one."""
     # Halves that are turned against each other are loaded as such: a pair must meet in one thread. Whole heads are
     # loaded as well where they have channels that are not turned, and for the norm, whose sum has its own order.
     HALVES: tl.constexpr = PAIRS > 0 and not INTERLEAVED
@@ -216,6 +230,8 @@ def _prepare_heads(
         out += tl.load(rows + row, mask=valid, other=0)[:, None] * stride_out + head * stride_out_head
     else:
         out += (token * HEADS + head) * D
+    if factor is not None:
+        factor = tl.load(factor + row, mask=valid, other=1.0)[:, None]
     if PAIRS > 0:
         cos = tl.load(cos + token * PAIRS + pair, mask=pair_mask, other=1.0)
         sin = tl.load(sin + token * PAIRS + pair, mask=pair_mask, other=0.0)
@@ -242,7 +258,7 @@ def _prepare_heads(
             first, second = _turn(first, second, cos, sin)
             turned = tl.reshape(tl.join(first, second), (BLOCK, COLUMNS))
             value = tl.where(column < 2 * PAIRS, turned, value)
-        tl.store(out + column, value, mask=mask)
+        tl.store(out + column, _times(value, factor), mask=mask)
     if HALVES:
         first = _finish(
             first, past_0, scale, gain_0, taps_0, history, stride_row, pair, pair_mask, WIDTH, ACTIVATION, RESIDUAL
@@ -262,8 +278,8 @@ def _prepare_heads(
             RESIDUAL,
         )
         first, second = _turn(first, second, cos, sin)
-        tl.store(out + pair, first, mask=pair_mask)
-        tl.store(out + pair + PAIRS, second, mask=pair_mask)
+        tl.store(out + pair, _times(first, factor), mask=pair_mask)
+        tl.store(out + pair + PAIRS, _times(second, factor), mask=pair_mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -278,6 +294,7 @@ def _prepare_qkv(
     positions,
     cos,
     sin,
+    q_scale,
     rows,
     q,
     k,
@@ -314,19 +331,19 @@ def _prepare_qkv(
     # fmt: off
     if program < q_programs:
         _prepare_heads(
-            qkv, q_norm, weight, bias, history, slots, positions, cos, sin, None, q, program,
+            qkv, q_norm, weight, bias, history, slots, positions, cos, sin, q_scale, None, q, program,
             num_tokens, stride_qkv, stride_channel, stride_tap, stride_slot, stride_row, 0, 0, eps,
             0, HEADS, D, PAIRS, INTERLEAVED, WIDTH, ACTIVATION, RESIDUAL, COLUMNS, PAIR_COLUMNS, BLOCK, PDL,
         )
     elif program < q_programs + kv_programs:
         _prepare_heads(
-            qkv, k_norm, weight, bias, history, slots, positions, cos, sin, rows, k, program - q_programs,
+            qkv, k_norm, weight, bias, history, slots, positions, cos, sin, None, rows, k, program - q_programs,
             num_tokens, stride_qkv, stride_channel, stride_tap, stride_slot, stride_row, stride_k, stride_k_head, eps,
             KEYS, KV_HEADS, D, PAIRS, INTERLEAVED, WIDTH, ACTIVATION, RESIDUAL, COLUMNS, PAIR_COLUMNS, BLOCK, PDL,
         )
     else:
         _prepare_heads(
-            qkv, None, weight, bias, history, slots, positions, None, None, rows, v,
+            qkv, None, weight, bias, history, slots, positions, None, None, None, rows, v,
             program - q_programs - kv_programs,
             num_tokens, stride_qkv, stride_channel, stride_tap, stride_slot, stride_row, stride_v, stride_v_head, eps,
             VALUES, KV_HEADS, D, 0, False, WIDTH, ACTIVATION, RESIDUAL, COLUMNS, PAIR_COLUMNS, BLOCK, PDL,

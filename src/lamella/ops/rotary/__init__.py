@@ -1,11 +1,11 @@
-"""Rotary position embedding of queries and keys."""
+"""What queries and keys are told of their positions: the rotation, and the temperature of queries."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from lamella.ops import native
-from lamella.ops.backend import use_native
+from lamella.ops.backend import use_native, use_triton
 from lamella.ops.rotary import reference
 
 
@@ -16,8 +16,21 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) ->
     return reference.rotate(q, cos, sin, interleaved), reference.rotate(k, cos, sin, interleaved)
 
 
-def angles(positions: Tensor, frequencies: Tensor, magnitude: float) -> tuple[Tensor, Tensor]:
-    """`magnitude` times cos and sin (T, P) fp32 of positions (T,) int64 times frequencies (P,) fp32, on a GPU."""
-    from lamella.ops.rotary import triton
+def angles(
+    positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `reference.angles`."""
+    if use_triton(positions):
+        from lamella.ops.rotary import triton
 
-    return triton.angles(positions, frequencies, magnitude)
+        return triton.angles(positions, frequencies, magnitude, period)
+    return reference.angles(positions, frequencies, magnitude, period)
+
+
+def temperature(positions: Tensor, scale: float, floor_scale: int) -> Tensor:
+    """See `reference.temperature`."""
+    if use_triton(positions):
+        from lamella.ops.rotary import triton
+
+        return triton.temperature(positions, scale, floor_scale)
+    return reference.temperature(positions, scale, floor_scale)

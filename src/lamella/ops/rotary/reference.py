@@ -1,4 +1,4 @@
-"""Rotary position embedding in plain torch."""
+"""Rotary position embedding, and the temperature of queries, in plain torch."""
 
 from __future__ import annotations
 
@@ -21,3 +21,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     halves = (first * cos - second * sin, second * cos + first * sin)
     turned = torch.stack(halves, dim=-1).flatten(-2) if interleaved else torch.cat(halves, dim=-1)
     return torch.cat((turned.to(x.dtype), rest), dim=-1)
+
+
+def angles(
+    positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`magnitude` times cos and sin (T, P) fp32 of positions (T,) int64 times frequencies (P,) fp32.
+
+    With a `period`, of the positions modulo it, whose angles are as exact at a million as at the start.
+    """
+    if period is not None:
+        positions = positions % period
+    turns = positions.float()[:, None] * frequencies
+    return turns.cos() * magnitude, turns.sin() * magnitude
+
+
+def temperature(positions: Tensor, scale: float, floor_scale: int) -> Tensor:
+    """What queries are multiplied by at positions p (T,): `1 + scale log(1 + floor((p + 1) / floor_scale))`, fp32."""
+    return torch.log1p(((positions + 1) // floor_scale).float()) * scale + 1.0

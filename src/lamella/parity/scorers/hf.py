@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lamella.checkpoint.names import rename, targets
 from lamella.errors import ConfigError
+from lamella.parity.oracle import tap_turned
 from lamella.parity.probe import FED_BY
 from lamella.parity.scorers.full_forward import FullForward
 from lamella.parity.scorers.settings import Settings
@@ -56,6 +57,7 @@ class HFModel:
         )
         self._model = model.eval().requires_grad_(False).to(settings.device)
         self._names, self._device = subject.checkpoint.names, settings.device
+        self._mixers = [layer.mixer for layer in subject.config.layers]
         owners = (path.rpartition(".")[0] for path in targets(subject.skeleton(), {}))
         self._paths = dict.fromkeys((*owners, "lm_head"))  # a tied head owns no tensor
 
@@ -77,7 +79,7 @@ class HFModel:
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-        AttentionInterface.register(_TAPPED, _tapped_attention(tap))
+        AttentionInterface.register(_TAPPED, _tapped_attention(tap, self._mixers))
         AttentionMaskInterface.register(_TAPPED, eager_mask)
         before = self._model.config._attn_implementation
         modules = dict(self._model.named_modules())
@@ -95,13 +97,16 @@ class HFModel:
 
 
 def _hooks(module: nn.Module, site: str, tap: Tap) -> list[Any]:
-    """The hooks of one module of `transformers`, which works on (1, n, ...)."""
+    """The hooks of one module of `transformers`, which works on (1, n, ...), or, among experts, on (n, channels)."""
 
     def flat(at: str, value: Tensor) -> Tensor:
-        return tap(at, value.reshape(value.shape[1], -1)).view(value.shape)
+        # A copy goes on, since some of it is added to in place.
+        return tap(at, value.reshape(value.shape[value.dim() > 2], -1)).view(value.shape).clone()
 
-    hooks = [module.register_forward_hook(lambda _, args, output: flat(site, output))]
     parent, _, name = site.rpartition(".")
+    if (special := {"router": _router_hook, "experts": _experts_hook}.get(name)) is not None:
+        return [module.register_forward_hook(special(site, tap))]
+    hooks = [module.register_forward_hook(lambda _, args, output: flat(site, output))]
     if name in ("mixer_norm", "feed_forward_norm", "norm"):
         # The stream also goes around the norm, where no hook can reach it: it is seen here, and not replaced.
         hooks.append(module.register_forward_pre_hook(lambda _, args: (flat(f"{site}.residual", args[0]),)))
@@ -110,7 +115,30 @@ def _hooks(module: nn.Module, site: str, tap: Tap) -> list[Any]:
     return hooks
 
 
-def _tapped_attention(tap: Tap) -> Any:
+def _router_hook(site: str, tap: Tap) -> Any:
+    """Llama 4's router gives the weights of all experts, zero where not chosen, and the logits that are the site."""
+
+    def hook(module: Any, _: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        logits = tap(site, output[1])
+        chosen, ids = logits.topk(module.top_k, dim=1)
+        weights = torch.full_like(logits, -torch.inf).scatter(1, ids, chosen)
+        return torch.sigmoid(weights.float()).to(logits.dtype), logits
+
+    return hook
+
+
+def _experts_hook(site: str, tap: Tap) -> Any:
+    """Llama 4's experts give (E * n, channels), whose sum over E is the site."""
+
+    def hook(module: Any, _: Any, output: Tensor) -> Tensor:
+        each = output.unflatten(0, (module.num_experts, -1))
+        total = tap(site, each.sum(0))
+        return torch.cat((total[None], torch.zeros_like(each[1:]))).flatten(0, 1)
+
+    return hook
+
+
+def _tapped_attention(tap: Tap, mixers: Sequence[Any]) -> Any:
     """Eager attention under `transformers`' interface, which hands over queries and keys after their rotation."""
 
     def attend(
@@ -119,7 +147,7 @@ def _tapped_attention(tap: Tap) -> Any:
         name = f"layers.{module.layer_idx}.mixer"
         heads = [query.shape[1], key.shape[1]]
         seen = torch.cat((query, key), 1)[0].transpose(0, 1)  # (n, heads, D)
-        seen = tap(f"{name}.queries_keys", seen.flatten(1)).view(seen.shape)
+        seen = tap_turned(tap, name, mixers[module.layer_idx], seen)
         query, key = seen.transpose(0, 1)[None].split(heads, 1)
         key, value = (side.repeat_interleave(heads[0] // heads[1], 1) for side in (key, value))
         scores = query @ key.transpose(2, 3) * scaling

@@ -1,0 +1,237 @@
+"""Llama 4, the language model: layers that rotate and see a chunk, layers that do neither, experts in all or some.
+
+Math and keys: transformers' `models/llama4`. The text part of `Llama4ForConditionalGeneration` checkpoints is served as
+well: their `text_config` is read, and of their tensors those of the language model.
+
+Files of different ages say the same in different ways, so numbers and truths are read generously here, as the released
+checkpoints need it. What is derived where nothing is said (which layers have experts, which rotate, which see a chunk)
+and what may be said explicitly is read as transformers does.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lamella.config import (
+    AttentionConfig,
+    LayerConfig,
+    Llama3Scaling,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    NormConfig,
+    RopeConfig,
+    TemperatureConfig,
+)
+from lamella.config.feed_forward import FeedForwardConfig
+from lamella.errors import ConfigError
+from lamella.models.base import CausalLM
+from lamella.models.hf_config import HFConfig, read_head_dim, read_model, read_rope
+
+logger = logging.getLogger("lamella")
+
+CHUNKED, FULL = "chunked_attention", "full_attention"
+# What transformers takes where a key is missing, which null is not.
+_SIZES = {
+    "vocab_size": 202048,
+    "hidden_size": 5120,
+    "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "num_local_experts": 16,
+    "attention_chunk_size": 8192,
+    "max_position_embeddings": 131072,
+}
+_LANGUAGE, _OTHERS = "language_model.", ("vision_model.", "multi_modal_projector.")
+# Keys of training, of how a file was written, and of images.
+_NOT_COMPUTED = ("router_aux_loss_coef", "router_jitter_noise", "output_router_logits", "for_llm_compressor")
+_IMAGES = ("vision_config", "boi_token_index", "eoi_token_index", "image_token_index")
+
+
+class Llama4ForCausalLM(CausalLM):
+    """Llama 4's language model."""
+
+    has_slot_state = False
+    checkpoint_names: ClassVar = {
+        name: there for name, there in CausalLM.checkpoint_names.items() if name != "feed_forward"
+    }
+
+    @classmethod
+    def own_name(cls, name: str) -> str | None:
+        return None if name.startswith(_OTHERS) else name.removeprefix(_LANGUAGE)
+
+    @classmethod
+    def read_config(cls, config: HFConfig) -> ModelConfig:
+        if "text_config" not in config.values:
+            return _read_text(config)
+        text = config.mapping("text_config")
+        for key in _IMAGES:
+            config.get(key, None)
+        # What stands around the text's own keys holds where these say nothing.
+        for key in ("tie_word_embeddings", "bos_token_id", "eos_token_id"):
+            around = config.get(key, None)
+            if around is not None and key == "tie_word_embeddings" and text.setdefault(key, around) != around:
+                raise ConfigError(f"{config.source}: {key}={around!r} contradicts text_config: {key}={text[key]!r}")
+            if around is not None:
+                text.setdefault(key, around)
+        # A null in the file is not a missing key.
+        text |= {key: None for key, value in config.values["text_config"].items() if value is None and key not in text}
+        model = _read_text(config.section("text_config", text))
+        for key in ("is_encoder_decoder", "add_cross_attention", "pruned_heads"):
+            config.choice(key, (False, {}), False)
+        config.finish()
+        return model
+
+    def permute_qk_weight_for_rotary(self, name: str, weight: Tensor) -> tuple[str, Tensor]:
+        """A tensor of a file as engines want it that turn halves of a head against each other: the rows of queries and
+        keys reordered, of every layer, and anything else as it is. Not needed here, where adjacent channels turn.
+
+        `weight` has a row for each channel: weights, biases, and scales of channels, but no scales of blocks.
+        """
+        from lamella.checkpoint.convert import permute_heads, rope_order
+
+        if not re.search(r"\.self_attn\.[qk]_proj\.", name):
+            return name, weight
+        mixer = self.config.layers[0].mixer
+        assert isinstance(mixer, AttentionConfig)
+        head_dim = mixer.head_dim
+        return name, permute_heads(weight, rope_order(head_dim, head_dim, "huggingface"))
+
+
+class Llama4ForConditionalGeneration(Llama4ForCausalLM):
+    """The language model of a checkpoint that reads images as well; these it is not given."""
+
+
+def _read_text(config: HFConfig) -> ModelConfig:
+    for key, size in _SIZES.items():
+        config.values.setdefault(key, size)
+    heads, head_dim = config.int("num_attention_heads"), read_head_dim(config)
+    num_layers, max_positions = config.int("num_hidden_layers"), config.int("max_position_embeddings")
+    config.choice("hidden_act", ("silu", "swish"), "silu")
+    bias = config.bool("attention_bias", False)
+    norm = NormConfig(eps=config.float("rms_norm_eps", 1e-5))
+    rope = _read_rope(config, head_dim, max_positions)
+    use_qk_norm = config.bool("use_qk_norm", True)
+    temperature = _read_temperature(config)
+    for key in _NOT_COMPUTED:
+        config.get(key, None)
+    turns = _read_turns(config, num_layers)
+    chunks = _read_chunks(config, turns)
+    feed_forwards = _read_feed_forwards(config, num_layers)
+    layers = [
+        LayerConfig(
+            mixer=AttentionConfig(
+                num_heads=heads,
+                num_kv_heads=config.int("num_key_value_heads", heads),
+                head_dim=head_dim,
+                scale=head_dim**-0.5,
+                qkv_bias=bias,
+                output_bias=bias,
+                qk_norm=norm if turned and use_qk_norm else None,
+                qk_norm_weight=False,
+                rope=rope if turned else None,
+                temperature=None if turned else temperature,
+                chunk=chunk,
+            ),
+            feed_forward=feed_forward,
+            norm=norm,
+        )
+        for turned, chunk, feed_forward in zip(turns, chunks, feed_forwards, strict=True)
+    ]
+    return read_model(config, "Llama4ForCausalLM", layers, norm.eps, max_positions)
+
+
+def _read_rope(config: HFConfig, head_dim: int, max_positions: int) -> RopeConfig:
+    """The rotation of adjacent channels: the files keep the order in which the models were trained."""
+    rope = read_rope(config, head_dim, max_positions, interleaved=True, default_theta=500000.0)
+    if rope is None or rope.dim != head_dim:
+        raise config.error("partial_rotary_factor", config.get("partial_rotary_factor", None), "1")
+    scaling = rope.scaling
+    if isinstance(scaling, Llama3Scaling) and scaling.factor == 8 and config.get("num_local_experts", 0) == 16:
+        logger.warning(
+            "%s: a rope factor of 8 for 16 experts: Scout was trained with 16 (and low and high factors of 1); early "
+            "conversions may have got this wrong, and the file is believed",
+            config.source,
+        )
+    return rope
+
+
+def _read_temperature(config: HFConfig) -> TemperatureConfig | None:
+    """How queries of layers without rotation grow; on unless the file says otherwise.
+
+    vLLM takes the length of the context for the answer, which changes what the model computes from position
+    `floor_scale - 1` on. Here the file is believed; an option of the engine, `hf_overrides`, goes before it.
+    """
+    stated = config.get("attn_temperature_tuning", None)
+    if stated is not None and not isinstance(stated, bool | int | float):
+        raise config.error("attn_temperature_tuning", stated, "true or false")
+    temperature = TemperatureConfig(scale=config.float("attn_scale", 0.1), floor_scale=config.int("floor_scale", 8192))
+    on = True if stated is None else bool(stated)
+    logger.info(
+        "attention temperature tuning is %s (%s)",
+        "on" if on else "off",
+        "the default" if stated is None else f"attn_temperature_tuning={stated!r}",
+    )
+    return temperature if on else None
+
+
+def _read_list(config: HFConfig, key: str) -> list[Any] | None:
+    """A list, None where there is none."""
+    value = config.get(key, None)
+    if value is not None and not isinstance(value, list | tuple):
+        raise config.error(key, value, "a list")
+    return None if value is None else list(value)
+
+
+def _read_turns(config: HFConfig, num_layers: int) -> list[bool]:
+    """Which layers rotate. In `no_rope_layers` those that do are the ones; an empty list says nothing."""
+    stated, interval = _read_list(config, "no_rope_layers"), config.int("no_rope_layer_interval", 4, minimum=0)
+    if not stated:
+        if interval == 0:
+            raise config.error("no_rope_layer_interval", interval, "at least 1 where no_rope_layers says nothing")
+        return [(index + 1) % interval != 0 for index in range(num_layers)]
+    if len(stated) < num_layers or any(value not in (0, 1) for value in stated):
+        raise config.error("no_rope_layers", stated, f"a 0 or 1 for each of num_hidden_layers={num_layers}")
+    return [bool(value) for value in stated[:num_layers]]
+
+
+def _read_chunks(config: HFConfig, turns: list[bool]) -> list[int | None]:
+    """The chunk that each layer sees, None where it sees all: said by `layer_types`, else where a layer rotates."""
+    stated = _read_list(config, "layer_types")
+    chunk = config.int("attention_chunk_size", None)  # null: there are no chunks
+    if stated is None:
+        return [chunk if turned else None for turned in turns]
+    if len(stated) != len(turns) or any(kind not in (CHUNKED, FULL) for kind in stated):
+        raise config.error("layer_types", stated, f"{CHUNKED} or {FULL} for each of num_hidden_layers={len(turns)}")
+    if CHUNKED in stated and chunk is None:
+        raise ConfigError(f"{config.source}: layer_types has {CHUNKED}, which attention_chunk_size=null contradicts")
+    return [chunk if kind == CHUNKED else None for kind in stated]
+
+
+def _read_feed_forwards(config: HFConfig, num_layers: int) -> list[FeedForwardConfig]:
+    """Experts in the layers of `moe_layers`, else in every `interleave_moe_layer_step`-th; 0 of these means in none."""
+    step = config.int("interleave_moe_layer_step", 1, minimum=0)
+    stated = _read_list(config, "moe_layers")
+    if stated is None:
+        with_experts = set(range(step - 1, num_layers, step)) if step else set()
+    else:
+        whole = all(isinstance(index, int) and not isinstance(index, bool) for index in stated)
+        if not whole or len(set(stated)) != len(stated) or not all(0 <= index < num_layers for index in stated):
+            raise config.error("moe_layers", stated, f"different layers below num_hidden_layers={num_layers}")
+        with_experts = set(stated)
+    width, count = config.int("intermediate_size"), config.int("num_local_experts", 0, minimum=0)
+    top_k = config.int("num_experts_per_tok", 1, minimum=0)
+    dense = MLPConfig(intermediate_size=config.int("intermediate_size_mlp"))
+    if not with_experts:
+        return [dense] * num_layers
+    if not 1 <= top_k <= count:
+        raise config.error("num_experts_per_tok", top_k, f"1 to num_local_experts={count}")
+    experts = MoEConfig(num_experts=count, top_k=top_k, intermediate_size=width, shared_size=width)
+    return [experts if index in with_experts else dense for index in range(num_layers)]

@@ -1,0 +1,96 @@
+"""What Llama 4 makes of an image before it sees it: a grid of tiles, and the tokens that stand for them in a prompt.
+
+Rules: transformers' `image_processing_llama4.py` and `processing_llama4.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lamella.errors import ParameterError
+
+TILE = 336  # pixels
+MAX_TILES = 16
+_MEAN = _STD = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTokens:
+    """The token ids that surround and stand for tiles."""
+
+    start: int = 200080
+    end: int = 200081
+    between_columns: int = 200084
+    after_row: int = 200085
+    image: int = 200090
+    patch: int = 200092  # in whose place the rows of the tower stand
+
+    def expand(self, rows: int, columns: int, patches: int) -> list[int]:
+        """An image of so many tiles, of `patches` tokens each; more than one are followed by one of the whole image."""
+        tokens = [self.start]
+        if rows * columns > 1:
+            line = [self.patch] * patches
+            row = line + [token for _ in range(columns - 1) for token in (self.between_columns, *line)]
+            tokens += [*row, self.after_row] * rows
+        return [*tokens, self.image, *[self.patch] * patches, self.end]
+
+
+def grid(
+    height: int, width: int, tile: int = TILE, max_tiles: int = MAX_TILES, largest: bool = False
+) -> tuple[int, int]:
+    """Rows and columns of the tiles for an image: those that shrink it least, and of those that need not shrink it the
+    ones with the least enlargement (or, for `largest`, with the most); the fewest where several do equally well."""
+    if height < 1 or width < 1:
+        raise ParameterError(f"an image of {height} x {width} pixels has nothing to see")
+    grids = [(rows, columns) for rows in range(1, max_tiles + 1) for columns in range(1, max_tiles // rows + 1)]
+    sizes = torch.tensor(grids) * tile
+    # In fp32, as there: which scales are equal is decided by it.
+    scales = torch.minimum(sizes[:, 0] / height, sizes[:, 1] / width)
+    enough = scales[scales >= 1]
+    chosen = scales.max() if largest or not len(enough) else enough.min()
+    return min((grids[index] for index in (scales == chosen).nonzero().flatten().tolist()), key=math.prod)
+
+
+def cut_tiles(
+    image: Tensor, tile: int = TILE, max_tiles: int = MAX_TILES, largest: bool = False
+) -> tuple[Tensor, tuple[int, int]]:
+    """An image (3, H, W) uint8 as tiles (N, 3, tile, tile) bfloat16 from -1 to 1, and their rows and columns.
+
+    Line by line, and then, of more than one, the whole image once more in a single tile.
+    """
+    if image.dtype != torch.uint8 or image.dim() != 3:
+        raise ParameterError(
+            f"an image is (channels, height, width) in uint8, not {tuple(image.shape)} in {image.dtype}"
+        )
+    height, width = image.shape[1:]
+    rows, columns = grid(height, width, tile, max_tiles, largest)
+    room = rows * tile, columns * tile
+    # It is not enlarged beyond one tile's side unless that is asked for.
+    target = room if largest else (min(max(height, tile), room[0]), min(max(width, tile), room[1]))
+    resized = _resize(image, fit(height, width, target))
+    padded = F.pad(resized, (0, room[1] - resized.shape[2], 0, room[0] - resized.shape[1]))
+    tiles = padded.unflatten(1, (rows, tile)).unflatten(3, (columns, tile)).permute(1, 3, 0, 2, 4).flatten(0, 1)
+    if rows * columns > 1:
+        tiles = torch.cat((tiles, _resize(image, (tile, tile))[None]))
+    return (tiles.to(torch.bfloat16) * (1 / 255) - _MEAN) / _STD, (rows, columns)
+
+
+def fit(height: int, width: int, room: tuple[int, int]) -> tuple[int, int]:
+    """The largest size within `room` of the image's proportions, at least a pixel each way."""
+    down, across = room[0] / height, room[1] / width
+    if across < down:
+        return max(1, min(math.floor(height * across), room[0])), room[1]
+    return room[0], max(1, min(math.floor(width * down), room[1]))
+
+
+def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, with the frequencies that the smaller image cannot hold filtered out; uint8."""
+    if tuple(image.shape[1:]) == size:
+        return image
+    wide = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False, antialias=True)[0]
+    return wide.round().clamp(0, 255).to(torch.uint8)

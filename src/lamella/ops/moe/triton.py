@@ -1,0 +1,272 @@
+"""A mixture of experts in Triton: a plan on the device, then two grouped products.
+
+The plan sorts the pairs of tokens and their experts by expert; each expert's are cut into blocks of rows. How many
+blocks there are only the device knows, but not more than follows from the shapes: so many programs are launched, and
+those without a block end at once. Nothing waits for the device, and a graph's replay may route otherwise than the step
+that was captured.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lamella.ops.arithmetic import sigmoid
+from lamella.ops.launch import dependent_launch, wait_for_predecessor
+from lamella.ops.moe.reference import route
+from lamella.ops.swiglu.triton import silu
+
+_ONE_PROGRAM = 1 << 14  # logits that one program can plan for
+_LOWEST = tl.constexpr(-3e38)
+
+
+class Plan(NamedTuple):
+    """The T * top_k pairs of a token and its choice, sorted by expert.
+
+    Attributes:
+        rows: (T * top_k,) int32, the pair at each place, as token * top_k + choice.
+        weights: (T * top_k,) fp32, of what enters the expert, by place.
+        bounds: (E + 1,) int32, the places of each expert.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    bounds: Tensor
+
+
+class Settings(NamedTuple):
+    """How a grouped product runs; changes its speed, and results only in rounding."""
+
+    rows: int  # of a block; a power of two >= 16
+    columns: int
+    inputs: int
+    num_warps: int
+    num_stages: int
+
+
+# By rows of a block and bytes per element: of the product with gate and up, which has two sums, and of that with down.
+_GATE_UP = {
+    (16, 2): Settings(16, 32, 256, 4, 4),
+    (64, 2): Settings(64, 64, 64, 4, 4),
+    (128, 2): Settings(128, 128, 64, 8, 4),
+    (16, 4): Settings(16, 32, 64, 4, 3),
+    (64, 4): Settings(64, 32, 32, 4, 2),
+    (128, 4): Settings(64, 32, 32, 4, 2),
+}
+_DOWN = {
+    (16, 2): Settings(16, 32, 256, 4, 4),
+    (64, 2): Settings(64, 128, 64, 4, 4),
+    (128, 2): Settings(128, 256, 64, 8, 3),
+    (16, 4): Settings(16, 32, 64, 4, 3),
+    (64, 4): Settings(64, 64, 32, 4, 2),
+    (128, 4): Settings(64, 64, 32, 4, 2),
+}
+
+
+def experts(
+    x: Tensor,
+    logits: Tensor,
+    top_k: int,
+    gate_up: Tensor,
+    down: Tensor,
+    base: Tensor | None = None,
+    *,
+    settings: tuple[Settings, Settings] | None = None,
+) -> Tensor:
+    """See `reference.experts`. x with rows of any stride; `settings` are of the two products."""
+    (tokens, size), (count, width) = x.shape, down.shape[::2]
+    assert gate_up.shape == (count, 2 * width, size) and gate_up.is_contiguous() and down.is_contiguous()
+    assert down.shape == (count, size, width) and logits.shape == (tokens, count) and x.stride(1) == 1
+    assert x.dtype == gate_up.dtype == down.dtype and (base is None or (base.shape, base.dtype) == (x.shape, x.dtype))
+    pairs = tokens * top_k
+    if settings is None:
+        each = pairs // count  # rows of an expert, on average
+        kind = 16 if each <= 16 else 64 if each <= 96 else 128
+        settings = _GATE_UP[kind, x.itemsize], _DOWN[kind, x.itemsize]
+    first, second = settings
+    plan = make_plan(logits, top_k)
+    padded = triton.next_power_of_2(count)
+    inner = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
+    blocks = _max_blocks(pairs, count, first.rows)
+    _gate_up_kernel[(blocks * triton.cdiv(width, first.columns),)](
+        x, x.stride(0), *plan, gate_up, inner, blocks,
+        EXPERTS=count, PADDED_EXPERTS=padded, TOP_K=top_k, SIZE=size, WIDTH=width,
+        ROWS=first.rows, COLUMNS=first.columns, INPUTS=first.inputs,
+        num_warps=first.num_warps, num_stages=first.num_stages, **dependent_launch(x),
+    )  # fmt: skip
+    # A token's only expert gives the result itself; of several the parts are added up afterwards.
+    single = top_k == 1
+    out = torch.empty((pairs, size), dtype=x.dtype if single else torch.float32, device=x.device)
+    blocks = _max_blocks(pairs, count, second.rows)
+    added = base if single else None
+    _down_kernel[(blocks * triton.cdiv(size, second.columns),)](
+        inner, plan.rows, plan.bounds, down, added, 0 if added is None else added.stride(0), out, blocks,
+        EXPERTS=count, PADDED_EXPERTS=padded, SIZE=size, WIDTH=width,
+        ROWS=second.rows, COLUMNS=second.columns, INPUTS=second.inputs,
+        num_warps=second.num_warps, num_stages=second.num_stages, **dependent_launch(x),
+    )  # fmt: skip
+    return out if single else _add_up(out, base, x, top_k)
+
+
+def make_plan(logits: Tensor, top_k: int) -> Plan:
+    """The plan for logits (T, E) fp32; among equal ones any may be chosen."""
+    (tokens, count), device = logits.shape, logits.device
+    assert logits.dtype == torch.float32 and logits.stride(1) == 1
+    padded_tokens, padded = triton.next_power_of_2(tokens), triton.next_power_of_2(count)
+    if padded_tokens * padded > _ONE_PROGRAM:
+        ids, weights = route(logits, top_k)
+        ids, order = ids.flatten().sort(stable=True)
+        bounds = torch.searchsorted(ids, torch.arange(count + 1, device=device), out_int32=True)
+        return Plan(order.int(), weights.flatten()[order], bounds)
+    rows = torch.empty(tokens * top_k, dtype=torch.int32, device=device)
+    plan = Plan(rows, torch.empty_like(rows, dtype=torch.float32), rows.new_empty(count + 1))
+    _plan_kernel[(1,)](
+        logits, logits.stride(0), *plan, tokens,
+        EXPERTS=count, TOP_K=top_k, PADDED_TOKENS=padded_tokens, PADDED_EXPERTS=padded,
+        num_warps=4 if padded_tokens * padded <= 4096 else 8, **dependent_launch(logits),
+    )  # fmt: skip
+    return plan
+
+
+def _max_blocks(pairs: int, count: int, rows: int) -> int:
+    """The most blocks of `rows` rows that so many pairs can make: an expert's last block has one row or more."""
+    return (pairs + min(pairs, count) * (rows - 1)) // rows
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _plan_kernel(
+    logits_ptr, stride, rows_ptr, weights_ptr, bounds_ptr, tokens,
+    EXPERTS: tl.constexpr, TOP_K: tl.constexpr, PADDED_TOKENS: tl.constexpr, PADDED_EXPERTS: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    token, expert = tl.arange(0, PADDED_TOKENS)[:, None], tl.arange(0, PADDED_EXPERTS)[None, :]
+    inside = (token < tokens) & (expert < EXPERTS)
+    wait_for_predecessor(PDL)
+    logits = tl.load(logits_ptr + token * stride + expert, mask=inside, other=0.0)
+    # Rows that belong to no request may be anything; they too get their number of experts.
+    logits = tl.where(logits > _LOWEST, logits, _LOWEST)
+    left = tl.where(inside, logits, float("-inf"))
+    for _ in tl.static_range(TOP_K):
+        largest = tl.max(left, axis=1, keep_dims=True)
+        first = tl.min(tl.where(left == largest, expert, PADDED_EXPERTS), axis=1, keep_dims=True)
+        left = tl.where(expert == first, float("-inf"), left)
+    chosen = inside & (left == float("-inf"))
+    ones = chosen.to(tl.int32)
+    counts = tl.sum(ones, axis=0)
+    ends = tl.cumsum(counts, axis=0)
+    places = (ends - counts)[None, :] + tl.cumsum(ones, axis=0) - ones
+    choices = tl.cumsum(ones, axis=1) - ones
+    tl.store(rows_ptr + places, token * TOP_K + choices, mask=chosen)
+    tl.store(weights_ptr + places, sigmoid(logits), mask=chosen)
+    experts = tl.arange(0, PADDED_EXPERTS)
+    tl.store(bounds_ptr + 1 + experts, ends, mask=experts < EXPERTS)
+    tl.store(bounds_ptr, 0)
+
+
+@triton.jit
+def _find(bounds_ptr, block, EXPERTS: tl.constexpr, PADDED_EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+    """Of a block: its expert, its first place, and where the expert's places end; 0, 0, 0 if there is no such block."""
+    experts = tl.arange(0, PADDED_EXPERTS)
+    real = experts < EXPERTS
+    starts = tl.load(bounds_ptr + experts, mask=real, other=0)
+    ends = tl.load(bounds_ptr + experts + 1, mask=real, other=0)
+    blocks = tl.cdiv(ends - starts, ROWS)
+    upto = tl.cumsum(blocks, axis=0)
+    within = block - (upto - blocks)
+    here = (within >= 0) & (block < upto)
+    expert = tl.sum(tl.where(here, experts, 0))
+    return expert, tl.sum(tl.where(here, starts + within * ROWS, 0)), tl.sum(tl.where(here, ends, 0))
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _gate_up_kernel(
+    x_ptr, x_stride, rows_ptr, weights_ptr, bounds_ptr, gate_up_ptr, out_ptr, blocks,
+    EXPERTS: tl.constexpr, PADDED_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_predecessor(PDL)
+    # Neighbouring programs share columns of the weight, which a cache keeps for all blocks of an expert.
+    block, column = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    expert, start, end = _find(bounds_ptr, block, EXPERTS, PADDED_EXPERTS, ROWS)
+    if start >= end:
+        return
+    places, outputs, inputs = start + tl.arange(0, ROWS), column * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, INPUTS)
+    here, inside = places < end, outputs < WIDTH
+    tokens = tl.load(rows_ptr + places, mask=here, other=0) // TOP_K
+    x_ptrs = x_ptr + tokens.to(tl.int64)[:, None] * x_stride + inputs[None, :]
+    gate_ptrs = gate_up_ptr + expert.to(tl.int64) * (2 * WIDTH * SIZE) + outputs[None, :] * SIZE + inputs[:, None]
+    gate = tl.zeros((ROWS, COLUMNS), tl.float32)
+    up = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in tl.range(0, SIZE, INPUTS):
+        rest = inputs < SIZE - first
+        x = tl.load(x_ptrs + first, mask=here[:, None] & rest[None, :], other=0.0)
+        mask = rest[:, None] & inside[None, :]
+        gate = tl.dot(x, tl.load(gate_ptrs + first, mask=mask, other=0.0), gate, input_precision="ieee")
+        up = tl.dot(x, tl.load(gate_ptrs + first + WIDTH * SIZE, mask=mask, other=0.0), up, input_precision="ieee")
+    # The weight of what enters is a factor of the sums.
+    weights = tl.load(weights_ptr + places, mask=here, other=0.0)[:, None]
+    inner = (silu(gate * weights) * (up * weights)).to(out_ptr.dtype.element_ty)
+    cells = places.to(tl.int64)[:, None] * WIDTH + outputs[None, :]
+    tl.store(out_ptr + cells, inner, mask=here[:, None] & inside[None, :])
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _down_kernel(
+    x_ptr, rows_ptr, bounds_ptr, down_ptr, base_ptr, base_stride, out_ptr, blocks,
+    EXPERTS: tl.constexpr, PADDED_EXPERTS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """From places back to pairs; with a base, pairs are tokens."""
+    wait_for_predecessor(PDL)
+    block, column = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    expert, start, end = _find(bounds_ptr, block, EXPERTS, PADDED_EXPERTS, ROWS)
+    if start >= end:
+        return
+    places, outputs, inputs = start + tl.arange(0, ROWS), column * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, INPUTS)
+    here, inside = places < end, outputs < SIZE
+    rows = tl.load(rows_ptr + places, mask=here, other=0).to(tl.int64)
+    x_ptrs = x_ptr + places.to(tl.int64)[:, None] * WIDTH + inputs[None, :]
+    down_ptrs = down_ptr + expert.to(tl.int64) * (SIZE * WIDTH) + outputs[None, :] * WIDTH + inputs[:, None]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in tl.range(0, WIDTH, INPUTS):
+        rest = inputs < WIDTH - first
+        x = tl.load(x_ptrs + first, mask=here[:, None] & rest[None, :], other=0.0)
+        down = tl.load(down_ptrs + first, mask=rest[:, None] & inside[None, :], other=0.0)
+        total = tl.dot(x, down, total, input_precision="ieee")
+    mask = here[:, None] & inside[None, :]
+    if base_ptr is not None:
+        base = tl.load(base_ptr + rows[:, None] * base_stride + outputs[None, :], mask=mask, other=0.0)
+        total += base.to(tl.float32)
+    tl.store(out_ptr + rows[:, None] * SIZE + outputs[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _add_up(parts: Tensor, base: Tensor | None, x: Tensor, top_k: int) -> Tensor:
+    """The sum of each token's parts, (T * top_k, H) fp32, and of base (T, H): (T, H) in the dtype of x."""
+    tokens, size = x.shape
+    out = torch.empty((tokens, size), dtype=x.dtype, device=x.device)
+    block = 1024
+    _add_up_kernel[(tokens, triton.cdiv(size, block))](
+        parts, base, 0 if base is None else base.stride(0), out,
+        TOP_K=top_k, SIZE=size, BLOCK=block, num_warps=4, **dependent_launch(x),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _add_up_kernel(
+    parts_ptr, base_ptr, base_stride, out_ptr,
+    TOP_K: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_predecessor(PDL)
+    token, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < SIZE
+    total = tl.zeros((BLOCK,), tl.float32)
+    for choice in tl.static_range(TOP_K):
+        total += tl.load(parts_ptr + (token * TOP_K + choice) * SIZE + columns, mask=mask, other=0.0)
+    if base_ptr is not None:
+        total += tl.load(base_ptr + token * base_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * SIZE + columns, total.to(out_ptr.dtype.element_ty), mask=mask)
