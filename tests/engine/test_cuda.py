@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from apriel2_models import SUPERNET, fixed, pattern
+from apriel2_models import checkpoint as apriel2_checkpoint
 from helpers import canon_checkpoint, hf_checkpoint, random_prompts
 from lamella import LLM, SamplingParams
 from lamella.ops.self_check import KernelError, self_check
@@ -18,11 +20,13 @@ PROMPTS = random_prompts([1, 2, 5, 17, 40, 130, 3, 33, 64, 9])
 SCORED = SamplingParams(temperature=0, max_tokens=24, logprobs=3, prompt_logprobs=0, ignore_eos=True)
 
 
-@pytest.fixture(scope="module", params=["canon", "qwen3", "llama4"])
+@pytest.fixture(scope="module", params=["canon", "qwen3", "llama4", "apriel2"])
 def checkpoint(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "canon":
         return canon_checkpoint(folder, hidden_size=256, intermediate_size=384, head_dim=64, canon_bias=True)
+    if request.param == "apriel2":
+        return apriel2_checkpoint(folder, pattern(["attention", "gdn", "kda", "mamba", "sliding_window"]))
     from transformers import Llama4TextConfig, Qwen3Config
 
     if request.param == "llama4":  # whose chunks end in prompts and in decodes
@@ -149,3 +153,42 @@ def test_a_wrong_kernel_is_not_used(checkpoint, monkeypatch, name):
     monkeypatch.setattr(module, name, lambda *args, **kwargs: right(*args, **kwargs) * 1.5)
     with pytest.raises(KernelError, match=f"^{name}: the GPU kernel differs from its reference by .* refusing to run"):
         engine(checkpoint)
+
+
+class TestPlacements:
+    """Of a supernet: graphs of each, and none of another's."""
+
+    @pytest.fixture(scope="class")
+    def supernet(self, tmp_path_factory):
+        return apriel2_checkpoint(tmp_path_factory.mktemp("supernet"), fixed(SUPERNET, layers=3))
+
+    def test_a_switch_keeps_graphs_and_leaves_nothing_behind(self, supernet):
+        placements = ("all-gdn", "mamba,attention,kda", "swa,attention,sliding_window")
+        params = SamplingParams(temperature=0, max_tokens=16, logprobs=2, ignore_eos=True)
+        options = {"enable_prefix_caching": False, "num_blocks": 128}
+        alone = {
+            placement: everything(
+                engine(supernet, placement=placement, **options).generate(PROMPTS, params, use_tqdm=False)
+            )
+            for placement in placements
+        }
+        llm = engine(supernet, **options)
+        for placement in (*placements, *placements):
+            llm.set_placement(placement)
+            before = llm.stats()["graph_steps"]
+            assert everything(llm.generate(PROMPTS, params, use_tqdm=False)) == alone[placement]
+            assert llm.stats()["graph_steps"] > before
+
+    def test_requests_of_several_placements(self, supernet):
+        """Beside those of others each gets its own tokens, as far as rounding lets near-ties fall alike."""
+        llm = engine(supernet, mixed_placements=True, dtype="float32", enable_prefix_caching=False)
+        names = ["all-gdn", "mamba,attention,kda"]
+        params = [
+            SamplingParams(temperature=0, max_tokens=12, logprobs=0, ignore_eos=True, placement=names[index % 2])
+            for index in range(len(PROMPTS))
+        ]
+        mixed = llm.generate(PROMPTS, params, use_tqdm=False)
+        for start in (0, 1):
+            alone = llm.generate(PROMPTS[start::2], params[start::2], use_tqdm=False)
+            for one, other in zip(alone, mixed[start::2], strict=True):
+                assert one.outputs[0].token_ids == other.outputs[0].token_ids
