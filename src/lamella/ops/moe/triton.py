@@ -127,9 +127,14 @@ def make_plan(logits: Tensor, top_k: int) -> Plan:
     _plan_kernel[(1,)](
         logits, logits.stride(0), *plan, tokens,
         EXPERTS=count, TOP_K=top_k, PADDED_TOKENS=padded_tokens, PADDED_EXPERTS=padded,
-        num_warps=4 if padded_tokens * padded <= 4096 else 8, **dependent_launch(logits),
+        num_warps=_plan_warps(padded_tokens * padded), **dependent_launch(logits),
     )  # fmt: skip
     return plan
+
+
+def _plan_warps(entries: int) -> int:
+    """One warp where several would have less than an entry a thread, which Triton 3.6 does not compile."""
+    return 1 if entries <= 128 else 4 if entries <= 4096 else 8
 
 
 def _max_blocks(pairs: int, count: int, rows: int) -> int:
@@ -150,16 +155,17 @@ def _plan_kernel(
     # Rows that belong to no request may be anything; they too get their number of experts.
     logits = tl.where(logits > _LOWEST, logits, _LOWEST)
     left = tl.where(inside, logits, float("-inf"))
-    for _ in tl.static_range(TOP_K):
+    choices = tl.zeros([PADDED_TOKENS, PADDED_EXPERTS], tl.int32)
+    for choice in tl.static_range(TOP_K):
         largest = tl.max(left, axis=1, keep_dims=True)
         first = tl.min(tl.where(left == largest, expert, PADDED_EXPERTS), axis=1, keep_dims=True)
         left = tl.where(expert == first, float("-inf"), left)
+        choices = tl.where(expert == first, choice, choices)
     chosen = inside & (left == float("-inf"))
     ones = chosen.to(tl.int32)
     counts = tl.sum(ones, axis=0)
     ends = tl.cumsum(counts, axis=0)
     places = (ends - counts)[None, :] + tl.cumsum(ones, axis=0) - ones
-    choices = tl.cumsum(ones, axis=1) - ones
     tl.store(rows_ptr + places, token * TOP_K + choices, mask=chosen)
     tl.store(weights_ptr + places, sigmoid(logits), mask=chosen)
     experts = tl.arange(0, PADDED_EXPERTS)
