@@ -81,14 +81,15 @@ def on_cpu(kernel: Operation, batch: RaggedBatch, **operands: Any) -> Tensor:
     return kernel(**operands, query_start_loc=batch.query_start_loc, seq_lens=batch.seq_lens)
 
 
-def with_fla(at_least: int, **operands: Any) -> Tensor:
+def with_fla(wanted: bool, **operands: Any) -> Tensor:
     from lamella.ops.delta_rule import fla, triton
 
-    before, fla.MIN_TOKENS = fla.MIN_TOKENS, at_least
+    before, fla.MIN_WORK = fla.MIN_WORK, 0 if wanted else 1 << 62
+    length, fla.MIN_LENGTH = fla.MIN_LENGTH, 0 if wanted else 1 << 62
     try:
         return triton.delta_rule(**operands)
     finally:
-        fla.MIN_TOKENS = before
+        fla.MIN_WORK, fla.MIN_LENGTH = before, length
 
 
 def ways(name: str, decode: bool, dtype: torch.dtype) -> dict[str, Operation]:
@@ -103,9 +104,9 @@ def ways(name: str, decode: bool, dtype: torch.dtype) -> dict[str, Operation]:
     if scan:
         tokens = {"tokens": partial(scan_triton.selective_scan, chunked=False)}
         return tokens if decode else {**tokens, "chunks": partial(scan_triton.selective_scan, chunked=True)}
-    tokens = {"tokens": partial(with_fla, 1 << 60)}
+    tokens = {"tokens": partial(with_fla, False)}
     some = not decode and fla.serves(torch.empty(1, device=DEVICE, dtype=dtype), 1 << 30)
-    return {**tokens, "fla": partial(with_fla, 0)} if some else tokens
+    return {**tokens, "fla": partial(with_fla, True)} if some else tokens
 
 
 def check(name: str, shape: tuple[int, ...], way: Operation, label: str, dtype: torch.dtype) -> None:

@@ -112,3 +112,19 @@ def test_text_of_a_multimodal_checkpoint(tmp_path, caplog):
     with caplog.at_level("INFO", "lamella"):
         load_model(open_checkpoint(folder))
     assert "1 tensors of other parts are not read: model.vision_encoder.adapter.linear_1.weight" in caplog.text
+
+
+def test_a_default_end_of_text_gives_way_to_the_tokenizers(tmp_path, caplog):
+    """Exports carry the config class's 1 and 2, whatever the tokenizer."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    folder = checkpoint(tmp_path, MODELS["gdn"])
+    Tokenizer(WordLevel({"a": 0, "b": 1, "c": 2, "<end>": 3}, "a")).save(str(folder / "tokenizer.json"))
+    opened = open_checkpoint(folder)
+    model = opened.read_config()
+    assert opened.eos_token_ids(model) == (2,) and not caplog.records
+    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<end>"}}')
+    assert opened.eos_token_ids(model) == (2, 3) and "the tokenizer's '<end>' (3) too" in caplog.text
+    (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert opened.eos_token_ids(model) == (2, 7)

@@ -152,7 +152,7 @@ def test_what_fla_is_given(known, by_channel, monkeypatch):
         return recurrence(*args, **kwargs)
 
     monkeypatch.setattr(fla, "_kernels", lambda: (partial(kernel, False), partial(kernel, True)))
-    monkeypatch.setattr(fla, "serves", lambda v, tokens: True)
+    monkeypatch.setattr(fla, "serves", lambda *_: True)
     case = DeltaCase(BATCHES["mixed"], (1, 2), (12, 8), by_channel, device=DEVICE, dtype=torch.bfloat16)
     if not known:
         case.batch = replace(case.batch, query_lens=(), context_lens=())
@@ -162,9 +162,11 @@ def test_what_fla_is_given(known, by_channel, monkeypatch):
 
 def test_fla_is_asked_only_for_long_prompts_in_a_narrow_dtype(monkeypatch):
     monkeypatch.setattr(fla, "_kernels", lambda: pytest.fail("asked"))
-    few, many = 8, fla.MIN_TOKENS
-    assert not fla.serves(torch.empty(few, 1, 1, device=DEVICE, dtype=torch.bfloat16), few)
-    assert not fla.serves(torch.empty(many, 1, 1, device=DEVICE), many)
+    wide, narrow = (torch.empty(1, 32, 128, device=DEVICE, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    many = fla.MIN_WORK // (32 * 128 * 128) + 1
+    assert not fla.serves(narrow, 128, many - 2, 1) and not fla.serves(wide, 128, many, 1)
+    long = fla.MIN_LENGTH
+    assert not fla.serves(narrow, 1, 2 * long - 1, 2) and not fla.serves(wide, 1, 2 * long, 2)
 
 
 def test_without_fla_one_line_says_so(monkeypatch, caplog):

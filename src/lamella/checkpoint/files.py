@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from lamella.models.registry import resolve_architecture
 
 if TYPE_CHECKING:
     from lamella.models.base import CausalLM
+
+logger = logging.getLogger("lamella")
 
 DEMO = "demo"
 
@@ -50,7 +53,27 @@ class Checkpoint:
         """Ids that end a text: the model's, and those of generation_config.json."""
         file = self.path / "generation_config.json"
         extra = HFConfig(read_json(file), str(file)).token_ids("eos_token_id") if file.is_file() else ()
+        if not extra and config.eos_token_ids == self.architecture.unstated_eos:
+            extra = self._tokenizers_eos()
         return tuple(dict.fromkeys((*config.eos_token_ids, *extra)))
+
+    def _tokenizers_eos(self) -> tuple[int, ...]:
+        """The end of text that the tokenizer's files name, where the config says what it says where nobody said
+        anything."""
+        file, vocabulary = self.path / "tokenizer_config.json", self.path / "tokenizer.json"
+        token = read_json(file).get("eos_token") if file.is_file() and vocabulary.is_file() else None
+        token = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(token, str):
+            return ()
+        from tokenizers import Tokenizer
+
+        found = Tokenizer.from_file(str(vocabulary)).token_to_id(token)
+        if found is None or found in self.architecture.unstated_eos:
+            return ()
+        logger.warning(
+            "%s: texts end at the tokenizer's %r (%d) too: config.json has a default", self.path, token, found
+        )
+        return (found,)
 
 
 def open_checkpoint(model: str | Path, overrides: Mapping[str, Any] | None = None) -> Checkpoint:

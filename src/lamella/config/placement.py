@@ -110,6 +110,17 @@ def _listed(layers: Mapping[int, StochasticConfig]) -> str:
     return ", ".join(map(str, layers))
 
 
+def covering_placements(config: ModelConfig) -> list[Placement]:
+    """As few as have every mixer of every layer in one of them; one, where no layer has a choice."""
+    choices = stochastic_layers(config)
+    count = max((len(mixer.names) for mixer in choices.values()), default=1)
+
+    def name(layer: int, turn: int) -> str | None:
+        return choices[layer].names[turn % len(choices[layer].names)] if layer in choices else None
+
+    return [tuple(name(layer, turn) for layer in range(len(config.layers))) for turn in range(count)]
+
+
 def placed(config: ModelConfig, placement: Placement) -> ModelConfig:
     """The model without a choice: what a supernet with this placement computes."""
 

@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from lamella.config.placement import covering_placements
 from lamella.engine.options import EngineOptions
 from lamella.layers.context import ForwardBatch, forward_batch
 from lamella.layers.decoder import LanguageModel
@@ -26,7 +27,11 @@ def warm_up(model: LanguageModel, options: EngineOptions, max_model_len: int, de
     start = time.perf_counter()
     self_check(model.get_parameter("model.embed_tokens.weight").dtype, device)
     checked = time.perf_counter()
-    nbytes = _activation_bytes(model, options, max_model_len, device)
+    active, nbytes = model.placement, 0
+    for placement in covering_placements(model.config):  # whatever it is switched to later
+        model.activate(placement)
+        nbytes = max(nbytes, _activation_bytes(model, options, max_model_len, device))
+    model.activate(active)
     logger.info("kernels agree with their references (%.1f s); a step takes %d MiB", checked - start, nbytes >> 20)
     return nbytes
 

@@ -62,6 +62,7 @@ class Apriel2ForCausalLM(CausalLM):
         "low_proj": ["f_a_proj", "g_a_proj"],
     }
     ignored_tensors: ClassVar = ("model.vision_encoder.",)
+    unstated_eos = (2,)
 
     @classmethod
     def read_config(cls, config: HFConfig) -> ModelConfig:

@@ -17,18 +17,22 @@ from lamella.ops.slots import prefills_of, read_states
 
 logger = logging.getLogger("lamella")
 
-# Of all prompts in a step, so many tokens are wanted: about ten launches, most of them prepared in Python, must cost
-# less than the steps of the token-by-token kernel. To be measured; until then a guess.
-MIN_TOKENS = 512
+# These kernels take 1.4 to 2 ms whatever the prompts (about ten launches, most of them prepared in Python). The token
+# loop takes 0.45 us for each token of a request or, where it fills the device, about 1 ps for each number of state and
+# token: `benchmarks/recurrent_ops.py` on an H100 (14 heads of 64 x 64), and a model's prompts (32 of 128 x 128).
+MIN_LENGTH = 4096  # tokens of a request, on the average
+MIN_WORK = 1_500_000_000  # tokens times numbers of state
 _OLDEST = (0, 5)  # the first release in which a key head serves several value heads
 
 Chunked = Callable[..., tuple[Tensor, Tensor]]
 
 
-def serves(v: Tensor, tokens: int) -> bool:
-    """Whether these kernels take `tokens` tokens of prompts: many, in a narrow dtype (they would round fp32 to tf32),
-    and outside of a graph, whose replays have other lengths."""
-    if tokens < MIN_TOKENS or v.dtype not in (torch.bfloat16, torch.float16) or not v.is_cuda:
+def serves(v: Tensor, key_dim: int, tokens: int, requests: int) -> bool:
+    """Whether these kernels take `tokens` tokens of prompts of so many requests: many, in a narrow dtype (they would
+    round fp32 to tf32), and outside of a graph, whose replays have other lengths. v (T, HV, DV)."""
+    if tokens * v.shape[1] * key_dim * v.shape[2] < MIN_WORK and tokens < MIN_LENGTH * requests:
+        return False
+    if v.dtype not in (torch.bfloat16, torch.float16) or not v.is_cuda:
         return False
     return not torch.cuda.is_current_stream_capturing() and _kernels() is not None
 

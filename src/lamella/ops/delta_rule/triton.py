@@ -61,7 +61,7 @@ def delta_rule(
     if decodes:
         _launch(*operands, 0, decodes, decode=True)
     if decodes < batch.num_requests:
-        if fla.serves(v, tokens - decodes):
+        if fla.serves(v, key_dim, tokens - decodes, batch.num_requests - decodes):
             logs, rates = gates(decay[decodes:], beta[decodes:], a_log, dt_bias)
             fla.delta_rule(q[decodes:], k[decodes:], v[decodes:], logs, rates, batch, state, slots, y[decodes:])
         else:
