@@ -9,7 +9,7 @@ from apriel2_oracle import Apriel2Oracle
 from apriel2_models import ATTENTION, MIXERS, SUPERNET, checkpoint, config, fixed, pattern
 from helpers import assert_engine_parity, assert_plain_parity, logprobs, plain_logits
 from lamella.checkpoint import load_model, open_checkpoint
-from lamella.parity import assert_parity
+from lamella.parity import assert_parity, compare
 
 LENGTHS = (1, 3, 4, 21)
 BIASED = {name: {"bias": {"enabled": True}} for name in ("query_layer", "key_layer", "value_layer")}
@@ -128,3 +128,18 @@ def test_a_default_end_of_text_gives_way_to_the_tokenizers(tmp_path, caplog):
     assert opened.eos_token_ids(model) == (2, 3) and "the tokenizer's '<end>' (3) too" in caplog.text
     (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
     assert opened.eos_token_ids(model) == (2, 7)
+
+
+@pytest.mark.parametrize("name", ["gdn", "kda", "mamba"])
+def test_two_thousand_decode_steps_do_not_drift(tmp_path, name):
+    """Log-probabilities of a long continuation, token by token, against one full float64 forward."""
+    values = fixed(MIXERS[name], layers=1) | {"embeddings": {"max_position_embeddings": 2048}}
+    folder = checkpoint(tmp_path, values)
+    result = compare(folder, dtype="float32", prompts="random", count=1, prompt_len=10, decode_len=1990, top=16)
+    assert result.engine.max <= 1e-4
+
+
+@pytest.mark.parametrize("length", [50, 51, 59, 60, 70])
+def test_prompts_at_which_a_published_plugin_strayed(tmp_path, length):
+    folder = checkpoint(tmp_path, MODELS["gdn"])
+    assert_engine_parity(folder, Apriel2Oracle(folder), [length], count=4)

@@ -93,8 +93,12 @@ def test_compiled(folders: dict[str, Path], name: str) -> None:
         assert_right(oracle(folder), generate(llm, prompts_of(*LENGTHS), 12))
 
 
-def test_bfloat16_is_as_exact_as_the_references(folders: dict[str, Path]) -> None:
-    result = compare(folders["all"], engine="vllm", dtype="bfloat16", prompts="random", count=6)
+@pytest.mark.parametrize("name", ["all", "gdn", "kda", "mamba", "sliding_window", "supernet"])
+def test_bfloat16_is_as_exact_as_the_references(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """Of a mixer alone, of all of them, and of a supernet under a placement."""
+    folder = folders[name] if name in ("all", "supernet") else checkpoint(tmp_path, fixed(WIDE[name]))
+    placement = B if name == "supernet" else None
+    result = compare(folder, engine="vllm", dtype="bfloat16", prompts="random", count=6, placement=placement)
     assert result.noise_floor_ratio <= 1.0
 
 

@@ -32,7 +32,8 @@ class Stochastic(nn.Module):
         """(T, hidden_size) -> (T, hidden_size)."""
         if self._caller is not None:
             return self._caller(positions, entry)
-        batch = current_batch()
+        # With one mixer nothing is chosen, and torch.compile has nothing to ask the batch for.
+        batch = current_batch() if len(self.mixers) > 1 else None
         if batch is None or batch.placements is None:
             return self.mixers[self.active](positions, entry)
         shares = batch.placements.by_mixer(self.index)

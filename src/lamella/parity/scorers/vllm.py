@@ -22,13 +22,16 @@ _FORCED = "lamella_forced_token_ids"
 def open_scorer(subject: Subject, settings: Settings) -> VllmScorer:
     if subject.load_format == "dummy":
         raise ConfigError("vllm: dummy weights are in no file that it could read")
+    options = dict(settings.options)
+    if subject.placement is not None:
+        options["hf_overrides"] = {**options.get("hf_overrides", {}), "placement": subject.placement}
     return VllmScorer(
         subject.checkpoint.path,
         str(settings.dtype).removeprefix("torch."),
         settings.device.type,
         settings.batch_size,
         subject.max_model_len,
-        options=settings.options,
+        options=options,
     )
 
 
