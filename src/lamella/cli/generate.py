@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 from lamella.checkpoint.files import DEMO
 from lamella.cli.common import console, load_llm, print_json
-from lamella.engine.engine import Prompt
 from lamella.engine.llm import LLM
 from lamella.engine.outputs import RequestOutput
+from lamella.engine.prompt import Prompt
 from lamella.engine.sampling_params import SamplingParams
 from lamella.errors import ParameterError
 

@@ -13,9 +13,10 @@ from typing import Any
 
 from lamella.config import PlacementLike
 from lamella.engine.completion import Job
-from lamella.engine.engine import Engine, Prompt
+from lamella.engine.engine import Engine
 from lamella.engine.options import EngineOptions
 from lamella.engine.outputs import RequestOutput
+from lamella.engine.prompt import Prompt
 from lamella.engine.sampling_params import SamplingParams
 
 logger = logging.getLogger("lamella")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
@@ -20,6 +20,7 @@ from lamella.distributed.workers import WorkerProcesses, Workers
 from lamella.engine.capacity import memory_budget, say_what_cannot_hit
 from lamella.engine.completion import Completion, Job
 from lamella.engine.options import EngineOptions
+from lamella.engine.prompt import Prompt, read_prompt
 from lamella.engine.request import Request
 from lamella.engine.residence import Residence, Residences
 from lamella.engine.runner import Flight, ModelRunner
@@ -35,8 +36,6 @@ from lamella.state.memory import StateCost, StateMemory
 from lamella.state.prefix import root_key
 
 logger = logging.getLogger("lamella")
-
-Prompt: TypeAlias = "str | Mapping[str, Any]"
 
 # So many prompts, none of which fills a page, are worth a warning.
 _SHORT_PROMPTS = 32
@@ -141,7 +140,7 @@ class Engine:
         """Check a request and get it ready, without queueing it. Raises `ParameterError`."""
         if request_id in self._jobs:
             raise ParameterError(f"request_id={request_id!r}: a request of this id is running")
-        text, token_ids, salt = self._tokens(prompt)
+        text, token_ids, salt = read_prompt(prompt, self.tokenizer, self.model.config.vocab_size)
         params.validate_for(self.model.config.vocab_size)
         if params.stop_strings and self.tokenizer is None:
             raise ParameterError(f"stop={params.stop!r}: without tokenizer.json there is no text to stop at")
@@ -430,39 +429,6 @@ class Engine:
                     _SHORT_PROMPTS,
                     self.options.block_size,
                 )
-
-    def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
-        """A prompt's text, if it has one, its tokens, and the salt of its prefixes."""
-        if isinstance(prompt, str):
-            prompt = {"prompt": prompt}
-        if not isinstance(prompt, Mapping):
-            raise ParameterError(
-                f"prompt: must be a string or a dict with prompt_token_ids, not {type(prompt).__name__}"
-            )
-        unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"})
-        if unknown:
-            raise ParameterError(
-                f"prompt: unknown key {unknown[0]!r}; there are prompt, prompt_token_ids and cache_salt"
-            )
-        text, token_ids, salt = (prompt.get(key) for key in ("prompt", "prompt_token_ids", "cache_salt"))
-        if salt is not None and not isinstance(salt, str):
-            raise ParameterError(f"cache_salt={salt!r}: must be a string")
-        if token_ids is None:
-            if not isinstance(text, str):
-                raise ParameterError(f"prompt={text!r}: must be a string")
-            if self.tokenizer is None:
-                raise ParameterError("prompt: the model has no tokenizer.json; give prompt_token_ids")
-            token_ids = self.tokenizer.encode(text)
-        token_ids = list(token_ids)
-        if not token_ids:
-            raise ParameterError("prompt_token_ids: must not be empty")
-        vocab = self.model.config.vocab_size
-        if set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < vocab:
-            return text, token_ids, salt
-        for token in token_ids:  # which one is it?
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
-                raise ParameterError(f"prompt_token_ids: {token!r} is not a token id below vocab_size={vocab}")
-        return text, token_ids, salt
 
     def _check_pools(self, tokens: int, state: StateManager) -> None:
         chunk = min(tokens, self.options.max_num_batched_tokens)

@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from lamella.config import Placement, PlacementLike, mixer_names
 from lamella.engine.completion import Job
-from lamella.engine.engine import Engine, Prompt
+from lamella.engine.engine import Engine
 from lamella.engine.options import EngineOptions
 from lamella.engine.outputs import RequestOutput
+from lamella.engine.prompt import Prompt
 from lamella.engine.sampling_params import SamplingParams
 from lamella.errors import ParameterError
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lamella.config import PlacementLike
 from lamella.engine.engine import Engine
 from lamella.engine.options import EngineOptions
 from lamella.engine.request import Request
@@ -62,6 +63,7 @@ class Record:
         steps: tokens of each step that computed some of it.
         preemptions: how often it lost its state.
         cached: tokens that it started with, from the prefix cache; their predictions are in nobody's `parts`.
+        placement: of a supernet, its own; None is the engine's.
         token_ids: what followed in the end.
     """
 
@@ -73,6 +75,7 @@ class Record:
     steps: list[int] = field(default_factory=list)
     preemptions: int = 0
     cached: int = 0
+    placement: PlacementLike | None = None
     token_ids: tuple[int, ...] = ()
 
     @property
@@ -127,7 +130,13 @@ class ForcedEngine:
         """Run the records' requests to their end. `budgets` are the tokens of the first steps, then the options'; after
         so many steps all running requests are preempted once."""
         for record in records:
-            params = SamplingParams(temperature=0, max_tokens=record.count, ignore_eos=True, detokenize=False)
+            params = SamplingParams(
+                temperature=0,
+                max_tokens=record.count,
+                ignore_eos=True,
+                detokenize=False,
+                placement=record.placement,
+            )
             job = self.engine.make_job(str(next(self._ids)), {"prompt_token_ids": list(record.prompt)}, params)
             request = job.completions[0].request
             assert request.max_tokens == record.count, "max_model_len cuts the sequence"
@@ -212,7 +221,7 @@ class _ForcedRunner(ModelRunner):
     def _snapshot(self, request: Request, length: int) -> dict[str, Tensor]:
         """A request's state, wherever it lies, in the order of its positions."""
         holding, found = self.state.holdings[request], {}
-        for holder in self.model.active_holders():
+        for holder in self.model.active_holders(request.placement or None):
             if isinstance(holder, SlotHolder):
                 for index, rows in enumerate(holder.rows):
                     found[f"{holder.prefix}.{index}" if index else holder.prefix] = rows[holding.slot].clone().cpu()

@@ -10,12 +10,13 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from lamella.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
+from lamella.config import AttentionConfig, FeedForwardConfig, ModelConfig, SingleMixerConfig
+from lamella.config.placement import covering_placements
 from lamella.engine.engine import Engine, check_split
 from lamella.engine.options import EngineOptions
 from lamella.engine.sampling_params import SamplingParams
@@ -102,7 +103,7 @@ class Laboratory:
     @property
     def grows(self) -> bool:
         """Whether any state grows with the sequence, so that a pool can run out."""
-        return any(spec.window is None for spec in StateCost.of(self.model.active_holders()).paged)
+        return any(spec.reach is None for spec in StateCost.of(self.model.active_holders()).paged)
 
     @property
     def slot_bytes(self) -> int:
@@ -129,9 +130,14 @@ class Laboratory:
 
 
 def catalogue(
-    config: ModelConfig, length: int, device: torch.device, undivided: str | None = "no checkpoint to divide"
+    config: ModelConfig,
+    length: int,
+    device: torch.device,
+    undivided: str | None = "no checkpoint to divide",
+    supernet: bool = False,
 ) -> list[Path]:
-    """The paths for a model on `device` and a sequence of `length` tokens; `undivided`: why ranks cannot share it."""
+    """The paths for a model on `device` and a sequence of `length` tokens; `undivided`: why ranks cannot share it;
+    `supernet`: whether its layers have a choice of mixers, of which `config` is one."""
     on_gpu = device.type == "cuda"
     kernels = on_gpu or native.available()
     return [
@@ -144,6 +150,7 @@ def catalogue(
         Path("prompt, then token by token", _decode(length // 2)),
         Path("token by token from the first", _decode(1)),
         Path("batched with strangers", _strangers),
+        *([Path("beside requests of other placements", _beside_another_placement)] if supernet else []),
         Path("preempted in a small pool", _preempted),
         Path("padded rows", _padded),
         Path("prefix hit at a page's end", _prefix_hit(0)),
@@ -270,6 +277,21 @@ def _strangers(lab: Laboratory) -> Record:
     if len(record.steps) < 3:
         raise NotExercised("the strangers left no mark on the steps")
     return record
+
+
+def _beside_another_placement(lab: Laboratory) -> Record:
+    model, length = lab.model, len(lab.token_ids)
+    others = [placement for placement in covering_placements(model.config) if placement != model.placement]
+    strangers = [
+        replace(record_of(lab.stranger(5 + 3 * turn, 9)), placement=other) for turn, other in enumerate(others)
+    ]
+    active = model.placement
+    engine = lab.engine(mixed_placements=True, max_num_batched_tokens=max(4, length // 3))
+    try:
+        ours = replace(record_of(lab.sequence(length // 2)), placement=active)
+        return engine.run([*strangers[:2], ours, *strangers[2:]])[len(strangers[:2])]
+    finally:
+        model.activate(active)
 
 
 def _preempted(lab: Laboratory, **options: Any) -> Record:
@@ -429,6 +451,7 @@ def run_paths(
         "load_format": subject.load_format,
         "seed": subject.seed,
         "max_model_len": subject.max_model_len,
+        "placement": subject.placement,
     }
     lab = Laboratory(candidate or subject.load(dtype, device), device, token_ids, seed, options)
     with lab.routing.recorded():
@@ -444,7 +467,7 @@ def run_paths(
     }
     cells = []
     hold = bool(lab.routing) and dtype != torch.float32
-    for path in catalogue(subject.config, len(token_ids), device, undivided):
+    for path in catalogue(subject.config, len(token_ids), device, undivided, lab.model.has_choice):
         progress(path.name)
         if hold and path.run in (_graphs, _two_ranks):
             path = replace(path, unavailable=path.unavailable or _UNHELD)
@@ -456,7 +479,7 @@ def run_paths(
 def _why_undivided(subject: Subject, device: torch.device) -> str | None:
     """Why two ranks cannot share the model."""
     kinds = {type(part) for layer in subject.config.layers for part in (layer.mixer, layer.feed_forward)}
-    if not kinds <= {AttentionConfig, MLPConfig, MoEConfig}:
+    if not kinds <= {*get_args(SingleMixerConfig), *get_args(FeedForwardConfig)}:
         return "a layer of a kind that may not know how to be divided"
     try:
         options = EngineOptions(model=subject.checkpoint.path, device=device.type, tensor_parallel_size=2)
