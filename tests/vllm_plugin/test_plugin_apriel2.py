@@ -191,6 +191,39 @@ def test_a_fixed_placement_has_no_other_mixers(folders: dict[str, Path]) -> None
             assert len(kept) == 3
 
 
+@pytest.mark.parametrize("asked", [None, "FULL", "FULL_AND_PIECEWISE", "PIECEWISE", "NONE"])
+def test_a_supernet_has_no_whole_graphs(folders: dict[str, Path], asked: str | None) -> None:
+    """Whatever is asked for, or left to vLLM: a whole graph would hold the mixer of its capture. A model without a
+    choice may have them."""
+    from types import SimpleNamespace
+
+    from transformers import AutoConfig
+    from vllm.config import CUDAGraphMode
+
+    from lamella.vllm_plugin import register
+    from lamella.vllm_plugin.checks import Checks
+
+    register()
+    mode = None if asked is None else CUDAGraphMode[asked]
+    for name, expected in (
+        ("supernet", CUDAGraphMode.NONE if asked == "NONE" else CUDAGraphMode.PIECEWISE),
+        ("gdn", mode),
+    ):
+        hf_config = AutoConfig.from_pretrained(folders[name])
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(
+                hf_config=hf_config, architecture="Apriel2ForCausalLM", enforce_eager=False, is_hybrid=False
+            ),
+            cache_config=None,
+            lora_config=None,
+            parallel_config=SimpleNamespace(pipeline_parallel_size=1, worker_extension_cls=""),
+            compilation_config=SimpleNamespace(cudagraph_mode=mode),
+        )
+        Checks.verify_and_update_config(config)
+        assert config.compilation_config.cudagraph_mode == expected
+        assert bool(config.parallel_config.worker_extension_cls) == (name == "supernet")
+
+
 def test_drafts_are_refused(folders: dict[str, Path]) -> None:
     with (
         pytest.raises(Exception, match="recurrent state cannot go back to before a rejected draft"),

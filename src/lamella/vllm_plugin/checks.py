@@ -67,9 +67,12 @@ def _prepare_supernet(vllm_config: VllmConfig, model: ModelConfig) -> None:
             "worker_extension_cls=%r: its workers take no placements unless it derives from "
             "lamella.vllm_plugin.placement.PlacementWorker", parallel.worker_extension_cls,
         )  # fmt: skip
-    mode = compilation.cudagraph_mode
-    if any(len(every_mixer(layer.mixer)) > 1 for layer in model.layers) and mode not in (None, CUDAGraphMode.NONE):
-        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    if any(len(every_mixer(layer.mixer)) > 1 for layer in model.layers):
+        mode = compilation.cudagraph_mode  # None: not settled yet, and would become one with whole graphs
+        if mode not in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE):
+            if mode is not None:
+                logger.warning("cudagraph_mode=%s: piecewise, since a whole graph holds the mixer of today", mode.name)
+            compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
 
 def _check_state(vllm_config: VllmConfig) -> None:
