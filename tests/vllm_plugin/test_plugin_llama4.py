@@ -127,7 +127,8 @@ def test_prefix_hits(folders: dict[str, Path], prompt: int) -> None:
 
 def test_preemption(folders: dict[str, Path]) -> None:
     folder = folders["scout"]
-    with serving(folder, num_gpu_blocks_override=24, enable_prefix_caching=False) as llm:
+    tight = {"num_gpu_blocks_override": 20, "max_num_batched_tokens": 32, "enable_prefix_caching": False}
+    with serving(folder, **tight) as llm:
         assert_right(oracle(folder), generate(llm, prompts_of(60, 50, 70, 40, 65, 55), 60))
         assert metric(llm, "num_preemptions") > 0
 
@@ -138,3 +139,133 @@ def test_drafts(folders: dict[str, Path]) -> None:
     with serving(folder, speculative_config=NGRAM) as llm:
         assert_right(oracle(folder), generate(llm, repeated, 40))
         assert metric(llm, "spec_decode_num_accepted_tokens") > 0
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2 if ON_CPU else torch.cuda.device_count() < 2, reason="needs two")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("scout", {"tensor_parallel_size": 2}), ("maverick", {"pipeline_parallel_size": 2} | TRACED)],
+    ids=["tensor", "pipeline"],
+)
+def test_two_ranks(folders: dict[str, Path], name: str, options: dict[str, Any]) -> None:
+    separate = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_CI_ENV": "0"}
+    said = json.dumps(options | {"max_num_batched_tokens": 64, "hf_overrides": OURS})
+    result = subprocess.run(
+        [sys.executable, "-m", "vllm_plugin.plugin_helpers", folders[name], said],
+        env={**os.environ, **ENVIRONMENT, **separate, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0 and result.stdout.splitlines()[-1] == "right", result.stdout + result.stderr
+
+
+# Files, as there are: with images or without, experts in one tensor or one by one.
+
+
+def one_by_one(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for name, tensor in tensors.items():
+        parent, _, leaf = name.rpartition(".")
+        if leaf not in ("gate_up_proj", "down_proj"):
+            found[name] = tensor
+            continue
+        parts = zip(("gate_proj", "up_proj"), tensor.chunk(2, -1), strict=True) if leaf != "down_proj" else ()
+        for part, weights in parts or [(leaf, tensor)]:
+            found |= {f"{parent}.{index}.{part}.weight": weight.T for index, weight in enumerate(weights)}
+    return found
+
+
+def write(folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Path:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def original(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", [NAME, "LamellaLlama4ForConditionalGeneration"])
+def test_the_language_model_of_a_checkpoint_with_images(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    tensors, values = original(folders["explicit lists"])
+    images = {"vision_model.class_embedding": torch.zeros(3), "multi_modal_projector.linear_1.weight": torch.zeros(2)}
+    around = {
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "model_type": "llama4",
+        "text_config": {key: value for key, value in values.items() if key != "architectures"},
+        "vision_config": {"hidden_size": 8},
+        "image_token_index": 92,
+    }
+    named = {f"language_model.{name}": tensor for name, tensor in one_by_one(tensors).items()}
+    write(tmp_path, named | images, around)
+    with running(tmp_path, hf_overrides={"architectures": [name]}) as llm:
+        assert_right(oracle(folders["explicit lists"]), generate(llm, prompts_of(*LENGTHS), 12))
+
+
+def test_experts_half_one_by_one(folders: dict[str, Path], tmp_path: Path) -> None:
+    tensors, values = original(folders["maverick"])
+    apart = one_by_one(tensors)
+    parent, gone = "model.layers.1.feed_forward.experts", "5.up_proj.weight"
+    some = {name: tensor for name, tensor in apart.items() if name != f"{parent}.{gone}"}
+    with pytest.raises(CheckpointError, match=rf"missing: {parent}\.{gone}$"), serving(write(tmp_path, some, values)):
+        pass
+    twice = tensors | {f"{parent}.{gone}": apart[f"{parent}.{gone}"]}
+    with (
+        pytest.raises(CheckpointError, match=rf"unexpected: {parent}\.{gone}$"),
+        serving(write(tmp_path, twice, values)),
+    ):
+        pass
+
+
+def test_own_formats(folders: dict[str, Path]) -> None:
+    """The file's layer_types are not vLLM's."""
+    folder = folders["explicit lists"]
+    with serving(folder, config_format="lamella", load_format="lamella") as llm:
+        assert_right(oracle(folder), generate(llm, prompts_of(*LENGTHS), 12))
+
+
+# What vLLM is asked for.
+
+
+def test_layers_see_what_the_config_says(folders: dict[str, Path]) -> None:
+    from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec
+
+    def specs(model: Any) -> list[Any]:
+        layers = [layer.mixer.attention.attn for layer in model.model.layers]
+        return [layer.get_kv_cache_spec(model.vllm_config) for layer in layers]
+
+    with serving(folders["scout"]) as llm:
+        (found,) = llm.apply_model(specs)
+    assert [type(spec) for spec in found] == [ChunkedLocalAttentionSpec] * 3 + [FullAttentionSpec]
+    assert {spec.attention_chunk_size for spec in found[:3]} == {CHUNK}
+    # Where no request outgrows a chunk, layers see everything: one group, and whole graphs.
+    with serving(folders["scout"], max_model_len=CHUNK) as llm:
+        (found,) = llm.apply_model(specs)
+        assert_right(oracle(folders["scout"]), generate(llm, prompts_of(1, 20), 8))
+    assert {type(spec) for spec in found} == {FullAttentionSpec}
+
+
+class TestChecks:
+    def of(self, folder: Path, **options: Any) -> Any:
+        return configured(folder, **({"hf_overrides": OURS, "max_model_len": MAX_LEN} | options))
+
+    def test_blocks_end_where_chunks_do(self, folders: dict[str, Path]) -> None:
+        made = self.of(folders["scout"])
+        assert not made.model_config.is_hybrid
+        assert not ON_CPU or made.cache_config.block_size == CHUNK
+        assert not ON_CPU or self.of(folders["chunk beyond the text"]).cache_config.block_size == 128
+        with refused(f"block_size=64: must divide the chunks of {CHUNK} tokens"):
+            self.of(folders["scout"], block_size=64)
+
+    @pytest.mark.skipif(not ON_CPU, reason="blocks of CPUs")
+    def test_chunks_that_no_block_ends_with(self, folders: dict[str, Path]) -> None:
+        overrides = {"hf_overrides": OURS | {"attention_chunk_size": 40}}
+        with refused("layers see chunks of 40 tokens: on CPUs, vLLM's must be multiples of 32"):
+            self.of(folders["scout"], **overrides)
+
+    def test_what_our_experts_do_not_do(self, folders: dict[str, Path]) -> None:
+        with refused("quantization='fp8': experts are lamella's own"):
+            self.of(folders["scout"], quantization="fp8")
+        with refused("enable_expert_parallel: every rank has a part"):
+            self.of(folders["scout"], enable_expert_parallel=True, tensor_parallel_size=2)
