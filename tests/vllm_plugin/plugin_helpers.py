@@ -175,8 +175,12 @@ def main(model: Path, options: dict[str, Any], placements: Sequence[str] = ()) -
                     assert_right(oracle(model, placement), generate(llm, prompts_of(*LENGTHS), 12))
         print("right")
         return
-    for folder, prompts in ((model, prompts_of(*LENGTHS)), (CHECKPOINT, demo_questions(8)[1])):
-        with running(folder, **options) as llm:
+    overrides = options.pop("hf_overrides", {})  # of the model's file
+    for folder, prompts, changes in (
+        (model, prompts_of(*LENGTHS), overrides),
+        (CHECKPOINT, demo_questions(8)[1], {}),
+    ):
+        with running(folder, hf_overrides=changes, **options) as llm:
             for _ in range(2):
                 assert_right(oracle(folder), generate(llm, prompts, 12))
     print("right")

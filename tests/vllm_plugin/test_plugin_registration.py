@@ -90,7 +90,9 @@ def test_the_installed_version_is_a_supported_one() -> None:
     compat.require_supported()
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize(
+    "name", ["LlamaForCausalLM", "Qwen3ForCausalLM", "Llama4ForCausalLM", "Llama4ForConditionalGeneration"]
+)
 def test_vllms_own_classes_are_not_shadowed(name: str) -> None:
     vllm_plugin.register()
     module = compat.module_of(name)
@@ -103,7 +105,7 @@ def test_transformers_own_configs_are_not_shadowed() -> None:
     vllm_plugin.register()
     for model_type in model_types():
         module = type(AutoConfig.for_model(model_type)).__module__
-        assert module.startswith("transformers.") == (model_type in ("llama", "qwen3"))
+        assert module.startswith("transformers.") == (model_type in ("llama", "qwen3", "llama4", "llama4_text"))
 
 
 def test_a_config_goes_to_a_process_that_never_registered(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lamella.distributed.sharding import Split
-from lamella.layers.linear import splits_of
+from lamella.layers.linear import Apart, splits_of
 
 
 @dataclass(frozen=True)
@@ -99,3 +99,11 @@ def targets(model: nn.Module, names: Mapping[str, str], present: Collection[str]
             found[rename(part_path, names)] = Target(parameter, part_path, (rows, *splits[1:]), start, stop)
             start = stop
     return found
+
+
+def parts_apart(model: nn.Module) -> Iterator[tuple[str, str, Apart]]:
+    """What some files hold in place of a parameter: its path, the path of what stands there, and the part it fills."""
+    for owner, module in model.named_modules():
+        if hasattr(module, "apart"):
+            for leaf, _ in module.named_parameters(recurse=False):
+                yield from ((f"{owner}.{leaf}", f"{owner}.{name}", part) for name, part in module.apart(leaf).items())

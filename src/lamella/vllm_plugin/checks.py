@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from lamella.config import ModelConfig, StochasticConfig
+from lamella.config import AttentionConfig, ModelConfig, MoEConfig, StochasticConfig
 from lamella.config.placement import every_mixer
 from lamella.distributed.sharding import Share
 from lamella.errors import ConfigError
@@ -45,7 +46,10 @@ class Checks(VerifyAndUpdateConfig):
         model = read_model_config(vllm_config.model_config.hf_config, vllm_config.model_config.architecture)
         if any(isinstance(layer.mixer, StochasticConfig) for layer in model.layers):
             _prepare_supernet(vllm_config, model)
+        if any(isinstance(layer.feed_forward, MoEConfig) for layer in model.layers):
+            _check_experts(vllm_config)
         if not vllm_config.model_config.is_hybrid:
+            _fit_blocks(vllm_config, model, on_cpu)
             return
         _check_state(vllm_config)
         if on_cpu and not cache.user_specified_block_size:
@@ -53,6 +57,30 @@ class Checks(VerifyAndUpdateConfig):
             cache.block_size, cache.user_specified_block_size = 32, True  # else the platform sets its own
         if vllm_config.speculative_config is not None:
             _check_speculation(vllm_config, on_cpu)
+
+
+def _check_experts(vllm_config: VllmConfig) -> None:
+    method = vllm_config.model_config.quantization
+    if method is not None:
+        raise ConfigError(f"quantization={method!r}: experts are lamella's own, which are not quantised")
+    if vllm_config.parallel_config.enable_expert_parallel:
+        raise ConfigError("enable_expert_parallel: every rank has a part of each expert; leave it out")
+
+
+def _fit_blocks(vllm_config: VllmConfig, model: ModelConfig, on_cpu: bool) -> None:
+    """Attention in chunks, in vLLM, needs chunks that end with a block: on CPUs smaller blocks than by default, if it
+    must be."""
+    cache, longest = vllm_config.cache_config, vllm_config.model_config.max_model_len
+    mixers = [layer.mixer for layer in model.layers]
+    chunks = {mixer.chunk for mixer in mixers if isinstance(mixer, AttentionConfig) and mixer.chunk is not None}
+    size = math.gcd(*(chunk for chunk in chunks if chunk < longest))  # 0 where there are none
+    if cache.user_specified_block_size and size % cache.block_size:
+        raise ConfigError(f"block_size={cache.block_size}: must divide the chunks of {size} tokens that layers see")
+    if on_cpu and not cache.user_specified_block_size and size % 128:
+        fitting = math.gcd(size, 128)
+        if fitting < 32:
+            raise ConfigError(f"layers see chunks of {size} tokens: on CPUs, vLLM's must be multiples of 32")
+        cache.block_size, cache.user_specified_block_size = fitting, True
 
 
 def _prepare_supernet(vllm_config: VllmConfig, model: ModelConfig) -> None:

@@ -66,6 +66,8 @@ class LamellaConfig(PretrainedConfig):
         self.num_hidden_layers, self.max_position_embeddings = len(config.layers), config.max_position_embeddings
         self.num_attention_heads, self.num_key_value_heads, self.head_dim = _heads(config)
         stateless = [_STATELESS] * len(config.layers)
+        if not resolve_architecture(self.architectures[0].removeprefix(PREFIX)).has_slot_state:
+            return  # vLLM knows it by the class
         if not _keeps_slots(config):
             self.layer_types = stateless
         elif getattr(self, "layer_types", None) == stateless:

@@ -16,7 +16,7 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
     tensor_model_parallel_all_reduce,
 )
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
@@ -62,23 +62,28 @@ class VllmGroup(Group):
 
 
 class VllmAttention(nn.Module):
-    """vLLM's attention, with our shapes."""
+    """vLLM's attention, with our shapes; that in chunks only where a request may be longer than one."""
 
     def __init__(self, heads: int, scale: float, spec: PagedState, config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        if spec.chunk is not None:
-            raise ConfigError(f"{prefix}: attention in chunks of {spec.chunk} tokens is not served inside vLLM yet")
         self.heads, self.head_dim = heads, spec.head_dim
-        self.attn = Attention(
-            heads,
-            spec.head_dim,
-            scale,
-            num_kv_heads=spec.kv_heads,
-            cache_config=config.cache_config,
-            quant_config=config.quant_config,
-            per_layer_sliding_window=spec.window,
-            prefix=f"{prefix}.attn",
-        )
+        common: dict[str, Any] = {
+            "num_kv_heads": spec.kv_heads,
+            "cache_config": config.cache_config,
+            "quant_config": config.quant_config,
+            "prefix": f"{prefix}.attn",
+        }
+        if spec.chunk is None or spec.chunk >= config.model_config.max_model_len:
+            window = spec.window
+            self.attn = Attention(heads, spec.head_dim, scale, per_layer_sliding_window=window, **common)
+        else:
+            block_size = config.cache_config.block_size
+            if block_size and spec.chunk % block_size:
+                raise ConfigError(
+                    f"{prefix}: a chunk of {spec.chunk} tokens ends within a block of {block_size}, which vLLM cannot "
+                    "compute; give a block_size that divides it"
+                )
+            self.attn = ChunkedLocalAttention(heads, spec.head_dim, scale, spec.chunk, **common)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(T, H, D), (T, KV, D), (T, KV, D) -> (T, H, D)."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-from lamella.checkpoint.names import Target, rename, targets
+from lamella.checkpoint.names import Target, parts_apart, rename, targets
 from lamella.distributed.sharding import cut
 from lamella.errors import CheckpointError
 from lamella.layers.decoder import LanguageModel
@@ -35,12 +35,22 @@ class WeightFiller:
     """Loads what is this rank's and stage's of a checkpoint into a model of the plugin."""
 
     def __init__(
-        self, model: Any, names: Mapping[str, str], ignored: tuple[str, ...] = (), tied_head: str = "lm_head.weight"
+        self,
+        model: Any,
+        names: Mapping[str, str],
+        ignored: tuple[str, ...] = (),
+        tied_head: str = "lm_head.weight",
+        own_name: Callable[[str], str | None] = str,
     ) -> None:
         """`names`: our parameter paths -> the file's, see `CausalLM.checkpoint_names`; `ignored` are beginnings of
-        names of other parts' tensors; `tied_head` is what a tied head's redundant copy is called."""
-        self.model, self.names, self.ignored = model, names, ignored
-        self._expected = targets(LanguageModel(model.config, LocalKit(torch.float32, "meta")), names)
+        names of other parts' tensors; `tied_head` is what a tied head's redundant copy is called; `own_name` as in
+        `CausalLM`."""
+        self.model, self.names, self.ignored, self._own_name = model, names, ignored, own_name
+        self._skeleton = LanguageModel(model.config, LocalKit(torch.float32, "meta"))
+        self._expected = targets(self._skeleton, names)
+        apart = {rename(part, names) for _, part, _ in parts_apart(self._skeleton)}
+        # Which of both a file has shows only when all of it was there.
+        self._known = self._expected | targets(self._skeleton, names, apart)
         # Of mixers that the placement leaves out.
         whole = targets(LanguageModel(model.whole_config, LocalKit(torch.float32, "meta")), names)
         self._idle = whole.keys() - self._expected.keys()
@@ -54,7 +64,11 @@ class WeightFiller:
         unexpected, filled = [], set()
         tied: dict[str, Tensor] = {}  # the embedding, and what the file has beside it for the head
         unread = 0
-        for name, tensor in weights:
+        for full_name, tensor in weights:
+            name = self._own_name(full_name)
+            if name is None:
+                unread += 1
+                continue
             if name.endswith("rotary_emb.inv_freq"):
                 continue
             if name in self._redundant:
@@ -66,7 +80,7 @@ class WeightFiller:
             if name in seen:
                 raise CheckpointError(f"tensor {name} stands in the checkpoint twice")
             seen.add(name)
-            target, place = self._expected.get(name), places.get(name)
+            target, place = self._known.get(name), places.get(name)
             if self._redundant and target is not None and target.path == "model.embed_tokens.weight":
                 tied[name] = tensor
             if target is None and not (self._quantised and place is not None):
@@ -76,7 +90,9 @@ class WeightFiller:
             elif place is not None:
                 place.fill(tensor)
                 filled.add(place.path)
-        missing = set(self._expected) - seen
+        expected = targets(self._skeleton, self.names, seen).keys()
+        missing = expected - seen
+        unexpected += (seen & self._known.keys()) - expected
         if self._quantised:  # what stands for a projection's weight is the method's own affair
             missing = {name for name in missing if name in places and not places[name].packed}
         problems = {"missing": sorted(missing), "unexpected": sorted(unexpected)}
@@ -103,6 +119,8 @@ class WeightFiller:
             for part, target in targets(self.model, {}).items()
             if not _is_vllms(modules, paths[target.parameter])
         }
+        for path, part, (place, splits) in parts_apart(self.model):
+            found[rename(part, self.names)] = _Place(path, _copy(Target(place, part, splits)))
         for path, parameter in self.model.named_parameters():
             if not _is_vllms(modules, path):
                 continue

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.library import Library
 
 from lamella.ops.backend import use_triton
 from lamella.ops.moe import segments
 
 
 def experts(x: Tensor, logits: Tensor, top_k: int, gate_up: Tensor, down: Tensor, base: Tensor | None = None) -> Tensor:
-    """See `reference.experts`."""
+    """See `reference.experts`. To torch.compile it is one opaque operation: what is computed depends on the routing."""
+    if torch.compiler.is_compiling():
+        return torch.ops.lamella.experts(x, logits, top_k, gate_up, down, base)
+    return _experts(x, logits, top_k, gate_up, down, base)
+
+
+def _experts(x: Tensor, logits: Tensor, top_k: int, gate_up: Tensor, down: Tensor, base: Tensor | None) -> Tensor:
     if use_triton(x):
         from lamella.ops.moe import triton
 
         return triton.experts(x, logits, top_k, gate_up, down, base)
     return segments.experts(x, logits, top_k, gate_up, down, base)
+
+
+def _shape(x: Tensor, *_: object) -> Tensor:
+    """What the operation makes of tensors without data."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_library = Library("lamella", "FRAGMENT")  # the operation goes with it
+_library.define(
+    "experts(Tensor x, Tensor logits, int top_k, Tensor gate_up, Tensor down, Tensor? base) -> Tensor",
+    tags=(torch.Tag.needs_fixed_stride_order,),
+)
+_library.impl("experts", _experts, "CompositeExplicitAutograd")
+torch.library.register_fake("lamella::experts", _shape, lib=_library)
