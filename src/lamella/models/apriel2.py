@@ -260,13 +260,13 @@ class _BlockReader:
         sizes = {mixer.int(key, None) for key in ("state_size", "d_state")} - {None}
         if len(sizes) > 1:
             raise ConfigError(f"{mixer.source}: state_size and d_state contradict each other: {sorted(sizes)}")
-        rank = mixer.get("dt_rank", "auto")
+        rank, expand = mixer.get("dt_rank", "auto"), mixer.int("expand", 2)
         linear_bias = mixer.bool("add_linear_biases", False)
         for key in ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "activation_type"):
             mixer.get(key, None)  # of the start of training
         return MambaConfig(
             state_size=sizes.pop() if sizes else 16,
-            inner_size=mixer.int("d_inner", None) or mixer.int("expand", 2) * self.hidden_size,
+            inner_size=mixer.int("d_inner", expand * self.hidden_size),
             kv_size=mixer.int("d_xb", self.hidden_size),
             dt_rank=-(-self.hidden_size // 16) if rank == "auto" else mixer.int("dt_rank"),
             kernel=mixer.int("d_conv", 4, minimum=2),
