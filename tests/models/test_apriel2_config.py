@@ -390,7 +390,7 @@ class TestRotary:
                 expected.append(frequency / 4.0)
             else:
                 expected.append((1 - share) * frequency / 4.0 + share * frequency)
-        assert 1e4 ** (-2 / 8) == expected[2] and 1e4 ** (-7 / 8) == 4 * expected[7]
+        assert expected[2] == 1e4 ** (-2 / 8) and 4 * expected[7] == 1e4 ** (-7 / 8)
         torch.testing.assert_close(inverse_frequencies(rope), torch.tensor(expected))
         assert self.rope(type="llama3", theta=1e4).scaling == Llama3Scaling(
             factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192
