@@ -92,16 +92,22 @@ class Apriel2ForCausalLM(CausalLM):
     def with_placement(cls, values: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
         """The same model, its layers' blocks written out as a pattern where they now differ in their main mixer."""
         decoder = values["decoder"]
-        blocks = {"block": decoder["block"]} if decoder.get("type", "fixed") == "fixed" else decoder["blocks"]
-        pattern = decoder.get("pattern") or ["block"]
+        is_fixed = (decoder.get("type") or "fixed") == "fixed"
+        blocks = {"block": decoder["block"]} if is_fixed else decoder["blocks"]
+        pattern = ["block"] if is_fixed else decoder["pattern"]
         written: dict[str, Any] = {}
+        made: dict[tuple[str, str | None], str] = {}
         names = []
         for index, main in enumerate(placement):
             block = pattern[index % len(pattern)]
-            name = block if main is None else f"{block}_{main}"
-            mixer = blocks[block]["mixer"] if main is None else {**blocks[block]["mixer"], "main_mixer_name": main}
-            written[name] = {**blocks[block], "mixer": mixer}
-            names.append(name)
+            if (block, main) not in made:
+                name, mixer = block, blocks[block]["mixer"]
+                if main is not None:
+                    name, mixer = f"{block}_{main}", {**mixer, "main_mixer_name": main}
+                    while name in blocks or name in written:
+                        name += "_"
+                made[block, main], written[name] = name, {**blocks[block], "mixer": mixer}
+            names.append(made[block, main])
         new: dict[str, Any] = {"type": "pattern", "num_blocks": len(names), "pattern": names, "blocks": written}
         if len(written) == 1:
             new = {"type": "fixed", "num_blocks": len(names), "block": written[names[0]]}
