@@ -67,8 +67,9 @@ def check(llm: LLM, workload: Workload) -> float:
 
 
 def measure(llm: LLM, workload: Workload, repeats: int = 3) -> Timing:
-    """Time the workload; the best of `repeats`."""
+    """Time the workload; the best of `repeats`, after a short run that is not timed."""
     prompts = workload.prompts(llm.engine.model.config.vocab_size)
+    _time(llm, prompts, SamplingParams(temperature=0, max_tokens=min(2, workload.output_len), ignore_eos=True))
 
     def seconds(output_len: int) -> float:
         params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True, detokenize=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,5 +29,6 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
         new.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         new.replace(file)
     except OSError as error:
-        new.unlink(missing_ok=True)
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
         raise CheckpointError(f"{file}: cannot be written ({error.strerror})") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -12,6 +13,7 @@ from lamella.checkpoint.files import Checkpoint
 from lamella.checkpoint.names import Target, targets
 from lamella.checkpoint.tensors import OpenTensors
 from lamella.distributed.group import Group
+from lamella.distributed.sharding import Split
 from lamella.errors import CheckpointError, ConfigError
 from lamella.layers.kit import LocalKit
 from lamella.models.base import CausalLM, initialize
@@ -39,9 +41,13 @@ def resolve_dtype(checkpoint: Checkpoint, dtype: torch.dtype | str) -> torch.dty
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """Of the largest tensor: a few small ones, such as norms, may be wider than the rest."""
     with checkpoint.tensors.opened() as tensors:
-        names = tensors.names()
-        return tensors.load(names[0]).dtype if names else torch.float32
+        shapes = {name: shape for name in tensors.names() if (shape := tensors.shape(name))}
+        if not shapes:
+            return torch.float32
+        name = max(shapes, key=lambda name: math.prod(shapes[name]))
+        return tensors.load(name, (Split(shapes[name][0], ((0, 1),)),)).dtype
 
 
 def load_model(

@@ -87,9 +87,11 @@ def _sweep(args: argparse.Namespace) -> int:
             raise ParameterError(f"--{name.replace('_', '-')} {getattr(args, name)}: too few")
     file = None if args.plot is None else Path(args.plot)
     if file is not None:
-        _pyplot()  # before the work rather than after it
+        known = _pyplot().Figure().canvas.get_supported_filetypes()  # before the work rather than after it
+        if file.suffix.removeprefix(".").lower() not in known:
+            raise ParameterError(f"--plot {file}: must end in one of {', '.join(f'.{kind}' for kind in known)}")
         if not file.parent.is_dir() or file.is_dir():
-            raise ParameterError(f"{file}: not a file that can be written")
+            raise ParameterError(f"--plot {file}: not a file that can be written")
     checkpoint, main = _open(args.model, None)
     config = checkpoint.read_config()
     written = args.placements or list(dict.fromkeys([describe_placement(main), *usual_placements(config)]))
@@ -172,5 +174,9 @@ def _plot(swept: Sequence[Swept], file: Path) -> None:
         axes.annotate(each.placement, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.set(xlabel="decode step, ms", ylabel="loss, nats a token")
     axes.set_title("placements (colour: MiB of slot state a request)")
-    figure.savefig(file)
-    plt.close(figure)
+    try:
+        figure.savefig(file)
+    except OSError as error:
+        raise ParameterError(f"--plot {file}: cannot be written ({error.strerror})") from error
+    finally:
+        plt.close(figure)

@@ -93,16 +93,22 @@ class Apriel2ForCausalLM(CausalLM):
     def with_placement(cls, values: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
         """The same model, its layers' blocks written out as a pattern where they now differ in their main mixer."""
         decoder = values["decoder"]
-        blocks = {"block": decoder["block"]} if decoder.get("type", "fixed") == "fixed" else decoder["blocks"]
-        pattern = decoder.get("pattern") or ["block"]
+        is_fixed = (decoder.get("type") or "fixed") == "fixed"
+        blocks = {"block": decoder["block"]} if is_fixed else decoder["blocks"]
+        pattern = ["block"] if is_fixed else decoder["pattern"]
         written: dict[str, Any] = {}
+        made: dict[tuple[str, str | None], str] = {}
         names = []
         for index, main in enumerate(placement):
             block = pattern[index % len(pattern)]
-            name = block if main is None else f"{block}_{main}"
-            mixer = blocks[block]["mixer"] if main is None else {**blocks[block]["mixer"], "main_mixer_name": main}
-            written[name] = {**blocks[block], "mixer": mixer}
-            names.append(name)
+            if (block, main) not in made:
+                name, mixer = block, blocks[block]["mixer"]
+                if main is not None:
+                    name, mixer = f"{block}_{main}", {**mixer, "main_mixer_name": main}
+                    while name in blocks or name in written:
+                        name += "_"
+                made[block, main], written[name] = name, {**blocks[block], "mixer": mixer}
+            names.append(made[block, main])
         new: dict[str, Any] = {"type": "pattern", "num_blocks": len(names), "pattern": names, "blocks": written}
         if len(written) == 1:
             new = {"type": "fixed", "num_blocks": len(names), "block": written[names[0]]}
@@ -261,13 +267,13 @@ class _BlockReader:
         sizes = {mixer.int(key, None) for key in ("state_size", "d_state")} - {None}
         if len(sizes) > 1:
             raise ConfigError(f"{mixer.source}: state_size and d_state contradict each other: {sorted(sizes)}")
-        rank = mixer.get("dt_rank", "auto")
+        rank, expand = mixer.get("dt_rank", "auto"), mixer.int("expand", 2)
         linear_bias = mixer.bool("add_linear_biases", False)
         for key in ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "activation_type"):
             mixer.get(key, None)  # of the start of training
         return MambaConfig(
             state_size=sizes.pop() if sizes else 16,
-            inner_size=mixer.int("d_inner", None) or mixer.int("expand", 2) * self.hidden_size,
+            inner_size=mixer.int("d_inner", expand * self.hidden_size),
             kv_size=mixer.int("d_xb", self.hidden_size),
             dt_rank=-(-self.hidden_size // 16) if rank == "auto" else mixer.int("dt_rank"),
             kernel=mixer.int("d_conv", 4, minimum=2),

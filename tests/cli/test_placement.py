@@ -1,0 +1,262 @@
+"""`lamella placement`: what a supernet can be, what it is made, and what that would cost."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from apriel2_models import MIXERS, SUPERNET, block, checkpoint, config, fixed
+from helpers import canon_checkpoint
+from lamella import LLM
+from lamella.bench.sweep import Swept, front, usual_placements
+from lamella.checkpoint import load_model, open_checkpoint
+from lamella.cli import main
+from lamella.parity import score
+
+NAMES = list(MIXERS)
+SIZES = ["--requests", "2", "--input-len", "9", "--output-len", "3", "--repeats", "1", "--count", "3"]
+# Of a layer, in fp32: keys and values of two heads of 16; the convolution's window and the matrices.
+ATTENTION_TOKEN = 2 * 2 * 16 * 4
+GDN_REQUEST = 4 * (4 * 8 * 16 + 3 * (2 * 16 + 64))
+MAMBA_REQUEST = 4 * (64 * 8 + 3 * 64)
+
+
+@pytest.fixture(scope="module")
+def supernet(tmp_path_factory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("supernet"), fixed(SUPERNET, layers=3))
+
+
+@pytest.fixture
+def own(tmp_path) -> Path:
+    """A supernet with a plain layer between two that have a choice, to be written to."""
+    blocks = {"super": block(SUPERNET), "plain": block(MIXERS["mamba"])}
+    decoder = {"type": "pattern", "num_blocks": 3, "pattern": ["super", "plain"], "blocks": blocks}
+    return checkpoint(tmp_path / "own", config(decoder))
+
+
+def said(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    assert main(["placement", *command]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def told(capsys: pytest.CaptureFixture[str], *command: str) -> dict[str, Any]:
+    return json.loads(said(capsys, *command, "--json").splitlines()[-1])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    """The one line of a mistake; nothing else is said."""
+    assert main(["placement", *command]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("lamella: ") and captured.err.count("\n") == 1
+    assert captured.out == ""
+    return captured.err.removeprefix("lamella: ").rstrip("\n")
+
+
+class TestShow:
+    def test_the_files_own(self, supernet, capsys):
+        found = told(capsys, "show", str(supernet))
+        assert found["placement"] == "all-attention"
+        assert found["layers"] == {str(i): {"mixers": NAMES, "active": "attention"} for i in range(3)}
+        assert (found["bytes_per_token"], found["bytes_per_request"]) == (3 * ATTENTION_TOKEN, 0)
+
+    def test_another(self, supernet, capsys):
+        found = told(capsys, "show", str(supernet), "--placement", "gdn,attn,gdn")
+        assert [layer["active"] for layer in found["layers"].values()] == ["gdn", "attention", "gdn"]
+        assert (found["bytes_per_token"], found["bytes_per_request"]) == (ATTENTION_TOKEN, 2 * GDN_REQUEST)
+        model = load_model(open_checkpoint(supernet))
+        active = sum(p.nbytes for name, p in model.named_parameters() if ".mixers." not in name and "embed" not in name)
+        for layer, name in enumerate(("gdn", "attention", "gdn")):
+            active += sum(p.nbytes for p in model.model.layers[layer].mixer.mixers[name].parameters())
+        assert found["decode_step_weight_bytes"] == active
+
+    def test_a_dtype(self, supernet, capsys):
+        found = told(capsys, "show", str(supernet), "--dtype", "bfloat16")
+        assert found["bytes_per_token"] == 3 * ATTENTION_TOKEN // 2
+
+    def test_layers_without_a_choice_count_in_the_cost_only(self, own, capsys):
+        found = told(capsys, "show", str(own))
+        assert list(found["layers"]) == ["0", "2"]
+        assert (found["bytes_per_token"], found["bytes_per_request"]) == (2 * ATTENTION_TOKEN, MAMBA_REQUEST)
+
+    def test_for_people(self, supernet, capsys):
+        out = said(capsys, "show", str(supernet), "--placement", "all-gdn")
+        for words in (
+            "placement all-gdn",
+            "gated delta net 4 x 8 x 16",
+            "others",
+            "0 B a token and 9.38 KiB a request",
+        ):
+            assert words in out
+
+    def test_no_weights_are_needed(self, supernet, tmp_path, capsys):
+        (tmp_path / "config.json").write_text((supernet / "config.json").read_text())
+        assert told(capsys, "show", str(tmp_path)) == told(capsys, "show", str(supernet))
+
+
+class TestSet:
+    def test_it_is_written_and_said(self, own, capsys):
+        found = told(capsys, "set", str(own), "gdn,swa")
+        assert found == {"placement": "gdn,sliding_window", "file": str(own / "config.json")}
+        assert told(capsys, "show", str(own))["placement"] == "gdn,sliding_window"
+        assert LLM(own, device="cpu", num_blocks=8).placement == ("gdn", None, "sliding_window")
+        out = said(capsys, "set", str(own), "all-kda")
+        assert "".join(out.split()) == f"{own / 'config.json'}:all-kda"
+        assert sorted(file.name for file in own.iterdir()) == ["config.json", "model.safetensors"]
+
+    def test_a_bad_one_changes_nothing(self, own, capsys):
+        before = (own / "config.json").read_bytes()
+        for written, why in (
+            ("all-rwkv", f"placement: layer 0 has no mixer 'rwkv'; it has {', '.join(NAMES)}"),
+            ("gdn", "placement: 1 names, for 2 stochastic layers of 3"),
+            ("every0th-gdn", "placement='every0th-gdn': every 0th layer is none"),
+            ("", "placement: 1 names, for 2 stochastic layers of 3"),
+        ):
+            assert refused(capsys, "set", str(own), written) == why
+            assert (own / "config.json").read_bytes() == before
+
+    def test_a_file_that_cannot_be_written_stays(self, own, capsys):
+        file = own / "config.json"
+        before = file.read_bytes()
+        (own / "config.json.new").mkdir()  # in the way of what would replace it
+        assert refused(capsys, "set", str(own), "all-gdn") == f"{file}: cannot be written (Is a directory)"
+        assert file.read_bytes() == before
+
+    def test_nothing_is_left_of_a_replacement_that_fails(self, own, capsys, monkeypatch):
+        def fail(self, target):
+            raise PermissionError(13, "Permission denied")
+
+        before = (own / "config.json").read_bytes()
+        monkeypatch.setattr(Path, "replace", fail)
+        error = refused(capsys, "set", str(own), "all-gdn")
+        assert error == f"{own / 'config.json'}: cannot be written (Permission denied)"
+        assert sorted(file.name for file in own.iterdir()) == ["config.json", "model.safetensors"]
+        assert (own / "config.json").read_bytes() == before
+
+
+class TestSweep:
+    def test_figures(self, supernet, capsys):
+        """Losses and distances are those of the parity kit, state is what the placement keeps."""
+        found = told(capsys, "sweep", str(supernet), "all-attention", "all-gdn", "gdn,attn,gdn", *SIZES)
+        assert (found["main"], found["workload"]) == ("all-attention", {"requests": 2, "input_len": 9})
+        swept = {each["placement"]: each for each in found["placements"]}
+        assert list(swept) == ["all-attention", "all-gdn", "gdn,attn,gdn"]
+        truth = None
+        for placement, each in swept.items():
+            scores = score(str(supernet), placement=placement, device="cpu", count=3, seed=0)[1]
+            truth = truth or scores
+            loss = -float(torch.cat([one.target for one in scores]).mean())
+            assert each["loss"] == pytest.approx(loss, abs=1e-4)
+            pairs = [(a.logprobs.double(), b.logprobs.double()) for a, b in zip(truth, scores, strict=True)]
+            kl = float(torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in pairs]).mean())
+            assert each["kl"] == pytest.approx(kl, abs=1e-4)
+            assert each["prefill_tok_s"] > 0
+        assert swept["all-attention"]["kl"] == 0 < swept["gdn,attn,gdn"]["kl"]
+        assert [(e["bytes_per_token"], e["bytes_per_request"]) for e in swept.values()] == [
+            (3 * ATTENTION_TOKEN, 0),
+            (0, 3 * GDN_REQUEST),
+            (ATTENTION_TOKEN, 2 * GDN_REQUEST),
+        ]
+        assert any(each["best"] for each in swept.values())
+
+    def test_by_default_the_main_one_and_the_usual(self, own, capsys):
+        found = told(capsys, "sweep", str(own), *SIZES, "--count", "1")
+        placements = [each["placement"] for each in found["placements"]]
+        usual = usual_placements(open_checkpoint(own).read_config())
+        assert placements[0] == "all-attention" and set(placements) <= set(usual)
+        assert {f"all-{name}" for name in NAMES} <= set(placements)
+        # Of two layers, between attention is all attention, and so is every fourth: each is computed once.
+        assert "every2nd-gdn" in placements and not any(p.startswith(("bookend", "every4th")) for p in placements)
+
+    def test_for_people(self, supernet, capsys):
+        out = said(capsys, "sweep", str(supernet), "all-kda", *SIZES)
+        for words in ("2 requests of 9 tokens; distances from all-attention", "all-kda", "loss", "KL", "best"):
+            assert words in out
+
+    def test_a_picture(self, supernet, tmp_path, capsys):
+        image = pytest.importorskip("matplotlib.image")
+        file = tmp_path / "sweep.png"
+        said(capsys, "sweep", str(supernet), "all-attention", "all-kda", *SIZES, "--plot", str(file))
+        assert image.imread(file, format="png").std() > 0.01
+        vector = tmp_path / "sweep.SVG"
+        said(capsys, "sweep", str(supernet), "all-attention", *SIZES, "--plot", str(vector))
+        assert "<svg" in vector.read_text()
+
+    def test_a_picture_without_matplotlib(self, supernet, capsys, monkeypatch, tmp_path):
+        """Told before anything is computed."""
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        error = refused(capsys, "sweep", str(supernet), *SIZES, "--plot", str(tmp_path / "x.png"))
+        assert error == "--plot: matplotlib is not installed; pip install lamella[plot]"
+
+    @pytest.mark.parametrize("file", ["{tmp}", "{tmp}/nowhere/x.png", "{tmp}/x", "{tmp}/x.doc", "{tmp}/folder.png"])
+    def test_a_picture_that_cannot_be_written(self, supernet, capsys, tmp_path, file):
+        pytest.importorskip("matplotlib")
+        (tmp_path / "folder.png").mkdir()
+        file = file.format(tmp=tmp_path)
+        error = refused(capsys, "sweep", str(supernet), *SIZES, "--plot", file)
+        assert error.startswith(f"--plot {file}: ")
+
+    def test_a_picture_that_turns_out_not_to_be_writable(self, supernet, capsys, tmp_path):
+        """What was measured is shown all the same."""
+        pytest.importorskip("matplotlib")
+        (tmp_path / "x.png").symlink_to("/nowhere/x.png")
+        command = ["placement", "sweep", str(supernet), "all-kda", *SIZES, "--plot", str(tmp_path / "x.png")]
+        assert main(command) == 2
+        captured = capsys.readouterr()
+        assert captured.err == f"lamella: --plot {tmp_path / 'x.png'}: cannot be written (No such file or directory)\n"
+        assert "all-kda" in captured.out
+
+    @pytest.mark.parametrize(
+        "option", [("--output-len", "1"), ("--output-len", "0"), ("--requests", "0"), ("--repeats", "0")]
+    )
+    def test_too_little_to_measure(self, supernet, capsys, option):
+        error = refused(capsys, "sweep", str(supernet), "all-kda", *SIZES, *option)
+        assert error == f"{' '.join(option)}: too few"
+
+    def test_a_bad_placement_among_good_ones(self, supernet, capsys):
+        error = refused(capsys, "sweep", str(supernet), "all-gdn", "all-rwkv", *SIZES)
+        assert error == f"placement: layer 0 has no mixer 'rwkv'; it has {', '.join(NAMES)}"
+
+
+@pytest.mark.parametrize("command", [["show"], ["set", "all-gdn"], ["sweep"]])
+class TestMistakes:
+    def run(self, capsys, command: list[str], model: Path | str) -> str:
+        return refused(capsys, command[0], str(model), *command[1:])
+
+    def test_a_model_without_a_choice(self, capsys, command, tmp_path):
+        for folder in (
+            canon_checkpoint(tmp_path / "canon"),
+            checkpoint(tmp_path / "plain", fixed(MIXERS["gdn"])),
+        ):
+            assert self.run(capsys, command, folder) == f"{folder}: no layer has a choice of mixers"
+
+    def test_a_model_that_is_not_there(self, capsys, command, tmp_path):
+        assert self.run(capsys, command, tmp_path / "nowhere") == f"{tmp_path / 'nowhere'}: no such folder"
+
+    def test_a_config_that_cannot_be_read(self, capsys, command, tmp_path):
+        values = fixed(SUPERNET | {"surprise": 1})
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        error = self.run(capsys, command, tmp_path)
+        assert error.startswith(f"{tmp_path / 'config.json'}: decoder: block: mixer: unknown keys")
+
+
+def test_what_nothing_else_beats():
+    def at(loss: float, time: float) -> Swept:
+        return Swept("x", loss, 0.0, time, 1.0, 0, 0)
+
+    assert front([at(1, 5), at(2, 3), at(3, 3), at(2, 4), at(4, 1), at(5, 1), at(6, 6)]) == [
+        True,
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert front([at(1, 1), at(1, 1)]) == [True, True]
