@@ -145,9 +145,10 @@ def phases(prompt: int, steps: int, second: int) -> list[int]:
     return list(accumulate([prompt, *[1] * steps, second]))
 
 
-@pytest.mark.parametrize("hidden_size", [256, 512])
+@pytest.mark.parametrize(
+    ("dtype", "hidden_size"), [(torch.float32, 256), (torch.float32, 512), (torch.bfloat16, 512)], ids=str
+)
 @pytest.mark.parametrize("name", GRID)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_three_phases_are_one_forward(name, hidden_size, dtype):
     """Outputs, windows and matrices, for 1, 2 and 4 requests of different lengths at a time."""
     module = built(GRID[name], hidden_size, dtype)
@@ -181,7 +182,7 @@ def test_short_prompts_in_every_combination(name):
     """First and second prompts around the convolution's width, where a window is part old, part new."""
     module = built(GRID[name], 256)
     around = range(1, KERNEL + 2)
-    cases = [(first, steps, second) for first in around for steps in (0, 1, 2) for second in around]
+    cases = [(first, steps, second) for first in around for steps in (0, 1) for second in around]
     for first, steps, second in cases:
         (x,) = tokens([first + steps + second], 256)
         (expected,) = step(module, [x], [0], [0])
@@ -193,10 +194,10 @@ def test_short_prompts_in_every_combination(name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_every_split(name):
-    """Of seven tokens, all 64 ways to cut them; and of a longer prompt, every place of one cut."""
+    """Of seven tokens, all 64 ways to cut them; and a longer prompt, cut near the bounds of chunks and windows."""
     module = built(SMALL[name], 256)
     cuts = [[p for p in range(1, 8) if p == 7 or (mask >> (p - 1)) & 1] for mask in range(64)]
-    cuts += [[p, 70] for p in range(1, 70)]
+    cuts += [[p, 70] for p in (1, 2, KERNEL - 1, KERNEL, 17, 31, 32, 33, 47, 62, 63, 64, 65, 66, 67, 68, 69)]
     for length in (7, 70):
         (x,) = tokens([length], 256)
         (expected,) = step(module, [x], [0], [0])
