@@ -90,8 +90,6 @@ OF_A_MIXER = {
         "out_proj.weight": (H, 64),
     },
 }
-# Whether there are such tensors is what a reader goes by, so that their lack is no error.
-TELLING = ("dt_proj.bias", "conv1d.bias", "gate_proj.weight")
 
 
 def shapes_of_a_supernet(layers: int) -> dict[str, tuple[int, ...]]:
@@ -154,14 +152,9 @@ class TestCoverage:
         assert caplog.records == []
 
     @pytest.mark.parametrize("name", sorted({*AROUND, *(name for name in shapes_of_a_supernet(2) if AT in name)}))
-    def test_a_tensor_is_missing(self, copy, name, caplog):
+    def test_a_tensor_is_missing(self, copy, name):
         edit(copy, {name: None})
-        if name.endswith(TELLING):
-            load(copy)
-            assert "the tensors say False, which counts" in caplog.text
-            assert name.removeprefix(AT) in caplog.text
-        else:
-            assert refused(copy) == f"{copy}: tensors do not fit Apriel2ForCausalLM; missing: {name}"
+        assert refused(copy) == f"{copy}: tensors do not fit Apriel2ForCausalLM; missing: {name}"
 
     @pytest.mark.parametrize("name", sorted({*AROUND, *(name for name in shapes_of_a_supernet(2) if AT in name)}))
     def test_a_tensor_has_another_shape(self, copy, name):
@@ -300,8 +293,8 @@ class TestVision:
             assert torch.equal(plain_logits(load(folder), IDS), before)
         said = [record for record in caplog.records if "not read" in record.message]
         assert [record.levelno for record in said] == [logging.INFO]
-        first = sorted(garbage)[0]
-        assert said[0].message == f"{folder}: 3 tensors of other parts are not read: {first} and 2 more"
+        listed = ", ".join(sorted(garbage))
+        assert said[0].message == f"{folder}: tensors of other parts than the language model are not read: {listed}"
 
     def test_nothing_reads_their_bytes(self, tmp_path, monkeypatch):
         folder = edit(checkpoint(tmp_path, self.VALUES), {"model.vision_encoder.adapter.bias": torch.ones(4)})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from apriel2_oracle import Apriel2Oracle
 
-from apriel2_models import ATTENTION, MIXERS, SUPERNET, checkpoint, config, fixed, pattern
+from apriel2_models import ATTENTION, MIXERS, SUPERNET, checkpoint, fixed, pattern
 from helpers import assert_engine_parity, assert_plain_parity, logprobs, plain_logits
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.parity import assert_parity, compare
@@ -99,19 +99,6 @@ def test_parity_kit(tmp_path, name, dtype):
 def test_parity_kit_of_a_supernet(tmp_path, placement):
     folder = checkpoint(tmp_path, fixed(SUPERNET, layers=3))
     assert_parity(str(folder), dtype="bfloat16", prompts="random", count=8, placement=placement)
-
-
-def test_text_of_a_multimodal_checkpoint(tmp_path, caplog):
-    """Its vision tensors are passed over, and the log says how many."""
-    from safetensors.torch import load_file, save_file
-
-    values = config(MODELS["gdn"]["decoder"], vision_encoder={"hidden_size": 8}, image_token_index=5)
-    folder = checkpoint(tmp_path, values)
-    tensors = load_file(folder / "model.safetensors")
-    save_file(tensors | {"model.vision_encoder.adapter.linear_1.weight": torch.ones(2)}, folder / "model.safetensors")
-    with caplog.at_level("INFO", "lamella"):
-        load_model(open_checkpoint(folder))
-    assert "1 tensors of other parts are not read: model.vision_encoder.adapter.linear_1.weight" in caplog.text
 
 
 def test_a_default_end_of_text_gives_way_to_the_tokenizers(tmp_path, caplog):

@@ -113,12 +113,6 @@ def check_names(
 ) -> set[str]:
     """Refuse a file whose tensors are not those of the model; returns the names of copies that are not needed."""
     present = {name for name in names if not name.endswith("rotary_emb.inv_freq")}
-    ignored = {name for name in present if name.startswith(type(model).ignored_tensors)}
-    if ignored:
-        logger.info(
-            "%s: %d tensors of other parts are not read: %s", checkpoint.path, len(ignored), _list(sorted(ignored), 1)
-        )
-        present -= ignored
     if not present:
         raise CheckpointError(f"{checkpoint.path}: no weights there (*.safetensors or consolidated.pth)")
     expected = set(targets_by_name)

@@ -61,8 +61,11 @@ class Apriel2ForCausalLM(CausalLM):
         "qkvb_proj": ["q_proj", "k_proj", "v_proj", "beta_proj"],
         "low_proj": ["f_a_proj", "g_a_proj"],
     }
-    ignored_tensors: ClassVar = ("model.vision_encoder.",)
     unstated_eos = (2,)
+
+    @classmethod
+    def own_name(cls, name: str) -> str | None:
+        return None if name.startswith("model.vision_encoder.") else name
 
     @classmethod
     def read_config(cls, config: HFConfig) -> ModelConfig:
@@ -242,7 +245,7 @@ class _BlockReader:
         if kind == "none":
             rotary.finish(harmless=("theta",))
             return None
-        theta = rotary.float("theta") if rotary.values else 10000.0
+        theta = rotary.float("theta")
         scaling: RopeScaling | None = None
         if kind == "llama3":
             scaling = Llama3Scaling(
@@ -278,8 +281,8 @@ class _BlockReader:
             dt_rank=-(-self.hidden_size // 16) if rank == "auto" else mixer.int("dt_rank"),
             kernel=mixer.int("d_conv", 4, minimum=2),
             repeat_before_conv=mixer.bool("repeat_kv_before_conv", True),
-            conv_bias=self._bias(f"{at}.conv1d", mixer.bool("conv_bias", None), mixer, "conv_bias"),
-            dt_bias=self._bias(f"{at}.dt_proj", mixer.bool("dt_proj_bias", None), mixer, "dt_proj_bias"),
+            conv_bias=self._required(f"{at}.conv1d.bias", mixer, "conv_bias"),
+            dt_bias=self._required(f"{at}.dt_proj.bias", mixer, "dt_proj_bias"),
             linear_bias=self._bias(f"{at}.in_proj", linear_bias),
         )
 
@@ -318,12 +321,12 @@ class _BlockReader:
 
     def _mlp(self, mlp: HFConfig, at: str) -> MLPConfig:
         mlp.choice("type", ("mlp",), "mlp")
-        linear_bias, gated = mlp.bool("add_linear_biases", False), mlp.bool("gated", False)
+        linear_bias, gated = mlp.bool("add_linear_biases", False), mlp.bool("gated", None)
         first = self._stated_bias(mlp, "layer_1", linear_bias)
         second = self._stated_bias(mlp, "layer_2", linear_bias)
         config = MLPConfig(
             intermediate_size=mlp.int("intermediate_size"),
-            gated=self._follow(f"{at}.gate_proj.weight", gated),
+            gated=self._demand(f"{at}.gate_proj.weight", gated),
             activation=mlp.choice("activation", ACTIVATIONS, "silu"),
             gate_up_bias=self._bias(f"{at}.up_proj", first),
             down_bias=self._bias(f"{at}.down_proj", second),
@@ -341,12 +344,20 @@ class _BlockReader:
         layer.finish(harmless=("init", "weight", "lr_scale", "apply_peft"))
         return enabled
 
-    def _bias(self, projection: str, stated: bool | None, required_in: HFConfig | None = None, key: str = "") -> bool:
-        """Whether a projection has a bias. Raises `ConfigError` where neither file says it."""
-        if stated is None and self.tensors is None:
-            assert required_in is not None
-            raise ConfigError(f"{required_in.source}: {key} is missing")
+    def _bias(self, projection: str, stated: bool) -> bool:
+        """Whether a projection has a bias, of which the published readers say now this and now that."""
         return self._follow(f"{projection}.bias", stated)
+
+    def _required(self, tensor: str, part: HFConfig, key: str) -> bool:
+        """Whether there is a tensor of which the config must say so. Raises `ConfigError` where neither does."""
+        stated = part.bool(key, None)
+        if stated is None and self.tensors is None:
+            raise ConfigError(f"{part.source}: {key} is missing")
+        return self._demand(tensor, stated)
+
+    def _demand(self, tensor: str, stated: bool | None) -> bool:
+        """The same of what no producer states without writing it: where it is stated, its lack is a loss."""
+        return stated is True or self._follow(tensor, stated)
 
     def _follow(self, tensor: str, stated: bool | None) -> bool:
         """Whether there is such a tensor: what the checkpoint has, else what the config says."""

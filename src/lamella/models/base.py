@@ -25,9 +25,8 @@ class CausalLM(LanguageModel):
     `checkpoint_names` rewrites our parameter paths into the checkpoint's: each key is one or more path components of
     ours, each value what stands there in the file. `packed_modules_mapping` tells, in the form that LoRA and
     quantisation tools know, which of the file's projections are one module here. `has_slot_state` is false where no
-    layer of any model of the architecture keeps more than keys and values. `ignored_tensors` are beginnings of names of
-    tensors that belong to parts of a checkpoint which are not computed here: they are not read, and the log says so.
-    `unstated_eos` is what the published config class writes for eos_token_id where nobody said anything.
+    layer of any model of the architecture keeps more than keys and values. `unstated_eos` is what the published config
+    class writes for eos_token_id where nobody said anything.
     """
 
     checkpoint_names: ClassVar[Mapping[str, str]] = {
@@ -42,7 +41,6 @@ class CausalLM(LanguageModel):
     }
 
     has_slot_state: ClassVar[bool] = True
-    ignored_tensors: ClassVar[tuple[str, ...]] = ()
     unstated_eos: ClassVar[tuple[int, ...]] = ()
 
     def __init__(self, config: ModelConfig, kit: Kit | None = None) -> None:

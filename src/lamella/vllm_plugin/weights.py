@@ -38,14 +38,12 @@ class WeightFiller:
         self,
         model: Any,
         names: Mapping[str, str],
-        ignored: tuple[str, ...] = (),
         tied_head: str = "lm_head.weight",
         own_name: Callable[[str], str | None] = str,
     ) -> None:
-        """`names`: our parameter paths -> the file's, see `CausalLM.checkpoint_names`; `ignored` are beginnings of
-        names of other parts' tensors; `tied_head` is what a tied head's redundant copy is called; `own_name` as in
-        `CausalLM`."""
-        self.model, self.names, self.ignored, self._own_name = model, names, ignored, own_name
+        """`names`: our parameter paths -> the file's, see `CausalLM.checkpoint_names`; `tied_head` is what a
+        tied head's redundant copy is called; `own_name` as in `CausalLM`."""
+        self.model, self.names, self._own_name = model, names, own_name
         self._skeleton = LanguageModel(model.config, LocalKit(torch.float32, "meta"))
         self._expected = targets(self._skeleton, names)
         apart = {rename(part, names) for _, part, _ in parts_apart(self._skeleton)}
@@ -74,7 +72,7 @@ class WeightFiller:
             if name in self._redundant:
                 tied[name] = tensor
                 continue
-            if name.startswith(self.ignored) or name in self._idle:
+            if name in self._idle:
                 unread += 1
                 continue
             if name in seen:
