@@ -568,8 +568,8 @@ class TestBiases:
 @pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("stated", [False, True, None])
 def test_whether_a_feed_forward_is_gated(there, stated, caplog):
-    """The tensors say it where the config does not, in which programs differ, or denies it; where it does, a gate that is
-    not there is the loader's to name."""
+    """The tensors say it where the config does not, in which programs differ, or denies it; where it does, a gate that
+    is not there is the loader's to name."""
     tensors = tensors_of(with_mlp(gated=there))
     assert (f"{BLOCKS}.0.mlp.gate_proj.weight" in tensors) is there
     assert mlp(tensors, gated=stated).gated is (there or stated is True)

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 SUPPORTED = ((0, 26), (0, 33))
-TESTED = ("0.26.0 (CUDA: contracts, and the demo by both model runners)", "0.32.0 (CPU: the whole suite)")
+TESTED = (
+    "0.26.0 (CPU, one rank: contracts, recurrent mixers, supernets; CUDA: contracts, the demo by both model runners)",
+    "0.32.0 (CPU: the whole suite)",
+)
 
 
 class UnsupportedVersion(Exception):
