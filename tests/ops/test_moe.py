@@ -159,3 +159,13 @@ def test_tokens_do_not_depend_on_one_another(dtype):
     for token in (0, 7, 19):
         alone = slice(token, token + 1)
         assert torch.equal(grouped.experts(*case.arguments(alone), settings=settings), together[alone])
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_to_a_compiler_it_is_one_operation(with_base):
+    """What is computed depends on the routing, which no trace can hold; shapes vary."""
+    compiled = torch.compile(dispatched, backend="aot_eager", fullgraph=True, dynamic=True)
+    for shape in ((7, 3, 2, 20, 36), (12, 3, 2, 20, 36)):
+        case = Case(shape, torch.float32, with_base)
+        with torch.no_grad():
+            assert torch.equal(compiled(*case.arguments()), dispatched(*case.arguments()))
