@@ -6,7 +6,7 @@ Models without a choice of mixers have one placement, and so one residence.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -52,14 +52,16 @@ class Residences:
         self._block: torch.Tensor | None = None
 
     def find(self, placement: Placement) -> Residence:
-        """The residence of a placement, a new one where none is kept. Changes nothing.
+        """The residence of a placement, a new one where none is kept; the one and only, under another name, where
+        placements share it. Changes nothing.
 
         Raises `ConfigError` where the state of so many requests does not fit.
         """
-        kept = self._kept.get(placement)
+        options, kept = self.options, self._kept.get(placement)
         if kept is not None:
             return kept
-        options = self.options
+        if options.mixed_placements and self._kept:
+            return replace(next(iter(self._kept.values())), placement=placement)
         holders = state_holders(self.model) if options.mixed_placements else self.model.active_holders(placement)
         cost = StateCost.of(holders)
         plan = Capacity.plan(options, cost, self.max_model_len, self.budget)

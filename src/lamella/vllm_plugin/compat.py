@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 SUPPORTED = ((0, 26), (0, 33))
 TESTED = (
-    "0.26.0 (CPU, one rank: contracts, recurrent mixers, supernets; CUDA: contracts, the demo by both model runners)",
+    "0.26.0 (CPU, one rank: contracts, hybrids, supernets, Llama 4; CUDA: contracts, the demo by both model runners)",
     "0.32.0 (CPU: the whole suite)",
 )
 
