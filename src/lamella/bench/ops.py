@@ -19,7 +19,9 @@ from lamella.layers.context import ForwardBatch, PageView, forward_batch
 from lamella.layers.kit import PagedAttention
 from lamella.layers.linear import Head, Linear
 from lamella.layers.norm import RMSNorm
+from lamella.layers.recurrent import RecurrentMixer
 from lamella.ops.attention import reference as attention_reference
+from lamella.ops.backend import portable_only
 from lamella.ops.linear import reference as linear_reference
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.rms_norm import reference as norm_reference
@@ -80,8 +82,11 @@ def _cases(llm: LLM, rows: int, context: int) -> Iterator[_Case]:
     batch = _decode_batch(llm, rows, context)
     dtype = _dtype(llm)
     modules: dict[str, list[Any]] = defaultdict(list)
+    aside = {module for mixer in model.idle_mixers() for module in mixer.modules()}
+    # What is computed within a recurrence is a part of that.
+    aside |= {part for module in model.modules() if isinstance(module, RecurrentMixer) for part in _norms(module)}
     for path, module in model.named_modules():
-        if isinstance(module, Linear | RMSNorm | Canon | PagedAttention):
+        if module not in aside and isinstance(module, Linear | RMSNorm | Canon | PagedAttention | RecurrentMixer):
             modules[re.sub(r"^model\.|layers\.\d+\.", "", path)].append(module)
 
     def random(*shape: int) -> Tensor:
@@ -106,6 +111,12 @@ def _cases(llm: LLM, rows: int, context: int) -> Iterator[_Case]:
             passes = [partial(_within, batch, m, x) for m in same]
             width = first.weight.shape[2]
             yield _Case(name, passes, partial(_convolved, batch, first, x), x.nbytes * 2 * width + first.weight.nbytes)
+        elif isinstance(first, RecurrentMixer):
+            inputs = [random(rows, width) for width in first.widths]
+            passes = [partial(_recurred, batch, m, inputs) for m in same]
+            state = sum(spec.bytes_per_request for spec in first.history.holder.specs)
+            nbytes = 2 * rows * state + sum(x.nbytes for x in inputs)
+            yield _Case(f"{name}.recurrence", passes, partial(_recurred_plainly, batch, first, inputs), nbytes)
         else:
             spec = first.spec
             q = random(rows, first.heads, spec.head_dim)
@@ -137,6 +148,26 @@ def _decode_batch(llm: LLM, rows: int, context: int) -> ForwardBatch:
     ragged = RaggedBatch.from_lengths([1] * rows, [context] * rows, device)
     slots = torch.arange(1, rows + 1, device=device)
     return ForwardBatch(ragged, views, slots, engine.runner.attention)
+
+
+def _norms(mixer: RecurrentMixer) -> list[RMSNorm]:
+    return [module for module in mixer.modules() if isinstance(module, RMSNorm)]
+
+
+def _recurred(batch: ForwardBatch, mixer: RecurrentMixer, inputs: Sequence[Tensor]) -> Tensor:
+    with forward_batch(batch):
+        return mixer.core(*inputs, None)
+
+
+def _recurred_plainly(batch: ForwardBatch, mixer: RecurrentMixer, inputs: Sequence[Tensor]) -> Tensor:
+    """By plain torch, with the state as it was afterwards."""
+    rows = mixer.history.holder.rows
+    before = [tensor.clone() for tensor in rows]
+    with portable_only():
+        y = _recurred(batch, mixer, inputs)
+    for tensor, old in zip(rows, before, strict=True):
+        tensor.copy_(old)
+    return y
 
 
 def _first(function: Callable[..., tuple[Tensor, Tensor]], *operands: object) -> Tensor:

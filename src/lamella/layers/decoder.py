@@ -118,15 +118,16 @@ class LanguageModel(nn.Module):
 
     def active_holders(self, placement: Placement | None = None) -> list[PagedAttention | SlotHolder]:
         """The modules that keep state under a placement, by default the active one, in layer order."""
-        idle = {module for mixer in self._idle(placement or self.placement) for module in mixer.modules()}
+        idle = {module for mixer in self.idle_mixers(placement) for module in mixer.modules()}
         return [holder for holder in state_holders(self) if holder not in idle]
 
     def idle_parameters(self) -> Iterator[nn.Parameter]:
         """Those that compute nothing under the active placement."""
-        return (parameter for mixer in self._idle(self.placement) for parameter in mixer.parameters())
+        return (parameter for mixer in self.idle_mixers() for parameter in mixer.parameters())
 
-    def _idle(self, placement: Placement) -> Iterator[nn.Module]:
-        """The mixers that a placement leaves out."""
+    def idle_mixers(self, placement: Placement | None = None) -> Iterator[nn.Module]:
+        """The mixers that a placement, by default the active one, leaves out."""
+        placement = placement or self.placement
         for index, stochastic in self._stochastic():
             yield from (mixer for name, mixer in stochastic.mixers.items() if name != placement[index])
 

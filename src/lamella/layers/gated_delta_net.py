@@ -56,6 +56,10 @@ class GatedDeltaNet(RecurrentMixer):
     def output(self) -> nn.Module:
         return self.out_proj
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (sum(self.sizes),)
+
     def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
         """(T, hidden_size) -> (T, hidden_size)."""
         return self.out_proj(self.run((entry.project(self.qkvzba_proj),), self.sizes[1]))

@@ -51,6 +51,10 @@ class KimiDelta(RecurrentMixer):
     def output(self) -> nn.Module:
         return self.o_proj
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (sum(self.sizes), self.sizes[0] // 3, self.sizes[0] // 3)
+
     def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
         """(T, hidden_size) -> (T, hidden_size)."""
         x, dim = entry.tensor(), self.config.head_dim

@@ -49,6 +49,10 @@ class Mamba(RecurrentMixer):
     def output(self) -> nn.Module:
         return self.out_proj
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return (sum(self.sizes), self.sizes[0])
+
     def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
         """(T, hidden_size) -> (T, hidden_size)."""
         x = entry.tensor()

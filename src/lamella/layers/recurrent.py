@@ -31,6 +31,11 @@ class RecurrentMixer(nn.Module):
         """The projection behind `core`."""
         raise NotImplementedError
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of the inputs of `core`, on the rank."""
+        raise NotImplementedError
+
     def declare(self, kit: Kit, prefix: str, matrix: Sequence[int]) -> None:
         """Ask for the state: the convolutions' windows, and a matrix of this shape on the rank."""
         self.history.take(0, {_PART: self.core})

@@ -1,0 +1,24 @@
+"""`lamella bench ops`: what is timed is what the placement computes, each checked against plain torch."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from apriel2_models import SUPERNET, checkpoint, fixed
+from lamella.cli.main import main
+
+
+@pytest.mark.parametrize("name", ["gdn", "kda", "mamba", "attention"])
+def test_the_active_mixers_operations_are_timed(tmp_path, capsys, name):
+    folder = checkpoint(tmp_path, fixed(SUPERNET))
+    options = ["--device", "cpu", "--requests", "2", "--input-len", "8", "--output-len", "2", "--dtype", "float32"]
+    assert main(["bench", "ops", str(folder), *options, "--placement", f"all-{name}"]) == 0
+    ops = {each["op"]: each for each in json.loads(capsys.readouterr().out.splitlines()[-1])["ops"]}
+    of_mixers = {op.split(".")[2] for op in ops if op.startswith("mixer.mixers.")}
+    assert of_mixers == {name}
+    central = "attention.attention" if name == "attention" else f"{name}.recurrence"
+    assert ops[f"mixer.mixers.{central}"]["calls"] == 2
+    assert f"mixer.mixers.{name}.norm" not in ops
+    assert all(each["error"] <= 1e-4 for each in ops.values())
