@@ -294,3 +294,8 @@ def test_a_supernet_in_which_layers_have_other_mixers(tmp_path):
     assert llm.placement == ("attention", "kda")
     with pytest.raises(ConfigError, match="layer 1 has no mixer 'attention'; it has gdn, kda"):
         llm.set_placement("all-attention")
+
+
+def test_a_mixer_with_a_name_of_torchs(tmp_path):
+    with pytest.raises(ConfigError, match=r"layers\.0\.mixer: a mixer cannot be called 'keys'"):
+        checkpoint(tmp_path, fixed({"type": "stochastic", "mixers": {"keys": ATTENTION, "gdn": MIXERS["gdn"]}}))

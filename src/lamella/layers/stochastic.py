@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.config import StochasticConfig
+from lamella.errors import ConfigError
 from lamella.layers.block_input import BlockInput
 from lamella.layers.context import current_batch, forward_batch
 from lamella.layers.kit import Kit
@@ -21,6 +22,11 @@ class Stochastic(nn.Module):
         self, config: StochasticConfig, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None
     ) -> None:
         super().__init__()
+        for name in config.names:
+            if hasattr(nn.ModuleDict, name):
+                raise ConfigError(
+                    f"{prefix}: a mixer cannot be called {name!r}, which is torch's own name for something"
+                )
         self.mixers = nn.ModuleDict(
             {name: mixer.build(kit, hidden_size, f"{prefix}.mixers.{name}", history) for name, mixer in config.mixers}
         )
