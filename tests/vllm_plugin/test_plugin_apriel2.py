@@ -212,9 +212,13 @@ def test_a_supernet_has_no_whole_graphs(folders: dict[str, Path], asked: str | N
         hf_config = AutoConfig.from_pretrained(folders[name])
         config = SimpleNamespace(
             model_config=SimpleNamespace(
-                hf_config=hf_config, architecture="Apriel2ForCausalLM", enforce_eager=False, is_hybrid=False
+                hf_config=hf_config,
+                architecture="Apriel2ForCausalLM",
+                enforce_eager=False,
+                is_hybrid=False,
+                max_model_len=64,
             ),
-            cache_config=None,
+            cache_config=SimpleNamespace(user_specified_block_size=True, block_size=16),
             lora_config=None,
             parallel_config=SimpleNamespace(pipeline_parallel_size=1, worker_extension_cls=""),
             compilation_config=SimpleNamespace(cudagraph_mode=mode),
