@@ -299,3 +299,23 @@ def test_a_supernet_in_which_layers_have_other_mixers(tmp_path):
 def test_a_mixer_with_a_name_of_torchs(tmp_path):
     with pytest.raises(ConfigError, match=r"layers\.0\.mixer: a mixer cannot be called 'keys'"):
         checkpoint(tmp_path, fixed({"type": "stochastic", "mixers": {"keys": ATTENTION, "gdn": MIXERS["gdn"]}}))
+
+
+def test_a_request_that_asked_for_the_old_placement_is_not_given_another(supernet, alone):
+    """Neither one that runs and would be computed again, nor one that waits for a switch that is called off."""
+    llm = engine(supernet, placement=A)
+    own = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, placement=A)
+    stream = llm.stream(PROMPTS[1], own)
+    next(stream)
+    with pytest.raises(ConfigError, match="placement: request 0 asked for 'all-gdn', and is not through yet"):
+        llm.set_placement(B, running="recompute")
+    llm.set_placement(B)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, placement=B)
+    later = llm.engine.make_job("later", PROMPTS[0], params)
+    llm.engine.add(later)
+    with pytest.raises(ConfigError, match="placement: request later asked for 'mamba,attention,kda'"):
+        llm.set_placement(A)
+    assert [output.outputs[0].token_ids for output in stream][-1] == alone[A][1][0]
+    while not later.finished:
+        llm.engine.step()
+    assert later.output().outputs[0].token_ids == alone[B][0][0]

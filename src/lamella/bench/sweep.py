@@ -73,7 +73,7 @@ def sweep(
     for each in written:
         placements.setdefault(read_placement(each, config), each)
     for placement in placements:
-        llm.set_placement(placement)
+        llm.engine.check_placement(placement)
     truth = _scores(llm, model, main_placement(config), inputs)
     for placement, name in placements.items():
         found = _scores(llm, model, placement, inputs)

@@ -207,6 +207,11 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work or self._ahead is not None or self._switch is not None
 
+    def check_placement(self, placement: PlacementLike | None) -> Residence:
+        """What `set_placement` would move into. Raises `ConfigError` where a name is wrong or the state does not fit;
+        changes nothing."""
+        return self._residences.find(read_placement(placement, self.model.config))
+
     def set_placement(self, placement: PlacementLike | None, running: str = "finish") -> None:
         """Compute with another placement of a supernet, see `read_placement`: from the next step on where nothing is
         running; else what is queued or running finishes under the old one first, and what comes after waits for that,
@@ -214,21 +219,26 @@ class Engine:
 
         With `mixed_placements` nothing waits: who is running goes on under its own placement.
 
-        Raises `ConfigError`, and changes nothing, where a name is wrong or the state does not fit.
+        Raises `ConfigError`, and changes nothing, where a name is wrong, the state does not fit, or a request that
+        would be computed under it does not fit or asked for another.
         """
         if running not in ("finish", "recompute"):
             raise ConfigError(f"running={running!r}: must be finish or recompute")
-        read = read_placement(placement, self.model.config)
-        residence = self._residences.find(read)
+        residence = self.check_placement(placement)
         recompute = running == "recompute"
-        if recompute:
-            for job, completion in self._completions.values():
-                request = completion.request
-                try:
-                    self._check_pools(len(request.prompt_token_ids) + request.max_tokens - 1, residence.state)
-                except ParameterError as error:
-                    raise ConfigError(f"placement: request {job.request_id} would not fit: {error}") from error
         held = self._switch.held if self._switch is not None else []
+        waiting = [(job, completion) for job in held for completion in job.completions]
+        for job, completion in self._completions.values() if recompute else waiting:
+            request = completion.request
+            try:
+                self._check_pools(len(request.prompt_token_ids) + request.max_tokens - 1, residence.state)
+            except ParameterError as error:
+                raise ConfigError(f"placement: request {job.request_id} would not fit: {error}") from error
+            own = request.params.placement
+            if own is None or self.options.mixed_placements:
+                continue
+            if read_placement(own, self.model.config) != residence.placement:
+                raise ConfigError(f"placement: request {job.request_id} asked for {own!r}, and is not through yet")
         self._switch = _Switch(residence, recompute, held)
         if self._ahead is None and self._can_switch:
             self._complete_switch()

@@ -55,6 +55,15 @@ def prefills_of(batch: RaggedBatch) -> RaggedBatch:
     )
 
 
+def by_kind(batch: RaggedBatch) -> Iterator[tuple[bool, slice, RaggedBatch]]:
+    """The decodes and then the other requests, where there are any: whether they are decodes, the rows of their tokens,
+    which from the first are those of the requests too, and a batch of their own."""
+    if batch.num_decodes:
+        yield True, slice(0, batch.num_decodes), decodes_of(batch)
+    if batch.num_decodes < batch.num_requests:
+        yield False, slice(batch.num_decodes, None), prefills_of(batch)
+
+
 class Chunk(NamedTuple):
     """Some tokens of each of the first `requests` of a walk, padded to equal numbers."""
 

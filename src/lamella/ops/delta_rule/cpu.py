@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lamella.ops.delta_rule.reference import l2_norm, log_decay
 from lamella.ops.ragged import RaggedBatch
-from lamella.ops.slots import decodes_of, longest_first, prefills_of, read_states, walk
+from lamella.ops.slots import by_kind, longest_first, read_states, walk
 
 CHUNK = 64
 BLOCK = 16  # with a decay for each key channel: tokens whose pairs are weighed one by one instead of in a product
@@ -36,38 +36,10 @@ def delta_rule(
     The host reads the lengths, unless every request has one new token.
     """
     out = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
-    if batch.num_decodes:
-        rows = slice(0, batch.num_decodes)
+    for decode, rows, part in by_kind(batch):
         some = None if slots is None else slots[rows]
-        _step(
-            q[rows],
-            k[rows],
-            v[rows],
-            decay[rows],
-            beta[rows],
-            a_log,
-            dt_bias,
-            decodes_of(batch),
-            state,
-            some,
-            out[rows],
-        )
-    if batch.num_decodes < batch.num_requests:
-        rows = slice(batch.num_decodes, None)
-        some = None if slots is None else slots[rows]
-        _prefill(
-            q[rows],
-            k[rows],
-            v[rows],
-            decay[rows],
-            beta[rows],
-            a_log,
-            dt_bias,
-            prefills_of(batch),
-            state,
-            some,
-            out[rows],
-        )
+        operands = q[rows], k[rows], v[rows], decay[rows], beta[rows], a_log, dt_bias, part, state, some, out[rows]
+        _step(*operands) if decode else _prefill(*operands)
     return out
 
 

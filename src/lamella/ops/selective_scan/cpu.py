@@ -12,7 +12,7 @@ from torch.nn.functional import silu
 
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.selective_scan.reference import step_size
-from lamella.ops.slots import decodes_of, longest_first, prefills_of, read_states, walk
+from lamella.ops.slots import by_kind, longest_first, read_states, walk
 
 CHUNK = 64
 CHUNK_ENTRIES = 1 << 20  # of the states that a chunk holds for all its tokens at once: what a cache has room for
@@ -37,18 +37,11 @@ def selective_scan(
     The host reads the lengths, unless every request has one new token.
     """
     out = torch.empty(dt.shape, dtype=x.dtype, device=x.device) if out is None else out
-    if batch.num_decodes:
-        rows = slice(0, batch.num_decodes)
+    for decode, rows, part in by_kind(batch):
         some = None if slots is None else slots[rows]
-        _step(
-            x[rows], dt[rows], b[rows], c[rows], z[rows], a_log, dt_bias, d, decodes_of(batch), state, some, out[rows]
-        )
-    if batch.num_decodes < batch.num_requests:
-        rows = slice(batch.num_decodes, None)
-        some = None if slots is None else slots[rows]
-        _prefill(
-            x[rows], dt[rows], b[rows], c[rows], z[rows], a_log, dt_bias, d, prefills_of(batch), state, some, out[rows]
-        )
+        of_tokens = x[rows], dt[rows], b[rows], c[rows], z[rows]
+        operands = *of_tokens, a_log, dt_bias, d, part, state, some, out[rows]
+        _step(*operands) if decode else _prefill(*operands)
     return out
 
 
