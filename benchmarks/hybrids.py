@@ -9,6 +9,8 @@ random bf16 weights, in processes of their own:
 
     gdn, kda    24 layers, three of the mixer and one of attention in turn, by `lamella`, `plugin` and `vllm`
     mamba       the same by `lamella` and `plugin`; vLLM has no such mixer
+    scout       4 layers of Llama 4 Scout (21.6 GB: hidden 5120, 16 experts and a shared one of 8192, three layers that
+                see chunks of 8192 and one that sees all), for contexts beyond a chunk, by `lamella`, `plugin`, `vllm`
     supernet    attention, sliding window, gdn and kda in each layer. `standalone`: gdn's model; `fixed`: the supernet
                 with that placement, and how long a switch to another one takes, first and with its graphs kept;
                 `mixed`: decodes of many requests, half of them under each of two placements without a mixer in common
@@ -55,7 +57,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,7 @@ RUNS = {
     "gdn": ("lamella", "plugin", "vllm"),
     "kda": ("lamella", "plugin", "vllm"),
     "mamba": ("lamella", "plugin"),
+    "scout": ("lamella", "plugin", "vllm"),
     "ops": ("ops",),
     "supernet": ("standalone", "fixed", "mixed"),
 }
@@ -112,6 +115,13 @@ class Sizes:
                 decode=8, prefill=(2, 64), batched=128, length=256, rounds=2, op_batches=(1, 4), op_bytes=1 << 16,
             )  # fmt: skip
         return cls(layers=12, decode=64, rounds=2) if args.quick else cls()
+
+    def scout(self) -> Sizes:
+        """The same workloads by a Llama 4, whose `window` is the chunk; contexts may be longer than that."""
+        if self.hidden < 2048:
+            return replace(self, window=128)
+        shape = {"hidden": 5120, "intermediate": 8192, "vocab": 202048, "heads": (40, 8, 128), "window": 8192}
+        return replace(self, layers=4, length=12288, **shape)
 
     @property
     def most(self) -> int:
@@ -185,6 +195,41 @@ def apriel2(sizes: Sizes, blocks: dict[str, Values], pattern: Sequence[str]) -> 
     }
 
 
+def scout(sizes: Sizes) -> Values:
+    """The config of a Llama 4 of few layers."""
+    heads, groups, dim = sizes.heads
+    return {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        "vocab_size": sizes.vocab,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.intermediate,
+        "intermediate_size_mlp": 2 * sizes.intermediate,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": dim,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 1,
+        "attention_chunk_size": sizes.window,
+        "no_rope_layers": [1, 1, 1, 0] * (sizes.layers // 4),
+        "interleave_moe_layer_step": 1,
+        "use_qk_norm": True,
+        "rope_theta": 500000.0,
+        "max_position_embeddings": 65536,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def model(run: str, sizes: Sizes) -> Values:
+    """The config of a run."""
+    return scout(sizes) if run == "scout" else hybrid(run, sizes)
+
+
 def hybrid(run: str, sizes: Sizes) -> Values:
     attention = "plain_attention" if run == "kda" else "attention"
     return apriel2(sizes, mixers(sizes), [run] * 3 + [attention])
@@ -219,6 +264,8 @@ def vllm_values(run: str, sizes: Sizes) -> Values:
         "eos_token_id": 2,
         "torch_dtype": "bfloat16",
     }
+    if run == "scout":
+        return scout(sizes)
     if run == "gdn":
         heads, groups, dim = sizes.heads
         key_heads, value_heads, size = sizes.gdn
@@ -332,7 +379,7 @@ def floors(llm: Any, sizes: Sizes) -> Values:
 def lamella_engine(run: str, sizes: Sizes, args: argparse.Namespace, folder: Path) -> Measure:
     from lamella import SamplingParams
 
-    llm = start_lamella(hybrid("gdn" if run == "supernet" else run, sizes), sizes, args, folder)
+    llm = start_lamella(model("gdn" if run == "supernet" else run, sizes), sizes, args, folder)
     return lambda: {**workloads(timed(llm, SamplingParams), sizes), **floors(llm, sizes)}
 
 
@@ -426,7 +473,10 @@ def plugin_engine(run: str, sizes: Sizes, args: argparse.Namespace, folder: Path
     from lamella.vllm_plugin import register
 
     register()  # where the package is not installed, vLLM finds no entry point
-    return start_vllm(hybrid(run, sizes), sizes, args, folder)
+    values = model(run, sizes)
+    if run == "scout":
+        values["architectures"] = ["LamellaLlama4ForCausalLM"]  # the plain name is vLLM's own
+    return start_vllm(values, sizes, args, folder)
 
 
 def start_vllm(values: Values, sizes: Sizes, args: argparse.Namespace, folder: Path) -> Measure:
@@ -626,7 +676,8 @@ def work(run: str, engine: str, folder: Path, args: argparse.Namespace) -> None:
     """A worker: it starts, says so, waits for its turn, measures, and leaves its result."""
     begin, parent = time.perf_counter(), os.getppid()
     try:
-        measure = STARTS[engine](run, Sizes.of(args), args, folder)
+        sizes = Sizes.of(args)
+        measure = STARTS[engine](run, sizes.scout() if run == "scout" else sizes, args, folder)
         started = round(time.perf_counter() - begin, 1)
         (folder / "ready").touch()
         while not (folder / "go").exists():

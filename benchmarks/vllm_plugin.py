@@ -101,7 +101,9 @@ def in_process(run: str, *arguments: str, gpus: Queue[int] | None = None) -> dic
         gpus.put(gpu)
     if output.returncode:
         sys.exit(f"{' '.join((run, *arguments))} ended with status {output.returncode}")
-    return json.loads(output.stdout.strip().splitlines()[-1])
+    line = output.stdout.strip().splitlines()[-1]
+    print(" ".join((run, *arguments)), line, file=sys.stderr, flush=True)  # the table comes minutes later
+    return json.loads(line)
 
 
 def main() -> None:
