@@ -9,7 +9,7 @@ it learns from the kit's `share`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from lamella.layers.norm import RMSNorm, SplitRMSNorm
 from lamella.ops import attention
 from lamella.ops.attention.paged import AttentionPlan
 from lamella.state.spec import PagedState, SlotState
+
+if TYPE_CHECKING:
+    from lamella.config import MoEConfig
 
 # What reads and writes slot state: its inputs, then where its outputs go, or None where it makes them.
 Computation: TypeAlias = Callable[..., Any]
@@ -68,6 +71,11 @@ class Kit(Protocol):
 
     def lm_head(self, vocab_size: int, hidden_size: int, tied: nn.Module | None, prefix: str) -> nn.Module:
         """Logits (T, vocab), fp32, of hidden states; with `tied`, over that embedding's weight."""
+        ...
+
+    def experts(self, config: MoEConfig, hidden_size: int, prefix: str) -> nn.Module:
+        """Routed experts, `(x (T, H), the router's logits (T, E), base (T, H) or None) -> (T, H)`: the rank's part of a
+        sum over the ranks, which is left to the caller, added to base."""
         ...
 
     def attention(self, heads: int, scale: float, spec: PagedState, prefix: str) -> nn.Module:
@@ -253,6 +261,11 @@ class LocalKit:
         if tied is not None:
             head.weight = tied.weight  # type: ignore[assignment]
         return head
+
+    def experts(self, config: MoEConfig, hidden_size: int, prefix: str) -> nn.Module:
+        from lamella.layers.moe import Experts
+
+        return Experts(config, self, hidden_size)
 
     def attention(self, heads: int, scale: float, spec: PagedState, prefix: str) -> nn.Module:
         return PagedAttention(heads, scale, spec, prefix)

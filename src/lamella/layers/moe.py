@@ -29,7 +29,7 @@ class MoE(nn.Module):
         self.group = kit.group
         whole = Split.whole(hidden_size), Split.whole(config.num_experts)
         self.router = WideLinear(*whole, False, kit.dtype, kit.device)
-        self.experts = Experts(config, kit, hidden_size)
+        self.experts = kit.experts(config, hidden_size, f"{prefix}.experts")
         self.shared_expert: MLP | None = None
         if config.shared_size is not None:
             shared = MLPConfig(intermediate_size=config.shared_size)

@@ -20,16 +20,18 @@ from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttentio
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from lamella.config import ModelConfig
+from lamella.config import ModelConfig, MoEConfig
 from lamella.distributed.group import Group
 from lamella.distributed.sharding import Share, Split
 from lamella.errors import ConfigError
 from lamella.layers.kit import Widths, sections
 from lamella.layers.linear import Biases, MergedLinear, without_bias
+from lamella.layers.moe import Experts
 from lamella.layers.norm import RMSNorm, SplitRMSNorm
 from lamella.layers.stochastic import Stochastic
 from lamella.state.spec import PagedState, SlotState
 from lamella.vllm_plugin import compat
+from lamella.vllm_plugin.experts import VllmExperts
 from lamella.vllm_plugin.state_layer import Chooser, StateLayer, StateLayout, VllmHolder, decoder_layer
 
 if TYPE_CHECKING:
@@ -156,6 +158,12 @@ class VllmKit:
     def lm_head(self, vocab_size: int, hidden_size: int, tied: nn.Module | None, prefix: str) -> nn.Module:
         head = ParallelLMHead(vocab_size, hidden_size, quant_config=self.config.quant_config, prefix=prefix)
         return head if tied is None else head.tie_weights(tied)
+
+    def experts(self, config: MoEConfig, hidden_size: int, prefix: str) -> nn.Module:
+        quant_config = self.config.quant_config
+        if quant_config is None and not self.config.parallel_config.enable_expert_parallel:
+            return Experts(config, self, hidden_size)
+        return VllmExperts(config, hidden_size, quant_config, prefix)
 
     def attention(self, heads: int, scale: float, spec: PagedState, prefix: str) -> nn.Module:
         return VllmAttention(heads, scale, spec, self.config, prefix)

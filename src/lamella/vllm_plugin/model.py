@@ -1,6 +1,7 @@
 # No postponed annotations here: torch.compile support reads those of `Stack.forward` to know which sizes vary.
 """One model class for every architecture: lamella's layers with vLLM around them."""
 
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
@@ -177,11 +178,13 @@ def model_class(name: str) -> type[Model]:
     """The class under which vLLM knows an architecture, by its name with or without the prefix."""
     architecture = resolve_architecture(name.removeprefix(PREFIX))
     base = HybridModel if architecture.has_slot_state else Model
-    # From the file's names to ours, the longest first, as adapters and quantised files name projections.
+    # From the file's names to ours, the longest first, as adapters and quantised files name projections: these in
+    # patterns, too, which may begin or end with a name.
     renamed = sorted(((file, ours) for ours, file in architecture.checkpoint_names.items()), key=lambda p: -len(p[0]))
+    patterns = {re.compile(rf"\b{re.escape(file)}\b"): ours for file, ours in renamed}
     contents = {
         "architecture": name.removeprefix(PREFIX),
-        "hf_to_vllm_mapper": WeightsMapper(orig_to_new_substr={f".{file}.": f".{ours}." for file, ours in renamed}),
+        "hf_to_vllm_mapper": WeightsMapper(orig_to_new_regex=patterns),
         "packed_modules_mapping": dict(architecture.packed_modules_mapping),
         "__module__": __name__,
         "__qualname__": name,
