@@ -176,11 +176,12 @@ def main(model: Path, options: dict[str, Any], placements: Sequence[str] = ()) -
         print("right")
         return
     overrides = options.pop("hf_overrides", {})  # of the model's file
-    for folder, prompts, changes in (
-        (model, prompts_of(*LENGTHS), overrides),
-        (CHECKPOINT, demo_questions(8)[1], {}),
+    dense = {name: value for name, value in options.items() if name != "enable_expert_parallel"}
+    for folder, prompts, chosen in (
+        (model, prompts_of(*LENGTHS), options | {"hf_overrides": overrides}),
+        (CHECKPOINT, demo_questions(8)[1], dense),
     ):
-        with running(folder, hf_overrides=changes, **options) as llm:
+        with running(folder, **chosen) as llm:
             for _ in range(2):
                 assert_right(oracle(folder), generate(llm, prompts, 12))
     print("right")

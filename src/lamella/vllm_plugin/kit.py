@@ -20,6 +20,7 @@ from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttentio
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+from lamella.checkpoint.names import rename
 from lamella.config import ModelConfig, MoEConfig
 from lamella.distributed.group import Group
 from lamella.distributed.sharding import Share, Split
@@ -99,8 +100,9 @@ class VllmKit:
     where.
     """
 
-    def __init__(self, config: VllmConfig, model: ModelConfig) -> None:
-        self.config = config
+    def __init__(self, config: VllmConfig, model: ModelConfig, names: Mapping[str, str]) -> None:
+        """`names` as in `CausalLM.checkpoint_names`."""
+        self.config, self._names = config, names
         self.dtype, self.device = config.model_config.dtype, torch.empty(0).device  # where vLLM builds models
         self.group: Group = VllmGroup()
         self.share = self.group.share
@@ -153,17 +155,16 @@ class VllmKit:
         return RMSNorm(channels.size, eps, self.device)
 
     def embedding(self, vocab_size: int, hidden_size: int, prefix: str) -> nn.Module:
-        return VocabParallelEmbedding(vocab_size, hidden_size, quant_config=self.config.quant_config, prefix=prefix)
+        return VocabParallelEmbedding(vocab_size, hidden_size, **self._quantised(prefix))
 
     def lm_head(self, vocab_size: int, hidden_size: int, tied: nn.Module | None, prefix: str) -> nn.Module:
-        head = ParallelLMHead(vocab_size, hidden_size, quant_config=self.config.quant_config, prefix=prefix)
+        head = ParallelLMHead(vocab_size, hidden_size, **self._quantised(prefix))
         return head if tied is None else head.tie_weights(tied)
 
     def experts(self, config: MoEConfig, hidden_size: int, prefix: str) -> nn.Module:
-        quant_config = self.config.quant_config
-        if quant_config is None and not self.config.parallel_config.enable_expert_parallel:
+        if self.config.quant_config is None and not self.config.parallel_config.enable_expert_parallel:
             return Experts(config, self, hidden_size)
-        return VllmExperts(config, hidden_size, quant_config, prefix)
+        return VllmExperts(config, hidden_size, **self._quantised(prefix))
 
     def attention(self, heads: int, scale: float, spec: PagedState, prefix: str) -> nn.Module:
         return VllmAttention(heads, scale, spec, self.config, prefix)
@@ -180,4 +181,8 @@ class VllmKit:
         return Chooser(stochastic, prefix) if len(stochastic.mixers) > 1 else None
 
     def _common(self, prefix: str) -> dict[str, Any]:
-        return {"quant_config": self.config.quant_config, "prefix": prefix, "return_bias": False}
+        return {"return_bias": False, **self._quantised(prefix)}
+
+    def _quantised(self, prefix: str) -> dict[str, Any]:
+        # Which modules are left whole, a quantisation says by their names in the file, and by patterns of these.
+        return {"quant_config": self.config.quant_config, "prefix": rename(prefix, self._names)}

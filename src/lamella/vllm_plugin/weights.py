@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import PPMissingLayer
 
@@ -23,9 +24,8 @@ from lamella.vllm_plugin.kit import Shard
 
 logger = logging.getLogger("vllm.lamella")  # whose lines stand among vLLM's own
 
-# Of quantised modules, what files need not have: of the cache one is assumed, and of the others there may be none.
-_CACHE_SCALES = ("q_scale", "k_scale", "v_scale")
-_OPTIONAL = ("prob_scale", "g_idx", "input_scale_ub")
+# Of quantised projections, what is not in every file: the order of inputs, and a bound that the config says.
+_OPTIONAL = ("g_idx", "input_scale_ub")
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ class WeightFiller:
             owner, _, leaf = path.rpartition(".")
             shards: Mapping[str, Sequence[Shard]] | None = getattr(modules[owner], "shards", None)
             load = getattr(parameter, "weight_loader", default_weight_loader)
-            if shards is None and leaf in _CACHE_SCALES:
-                for name in _scale_names(owner.removesuffix(".attn.attn"), leaf):
+            if isinstance(modules[owner], Attention):
+                for name in _names_beside(owner.rsplit(".", 2)[0], leaf):
                     add(name, path, partial(load, parameter), ())
                 continue
             optional = () if leaf.endswith(_OPTIONAL) or not parameter.numel() else None
@@ -168,16 +168,18 @@ class WeightFiller:
         return found
 
 
-def _scale_names(attention: str, scale: str) -> tuple[str, ...]:
-    """What a scale of the cache is called by those who write such files."""
-    projection = f"{attention}.{scale[0]}_proj"
-    return f"{attention}.{scale}", f"{attention}.attn.{scale}", f"{projection}.{scale}", f"{projection}.output_scale"
+def _names_beside(attention: str, leaf: str) -> tuple[str, ...]:
+    """What is called how by those who write scales of queries, keys and values: no file need have any."""
+    projection = f"{attention}.{leaf[0]}_proj"
+    names = f"{attention}.{leaf}", f"{attention}.attn.{leaf}", f"{projection}.{leaf}"
+    return (*names, f"{projection}.output_scale") if leaf.endswith("_scale") else names
 
 
 def _is_vllms(modules: Mapping[str, nn.Module], path: str) -> bool:
     """Whether a parameter is of a module that loads in vLLM's way."""
-    module, _, leaf = path.rpartition(".")
-    return hasattr(modules[module], "shards") or hasattr(modules[module].get_parameter(leaf), "weight_loader")
+    owner, _, leaf = path.rpartition(".")
+    module = modules[owner]
+    return isinstance(module, Attention) or hasattr(module, "shards") or hasattr(getattr(module, leaf), "weight_loader")
 
 
 def _copy(target: Target) -> Callable[[Tensor], None]:
