@@ -83,6 +83,26 @@ def running(model: Path, **options: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
+@contextmanager
+def built(config: Any, folder: Path) -> Iterator[Any]:
+    """A model in vLLM's hands before its weights are; `folder` is for its one process to meet itself in."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    with set_current_vllm_config(config):
+        init_distributed_environment(1, 0, f"file://{folder / 'group'}", 0, "gloo")
+        initialize_model_parallel()
+        try:
+            yield initialize_model(vllm_config=config)
+        finally:
+            cleanup_dist_env_and_memory()
+
+
 def generate(llm: Any, prompts: Sequence[Sequence[int]], count: int | Sequence[int] = 24) -> list[Any]:
     """vLLM's outputs of `count` greedy tokens each, with their log-probabilities."""
     from vllm import SamplingParams

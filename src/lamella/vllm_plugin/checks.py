@@ -24,7 +24,7 @@ logger = logging.getLogger("vllm.lamella")  # whose lines stand among vLLM's own
 _DRAFTS = ("ngram", "ngram_gpu", "suffix")
 
 _UNFIT_FOR_EXPERTS = {
-    "fbgemm_fp8": "vLLM has no experts in this form; there are files of the same model in that of compressed-tensors",
+    "fbgemm_fp8": "vLLM has no experts in this form; use a file in that of compressed-tensors",
     "bitsandbytes": "its loader fills experts in a way of its own, which ours are not made for",
 }
 

@@ -79,11 +79,12 @@ class VllmExperts(nn.Module):
     def tensors(self) -> Iterator[ExpertTensor]:
         """All that files may hold: of each expert by itself, `7.gate_proj.weight` (I, hidden), or of all in one,
         `gate_up_proj` (E, hidden, 2 I), with what belongs to a quantised one."""
-        for path, parameter in self.named_parameters():
+        parameters: dict[str, Any] = dict(self.named_parameters())
+        for path, parameter in parameters.items():
             leaf = path.rpartition(".")[2]
             kind = next(kind for kind in _PROJECTIONS if leaf.startswith(kind))
             suffix = leaf.removeprefix(kind)
-            load = partial(parameter.weight_loader, parameter, weight_name=path)  # type: ignore[operator]
+            load = partial(parameter.weight_loader, parameter, weight_name=path)
             names = []
             for name, shard in _PROJECTIONS[kind].items():
                 for expert in range(self.num_experts):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
@@ -94,13 +95,16 @@ class Model(nn.Module, SupportsPP, SupportsLoRA, SupportsQuant):
     packed_modules_mapping: dict[str, list[str]]
     embedding_modules = {"embed_tokens": "input_embeddings", "lm_head": "output_embeddings"}  # noqa: RUF012
 
-    def _maybe_apply_model_mapping(self) -> None:
-        """vLLM's would give a quantisation's lists of layers our names, but not the patterns among them. They keep the
+    def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Self:
+        """vLLM would give a quantisation's lists of modules our names, but not the patterns among them. Both keep the
         file's, by which the kit calls projections."""
-        if self.quant_config is not None:
-            outer = resolve_architecture(self.architecture).outer_prefix
-            self.quant_config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={outer: ""} if outer else {}))
-            self.quant_config.packed_modules_mapping.update(self.packed_modules_mapping)
+        model = super().__new__(cls)
+        model.quant_config = vllm_config.quant_config
+        if model.quant_config is not None:
+            outer = resolve_architecture(cls.architecture).outer_prefix
+            model.quant_config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={outer: ""} if outer else {}))
+            model.quant_config.packed_modules_mapping.update(cls.packed_modules_mapping)
+        return model
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()

@@ -133,19 +133,19 @@ class WeightFiller:
         paths = {parameter: path for path, parameter in self.model.named_parameters()}
         found: dict[str, _Place] = {}
 
-        def add(part: str, path: str, fill: Callable[[Tensor], None], stands_for: tuple[str, ...] | None = None) -> None:
-            name = rename(part, self.names)
-            found[name] = _Place(path, fill, (name,) if stands_for is None else stands_for)
+        def add(part: str, path: str, fill: Callable[[Tensor], None], *stands_for: str) -> None:
+            names = tuple(rename(name, self.names) for name in stands_for)
+            found[rename(part, self.names)] = _Place(path, fill, names)
 
         for part, target in targets(self.model, {}).items():
             if not _is_vllms(modules, paths[target.parameter]):
-                add(part, paths[target.parameter], _copy(target))
+                add(part, paths[target.parameter], _copy(target), part)
         for path, part, (place, splits) in parts_apart(self.model):
-            add(part, path, _copy(Target(place, part, splits)))
+            add(part, path, _copy(Target(place, part, splits)), part)
         for owner, module in experts.items():
             for tensor in module.tensors():
-                names = tuple(rename(f"{owner}.{name}", self.names) for name in tensor.stands_for)
-                add(f"{owner}.{tensor.name}", f"{owner}.{tensor.parameter}", tensor.fill, names)
+                stands_for = (f"{owner}.{name}" for name in tensor.stands_for)
+                add(f"{owner}.{tensor.name}", f"{owner}.{tensor.parameter}", tensor.fill, *stands_for)
         for path, parameter in self.model.named_parameters():
             if not _is_vllms(modules, path) or path.startswith(tuple(f"{owner}." for owner in experts)):
                 continue
@@ -154,17 +154,18 @@ class WeightFiller:
             load = getattr(parameter, "weight_loader", default_weight_loader)
             if isinstance(modules[owner], Attention):
                 for name in _names_beside(owner.rsplit(".", 2)[0], leaf):
-                    add(name, path, partial(load, parameter), ())
+                    add(name, path, partial(load, parameter))
                 continue
-            optional = () if leaf.endswith(_OPTIONAL) or not parameter.numel() else None
+            optional = leaf.endswith(_OPTIONAL) or not parameter.numel()
             if shards is None:
-                add(path, path, partial(load, parameter), optional)
+                add(path, path, partial(load, parameter), *([] if optional else [path]))
                 continue
             parent = owner.rpartition(".")[0]
             for part, pieces in shards.items():
                 if leaf == "bias" and part in getattr(modules[owner], "unbiased", ()):
                     continue
-                add(f"{parent}.{part}.{leaf}", path, partial(_load, load, parameter, pieces), optional)
+                name = f"{parent}.{part}.{leaf}"
+                add(name, path, partial(_load, load, parameter, pieces), *([] if optional else [name]))
         return found
 
 
