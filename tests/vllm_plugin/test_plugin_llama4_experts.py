@@ -280,6 +280,17 @@ class TestFP8:
             with pytest.raises(CheckpointError, match=f"unexpected: {re.escape(own)}_other$"):
                 model.load_weights({**stored, f"{own}_other": stored[name]}.items())
 
+    def test_shapes(self, quantised: Any) -> None:
+        model, stored, _, _ = quantised
+        scales = "model.layers.0.feed_forward.experts.gate_up_proj_weight_scale", torch.ones(EXPERTS)
+        with pytest.raises(CheckpointError, match=r"gate_up_proj_weight_scale has shape \(4,\); of 4 experts in one"):
+            model.load_weights([scales])
+        name, weight = next(item for item in stored.items() if item[1].dtype == FP8)
+        with pytest.raises(
+            CheckpointError, match=rf"{name.removeprefix('language_model.')} has shape .* the config says"
+        ):
+            model.load_weights([(name, weight.narrow(-1, 0, 32))])
+
     def test_other_stages(self, quantised: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """A file has their scales as well."""
         model, stored, _, _ = quantised

@@ -73,7 +73,7 @@ class VllmExperts(nn.Module):
         rows = (x[:, None].float() * weights[..., None]).to(x.dtype).flatten(0, 1)
         out = self.layer(rows, ids.flatten()[:, None])
         if self.top_k > 1:
-            out = out.unflatten(0, (-1, self.top_k)).float().sum(1).to(x.dtype)
+            out = out.unflatten(0, (x.shape[0], self.top_k)).float().sum(1).to(x.dtype)
         return out if base is None else base + out
 
     def tensors(self) -> Iterator[ExpertTensor]:

@@ -97,7 +97,7 @@ class WeightFiller:
                 tied[name] = tensor
             if target is None and not (self._quantised and (place or name.startswith(self._elsewhere))):
                 unexpected.append(name)
-            elif target is not None and not self._quantised and tuple(tensor.shape) != target.shape:
+            elif target is not None and not self._is_packed(tensor) and tuple(tensor.shape) != target.shape:
                 raise CheckpointError(f"tensor {name} has shape {tuple(tensor.shape)}, the config says {target.shape}")
             elif place is not None:
                 if not brought.isdisjoint(place.stands_for):
@@ -119,6 +119,10 @@ class WeightFiller:
         if unread:
             logger.info("%d tensors of other parts, or of mixers that the placement leaves out, are not used", unread)
         return filled
+
+    def _is_packed(self, tensor: Tensor) -> bool:
+        """Whether a tensor's shape is not that of the weights in it, but of bytes that hold several."""
+        return self._quantised and tensor.dtype == torch.uint8
 
     def _compare(self, tied: Mapping[str, Tensor]) -> None:
         """Say where a head's own copy of the embedding, which is not used, is none."""
