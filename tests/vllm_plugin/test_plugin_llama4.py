@@ -141,27 +141,32 @@ def test_drafts(folders: dict[str, Path]) -> None:
         assert metric(llm, "spec_decode_num_accepted_tokens") > 0
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2 if ON_CPU else torch.cuda.device_count() < 2, reason="needs two")
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("scout", {"tensor_parallel_size": 2}),
-        ("maverick", {"pipeline_parallel_size": 2} | TRACED),
-        ("maverick", {"tensor_parallel_size": 2, "enable_expert_parallel": True}),
-    ],
-    ids=["tensor", "pipeline", "expert"],
+needs_two = pytest.mark.skipif(
+    (os.cpu_count() or 1) < 2 if ON_CPU else torch.cuda.device_count() < 2, reason="needs two"
 )
-def test_two_ranks(folders: dict[str, Path], name: str, options: dict[str, Any]) -> None:
+
+
+def assert_right_on_two(folder: Path, options: dict[str, Any]) -> None:
     separate = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_CI_ENV": "0"}
     said = json.dumps(options | {"max_num_batched_tokens": 64, "hf_overrides": OURS})
     result = subprocess.run(
-        [sys.executable, "-m", "vllm_plugin.plugin_helpers", folders[name], said],
+        [sys.executable, "-m", "vllm_plugin.plugin_helpers", folder, said],
         env={**os.environ, **ENVIRONMENT, **separate, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert result.returncode == 0 and result.stdout.splitlines()[-1] == "right", result.stdout + result.stderr
+
+
+@needs_two
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("scout", {"tensor_parallel_size": 2}), ("maverick", {"pipeline_parallel_size": 2} | TRACED)],
+    ids=["tensor", "pipeline"],
+)
+def test_two_ranks(folders: dict[str, Path], name: str, options: dict[str, Any]) -> None:
+    assert_right_on_two(folders[name], options)
 
 
 # Files, as there are: with images or without, experts in one tensor or one by one.
