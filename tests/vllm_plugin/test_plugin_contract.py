@@ -38,6 +38,7 @@ from lamella.vllm_plugin.state_layer import (
     advance_window,
 )
 from vllm_plugin.plugin_helpers import (
+    DEVICE,
     NGRAM,
     ON_CPU,
     SHAPE,
@@ -191,7 +192,9 @@ def unfilled(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with set_current_vllm_config(config):
         init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
         initialize_model_parallel()
-        yield initialize_model(vllm_config=config)
+        with DEVICE:
+            model = initialize_model(vllm_config=config)
+        yield model
         cleanup_dist_env_and_memory()
 
 
@@ -250,10 +253,10 @@ class TestRehearsal:
         unfilled.load_weights(load_file(folder / "model.safetensors").items())
         layer = unfilled.model.layers[0]
         channels = layer.mixer_canon.size
-        x, residual = torch.randn(2, 9, channels).unbind()
+        x, residual = torch.randn(2, 9, channels, device=DEVICE).unbind()
         with torch.inference_mode(), set_forward_context(None, unfilled.vllm_config):
             y, total = layer.mixer_canon.after_norm(x, residual, layer.mixer_norm)
-        plain = RaggedBatch.from_lengths([9], [9])
+        plain = RaggedBatch.from_lengths([9], [9], DEVICE)
         weight, bias = layer.mixer_canon.weight.squeeze(1), layer.mixer_canon.bias
         normed, expected_total = add_rms_norm(x, residual, layer.mixer_norm.weight, layer.mixer_norm.eps)
         torch.testing.assert_close(y, short_conv(normed, weight, bias, plain, residual=True))
@@ -264,10 +267,10 @@ class TestRehearsal:
 
         holder = unfilled.model.layers[0].history.holder
         layer = holder.layer
-        blocks = torch.full((2, *layer.shape), torch.nan)
+        blocks = torch.full((2, *layer.shape), torch.nan, device=DEVICE)
         layer.kv_cache, unbound = (blocks,), layer.kv_cache
         with set_forward_context(None, unfilled.vllm_config):
-            assert not holder.run("mixer_canon", (torch.randn(4, 64),), 64).any()
+            assert not holder.run("mixer_canon", (torch.randn(4, 64, device=DEVICE),), 64).any()
         layer.kv_cache = unbound
         assert blocks.isnan().all()
 

@@ -267,5 +267,8 @@ class TestChecks:
     def test_what_our_experts_do_not_do(self, folders: dict[str, Path]) -> None:
         with refused("quantization='fp8': experts are lamella's own"):
             self.of(folders["scout"], quantization="fp8")
+
+    @pytest.mark.skipif(not ON_CPU and torch.cuda.device_count() < 2, reason="vLLM wants the GPUs of all ranks")
+    def test_expert_parallelism(self, folders: dict[str, Path]) -> None:
         with refused("enable_expert_parallel: every rank has a part"):
             self.of(folders["scout"], enable_expert_parallel=True, tensor_parallel_size=2)
