@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import logging
+import sys
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from transformers import Llama4Config, Llama4ForConditionalGeneration
 
 from helpers import canon_checkpoint, greedy, logprobs, poisoned_llm, randomize
 from lamella import LLM, AsyncLLM, SamplingParams
+from lamella.cli import main
 from lamella.errors import CheckpointError, ConfigError, ParameterError
 from lamella.models.llama4_images import TEXTS, ImageTokens, cut_tiles
 
@@ -268,6 +270,35 @@ def test_text_pillow_arrays_and_tensors_are_the_same(checkpoint):
     (output,) = generate(llm, ids | {"multi_modal_data": {"image": gray}})
     given = ids | {"multi_modal_data": {"image": [pixels[:1].expand(3, -1, -1)]}}
     assert_as_expected(checkpoint, given, output)
+
+
+def test_the_command_line_takes_image_files(checkpoint, tmp_path, capsys, monkeypatch):
+    file, broken = tmp_path / "image.png", tmp_path / "broken.png"
+    pixels = image("1 x 3", 4)
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file)
+    broken.write_bytes(file.read_bytes()[:400])
+    (expected,) = generate(load(checkpoint), prompt(pixels, pixels), SamplingParams(temperature=0, max_tokens=4))
+    tokens = ",".join(map(str, prompt(pixels, pixels)["prompt_token_ids"]))
+    command = ["generate", str(checkpoint[0]), "--max-tokens", "4", "--num-blocks", "50", "--image", str(file)]
+    two = [*command, "--image", str(file)]
+    assert main([*two, "--tokens", tokens, "--json"]) == 0
+    outputs = json.loads(capsys.readouterr().out.splitlines()[-1])["outputs"]
+    assert outputs[0]["outputs"][0]["token_ids"] == expected.outputs[0].token_ids
+    assert main([*command, "-p", "w5 <|image|> w6"]) == 0
+    for arguments, message in (
+        ([*two, "-p", "<|image|>"], "2 images for 1 placeholders"),
+        ([*two, "-p", "<|image|>", "--limit-mm-per-prompt", '{"image": 1}'], "2 images, and limit_mm_per_prompt"),
+        ([*command, "-p", "a", "-p", "b"], "--image: belongs to one prompt, and 2 are given"),
+        ([*command, "--image", "nowhere.png", "-p", "a"], "--image nowhere.png: "),
+        ([*command, "--image", str(broken), "-p", "<|image|> <|image|>"], "an image cannot be read"),
+    ):
+        capsys.readouterr()
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert main([*command, "-p", "<|image|>"]) == 2
+    assert "needs Pillow" in capsys.readouterr().err
 
 
 def test_the_caller_may_change_the_pixels_afterwards(checkpoint):

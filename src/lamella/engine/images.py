@@ -122,7 +122,10 @@ def pixels_of(image: Any) -> Tensor:
     elif isinstance(image, np.ndarray) and image.ndim == 3 and image.dtype == np.uint8:
         pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())
     elif hasattr(image, "convert"):  # of Pillow, which need not be installed
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        try:
+            pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        except OSError as error:  # its file is read only now
+            raise ParameterError(f"multi_modal_data: an image cannot be read ({error})") from error
     else:
         pixels = torch.empty(0)
     if pixels.dim() != 3 or pixels.shape[0] != 3 or pixels.dtype != torch.uint8:
@@ -158,7 +161,7 @@ class ImageRows:
             first += share.count
         if not tokens:
             return None
-        where = torch.from_numpy(np.concatenate(tokens)).to(self.device)
+        where = torch.from_numpy(np.concatenate(tokens)).to(self.device, non_blocking=True)
         return GivenEmbeddings(where, self.group.all_reduce(torch.cat(rows)))
 
     def run_largest(self) -> None:
@@ -173,6 +176,6 @@ class ImageRows:
             return torch.zeros(len(placed.places), self.hidden_size, dtype=self.dtype, device=self.device)
         if image.rows is None:
             assert self.model is not None and image.tiles is not None
-            image.rows = self.model.rows(image.tiles.to(self.device, self.dtype)).to(self.dtype)
+            image.rows = self.model.rows(image.tiles.to(self.device, self.dtype, non_blocking=True)).to(self.dtype)
             image.tiles = None
         return image.rows

@@ -93,9 +93,10 @@ class Tiling:
         own, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
         file = own if own.is_file() or not whole.is_file() else whole
         values = read_json(file) if file.is_file() else {}
-        config = HFConfig(values if file is own else values.get("image_processor", {}), str(file))
+        config = HFConfig(values if file is own else values.get("image_processor") or {}, str(file))
         for key in ("do_resize", "do_rescale", "do_normalize"):
             config.choice(key, (True,), True)
+        config.choice("do_center_crop", (False,), False)
         config.choice("resample", (2,), 2)  # bilinear
         config.choice("rescale_factor", (1 / 255,), 1 / 255)
         config.choice("image_mean", ([_MEAN] * 3,), [_MEAN] * 3)
