@@ -6,63 +6,28 @@ import asyncio
 import gc
 import json
 import logging
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import Llama4Config, Llama4ForConditionalGeneration
 
-from helpers import canon_checkpoint, greedy, logprobs, poisoned_llm, randomize
+from helpers import canon_checkpoint, greedy, logprobs, poisoned_llm
+from image_models import PATCHES, SIDE, TOKENS, VOCAB, expected, image, image_checkpoint, image_prompt, write_tokenizer
 from lamella import LLM, AsyncLLM, SamplingParams
-from lamella.cli import main
 from lamella.errors import CheckpointError, ConfigError, ParameterError
-from lamella.models.llama4_images import TEXTS, ImageTokens, cut_tiles
+from lamella.models.llama4_images import cut_tiles
 
-VOCAB, SIDE, PATCHES = 128, 56, 4  # a tile is 56 pixels wide, and becomes 4 rows
-TOKENS = ImageTokens(start=100, end=101, between_columns=102, after_row=103, image=104, patch=105)
-TEXT = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 24, "intermediate_size_mlp": 40,
-    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 3,
-    "interleave_moe_layer_step": 2, "attention_chunk_size": 16, "floor_scale": 24, "pad_token_id": 0,
-    "max_position_embeddings": 512,
-}  # fmt: skip
-VISION = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128, "image_size": SIDE,
-    "patch_size": 14, "vision_output_dim": 40, "projector_input_dim": 40, "projector_output_dim": 40,
-}  # fmt: skip
-SIZES = {"one tile": (40, 50), "2 x 2": (100, 90), "1 x 3": (50, 160)}
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, prompt_logprobs=VOCAB, logprobs=VOCAB)
 PLAIN = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=VOCAB)
-
-
-def write_tokenizer(folder, **changes):
-    """Words of letters and digits, and the tokens of images."""
-    special = {TEXTS[name]: token for name, token in vars(TOKENS).items()} | changes
-    words = {f"w{index}": index for index in range(VOCAB) if index not in special.values()}
-    tokenizer = Tokenizer(WordLevel(words | special, unk_token="w0"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in special])
-    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """(folder, the transformers model)."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    ids = {"boi_token_index": TOKENS.start, "eoi_token_index": TOKENS.end, "image_token_index": TOKENS.patch}
-    config = Llama4Config(text_config=TEXT, vision_config=VISION, **ids)
-    config._attn_implementation = "eager"
-    model = Llama4ForConditionalGeneration(config).eval()
-    randomize(model, 0)
-    model.save_pretrained(folder)
-    write_tokenizer(folder)
-    return folder, model
+    return folder, image_checkpoint(folder)
 
 
 def copy(checkpoint, folder, tensors=None, **values):
@@ -76,34 +41,6 @@ def copy(checkpoint, folder, tensors=None, **values):
 
 def load(checkpoint, **options):
     return poisoned_llm(checkpoint[0], **{"dtype": "float32", "block_size": 4, "num_blocks": 200} | options)
-
-
-def image(kind="one tile", seed=0):
-    height, width = SIZES[kind]
-    return torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-
-
-def prompt(*images, before=5, between=3, after=7):
-    """A placeholder for each image, with text around."""
-    ids = list(range(10, 10 + before))
-    for index in range(len(images)):
-        ids += [TOKENS.image, *range(30 + index, 30 + index + between)]
-    return {"prompt_token_ids": [*ids, *range(60, 60 + after)], "multi_modal_data": {"image": list(images)}}
-
-
-def expected(checkpoint, given):
-    """(tokens, logits of ids) as transformers has them."""
-    written, tiles = [], []
-    images = iter(given["multi_modal_data"]["image"])
-    for token in given["prompt_token_ids"]:
-        if token == TOKENS.image:
-            cut, (rows, columns) = cut_tiles(next(images), SIDE)
-            tiles.append(cut.float())
-            written += TOKENS.expand(rows, columns, PATCHES)
-        else:
-            written.append(token)
-    pixels = torch.cat(tiles)
-    return written, lambda ids: checkpoint[1](ids, pixel_values=pixels, use_cache=False).logits
 
 
 def generate(llm, prompts, params=GREEDY):
@@ -120,7 +57,7 @@ def output_logprobs(output, index=0):
 
 @torch.no_grad()
 def assert_as_expected(checkpoint, given, output):
-    tokens, logits_of = expected(checkpoint, given)
+    tokens, logits_of = expected(checkpoint[1], given)
     assert output.prompt_token_ids == tokens
     assert output.outputs[0].token_ids == greedy(logits_of, tokens, len(output.outputs[0].token_ids))
     whole = logprobs(logits_of(torch.tensor([tokens + output.outputs[0].token_ids[:-1]])))[0]
@@ -138,7 +75,7 @@ MIXTURES = {
 
 @pytest.mark.parametrize("kinds", MIXTURES.values(), ids=MIXTURES)
 def test_what_transformers_computes(checkpoint, kinds):
-    given = prompt(*(image(kind, seed) for seed, kind in enumerate(kinds)))
+    given = image_prompt(*(image(kind, seed) for seed, kind in enumerate(kinds)))
     (output,) = generate(load(checkpoint), given)
     assert_as_expected(checkpoint, given, output)
 
@@ -147,10 +84,10 @@ def test_what_transformers_computes(checkpoint, kinds):
 def test_chunks_that_end_inside_an_image_beside_other_requests(checkpoint, budget):
     llm = load(checkpoint, max_num_batched_tokens=budget, max_num_seqs=3)
     prompts = [
-        prompt(image("2 x 2", 1), image("one tile", 2)),
+        image_prompt(image("2 x 2", 1), image("one tile", 2)),
         {"prompt_token_ids": list(range(20, 50))},
-        prompt(image("1 x 3", 3), before=0, after=0),
-        prompt(image("one tile", 2), before=2),
+        image_prompt(image("1 x 3", 3), before=0, after=0),
+        image_prompt(image("one tile", 2), before=2),
     ]
     outputs = generate(llm, prompts)
     for index in (0, 2, 3):
@@ -160,7 +97,7 @@ def test_chunks_that_end_inside_an_image_beside_other_requests(checkpoint, budge
 
 
 def test_preempted_requests_keep_their_images(checkpoint):
-    prompts = [prompt(image("2 x 2", seed), image("one tile", seed)) for seed in range(3)]
+    prompts = [image_prompt(image("2 x 2", seed), image("one tile", seed)) for seed in range(3)]
     llm = load(checkpoint, num_blocks=20, max_num_batched_tokens=16, enable_prefix_caching=False)
     outputs = generate(llm, prompts)
     assert llm.stats()["preemptions"] > 0
@@ -175,7 +112,7 @@ def test_ranks_and_steps_launched_ahead(checkpoint, size, ahead):
     options = {"num_blocks": 20, "max_num_batched_tokens": 16, "tensor_parallel_size": size}
     llm = LLM(checkpoint[0], device="cpu", dtype="float32", block_size=4, **options)
     llm.engine.runner.runs_ahead = ahead
-    prompts = [prompt(image("2 x 2", seed), image("one tile", seed)) for seed in range(2)]
+    prompts = [image_prompt(image("2 x 2", seed), image("one tile", seed)) for seed in range(2)]
     prompts += [{"prompt_token_ids": list(range(20, 45))}, prompts[0]]
     try:
         for params in (GREEDY, PLAIN):
@@ -188,10 +125,10 @@ def test_ranks_and_steps_launched_ahead(checkpoint, size, ahead):
 
 
 def test_several_completions(checkpoint):
-    given = prompt(image())
+    given = image_prompt(image())
     params = SamplingParams(n=2, temperature=1, seed=3, max_tokens=4, ignore_eos=True, logprobs=VOCAB)
     (output,) = generate(load(checkpoint), given, params)
-    tokens, logits_of = expected(checkpoint, given)
+    tokens, logits_of = expected(checkpoint[1], given)
     for index, completion in enumerate(output.outputs):
         with torch.no_grad():
             whole = logprobs(logits_of(torch.tensor([tokens + completion.token_ids[:-1]])))[0, len(tokens) - 1 :]
@@ -201,7 +138,7 @@ def test_several_completions(checkpoint):
 
 def test_a_prefix_is_found_with_the_same_image_only(checkpoint):
     llm = load(checkpoint)
-    ours, other = prompt(image("2 x 2", 1)), prompt(image("2 x 2", 2))
+    ours, other = image_prompt(image("2 x 2", 1)), image_prompt(image("2 x 2", 2))
     first, again, changed = (generate(llm, given, PLAIN)[0] for given in (ours, ours, other))
     assert (first.num_cached_tokens, changed.num_cached_tokens) == (0, 4)  # the text before has 5 tokens
     assert again.num_cached_tokens == (len(first.prompt_token_ids) - 1) // 4 * 4
@@ -212,7 +149,7 @@ def test_a_prefix_is_found_with_the_same_image_only(checkpoint):
 
 
 def test_a_prefix_may_end_inside_an_image(checkpoint):
-    llm, given = load(checkpoint), prompt(image("2 x 2", 1), between=0, after=0)
+    llm, given = load(checkpoint), image_prompt(image("2 x 2", 1), between=0, after=0)
     for cached in (0, 28):
         (output,) = generate(llm, given, PLAIN)
         assert output.num_cached_tokens == cached
@@ -223,7 +160,7 @@ def test_a_prefix_may_end_inside_an_image(checkpoint):
 def test_other_images_are_other_answers(checkpoint):
     llm = load(checkpoint)
     first, second = image("2 x 2", 1), image("2 x 2", 2)
-    straight, swapped = generate(llm, [prompt(first, second), prompt(second, first)])
+    straight, swapped = generate(llm, [image_prompt(first, second), image_prompt(second, first)])
     assert straight.prompt_token_ids == swapped.prompt_token_ids
     difference = (prompt_logprobs(straight) - prompt_logprobs(swapped)).abs().amax(-1)
     at = straight.prompt_token_ids.index(TOKENS.patch)
@@ -237,9 +174,9 @@ def test_the_tower_runs_once_for_each_image_and_its_rows_go_with_the_last_reques
     monkeypatch.setattr(reader.model, "rows", lambda tiles: (runs.append(len(tiles)), rows(tiles))[1])
     ours, other = image("2 x 2", 1), image("one tile", 2)
     params = SamplingParams(max_tokens=4, ignore_eos=True, n=2)
-    job = llm.engine.make_job("a", prompt(ours, ours), params)
+    job = llm.engine.make_job("a", image_prompt(ours, ours), params)
     assert not runs, "the tower has no part in checking a request"
-    again = llm.engine.make_job("b", prompt(other, ours), params)
+    again = llm.engine.make_job("b", image_prompt(other, ours), params)
     llm.engine.add(job)
     llm.engine.add(again)
     while llm.engine.has_work:
@@ -247,7 +184,7 @@ def test_the_tower_runs_once_for_each_image_and_its_rows_go_with_the_last_reques
         llm.engine.step()
         gc.collect()
     assert sorted(runs) == [1, 5] and not reader._known
-    cancelled = llm.engine.make_job("c", prompt(image(seed=9)), params)
+    cancelled = llm.engine.make_job("c", image_prompt(image(seed=9)), params)
     llm.engine.add(cancelled)
     llm.engine.step()
     llm.engine.cancel("c")
@@ -272,39 +209,10 @@ def test_text_pillow_arrays_and_tensors_are_the_same(checkpoint):
     assert_as_expected(checkpoint, given, output)
 
 
-def test_the_command_line_takes_image_files(checkpoint, tmp_path, capsys, monkeypatch):
-    file, broken = tmp_path / "image.png", tmp_path / "broken.png"
-    pixels = image("1 x 3", 4)
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file)
-    broken.write_bytes(file.read_bytes()[:400])
-    (expected,) = generate(load(checkpoint), prompt(pixels, pixels), SamplingParams(temperature=0, max_tokens=4))
-    tokens = ",".join(map(str, prompt(pixels, pixels)["prompt_token_ids"]))
-    command = ["generate", str(checkpoint[0]), "--max-tokens", "4", "--num-blocks", "50", "--image", str(file)]
-    two = [*command, "--image", str(file)]
-    assert main([*two, "--tokens", tokens, "--json"]) == 0
-    outputs = json.loads(capsys.readouterr().out.splitlines()[-1])["outputs"]
-    assert outputs[0]["outputs"][0]["token_ids"] == expected.outputs[0].token_ids
-    assert main([*command, "-p", "w5 <|image|> w6"]) == 0
-    for arguments, message in (
-        ([*two, "-p", "<|image|>"], "2 images for 1 placeholders"),
-        ([*two, "-p", "<|image|>", "--limit-mm-per-prompt", '{"image": 1}'], "2 images, and limit_mm_per_prompt"),
-        ([*command, "-p", "a", "-p", "b"], "--image: belongs to one prompt, and 2 are given"),
-        ([*command, "--image", "nowhere.png", "-p", "a"], "--image nowhere.png: "),
-        ([*command, "--image", str(broken), "-p", "<|image|> <|image|>"], "an image cannot be read"),
-    ):
-        capsys.readouterr()
-        assert main(arguments) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert message in line
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    assert main([*command, "-p", "<|image|>"]) == 2
-    assert "needs Pillow" in capsys.readouterr().err
-
-
 def test_the_caller_may_change_the_pixels_afterwards(checkpoint):
     llm, pixels = load(checkpoint), image()
-    job = llm.engine.make_job("a", prompt(pixels), GREEDY)
-    kept = prompt(pixels.clone())
+    job = llm.engine.make_job("a", image_prompt(pixels), GREEDY)
+    kept = image_prompt(pixels.clone())
     pixels.zero_()
     llm.engine.add(job)
     while not job.finished:
@@ -313,12 +221,12 @@ def test_the_caller_may_change_the_pixels_afterwards(checkpoint):
 
 
 def test_behind_an_event_loop(checkpoint):
-    given = prompt(image("2 x 2", 1))
+    given = image_prompt(image("2 x 2", 1))
 
     async def run():
         async with AsyncLLM(checkpoint[0], device="cpu", dtype="float32", num_blocks=50) as llm:
             results = []
-            for some in (given, prompt(image(), image()) | {"prompt_token_ids": [5]}):
+            for some in (given, image_prompt(image(), image()) | {"prompt_token_ids": [5]}):
                 try:
                     async for output in llm.generate(some, GREEDY):
                         last = output
@@ -368,7 +276,7 @@ def limited(checkpoint):
 def test_an_image_needs_room(checkpoint):
     llm = load(checkpoint, max_model_len=20)
     with pytest.raises(ParameterError, match="prompt of 42 tokens: max_model_len=20 leaves no room"):
-        generate(llm, prompt(image("2 x 2")))
+        generate(llm, image_prompt(image("2 x 2")))
 
 
 def test_without_images_the_tower_stays_in_the_files(checkpoint, tmp_path, caplog):
@@ -381,7 +289,7 @@ def test_without_images_the_tower_stays_in_the_files(checkpoint, tmp_path, caplo
         llm = load((folder,), limit_mm_per_prompt={"image": 0})
     assert "limit_mm_per_prompt allows no images" in caplog.text
     with pytest.raises(ParameterError, match="1 images, and limit_mm_per_prompt allows 0"):
-        generate(llm, prompt(image()))
+        generate(llm, image_prompt(image()))
     text = {"prompt_token_ids": [1, TOKENS.image, TOKENS.patch, 5]}  # tokens like any others
     with torch.no_grad():
         whole = logprobs(checkpoint[1].language_model(torch.tensor([text["prompt_token_ids"]])).logits)[0, :-1]
@@ -396,7 +304,7 @@ def test_a_file_without_vision_tensors_is_a_text_model(checkpoint, tmp_path, cap
         llm = load((folder,))
     assert "no tensors of a vision part: served as a text model" in caplog.text
     with pytest.raises(ParameterError, match="1 images, and the model reads none"):
-        generate(llm, prompt(image()))
+        generate(llm, image_prompt(image()))
     with pytest.raises(ConfigError, match=r"limit_mm_per_prompt=.*reads no images"):
         load((folder,), limit_mm_per_prompt={"image": 0})
     name = "vision_model.layernorm_pre.weight"
@@ -408,7 +316,7 @@ def test_dummy_weights_see_images_too(checkpoint, tmp_path):
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((checkpoint[0] / name).read_bytes())
     llm = LLM(tmp_path, device="cpu", dtype="float32", num_blocks=50, load_format="dummy")
-    first, second = generate(llm, [prompt(image(seed=1)), prompt(image(seed=2))])
+    first, second = generate(llm, [image_prompt(image(seed=1)), image_prompt(image(seed=2))])
     assert (prompt_logprobs(first) - prompt_logprobs(second)).abs().max() > 0
 
 
@@ -424,7 +332,7 @@ def test_models_without_images_say_so(tmp_path):
         LLM(folder, device="cpu", limit_mm_per_prompt={"image": 1})
     llm = LLM(folder, device="cpu", num_blocks=20)
     with pytest.raises(ParameterError, match="1 images, and the model reads none"):
-        generate(llm, prompt(image()))
+        generate(llm, image_prompt(image()))
     generate(llm, {"prompt_token_ids": [1], "multi_modal_data": {"image": []}}, SamplingParams(max_tokens=1))
 
 
@@ -471,6 +379,6 @@ def test_the_preprocessors_tiling_is_followed(checkpoint, tmp_path, file):
     folder = copy(checkpoint, tmp_path)
     values = {"max_patches": 2, "size": {"height": SIDE, "width": SIDE}, "image_mean": [0.5] * 3, "resample": 2}
     (folder / file).write_text(json.dumps(values if file.startswith("pre") else {"image_processor": values}))
-    (output,) = generate(load((folder,)), prompt(image("2 x 2")))
+    (output,) = generate(load((folder,)), image_prompt(image("2 x 2")))
     cut, (rows, columns) = cut_tiles(image("2 x 2"), SIDE, 2)
     assert rows * columns == 2 and output.prompt_token_ids.count(TOKENS.patch) == PATCHES * len(cut)
