@@ -56,7 +56,7 @@ def _with_images(prompts: Sequence[Prompt], files: Sequence[str]) -> Prompt:
     try:
         from PIL import Image
     except ImportError as error:
-        raise ParameterError("--image: reading image files needs Pillow (pip install pillow)") from error
+        raise ParameterError("--image: reading image files needs Pillow: pip install 'lamella[images]'") from error
     images = []
     for file in files:
         try:

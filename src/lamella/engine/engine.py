@@ -129,6 +129,11 @@ class Engine:
         """Of a supernet, the mixer of each layer for requests that ask for no other; None where there is no choice."""
         return self._residence.placement
 
+    @property
+    def image_token_ids(self) -> frozenset[int]:
+        """The tokens that a prompt without images must not have."""
+        return frozenset() if self._images is None else self._images.token_ids
+
     @classmethod
     def load(cls, options: EngineOptions) -> Engine:
         """The engine of a checkpoint. Raises `ConfigError` or `CheckpointError` with one line."""

@@ -74,6 +74,11 @@ class ImageReader:
         self.model, self.limit = model, limit
         self._known: WeakValueDictionary[bytes, Image] = WeakValueDictionary()
 
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """The tokens that a prompt without images must not have."""
+        return frozenset((self.model.placeholder, self.model.patch))
+
     def place(self, token_ids: list[int], images: Sequence[Any]) -> tuple[list[int], tuple[PlacedImage, ...]]:
         """The prompt with every placeholder written out, and where each image stands in it.
 
@@ -81,13 +86,12 @@ class ImageReader:
         stands for a part of an image, and not for itself: nothing but a placeholder brings these.
         """
         model = self.model
+        name = f"{model.placeholder_text}, token {model.placeholder}"
         if self.limit is not None and len(images) > self.limit:
             raise ParameterError(f"multi_modal_data: {len(images)} images, and limit_mm_per_prompt allows {self.limit}")
         if (count := token_ids.count(model.placeholder)) != len(images):
-            name = f"{model.placeholder_text}, token {model.placeholder}"
             raise ParameterError(f"multi_modal_data: {len(images)} images for {count} placeholders ({name})")
         if model.patch in token_ids:
-            name = f"{model.placeholder_text}, token {model.placeholder}"
             raise ParameterError(
                 f"prompt: token {model.patch} stands for a part of an image; give images, and a placeholder ({name}) "
                 "for each"
