@@ -61,7 +61,7 @@ def _with_images(prompts: Sequence[Prompt], files: Sequence[str]) -> Prompt:
     for file in files:
         try:
             images.append(Image.open(file))
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise ParameterError(f"--image {file}: {error}") from error
     (prompt,) = prompts
     return {**({"prompt": prompt} if isinstance(prompt, str) else prompt), "multi_modal_data": {"image": images}}

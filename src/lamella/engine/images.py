@@ -128,7 +128,7 @@ def pixels_of(image: Any) -> Tensor:
     elif hasattr(image, "convert"):  # of Pillow, which need not be installed
         try:
             pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        except OSError as error:  # its file is read only now
+        except Exception as error:  # its file is read only now, and each format has errors of its own
             raise ParameterError(f"multi_modal_data: an image cannot be read ({error})") from error
     else:
         pixels = torch.empty(0)
