@@ -165,7 +165,7 @@ def test_an_override_goes_before_the_file(original, tmp_path):
     overrides = {"text_config": {"attn_temperature_tuning": False}}
 
     def temperatures(**options):
-        llm = LLM(tmp_path, device="cpu", num_blocks=8, **options)
+        llm = LLM(tmp_path, device="cpu", num_blocks=8, limit_mm_per_prompt={"image": 0}, **options)
         return [layer.mixer.temperature is not None for layer in llm.engine.model.config.layers]
 
     assert temperatures() == [False, False, False, True]

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from helpers import canon_checkpoint
+from image_models import image, image_checkpoint, image_prompt
 from lamella import LLM, SamplingParams
 from lamella.cli import main
 
@@ -63,6 +65,37 @@ def test_generate_demo_asks_and_checks_itself(capsys):
     answers = last_json(capsys)["answers"]
     assert len(answers) == 6
     assert all(answer["right"] and answer["said"].split() == answer["answer"].split() for answer in answers)
+
+
+def test_generate_takes_image_files(tmp_path, capsys, monkeypatch):
+    image_checkpoint(tmp_path)
+    file, broken = tmp_path / "image.png", tmp_path / "broken.png"
+    pixels = image("1 x 3", 4)
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file)
+    broken.write_bytes(file.read_bytes()[:400])
+    given, params = image_prompt(pixels, pixels), SamplingParams(temperature=0, max_tokens=4)
+    (expected,) = LLM(tmp_path, device="cpu", num_blocks=50).generate(given, params, use_tqdm=False)
+    tokens = ",".join(map(str, given["prompt_token_ids"]))
+    command = ["generate", str(tmp_path), "--max-tokens", "4", "--num-blocks", "50", "--image", str(file)]
+    two = [*command, "--image", str(file)]
+    assert main([*two, "--tokens", tokens, "--json"]) == 0
+    outputs = json.loads(capsys.readouterr().out.splitlines()[-1])["outputs"]
+    assert outputs[0]["outputs"][0]["token_ids"] == expected.outputs[0].token_ids
+    assert main([*command, "-p", "w5 <|image|> w6"]) == 0
+    for arguments, message in (
+        ([*two, "-p", "<|image|>"], "2 images for 1 placeholders"),
+        ([*two, "-p", "<|image|>", "--limit-mm-per-prompt", '{"image": 1}'], "2 images, and limit_mm_per_prompt"),
+        ([*command, "-p", "a", "-p", "b"], "--image: belongs to one prompt, and 2 are given"),
+        ([*command, "--image", "nowhere.png", "-p", "a"], "--image nowhere.png: "),
+        ([*command, "--image", str(broken), "-p", "<|image|> <|image|>"], "an image cannot be read"),
+    ):
+        capsys.readouterr()
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert main([*command, "-p", "<|image|>"]) == 2
+    assert "needs Pillow" in capsys.readouterr().err
 
 
 def test_the_demo_tour(capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -84,15 +85,19 @@ def fill(model: CausalLM, checkpoint: Checkpoint, tensors: OpenTensors) -> None:
         check_shape(checkpoint, tensors, name, target)
         for piece in target.pieces(_PIECE_BYTES):
             tensor = tensors.load(name, piece.splits)
-            if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-                problem = f"tensor {name} is {tensor.dtype}: quantised files are not read"
-                raise CheckpointError(f"{checkpoint.path}: {problem}")
+            check_dtype(checkpoint.path, name, tensor)
             piece.place.copy_(tensor)
     for name in redundant:
         embedding = next(target for target in expected.values() if target.path == "model.embed_tokens.weight")
         copy = tensors.load(name, embedding.splits)
         if not torch.equal(copy.to(embedding.place.dtype), embedding.place.cpu()):
             logger.warning("%s: %s differs from the embedding it is tied to, and is not used", checkpoint.path, name)
+
+
+def check_dtype(path: Path, name: str, tensor: Tensor) -> None:
+    """Refuse a quantised tensor."""
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        raise CheckpointError(f"{path}: tensor {name} is {tensor.dtype}: quantised files are not read")
 
 
 def load_tensor(checkpoint: Checkpoint, tensors: OpenTensors, name: str, target: Target) -> Tensor:

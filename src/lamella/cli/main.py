@@ -39,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     _model(generate)
     generate.add_argument("-p", "--prompt", action="append", help="a prompt; may be given several times")
     generate.add_argument("--tokens", action="append", metavar="1,2,3", help="a prompt as token ids; likewise")
+    generate.add_argument(
+        "--image", action="append", metavar="FILE", help="for an <|image|> of the one prompt, in their order"
+    )
     generate.add_argument("--max-tokens", type=int, default=64)
     generate.add_argument("--temperature", type=float, default=0.0)
     generate.add_argument("--top-p", type=float, default=1.0)
@@ -171,6 +174,7 @@ def _engine(command: argparse.ArgumentParser) -> None:
         ("seed", int),
         ("placement", str),
         ("hf-overrides", json.loads),
+        ("limit-mm-per-prompt", json.loads),
     ):
         group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
     flag = argparse.BooleanOptionalAction

@@ -47,6 +47,7 @@ class LLM:
         snapshot_interval: int | None = None,
         snapshot_prompts: str = "never",
         hf_overrides: Mapping[str, Any] | None = None,
+        limit_mm_per_prompt: Mapping[str, int] | None = None,
         placement: PlacementLike | None = None,
         mixed_placements: bool = False,
         deterministic: bool = False,
@@ -70,6 +71,7 @@ class LLM:
                 snapshot_interval=snapshot_interval,
                 snapshot_prompts=snapshot_prompts,
                 hf_overrides=hf_overrides,
+                limit_mm_per_prompt=limit_mm_per_prompt,
                 placement=placement,
                 mixed_placements=mixed_placements,
                 deterministic=deterministic,
@@ -85,7 +87,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete every prompt; the outputs come in the prompts' order.
 
-        A prompt is a string or `{"prompt_token_ids": [...]}`. Parameters are one for all, or one for each prompt.
+        A prompt is a string or `{"prompt_token_ids": [...]}`; with images, `{"prompt": "<|image|> ...",
+        "multi_modal_data": {"image": image}}`, see `read_prompt`. Parameters are one for all, or one for each prompt.
         Every request is checked before any is run; a bad one is a `ParameterError` that says which.
         """
         prompts = [prompts] if isinstance(prompts, str | dict) else list(prompts)

@@ -29,6 +29,8 @@ class EngineOptions:
         tensor_parallel_size: devices of this host (on a CPU: processes) that hold a part of the model each.
         hf_overrides: values in the place of config.json's, those of a nested mapping by themselves, such as
             `{"text_config": {"attn_temperature_tuning": False}}`.
+        limit_mm_per_prompt: of a model that reads images, the most that a prompt may have, `{"image": 4}`; 0 leaves the
+            part that reads them in the files; None is no limit.
         placement: of a supernet, which mixer is active in each layer, see `lamella.config.read_placement`; None is the
             checkpoint's own.
         mixed_placements: keep state for all mixers, so that requests may have placements of their own.
@@ -65,6 +67,7 @@ class EngineOptions:
     snapshot_interval: int | None = None
     snapshot_prompts: str = "never"
     hf_overrides: Mapping[str, Any] | None = None
+    limit_mm_per_prompt: Mapping[str, int] | None = None
     placement: PlacementLike | None = None
     mixed_placements: bool = False
     deterministic: bool = False
@@ -92,6 +95,10 @@ class EngineOptions:
             raise ConfigError(f"snapshot_bytes={size!r}: must be a whole number of bytes")
         if self.hf_overrides is not None and not isinstance(self.hf_overrides, Mapping):
             raise ConfigError(f"hf_overrides={self.hf_overrides!r}: must be a mapping of config.json's keys")
+        if self.limit_mm_per_prompt is not None and not _is_limit(self.limit_mm_per_prompt):
+            raise ConfigError(
+                f'limit_mm_per_prompt={self.limit_mm_per_prompt!r}: must be {{"image": N}}, N a whole number of images'
+            )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed={self.seed!r}: must be a whole number")
         for field in ("enable_prefix_caching", "enforce_eager", "deterministic", "mixed_placements"):
@@ -103,6 +110,11 @@ class EngineOptions:
         for field, (only, why) in unsupported.items():
             if getattr(self, field) != only:
                 raise ConfigError(f"{field}={getattr(self, field)!r}: must be {only}: {why}")
+
+    @property
+    def max_images(self) -> int | None:
+        """The most images that a prompt may have; None is no limit."""
+        return None if self.limit_mm_per_prompt is None else self.limit_mm_per_prompt["image"]
 
     def resolve_device(self) -> torch.device:
         """The device to run on, rank 0's where there are several."""
@@ -134,6 +146,13 @@ class EngineOptions:
         if longest is not None and self.max_model_len > longest:
             raise ConfigError(f"max_model_len={self.max_model_len}: the model supports at most {longest}")
         return self.max_model_len
+
+
+def _is_limit(value: object) -> bool:
+    if not isinstance(value, Mapping) or set(value) != {"image"}:
+        return False
+    count = value["image"]
+    return isinstance(count, int) and not isinstance(count, bool) and count >= 0
 
 
 def supported_length(config: ModelConfig) -> int | None:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from lamella.config import Placement
 from lamella.engine.graphs import DecodeGraphs, bucket_sizes
+from lamella.engine.images import ImageRows
 from lamella.engine.request import Request
 from lamella.engine.sampler import (
     Choice,
@@ -74,8 +75,15 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: LanguageModel, state: StateManager, device: torch.device, max_model_len: int, max_num_seqs: int
+        self,
+        model: LanguageModel,
+        state: StateManager,
+        device: torch.device,
+        max_model_len: int,
+        max_num_seqs: int,
+        images: ImageRows,
     ) -> None:
+        self.images = images
         self.model, self.state, self.device, self.max_model_len = model, state, device, max_model_len
         self.runs_ahead = device.type == "cuda"
         self.num_replays = 0
@@ -158,7 +166,7 @@ class ModelRunner:
                 self.num_replays += 1
                 return self._flight(shares, self._choose(shares, hidden, tensors, chosen=True), {})
             pads = rows - len(shares)
-        tensors = self.inputs.build(shares, self._rows, pads, placements)
+        tensors = self.inputs.build(shares, self._rows, pads, placements, self.images.of(shares))
         with forward_batch(tensors.batch):
             hidden = self.model(self._resolve(tensors.input_ids, shares))
             prompts = self._prompt_logprobs(shares, hidden)

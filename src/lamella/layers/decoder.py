@@ -11,7 +11,7 @@ from lamella.config import CanonConfig, LayerConfig, ModelConfig, Placement, Pla
 from lamella.distributed.sharding import Split
 from lamella.layers.block_input import BlockInput
 from lamella.layers.canon import Canon
-from lamella.layers.context import ForwardBatch, current_batch, forward_batch
+from lamella.layers.context import ForwardBatch, GivenEmbeddings, current_batch, forward_batch
 from lamella.layers.kit import Kit, PagedAttention, SlotHolder, state_holders
 from lamella.layers.norm import RMSNorm, build_norm
 from lamella.layers.rotary import Positions
@@ -63,9 +63,11 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.norm.eps, kit.device)
 
-    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """ids and positions (T,) -> (T, hidden_size)."""
+    def forward(self, input_ids: Tensor, positions: Tensor, given: GivenEmbeddings | None = None) -> Tensor:
+        """ids and positions (T,) -> (T, hidden_size); what is `given` goes before the ids."""
         residual = self.embed_tokens(input_ids)
+        if given is not None:
+            residual = residual.index_copy(0, given.tokens, given.rows)
         hidden = torch.zeros_like(residual)
         at = Positions(positions)
         for layer in self.layers:
@@ -145,7 +147,7 @@ class LanguageModel(nn.Module):
         """
         batch = current_batch()
         if batch is not None:
-            return self.model(input_ids, batch.ragged.positions if positions is None else positions)
+            return self.model(input_ids, batch.ragged.positions if positions is None else positions, batch.given)
         if input_ids.dim() not in (1, 2) or input_ids.numel() == 0:
             raise ValueError(
                 f"input_ids of shape {tuple(input_ids.shape)}: must be (batch, seq) or (tokens,), not empty"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lamella.config import PlacementLike
 from lamella.engine.engine import Engine
+from lamella.engine.images import ImageRows
 from lamella.engine.options import EngineOptions
 from lamella.engine.request import Request
 from lamella.engine.runner import Flight, ModelRunner
@@ -169,10 +170,11 @@ class _ForcedRunner(ModelRunner):
         device: torch.device,
         max_model_len: int,
         max_num_seqs: int,
+        images: ImageRows,
         top: int | None,
         pads: int,
     ) -> None:
-        super().__init__(model, state, device, max_model_len, max_num_seqs + pads)
+        super().__init__(model, state, device, max_model_len, max_num_seqs + pads, images)
         self.runs_ahead = False
         self.records: dict[Request, Record] = {}
         self._top = top
