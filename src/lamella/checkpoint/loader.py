@@ -30,6 +30,8 @@ def resolve_dtype(checkpoint: Checkpoint, dtype: torch.dtype | str) -> torch.dty
     """The dtype to compute in; "auto" is the checkpoint's own."""
     if isinstance(dtype, str) and dtype == "auto":
         stated = checkpoint.values.get("dtype") or checkpoint.values.get("torch_dtype")
+        if not stated and checkpoint.quantization is not None:
+            raise ConfigError("dtype='auto': the weights are quantised, and the config says no dtype to compute in")
         dtype = str(stated).removeprefix("torch.") if stated else _stored_dtype(checkpoint)
     if isinstance(dtype, str):
         dtype = {"half": "float16", "float": "float32"}.get(dtype, dtype)
@@ -97,7 +99,7 @@ def fill(model: CausalLM, checkpoint: Checkpoint, tensors: OpenTensors) -> None:
 def check_dtype(path: Path, name: str, tensor: Tensor) -> None:
     """Refuse a quantised tensor."""
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-        raise CheckpointError(f"{path}: tensor {name} is {tensor.dtype}: quantised files are not read")
+        raise CheckpointError(f"{path}: tensor {name} is {tensor.dtype}, and no scale of it is known")
 
 
 def load_tensor(checkpoint: Checkpoint, tensors: OpenTensors, name: str, target: Target) -> Tensor:
