@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lamella.config import PlacementLike
+from lamella.engine.compiled import CompiledModel
 from lamella.engine.engine import Engine
 from lamella.engine.options import EngineOptions
 from lamella.engine.request import Request
@@ -169,10 +170,11 @@ class _ForcedRunner(ModelRunner):
         device: torch.device,
         max_model_len: int,
         max_num_seqs: int,
+        compiled: CompiledModel | None,
         top: int | None,
         pads: int,
     ) -> None:
-        super().__init__(model, state, device, max_model_len, max_num_seqs + pads)
+        super().__init__(model, state, device, max_model_len, max_num_seqs + pads, compiled)
         self.runs_ahead = False
         self.records: dict[Request, Record] = {}
         self._top = top
