@@ -199,8 +199,9 @@ class _ForcedRunner(ModelRunner):
         self, shares: Sequence[Scheduled], hidden: Tensor, tensors: StepTensors, chosen: bool = False
     ) -> Choice | None:
         tokens: list[int] = []
-        every = torch.cat([self.model.compute_logits(part) for part in hidden.split(_LOGITS_ROWS)])
-        for share, logits in zip(shares, every.split([share.count for share in shares]), strict=True):
+        counts = [share.count for share in shares]  # the engine's own padding stands behind them
+        every = torch.cat([self.model.compute_logits(part) for part in hidden[: sum(counts)].split(_LOGITS_ROWS)])
+        for share, logits in zip(shares, every.split(counts), strict=True):
             request = share.request
             if (record := self.records.get(request)) is None:
                 continue  # padding
