@@ -6,8 +6,8 @@
 queries, experts in every 2nd. `canon` has all four convolutions in each layer. `hybrid` is Apriel2 with one layer of
 attention to two of a gated delta net. The first depth is measured of each, others of `maverick`.
 
-Each form compiles in a process of its own, without caches, on one thread, then computes steps of 64, 33, 1, 128, 7 and 2
-tokens, whose results must be the eager ones; in all of them attention over state, recurrences and experts are
+Each form compiles in a process of its own, without caches, on one thread, then computes steps of 64, 33, 1, 128, 7 and
+2 tokens, whose results must be the eager ones; in all of them attention over state, recurrences and experts are
 operations that torch.compile does not look into. Seconds are CPU time with the compilers', without what torch.compile's
 own start takes. One JSON line ends the output; the exit status is 1 where a form computes something else.
 """

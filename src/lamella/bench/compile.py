@@ -48,7 +48,7 @@ class CompileCost:
         layers: of the stack.
         graphs: programs in the end.
         recompiles: the guard that made another one necessary, each time.
-        gave_up: whether torch.compile reached its limit, the last of `recompiles` in vain, and runs the rest uncompiled.
+        gave_up: whether torch.compile reached its limit, the last of `recompiles` in vain, and runs the rest eagerly.
         cpu_seconds: of all steps, on one thread, and of the compilers; without what torch.compile's own start takes.
         difference: the largest from the eager hidden states, which norms have made about one.
     """
