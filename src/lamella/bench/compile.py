@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,19 +66,17 @@ class CompileCost:
         return self.difference <= LIMIT
 
 
-def compile_costs(
-    model: str, layers: Sequence[int] = (), placement: str | None = None, values: dict[str, Any] | None = None
-) -> Iterator[CompileCost]:
+def compile_costs(model: str, layers: Sequence[int] = (), placement: str | None = None) -> Iterator[CompileCost]:
     """Of each form in turn, for the model's stack and, with `layers`, for stacks of so many layers, which repeat the
-    model's; of a supernet, under a placement. `values` are in the place of config.json's.
+    model's; of a supernet, under a placement.
 
     Raises `ConfigError` or `CheckpointError` where there is no such model, and `LamellaError` where a form fails.
     """
-    config = open_checkpoint(model, values).read_config()
+    config = open_checkpoint(model).read_config()
     read_placement(placement, config)
     for depth in layers or (len(config.layers),):
         for form in FORMS:
-            task = {"model": model, "form": form, "layers": depth, "placement": placement, "values": values}
+            task = {"model": model, "form": form, "layers": depth, "placement": placement}
             command = [sys.executable, "-m", "lamella.bench.compile", json.dumps(task)]
             done = subprocess.run(command, env=os.environ | _ALONE, capture_output=True, text=True, check=False)
             if done.returncode:
@@ -111,13 +108,13 @@ def _each_layer(model: LanguageModel) -> Forward:
 FORMS = {"lamella": _lamella, "whole model": _whole_model, "each layer": _each_layer}
 
 
-def _measure(form: str, model: str, layers: int, placement: str | None, values: dict[str, Any] | None) -> CompileCost:
+def _measure(form: str, model: str, layers: int, placement: str | None) -> CompileCost:
     """The cost of one form, in a process that has compiled nothing before."""
     from torch._dynamo import utils
 
     torch.set_num_threads(1)  # those that wait for work spin, which would be counted
     utils.set_compilation_metrics_limit(1 << 16)
-    checkpoint = open_checkpoint(model, values)
+    checkpoint = open_checkpoint(model)
     config = checkpoint.read_config()
     config = with_depth(placed(config, read_placement(placement, config)), layers)
     built: LanguageModel = checkpoint.architecture.allocate(config, LocalKit(torch.float32))
