@@ -15,6 +15,7 @@ from PIL import Image
 from helpers import canon_checkpoint
 from image_models import image, image_checkpoint, image_prompt
 from lamella import LLM, SamplingParams
+from lamella.bench.compile import LIMIT, CompileCost
 from lamella.cli import main
 
 LLAMA4 = {
@@ -160,6 +161,9 @@ def test_bench_ends_with_one_json_line(folder, workload, capsys):
         (["generate", "./nowhere", "--tokens", "1"], "./nowhere"),
         (["inspect", "{folder}", "--context", "0"], "--context"),
         (["inspect", "{folder}/config.json"], "config.json"),
+        (["inspect", "{folder}", "--layers", "12"], "--layers"),
+        (["inspect", "{folder}", "--compile", "--layers", "4", "0"], "--layers 4 0"),
+        (["inspect", "{folder}", "--compile", "--placement", "all-gdn"], "placement"),
         (["convert", "{folder}", "{folder}-new", "--rope", "spiral"], "rope"),
         (["bench", "latency", "{folder}", "--output-len", "0"], "--output-len"),
         (["demo", "--questions", "0"], "--questions"),
@@ -196,6 +200,30 @@ def test_cuda_is_refused_where_there_is_none(folder, capsys):
         pytest.skip("a CUDA device is here")
     assert main(["generate", str(folder), "--tokens", "1", "--device", "cuda"]) == 2
     assert "device='cuda'" in capsys.readouterr().err
+
+
+def test_inspect_compiles_in_every_form(tmp_path, capsys, monkeypatch):
+    """The engine's and each layer by itself, at twice the depth, without the time that a start without caches takes."""
+    monkeypatch.setattr("lamella.bench.compile.FORMS", {"lamella": None, "each layer": None})
+    monkeypatch.setattr("lamella.bench.compile._ALONE", {})
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA4))
+    assert main(["inspect", str(tmp_path), "--compile", "--layers", "8", "--json"]) == 0
+    ours, naive = last_json(capsys)["compile"]
+    assert (ours["layers"], ours["graphs"], ours["recompiles"], ours["gave_up"]) == (8, 3, [], False)
+    assert naive["graphs"] > ours["graphs"]
+    assert naive["gave_up"]
+    assert any("feed_forward" in reason for reason in naive["recompiles"])
+    assert max(ours["difference"], naive["difference"]) <= LIMIT
+
+
+def test_inspect_fails_where_compiling_changes_the_result(folder, capsys, monkeypatch):
+    right = CompileCost("lamella", 2, 2, [], False, 1.0, LIMIT)
+    wrong = CompileCost("whole model", 2, 1, ["2 <= input_ids.size()[0]"] * 3, True, 1.0, 2 * LIMIT)
+    monkeypatch.setattr("lamella.cli.inspect.compile_costs", lambda *_: iter([right, wrong]))
+    assert main(["inspect", str(folder), "--compile"]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    for shown in ("gave up", "WRONG", "2 layers, whole model, 3 x 2 <= input_ids.size()[0]"):
+        assert shown in out
 
 
 def test_inspect_shows_what_layers_differ_in(tmp_path, capsys):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 import torch
@@ -162,6 +163,21 @@ def test_cancelled_requests_are_forgotten_by_all_ranks(engines):
     assert [o.outputs[0].token_ids for o in one] == [o.outputs[0].token_ids for o in two]
     recorder = engines[1].engine.workers._recorder
     assert len(recorder._told) <= 4
+
+
+@pytest.mark.parametrize("pair", [llama4], indirect=True, ids=["llama4"])
+def test_ranks_compile_the_same_programs(pair):
+    """Sums over ranks included."""
+    one, _ = pair
+    one.reset_prefix_cache()
+    params = SamplingParams(temperature=0, max_tokens=6, prompt_logprobs=VOCAB, ignore_eos=True)
+    compiled = LLM(one.engine.options.model, **OPTIONS, tensor_parallel_size=2, enable_compile=True)
+    with closing(compiled.engine):
+        for mine, theirs in zip(
+            *(llm.generate(PROMPTS, params, use_tqdm=False) for llm in (compiled, one)), strict=True
+        ):
+            assert mine.outputs[0].token_ids == theirs.outputs[0].token_ids
+            torch.testing.assert_close(rows(mine), rows(theirs), atol=1e-4, rtol=0)
 
 
 def test_a_killed_worker_is_an_error_and_no_wait(canon_folder):

@@ -19,6 +19,7 @@ from lamella.distributed.group import Group
 from lamella.distributed.sharding import Share
 from lamella.distributed.workers import WorkerProcesses, Workers
 from lamella.engine.capacity import memory_budget, say_what_cannot_hit
+from lamella.engine.compiled import CompiledModel
 from lamella.engine.completion import Completion, Job
 from lamella.engine.images import ImageReader, ImageRows, PlacedImage
 from lamella.engine.options import EngineOptions
@@ -95,7 +96,9 @@ class Engine:
             options.snapshot_interval,
             options.snapshot_prompts,
         )
-        self.runner = make_runner(model, self.state, device, self.max_model_len, options.max_num_seqs, rows)
+        compiled = CompiledModel(model) if options.enable_compile else None
+        sizes = self.max_model_len, options.max_num_seqs
+        self.runner = make_runner(model, self.state, device, *sizes, rows, compiled)
         if options.enforce_eager and device.type != "cuda":
             logger.info("enforce_eager: without effect, since there are no graphs on this device")
         self.runner.warm_up(graphs=not options.enforce_eager)

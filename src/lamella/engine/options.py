@@ -36,6 +36,8 @@ class EngineOptions:
         mixed_placements: keep state for all mixers, so that requests may have placements of their own.
         deterministic: only the default is possible yet, True is an error.
         enforce_eager: on a GPU, no graphs of the decode steps: quicker to start, slower to run; no effect on a CPU.
+        enable_compile: on a CPU, compile the blocks of the layers by torch.compile at the start, one program for each
+            kind of block; afterwards a step that would need another one is an error.
         seed: of the draws of requests without a seed, and of dummy weights.
         load_format: "auto", or "dummy" for random weights.
         block_size: tokens in a page.
@@ -59,6 +61,7 @@ class EngineOptions:
     enable_prefix_caching: bool = True
     tensor_parallel_size: int = 1
     enforce_eager: bool = False
+    enable_compile: bool = False
     seed: int = 0
     load_format: str = "auto"
     block_size: int = 16
@@ -101,9 +104,15 @@ class EngineOptions:
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed={self.seed!r}: must be a whole number")
-        for field in ("enable_prefix_caching", "enforce_eager", "deterministic", "mixed_placements"):
+        for field in ("enable_prefix_caching", "enforce_eager", "enable_compile", "deterministic", "mixed_placements"):
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(f"{field}={getattr(self, field)!r}: must be True or False")
+        if self.enable_compile and self.enforce_eager:
+            raise ConfigError("enable_compile=True: contradicts enforce_eager=True")
+        if self.enable_compile and self.mixed_placements:
+            raise ConfigError(
+                "enable_compile=True: not with mixed_placements=True, where requests enter the middle of a block"
+            )
         unsupported = {
             "deterministic": (False, "this version does not fix the order of sums across batch shapes"),
         }
@@ -118,6 +127,14 @@ class EngineOptions:
 
     def resolve_device(self) -> torch.device:
         """The device to run on, rank 0's where there are several."""
+        device = self._named_device()
+        if self.enable_compile and device.type != "cpu":
+            raise ConfigError(
+                f"enable_compile=True: only on a CPU; on device={str(device)!r} the engine has fused kernels and graphs"
+            )
+        return device
+
+    def _named_device(self) -> torch.device:
         if self.device == "auto":
             return self._device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         try:

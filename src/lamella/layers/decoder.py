@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +46,22 @@ class DecoderLayer(nn.Module):
 
     def forward(self, positions: Positions, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """hidden and residual (T, hidden_size) -> the same pair after the layer."""
+        hidden, residual = self.mix(self.mixer, positions, hidden, residual)
+        return self.feed(hidden, residual)
+
+    def mix(self, mixer: nn.Module, positions: Positions, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The pair after the first block, with the layer's mixer or one of its mixers."""
         entry = BlockInput(hidden, residual, self.mixer_norm, self.mixer_canon)
-        hidden = self.mixer(positions, entry)
-        entry = BlockInput(hidden, entry.residual, self.feed_forward_norm, self.feed_forward_canon)
+        return mixer(positions, entry), entry.residual
+
+    def feed(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The pair after the second block."""
+        entry = BlockInput(hidden, residual, self.feed_forward_norm, self.feed_forward_canon)
         return self.feed_forward(entry), entry.residual
+
+
+# Who computes a layer: what is called with it, and as it is.
+LayerCall: TypeAlias = Callable[[Any, Positions, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Decoder(nn.Module):
@@ -63,15 +76,21 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.norm.eps, kit.device)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, given: GivenEmbeddings | None = None) -> Tensor:
-        """ids and positions (T,) -> (T, hidden_size); what is `given` goes before the ids."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        given: GivenEmbeddings | None = None,
+        call: LayerCall = DecoderLayer.__call__,
+    ) -> Tensor:
+        """ids and positions (T,) -> (T, hidden_size), each layer by way of `call`; what is `given` goes before the ids."""
         residual = self.embed_tokens(input_ids)
         if given is not None:
             residual = residual.index_copy(0, given.tokens, given.rows)
         hidden = torch.zeros_like(residual)
         at = Positions(positions)
         for layer in self.layers:
-            hidden, residual = layer(at, hidden, residual)
+            hidden, residual = call(layer, at, hidden, residual)
         return self.norm(hidden, residual)[0]
 
 
@@ -86,7 +105,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: ModelConfig, kit: Kit) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.group = config, kit.group
         self.model = Decoder(config, kit)
         tied = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = kit.lm_head(config.vocab_size, config.hidden_size, tied, "lm_head")

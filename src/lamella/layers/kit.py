@@ -19,7 +19,7 @@ from lamella.distributed.sharding import Share, Split
 from lamella.layers.context import ForwardBatch, require_batch
 from lamella.layers.linear import Biases, Embedding, Head, Linear, MergedLinear, RowLinear, SplitEmbedding, SplitHead
 from lamella.layers.norm import RMSNorm, SplitRMSNorm
-from lamella.ops import attention
+from lamella.ops import attention, opaque
 from lamella.ops.attention.paged import AttentionPlan
 from lamella.state.spec import PagedState, SlotState
 
@@ -93,18 +93,25 @@ class PagedAttention(nn.Module):
         self.specs = (spec,)
         self.k_cache: Tensor | None = None
         self.v_cache: Tensor | None = None
+        self.handle: Tensor | None = None  # of a compiling engine, see ops.opaque
 
     def bind(self, *tensors: Tensor) -> None:
         """Caches (pages, page_size, KV, D) of this layer's keys and values."""
         self.k_cache, self.v_cache = tensors
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.handle is not None and torch.compiler.is_compiling():
+            return opaque.call(self.handle, "attention", (q, k, v), self.spec.head_dim)
         batch = require_batch()
         if batch.pages is None:
             spec = self.spec
             return attention.causal_attention(q, k, v, batch.ragged, self.scale, spec.window, spec.chunk)
         attention.write_kv(k, v, *self.target())
         return self.read(q)
+
+    def compute(self, part: str, inputs: Sequence[Tensor]) -> Tensor:
+        """The same of [q, k, v], untraced."""
+        return self(*inputs)
 
     def target(self) -> tuple[Tensor, Tensor, Tensor]:
         """Where the step's keys and values go: both caches, and the flat rows (T,) in them."""
@@ -159,6 +166,7 @@ class SlotHolder(nn.Module):
         super().__init__()
         self.specs, self.prefix = tuple(specs), prefix
         self.rows: tuple[Tensor, ...] = ()
+        self.handle: Tensor | None = None  # of a compiling engine, see ops.opaque
         self.parts: dict[str, Computation] = {}
 
     def bind(self, *tensors: Tensor) -> None:
@@ -167,7 +175,14 @@ class SlotHolder(nn.Module):
 
     def run(self, part: str, inputs: Sequence[Tensor], width: int) -> Tensor:
         """One of the `parts` of inputs (T, ...): (T, width)."""
-        return self.parts[part](*inputs, None)
+        if self.handle is not None and torch.compiler.is_compiling():
+            return opaque.call(self.handle, part, inputs, width)
+        return self.compute(part, inputs)
+
+    def compute(self, part: str, inputs: Sequence[Tensor]) -> Tensor:
+        """The same, untraced."""
+        result: Tensor = self.parts[part](*inputs, None)
+        return result
 
     def run_after_norm(
         self, part: str, x: Tensor, residual: Tensor, weight: Tensor, eps: float
