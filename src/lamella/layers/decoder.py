@@ -83,7 +83,10 @@ class Decoder(nn.Module):
         given: GivenEmbeddings | None = None,
         call: LayerCall = DecoderLayer.__call__,
     ) -> Tensor:
-        """ids and positions (T,) -> (T, hidden_size), each layer by way of `call`; what is `given` goes before the ids."""
+        """ids and positions (T,) -> (T, hidden_size), each layer by way of `call`.
+
+        What is `given` goes before the ids.
+        """
         residual = self.embed_tokens(input_ids)
         if given is not None:
             residual = residual.index_copy(0, given.tokens, given.rows)
