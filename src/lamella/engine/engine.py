@@ -21,7 +21,8 @@ from lamella.distributed.workers import WorkerProcesses, Workers
 from lamella.engine.capacity import memory_budget, say_what_cannot_hit
 from lamella.engine.compiled import CompiledModel
 from lamella.engine.completion import Completion, Job
-from lamella.engine.images import ImageReader, ImageRows, PlacedImage
+from lamella.engine.image_rows import ImageRows
+from lamella.engine.images import ImageReader, PlacedImage
 from lamella.engine.options import EngineOptions
 from lamella.engine.prompt import GivenPrompt, Prompt, read_prompt
 from lamella.engine.request import Request

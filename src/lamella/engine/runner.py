@@ -14,7 +14,7 @@ from tqdm import tqdm
 from lamella.config import Placement
 from lamella.engine.compiled import MIN_TOKENS, CompiledModel
 from lamella.engine.graphs import DecodeGraphs, bucket_sizes
-from lamella.engine.images import ImageRows
+from lamella.engine.image_rows import ImageRows
 from lamella.engine.request import Request
 from lamella.engine.sampler import (
     Choice,

@@ -16,7 +16,7 @@ from torch import Tensor
 from lamella.config import PlacementLike
 from lamella.engine.compiled import CompiledModel
 from lamella.engine.engine import Engine
-from lamella.engine.images import ImageRows
+from lamella.engine.image_rows import ImageRows
 from lamella.engine.options import EngineOptions
 from lamella.engine.request import Request
 from lamella.engine.runner import Flight, ModelRunner
