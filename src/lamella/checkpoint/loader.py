@@ -61,15 +61,18 @@ def load_model(
     max_length: int | None = None,
     seed: int = 0,
     group: Group | None = None,
+    expert_parallel: bool = False,
 ) -> CausalLM:
     """The model of a checkpoint in `dtype` on `device`; `load_format="dummy"` fills it at random instead.
 
-    With a `group`, the part of it that this rank holds, of which alone the files are read.
+    With a `group`, the part of it that this rank holds, of which alone the files are read; with `expert_parallel`, some
+    of the experts whole.
     """
     if load_format not in LOAD_FORMATS:
         raise ConfigError(f"load_format={load_format!r}: must be one of {', '.join(LOAD_FORMATS)}")
     config = checkpoint.read_config(max_length)
-    model = checkpoint.architecture.allocate(config, LocalKit(resolve_dtype(checkpoint, dtype), device, group))
+    kit = LocalKit(resolve_dtype(checkpoint, dtype), device, group, expert_parallel)
+    model = checkpoint.architecture.allocate(config, kit)
     if load_format == "dummy":
         initialize(model, torch.Generator(device).manual_seed(seed))
     else:
@@ -85,6 +88,8 @@ def fill(model: CausalLM, checkpoint: Checkpoint, tensors: OpenTensors) -> None:
     redundant = check_names(checkpoint, model, expected, tensors.names())
     for name, target in expected.items():
         check_shape(checkpoint, tensors, name, target)
+        if not target.place.numel():  # another rank's
+            continue
         for piece in target.pieces(_PIECE_BYTES):
             tensor = tensors.load(name, piece.splits)
             check_dtype(checkpoint.path, name, tensor)

@@ -14,7 +14,7 @@ import torch
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.checkpoint.files import Checkpoint
 from lamella.checkpoint.loader import resolve_dtype
-from lamella.config import Placement, PlacementLike, describe_placement, read_placement
+from lamella.config import MoEConfig, Placement, PlacementLike, describe_placement, read_placement
 from lamella.distributed.group import Group
 from lamella.distributed.sharding import Share
 from lamella.distributed.workers import WorkerProcesses, Workers
@@ -497,13 +497,25 @@ def check_split(checkpoint: Checkpoint, options: EngineOptions) -> None:
             f"tensor_parallel_size={size}: {architecture.__name__} is defined in the main script, where other "
             "processes cannot import it; put it into a module"
         )
-    architecture.allocate(checkpoint.read_config(), LocalKit(device="meta", group=Group(Share(0, size))))
+    config, whole_experts = checkpoint.read_config(), options.enable_expert_parallel
+    if whole_experts and not any(isinstance(layer.feed_forward, MoEConfig) for layer in config.layers):
+        raise ConfigError("enable_expert_parallel=True: no layer of the model has experts")
+    architecture.allocate(config, LocalKit(device="meta", group=Group(Share(0, size)), expert_parallel=whole_experts))
 
 
 def load_part(checkpoint: Checkpoint, options: EngineOptions, device: torch.device, group: Group) -> LanguageModel:
     """A rank's part of the model."""
     max_length = options.resolve_length(checkpoint.read_config())
-    return load_model(checkpoint, options.dtype, device, options.load_format, max_length, options.seed, group)
+    return load_model(
+        checkpoint,
+        options.dtype,
+        device,
+        options.load_format,
+        max_length,
+        options.seed,
+        group,
+        options.enable_expert_parallel,
+    )
 
 
 def load_images(

@@ -27,6 +27,7 @@ class EngineOptions:
         max_num_batched_tokens: tokens computed in a step; longer prompts are computed in chunks.
         enable_prefix_caching: share the state of equal beginnings of prompts, and of finished conversations.
         tensor_parallel_size: devices of this host (on a CPU: processes) that hold a part of the model each.
+        enable_expert_parallel: give each of these devices some of a layer's experts whole, in place of a part of each.
         hf_overrides: values in the place of config.json's, those of a nested mapping by themselves, such as
             `{"text_config": {"attn_temperature_tuning": False}}`.
         limit_mm_per_prompt: of a model that reads images, the most that a prompt may have, `{"image": 4}`; 0 leaves the
@@ -60,6 +61,7 @@ class EngineOptions:
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True
     tensor_parallel_size: int = 1
+    enable_expert_parallel: bool = False
     enforce_eager: bool = False
     enable_compile: bool = False
     seed: int = 0
@@ -104,9 +106,18 @@ class EngineOptions:
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed={self.seed!r}: must be a whole number")
-        for field in ("enable_prefix_caching", "enforce_eager", "enable_compile", "deterministic", "mixed_placements"):
+        for field in (
+            "enable_prefix_caching",
+            "enable_expert_parallel",
+            "enforce_eager",
+            "enable_compile",
+            "deterministic",
+            "mixed_placements",
+        ):
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(f"{field}={getattr(self, field)!r}: must be True or False")
+        if self.enable_expert_parallel and self.tensor_parallel_size == 1:
+            raise ConfigError("enable_expert_parallel=True: without effect with tensor_parallel_size=1")
         if self.enable_compile and self.enforce_eager:
             raise ConfigError("enable_compile=True: contradicts enforce_eager=True")
         if self.enable_compile and self.mixed_placements:

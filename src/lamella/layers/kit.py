@@ -9,7 +9,7 @@ it learns from the kit's `share`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from lamella.layers.norm import RMSNorm, SplitRMSNorm
 from lamella.ops import attention, opaque
 from lamella.ops.attention.paged import AttentionPlan
 from lamella.state.spec import PagedState, SlotState
+
+if TYPE_CHECKING:
+    from lamella.config import MoEConfig
 
 # What reads and writes slot state: its inputs, then where its outputs go, or None where it makes them.
 Computation: TypeAlias = Callable[..., Any]
@@ -73,6 +76,11 @@ class Kit(Protocol):
     def attention(self, heads: int, scale: float, spec: PagedState, prefix: str) -> nn.Module:
         """Causal attention `(q (T, H, D), k (T, KV, D), v) -> (T, H, D)` of the rank's heads, that keeps its keys and
         values."""
+        ...
+
+    def experts(self, config: MoEConfig, hidden_size: int, prefix: str) -> nn.Module:
+        """Routed experts, `(x (T, H), the router's logits (T, E), base (T, H) or None) -> (T, H)`: the rank's part of a
+        sum over the ranks, which is left to the caller, added to base."""
         ...
 
     def slot_state(self, specs: Sequence[SlotState], prefix: str) -> SlotHolder:
@@ -211,11 +219,16 @@ class LocalKit:
     """Plain torch modules on the device of one rank, their parameters allocated but not initialised."""
 
     def __init__(
-        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", group: Group | None = None
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        group: Group | None = None,
+        expert_parallel: bool = False,
     ) -> None:
+        """With `expert_parallel` a rank has some experts whole, in place of a part of each."""
         self.dtype, self.device = dtype, torch.device(device)
         self.group = group or Group()
-        self.share = self.group.share
+        self.share, self.expert_parallel = self.group.share, expert_parallel
 
     @property
     def _is_split(self) -> bool:
@@ -271,6 +284,11 @@ class LocalKit:
 
     def attention(self, heads: int, scale: float, spec: PagedState, prefix: str) -> nn.Module:
         return PagedAttention(heads, scale, spec, prefix)
+
+    def experts(self, config: MoEConfig, hidden_size: int, prefix: str) -> nn.Module:
+        from lamella.layers.moe import Experts
+
+        return Experts(config, self, hidden_size, self.expert_parallel)
 
     def slot_state(self, specs: Sequence[SlotState], prefix: str) -> SlotHolder:
         return SlotHolder(specs, prefix)
