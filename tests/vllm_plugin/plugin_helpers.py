@@ -85,6 +85,28 @@ def running(model: Path, **options: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
+@contextmanager
+def built(config: Any, folder: Path) -> Iterator[Any]:
+    """A model in vLLM's hands before its weights are; `folder` is for its one process to meet itself in."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    with set_current_vllm_config(config):
+        init_distributed_environment(1, 0, f"file://{folder / 'group'}", 0, "gloo")
+        initialize_model_parallel()
+        try:
+            with DEVICE:
+                model = initialize_model(vllm_config=config)
+            yield model
+        finally:
+            cleanup_dist_env_and_memory()
+
+
 def generate(llm: Any, prompts: Sequence[Sequence[int]], count: int | Sequence[int] = 24) -> list[Any]:
     """vLLM's outputs of `count` greedy tokens each, with their log-probabilities."""
     from vllm import SamplingParams
@@ -178,11 +200,12 @@ def main(model: Path, options: dict[str, Any], placements: Sequence[str] = ()) -
         print("right")
         return
     overrides = options.pop("hf_overrides", {})  # of the model's file
-    for folder, prompts, changes in (
-        (model, prompts_of(*LENGTHS), overrides),
-        (CHECKPOINT, demo_questions(8)[1], {}),
+    dense = {name: value for name, value in options.items() if name != "enable_expert_parallel"}
+    for folder, prompts, chosen in (
+        (model, prompts_of(*LENGTHS), options | {"hf_overrides": overrides}),
+        (CHECKPOINT, demo_questions(8)[1], dense),
     ):
-        with running(folder, hf_overrides=changes, **options) as llm:
+        with running(folder, **chosen) as llm:
             for _ in range(2):
                 assert_right(oracle(folder), generate(llm, prompts, 12))
     print("right")

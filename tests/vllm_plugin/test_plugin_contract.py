@@ -43,6 +43,7 @@ from vllm_plugin.plugin_helpers import (
     ON_CPU,
     SHAPE,
     assert_right,
+    built,
     canon,
     generate,
     oracle,
@@ -178,24 +179,8 @@ def state_layers(llm: Any) -> list[StateLayer]:
 
 @pytest.fixture(scope="class")
 def unfilled(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A model in vLLM's hands before its weights are."""
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import (
-        cleanup_dist_env_and_memory,
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
-    from vllm.model_executor.model_loader.utils import initialize_model
-
-    config = configured(folder)
-    meeting = tmp_path_factory.mktemp("group") / "file"
-    with set_current_vllm_config(config):
-        init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
-        initialize_model_parallel()
-        with DEVICE:
-            model = initialize_model(vllm_config=config)
+    with built(configured(folder), tmp_path_factory.mktemp("group")) as model:
         yield model
-        cleanup_dist_env_and_memory()
 
 
 class TestLoading:

@@ -144,8 +144,12 @@ def test_drafts(folders: dict[str, Path]) -> None:
 @pytest.mark.skipif((os.cpu_count() or 1) < 2 if ON_CPU else torch.cuda.device_count() < 2, reason="needs two")
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("scout", {"tensor_parallel_size": 2}), ("maverick", {"pipeline_parallel_size": 2} | TRACED)],
-    ids=["tensor", "pipeline"],
+    [
+        ("scout", {"tensor_parallel_size": 2}),
+        ("maverick", {"pipeline_parallel_size": 2} | TRACED),
+        ("maverick", {"tensor_parallel_size": 2, "enable_expert_parallel": True}),
+    ],
+    ids=["tensor", "pipeline", "expert"],
 )
 def test_two_ranks(folders: dict[str, Path], name: str, options: dict[str, Any]) -> None:
     separate = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_CI_ENV": "0"}
@@ -186,19 +190,23 @@ def original(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
 
 
-@pytest.mark.parametrize("name", [NAME, "LamellaLlama4ForConditionalGeneration"])
-def test_the_language_model_of_a_checkpoint_with_images(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
-    tensors, values = original(folders["explicit lists"])
-    images = {"vision_model.class_embedding": torch.zeros(3), "multi_modal_projector.linear_1.weight": torch.zeros(2)}
-    around = {
+def reading_images(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a model that reads images, of whose language model these are."""
+    return {
         "architectures": ["Llama4ForConditionalGeneration"],
         "model_type": "llama4",
         "text_config": {key: value for key, value in values.items() if key != "architectures"},
         "vision_config": {"hidden_size": 8},
         "image_token_index": 92,
     }
+
+
+@pytest.mark.parametrize("name", [NAME, "LamellaLlama4ForConditionalGeneration"])
+def test_the_language_model_of_a_checkpoint_with_images(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    tensors, values = original(folders["explicit lists"])
+    images = {"vision_model.class_embedding": torch.zeros(3), "multi_modal_projector.linear_1.weight": torch.zeros(2)}
     named = {f"language_model.{name}": tensor for name, tensor in one_by_one(tensors).items()}
-    write(tmp_path, named | images, around)
+    write(tmp_path, named | images, reading_images(values))
     with running(tmp_path, hf_overrides={"architectures": [name]}) as llm:
         assert_right(oracle(folders["explicit lists"]), generate(llm, prompts_of(*LENGTHS), 12))
 
@@ -263,12 +271,3 @@ class TestChecks:
         overrides = {"hf_overrides": OURS | {"attention_chunk_size": 40}}
         with refused("layers see chunks of 40 tokens: on CPUs, vLLM's must be multiples of 32"):
             self.of(folders["scout"], **overrides)
-
-    def test_what_our_experts_do_not_do(self, folders: dict[str, Path]) -> None:
-        with refused("quantization='fp8': experts are lamella's own"):
-            self.of(folders["scout"], quantization="fp8")
-
-    @pytest.mark.skipif(not ON_CPU and torch.cuda.device_count() < 2, reason="vLLM wants the GPUs of all ranks")
-    def test_expert_parallelism(self, folders: dict[str, Path]) -> None:
-        with refused("enable_expert_parallel: every rank has a part"):
-            self.of(folders["scout"], enable_expert_parallel=True, tensor_parallel_size=2)

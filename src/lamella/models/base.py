@@ -52,7 +52,8 @@ class CausalLM(LanguageModel):
     `checkpoint_names` rewrites our parameter paths into the checkpoint's: each key is one or more path components of
     ours, each value what stands there in the file. `packed_modules_mapping` tells, in the form that LoRA and
     quantisation tools know, which of the file's projections are one module here. `has_slot_state` is false where no
-    layer of any model of the architecture keeps more than keys and values. `unstated_eos` is what the published config
+    layer of any model of the architecture keeps more than keys and values. `outer_prefix` stands before the names of a
+    language model that is a part of a larger one. `unstated_eos` is what the published config
     class writes for eos_token_id where nobody said anything.
     """
 
@@ -67,6 +68,7 @@ class CausalLM(LanguageModel):
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
 
+    outer_prefix: ClassVar[str] = ""
     has_slot_state: ClassVar[bool] = True
     unstated_eos: ClassVar[tuple[int, ...]] = ()
 

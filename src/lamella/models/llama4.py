@@ -54,7 +54,7 @@ _SIZES = {
     "attention_chunk_size": 8192,
     "max_position_embeddings": 131072,
 }
-_LANGUAGE, _OTHERS = "language_model.", ("vision_model.", "multi_modal_projector.")
+_OTHERS = ("vision_model.", "multi_modal_projector.")
 # Keys of training, of how a file was written, and of images.
 _NOT_COMPUTED = ("router_aux_loss_coef", "router_jitter_noise", "output_router_logits", "for_llm_compressor")
 _IMAGES = ("vision_config", "boi_token_index", "eoi_token_index", "image_token_index")
@@ -63,6 +63,7 @@ _IMAGES = ("vision_config", "boi_token_index", "eoi_token_index", "image_token_i
 class Llama4ForCausalLM(CausalLM):
     """Llama 4's language model."""
 
+    outer_prefix = "language_model."
     has_slot_state = False
     checkpoint_names: ClassVar = {
         name: there for name, there in CausalLM.checkpoint_names.items() if name != "feed_forward"
@@ -70,7 +71,7 @@ class Llama4ForCausalLM(CausalLM):
 
     @classmethod
     def own_name(cls, name: str) -> str | None:
-        return None if name.startswith(_OTHERS) else name.removeprefix(_LANGUAGE)
+        return None if name.startswith(_OTHERS) else name.removeprefix(cls.outer_prefix)
 
     @classmethod
     def read_config(cls, config: HFConfig) -> ModelConfig:

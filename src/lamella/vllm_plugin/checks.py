@@ -23,6 +23,11 @@ logger = logging.getLogger("vllm.lamella")  # whose lines stand among vLLM's own
 # How drafts are found that need nothing from the model but its tokens.
 _DRAFTS = ("ngram", "ngram_gpu", "suffix")
 
+_UNFIT_FOR_EXPERTS = {
+    "fbgemm_fp8": "vLLM has no experts in this form; use a file in that of compressed-tensors",
+    "bitsandbytes": "its loader fills experts in a way of its own, which ours are not made for",
+}
+
 
 class Checks(VerifyAndUpdateConfig):
     """Raises `ConfigError`, which names the option; or changes a default, and says so in a log line."""
@@ -60,11 +65,23 @@ class Checks(VerifyAndUpdateConfig):
 
 
 def _check_experts(vllm_config: VllmConfig) -> None:
-    method = vllm_config.model_config.quantization
-    if method is not None:
-        raise ConfigError(f"quantization={method!r}: experts are lamella's own, which are not quantised")
-    if vllm_config.parallel_config.enable_expert_parallel:
-        raise ConfigError("enable_expert_parallel: every rank has a part of each expert; leave it out")
+    """What cannot be had where experts are vLLM's, see `VllmKit.experts`."""
+    method, parallel = vllm_config.model_config.quantization, vllm_config.parallel_config
+    if method is None and not parallel.enable_expert_parallel:
+        return
+    reason = _UNFIT_FOR_EXPERTS.get(method)
+    if reason is not None:
+        raise ConfigError(f"quantization={method!r}: {reason}")
+    if parallel.enable_eplb:
+        raise ConfigError("enable_eplb: experts stay on the ranks that loaded them; leave it out")
+    for option in ("data_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, option) > 1:
+            raise ConfigError(
+                f"{option}={getattr(parallel, option)}: quantised experts, and those of enable_expert_parallel, are "
+                "spread over tensor-parallel ranks only"
+            )
+    if vllm_config.lora_config is not None:
+        raise ConfigError("enable_lora: not with quantised experts, nor with enable_expert_parallel")
 
 
 def _fit_blocks(vllm_config: VllmConfig, model: ModelConfig, on_cpu: bool) -> None:

@@ -5,6 +5,7 @@ Supported are the versions in `SUPPORTED`, bounds included; `TESTED` says what h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +111,13 @@ def has_sound_partial_hits() -> bool:
     groups' views of a page start at the same address (vLLM pull request 55112).
     """
     return not at_least(0, 29)
+
+
+def fused_moe() -> Callable[..., Any]:
+    """What makes vLLM's layer of experts: `FusedMoE` was renamed `FusedMoEFactory`; we use what both take."""
+    from vllm.model_executor.layers import fused_moe as package
+
+    return package.FusedMoEFactory if hasattr(package, "FusedMoEFactory") else package.FusedMoE
 
 
 def num_speculative_tokens(config: VllmConfig) -> int:

@@ -20,16 +20,19 @@ from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttentio
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from lamella.config import ModelConfig
+from lamella.checkpoint.names import rename
+from lamella.config import ModelConfig, MoEConfig
 from lamella.distributed.group import Group
 from lamella.distributed.sharding import Share, Split
 from lamella.errors import ConfigError
 from lamella.layers.kit import Widths, sections
 from lamella.layers.linear import Biases, MergedLinear, without_bias
+from lamella.layers.moe import Experts
 from lamella.layers.norm import RMSNorm, SplitRMSNorm
 from lamella.layers.stochastic import Stochastic
 from lamella.state.spec import PagedState, SlotState
 from lamella.vllm_plugin import compat
+from lamella.vllm_plugin.experts import VllmExperts
 from lamella.vllm_plugin.state_layer import Chooser, StateLayer, StateLayout, VllmHolder, decoder_layer
 
 if TYPE_CHECKING:
@@ -97,8 +100,9 @@ class VllmKit:
     where.
     """
 
-    def __init__(self, config: VllmConfig, model: ModelConfig) -> None:
-        self.config = config
+    def __init__(self, config: VllmConfig, model: ModelConfig, names: Mapping[str, str]) -> None:
+        """`names` as in `CausalLM.checkpoint_names`."""
+        self.config, self._names = config, names
         self.dtype, self.device = config.model_config.dtype, torch.empty(0).device  # where vLLM builds models
         self.group: Group = VllmGroup()
         self.share = self.group.share
@@ -151,11 +155,16 @@ class VllmKit:
         return RMSNorm(channels.size, eps, self.device)
 
     def embedding(self, vocab_size: int, hidden_size: int, prefix: str) -> nn.Module:
-        return VocabParallelEmbedding(vocab_size, hidden_size, quant_config=self.config.quant_config, prefix=prefix)
+        return VocabParallelEmbedding(vocab_size, hidden_size, **self._quantised(prefix))
 
     def lm_head(self, vocab_size: int, hidden_size: int, tied: nn.Module | None, prefix: str) -> nn.Module:
-        head = ParallelLMHead(vocab_size, hidden_size, quant_config=self.config.quant_config, prefix=prefix)
+        head = ParallelLMHead(vocab_size, hidden_size, **self._quantised(prefix))
         return head if tied is None else head.tie_weights(tied)
+
+    def experts(self, config: MoEConfig, hidden_size: int, prefix: str) -> nn.Module:
+        if self.config.quant_config is None and not self.config.parallel_config.enable_expert_parallel:
+            return Experts(config, self, hidden_size)
+        return VllmExperts(config, hidden_size, **self._quantised(prefix))
 
     def attention(self, heads: int, scale: float, spec: PagedState, prefix: str) -> nn.Module:
         return VllmAttention(heads, scale, spec, self.config, prefix)
@@ -172,4 +181,8 @@ class VllmKit:
         return Chooser(stochastic, prefix) if len(stochastic.mixers) > 1 else None
 
     def _common(self, prefix: str) -> dict[str, Any]:
-        return {"quant_config": self.config.quant_config, "prefix": prefix, "return_bias": False}
+        return {"return_bias": False, **self._quantised(prefix)}
+
+    def _quantised(self, prefix: str) -> dict[str, Any]:
+        # Which modules are left whole, a quantisation says by their names in the file, and by patterns of these.
+        return {"quant_config": self.config.quant_config, "prefix": rename(prefix, self._names)}

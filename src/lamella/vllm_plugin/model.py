@@ -1,7 +1,7 @@
 # No postponed annotations here: torch.compile support reads those of `Stack.forward` to know which sizes vary.
 """One model class for every architecture: lamella's layers with vLLM around them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from itertools import islice
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
@@ -48,9 +49,11 @@ def model_config(vllm_config: VllmConfig, architecture: str) -> ModelConfig:
 class Stack(nn.Module):
     """Embedding, this pipeline stage's layers and final norm; the parts of other stages are missing."""
 
-    def __init__(self, *, vllm_config: VllmConfig, config: ModelConfig, prefix: str = "model"):
+    def __init__(
+        self, *, vllm_config: VllmConfig, config: ModelConfig, names: Mapping[str, str], prefix: str = "model"
+    ):
         super().__init__()
-        kit, stage = VllmKit(vllm_config, config), get_pp_group()
+        kit, stage = VllmKit(vllm_config, config, names), get_pp_group()
         self.embed_tokens = PPMissingLayer()
         if stage.is_first_rank or (stage.is_last_rank and config.tie_word_embeddings):
             self.embed_tokens = kit.embedding(config.vocab_size, config.hidden_size, f"{prefix}.embed_tokens")
@@ -92,11 +95,23 @@ class Model(nn.Module, SupportsPP, SupportsLoRA, SupportsQuant):
     packed_modules_mapping: dict[str, list[str]]
     embedding_modules = {"embed_tokens": "input_embeddings", "lm_head": "output_embeddings"}  # noqa: RUF012
 
+    def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Self:
+        """vLLM would give a quantisation's lists of modules our names, but not the patterns among them. Both keep the
+        file's, by which the kit calls projections."""
+        model = super().__new__(cls)
+        model.quant_config = vllm_config.quant_config
+        if model.quant_config is not None:
+            outer = resolve_architecture(cls.architecture).outer_prefix
+            model.quant_config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={outer: ""} if outer else {}))
+            model.quant_config.packed_modules_mapping.update(cls.packed_modules_mapping)
+        return model
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         assert not prefix, "a language model inside another model is not supported"
         self.vllm_config, self.config = vllm_config, model_config(vllm_config, self.architecture)
-        self.model = Stack(vllm_config=vllm_config, config=self.config, prefix="model")
+        names = resolve_architecture(self.architecture).checkpoint_names
+        self.model = Stack(vllm_config=vllm_config, config=self.config, names=names, prefix="model")
         self.lm_head = PPMissingLayer()
         if get_pp_group().is_last_rank:
             tied = self.model.embed_tokens if self.config.tie_word_embeddings else None
@@ -177,7 +192,7 @@ def model_class(name: str) -> type[Model]:
     """The class under which vLLM knows an architecture, by its name with or without the prefix."""
     architecture = resolve_architecture(name.removeprefix(PREFIX))
     base = HybridModel if architecture.has_slot_state else Model
-    # From the file's names to ours, the longest first, as adapters and quantised files name projections.
+    # From the file's names to ours, the longest first, as adapters name projections.
     renamed = sorted(((file, ours) for ours, file in architecture.checkpoint_names.items()), key=lambda p: -len(p[0]))
     contents = {
         "architecture": name.removeprefix(PREFIX),

@@ -10,25 +10,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from lamella.checkpoint.names import Target, parts_apart, rename, targets
 from lamella.distributed.sharding import cut
 from lamella.errors import CheckpointError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import LocalKit
+from lamella.vllm_plugin.experts import VllmExperts
 from lamella.vllm_plugin.kit import Shard
 
 logger = logging.getLogger("vllm.lamella")  # whose lines stand among vLLM's own
 
+# Of quantised projections, what is not in every file: the order of inputs, and a bound that the config says.
+_OPTIONAL = ("g_idx", "input_scale_ub")
+
 
 @dataclass(frozen=True)
 class _Place:
-    """Where one tensor of a file goes. `packed` says that it is a part of one of vLLM's parameters."""
+    """Where one tensor of a file goes.
+
+    `stands_for` are the names of what it brings, where a file may hold that by other names as well; nothing where a
+    file need not have it.
+    """
 
     path: str
     fill: Callable[[Tensor], None]
-    packed: bool = False
+    stands_for: tuple[str, ...]
 
 
 class WeightFiller:
@@ -54,12 +64,16 @@ class WeightFiller:
         self._idle = whole.keys() - self._expected.keys()
         self._redundant = {tied_head} if model.config.tie_word_embeddings else set()
         self._quantised = model.vllm_config.quant_config is not None
+        # What a quantised file has beside the weights, only their own stage knows.
+        modules = model.named_modules()
+        elsewhere = [path for path, module in modules if isinstance(module, PPMissingLayer)]
+        self._elsewhere = tuple(f"{rename(path, names)}." for path in elsewhere)
 
     def fill(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """The paths of the parameters that were filled."""
         places = self._places()
         seen: set[str] = set()
-        unexpected, filled = [], set()
+        unexpected, filled, brought = [], set[str](), set[str]()
         tied: dict[str, Tensor] = {}  # the embedding, and what the file has beside it for the head
         unread = 0
         for full_name, tensor in weights:
@@ -81,18 +95,22 @@ class WeightFiller:
             target, place = self._known.get(name), places.get(name)
             if self._redundant and target is not None and target.path == "model.embed_tokens.weight":
                 tied[name] = tensor
-            if target is None and not (self._quantised and place is not None):
+            if target is None and not (self._quantised and (place or name.startswith(self._elsewhere))):
                 unexpected.append(name)
-            elif target is not None and not self._quantised and tuple(tensor.shape) != target.shape:
+            elif target is not None and not self._is_packed(tensor) and tuple(tensor.shape) != target.shape:
                 raise CheckpointError(f"tensor {name} has shape {tuple(tensor.shape)}, the config says {target.shape}")
             elif place is not None:
+                if not brought.isdisjoint(place.stands_for):
+                    raise CheckpointError(f"tensor {name}: what it holds stands in the checkpoint twice")
                 place.fill(tensor)
                 filled.add(place.path)
-        expected = targets(self._skeleton, self.names, seen).keys()
-        missing = expected - seen
-        unexpected += (seen & self._known.keys()) - expected
-        if self._quantised:  # what stands for a projection's weight is the method's own affair
-            missing = {name for name in missing if name in places and not places[name].packed}
+                brought.update(place.stands_for)
+        if self._quantised:  # what stands for a weight is the method's own affair: whatever it has must be there
+            missing = {name for place in places.values() for name in place.stands_for} - brought
+        else:
+            expected = targets(self._skeleton, self.names, seen).keys()
+            missing = expected - seen
+            unexpected += (seen & self._known.keys()) - expected
         problems = {"missing": sorted(missing), "unexpected": sorted(unexpected)}
         if any(problems.values()):
             listed = "; ".join(f"{kind}: {', '.join(some[:20])}" for kind, some in problems.items() if some)
@@ -101,6 +119,10 @@ class WeightFiller:
         if unread:
             logger.info("%d tensors of other parts, or of mixers that the placement leaves out, are not used", unread)
         return filled
+
+    def _is_packed(self, tensor: Tensor) -> bool:
+        """Whether a tensor's shape is not that of the weights in it, but of bytes that hold several."""
+        return self._quantised and tensor.dtype == torch.uint8
 
     def _compare(self, tied: Mapping[str, Tensor]) -> None:
         """Say where a head's own copy of the embedding, which is not used, is none."""
@@ -111,36 +133,58 @@ class WeightFiller:
     def _places(self) -> dict[str, _Place]:
         """Where the tensors go that this rank and stage wants, by their names in the file."""
         modules = dict(self.model.named_modules())
+        experts = {path: module for path, module in modules.items() if isinstance(module, VllmExperts)}
         paths = {parameter: path for path, parameter in self.model.named_parameters()}
-        found = {
-            rename(part, self.names): _Place(paths[target.parameter], _copy(target))
-            for part, target in targets(self.model, {}).items()
-            if not _is_vllms(modules, paths[target.parameter])
-        }
+        found: dict[str, _Place] = {}
+
+        def add(part: str, path: str, fill: Callable[[Tensor], None], *stands_for: str) -> None:
+            names = tuple(rename(name, self.names) for name in stands_for)
+            found[rename(part, self.names)] = _Place(path, fill, names)
+
+        for part, target in targets(self.model, {}).items():
+            if not _is_vllms(modules, paths[target.parameter]):
+                add(part, paths[target.parameter], _copy(target), part)
         for path, part, (place, splits) in parts_apart(self.model):
-            found[rename(part, self.names)] = _Place(path, _copy(Target(place, part, splits)))
+            add(part, path, _copy(Target(place, part, splits)), part)
+        for owner, module in experts.items():
+            for tensor in module.tensors():
+                stands_for = (f"{owner}.{name}" for name in tensor.stands_for)
+                add(f"{owner}.{tensor.name}", f"{owner}.{tensor.parameter}", tensor.fill, *stands_for)
         for path, parameter in self.model.named_parameters():
-            if not _is_vllms(modules, path):
+            if not _is_vllms(modules, path) or path.startswith(tuple(f"{owner}." for owner in experts)):
                 continue
             owner, _, leaf = path.rpartition(".")
             shards: Mapping[str, Sequence[Shard]] | None = getattr(modules[owner], "shards", None)
             load = getattr(parameter, "weight_loader", default_weight_loader)
+            if isinstance(modules[owner], Attention):
+                for name in _names_beside(owner.rsplit(".", 2)[0], leaf):
+                    add(name, path, partial(load, parameter))
+                continue
+            optional = leaf.endswith(_OPTIONAL) or not parameter.numel()
             if shards is None:
-                found[rename(path, self.names)] = _Place(path, partial(load, parameter))
+                add(path, path, partial(load, parameter), *([] if optional else [path]))
                 continue
             parent = owner.rpartition(".")[0]
             for part, pieces in shards.items():
                 if leaf == "bias" and part in getattr(modules[owner], "unbiased", ()):
                     continue
-                name = rename(f"{parent}.{part}.{leaf}", self.names)
-                found[name] = _Place(path, partial(_load, load, parameter, pieces), packed=True)
+                name = f"{parent}.{part}.{leaf}"
+                add(name, path, partial(_load, load, parameter, pieces), *([] if optional else [name]))
         return found
+
+
+def _names_beside(attention: str, leaf: str) -> tuple[str, ...]:
+    """What is called how by those who write scales of queries, keys and values: no file need have any."""
+    projection = f"{attention}.{leaf[0]}_proj"
+    names = f"{attention}.{leaf}", f"{attention}.attn.{leaf}", f"{projection}.{leaf}"
+    return (*names, f"{projection}.output_scale") if leaf.endswith("_scale") else names
 
 
 def _is_vllms(modules: Mapping[str, nn.Module], path: str) -> bool:
     """Whether a parameter is of a module that loads in vLLM's way."""
-    module, _, leaf = path.rpartition(".")
-    return hasattr(modules[module], "shards") or hasattr(modules[module].get_parameter(leaf), "weight_loader")
+    owner, _, leaf = path.rpartition(".")
+    module = modules[owner]
+    return isinstance(module, Attention) or hasattr(module, "shards") or hasattr(getattr(module, leaf), "weight_loader")
 
 
 def _copy(target: Target) -> Callable[[Tensor], None]:
@@ -156,6 +200,6 @@ def _copy(target: Target) -> Callable[[Tensor], None]:
 
 
 def _load(load: Callable[..., None], parameter: nn.Parameter, pieces: Sequence[Shard], tensor: Tensor) -> None:
-    """The pieces of a tensor, each to where vLLM has it."""
+    """The pieces of a tensor, each to where vLLM has it. (A scale of all of it has no rows.)"""
     for piece in pieces:
-        load(parameter, tensor[piece.start : piece.stop], piece.name)
+        load(parameter, tensor if len(pieces) == 1 else tensor[piece.start : piece.stop], piece.name)
