@@ -294,7 +294,7 @@ class TestVision:
         said = [record for record in caplog.records if "not read" in record.message]
         assert [record.levelno for record in said] == [logging.INFO]
         listed = ", ".join(sorted(garbage))
-        assert said[0].message == f"{folder}: tensors of other parts than the language model are not read: {listed}"
+        assert said[0].message == f"{folder}: not read for the language model: {listed}"
 
     def test_nothing_reads_their_bytes(self, tmp_path, monkeypatch):
         folder = edit(checkpoint(tmp_path, self.VALUES), {"model.vision_encoder.adapter.bias": torch.ones(4)})

@@ -105,6 +105,39 @@ def test_both_layouts_are_the_same_model_on_every_rank(original, layout, size, t
             assert torch.equal(torch.cat((*gates, *ups), -1), full)
 
 
+@pytest.mark.parametrize("layout", [dict, apart], ids=["fused", "one by one"])
+def test_whole_experts_on_every_rank(original, layout, tmp_path, monkeypatch):
+    """Three over two ranks; another rank's are not read, and their shapes are checked."""
+    tensors, values, whole = original
+    checkpoint = open_checkpoint(write(tmp_path, layout(tensors), values))
+    monkeypatch.setattr(loader, "_PIECE_BYTES", 3000)
+    parts = [load_model(checkpoint, group=Group(Share(rank, 2)), expert_parallel=True) for rank in range(2)]
+    for name in (f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"):
+        ours = [part.get_parameter(name) for part in parts]
+        assert [part.shape[0] for part in ours] == [2, 1]
+        assert torch.equal(torch.cat(ours), whole.get_parameter(name))
+    if layout is apart:
+        tensors = {**apart(tensors), f"{EXPERTS}.2.down_proj.weight": torch.zeros(3, 3)}
+        checkpoint = open_checkpoint(write(tmp_path, tensors, values))
+        with pytest.raises(CheckpointError, match=r"experts\.2\.down_proj\.weight has shape \(3, 3\)"):
+            load_model(checkpoint, group=Group(Share(0, 2)), expert_parallel=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "enable_expert_parallel=True: without effect with tensor_parallel_size=1"),
+        ({"tensor_parallel_size": 4}, "num_local_experts=3: must be at least tensor_parallel_size=4"),
+        ({"enable_expert_parallel": 1}, "enable_expert_parallel=1: must be True or False"),
+    ],
+)
+def test_whole_experts_that_cannot_be(original, options, message, tmp_path):
+    tensors, values, _ = original
+    write(tmp_path, tensors, values)
+    with pytest.raises(ConfigError, match=message):
+        LLM(tmp_path, device="cpu", **({"enable_expert_parallel": True} | options))
+
+
 @pytest.mark.parametrize("stripped", [False, True])
 def test_of_a_checkpoint_with_images_the_language_model_is_read(original, stripped, tmp_path, caplog):
     tensors, values, whole = original
@@ -165,7 +198,7 @@ def test_an_override_goes_before_the_file(original, tmp_path):
     overrides = {"text_config": {"attn_temperature_tuning": False}}
 
     def temperatures(**options):
-        llm = LLM(tmp_path, device="cpu", num_blocks=8, **options)
+        llm = LLM(tmp_path, device="cpu", num_blocks=8, limit_mm_per_prompt={"image": 0}, **options)
         return [layer.mixer.temperature is not None for layer in llm.engine.model.config.layers]
 
     assert temperatures() == [False, False, False, True]

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from helpers import canon_checkpoint
+from image_models import image, image_checkpoint, image_prompt
 from lamella import LLM, SamplingParams
+from lamella.bench.compile import LIMIT, CompileCost
 from lamella.cli import main
 
 LLAMA4 = {
@@ -63,6 +66,37 @@ def test_generate_demo_asks_and_checks_itself(capsys):
     answers = last_json(capsys)["answers"]
     assert len(answers) == 6
     assert all(answer["right"] and answer["said"].split() == answer["answer"].split() for answer in answers)
+
+
+def test_generate_takes_image_files(tmp_path, capsys, monkeypatch):
+    image_checkpoint(tmp_path)
+    file, broken = tmp_path / "image.png", tmp_path / "broken.png"
+    pixels = image("1 x 3", 4)
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file)
+    broken.write_bytes(file.read_bytes()[:400])
+    given, params = image_prompt(pixels, pixels), SamplingParams(temperature=0, max_tokens=4)
+    (expected,) = LLM(tmp_path, device="cpu", num_blocks=50).generate(given, params, use_tqdm=False)
+    tokens = ",".join(map(str, given["prompt_token_ids"]))
+    command = ["generate", str(tmp_path), "--max-tokens", "4", "--num-blocks", "50", "--image", str(file)]
+    two = [*command, "--image", str(file)]
+    assert main([*two, "--tokens", tokens, "--json"]) == 0
+    outputs = json.loads(capsys.readouterr().out.splitlines()[-1])["outputs"]
+    assert outputs[0]["outputs"][0]["token_ids"] == expected.outputs[0].token_ids
+    assert main([*command, "-p", "w5 <|image|> w6"]) == 0
+    for arguments, message in (
+        ([*two, "-p", "<|image|>"], "2 images for 1 placeholders"),
+        ([*two, "-p", "<|image|>", "--limit-mm-per-prompt", '{"image": 1}'], "2 images, and limit_mm_per_prompt"),
+        ([*command, "-p", "a", "-p", "b"], "--image: belongs to one prompt, and 2 are given"),
+        ([*command, "--image", "nowhere.png", "-p", "a"], "--image nowhere.png: "),
+        ([*command, "--image", str(broken), "-p", "<|image|> <|image|>"], "an image cannot be read"),
+    ):
+        capsys.readouterr()
+        assert main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert main([*command, "-p", "<|image|>"]) == 2
+    assert "needs Pillow" in capsys.readouterr().err
 
 
 def test_the_demo_tour(capsys):
@@ -127,6 +161,9 @@ def test_bench_ends_with_one_json_line(folder, workload, capsys):
         (["generate", "./nowhere", "--tokens", "1"], "./nowhere"),
         (["inspect", "{folder}", "--context", "0"], "--context"),
         (["inspect", "{folder}/config.json"], "config.json"),
+        (["inspect", "{folder}", "--layers", "12"], "--layers"),
+        (["inspect", "{folder}", "--compile", "--layers", "4", "0"], "--layers 4 0"),
+        (["inspect", "{folder}", "--compile", "--placement", "all-gdn"], "placement"),
         (["convert", "{folder}", "{folder}-new", "--rope", "spiral"], "rope"),
         (["bench", "latency", "{folder}", "--output-len", "0"], "--output-len"),
         (["demo", "--questions", "0"], "--questions"),
@@ -163,6 +200,30 @@ def test_cuda_is_refused_where_there_is_none(folder, capsys):
         pytest.skip("a CUDA device is here")
     assert main(["generate", str(folder), "--tokens", "1", "--device", "cuda"]) == 2
     assert "device='cuda'" in capsys.readouterr().err
+
+
+def test_inspect_compiles_in_every_form(tmp_path, capsys, monkeypatch):
+    """The engine's and each layer by itself, at twice the depth, without the time that a start without caches takes."""
+    monkeypatch.setattr("lamella.bench.compile.FORMS", {"lamella": None, "each layer": None})
+    monkeypatch.setattr("lamella.bench.compile._ALONE", {})
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA4))
+    assert main(["inspect", str(tmp_path), "--compile", "--layers", "8", "--json"]) == 0
+    ours, naive = last_json(capsys)["compile"]
+    assert (ours["layers"], ours["graphs"], ours["recompiles"], ours["gave_up"]) == (8, 3, [], False)
+    assert naive["graphs"] > ours["graphs"]
+    assert naive["gave_up"]
+    assert any("feed_forward" in reason for reason in naive["recompiles"])
+    assert max(ours["difference"], naive["difference"]) <= LIMIT
+
+
+def test_inspect_fails_where_compiling_changes_the_result(folder, capsys, monkeypatch):
+    right = CompileCost("lamella", 2, 2, [], False, 1.0, LIMIT)
+    wrong = CompileCost("whole model", 2, 1, ["2 <= input_ids.size()[0]"] * 3, True, 1.0, 2 * LIMIT)
+    monkeypatch.setattr("lamella.cli.inspect.compile_costs", lambda *_: iter([right, wrong]))
+    assert main(["inspect", str(folder), "--compile"]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    for shown in ("gave up", "WRONG", "2 layers, whole model, 3 x 2 <= input_ids.size()[0]"):
+        assert shown in out
 
 
 def test_inspect_shows_what_layers_differ_in(tmp_path, capsys):

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
+from functools import partial
 
 import pytest
 import torch
@@ -53,14 +55,14 @@ def qwen(folder):
     return folder
 
 
-def llama4(folder):
+def llama4(folder, experts=4):
     from transformers import Llama4TextConfig
 
     hf_checkpoint(
         folder,
         Llama4TextConfig(
             vocab_size=VOCAB, hidden_size=32, intermediate_size=24, intermediate_size_mlp=48, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=experts, num_experts_per_tok=2,
             interleave_moe_layer_step=2, attention_chunk_size=16, floor_scale=20, max_position_embeddings=256,
             pad_token_id=0,
         ),
@@ -72,11 +74,21 @@ def canon(folder):
     return canon_checkpoint(folder, vocab_size=VOCAB, qk_norm=True, num_key_value_heads=1, canon_bias=True)
 
 
-@pytest.fixture(scope="module", params=[llama, qwen, llama4, canon], ids=lambda make: make.__name__)
+PAIRS = {
+    "llama": (llama, {}),
+    "qwen": (qwen, {}),
+    "llama4": (llama4, {}),
+    "whole experts": (partial(llama4, experts=5), {"enable_expert_parallel": True}),
+    "canon": (canon, {}),
+}
+
+
+@pytest.fixture(scope="module", params=PAIRS)
 def pair(request, tmp_path_factory):
     """A model on one rank and on two."""
-    folder = request.param(tmp_path_factory.mktemp(request.param.__name__))
-    one, two = LLM(folder, **OPTIONS), LLM(folder, **OPTIONS, tensor_parallel_size=2)
+    make, more = PAIRS[request.param]
+    folder = make(tmp_path_factory.mktemp("pair"))
+    one, two = LLM(folder, **OPTIONS), LLM(folder, **OPTIONS, **more, tensor_parallel_size=2)
     assert not two.engine.runner.runs_ahead
     yield one, two
     two.engine.close()
@@ -162,6 +174,21 @@ def test_cancelled_requests_are_forgotten_by_all_ranks(engines):
     assert [o.outputs[0].token_ids for o in one] == [o.outputs[0].token_ids for o in two]
     recorder = engines[1].engine.workers._recorder
     assert len(recorder._told) <= 4
+
+
+@pytest.mark.parametrize("pair", [llama4], indirect=True, ids=["llama4"])
+def test_ranks_compile_the_same_programs(pair):
+    """Sums over ranks included."""
+    one, _ = pair
+    one.reset_prefix_cache()
+    params = SamplingParams(temperature=0, max_tokens=6, prompt_logprobs=VOCAB, ignore_eos=True)
+    compiled = LLM(one.engine.options.model, **OPTIONS, tensor_parallel_size=2, enable_compile=True)
+    with closing(compiled.engine):
+        for mine, theirs in zip(
+            *(llm.generate(PROMPTS, params, use_tqdm=False) for llm in (compiled, one)), strict=True
+        ):
+            assert mine.outputs[0].token_ids == theirs.outputs[0].token_ids
+            torch.testing.assert_close(rows(mine), rows(theirs), atol=1e-4, rtol=0)
 
 
 def test_a_killed_worker_is_an_error_and_no_wait(canon_folder):
@@ -266,6 +293,8 @@ def test_what_cannot_be_loaded_starts_nothing(canon_folder, tmp_path, monkeypatc
         with pytest.raises(ConfigError, match=line) as error:
             LLM(folder, device="cpu", tensor_parallel_size=size)
         assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="enable_expert_parallel=True: no layer of the model has experts"):
+        LLM(canon_folder, device="cpu", tensor_parallel_size=2, enable_expert_parallel=True)
     assert not started
 
 

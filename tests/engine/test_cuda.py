@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from apriel2_models import SUPERNET, fixed, pattern
 from apriel2_models import checkpoint as apriel2_checkpoint
 from helpers import canon_checkpoint, hf_checkpoint, random_prompts
+from image_models import expected as expected_of_images
+from image_models import image, image_checkpoint, image_prompt
 from lamella import LLM, SamplingParams
 from lamella.ops.self_check import KernelError, self_check
 from models.test_llama4 import SHAPE as LLAMA4
@@ -192,3 +196,23 @@ class TestPlacements:
             alone = llm.generate(PROMPTS[start::2], params[start::2], use_tqdm=False)
             for one, other in zip(alone, mixed[start::2], strict=True):
                 assert one.outputs[0].token_ids == other.outputs[0].token_ids
+
+
+def test_images(tmp_path):
+    """In chunks that end inside them, beside decodes in graphs, and after prefix hits."""
+    model = image_checkpoint(tmp_path)
+    llm = engine(tmp_path, dtype="float32", max_num_batched_tokens=16, block_size=16)
+    prompts = [image_prompt(image("2 x 2", seed), image("1 x 3", seed)) for seed in range(3)] * 2
+    outputs = llm.generate(prompts, SCORED, use_tqdm=False)
+    again = llm.generate(prompts, replace(SCORED, prompt_logprobs=None), use_tqdm=False)
+    assert all(output.num_cached_tokens for output in again)
+    for prompt, *both in zip(prompts, outputs, again, strict=True):
+        tokens, logits_of = expected_of_images(model, prompt)
+        for output in both:
+            ids = output.prompt_token_ids + output.outputs[0].token_ids
+            with torch.no_grad():
+                rows = logits_of(torch.tensor([ids[:-1]])).log_softmax(-1)[0]
+            theirs = rows.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            found = [*(output.prompt_logprobs or [None] * len(tokens))[1:], *output.outputs[0].logprobs]
+            for token, row, their in zip(ids[1:], found, theirs, strict=True):
+                assert row is None or abs(row[token].logprob - float(their)) < 2e-3

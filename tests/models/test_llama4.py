@@ -16,8 +16,9 @@ from lamella.config import AttentionConfig, RopeConfig
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import LocalKit
 from lamella.layers.moe import MoE
-from lamella.layers.rotary import Positions, Rotary, inverse_frequencies
+from lamella.layers.rotary import Rotary, inverse_frequencies
 from lamella.ops.moe import reference
+from lamella.ops.rotary import rotate
 
 LENGTHS = (1, 15, 16, 17, 70, 200)
 CHUNK = 16
@@ -153,10 +154,10 @@ def test_a_norm_before_the_rotation_is_the_same_model(scout):
         if mixer.config.qk_norm is None:
             continue
         qkv = torch.randn(7, sum(mixer.sizes))
-        at = Positions(torch.arange(7))
+        cos, sin = mixer.rotary.angles(torch.arange(7))
         q, k, _ = (part.unflatten(-1, (-1, 16)) for part in qkv.split(mixer.sizes, -1))
-        before = mixer.rotary(at, norm(q, (16,), eps=1e-5), norm(k, (16,), eps=1e-5))
-        after = (norm(part, (16,), eps=1e-5) for part in mixer.rotary(at, q, k))
+        before = rotate(norm(q, (16,), eps=1e-5), norm(k, (16,), eps=1e-5), cos, sin, True)
+        after = (norm(part, (16,), eps=1e-5) for part in rotate(q, k, cos, sin, True))
         for ours, theirs in zip(before, after, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 

@@ -78,6 +78,22 @@ def test_plain_forms(shape, dtype, with_base):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("shape", [(7, 3, 1, 20, 36), (40, 8, 2, 64, 40), (2, 5, 1, 16, 8)])
+@pytest.mark.parametrize("with_base", [True, False])
+@torch.inference_mode()
+def test_parts_of_the_experts_add_up(shape, with_base):
+    """One rank's and another's, or none at all, of which one adds the base."""
+    case = Case(shape, torch.float32, with_base)
+    forms = [reference.experts, segments.experts, dispatched] + ([grouped.experts] if grouped else [])
+    for function in forms:
+        total = torch.zeros_like(case.truth())
+        for first, stop in ((0, 1), (1, shape[1])):
+            x, logits, top_k, gate_up, down, base = case.arguments()
+            some = gate_up[first:stop], down[first:stop], base if first else None
+            total += function(x, logits, top_k, *some, first).double()
+        close(total.to(case.x.dtype), case)
+
+
 def test_weights_are_of_what_enters():
     """Weighing what comes out would be another function."""
     case = Case((5, 3, 1, 16, 16), torch.float32, with_base=False)

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, Qwen3Config
 from helpers import VOCAB, canon_checkpoint, hf_checkpoint
 from lamella.config import ModelConfig
 from lamella.errors import ConfigError, ParameterError
+from lamella.layers.attention import AttentionForm
 from lamella.layers.context import forward_batch, require_batch
 from lamella.layers.kit import PagedAttention
 from lamella.layers.rotary import Positions, Rotary
@@ -126,14 +127,13 @@ def wrote_no_keys_on_a_new_page(model):
 
 def turned_one_position_further_in_decodes(model):
     mixer = layer(model, 0).mixer
-    inner = mixer.rotary
+    inner = mixer.turn
+    mixer.turn = lambda at: inner(Positions(at.index + 1) if require_batch().ragged.num_decodes else at)
 
-    def rotary(positions, q, k):
-        if not require_batch().ragged.num_decodes:
-            return inner(positions, q, k)
-        return inner(Positions(positions.index + 1), q, k)
 
-    mixer.rotary = rotary
+def lost_its_norm(model):
+    mixer = layer(model).mixer
+    mixer.form = replace(mixer.form, eps=None)
 
 
 def forgot_the_residual(model):
@@ -176,7 +176,8 @@ def zero_bias(path: str, start: int, stop: int) -> Callable:
 def rope(**changes) -> Callable:
     def fault(model):
         mixer = layer(model).mixer
-        mixer.rotary = Rotary(replace(mixer.rotary.config, **changes), torch.device("cpu"))
+        mixer.config = replace(mixer.config, rope=replace(mixer.config.rope, **changes))
+        mixer.rotary, mixer.form = Rotary(mixer.config.rope, torch.device("cpu")), AttentionForm.of(mixer.config)
 
     return fault
 
@@ -240,7 +241,7 @@ FAULTS = {
     "sigmoid for silu": ("llama", sigmoid_for_silu, 1, "activation", 0),
     "gate and up exchanged": ("qwen3", gate_and_up_exchanged, 1, "gate_proj", 0),
     "pairs of halves": ("llama4", rope(interleaved=False), 1, "rotary", 1),
-    "a rotation without its norm": ("llama4", config(L1 + "mixer", qk_norm=None), 1, "rotary", 0),
+    "a rotation without its norm": ("llama4", lost_its_norm, 1, "rotary", 0),
     "no temperature": ("llama4", config("model.layers.3.mixer", temperature=None), 3, "rotary", 23),
     "another chunk": ("llama4", as_in_another_chunk, 1, "attention", 41),
     "a router off by one": ("llama4", first_expert_for_all, 1, "experts", 0),
@@ -333,7 +334,7 @@ def test_a_config_misread_is_named(field, folders, monkeypatch):
 def test_an_operation_that_is_left_out_is_named(folders):
     model = load(folders["qwen3"])
     mixer = layer(model).mixer
-    mixer.config = replace(mixer.config, qk_norm=None)
+    mixer.q_norm = mixer.k_norm = None
     first = bisect(folders["qwen3"], candidate=model, **PROMPTS).first
     assert (first.layer, first.op, first.missing) == (1, "q_norm", "engine")
     assert str(first) == "layer 1, q_norm (layers.1.mixer.q_norm): the engine does not compute it"

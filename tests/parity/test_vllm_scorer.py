@@ -25,6 +25,7 @@ VOCAB, MAX_LEN = 250, 64  # vLLM pads such a vocabulary
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # vLLM's float32 attention on GPUs multiplies in TF32.
+SMALL = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "gpu_memory_utilization": 0.2}
 TOLERANCE = 2e-2 if DEVICE.type == "cuda" else 1e-3
 
 
@@ -67,7 +68,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     pytest.importorskip("vllm", reason="vLLM is not installed")
     folder = tmp_path_factory.mktemp(request.param)
     model = checkpoint(request.param, folder)
-    settings = Settings(dtype=torch.float32, device=DEVICE, batch_size=2, options={"enforce_eager": True})
+    settings = Settings(dtype=torch.float32, device=DEVICE, batch_size=2, options=SMALL)
     scorer = open_scorer(Subject.open(folder), settings)
     yield scorer, model
     scorer.close()
@@ -124,7 +125,7 @@ def test_prompts_in_chunks_beside_continuations(
     pytest.importorskip("vllm", reason="vLLM is not installed")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", processes)
     model = checkpoint("Llama", tmp_path)
-    options = {"enforce_eager": True, "max_num_batched_tokens": 8, "async_scheduling": True}
+    options = {**SMALL, "max_num_batched_tokens": 8, "async_scheduling": True}
     scorer = VllmScorer(tmp_path, "float32", max_num_seqs=3, max_model_len=48, options=options)
     try:
         for sequence, scores in zip(SEQUENCES, scorer.score(SEQUENCES), strict=True):

@@ -6,11 +6,13 @@ import random
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamella.engine.images import Image, PlacedImage
 from lamella.engine.request import Request
 from lamella.engine.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduler
@@ -109,6 +111,42 @@ def test_keys_of_a_growing_request_are_those_of_its_tokens(prompt, grown):
             assert (
                 request.page_keys(PAGE, min(tokens, len(everything))) == whole[: min(tokens, len(everything)) // PAGE]
             )
+
+
+# Of a prompt with images: how much text stands before each, and which it is; None is the same tokens without an image.
+IMAGES = st.lists(st.tuples(st.integers(0, 5), st.sampled_from([0, 1, 2, None])), max_size=3)
+PATCHES = {0: 5, 1: 5, 2: 9, None: 5}
+
+
+def with_images(parts: Sequence[tuple[int, int | None]], after: int) -> tuple[Request, list[object]]:
+    """A request, and what each of its tokens stands for: itself, or a row of an image."""
+    token_ids: list[int] = []
+    meaning: list[object] = []
+    placed = []
+    for before, which in parts:
+        count = PATCHES[which]
+        token_ids += [1] * before
+        meaning += [1] * before
+        if which is not None:
+            image = Image(bytes([which]) * 32, [], np.arange(count), None)
+            placed.append(PlacedImage(image.places + len(token_ids), image))
+        token_ids += [2] * count
+        meaning += [2 if which is None else (which, row) for row in range(count)]
+    request = make_request("", [*token_ids, *[1] * after])
+    request.images = tuple(placed)
+    return request, [*meaning, *[1] * after]
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(IMAGES, IMAGES, st.integers(0, 5))
+def test_keys_are_equal_just_where_all_tokens_stand_for_the_same(first, second, after):
+    (ours, meant), (theirs, others) = with_images(first, after), with_images(second, after)
+    pairs = zip(ours.page_keys(PAGE, len(meant)), theirs.page_keys(PAGE, len(others)), strict=False)
+    for stop, (key, other) in enumerate(pairs, 1):
+        stop *= PAGE
+        assert (key == other) == (meant[:stop] == others[:stop])
+        (*_, text) = keys_of(ours.token_ids(0, stop))
+        assert (key == text) == (meant[:stop] == ours.token_ids(0, stop))
 
 
 def test_a_request_without_a_root_has_no_keys():

@@ -21,6 +21,9 @@ from lamella.parity.oracle import Oracle
 from lamella.parity.subject import Subject
 
 ON_CPU = not torch.cuda.is_available()
+DEVICE = torch.device("cpu" if ON_CPU else "cuda")
+# Engines' memory: little, so that several test processes can share a GPU.
+ROOM = {"kv_cache_memory_bytes": 64 << 20} | ({} if ON_CPU else {"gpu_memory_utilization": 0.2})
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -67,11 +70,10 @@ def running(model: Path, **options: Any) -> Iterator[Any]:
         "skip_tokenizer_init": True,
         "disable_log_stats": False,
         "seed": 0,
-        "kv_cache_memory_bytes": 64 << 20,
+        **ROOM,
     }
     if not ON_CPU:
-        # FlashAttention has no float32, and FlashInfer is not everywhere.
-        settings |= {"gpu_memory_utilization": 0.3, "attention_backend": "TRITON_ATTN"}
+        settings["attention_backend"] = "TRITON_ATTN"  # FlashAttention has no float32, and FlashInfer is not everywhere
     gc.freeze()  # vLLM collects garbage many times over
     try:
         llm = LLM(model=str(model), **(settings | options))
@@ -98,7 +100,9 @@ def built(config: Any, folder: Path) -> Iterator[Any]:
         init_distributed_environment(1, 0, f"file://{folder / 'group'}", 0, "gloo")
         initialize_model_parallel()
         try:
-            yield initialize_model(vllm_config=config)
+            with DEVICE:
+                model = initialize_model(vllm_config=config)
+            yield model
         finally:
             cleanup_dist_env_and_memory()
 

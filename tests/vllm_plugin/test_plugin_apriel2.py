@@ -20,6 +20,7 @@ from vllm_plugin.plugin_helpers import (
     LENGTHS,
     NGRAM,
     ON_CPU,
+    ROOM,
     assert_right,
     generate,
     metric,
@@ -98,7 +99,8 @@ def test_bfloat16_is_as_exact_as_the_references(folders: dict[str, Path], tmp_pa
     """Of a mixer alone, of all of them, and of a supernet under a placement."""
     folder = folders[name] if name in ("all", "supernet") else checkpoint(tmp_path, fixed(WIDE[name]))
     placement = B if name == "supernet" else None
-    result = compare(folder, engine="vllm", dtype="bfloat16", prompts="random", count=6, placement=placement)
+    inputs = {"prompts": "random", "count": 6, "placement": placement}
+    result = compare(folder, engine="vllm", dtype="bfloat16", engine_options=ROOM, **inputs)
     assert result.noise_floor_ratio <= 1.0
 
 

@@ -38,6 +38,7 @@ from lamella.vllm_plugin.state_layer import (
     advance_window,
 )
 from vllm_plugin.plugin_helpers import (
+    DEVICE,
     NGRAM,
     ON_CPU,
     SHAPE,
@@ -237,10 +238,10 @@ class TestRehearsal:
         unfilled.load_weights(load_file(folder / "model.safetensors").items())
         layer = unfilled.model.layers[0]
         channels = layer.mixer_canon.size
-        x, residual = torch.randn(2, 9, channels).unbind()
+        x, residual = torch.randn(2, 9, channels, device=DEVICE).unbind()
         with torch.inference_mode(), set_forward_context(None, unfilled.vllm_config):
             y, total = layer.mixer_canon.after_norm(x, residual, layer.mixer_norm)
-        plain = RaggedBatch.from_lengths([9], [9])
+        plain = RaggedBatch.from_lengths([9], [9], DEVICE)
         weight, bias = layer.mixer_canon.weight.squeeze(1), layer.mixer_canon.bias
         normed, expected_total = add_rms_norm(x, residual, layer.mixer_norm.weight, layer.mixer_norm.eps)
         torch.testing.assert_close(y, short_conv(normed, weight, bias, plain, residual=True))
@@ -251,10 +252,10 @@ class TestRehearsal:
 
         holder = unfilled.model.layers[0].history.holder
         layer = holder.layer
-        blocks = torch.full((2, *layer.shape), torch.nan)
+        blocks = torch.full((2, *layer.shape), torch.nan, device=DEVICE)
         layer.kv_cache, unbound = (blocks,), layer.kv_cache
         with set_forward_context(None, unfilled.vllm_config):
-            assert not holder.run("mixer_canon", (torch.randn(4, 64),), 64).any()
+            assert not holder.run("mixer_canon", (torch.randn(4, 64, device=DEVICE),), 64).any()
         layer.kv_cache = unbound
         assert blocks.isnan().all()
 

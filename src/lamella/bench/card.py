@@ -25,7 +25,8 @@ class CostCard:
         weight_bytes: of all parameters.
         step_bytes: of those that every step reads whole, which leaves out an untied embedding table, experts, and the
             mixers that the placement of a supernet leaves out.
-        experts: of each layer's experts, the bytes of one, how many there are, and how many a token goes to.
+        experts: of each layer's experts, the bytes of those at hand, how many there are in all, and how many a token
+            goes to.
         state: bytes per token and per request, of the layers' active mixers.
         bandwidth: bytes per second that reading takes, measured; None where it was not.
     """
@@ -44,7 +45,7 @@ class CostCard:
         embedding = parameters["model.embed_tokens.weight"]
         looked_up = 0 if model.config.tie_word_embeddings else embedding.nbytes
         layers = [module for module in model.modules() if isinstance(module, Experts)]
-        experts = [(sum(p.nbytes for p in each.parameters()), each.down_proj.shape[0], each.top_k) for each in layers]
+        experts = [(sum(p.nbytes for p in each.parameters()), each.own.full, each.top_k) for each in layers]
         return cls(
             parameters=sum(p.numel() for p in parameters.values()),
             weight_bytes=weight_bytes,
@@ -54,13 +55,13 @@ class CostCard:
             - sum(p.nbytes for p in model.idle_parameters()),
             state=StateCost.of(model.active_holders()),
             bandwidth=bandwidth,
-            experts=tuple((nbytes // count, count, top_k) for nbytes, count, top_k in experts),
+            experts=tuple(experts),
         )
 
     def decode_weight_bytes(self, batch: int) -> int:
         """Bytes of the weights that a decode step of `batch` requests must read: of experts, those that are to be
         expected where every token goes to any of them."""
-        routed = sum(nbytes * count * (1 - (1 - top_k / count) ** batch) for nbytes, count, top_k in self.experts)
+        routed = sum(nbytes * (1 - (1 - top_k / count) ** batch) for nbytes, count, top_k in self.experts)
         return self.step_bytes + round(routed)
 
     def decode_bytes(self, batch: int, context: int) -> int:

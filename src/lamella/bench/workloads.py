@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lamella.engine.engine import Engine
 from lamella.engine.llm import LLM
 from lamella.engine.sampling_params import SamplingParams
 
@@ -25,12 +26,11 @@ class Workload:
     output_len: int
     seed: int = 0
 
-    def prompts(self, vocab_size: int) -> list[dict[str, list[int]]]:
-        rng = random.Random(self.seed)
-        return [
-            {"prompt_token_ids": [rng.randrange(vocab_size) for _ in range(self.input_len)]}
-            for _ in range(self.requests)
-        ]
+    def prompts(self, engine: Engine) -> list[dict[str, list[int]]]:
+        """Any tokens but those of images."""
+        rng, images = random.Random(self.seed), engine.image_token_ids
+        tokens = [token for token in range(engine.model.config.vocab_size) if token not in images]
+        return [{"prompt_token_ids": [rng.choice(tokens) for _ in range(self.input_len)]} for _ in range(self.requests)]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def check(llm: LLM, workload: Workload) -> float:
 
     0 where they choose alike everywhere; a near-tie that rounding turned is a gap of about that rounding.
     """
-    prompts = workload.prompts(llm.engine.model.config.vocab_size)[:2]
+    prompts = workload.prompts(llm.engine)[:2]
     params = SamplingParams(temperature=0, max_tokens=_CHECKED_TOKENS, ignore_eos=True, detokenize=False)
     worst = 0.0
     for output in llm.generate(prompts, params, use_tqdm=False):
@@ -68,7 +68,7 @@ def check(llm: LLM, workload: Workload) -> float:
 
 def measure(llm: LLM, workload: Workload, repeats: int = 3) -> Timing:
     """Time the workload; the best of `repeats`, after a short run that is not timed."""
-    prompts = workload.prompts(llm.engine.model.config.vocab_size)
+    prompts = workload.prompts(llm.engine)
     _time(llm, prompts, SamplingParams(temperature=0, max_tokens=min(2, workload.output_len), ignore_eos=True))
 
     def seconds(output_len: int) -> float:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lamella.checkpoint.json_file import read_json
 from lamella.checkpoint.lingua import LINGUA_NAMES, TIED_HEAD, find_lingua, read_params
+from lamella.checkpoint.quantization import DequantizedTensors, Quantization
 from lamella.checkpoint.tensors import SafetensorsFolder, TensorSource, TorchFile
 from lamella.config import ModelConfig
 from lamella.errors import CheckpointError
@@ -35,6 +36,7 @@ class Checkpoint:
     names: Mapping[str, str]  # our parameter paths -> the file's, see CausalLM.checkpoint_names
     tied_head: str  # what a tied head's redundant copy is called
     tensors: TensorSource
+    quantization: Quantization | None = None  # of the files; what `tensors` gives is dequantised
 
     def read_config(self, max_length: int | None = None) -> ModelConfig:
         """The model that the values describe; `max_length` is the context that an engine will use."""
@@ -95,8 +97,12 @@ def open_checkpoint(model: str | Path, overrides: Mapping[str, Any] | None = Non
     values = _overridden(read_json(config_file), overrides or {})
     architecture = resolve_architecture(_architecture_name(values, config_file))
     names = architecture.checkpoint_names
-    tensors = SafetensorsFolder(path, architecture.own_name)
-    return Checkpoint(path, config_file, architecture, values, names, "lm_head.weight", tensors)
+    tensors: TensorSource = SafetensorsFolder(path, architecture.own_name)
+    quantization = Quantization.read(values, config_file)
+    if quantization is not None:
+        tensors = DequantizedTensors(tensors, quantization, path)
+        values = {key: value for key, value in values.items() if key != "quantization_config"}
+    return Checkpoint(path, config_file, architecture, values, names, "lm_head.weight", tensors, quantization)
 
 
 def _find(model: str | Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ def resolve_dtype(checkpoint: Checkpoint, dtype: torch.dtype | str) -> torch.dty
     """The dtype to compute in; "auto" is the checkpoint's own."""
     if isinstance(dtype, str) and dtype == "auto":
         stated = checkpoint.values.get("dtype") or checkpoint.values.get("torch_dtype")
+        if not stated and checkpoint.quantization is not None:
+            raise ConfigError("dtype='auto': the weights are quantised, and the config says no dtype to compute in")
         dtype = str(stated).removeprefix("torch.") if stated else _stored_dtype(checkpoint)
     if isinstance(dtype, str):
         dtype = {"half": "float16", "float": "float32"}.get(dtype, dtype)
@@ -58,15 +61,18 @@ def load_model(
     max_length: int | None = None,
     seed: int = 0,
     group: Group | None = None,
+    expert_parallel: bool = False,
 ) -> CausalLM:
     """The model of a checkpoint in `dtype` on `device`; `load_format="dummy"` fills it at random instead.
 
-    With a `group`, the part of it that this rank holds, of which alone the files are read.
+    With a `group`, the part of it that this rank holds, of which alone the files are read; with `expert_parallel`, some
+    of the experts whole.
     """
     if load_format not in LOAD_FORMATS:
         raise ConfigError(f"load_format={load_format!r}: must be one of {', '.join(LOAD_FORMATS)}")
     config = checkpoint.read_config(max_length)
-    model = checkpoint.architecture.allocate(config, LocalKit(resolve_dtype(checkpoint, dtype), device, group))
+    kit = LocalKit(resolve_dtype(checkpoint, dtype), device, group, expert_parallel)
+    model = checkpoint.architecture.allocate(config, kit)
     if load_format == "dummy":
         initialize(model, torch.Generator(device).manual_seed(seed))
     else:
@@ -82,17 +88,23 @@ def fill(model: CausalLM, checkpoint: Checkpoint, tensors: OpenTensors) -> None:
     redundant = check_names(checkpoint, model, expected, tensors.names())
     for name, target in expected.items():
         check_shape(checkpoint, tensors, name, target)
+        if not target.place.numel():  # another rank's
+            continue
         for piece in target.pieces(_PIECE_BYTES):
             tensor = tensors.load(name, piece.splits)
-            if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-                problem = f"tensor {name} is {tensor.dtype}: quantised files are not read"
-                raise CheckpointError(f"{checkpoint.path}: {problem}")
+            check_dtype(checkpoint.path, name, tensor)
             piece.place.copy_(tensor)
     for name in redundant:
         embedding = next(target for target in expected.values() if target.path == "model.embed_tokens.weight")
         copy = tensors.load(name, embedding.splits)
         if not torch.equal(copy.to(embedding.place.dtype), embedding.place.cpu()):
             logger.warning("%s: %s differs from the embedding it is tied to, and is not used", checkpoint.path, name)
+
+
+def check_dtype(path: Path, name: str, tensor: Tensor) -> None:
+    """Refuse a quantised tensor."""
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        raise CheckpointError(f"{path}: tensor {name} is {tensor.dtype}, and no scale of it is known")
 
 
 def load_tensor(checkpoint: Checkpoint, tensors: OpenTensors, name: str, target: Target) -> Tensor:

@@ -45,10 +45,12 @@ class SafetensorsFolder:
     """All `*.safetensors` of a folder, or those that its index names.
 
     `own` says what a tensor of the files is called here, or None where it does not belong to `part` and is left aside,
-    unread; the log says so once.
+    unread; the log says so once, unless `part` is None.
     """
 
-    def __init__(self, folder: Path, own: Callable[[str], str | None] = str, part: str = "the language model") -> None:
+    def __init__(
+        self, folder: Path, own: Callable[[str], str | None] = str, part: str | None = "the language model"
+    ) -> None:
         self.folder, self._own, self._part, self._said = folder, own, part, False
         self._indexed: dict[str, str] | None = None
         if (folder / INDEX).is_file():
@@ -84,10 +86,10 @@ class SafetensorsFolder:
             if absent:
                 raise CheckpointError(f"{self.folder}: {INDEX} names tensors that no file holds: {_some(absent)}")
             aside = sorted(set(handles) - set(names.values()))
-            if aside and not self._said:
+            if aside and self._part and not self._said:
                 self._said = True
                 listed = _some(aside, 3)
-                logger.info("%s: tensors of other parts than %s are not read: %s", self.folder, self._part, listed)
+                logger.info("%s: not read for %s: %s", self.folder, self._part, listed)
             yield _Handles(handles, names)
 
 

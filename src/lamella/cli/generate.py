@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from lamella.checkpoint.files import DEMO
@@ -20,6 +21,8 @@ def run(args: argparse.Namespace) -> int:
     prompts: list[Prompt] = [*(args.prompt or ()), *map(_token_prompt, args.tokens or ())]
     if not prompts and args.model != DEMO:
         raise ParameterError("no prompt: give -p TEXT or --tokens 1,2,3")
+    if args.image:
+        prompts = [_with_images(prompts, args.image)]
     params = SamplingParams(
         temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, max_tokens=args.max_tokens, stop=args.stop
     )
@@ -44,6 +47,24 @@ def _token_prompt(text: str) -> Prompt:
         return {"prompt_token_ids": [int(part) for part in text.replace(",", " ").split()]}
     except ValueError as error:
         raise ParameterError(f"--tokens {text!r}: must be token ids separated by commas") from error
+
+
+def _with_images(prompts: Sequence[Prompt], files: Sequence[str]) -> Prompt:
+    """The one prompt with the images in these files."""
+    if len(prompts) != 1:
+        raise ParameterError(f"--image: belongs to one prompt, and {len(prompts)} are given")
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ParameterError("--image: reading image files needs Pillow: pip install 'lamella[images]'") from error
+    images = []
+    for file in files:
+        try:
+            images.append(Image.open(file))
+        except (OSError, Image.DecompressionBombError) as error:
+            raise ParameterError(f"--image {file}: {error}") from error
+    (prompt,) = prompts
+    return {**({"prompt": prompt} if isinstance(prompt, str) else prompt), "multi_modal_data": {"image": images}}
 
 
 def _stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> None:

@@ -1,8 +1,14 @@
-"""`lamella inspect`: the layer stack as a picture and a table, and the cost card. No weight is read."""
+"""`lamella inspect`: the layer stack as a picture and a table, and the cost card, or what compiling it costs.
+
+No weight is read.
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import singledispatch
 from itertools import groupby
 from typing import Any
@@ -13,6 +19,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from lamella.bench.card import CostCard, measure_bandwidth
+from lamella.bench.compile import LIMIT, SIZES, CompileCost, compile_costs
 from lamella.checkpoint.files import Checkpoint, open_checkpoint
 from lamella.checkpoint.loader import resolve_dtype
 from lamella.cli.common import console, print_json, size
@@ -40,6 +47,10 @@ BATCHES = (1, 16, 64)
 def run(args: argparse.Namespace) -> int:
     if args.context < 1:
         raise ParameterError(f"--context {args.context}: must be at least 1")
+    if args.compile:
+        return _compile(args)
+    if args.layers:
+        raise ParameterError("--layers: only with --compile")
     checkpoint = open_checkpoint(args.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     card = cost_card(checkpoint, args.dtype, measure_bandwidth(device), args.placement)
@@ -57,6 +68,36 @@ def run(args: argparse.Namespace) -> int:
     else:
         show(console, config, card, args.context)
     return 0
+
+
+def _compile(args: argparse.Namespace) -> int:
+    """What compiling costs, a line as soon as it is known; exit status 1 where a form computes something else."""
+    if any(count < 1 for count in args.layers):
+        raise ParameterError(f"--layers {' '.join(map(str, args.layers))}: must be at least 1")
+    costs = []
+    for cost in compile_costs(args.model, args.layers, args.placement):
+        costs.append(cost)
+        if not args.json:
+            console.print(f"[dim]{cost.layers} layers, {cost.form}: {cost.cpu_seconds} s[/dim]")
+    if args.json:
+        print_json({"steps": SIZES, "compile": [asdict(cost) for cost in costs]})
+    else:
+        console.print(compile_table(costs))
+        for cost in costs:
+            for reason, count in Counter(cost.recompiles).items():
+                console.print(f"{cost.layers} layers, {cost.form}, {count} x {reason}", markup=False)
+    return 0 if all(cost.is_right for cost in costs) else 1
+
+
+def compile_table(costs: Sequence[CompileCost]) -> Table:
+    """A row for each form and depth."""
+    title = f"compiling, then steps of {', '.join(map(str, SIZES))} tokens"
+    table = Table("layers", "form", "graphs", "recompiles", "CPU s", "off eager by at most", "", title=title)
+    for cost in costs:
+        remarks = ["gave up: the rest runs eager"] * cost.gave_up + [f"WRONG: above {LIMIT}"] * (not cost.is_right)
+        figures = (cost.graphs, len(cost.recompiles), cost.cpu_seconds, f"{cost.difference:.1e}")
+        table.add_row(str(cost.layers), cost.form, *map(str, figures), ", ".join(remarks))
+    return table
 
 
 def cost_card(

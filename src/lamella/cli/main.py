@@ -39,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     _model(generate)
     generate.add_argument("-p", "--prompt", action="append", help="a prompt; may be given several times")
     generate.add_argument("--tokens", action="append", metavar="1,2,3", help="a prompt as token ids; likewise")
+    generate.add_argument(
+        "--image", action="append", metavar="FILE", help="for an <|image|> of the one prompt, in their order"
+    )
     generate.add_argument("--max-tokens", type=int, default=64)
     generate.add_argument("--temperature", type=float, default=0.0)
     generate.add_argument("--top-p", type=float, default=1.0)
@@ -47,11 +50,24 @@ def parser() -> argparse.ArgumentParser:
     _engine(generate)
     _json(generate)
 
-    inspect = _command(commands, "inspect", "show a model's layers and what it costs")
+    inspect = _command(
+        commands,
+        "inspect",
+        "show a model's layers and what it costs",
+        "The layers as a picture and a table, and what the model costs, from its config alone. With --compile, what it "
+        "costs to compile in three ways: as the engine does with enable_compile, as a whole, and each layer by itself; "
+        "with random weights, each in a process of its own. The exit status is 1 where one computes something else.",
+    )
     _model(inspect)
     inspect.add_argument("--dtype", default="auto")
     inspect.add_argument("--context", type=int, default=2048, help="tokens of context that the costs are shown for")
     inspect.add_argument("--placement", help="of a supernet: the mixers whose costs are shown")
+    inspect.add_argument(
+        "--compile", action="store_true", help="graphs, recompiles with their reasons, and CPU seconds of torch.compile"
+    )
+    inspect.add_argument(
+        "--layers", type=int, nargs="+", default=[], metavar="N", help="with --compile: stacks of so many of its layers"
+    )
     _json(inspect)
 
     parity = _command(
@@ -171,9 +187,12 @@ def _engine(command: argparse.ArgumentParser) -> None:
         ("seed", int),
         ("placement", str),
         ("hf-overrides", json.loads),
+        ("limit-mm-per-prompt", json.loads),
     ):
         group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
     flag = argparse.BooleanOptionalAction
     group.add_argument("--enable-prefix-caching", action=flag, default=argparse.SUPPRESS)
+    group.add_argument("--enable-expert-parallel", action=flag, default=argparse.SUPPRESS)
     group.add_argument("--enforce-eager", action=flag, default=argparse.SUPPRESS)
+    group.add_argument("--enable-compile", action=flag, default=argparse.SUPPRESS)
     group.set_defaults(engine_options=[action.dest for action in group._group_actions])

@@ -34,7 +34,11 @@ class Start(msgspec.Struct, tag=True):
 
 
 class NewRequest(msgspec.Struct, array_like=True):
-    """A request, or one that lost its state, from its first step on."""
+    """A request, or one that lost its state, from its first step on.
+
+    Attributes:
+        images: of each, the prompt's tokens in whose place its rows stand; the rows come from rank 0 with the step.
+    """
 
     id: int
     prompt_token_ids: list[int]
@@ -43,6 +47,7 @@ class NewRequest(msgspec.Struct, array_like=True):
     eos_token_ids: list[int]
     slot: int
     placement: list[str | None]
+    images: list[list[int]]
 
 
 class Step(msgspec.Struct, tag=True):

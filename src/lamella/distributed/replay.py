@@ -10,7 +10,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from lamella.distributed.messages import NewRequest, Step
+from lamella.engine.images import PlacedImage
 from lamella.engine.request import Request
 from lamella.engine.scheduler import Scheduled
 from lamella.state.manager import Holding, StateManager
@@ -60,7 +63,8 @@ class Recorder:
         seed = request.seed & (1 << 64) - 1
         eos = list(request.eos_token_ids)
         placement = list(request.placement)
-        return NewRequest(told.id, request.prompt_token_ids, request.params, seed, eos, holding.slot, placement)
+        images = [image.places.tolist() for image in request.images]
+        return NewRequest(told.id, request.prompt_token_ids, request.params, seed, eos, holding.slot, placement, images)
 
     @staticmethod
     def _tokens(request: Request, told: _Told) -> list[int]:
@@ -101,6 +105,7 @@ class Replayer:
                 seed=new.seed,
                 eos_token_ids=tuple(new.eos_token_ids),
                 placement=tuple(new.placement),
+                images=tuple(PlacedImage(np.array(places)) for places in new.images),
             )
             self._requests[new.id] = request
             holdings[request] = Holding(new.slot, [[] for _ in self._state.groups])

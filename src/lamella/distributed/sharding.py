@@ -64,6 +64,14 @@ class Share:
         part = full // self.size
         return Split(full, ((self.rank * part, (self.rank + 1) * part),))
 
+    def whole_ones(self, full: int, field: str) -> Split:
+        """Of `full` places as many as any other rank's, or one more: the first ranks have those that are left over."""
+        if full < self.size:
+            raise ConfigError(f"{field}={full}: must be at least tensor_parallel_size={self.size}")
+        each, more = divmod(full, self.size)
+        start = self.rank * each + min(self.rank, more)
+        return Split(full, ((start, start + each + (self.rank < more)),))
+
     def heads(self, full: int) -> Split:
         """Query heads."""
         return self.even(full, "num_attention_heads")

@@ -13,14 +13,18 @@ import torch
 
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.checkpoint.files import Checkpoint
-from lamella.config import Placement, PlacementLike, describe_placement, read_placement
+from lamella.checkpoint.loader import resolve_dtype
+from lamella.config import MoEConfig, Placement, PlacementLike, describe_placement, read_placement
 from lamella.distributed.group import Group
 from lamella.distributed.sharding import Share
 from lamella.distributed.workers import WorkerProcesses, Workers
 from lamella.engine.capacity import memory_budget, say_what_cannot_hit
+from lamella.engine.compiled import CompiledModel
 from lamella.engine.completion import Completion, Job
+from lamella.engine.image_rows import ImageRows
+from lamella.engine.images import ImageReader, PlacedImage
 from lamella.engine.options import EngineOptions
-from lamella.engine.prompt import Prompt, read_prompt
+from lamella.engine.prompt import GivenPrompt, Prompt, read_prompt
 from lamella.engine.request import Request
 from lamella.engine.residence import Residence, Residences
 from lamella.engine.runner import Flight, ModelRunner
@@ -31,6 +35,7 @@ from lamella.engine.warm_up import warm_up
 from lamella.errors import ConfigError, ParameterError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import LocalKit
+from lamella.models.base import ImageModel
 from lamella.state.manager import StateManager
 from lamella.state.memory import StateCost, StateMemory
 from lamella.state.prefix import root_key
@@ -62,8 +67,12 @@ class Engine:
         eos_token_ids: tuple[int, ...] = (),
         workers: Workers | None = None,
         make_runner: Callable[..., ModelRunner] = ModelRunner,
+        images: ImageModel | None = None,
     ) -> None:
-        """`model` is this rank's part, and `workers` are the other ranks, which make the same engine of theirs."""
+        """`model` is this rank's part, and `workers` are the other ranks, which make the same engine of theirs.
+
+        `images` reads the images of prompts, on rank 0 alone; None takes none.
+        """
         self.workers = workers or Workers()
         self.model, self.options, self.device, self.tokenizer = model, options, device, tokenizer
         self.eos_token_ids = eos_token_ids
@@ -72,7 +81,10 @@ class Engine:
             model.set_placement(options.placement)
         if options.mixed_placements and not model.has_choice:
             raise ConfigError("mixed_placements=True: no layer of the model has a choice of mixers")
-        reserved = warm_up(model, options, self.max_model_len, device)
+        self._images = None if images is None else ImageReader(images, options.max_images)
+        dtype = model.get_parameter("model.embed_tokens.weight").dtype
+        rows = ImageRows(model.config.hidden_size, dtype, device, self.workers.group, images)
+        reserved = warm_up(model, options, self.max_model_len, device, rows)
         budget = memory_budget(device, reserved, self.workers.group)
         self._residences = Residences(model, options, self.max_model_len, device, budget)
         self._residence = self._residences.find(model.placement)
@@ -85,7 +97,9 @@ class Engine:
             options.snapshot_interval,
             options.snapshot_prompts,
         )
-        self.runner = make_runner(model, self.state, device, self.max_model_len, options.max_num_seqs)
+        compiled = CompiledModel(model) if options.enable_compile else None
+        sizes = self.max_model_len, options.max_num_seqs
+        self.runner = make_runner(model, self.state, device, *sizes, rows, compiled)
         if options.enforce_eager and device.type != "cuda":
             logger.info("enforce_eager: without effect, since there are no graphs on this device")
         self.runner.warm_up(graphs=not options.enforce_eager)
@@ -119,6 +133,11 @@ class Engine:
         """Of a supernet, the mixer of each layer for requests that ask for no other; None where there is no choice."""
         return self._residence.placement
 
+    @property
+    def image_token_ids(self) -> frozenset[int]:
+        """The tokens that a prompt without images must not have."""
+        return frozenset() if self._images is None else self._images.token_ids
+
     @classmethod
     def load(cls, options: EngineOptions) -> Engine:
         """The engine of a checkpoint. Raises `ConfigError` or `CheckpointError` with one line."""
@@ -127,10 +146,12 @@ class Engine:
         check_split(checkpoint, options)
         workers = WorkerProcesses(options, device) if options.tensor_parallel_size > 1 else Workers()
         with workers.guard():
+            tokenizer = Tokenizer.load(checkpoint.path)
+            images = load_images(checkpoint, options, device, tokenizer)
             model = load_part(checkpoint, options, device, workers.group)
             workers.connect(device)
             eos = checkpoint.eos_token_ids(model.config)
-            return cls(model, options, device, Tokenizer.load(checkpoint.path), eos, workers)
+            return cls(model, options, device, tokenizer, eos, workers, images=images)
 
     def close(self) -> None:
         """End the processes of other ranks, if there are any. They end with the engine, too."""
@@ -140,7 +161,8 @@ class Engine:
         """Check a request and get it ready, without queueing it. Raises `ParameterError`."""
         if request_id in self._jobs:
             raise ParameterError(f"request_id={request_id!r}: a request of this id is running")
-        text, token_ids, salt = read_prompt(prompt, self.tokenizer, self.model.config.vocab_size)
+        given = read_prompt(prompt, self.tokenizer, self.model.config.vocab_size)
+        token_ids, images = self._place_images(given)
         params.validate_for(self.model.config.vocab_size)
         if params.stop_strings and self.tokenizer is None:
             raise ParameterError(f"stop={params.stop!r}: without tokenizer.json there is no text to stop at")
@@ -154,7 +176,7 @@ class Engine:
         self._check_pools(len(token_ids) + max_tokens - 1, self._next_residence.state)
         seed = params.seed if params.seed is not None else self._next_seed()
         self._watch_lengths(len(token_ids))
-        root = self._prefix_root(placement, salt)
+        root = self._prefix_root(placement, given.salt)
         completions = [
             Completion(
                 Request(
@@ -167,13 +189,14 @@ class Engine:
                     eos_token_ids=self.eos_token_ids,
                     prefix_root=root,
                     placement=placement if self.options.mixed_placements else (),
+                    images=images,
                 ),
                 index,
                 self.tokenizer,
             )
             for index in range(params.n)
         ]
-        return Job(request_id, text, completions, salt)
+        return Job(request_id, given.text, completions, given.salt)
 
     def add(self, job: Job) -> None:
         """Queue a job that `make_job` made."""
@@ -421,6 +444,16 @@ class Engine:
     def _drop(self, completion: Completion) -> None:
         del self._completions[completion.request]
         self.scheduler.finish(completion.request)
+        completion.request.images = ()  # their rows go with the last request that may still need them
+
+    def _place_images(self, given: GivenPrompt) -> tuple[list[int], tuple[PlacedImage, ...]]:
+        """A prompt's tokens with the images in their places."""
+        if self._images is not None:
+            return self._images.place(given.token_ids, given.images)
+        if given.images:
+            why = "limit_mm_per_prompt allows 0" if self.options.max_images == 0 else "the model reads none"
+            raise ParameterError(f"multi_modal_data: {len(given.images)} images, and {why}")
+        return given.token_ids, ()
 
     def _prefix_root(self, placement: Placement, salt: str | None) -> bytes | None:
         """What a request's prefixes are keyed by; None where it takes no part in the cache."""
@@ -464,10 +497,39 @@ def check_split(checkpoint: Checkpoint, options: EngineOptions) -> None:
             f"tensor_parallel_size={size}: {architecture.__name__} is defined in the main script, where other "
             "processes cannot import it; put it into a module"
         )
-    architecture.allocate(checkpoint.read_config(), LocalKit(device="meta", group=Group(Share(0, size))))
+    config, whole_experts = checkpoint.read_config(), options.enable_expert_parallel
+    if whole_experts and not any(isinstance(layer.feed_forward, MoEConfig) for layer in config.layers):
+        raise ConfigError("enable_expert_parallel=True: no layer of the model has experts")
+    architecture.allocate(config, LocalKit(device="meta", group=Group(Share(0, size)), expert_parallel=whole_experts))
 
 
 def load_part(checkpoint: Checkpoint, options: EngineOptions, device: torch.device, group: Group) -> LanguageModel:
     """A rank's part of the model."""
     max_length = options.resolve_length(checkpoint.read_config())
-    return load_model(checkpoint, options.dtype, device, options.load_format, max_length, options.seed, group)
+    return load_model(
+        checkpoint,
+        options.dtype,
+        device,
+        options.load_format,
+        max_length,
+        options.seed,
+        group,
+        options.enable_expert_parallel,
+    )
+
+
+def load_images(
+    checkpoint: Checkpoint, options: EngineOptions, device: torch.device, tokenizer: Tokenizer | None
+) -> ImageModel | None:
+    """What reads the images of prompts; None where none are read."""
+    architecture, limit = checkpoint.architecture, options.limit_mm_per_prompt
+    if not architecture.reads_images(checkpoint, options.load_format):
+        if limit is not None:
+            raise ConfigError(f"limit_mm_per_prompt={dict(limit)!r}: the checkpoint of {options.model} reads no images")
+        return None
+    if options.max_images == 0:
+        logger.info("%s: limit_mm_per_prompt allows no images: the part that reads them is left out", checkpoint.path)
+        return None
+    dtype = resolve_dtype(checkpoint, options.dtype)
+    token_id = tokenizer.token_id if tokenizer is not None else lambda text: None
+    return architecture.load_images(checkpoint, dtype, device, token_id, options.load_format, options.seed)

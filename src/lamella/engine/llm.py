@@ -38,7 +38,9 @@ class LLM:
         max_num_batched_tokens: int = 2048,
         enable_prefix_caching: bool = True,
         tensor_parallel_size: int = 1,
+        enable_expert_parallel: bool = False,
         enforce_eager: bool = False,
+        enable_compile: bool = False,
         seed: int = 0,
         load_format: str = "auto",
         block_size: int = 16,
@@ -47,6 +49,7 @@ class LLM:
         snapshot_interval: int | None = None,
         snapshot_prompts: str = "never",
         hf_overrides: Mapping[str, Any] | None = None,
+        limit_mm_per_prompt: Mapping[str, int] | None = None,
         placement: PlacementLike | None = None,
         mixed_placements: bool = False,
         deterministic: bool = False,
@@ -61,7 +64,9 @@ class LLM:
                 max_num_batched_tokens=max_num_batched_tokens,
                 enable_prefix_caching=enable_prefix_caching,
                 tensor_parallel_size=tensor_parallel_size,
+                enable_expert_parallel=enable_expert_parallel,
                 enforce_eager=enforce_eager,
+                enable_compile=enable_compile,
                 seed=seed,
                 load_format=load_format,
                 block_size=block_size,
@@ -70,6 +75,7 @@ class LLM:
                 snapshot_interval=snapshot_interval,
                 snapshot_prompts=snapshot_prompts,
                 hf_overrides=hf_overrides,
+                limit_mm_per_prompt=limit_mm_per_prompt,
                 placement=placement,
                 mixed_placements=mixed_placements,
                 deterministic=deterministic,
@@ -85,7 +91,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete every prompt; the outputs come in the prompts' order.
 
-        A prompt is a string or `{"prompt_token_ids": [...]}`. Parameters are one for all, or one for each prompt.
+        A prompt is a string or `{"prompt_token_ids": [...]}`; with images, `{"prompt": "<|image|> ...",
+        "multi_modal_data": {"image": image}}`, see `read_prompt`. Parameters are one for all, or one for each prompt.
         Every request is checked before any is run; a bad one is a `ParameterError` that says which.
         """
         prompts = [prompts] if isinstance(prompts, str | dict) else list(prompts)

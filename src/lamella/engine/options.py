@@ -27,13 +27,18 @@ class EngineOptions:
         max_num_batched_tokens: tokens computed in a step; longer prompts are computed in chunks.
         enable_prefix_caching: share the state of equal beginnings of prompts, and of finished conversations.
         tensor_parallel_size: devices of this host (on a CPU: processes) that hold a part of the model each.
+        enable_expert_parallel: give each of these devices some of a layer's experts whole, in place of a part of each.
         hf_overrides: values in the place of config.json's, those of a nested mapping by themselves, such as
             `{"text_config": {"attn_temperature_tuning": False}}`.
+        limit_mm_per_prompt: of a model that reads images, the most that a prompt may have, `{"image": 4}`; 0 leaves the
+            part that reads them in the files; None is no limit.
         placement: of a supernet, which mixer is active in each layer, see `lamella.config.read_placement`; None is the
             checkpoint's own.
         mixed_placements: keep state for all mixers, so that requests may have placements of their own.
         deterministic: only the default is possible yet, True is an error.
         enforce_eager: on a GPU, no graphs of the decode steps: quicker to start, slower to run; no effect on a CPU.
+        enable_compile: on a CPU, compile the blocks of the layers by torch.compile at the start, one program for each
+            kind of block; afterwards a step that would need another one is an error.
         seed: of the draws of requests without a seed, and of dummy weights.
         load_format: "auto", or "dummy" for random weights.
         block_size: tokens in a page.
@@ -56,7 +61,9 @@ class EngineOptions:
     max_num_batched_tokens: int = 2048
     enable_prefix_caching: bool = True
     tensor_parallel_size: int = 1
+    enable_expert_parallel: bool = False
     enforce_eager: bool = False
+    enable_compile: bool = False
     seed: int = 0
     load_format: str = "auto"
     block_size: int = 16
@@ -65,6 +72,7 @@ class EngineOptions:
     snapshot_interval: int | None = None
     snapshot_prompts: str = "never"
     hf_overrides: Mapping[str, Any] | None = None
+    limit_mm_per_prompt: Mapping[str, int] | None = None
     placement: PlacementLike | None = None
     mixed_placements: bool = False
     deterministic: bool = False
@@ -92,11 +100,30 @@ class EngineOptions:
             raise ConfigError(f"snapshot_bytes={size!r}: must be a whole number of bytes")
         if self.hf_overrides is not None and not isinstance(self.hf_overrides, Mapping):
             raise ConfigError(f"hf_overrides={self.hf_overrides!r}: must be a mapping of config.json's keys")
+        if self.limit_mm_per_prompt is not None and not _is_limit(self.limit_mm_per_prompt):
+            raise ConfigError(
+                f'limit_mm_per_prompt={self.limit_mm_per_prompt!r}: must be {{"image": N}}, N a whole number of images'
+            )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed={self.seed!r}: must be a whole number")
-        for field in ("enable_prefix_caching", "enforce_eager", "deterministic", "mixed_placements"):
+        for field in (
+            "enable_prefix_caching",
+            "enable_expert_parallel",
+            "enforce_eager",
+            "enable_compile",
+            "deterministic",
+            "mixed_placements",
+        ):
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(f"{field}={getattr(self, field)!r}: must be True or False")
+        if self.enable_expert_parallel and self.tensor_parallel_size == 1:
+            raise ConfigError("enable_expert_parallel=True: without effect with tensor_parallel_size=1")
+        if self.enable_compile and self.enforce_eager:
+            raise ConfigError("enable_compile=True: contradicts enforce_eager=True")
+        if self.enable_compile and self.mixed_placements:
+            raise ConfigError(
+                "enable_compile=True: not with mixed_placements=True, where requests enter the middle of a block"
+            )
         unsupported = {
             "deterministic": (False, "this version does not fix the order of sums across batch shapes"),
         }
@@ -104,8 +131,21 @@ class EngineOptions:
             if getattr(self, field) != only:
                 raise ConfigError(f"{field}={getattr(self, field)!r}: must be {only}: {why}")
 
+    @property
+    def max_images(self) -> int | None:
+        """The most images that a prompt may have; None is no limit."""
+        return None if self.limit_mm_per_prompt is None else self.limit_mm_per_prompt["image"]
+
     def resolve_device(self) -> torch.device:
         """The device to run on, rank 0's where there are several."""
+        device = self._named_device()
+        if self.enable_compile and device.type != "cpu":
+            raise ConfigError(
+                f"enable_compile=True: only on a CPU; on device={str(device)!r} the engine has fused kernels and graphs"
+            )
+        return device
+
+    def _named_device(self) -> torch.device:
         if self.device == "auto":
             return self._device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         try:
@@ -134,6 +174,13 @@ class EngineOptions:
         if longest is not None and self.max_model_len > longest:
             raise ConfigError(f"max_model_len={self.max_model_len}: the model supports at most {longest}")
         return self.max_model_len
+
+
+def _is_limit(value: object) -> bool:
+    if not isinstance(value, Mapping) or set(value) != {"image"}:
+        return False
+    count = value["image"]
+    return isinstance(count, int) and not isinstance(count, bool) and count >= 0
 
 
 def supported_length(config: ModelConfig) -> int | None:

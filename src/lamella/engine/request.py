@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 from lamella.config import Placement
+from lamella.engine.images import PlacedImage
 from lamella.engine.sampling_params import SamplingParams, has_penalty
 from lamella.state.prefix import page_key
 
@@ -27,6 +29,7 @@ class Request:
     branch: int = 0  # where it leaves the tokens that others had before it
     prefix_root: bytes | None = None  # see `page_keys`; None keeps the request out of the prefix cache
     placement: Placement = ()  # of a supernet; see `Engine`
+    images: tuple[PlacedImage, ...] = ()  # of the prompt, in its order
     _page_keys: list[bytes] = field(default_factory=list)
     looks_back: bool = field(init=False)  # whether the choice of a token depends on the ones before
     plain: bool = field(init=False)  # whether nothing is done to its logits, nor wanted of them, but the choice
@@ -65,8 +68,17 @@ class Request:
         while len(self._page_keys) < count:
             start = len(self._page_keys) * page_size
             before = self._page_keys[-1] if self._page_keys else self.prefix_root
-            self._page_keys.append(page_key(before, self.token_ids(start, start + page_size)))
+            stop = start + page_size
+            self._page_keys.append(page_key(before, self.token_ids(start, stop), self._content(start, stop)))
         return self._page_keys[:count]
+
+    def _content(self, start: int, stop: int) -> bytes:
+        """Which images tokens [start, stop) are of, and where these begin: the same tokens may stand for others."""
+        return b"".join(
+            array("q", [image.first - start]).tobytes() + image.digest
+            for image in self.images
+            if image.first < stop and image.last >= start
+        )
 
     @property
     def needs_prompt_logprobs(self) -> bool:

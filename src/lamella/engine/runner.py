@@ -12,7 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lamella.config import Placement
+from lamella.engine.compiled import MIN_TOKENS, CompiledModel
 from lamella.engine.graphs import DecodeGraphs, bucket_sizes
+from lamella.engine.image_rows import ImageRows
 from lamella.engine.request import Request
 from lamella.engine.sampler import (
     Choice,
@@ -74,9 +76,19 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: LanguageModel, state: StateManager, device: torch.device, max_model_len: int, max_num_seqs: int
+        self,
+        model: LanguageModel,
+        state: StateManager,
+        device: torch.device,
+        max_model_len: int,
+        max_num_seqs: int,
+        images: ImageRows,
+        compiled: CompiledModel | None = None,
     ) -> None:
+        """`images` gives steps the rows of their images; with `compiled`, that is what computes the steps."""
+        self.images = images
         self.model, self.state, self.device, self.max_model_len = model, state, device, max_model_len
+        self.compiled = compiled
         self.runs_ahead = device.type == "cuda"
         self.num_replays = 0
         kernels = device.type == "cuda" and has_triton()
@@ -114,10 +126,13 @@ class ModelRunner:
         self._inputs.pop(state, None)
 
     def warm_up(self, graphs: bool) -> None:
-        """On a GPU, compile what a step of prompts needs and, with `graphs`, capture the decode steps.
+        """Compile the model, where steps are computed so. On a GPU, compile what a step of prompts needs and, with
+        `graphs`, capture the decode steps.
 
         Only the dummy page and the dummy slot are written to.
         """
+        if self.compiled is not None:
+            self.compiled.warm_up()
         if self.device.type != "cuda":
             return
         pads = [
@@ -158,9 +173,12 @@ class ModelRunner:
                 self.num_replays += 1
                 return self._flight(shares, self._choose(shares, hidden, tensors, chosen=True), {})
             pads = rows - len(shares)
-        tensors = self.inputs.build(shares, self._rows, pads, placements)
+        if self.compiled is not None and sum(share.count for share in shares) < MIN_TOKENS:
+            pads = MIN_TOKENS - len(shares)
+        tensors = self.inputs.build(shares, self._rows, pads, placements, self.images.of(shares))
         with forward_batch(tensors.batch):
-            hidden = self.model(self._resolve(tensors.input_ids, shares))
+            forward = self.model if self.compiled is None else self.compiled
+            hidden = forward(self._resolve(tensors.input_ids, shares))
             prompts = self._prompt_logprobs(shares, hidden)
             return self._flight(shares, self._choose(shares, hidden, tensors), prompts)
 

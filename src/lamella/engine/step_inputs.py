@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lamella.engine.request import Request
 from lamella.engine.scheduler import Scheduled
-from lamella.layers.context import ForwardBatch, PageView, RequestPlacements
+from lamella.layers.context import ForwardBatch, GivenEmbeddings, PageView, RequestPlacements
 from lamella.ops.attention.paged import AttentionSpace
 from lamella.ops.ragged import RaggedBatch
 from lamella.state.manager import Holding, StateManager
@@ -116,6 +116,7 @@ class StepTensors:
         page_size: int,
         attention: AttentionSpace | None = None,
         placements: RequestPlacements | None = None,
+        given: GivenEmbeddings | None = None,
     ) -> StepTensors:
         num_decodes = next((i for i, n in enumerate(query_lens) if n != 1), len(query_lens))
         ragged = RaggedBatch(
@@ -134,7 +135,7 @@ class StepTensors:
             for index, group in enumerate(groups)
         }
         sampling = {name: tensors[name] for name in ("seed", "step", "top_k", "temperature", "top_p", "min_p")}
-        batch = ForwardBatch(ragged, pages, tensors["slots"], attention, placements)
+        batch = ForwardBatch(ragged, pages, tensors["slots"], attention, placements, given)
         return cls(batch, tensors["input_ids"], sampling)
 
 
@@ -196,10 +197,11 @@ class StepInputs:
         latest: Mapping[Request, int],
         pads: int = 0,
         placements: RequestPlacements | None = None,
+        given: GivenEmbeddings | None = None,
     ) -> StepTensors:
         """The step's tensors, new ones, with so many rows of padding behind a step that only decodes.
 
-        `latest` gives the rows in which pending tokens were chosen.
+        `latest` gives the rows in which pending tokens were chosen, and `given` the embeddings of tokens of images.
         """
         lengths, size = [share.start + share.count for share in shares] + [1] * pads, self.state.page_size
         listed = 0 if self.attention is None else sum(self.state.pages_for(s.start + s.count) for s in prefills(shares))
@@ -222,6 +224,7 @@ class StepInputs:
             size,
             self.attention,
             placements,
+            given,
         )
 
     def fill(

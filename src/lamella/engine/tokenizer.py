@@ -46,6 +46,10 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception
             raise LamellaError(f"cannot read {path}: {error}") from error
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token, by its text in the vocabulary; None where there is no such token."""
+        return self._tokenizer.token_to_id(token)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the file's post-processor adds."""
         return self._tokenizer.encode(text).ids

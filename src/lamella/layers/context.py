@@ -29,6 +29,14 @@ class PageView:
 
 
 @dataclass(frozen=True)
+class GivenEmbeddings:
+    """Embeddings of tokens that do not stand for themselves, such as those of an image."""
+
+    tokens: Tensor  # (n,) int64, which of the batch's tokens
+    rows: Tensor  # (n, hidden_size)
+
+
+@dataclass(frozen=True)
 class ForwardBatch:
     """One step: its requests, and where their state lies.
 
@@ -40,6 +48,7 @@ class ForwardBatch:
     slots: Tensor | None = None  # (R,) int64
     attention: AttentionSpace | None = None  # on a GPU
     placements: RequestPlacements | None = None  # where requests have several
+    given: GivenEmbeddings | None = None  # where there are any
     _shared: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from lamella.config import CanonConfig, LayerConfig, ModelConfig, Placement, Pla
 from lamella.distributed.sharding import Split
 from lamella.layers.block_input import BlockInput
 from lamella.layers.canon import Canon
-from lamella.layers.context import ForwardBatch, current_batch, forward_batch
+from lamella.layers.context import ForwardBatch, GivenEmbeddings, current_batch, forward_batch
 from lamella.layers.kit import Kit, PagedAttention, SlotHolder, state_holders
 from lamella.layers.norm import RMSNorm, build_norm
 from lamella.layers.rotary import Positions
@@ -45,10 +46,22 @@ class DecoderLayer(nn.Module):
 
     def forward(self, positions: Positions, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """hidden and residual (T, hidden_size) -> the same pair after the layer."""
+        hidden, residual = self.mix(self.mixer, positions, hidden, residual)
+        return self.feed(hidden, residual)
+
+    def mix(self, mixer: nn.Module, positions: Positions, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The pair after the first block, with the layer's mixer or one of its mixers."""
         entry = BlockInput(hidden, residual, self.mixer_norm, self.mixer_canon)
-        hidden = self.mixer(positions, entry)
-        entry = BlockInput(hidden, entry.residual, self.feed_forward_norm, self.feed_forward_canon)
+        return mixer(positions, entry), entry.residual
+
+    def feed(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The pair after the second block."""
+        entry = BlockInput(hidden, residual, self.feed_forward_norm, self.feed_forward_canon)
         return self.feed_forward(entry), entry.residual
+
+
+# Who computes a layer: what is called with it, and as it is.
+LayerCall: TypeAlias = Callable[[Any, Positions, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Decoder(nn.Module):
@@ -63,13 +76,24 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.norm.eps, kit.device)
 
-    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """ids and positions (T,) -> (T, hidden_size)."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        given: GivenEmbeddings | None = None,
+        call: LayerCall = DecoderLayer.__call__,
+    ) -> Tensor:
+        """ids and positions (T,) -> (T, hidden_size), each layer by way of `call`.
+
+        What is `given` goes before the ids.
+        """
         residual = self.embed_tokens(input_ids)
+        if given is not None:
+            residual = residual.index_copy(0, given.tokens, given.rows)
         hidden = torch.zeros_like(residual)
         at = Positions(positions)
         for layer in self.layers:
-            hidden, residual = layer(at, hidden, residual)
+            hidden, residual = call(layer, at, hidden, residual)
         return self.norm(hidden, residual)[0]
 
 
@@ -84,7 +108,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: ModelConfig, kit: Kit) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.group = config, kit.group
         self.model = Decoder(config, kit)
         tied = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = kit.lm_head(config.vocab_size, config.hidden_size, tied, "lm_head")
@@ -145,7 +169,7 @@ class LanguageModel(nn.Module):
         """
         batch = current_batch()
         if batch is not None:
-            return self.model(input_ids, batch.ragged.positions if positions is None else positions)
+            return self.model(input_ids, batch.ragged.positions if positions is None else positions, batch.given)
         if input_ids.dim() not in (1, 2) or input_ids.numel() == 0:
             raise ValueError(
                 f"input_ids of shape {tuple(input_ids.shape)}: must be (batch, seq) or (tokens,), not empty"

@@ -19,7 +19,7 @@ from lamella.distributed.sharding import Share, Split
 from lamella.layers.context import ForwardBatch, require_batch
 from lamella.layers.linear import Biases, Embedding, Head, Linear, MergedLinear, RowLinear, SplitEmbedding, SplitHead
 from lamella.layers.norm import RMSNorm, SplitRMSNorm
-from lamella.ops import attention
+from lamella.ops import attention, opaque
 from lamella.ops.attention.paged import AttentionPlan
 from lamella.state.spec import PagedState, SlotState
 
@@ -73,14 +73,14 @@ class Kit(Protocol):
         """Logits (T, vocab), fp32, of hidden states; with `tied`, over that embedding's weight."""
         ...
 
-    def experts(self, config: MoEConfig, hidden_size: int, prefix: str) -> nn.Module:
-        """Routed experts, `(x (T, H), the router's logits (T, E), base (T, H) or None) -> (T, H)`: the rank's part of a
-        sum over the ranks, which is left to the caller, added to base."""
-        ...
-
     def attention(self, heads: int, scale: float, spec: PagedState, prefix: str) -> nn.Module:
         """Causal attention `(q (T, H, D), k (T, KV, D), v) -> (T, H, D)` of the rank's heads, that keeps its keys and
         values."""
+        ...
+
+    def experts(self, config: MoEConfig, hidden_size: int, prefix: str) -> nn.Module:
+        """Routed experts, `(x (T, H), the router's logits (T, E), base (T, H) or None) -> (T, H)`: the rank's part of a
+        sum over the ranks, which is left to the caller, added to base."""
         ...
 
     def slot_state(self, specs: Sequence[SlotState], prefix: str) -> SlotHolder:
@@ -101,18 +101,25 @@ class PagedAttention(nn.Module):
         self.specs = (spec,)
         self.k_cache: Tensor | None = None
         self.v_cache: Tensor | None = None
+        self.handle: Tensor | None = None  # of a compiling engine, see ops.opaque
 
     def bind(self, *tensors: Tensor) -> None:
         """Caches (pages, page_size, KV, D) of this layer's keys and values."""
         self.k_cache, self.v_cache = tensors
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.handle is not None and torch.compiler.is_compiling():
+            return opaque.call(self.handle, "attention", (q, k, v), self.spec.head_dim)
         batch = require_batch()
         if batch.pages is None:
             spec = self.spec
             return attention.causal_attention(q, k, v, batch.ragged, self.scale, spec.window, spec.chunk)
         attention.write_kv(k, v, *self.target())
         return self.read(q)
+
+    def compute(self, part: str, inputs: Sequence[Tensor]) -> Tensor:
+        """The same of [q, k, v], untraced."""
+        return self(*inputs)
 
     def target(self) -> tuple[Tensor, Tensor, Tensor]:
         """Where the step's keys and values go: both caches, and the flat rows (T,) in them."""
@@ -167,6 +174,7 @@ class SlotHolder(nn.Module):
         super().__init__()
         self.specs, self.prefix = tuple(specs), prefix
         self.rows: tuple[Tensor, ...] = ()
+        self.handle: Tensor | None = None  # of a compiling engine, see ops.opaque
         self.parts: dict[str, Computation] = {}
 
     def bind(self, *tensors: Tensor) -> None:
@@ -175,7 +183,14 @@ class SlotHolder(nn.Module):
 
     def run(self, part: str, inputs: Sequence[Tensor], width: int) -> Tensor:
         """One of the `parts` of inputs (T, ...): (T, width)."""
-        return self.parts[part](*inputs, None)
+        if self.handle is not None and torch.compiler.is_compiling():
+            return opaque.call(self.handle, part, inputs, width)
+        return self.compute(part, inputs)
+
+    def compute(self, part: str, inputs: Sequence[Tensor]) -> Tensor:
+        """The same, untraced."""
+        result: Tensor = self.parts[part](*inputs, None)
+        return result
 
     def run_after_norm(
         self, part: str, x: Tensor, residual: Tensor, weight: Tensor, eps: float
@@ -204,11 +219,16 @@ class LocalKit:
     """Plain torch modules on the device of one rank, their parameters allocated but not initialised."""
 
     def __init__(
-        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", group: Group | None = None
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        group: Group | None = None,
+        expert_parallel: bool = False,
     ) -> None:
+        """With `expert_parallel` a rank has some experts whole, in place of a part of each."""
         self.dtype, self.device = dtype, torch.device(device)
         self.group = group or Group()
-        self.share = self.group.share
+        self.share, self.expert_parallel = self.group.share, expert_parallel
 
     @property
     def _is_split(self) -> bool:
@@ -262,13 +282,13 @@ class LocalKit:
             head.weight = tied.weight  # type: ignore[assignment]
         return head
 
+    def attention(self, heads: int, scale: float, spec: PagedState, prefix: str) -> nn.Module:
+        return PagedAttention(heads, scale, spec, prefix)
+
     def experts(self, config: MoEConfig, hidden_size: int, prefix: str) -> nn.Module:
         from lamella.layers.moe import Experts
 
-        return Experts(config, self, hidden_size)
-
-    def attention(self, heads: int, scale: float, spec: PagedState, prefix: str) -> nn.Module:
-        return PagedAttention(heads, scale, spec, prefix)
+        return Experts(config, self, hidden_size, self.expert_parallel)
 
     def slot_state(self, specs: Sequence[SlotState], prefix: str) -> SlotHolder:
         return SlotHolder(specs, prefix)

@@ -59,40 +59,54 @@ class MoE(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts: gate_up_proj (E, hidden, 2 I) with gates first, down_proj (E, I, hidden).
+    """The routed experts: gate_up_proj (E, hidden, 2 I) with gates first, down_proj (E, I, hidden). Of several ranks
+    each has a part of every expert, or some experts `whole`.
 
     These are the shapes of Llama 4's files. In memory inputs lie side by side, as in any projection: the parameters are
     views. Other files have every expert's projections by themselves, as those of an MLP; see `apart`.
     """
 
-    def __init__(self, config: MoEConfig, kit: Kit, hidden_size: int) -> None:
+    def __init__(self, config: MoEConfig, kit: Kit, hidden_size: int, whole: bool = False) -> None:
         super().__init__()
         self.top_k = config.top_k
-        self.channels = kit.share.even(config.intermediate_size, "intermediate_size")
-        count, inner = config.num_experts, self.channels.size
+        if whole:
+            self.own = kit.share.whole_ones(config.num_experts, "num_local_experts")
+            self.channels = Split.whole(config.intermediate_size)
+        else:
+            self.own = Split.whole(config.num_experts)
+            self.channels = kit.share.even(config.intermediate_size, "intermediate_size")
+        count, inner = self.own.size, self.channels.size
 
         def parameter(outputs: int, inputs: int) -> nn.Parameter:
             weight = torch.empty(count, outputs, inputs, dtype=kit.dtype, device=kit.device)
             return nn.Parameter(weight.transpose(1, 2))
 
         self.gate_up_proj, self.down_proj = parameter(2 * inner, hidden_size), parameter(hidden_size, inner)
-        every, hidden = Split.whole(count), Split.whole(hidden_size)
+        hidden = Split.whole(hidden_size)
         self.splits = {
-            "gate_up_proj": (every, hidden, Split.join((self.channels, self.channels))),
-            "down_proj": (every, self.channels),
+            "gate_up_proj": (self.own, hidden, Split.join((self.channels, self.channels))),
+            "down_proj": (self.own, self.channels),
         }
 
     def forward(self, x: Tensor, logits: Tensor, base: Tensor | None = None) -> Tensor:
         """What the experts make of x (T, hidden) by the router's logits (T, E), added to base (T, hidden)."""
         gate_up, down = self.gate_up_proj.transpose(1, 2), self.down_proj.transpose(1, 2)
-        return moe.experts(x, logits, self.top_k, gate_up, down, base)
+        return moe.experts(x, logits, self.top_k, gate_up, down, base, self.first)
+
+    @property
+    def first(self) -> int:
+        """The first of the rank's experts."""
+        return self.own.spans[0][0]
 
     def apart(self, leaf: str) -> Mapping[str, Apart]:
-        """Where the tensors go that stand for the parameter `leaf` in files that hold projections one by one."""
+        """Where the tensors go that stand for the parameter `leaf` in files that hold projections one by one; those of
+        other ranks' experts go to a place without room."""
         weights = getattr(self, leaf).detach().transpose(1, 2)
         hidden, inner = Split.whole(weights.shape[2 if leaf == "gate_up_proj" else 1]), self.channels
         found: dict[str, Apart] = {}
-        for expert, weight in enumerate(weights):
+        for expert in range(self.own.full):
+            is_ours = self.first <= expert < self.first + self.own.size
+            weight = weights[expert - self.first] if is_ours else weights[0, :0]
             if leaf == "gate_up_proj":
                 for name, part in zip(("gate_proj", "up_proj"), weight.chunk(2), strict=True):
                     found[f"{expert}.{name}.weight"] = Apart(part, (inner, hidden))

@@ -6,12 +6,13 @@ The variants follow `transformers`' modeling_rope_utils; everything is fp32, and
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lamella.config import DynamicScaling, Llama3Scaling, RopeConfig, TemperatureConfig, YarnScaling
-from lamella.ops.rotary import angles, rotate, temperature
+from lamella.ops.rotary import angles, temperature
 
 
 def inverse_frequencies(config: RopeConfig) -> Tensor:
@@ -61,30 +62,39 @@ def _yarn(base: Tensor, config: RopeConfig, scaling: YarnScaling) -> Tensor:
 
 
 class Rotary:
-    """Turns queries and keys by their positions, or by their positions modulo a `period`."""
+    """By which angles queries and keys are turned: those of their positions, or of these modulo a `period`."""
 
     def __init__(self, config: RopeConfig, device: torch.device, period: int | None = None) -> None:
-        self.config, self.period = config, period
+        self.period = period
         self.key = repr((config, period))  # of two with equal keys the angles are the same
         self.magnitude = config.scaling.attention_factor if isinstance(config.scaling, YarnScaling) else 1.0
         self.frequencies = inverse_frequencies(config).to(device)
-
-    def __call__(self, positions: Positions, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q (T, H, D) and k (T, KV, D) turned, as new tensors."""
-        return rotate(q, k, *positions.angles(self), self.config.interleaved)
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (T, dim / 2) fp32 of positions (T,)."""
         return angles(positions, self.frequencies, self.magnitude, self.period)
 
 
+class Turn(NamedTuple):
+    """What a step does to the queries and keys of an attention layer by their positions.
+
+    A part that the layer lacks is None, or, where layers with and without it are computed as one, changes nothing.
+    """
+
+    cos: Tensor | None  # (T, pairs) fp32
+    sin: Tensor | None
+    scale: Tensor | None  # (T,) fp32, of queries
+    normed: Tensor | None  # () bool: whether the norm without a weight counts; None: it does, where there is one
+
+
 class Positions:
     """Where the tokens of a forward stand in their requests, and what follows of it, once for all layers alike."""
 
-    def __init__(self, index: Tensor) -> None:
-        """index (T,), absolute."""
-        self.index = index
+    def __init__(self, index: Tensor, turn: Turn | None = None) -> None:
+        """index (T,), absolute; `turn` is the layer's, where that has been computed before."""
+        self.index, self.turn = index, turn
         self._angles: dict[str, tuple[Tensor, Tensor]] = {}
+        self._identities: dict[int, tuple[Tensor, Tensor]] = {}
         self._temperatures: dict[TemperatureConfig, Tensor] = {}
 
     def angles(self, rotary: Rotary) -> tuple[Tensor, Tensor]:
@@ -92,6 +102,13 @@ class Positions:
         if rotary.key not in self._angles:
             self._angles[rotary.key] = rotary.angles(self.index)
         return self._angles[rotary.key]
+
+    def identity(self, pairs: int) -> tuple[Tensor, Tensor]:
+        """cos and sin (T, pairs) fp32 of turning nothing, which leaves every bit as it is."""
+        if pairs not in self._identities:
+            ones = torch.ones(self.index.shape[0], pairs, device=self.index.device)
+            self._identities[pairs] = ones, torch.zeros_like(ones)
+        return self._identities[pairs]
 
     def temperature(self, config: TemperatureConfig) -> Tensor:
         """What queries are multiplied by, (T,) fp32."""

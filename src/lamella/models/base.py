@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,33 @@ from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import Kit, LocalKit
 from lamella.layers.linear import splits_of
 from lamella.models.hf_config import HFConfig
+
+if TYPE_CHECKING:
+    from lamella.checkpoint.files import Checkpoint
+
+
+class ImageModel(Protocol):
+    """What an architecture that reads images makes of them.
+
+    Attributes:
+        placeholder, placeholder_text: the token that stands in a prompt where an image belongs.
+        patch: the token in whose place the tower's rows stand.
+        largest: shape of the most tiles that an image can become.
+    """
+
+    placeholder: int
+    placeholder_text: str
+    patch: int
+    largest: tuple[int, ...]
+
+    def cut(self, pixels: Tensor) -> tuple[Tensor, list[int]]:
+        """An image (3, H, W) uint8 as tiles for the tower, and the tokens that stand for it in place of the
+        placeholder. Raises `ParameterError` where it has no pixels."""
+        ...
+
+    def rows(self, tiles: Tensor) -> Tensor:
+        """What the tower makes of tiles: (n, hidden_size), a row for each patch token, in their order."""
+        ...
 
 
 class CausalLM(LanguageModel):
@@ -60,6 +87,27 @@ class CausalLM(LanguageModel):
     def read_config(cls, config: HFConfig) -> ModelConfig:
         """The architecture's `config.json` as layers."""
         raise NotImplementedError(f"{cls.__name__}.read_config")
+
+    @classmethod
+    def reads_images(cls, checkpoint: Checkpoint, load_format: str = "auto") -> bool:
+        """Whether `load_images` has something to load. No tensor is read."""
+        return False
+
+    @classmethod
+    def load_images(
+        cls,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        token_id: Callable[[str], int | None],
+        load_format: str = "auto",
+        seed: int = 0,
+    ) -> ImageModel:
+        """The part of a checkpoint that reads images; `token_id` is what the tokenizer has for a token's text.
+
+        Raises `ConfigError` or `CheckpointError`.
+        """
+        raise NotImplementedError(f"{cls.__name__}.load_images")
 
     @classmethod
     def with_placement(cls, values: Mapping[str, Any], placement: Placement) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lamella.config import (
@@ -29,8 +31,11 @@ from lamella.config import (
 )
 from lamella.config.feed_forward import FeedForwardConfig
 from lamella.errors import ConfigError
-from lamella.models.base import CausalLM
+from lamella.models.base import CausalLM, ImageModel
 from lamella.models.hf_config import HFConfig, read_head_dim, read_model, read_rope
+
+if TYPE_CHECKING:
+    from lamella.checkpoint.files import Checkpoint
 
 logger = logging.getLogger("lamella")
 
@@ -107,7 +112,27 @@ class Llama4ForCausalLM(CausalLM):
 
 
 class Llama4ForConditionalGeneration(Llama4ForCausalLM):
-    """The language model of a checkpoint that reads images as well; these it is not given."""
+    """The language model of a checkpoint that reads images as well; what reads them stands beside it."""
+
+    @classmethod
+    def reads_images(cls, checkpoint: Checkpoint, load_format: str = "auto") -> bool:
+        from lamella.models.llama4_sight import Sight
+
+        return Sight.is_there(checkpoint, load_format)
+
+    @classmethod
+    def load_images(
+        cls,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        token_id: Callable[[str], int | None],
+        load_format: str = "auto",
+        seed: int = 0,
+    ) -> ImageModel:
+        from lamella.models.llama4_sight import Sight
+
+        return Sight.load(checkpoint, dtype, device, token_id, load_format, seed)
 
 
 def _read_text(config: HFConfig) -> ModelConfig:

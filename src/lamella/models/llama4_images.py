@@ -6,17 +6,30 @@ Rules: transformers' `image_processing_llama4.py` and `processing_llama4.py`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lamella.errors import ParameterError
+from lamella.errors import ConfigError, ParameterError
+from lamella.models.hf_config import HFConfig
 
 TILE = 336  # pixels
 MAX_TILES = 16
 _MEAN = _STD = 0.5
+# What a tokenizer calls the tokens, and where a config says them.
+TEXTS = {
+    "start": "<|image_start|>",
+    "end": "<|image_end|>",
+    "between_columns": "<|tile_x_separator|>",
+    "after_row": "<|tile_y_separator|>",
+    "image": "<|image|>",
+    "patch": "<|patch|>",
+}
+_KEYS = {"start": "boi_token_index", "end": "eoi_token_index", "patch": "image_token_index"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +43,27 @@ class ImageTokens:
     image: int = 200090
     patch: int = 200092  # in whose place the rows of the tower stand
 
+    @classmethod
+    def read(cls, config: HFConfig, vocab_size: int, named: Callable[[str], int | None]) -> ImageTokens:
+        """What the config says, else what the tokenizer has, `named` by the text, else what the released models have.
+
+        Raises `ConfigError` where these differ, or an id is no token's, or that of several.
+        """
+        ids: dict[str, int] = {}
+        for field in fields(cls):
+            key, text = _KEYS.get(field.name), TEXTS[field.name]
+            stated = None if key is None else config.int(key, None, minimum=0)
+            known = named(text)
+            if stated is not None and known is not None and stated != known:
+                raise ConfigError(f"{config.source}: {key}={stated}: the tokenizer's {text} is {known}")
+            token = stated if stated is not None else known if known is not None else getattr(cls, field.name)
+            if token >= vocab_size:
+                raise ConfigError(f"{config.source}: {key or text}={token}: must be below vocab_size={vocab_size}")
+            if token in ids.values():
+                raise ConfigError(f"{config.source}: {key or text}={token}: another token of images is the same")
+            ids[field.name] = token
+        return cls(**ids)
+
     def expand(self, rows: int, columns: int, patches: int) -> list[int]:
         """An image of so many tiles, of `patches` tokens each; more than one are followed by one of the whole image."""
         tokens = [self.start]
@@ -38,6 +72,41 @@ class ImageTokens:
             row = line + [token for _ in range(columns - 1) for token in (self.between_columns, *line)]
             tokens += [*row, self.after_row] * rows
         return [*tokens, self.image, *[self.patch] * patches, self.end]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How images are cut, see `grid` and `cut_tiles`."""
+
+    tile: int = TILE
+    max_tiles: int = MAX_TILES
+    largest: bool = False
+
+    @classmethod
+    def read(cls, folder: Path, tile: int) -> Tiling:
+        """What the checkpoint's preprocessor says, or transformers' defaults; `tile` is what the tower takes.
+
+        Raises `ConfigError` where it does something else to the pixels than `cut_tiles` does.
+        """
+        from lamella.checkpoint.json_file import read_json
+
+        own, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
+        file = own if own.is_file() or not whole.is_file() else whole
+        values = read_json(file) if file.is_file() else {}
+        config = HFConfig(values if file is own else values.get("image_processor") or {}, str(file))
+        for key in ("do_resize", "do_rescale", "do_normalize"):
+            config.choice(key, (True,), True)
+        config.choice("do_center_crop", (False,), False)
+        config.choice("resample", (2,), 2)  # bilinear
+        config.choice("rescale_factor", (1 / 255,), 1 / 255)
+        config.choice("image_mean", ([_MEAN] * 3,), [_MEAN] * 3)
+        config.choice("image_std", ([_STD] * 3,), [_STD] * 3)
+        config.choice("size", ({"height": tile, "width": tile},), {"height": tile, "width": tile})
+        return cls(
+            tile=tile,
+            max_tiles=config.int("max_patches", MAX_TILES),
+            largest=config.bool("resize_to_max_canvas", False),
+        )
 
 
 def grid(

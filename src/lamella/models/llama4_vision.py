@@ -1,13 +1,14 @@
 """Llama 4's sight: from the tiles of images to rows that stand in place of patch tokens in the language model's input.
 
 Math and names: transformers' `models/llama4`. Every tile is by itself, and sees all of itself. The modules are named as
-in the files, whose tensors they are filled with one to one. The engine does not feed them yet.
+in the files, whose tensors they are filled with one to one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from torch.nn import functional as F
 from lamella.config.checks import check
 from lamella.models.hf_config import HFConfig
 from lamella.ops.rotary import rotate
+
+if TYPE_CHECKING:
+    from lamella.checkpoint.tensors import SafetensorsFolder
 
 PARTS = ("vision_model.", "multi_modal_projector.")
 
@@ -125,6 +129,12 @@ class MLP(nn.Module):
         return F.gelu(x) if self.last else x
 
 
+class LayerNorm(nn.LayerNorm):
+    """torch's, which says where it starts from."""
+
+    initial: ClassVar = {"weight": (1.0, 1.0)}
+
+
 class Layer(nn.Module):
     """A pre-norm block."""
 
@@ -133,7 +143,7 @@ class Layer(nn.Module):
         size = config.hidden_size
         self.self_attn = Attention(config)
         self.mlp = MLP((size, config.intermediate_size, size), bias=True)
-        self.input_layernorm, self.post_attention_layernorm = nn.LayerNorm(size), nn.LayerNorm(size)
+        self.input_layernorm, self.post_attention_layernorm = LayerNorm(size), LayerNorm(size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
@@ -150,7 +160,7 @@ class Tower(nn.Module):
         self.patch_embedding = nn.ModuleDict({"linear": nn.Linear(config.channels * patch**2, size, bias=False)})
         self.class_embedding = nn.Parameter(torch.zeros(size))
         self.positional_embedding_vlm = nn.Parameter(torch.zeros(config.side**2 + 1, size))
-        self.layernorm_pre, self.layernorm_post = nn.LayerNorm(size), nn.LayerNorm(size)
+        self.layernorm_pre, self.layernorm_post = LayerNorm(size), LayerNorm(size)
         self.model = nn.ModuleDict({"layers": nn.ModuleList(Layer(config) for _ in range(config.num_layers))})
         adapter = MLP((size * config.shuffle**2, config.adapter_in, config.adapter_out), bias=False, last=True)
         self.vision_adapter = nn.ModuleDict({"mlp": adapter})
@@ -196,17 +206,27 @@ class Vision(nn.Module):
         Raises `CheckpointError` where one is missing, left over or of the wrong shape.
         """
         from lamella.checkpoint.json_file import read_json
-        from lamella.checkpoint.tensors import SafetensorsFolder
+
+        file = Path(path) / "config.json"
+        vision = cls.allocate(VisionConfig.read(HFConfig(read_json(file), str(file))), dtype, device)
+        vision.fill(Path(path))
+        return vision
+
+    @classmethod
+    def allocate(cls, config: VisionConfig, dtype: torch.dtype, device: torch.device | str) -> Vision:
+        """One whose parameters are not initialised."""
+        with torch.device("meta"):
+            vision = cls(config)
+        return vision.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+
+    def fill(self, folder: Path) -> None:
+        """Read the parameters. Raises `CheckpointError` where a tensor is missing, left over, quantised or of the wrong
+        shape."""
+        from lamella.checkpoint.loader import check_dtype
         from lamella.errors import CheckpointError
 
-        folder = Path(path)
-        file = folder / "config.json"
-        with torch.device("meta"):
-            vision = cls(VisionConfig.read(HFConfig(read_json(file), str(file))))
-        vision = vision.to(dtype).to_empty(device=device).eval().requires_grad_(False)
-        wanted = vision.state_dict()
-        source = SafetensorsFolder(folder, lambda name: name if name.startswith(PARTS) else None, "the vision part")
-        with source.opened() as tensors:
+        wanted = self.state_dict()
+        with vision_tensors(folder).opened() as tensors:
             names = set(tensors.names())
             for kind, some in (("missing", set(wanted) - names), ("unexpected", names - set(wanted))):
                 if some:
@@ -215,8 +235,16 @@ class Vision(nn.Module):
                 if tensors.shape(name) != tuple(place.shape):
                     shapes = f"has shape {tensors.shape(name)}, the config says {tuple(place.shape)}"
                     raise CheckpointError(f"{folder}: tensor {name} {shapes}")
-                place.copy_(tensors.load(name))
-        return vision
+                tensor = tensors.load(name)
+                check_dtype(folder, name, tensor)
+                place.copy_(tensor)
+
+
+def vision_tensors(folder: Path) -> SafetensorsFolder:
+    """The vision part's tensors in a checkpoint's folder."""
+    from lamella.checkpoint.tensors import SafetensorsFolder
+
+    return SafetensorsFolder(folder, lambda name: name if name.startswith(PARTS) else None, None)
 
 
 def patch_angles(config: VisionConfig) -> Tensor:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from lamella.config import PlacementLike
+from lamella.engine.compiled import CompiledModel
 from lamella.engine.engine import Engine
+from lamella.engine.image_rows import ImageRows
 from lamella.engine.options import EngineOptions
 from lamella.engine.request import Request
 from lamella.engine.runner import Flight, ModelRunner
@@ -169,10 +171,12 @@ class _ForcedRunner(ModelRunner):
         device: torch.device,
         max_model_len: int,
         max_num_seqs: int,
+        images: ImageRows,
+        compiled: CompiledModel | None,
         top: int | None,
         pads: int,
     ) -> None:
-        super().__init__(model, state, device, max_model_len, max_num_seqs + pads)
+        super().__init__(model, state, device, max_model_len, max_num_seqs + pads, images, compiled)
         self.runs_ahead = False
         self.records: dict[Request, Record] = {}
         self._top = top
@@ -197,8 +201,9 @@ class _ForcedRunner(ModelRunner):
         self, shares: Sequence[Scheduled], hidden: Tensor, tensors: StepTensors, chosen: bool = False
     ) -> Choice | None:
         tokens: list[int] = []
-        every = torch.cat([self.model.compute_logits(part) for part in hidden.split(_LOGITS_ROWS)])
-        for share, logits in zip(shares, every.split([share.count for share in shares]), strict=True):
+        counts = [share.count for share in shares]  # the engine's own padding stands behind them
+        every = torch.cat([self.model.compute_logits(part) for part in hidden[: sum(counts)].split(_LOGITS_ROWS)])
+        for share, logits in zip(shares, every.split(counts), strict=True):
             request = share.request
             if (record := self.records.get(request)) is None:
                 continue  # padding

@@ -13,9 +13,12 @@ def root_key(*parts: object) -> bytes:
     return hashlib.sha256(repr(parts).encode()).digest()
 
 
-def page_key(before: bytes, token_ids: Sequence[int]) -> bytes:
-    """The key of a page of tokens after the pages whose key is `before`."""
-    return hashlib.sha256(before + array("q", token_ids).tobytes()).digest()
+def page_key(before: bytes, token_ids: Sequence[int], content: bytes = b"") -> bytes:
+    """The key of a page of tokens after the pages whose key is `before`.
+
+    `content` is what else decides its state: what those of the tokens stand for that do not stand for themselves.
+    """
+    return hashlib.sha256(before + array("q", token_ids).tobytes() + content).digest()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.library import Library
 
 from lamella.ops import native
 from lamella.ops.backend import use_fused, use_native, use_triton
@@ -17,7 +18,16 @@ _SLICE = 16384  # rows of the weight that the portable path widens at a time
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b`, see `reference.linear`. Few rows, where reading the weight is all the work, go to our own kernel."""
+    """`x W^T + b`, see `reference.linear`. Few rows, where reading the weight is all the work, go to our own kernel.
+
+    On a CPU it is one opaque operation to torch.compile, which would not read weights as fast.
+    """
+    if torch.compiler.is_compiling() and not x.is_cuda and not torch.is_grad_enabled():
+        return torch.ops.lamella.linear(x, weight, bias)
+    return _linear(x, weight, bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.dim() == 2 and use_native(x) and 0 < x.shape[0] <= native.linear_rows(x.dtype, x.shape[1]):
         return native.linear(x, weight, bias)
     if (kernels := _kernels(x, weight)) is not None:
@@ -78,3 +88,14 @@ def _kernels(x: Tensor, weight: Tensor) -> ModuleType | None:
     from lamella.ops.linear import triton
 
     return triton if triton.serves(x, weight) else None
+
+
+def _shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What the operation makes of tensors without data."""
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+_library = Library("lamella", "FRAGMENT")  # the operation goes with it
+_library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.needs_fixed_stride_order,))
+_library.impl("linear", _linear, "CompositeExplicitAutograd")
+torch.library.register_fake("lamella::linear", _shape, lib=_library)

@@ -10,19 +10,23 @@ from lamella.ops.backend import use_triton
 from lamella.ops.moe import segments
 
 
-def experts(x: Tensor, logits: Tensor, top_k: int, gate_up: Tensor, down: Tensor, base: Tensor | None = None) -> Tensor:
+def experts(
+    x: Tensor, logits: Tensor, top_k: int, gate_up: Tensor, down: Tensor, base: Tensor | None = None, first: int = 0
+) -> Tensor:
     """See `reference.experts`. To torch.compile it is one opaque operation: what is computed depends on the routing."""
     if torch.compiler.is_compiling():
-        return torch.ops.lamella.experts(x, logits, top_k, gate_up, down, base)
-    return _experts(x, logits, top_k, gate_up, down, base)
+        return torch.ops.lamella.experts(x, logits, top_k, gate_up, down, base, first)
+    return _experts(x, logits, top_k, gate_up, down, base, first)
 
 
-def _experts(x: Tensor, logits: Tensor, top_k: int, gate_up: Tensor, down: Tensor, base: Tensor | None) -> Tensor:
+def _experts(
+    x: Tensor, logits: Tensor, top_k: int, gate_up: Tensor, down: Tensor, base: Tensor | None, first: int
+) -> Tensor:
     if use_triton(x):
         from lamella.ops.moe import triton
 
-        return triton.experts(x, logits, top_k, gate_up, down, base)
-    return segments.experts(x, logits, top_k, gate_up, down, base)
+        return triton.experts(x, logits, top_k, gate_up, down, base, first)
+    return segments.experts(x, logits, top_k, gate_up, down, base, first)
 
 
 def _shape(x: Tensor, *_: object) -> Tensor:
@@ -32,7 +36,7 @@ def _shape(x: Tensor, *_: object) -> Tensor:
 
 _library = Library("lamella", "FRAGMENT")  # the operation goes with it
 _library.define(
-    "experts(Tensor x, Tensor logits, int top_k, Tensor gate_up, Tensor down, Tensor? base) -> Tensor",
+    "experts(Tensor x, Tensor logits, int top_k, Tensor gate_up, Tensor down, Tensor? base, int first) -> Tensor",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 _library.impl("experts", _experts, "CompositeExplicitAutograd")

@@ -15,17 +15,22 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return ids, chosen.sigmoid()
 
 
-def experts(x: Tensor, logits: Tensor, top_k: int, gate_up: Tensor, down: Tensor, base: Tensor | None = None) -> Tensor:
+def experts(
+    x: Tensor, logits: Tensor, top_k: int, gate_up: Tensor, down: Tensor, base: Tensor | None = None, first: int = 0
+) -> Tensor:
     """`base + sum over a token's experts of expert_e(w_e x)` with `expert(z) = down(silu(gate(z)) * up(z))`.
 
-    x and base (T, H), logits (T, E) fp32, gate_up (E, 2 I, H) with the gates' rows first, down (E, H, I); returns
-    (T, H). In fp32, rounded once. Nothing is changed in place.
+    x and base (T, H), logits (T, E) fp32, gate_up (L, 2 I, H) with the gates' rows first, down (L, H, I); returns
+    (T, H). The L experts at hand are those from `first` on, and others count nothing. In fp32, rounded once. Nothing
+    is changed in place.
     """
     ids, weights = route(logits, top_k)
     rows = []
     for token, row in enumerate(x.float()):
         total = torch.zeros_like(row) if base is None else base[token].float()
-        for expert, weight in zip(ids[token], weights[token], strict=True):
+        for expert, weight in zip(ids[token] - first, weights[token], strict=True):
+            if not 0 <= expert < len(gate_up):
+                continue
             gate, up = (gate_up[expert].float() @ (weight * row)).chunk(2)
             total = total + down[expert].float() @ (torch.nn.functional.silu(gate) * up)
         rows.append(total)

@@ -74,40 +74,47 @@ def experts(
     gate_up: Tensor,
     down: Tensor,
     base: Tensor | None = None,
+    first: int = 0,
     *,
     settings: tuple[Settings, Settings] | None = None,
 ) -> Tensor:
     """See `reference.experts`. x with rows of any stride; `settings` are of the two products."""
-    (tokens, size), (count, width) = x.shape, down.shape[::2]
+    (tokens, size), (count, width), everyone = x.shape, down.shape[::2], logits.shape[1]
     assert gate_up.shape == (count, 2 * width, size) and gate_up.is_contiguous() and down.is_contiguous()
-    assert down.shape == (count, size, width) and logits.shape == (tokens, count) and x.stride(1) == 1
+    assert down.shape == (count, size, width) and logits.shape[0] == tokens and x.stride(1) == 1
     assert x.dtype == gate_up.dtype == down.dtype and (base is None or (base.shape, base.dtype) == (x.shape, x.dtype))
+    assert 0 <= first <= everyone - count
     pairs = tokens * top_k
     if settings is None:
-        each = pairs // count  # rows of an expert, on average
+        each = pairs // everyone  # rows of an expert, on average
         kind = 16 if each <= 16 else 64 if each <= 96 else 128
         settings = _GATE_UP[kind, x.itemsize], _DOWN[kind, x.itemsize]
-    first, second = settings
+    widening, narrowing = settings
     plan = make_plan(logits, top_k)
+    plan = plan._replace(bounds=plan.bounds[first : first + count + 1])
     padded = triton.next_power_of_2(count)
     inner = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
-    blocks = _max_blocks(pairs, count, first.rows)
-    _gate_up_kernel[(blocks * triton.cdiv(width, first.columns),)](
+    blocks = _max_blocks(pairs, count, widening.rows)
+    _gate_up_kernel[(blocks * triton.cdiv(width, widening.columns),)](
         x, x.stride(0), *plan, gate_up, inner, blocks,
         EXPERTS=count, PADDED_EXPERTS=padded, TOP_K=top_k, SIZE=size, WIDTH=width,
-        ROWS=first.rows, COLUMNS=first.columns, INPUTS=first.inputs,
-        num_warps=first.num_warps, num_stages=first.num_stages, **dependent_launch(x),
+        ROWS=widening.rows, COLUMNS=widening.columns, INPUTS=widening.inputs,
+        num_warps=widening.num_warps, num_stages=widening.num_stages, **dependent_launch(x),
     )  # fmt: skip
     # A token's only expert gives the result itself; of several the parts are added up afterwards.
     single = top_k == 1
     out = torch.empty((pairs, size), dtype=x.dtype if single else torch.float32, device=x.device)
-    blocks = _max_blocks(pairs, count, second.rows)
+    if count < everyone and single and base is not None:
+        out.copy_(base)
+    elif count < everyone:
+        out.zero_()
+    blocks = _max_blocks(pairs, count, narrowing.rows)
     added = base if single else None
-    _down_kernel[(blocks * triton.cdiv(size, second.columns),)](
+    _down_kernel[(blocks * triton.cdiv(size, narrowing.columns),)](
         inner, plan.rows, plan.bounds, down, added, 0 if added is None else added.stride(0), out, blocks,
         EXPERTS=count, PADDED_EXPERTS=padded, SIZE=size, WIDTH=width,
-        ROWS=second.rows, COLUMNS=second.columns, INPUTS=second.inputs,
-        num_warps=second.num_warps, num_stages=second.num_stages, **dependent_launch(x),
+        ROWS=narrowing.rows, COLUMNS=narrowing.columns, INPUTS=narrowing.inputs,
+        num_warps=narrowing.num_warps, num_stages=narrowing.num_stages, **dependent_launch(x),
     )  # fmt: skip
     return out if single else _add_up(out, base, x, top_k)
 

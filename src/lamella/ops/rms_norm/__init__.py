@@ -11,8 +11,10 @@ from lamella.ops.rms_norm import reference
 _MAX_WIDTH = 16384  # of a row that one program of our Triton kernel holds
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, where: Tensor | None = None) -> Tensor:
     """See `reference.rms_norm`."""
+    if where is not None:
+        return reference.rms_norm(x, weight, eps, where)
     if use_native(x):
         return native.add_rms_norm(x, None, weight, eps)[0]
     if use_triton(x) and x.shape[-1] <= _MAX_WIDTH:

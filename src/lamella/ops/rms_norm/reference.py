@@ -16,13 +16,15 @@ class NormStep(NamedTuple):
     eps: float
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, where: Tensor | None = None) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, in fp32, rounded once to the dtype of `x`.
 
-    x (..., N), weight (N,).
+    x (..., N), weight (N,). Where `where`, () bool, is false, it is `x * weight`.
     """
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if where is not None:
+        scale = scale.where(where, 1.0)
     return (wide * scale * weight.float()).to(x.dtype)
 
 

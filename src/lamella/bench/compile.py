@@ -1,0 +1,190 @@
+"""What compiling a model costs: the engine's way, and two that need nothing of the model, each in a process of its own.
+
+Shapes and layers are the model's, weights are random, in fp32. Tokens come in steps of `SIZES`, as in serving.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import cycle, islice
+
+import torch
+from torch import Tensor
+
+from lamella.checkpoint.files import open_checkpoint
+from lamella.config import ModelConfig, placed, read_placement
+from lamella.engine.compiled import MIN_TOKENS, CompiledModel, make_opaque
+from lamella.errors import LamellaError
+from lamella.layers.context import ForwardBatch, forward_batch
+from lamella.layers.decoder import LanguageModel
+from lamella.layers.kit import LocalKit
+from lamella.models.base import initialize
+from lamella.ops.ragged import RaggedBatch
+
+SIZES = (64, 33, 1, 128, 7, 2)
+LIMIT = 1e-4  # of what a form may differ from eager: the rounding of values of about one
+# No cache of earlier runs, and no compilers that run beside the process and are not counted.
+_ALONE = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
+Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class CompileCost:
+    """What one form of compiling came to.
+
+    Attributes:
+        form: which, see `FORMS`.
+        layers: of the stack.
+        graphs: programs in the end.
+        recompiles: the guard that made another one necessary, each time.
+        gave_up: whether torch.compile reached its limit, the last of `recompiles` in vain, and runs the rest eagerly.
+        cpu_seconds: of all steps, on one thread, and of the compilers; without what torch.compile's own start takes.
+        difference: the largest from the eager hidden states, which norms have made about one.
+    """
+
+    form: str
+    layers: int
+    graphs: int
+    recompiles: list[str]
+    gave_up: bool
+    cpu_seconds: float
+    difference: float
+
+    @property
+    def is_right(self) -> bool:
+        """Whether it computes what eager does."""
+        return self.difference <= LIMIT
+
+
+def compile_costs(model: str, layers: Sequence[int] = (), placement: str | None = None) -> Iterator[CompileCost]:
+    """Of each form in turn, for the model's stack and, with `layers`, for stacks of so many layers, which repeat the
+    model's; of a supernet, under a placement.
+
+    Raises `ConfigError` or `CheckpointError` where there is no such model, and `LamellaError` where a form fails.
+    """
+    config = open_checkpoint(model).read_config()
+    read_placement(placement, config)
+    for depth in layers or (len(config.layers),):
+        for form in FORMS:
+            task = {"model": model, "form": form, "layers": depth, "placement": placement}
+            command = [sys.executable, "-m", "lamella.bench.compile", json.dumps(task)]
+            done = subprocess.run(command, env=os.environ | _ALONE, capture_output=True, text=True, check=False)
+            if done.returncode:
+                last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+                raise LamellaError(f"compiling, {form}, {depth} layers: {last}")
+            yield CompileCost(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _lamella(model: LanguageModel) -> Forward:
+    """The engine's: a program for each kind of block, made before the first step; others are errors."""
+    compiled = CompiledModel(model)
+    compiled.warm_up()
+    return compiled
+
+
+def _whole_model(model: LanguageModel) -> Forward:
+    """All layers as one program."""
+    stack = torch.compile(model.model)
+    return lambda ids: stack(ids, torch.arange(ids.shape[0]))
+
+
+def _each_layer(model: LanguageModel) -> Forward:
+    """Every layer by itself."""
+    for layer in model.model.layers:
+        layer.compile()
+    return lambda ids: model.model(ids, torch.arange(ids.shape[0]))
+
+
+FORMS = {"lamella": _lamella, "whole model": _whole_model, "each layer": _each_layer}
+
+
+def _measure(form: str, model: str, layers: int, placement: str | None) -> CompileCost:
+    """The cost of one form, in a process that has compiled nothing before."""
+    from torch._dynamo import utils
+
+    torch.set_num_threads(1)  # those that wait for work spin, which would be counted
+    utils.set_compilation_metrics_limit(1 << 16)
+    checkpoint = open_checkpoint(model)
+    config = checkpoint.read_config()
+    config = with_depth(placed(config, read_placement(placement, config)), layers)
+    built: LanguageModel = checkpoint.architecture.allocate(config, LocalKit(torch.float32))
+    initialize(built.eval().requires_grad_(False), torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = [_run(built, size) for size in SIZES]
+        make_opaque(built)
+        torch.compile(torch.sin)(torch.zeros(MIN_TOKENS))  # torch.compile itself starts: the same for every form
+        torch.compiler.reset()
+        utils.clear_compilation_metrics()
+        graphs = utils.counters["stats"]["unique_graphs"]
+        with _limit_watched() as gave_up:
+            start = _cpu_seconds()
+            forward, least = FORMS[form](built), MIN_TOKENS if form == "lamella" else 1
+            results = [_run(forward, size, least) for size in SIZES]
+            seconds = _cpu_seconds() - start
+    reasons = [metrics.recompile_reason for metrics in utils.get_compilation_metrics()]
+    return CompileCost(
+        form=form,
+        layers=layers,
+        graphs=utils.counters["stats"]["unique_graphs"] - graphs,
+        recompiles=[_guard(reason) for reason in reasons if reason],
+        gave_up=bool(gave_up),
+        cpu_seconds=round(seconds, 2),
+        difference=max(float((a - b).abs().max()) for a, b in zip(results, expected, strict=True)),
+    )
+
+
+def _guard(reason: str) -> str:
+    """What did not hold, without the number of the program and the line of the source."""
+    first = reason.strip().partition("\n")[0]
+    return re.split(r"\s+# ", re.sub(r"^\d+/\d+: ", "", first))[0]
+
+
+def with_depth(config: ModelConfig, layers: int) -> ModelConfig:
+    """The model with so many layers: its own over and over."""
+    return replace(config, layers=tuple(islice(cycle(config.layers), layers)))
+
+
+def _run(forward: Forward, size: int, least: int = 1) -> Tensor:
+    """Hidden states (size, hidden_size) of one request, beside as many others as `least` tokens take."""
+    lengths = (size, *(1,) * (least - size))
+    ids = torch.arange(sum(lengths)) % 7
+    with forward_batch(ForwardBatch(RaggedBatch.from_lengths(lengths, lengths))):
+        return forward(ids)[:size]
+
+
+@contextmanager
+def _limit_watched() -> Iterator[list[logging.LogRecord]]:
+    """The log lines, which are all there is, that say that torch.compile gave up."""
+    records: list[logging.LogRecord] = []
+
+    class Watch(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "hit config." in str(record.msg):
+                records.append(record)
+
+    logger, watch = logging.getLogger("torch._dynamo.convert_frame"), Watch()
+    logger.addHandler(watch)
+    try:
+        yield records
+    finally:
+        logger.removeHandler(watch)
+
+
+def _cpu_seconds() -> float:
+    """Of this process, and of the compilers that it has waited for."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(_measure(**json.loads(sys.argv[1])))))
