@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 from transformers import Llama4TextConfig
 
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from vllm.model_executor.models.utils import PPMissingLayer
+
 from helpers import hf_checkpoint
 from lamella.errors import CheckpointError, ConfigError
 from lamella.vllm_plugin import compat
@@ -34,10 +38,6 @@ from vllm_plugin.test_plugin_llama4 import (
     serving,
     write,
 )
-
-pytest.importorskip("vllm", reason="vLLM is not installed")
-
-from vllm.model_executor.models.utils import PPMissingLayer
 
 EXPERTS = SHAPE["num_local_experts"]
 FP8 = torch.float8_e4m3fn
