@@ -73,6 +73,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "temperature off": {"attn_temperature_tuning": False},
     "chunk beyond the text": {"attention_chunk_size": 4096},
+    "chunk of blocks": {"attention_chunk_size": 2 * CHUNK},
 }
 NAME = "LamellaLlama4ForCausalLM"
 OURS = {"architectures": [NAME]}
@@ -114,10 +115,10 @@ def test_compiled(folders: dict[str, Path], name: str) -> None:
         assert_right(oracle(folders[name]), generate(llm, prompts_of(*LENGTHS), 24))
 
 
-@pytest.mark.parametrize("prompt", [96, 97, 110])
-def test_prefix_hits(folders: dict[str, Path], prompt: int) -> None:
-    """Of a prefix that ends with a chunk, or within one."""
-    folder = folders["scout"]
+@pytest.mark.parametrize(("name", "prompt"), [("scout", 96), ("scout", 97), ("scout", 110), ("chunk of blocks", 110)])
+def test_prefix_hits(folders: dict[str, Path], name: str, prompt: int) -> None:
+    """Of a prefix that ends with a chunk, or within one; hits end with blocks, which may be amid a chunk."""
+    folder = folders[name]
     with serving(folder, enable_prefix_caching=True) as llm:
         shared = prompts_of(prompt)[0]
         for ids in (shared, [*shared, 5, 6], [*shared[:70], 9, 9, 9], [*shared, *prompts_of(60, seed=1)[0]]):
