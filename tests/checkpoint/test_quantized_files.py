@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 from transformers import Llama4TextConfig
 
 from checkpoint.test_llama4_files import EXPERTS, TEXT, apart, same, write
-from helpers import hf_checkpoint
+from helpers import canon_checkpoint, hf_checkpoint
 from lamella import LLM
 from lamella.checkpoint import load_model, loader, open_checkpoint
+from lamella.checkpoint.convert import convert
 from lamella.distributed.group import Group
 from lamella.distributed.sharding import Share
 from lamella.errors import CheckpointError, ConfigError
+from lamella.parity import compare
 
 FP8 = torch.float8_e4m3fn
 PROJECTION = re.compile(r"(self_attn|shared_expert|experts\.\d+|feed_forward)\.\w+_proj\.weight$")
@@ -161,6 +163,24 @@ def test_an_engine_generates_from_one(original, tmp_path):
         return llm.generate({"prompt_token_ids": [3, 4, 5]}, use_tqdm=False)[0].outputs[0].token_ids
 
     assert tokens(tmp_path) == tokens(tmp_path / "wide")
+
+
+def test_parity_takes_the_own_reference(original, tmp_path):
+    """Which is given what the numbers stand for; transformers would compute something else."""
+    stored, _, values = quantized(original, "channels")
+    write(tmp_path, stored, values)
+    result = compare(tmp_path, dtype="bfloat16", device="cpu", prompts="random", count=2, prompt_len=12, decode_len=4)
+    assert result.noise_floor_ratio < 2
+    with pytest.raises(ConfigError, match="hf: of a quantised file transformers would quantise activations"):
+        compare(tmp_path, oracle="hf", device="cpu", prompts="random", count=2)
+
+
+def test_they_are_not_converted(tmp_path):
+    folder = canon_checkpoint(tmp_path / "from")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(CheckpointError, match=r"quantised files are not converted$"):
+        convert(folder, tmp_path / "to")
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ def convert(source: str | Path, destination: str | Path, rope: str = "keep", sha
     checkpoint = open_checkpoint(source)
     if "rope_version" not in checkpoint.values and checkpoint.architecture.__name__ != "LlamaCanonForCausalLM":
         raise CheckpointError(f"{checkpoint.path}: only LlamaCanon checkpoints are converted")
+    if checkpoint.quantization is not None:
+        raise CheckpointError(f"{checkpoint.path}: quantised files are not converted")
     values = dict(checkpoint.values)
     current = values.get("rope_version", "huggingface")
     wanted = current if rope == "keep" else rope

@@ -29,6 +29,8 @@ def why_not(subject: Subject) -> str | None:
     """Why `transformers` cannot be asked about a model; None where it can."""
     if subject.load_format == "dummy":
         return "dummy weights are in no file that transformers could read"
+    if subject.checkpoint.quantization is not None:
+        return "of a quantised file transformers would quantise activations too, or compute another way"
     try:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
     except ImportError:
