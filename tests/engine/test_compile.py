@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from apriel2_models import ATTENTION, MIXERS, checkpoint, fixed, pattern
 from helpers import VOCAB, canon_config, poisoned_llm, random_prompts, randomize, save_lamella
+from image_models import image, image_checkpoint, image_prompt
 from lamella import LLM, SamplingParams
 from lamella.engine.compiled import CompiledModel
 from lamella.engine.options import EngineOptions
@@ -125,6 +127,21 @@ def test_every_path_gives_the_eager_log_probabilities(name, tmp_path):
     assert stats["preemptions"] > 0
     assert stats["prefix_hit_tokens"] > 0
     assert graphs() == known
+
+
+def test_images_enter_compiled_blocks(tmp_path):
+    image_checkpoint(tmp_path)
+    given, other = (image_prompt(image("2 x 2", seed)) for seed in (0, 1))
+    options = {"device": "cpu", "dtype": "float32", "num_blocks": 200, "max_num_batched_tokens": 7}
+    eager, compiled = (LLM(tmp_path, **options, enable_compile=wanted) for wanted in (False, True))
+    params = replace(PARAMS, prompt_logprobs=5)
+    expected, found, another = (
+        llm.generate(prompt, params, use_tqdm=False)[0].prompt_logprobs[1:]
+        for llm, prompt in ((eager, given), (compiled, given), (compiled, other))
+    )
+    chosen = [{token: value.logprob for token, value in row.items()} for row in expected]
+    assert chosen == [pytest.approx({t: row[t].logprob for t in row}, abs=1e-4) for row in found]
+    assert len(another) == len(found) and [set(row) for row in another] != [set(row) for row in found]
 
 
 def test_another_program_is_an_error_that_says_why(tmp_path):
