@@ -13,9 +13,7 @@ from types import FunctionType
 from typing import Any, TypeAlias
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from tqdm import tqdm
 
 from lamella.errors import ConfigError
@@ -62,6 +60,9 @@ class CompiledModel:
         missing = [block for block in blocks if not block.ready]
         if not missing:
             return
+        # Imported here: the compiler takes as long to import as all the rest, and few engines want it.
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
         start = time.perf_counter()
         try:
             with tqdm(total=len(missing), desc="compiling", unit="kind of block", dynamic_ncols=True) as bar:
@@ -116,8 +117,10 @@ class _Block:
     def __call__(self, *inputs: Any) -> Pair:
         if self.ready:
             return self._run(*inputs)
+        from torch._dynamo import mark_dynamic
+
         for tensor in _tensors(inputs):
-            torch._dynamo.mark_dynamic(tensor, 0)
+            mark_dynamic(tensor, 0)
         pair = self._run(*inputs)
         self.ready = True
         self.when_ready()

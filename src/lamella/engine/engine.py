@@ -522,8 +522,8 @@ def load_images(
     checkpoint: Checkpoint, options: EngineOptions, device: torch.device, tokenizer: Tokenizer | None
 ) -> ImageModel | None:
     """What reads the images of prompts; None where none are read."""
-    architecture, limit = checkpoint.architecture, options.limit_mm_per_prompt
-    if not architecture.reads_images(checkpoint, options.load_format):
+    loader, limit = checkpoint.architecture.image_model(checkpoint, options.load_format), options.limit_mm_per_prompt
+    if loader is None:
         if limit is not None:
             raise ConfigError(f"limit_mm_per_prompt={dict(limit)!r}: the checkpoint of {options.model} reads no images")
         return None
@@ -532,4 +532,4 @@ def load_images(
         return None
     dtype = resolve_dtype(checkpoint, options.dtype)
     token_id = tokenizer.token_id if tokenizer is not None else lambda text: None
-    return architecture.load_images(checkpoint, dtype, device, token_id, options.load_format, options.seed)
+    return loader.load(checkpoint, dtype, device, token_id, options.load_format, options.seed)

@@ -36,6 +36,22 @@ class ImageModel(Protocol):
     patch: int
     largest: tuple[int, ...]
 
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        token_id: Callable[[str], int | None],
+        load_format: str,
+        seed: int,
+    ) -> Self:
+        """That of a checkpoint; `token_id` is what the tokenizer has for a token's text.
+
+        Raises `ConfigError` or `CheckpointError`.
+        """
+        ...
+
     def cut(self, pixels: Tensor) -> tuple[Tensor, list[int]]:
         """An image (3, H, W) uint8 as tiles for the tower, and the tokens that stand for it in place of the
         placeholder. Raises `ParameterError` where it has no pixels."""
@@ -89,25 +105,12 @@ class CausalLM(LanguageModel):
         raise NotImplementedError(f"{cls.__name__}.read_config")
 
     @classmethod
-    def reads_images(cls, checkpoint: Checkpoint, load_format: str = "auto") -> bool:
-        """Whether `load_images` has something to load. No tensor is read."""
-        return False
-
-    @classmethod
-    def load_images(
-        cls,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        token_id: Callable[[str], int | None],
-        load_format: str = "auto",
-        seed: int = 0,
-    ) -> ImageModel:
-        """The part of a checkpoint that reads images; `token_id` is what the tokenizer has for a token's text.
+    def image_model(cls, checkpoint: Checkpoint, load_format: str = "auto") -> type[ImageModel] | None:
+        """What loads the part of a checkpoint that reads images; None where there is none. No tensor is read.
 
         Raises `ConfigError` or `CheckpointError`.
         """
-        raise NotImplementedError(f"{cls.__name__}.load_images")
+        return None
 
     @classmethod
     def with_placement(cls, values: Mapping[str, Any], placement: Placement) -> dict[str, Any]:

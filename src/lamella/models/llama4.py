@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from lamella.config import (
@@ -115,24 +113,10 @@ class Llama4ForConditionalGeneration(Llama4ForCausalLM):
     """The language model of a checkpoint that reads images as well; what reads them stands beside it."""
 
     @classmethod
-    def reads_images(cls, checkpoint: Checkpoint, load_format: str = "auto") -> bool:
+    def image_model(cls, checkpoint: Checkpoint, load_format: str = "auto") -> type[ImageModel] | None:
         from lamella.models.llama4_sight import Sight
 
-        return Sight.is_there(checkpoint, load_format)
-
-    @classmethod
-    def load_images(
-        cls,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        token_id: Callable[[str], int | None],
-        load_format: str = "auto",
-        seed: int = 0,
-    ) -> ImageModel:
-        from lamella.models.llama4_sight import Sight
-
-        return Sight.load(checkpoint, dtype, device, token_id, load_format, seed)
+        return Sight if Sight.is_there(checkpoint, load_format) else None
 
 
 def _read_text(config: HFConfig) -> ModelConfig:

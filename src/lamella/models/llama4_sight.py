@@ -38,7 +38,7 @@ class Sight:
         load_format: str,
         seed: int,
     ) -> Sight:
-        """That of a checkpoint, see `CausalLM.load_images`."""
+        """See `ImageModel.load`."""
         values = checkpoint.hf_config(checkpoint.values)
         config = VisionConfig.read(values)
         if config.channels != 3:

@@ -1,4 +1,4 @@
-"""The one operation that torch.compile does not look into: what has a memory, or speaks with other processes.
+"""Operations that torch.compile does not look into, and the one for what has a memory, or speaks with other processes.
 
 Who computes is told by a tensor with a number. A number of its own among a layer's attributes, or a name, would be
 compiled in, and each layer would be a program of its own.
@@ -7,13 +7,23 @@ compiled in, and each layer would be a program of its own.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.library import Library
+
+
+def operation(signature: str, compute: Callable[..., Tensor], shape: Callable[..., Tensor]) -> Library:
+    """Make an operation of `torch.ops.lamella`, of this name and signature, by what computes it and by what it makes of
+    tensors without data. It goes with the library that is returned."""
+    library, name = Library("lamella", "FRAGMENT"), signature.partition("(")[0]
+    library.define(signature, tags=(torch.Tag.needs_fixed_stride_order,))
+    library.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lamella::{name}", shape, lib=library)
+    return library
 
 
 class Holder(Protocol):
@@ -51,10 +61,4 @@ def _shape(inputs: Sequence[Tensor], width: int, handle: Tensor, part: str) -> T
     return inputs[0].new_empty(*inputs[0].shape[:-1], width)
 
 
-_library = Library("lamella", "FRAGMENT")  # the operation goes with it
-_library.define(
-    "opaque(Tensor[] inputs, SymInt width, Tensor handle, str part) -> Tensor",
-    tags=(torch.Tag.needs_fixed_stride_order,),
-)
-_library.impl("opaque", _opaque, "CompositeExplicitAutograd")
-torch.library.register_fake("lamella::opaque", _shape, lib=_library)
+_library = operation("opaque(Tensor[] inputs, SymInt width, Tensor handle, str part) -> Tensor", _opaque, _shape)

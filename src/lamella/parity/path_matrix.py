@@ -453,7 +453,7 @@ def run_paths(
         "max_model_len": subject.max_model_len,
         "placement": subject.placement,
     }
-    if subject.checkpoint.architecture.reads_images(subject.checkpoint, subject.load_format):
+    if subject.checkpoint.architecture.image_model(subject.checkpoint, subject.load_format) is not None:
         options["limit_mm_per_prompt"] = {"image": 0}  # tokens of images are tokens like any others here
     lab = Laboratory(candidate or subject.load(dtype, device), device, token_ids, seed, options)
     with lab.routing.recorded():

@@ -6,10 +6,10 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.library import Library
 
 from lamella.ops import native
 from lamella.ops.backend import use_fused, use_native, use_triton
+from lamella.ops.opaque import operation
 from lamella.ops.rms_norm.reference import NormStep
 from lamella.ops.short_conv.reference import ConvStep
 
@@ -95,7 +95,4 @@ def _shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-_library = Library("lamella", "FRAGMENT")  # the operation goes with it
-_library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", tags=(torch.Tag.needs_fixed_stride_order,))
-_library.impl("linear", _linear, "CompositeExplicitAutograd")
-torch.library.register_fake("lamella::linear", _shape, lib=_library)
+_library = operation("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear, _shape)

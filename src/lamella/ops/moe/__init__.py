@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import Library
 
 from lamella.ops.backend import use_triton
 from lamella.ops.moe import segments
+from lamella.ops.opaque import operation
 
 
 def experts(
@@ -34,10 +34,8 @@ def _shape(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-_library = Library("lamella", "FRAGMENT")  # the operation goes with it
-_library.define(
+_library = operation(
     "experts(Tensor x, Tensor logits, int top_k, Tensor gate_up, Tensor down, Tensor? base, int first) -> Tensor",
-    tags=(torch.Tag.needs_fixed_stride_order,),
+    _experts,
+    _shape,
 )
-_library.impl("experts", _experts, "CompositeExplicitAutograd")
-torch.library.register_fake("lamella::experts", _shape, lib=_library)
