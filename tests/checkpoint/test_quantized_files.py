@@ -192,6 +192,13 @@ def test_they_are_not_converted(tmp_path):
         (compressed("pack-quantized"), r"format='pack-quantized'"),
         (compressed() | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config=.*: is not undone"),
         (compressed() | {"transform_config": {"config_groups": {"u": {}}}}, "transform_config=.*: is not undone"),
+        ({"quant_method": "modelopt", "quantization": "FP8"}, r"quantization='FP8': must be a mapping$"),
+        ({"quant_method": "fp8", "weight_block_size": "128x128"}, r"weight_block_size='128x128': must be positive int"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 0]}, r"weight_block_size=\[128, 0\]: must be positive int"),
+        (compressed(block_structure=[5, "7"]), r"block_structure=\[5, '7'\]: must be positive integers$"),
+        (compressed(group_size=0), r"group_size=0: must be positive integers$"),
+        (compressed() | {"config_groups": ["group_0"]}, r"config_groups=\['group_0'\]: must be a mapping$"),
+        (compressed() | {"config_groups": {"group_0": 8}}, r"group_0=8: must be a mapping$"),
     ],
 )
 def test_other_forms_are_refused(original, config, message, tmp_path):

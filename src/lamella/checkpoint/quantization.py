@@ -62,11 +62,10 @@ class Quantization:
         if method == "compressed-tensors":
             return cls(method, _read_compressed(stated, source))
         if method == "modelopt":
-            inner = stated.get("quantization", stated)
+            inner = _mapping(source, "quantization", stated.get("quantization", stated))
             _require(source, "quant_algo", inner.get("quant_algo"), ("FP8",))
         elif method == "fp8":
-            size = stated.get("weight_block_size") or ()
-            return cls(method, frozenset(size))
+            return cls(method, _sizes(source, "weight_block_size", stated.get("weight_block_size")))
         else:
             _require(source, "quant_method", method, ("fbgemm_fp8",))
         return cls(method)
@@ -80,22 +79,38 @@ def _require(source: Path, key: str, value: object, known: Sequence[str]) -> Non
         )
 
 
+def _mapping(source: Path, key: str, value: object) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{source}: quantization_config: {key}={value!r}: must be a mapping")
+    return value
+
+
+def _sizes(source: Path, key: str, value: object) -> frozenset[int]:
+    """The sizes of blocks: one, or one for each dimension; none where there is no value."""
+    sizes = [] if value is None else value if isinstance(value, list) else [value]
+    if any(type(size) is not int or size < 1 for size in sizes):
+        raise ConfigError(f"{source}: quantization_config: {key}={value!r}: must be positive integers")
+    return frozenset(sizes)
+
+
 def _read_compressed(stated: Mapping[str, Any], source: Path) -> frozenset[int]:
     """The sizes of the groups and blocks that share a scale."""
     for key in ("sparsity_config", "transform_config"):
         inner = stated.get(key) or {}
         if inner and inner != {"format": "dense"}:
             raise ConfigError(f"{source}: quantization_config: {key}={inner!r}: is not undone on loading")
-    groups = stated.get("config_groups") or {}
-    groups = list(groups.values()) if isinstance(groups, Mapping) else []
-    blocks: set[int] = set()
-    for group in groups:
-        _require(source, "format", group.get("format") or stated.get("format"), _FORMATS)
-        weights = group.get("weights") or {}
-        blocks |= set(weights.get("block_structure") or ()) | {weights.get("group_size") or 0}
+    groups = _mapping(source, "config_groups", stated.get("config_groups") or {})
+    blocks: frozenset[int] = frozenset()
+    for name, group in groups.items():
+        inner = _mapping(source, name, group)
+        _require(source, "format", inner.get("format") or stated.get("format"), _FORMATS)
+        weights = _mapping(source, f"{name}.weights", inner.get("weights") or {})
+        blocks |= _sizes(source, "block_structure", weights.get("block_structure"))
+        if weights.get("group_size") != -1:  # whole rows
+            blocks |= _sizes(source, "group_size", weights.get("group_size"))
     if not groups:
         _require(source, "format", stated.get("format"), _FORMATS)
-    return frozenset(size for size in blocks if size > 0)
+    return blocks
 
 
 class DequantizedTensors:
