@@ -105,7 +105,7 @@ def ways(name: str, decode: bool, dtype: torch.dtype) -> dict[str, Operation]:
         tokens = {"tokens": partial(scan_triton.selective_scan, chunked=False)}
         return tokens if decode else {**tokens, "chunks": partial(scan_triton.selective_scan, chunked=True)}
     tokens = {"tokens": partial(with_fla, False)}
-    some = not decode and fla.serves(torch.empty(1, device=DEVICE, dtype=dtype), 1 << 30)
+    some = not decode and fla.serves(torch.empty(1, 1, 1, device=DEVICE, dtype=dtype), 1, 1 << 40, 1)
     return {**tokens, "fla": partial(with_fla, True)} if some else tokens
 
 

@@ -29,6 +29,8 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_CI_ENV": "1",  # compiled means traced, and then run as it stands
     "VLLM_NO_USAGE_STATS": "1",
+    # vLLM's float32 kernels would multiply in TF32 on GPUs: enough to send a token to another expert.
+    "TRITON_F32_DEFAULT": "ieee",
 }
 # vLLM's attention has heads of 32 channels at least on CPUs.
 SHAPE = {
@@ -43,8 +45,7 @@ EVERYTHING = SHAPE | {"canon_bias": True, "qk_norm": True, "rope_dim": 8, "atten
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 LENGTHS = (1, 2, 3, 4, 5, 9, 40, 170)
 MAX_LEN = 256
-# vLLM's float32 attention on GPUs multiplies in TF32: there, a token may be this much less likely than the likeliest.
-TOLERANCE = 1e-3 if ON_CPU else 5e-2
+TOLERANCE = 1e-3  # nats
 
 
 def canon(folder: Path, seed: int = 0, **changes: Any) -> Path:
@@ -139,9 +140,7 @@ def assert_right(logits_of: Callable[[list[int]], Tensor], outputs: Sequence[Any
         logits = logits_of([*prompt, *completion.token_ids])[len(prompt) - 1 : -1]
         best = logits.topk(2, dim=-1)
         margin = (best.values[:, 0] - best.values[:, 1]).min()
-        behind = best.values[:, 0] - logits.gather(1, taken[:, None])[:, 0]
-        right = taken == best.indices[:, 0] if ON_CPU else behind <= TOLERANCE
-        wrong = (~right).nonzero().flatten().tolist()
+        wrong = (taken != best.indices[:, 0]).nonzero().flatten().tolist()
         about = f"after a prompt of {len(prompt)} tokens, smallest margin {margin:.2g}"
         assert not wrong, f"tokens {wrong} of {len(taken)} are wrong {about}"
         said = torch.tensor(

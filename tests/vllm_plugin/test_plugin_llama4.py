@@ -121,9 +121,12 @@ def test_prefix_hits(folders: dict[str, Path], name: str, prompt: int) -> None:
     folder = folders[name]
     with serving(folder, enable_prefix_caching=True) as llm:
         shared = prompts_of(prompt)[0]
+        hits = []
         for ids in (shared, [*shared, 5, 6], [*shared[:70], 9, 9, 9], [*shared, *prompts_of(60, seed=1)[0]]):
-            assert_right(oracle(folder), generate(llm, [ids], 8))
-        assert metric(llm, "prefix_cache_hits") > 0
+            outputs = generate(llm, [ids], 8)
+            assert_right(oracle(folder), outputs)
+            hits.append(outputs[0].num_cached_tokens)
+    assert hits[0] == 0 and all(hits[1:])
 
 
 def test_preemption(folders: dict[str, Path]) -> None:
