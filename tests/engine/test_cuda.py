@@ -13,6 +13,7 @@ from helpers import canon_checkpoint, hf_checkpoint, random_prompts
 from image_models import expected as expected_of_images
 from image_models import image, image_checkpoint, image_prompt
 from lamella import LLM, SamplingParams
+from lamella.engine import runner
 from lamella.ops.self_check import KernelError, self_check
 from models.test_llama4 import SHAPE as LLAMA4
 
@@ -21,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 PROMPTS = random_prompts([1, 2, 5, 17, 40, 130, 3, 33, 64, 9])
+MIXED = ("all-gdn", "mamba,attention,kda", "swa,attention,gdn")  # placements of requests of one batch
 SCORED = SamplingParams(temperature=0, max_tokens=24, logprobs=3, prompt_logprobs=0, ignore_eos=True)
 
 
@@ -59,6 +61,10 @@ def engine(folder, **options):
 
 def everything(outputs):
     return [(c.token_ids, c.logprobs, c.finish_reason) for out in outputs for c in out.outputs]
+
+
+def tokens(outputs):
+    return [out.outputs[0].token_ids for out in outputs]
 
 
 def test_graphs_change_no_bit(checkpoint):
@@ -184,18 +190,79 @@ class TestPlacements:
             assert llm.stats()["graph_steps"] > before
 
     def test_requests_of_several_placements(self, supernet):
-        """Beside those of others each gets its own tokens, as far as rounding lets near-ties fall alike."""
+        """Beside those of others each gets its own tokens, as far as rounding lets near-ties fall alike; in graphs that
+        are captured while steps are in flight, and a second time in those."""
         llm = engine(supernet, mixed_placements=True, dtype="float32", enable_prefix_caching=False)
-        names = ["all-gdn", "mamba,attention,kda"]
+        for names in (MIXED[:2], MIXED, MIXED[1:]):
+            params = [
+                SamplingParams(
+                    temperature=0, max_tokens=12 + index, ignore_eos=True, placement=names[index % len(names)]
+                )
+                for index in range(len(PROMPTS))
+            ]
+            alone = [
+                tokens(llm.generate(prompt, param, use_tqdm=False))
+                for prompt, param in zip(PROMPTS, params, strict=True)
+            ]
+            for _ in range(2):
+                before = llm.stats()["graph_steps"]
+                mixed = tokens(llm.generate(PROMPTS, params, use_tqdm=False))
+                assert mixed == [one for (one,) in alone]
+                assert llm.stats()["graph_steps"] - before >= 12
+
+    @pytest.mark.parametrize("temperature", [0, 0.8])
+    def test_mixed_steps_with_and_without_graphs(self, supernet, temperature):
+        """Rows selected in a graph, and a batch that is cut, whose parts have sizes of their own: equal to rounding."""
         params = [
-            SamplingParams(temperature=0, max_tokens=12, logprobs=0, ignore_eos=True, placement=names[index % 2])
+            SamplingParams(
+                temperature=temperature, seed=index, top_p=0.9, max_tokens=20, logprobs=2, ignore_eos=True,
+                placement=MIXED[index % 3],
+            )
             for index in range(len(PROMPTS))
-        ]
-        mixed = llm.generate(PROMPTS, params, use_tqdm=False)
-        for start in (0, 1):
-            alone = llm.generate(PROMPTS[start::2], params[start::2], use_tqdm=False)
-            for one, other in zip(alone, mixed[start::2], strict=True):
-                assert one.outputs[0].token_ids == other.outputs[0].token_ids
+        ]  # fmt: skip
+        options = {"mixed_placements": True, "dtype": "float32", "enable_prefix_caching": False}
+        expected = engine(supernet, enforce_eager=True, **options).generate(PROMPTS, params, use_tqdm=False)
+        llm = engine(supernet, **options)
+        found = llm.generate(PROMPTS, params, use_tqdm=False)
+        assert llm.stats()["graph_steps"] > 0
+        assert tokens(found) == tokens(expected)
+        for one, other in zip(found, expected, strict=True):
+            for mine, theirs in zip(one.outputs[0].logprobs, other.outputs[0].logprobs, strict=True):
+                token = next(iter(mine))
+                assert mine[token].logprob == pytest.approx(theirs[token].logprob, abs=2e-3)
+
+    def test_graphs_of_one_set_of_mixers_leave_those_of_another_as_they_are(self, supernet, monkeypatch):
+        """To the bit, in memory that they share, with more sets than are kept."""
+        monkeypatch.setattr(runner, "_KEPT_GRAPHS", 2)
+        llm = engine(supernet, mixed_placements=True, enable_prefix_caching=False)
+        sets = (MIXED[:2], MIXED[1:], MIXED, MIXED[::2])
+        first = {}
+        for names in sets * 3:
+            params = [
+                SamplingParams(
+                    temperature=0, max_tokens=16, logprobs=2, ignore_eos=True, placement=names[index % len(names)]
+                )
+                for index in range(len(PROMPTS))
+            ]
+            before = llm.stats()["graph_steps"]
+            found = everything(llm.generate(PROMPTS, params, use_tqdm=False))
+            assert found == first.setdefault(names, found)
+            assert llm.stats()["graph_steps"] > before
+            assert len(llm.engine.runner._graphs) <= 2
+
+    def test_a_graph_does_not_depend_on_who_stands_in_which_row(self, supernet):
+        """One union of mixers, whoever needs which of them: nothing is captured for another order of requests."""
+        llm = engine(supernet, mixed_placements=True, dtype="float32", enable_prefix_caching=False)
+        results = []
+        for names in (MIXED[:2], MIXED[1::-1]):
+            params = [
+                SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, placement=names[index % 2])
+                for index in range(2)
+            ]
+            prompts = [PROMPTS[4 + index] for index in (range(2) if names == MIXED[:2] else (1, 0))]
+            results.append(tokens(llm.generate(prompts, params, use_tqdm=False)))
+            assert len(llm.engine.runner._graphs) == 2  # with that of the engine's own placement
+        assert results[0] == results[1][::-1]
 
 
 def test_images(tmp_path):

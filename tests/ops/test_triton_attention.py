@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from lamella.ops.attention import reference
 from lamella.ops.attention import triton as decode
 from lamella.ops.attention import triton_prefill as prefill
+from lamella.ops.attention.paged import AttentionSpace
 from lamella.ops.ragged import RaggedBatch
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -289,3 +290,23 @@ def test_prefill_in_chunks(chunk, dtype):
     alone = RaggedBatch.from_lengths(new, new, device)
     expected = reference.causal_attention(q, k, v, alone, 0.25, None, chunk)
     assert_near(prefill.causal_attention(q, k, v, alone.query_start_loc, max(new), 0.25, None, chunk), expected)
+
+
+def test_parts_of_a_step_have_plans_of_their_own():
+    """Side by side, in what they share, and in the same place for each step."""
+    context, heads, kv_heads, dim, page = [37, 5, 1, 150], 4, 2, 16, 16
+    q, k_cache, v_cache, table, batch = random_case([1] * 4, context, heads, kv_heads, dim, page, None, torch.float32)
+    expected = reference.paged_attention(q, k_cache, v_cache, table, batch, 0.3, None)
+    space = AttentionSpace(4, 160, device=torch.device(device))
+    whole, *parts = (s.decode_workspace(heads, kv_heads, dim, None) for s in (space, space.part(0), space.part(1)))
+    space.begin_step()
+    assert [space.part(index).decode_workspace(heads, kv_heads, dim, None) for index in (0, 1)] == parts
+    assert all(part.parts is whole.parts and part.items is not whole.items for part in parts)
+    mine = torch.tensor([True, False, True, False], device=device)
+    for part, rows in zip(parts, (mine, ~mine), strict=True):
+        decode.plan_decode(batch.seq_lens.masked_fill(~rows, 1), None, part)
+    decode.plan_decode(batch.seq_lens, None, whole)
+    for _ in range(2):
+        for workspace, rows in ((whole, mine | True), (parts[0], mine), (parts[1], ~mine)):
+            out = decode.decode_attention(q, k_cache, v_cache, table, 0.3, workspace)
+            torch.testing.assert_close(out[rows], expected[rows], rtol=1e-5, atol=1e-5)

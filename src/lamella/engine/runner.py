@@ -28,14 +28,15 @@ from lamella.engine.sampler import (
 from lamella.engine.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduled
 from lamella.engine.step_inputs import StepInputs, StepTensors
-from lamella.layers.context import RequestPlacements, forward_batch
+from lamella.layers.context import forward_batch
 from lamella.layers.decoder import LanguageModel
+from lamella.layers.placements import CutPlacements, MixerUnion, unite
 from lamella.ops.attention.paged import AttentionSpace
 from lamella.ops.backend import has_triton, use_triton
 from lamella.ops.sampling import draw, pending_tokens
 from lamella.state.manager import DUMMY, Holding, StateManager
 
-_KEPT_GRAPHS = 4  # placements whose graphs are kept
+_KEPT_GRAPHS = 8  # unions of placements whose graphs are kept
 _LOGITS_ROWS = 256  # rows of the vocabulary's width at a time, where a prompt's logprobs are wanted
 
 
@@ -100,8 +101,9 @@ class ModelRunner:
         # On a GPU a step that only decodes has one of these numbers of rows, in a graph or not: the kernels of a
         # library, and with them the order of sums, may differ from number to number.
         self._sizes = bucket_sizes(max_num_seqs) if device.type == "cuda" else []
-        # By the state whose memory a graph has captured, and the placement; the latest last.
-        self._graphs: OrderedDict[tuple[StateManager, Placement], DecodeGraphs] = OrderedDict()
+        # By the state whose memory a graph has captured, and the mixers in it; the latest last.
+        self._graphs: OrderedDict[tuple[StateManager, MixerUnion], DecodeGraphs] = OrderedDict()
+        self._captures = False
         self._inputs = {state: self.inputs}
         self._active = model.placement
 
@@ -112,12 +114,8 @@ class ModelRunner:
         if state not in self._inputs:
             self._inputs[state] = StepInputs(state, self.max_model_len, self.device, self.attention)
         self.inputs = self._inputs[state]
-        if (state, self._active) in self._graphs:
-            self._graphs.move_to_end((state, self._active))
-        else:
+        if (state, unite(frozenset([self._active]))[0]) not in self._graphs:
             self.warm_up(graphs)
-            while len(self._graphs) > _KEPT_GRAPHS:
-                self._graphs.popitem(last=False)[1].release()
 
     def forget(self, state: StateManager) -> None:
         """Let go of what was captured over a state's memory, which is gone."""
@@ -149,12 +147,24 @@ class ModelRunner:
             del self.state.holdings[pad]
         self._rows = {}
         if graphs and self.attention is not None:
-            capturing = DecodeGraphs(self.model, self.inputs, self._tokens, self._sizes)
-            capturing.capture()
-            self._graphs[self.state, self._active] = capturing
+            self._captures = True
+            self._graphs_of(unite(frozenset([self._active]))[0]).capture()
+
+    def _graphs_of(self, union: MixerUnion) -> DecodeGraphs:
+        """The graphs of some mixers; new ones where there are none, of which nothing is captured yet."""
+        key = self.state, union
+        if key not in self._graphs:
+            # Of graphs that live: a pool ends with the last of its own.
+            pool = next((graphs.pool for graphs in self._graphs.values()), None) or torch.cuda.graph_pool_handle()
+            self._graphs[key] = DecodeGraphs(self.model, self.inputs, self._tokens, self._sizes, union, pool)
+            while len(self._graphs) > _KEPT_GRAPHS:
+                self._graphs.popitem(last=False)[1].release()
+        self._graphs.move_to_end(key)
+        return self._graphs[key]
 
     def drop_graphs(self) -> None:
         """Let go of what the captured steps hold. The runner goes on without them."""
+        self._captures = False
         while self._graphs:
             self._graphs.popitem()[1].release()
 
@@ -164,17 +174,19 @@ class ModelRunner:
         shares = sorted(step, key=lambda share: share.count != 1)  # decodes first, see RaggedBatch
         if self.attention is not None:
             self.attention.begin_step()
-        pads, placements = 0, self._placements(shares)
-        if placements is None and self._sizes and shares[-1].count == 1:
+        pads, own = 0, self._placements(shares)
+        if self._sizes and shares[-1].count == 1:
             rows = min(size for size in self._sizes if size >= len(shares))
-            graphs = self._graphs.get((self.state, self._active))
-            if graphs is not None and all(share.samples for share in shares):
-                hidden, tensors = graphs.replay(rows, shares, self._rows)
+            if self._captures and all(share.samples for share in shares):
+                union, tables = unite(frozenset(own or [self._active]))
+                mixers = [tables[placement] for placement in own]
+                hidden, tensors = self._graphs_of(union).replay(rows, shares, self._rows, mixers)
                 self.num_replays += 1
                 return self._flight(shares, self._choose(shares, hidden, tensors, chosen=True), {})
-            pads = rows - len(shares)
+            pads = 0 if own else rows - len(shares)
         if self.compiled is not None and sum(share.count for share in shares) < MIN_TOKENS:
             pads = MIN_TOKENS - len(shares)
+        placements = CutPlacements(own) if own else None
         tensors = self.inputs.build(shares, self._rows, pads, placements, self.images.of(shares))
         with forward_batch(tensors.batch):
             forward = self.model if self.compiled is None else self.compiled
@@ -182,17 +194,17 @@ class ModelRunner:
             prompts = self._prompt_logprobs(shares, hidden)
             return self._flight(shares, self._choose(shares, hidden, tensors), prompts)
 
-    def _placements(self, shares: Sequence[Scheduled]) -> RequestPlacements | None:
-        """Of a step whose requests have several; where they have one, it becomes the model's."""
+    def _placements(self, shares: Sequence[Scheduled]) -> tuple[Placement, ...]:
+        """Of each request of a step, where they have several; where they have one, it becomes the model's."""
         own = [share.request.placement for share in shares if share.request.placement]
         if not own:
-            return None
+            return ()
         if any(placement is not own[0] and placement != own[0] for placement in own):
-            return RequestPlacements(tuple(share.request.placement or self._active for share in shares))
+            return tuple(share.request.placement or self._active for share in shares)
         if own[0] is not self._active and own[0] != self._active:
             self.model.activate(own[0])
         self._active = own[0]
-        return None
+        return ()
 
     def collect(self, flight: Flight) -> list[StepResult]:
         """The results of a step, in the order of its rows; waits for them."""

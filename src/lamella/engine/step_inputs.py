@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lamella.engine.request import Request
 from lamella.engine.scheduler import Scheduled
-from lamella.layers.context import ForwardBatch, GivenEmbeddings, PageView, RequestPlacements
+from lamella.layers.context import ForwardBatch, GivenEmbeddings, PageView
+from lamella.layers.placements import Placements
 from lamella.ops.attention.paged import AttentionSpace
 from lamella.ops.ragged import RaggedBatch
 from lamella.state.manager import Holding, StateManager
@@ -32,6 +33,7 @@ class Layout:
         groups: paged state groups.
         pages: columns of their page tables.
         listed: pages of the requests after the decodes.
+        tables: of which mixer computes which row, see `MixerUnion`.
     """
 
     requests: int
@@ -39,6 +41,7 @@ class Layout:
     groups: int
     pages: int
     listed: int = 0
+    tables: int = 0
 
     def fields(self) -> dict[str, tuple[type, tuple[int, ...]]]:
         requests, tokens = (self.requests,), (self.tokens,)
@@ -58,6 +61,7 @@ class Layout:
             "min_p": (np.float32, requests),
             "page_table": (np.int32, (self.groups, self.requests, self.pages)),
             "page_list": (np.int32, (self.groups, self.listed)),
+            "mixers": (np.int32, (self.tables, self.requests)),
         }
 
     def spans(self) -> tuple[dict[str, tuple[int, int, type, tuple[int, ...]]], int]:
@@ -115,7 +119,7 @@ class StepTensors:
         context_lens: tuple[int, ...],
         page_size: int,
         attention: AttentionSpace | None = None,
-        placements: RequestPlacements | None = None,
+        placements: Placements | None = None,
         given: GivenEmbeddings | None = None,
     ) -> StepTensors:
         num_decodes = next((i for i, n in enumerate(query_lens) if n != 1), len(query_lens))
@@ -196,7 +200,7 @@ class StepInputs:
         shares: Sequence[Scheduled],
         latest: Mapping[Request, int],
         pads: int = 0,
-        placements: RequestPlacements | None = None,
+        placements: Placements | None = None,
         given: GivenEmbeddings | None = None,
     ) -> StepTensors:
         """The step's tensors, new ones, with so many rows of padding behind a step that only decodes.
@@ -228,9 +232,16 @@ class StepInputs:
         )
 
     def fill(
-        self, arrays: Mapping[str, np.ndarray], shares: Sequence[Scheduled], latest: Mapping[Request, int]
+        self,
+        arrays: Mapping[str, np.ndarray],
+        shares: Sequence[Scheduled],
+        latest: Mapping[Request, int],
+        mixers: Sequence[tuple[int, ...]] = (),
     ) -> None:
-        """Write a step into a block's arrays; rows beyond the shares become padding, each a request of its own."""
+        """Write a step into a block's arrays; rows beyond the shares become padding, each a request of its own.
+
+        `mixers` is what the tables say of each share, where there are tables.
+        """
         used = len(shares)
         starts = np.array([share.start for share in shares])
         counts = np.array([share.count for share in shares])
@@ -270,6 +281,8 @@ class StepInputs:
                 counts_of = -(-(starts + counts)[first:] // size)
                 rows = [table[slot, :count] for slot, count in zip(slots[first:], counts_of, strict=True)]
                 np.concatenate(rows, out=arrays["page_list"][group])
+        if mixers:
+            arrays["mixers"][:, :used], arrays["mixers"][:, used:] = np.array(mixers).T, 0
         for name, values in self._rows.sampling.items():
             arrays[name][:used], arrays[name][used:] = values[slots], 0
         arrays["step"][:used] = [share.request.num_sampled for share in shares]

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from lamella.config import Placement
 from lamella.ops.attention.paged import AttentionSpace
 from lamella.ops.ragged import RaggedBatch
 from lamella.state.spec import PagedState
+
+if TYPE_CHECKING:
+    from lamella.layers.placements import Placements
+
+P = TypeVar("P")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class ForwardBatch:
     pages: Mapping[PagedState, PageView] | None = None
     slots: Tensor | None = None  # (R,) int64
     attention: AttentionSpace | None = None  # on a GPU
-    placements: RequestPlacements | None = None  # where requests have several
+    placements: Placements | None = None  # which mixers compute it; None: the active ones
     given: GivenEmbeddings | None = None  # where there are any
     _shared: dict[Any, Any] = field(default_factory=dict)
 
@@ -57,54 +59,13 @@ class ForwardBatch:
             self._shared[key] = compute()
         return self._shared[key]
 
-    def part(self, requests: tuple[int, ...]) -> BatchPart:
-        """The batch of some of the requests, in their order here. Their state lies where it lies."""
-        return self.once(("part", requests), lambda: self._cut(requests))
-
-    def _cut(self, requests: tuple[int, ...]) -> BatchPart:
-        whole, device = self.ragged, self.ragged.positions.device
-        bounds = [0, *accumulate(whole.query_lens)]
-        index = torch.tensor(requests).to(device, non_blocking=True)
-        tokens = torch.tensor([t for r in requests for t in range(bounds[r], bounds[r + 1])]).to(device)
-        ragged = RaggedBatch.from_lengths(
-            [whole.query_lens[r] for r in requests], [whole.context_lens[r] for r in requests], device
-        )
-        pages = None
-        if self.pages is not None:
-            prefills = requests[ragged.num_decodes :]
-            pages = {spec: self._cut_pages(view, index, tokens, prefills) for spec, view in self.pages.items()}
-        slots = None if self.slots is None else self.slots[index]
-        space = None if self.attention is None else self.attention.another()
-        return BatchPart(tokens, ForwardBatch(ragged, pages, slots, space))
-
-    def _cut_pages(self, view: PageView, index: Tensor, tokens: Tensor, prefills: Sequence[int]) -> PageView:
-        rows = [view.page_table[r, : -(-self.ragged.context_lens[r] // view.page_size)] for r in prefills]
-        listed = torch.cat(rows) if rows and self.attention is not None else view.page_list[:0]
-        return PageView(view.page_table[index], view.new_rows[tokens], listed, view.page_size)
-
-
-@dataclass(frozen=True)
-class BatchPart:
-    """Some of a batch's requests."""
-
-    tokens: Tensor  # (n,) int64, which of the whole batch's tokens are theirs
-    batch: ForwardBatch
-
-
-@dataclass(frozen=True)
-class RequestPlacements:
-    """The placement of each request of a batch."""
-
-    by_request: tuple[Placement, ...]
-
-    def by_mixer(self, layer: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        """For each mixer that a layer needs, the requests that need it."""
-        wanted: dict[str, list[int]] = {}
-        for request, placement in enumerate(self.by_request):
-            name = placement[layer]
-            assert name is not None
-            wanted.setdefault(name, []).append(request)
-        return tuple((name, tuple(requests)) for name, requests in wanted.items())
+    def part(self, key: Any, make: Callable[[AttentionSpace | None], P]) -> P:
+        """What one of several mixers computes of the batch, once for all layers that divide it alike. It is made with
+        memory of its own for attention's plans."""
+        parts = self.once("parts", dict)
+        if key not in parts:
+            parts[key] = make(None if self.attention is None else self.attention.part(len(parts)))
+        return parts[key]
 
 
 _current: ContextVar[ForwardBatch | None] = ContextVar("forward_batch", default=None)

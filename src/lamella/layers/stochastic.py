@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from lamella.config import StochasticConfig
@@ -15,8 +14,8 @@ from lamella.layers.short_conv import ConvHistory
 
 
 class Stochastic(nn.Module):
-    """All mixers, built and loaded. The `active` one computes, unless the batch has requests of several placements:
-    then each mixer that is wanted computes its own requests."""
+    """All mixers, built and loaded. The `active` one computes, unless the batch has `placements`, which then say who
+    computes what."""
 
     def __init__(
         self, config: StochasticConfig, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None
@@ -42,14 +41,15 @@ class Stochastic(nn.Module):
         batch = current_batch() if len(self.mixers) > 1 else None
         if batch is None or batch.placements is None:
             return self.mixers[self.active](positions, entry)
-        shares = batch.placements.by_mixer(self.index)
-        if len(shares) == 1:
-            ((name, _),) = shares
-            return self.mixers[name](positions, entry)
-        x = entry.tensor()
-        out = torch.empty_like(x)
-        for name, requests in shares:
-            part = batch.part(requests)
+        placements = batch.placements
+        names = placements.names(self.index)
+        if len(names) == 1:
+            return self.mixers[names[0]](positions, entry)
+        # Before the input is there: behind a kernel that waits for it, a projection may ask for a part's slots early.
+        parts = {name: placements.part(batch, self.index, name) for name in names}
+        x, out = entry.tensor(), None
+        for name, part in parts.items():
             with forward_batch(part.batch):
-                out[part.tokens] = self.mixers[name](positions.rows(part.tokens), BlockInput.ready(x[part.tokens]))
+                out = part.put(self.mixers[name](part.positions(positions), BlockInput.ready(part.take(x))), out)
+        assert out is not None
         return out

@@ -34,21 +34,22 @@ class AttentionSpace:
         self._workspaces: dict[tuple[Any, ...], DecodeWorkspace] = {}
         self._prefills: dict[tuple[int, tuple[Any, ...]], Prefill] = {}
         self._turn = 0
-        self._others: list[AttentionSpace] = []
-        self._lent = 0
+        self._whole: AttentionSpace | None = None
+        self._parts: list[AttentionSpace] = []
 
     def begin_step(self) -> None:
         """The host is about to prepare another step."""
-        self._turn, self._lent = 1 - self._turn, 0
-        for other in self._others:
-            other.begin_step()
+        self._turn = 1 - self._turn
+        for part in self._parts:
+            part.begin_step()
 
-    def another(self) -> AttentionSpace:
-        """A space of its own for a part of the step, whose layers' plans must not lie in the whole step's."""
-        if self._lent == len(self._others):
-            self._others.append(AttentionSpace(self.max_requests, self.max_length, self.device))
-        self._lent += 1
-        return self._others[self._lent - 1]
+    def part(self, index: int) -> AttentionSpace:
+        """The space of one of a step's parts, whose layers' plans must not lie in the whole step's; the same one for
+        each step, so that a graph finds it where it was captured."""
+        while len(self._parts) <= index:
+            self._parts.append(AttentionSpace(self.max_requests, self.max_length, self.device))
+            self._parts[-1]._whole = self
+        return self._parts[index]
 
     def decode_workspace(
         self, heads: int, kv_heads: int, head_dim: int, window: int | None, chunk: int | None = None
@@ -56,7 +57,9 @@ class AttentionSpace:
         from lamella.ops.attention import triton
 
         key = heads, kv_heads, head_dim, window, chunk
-        if key not in self._workspaces:
+        if key not in self._workspaces and self._whole is not None:
+            self._workspaces[key] = self._whole.decode_workspace(*key).for_another_plan()
+        elif key not in self._workspaces:
             length = min(self.max_length, window or self.max_length, chunk or self.max_length)
             self._workspaces[key] = triton.DecodeWorkspace(
                 self.max_requests,

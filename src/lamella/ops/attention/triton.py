@@ -8,6 +8,7 @@ programs that share a request, the last to finish adds up the parts.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -95,6 +96,12 @@ class DecodeWorkspace:
         self.processors = (
             torch.cuda.get_device_properties(self.items.device).multi_processor_count if self.items.is_cuda else 1
         )
+
+    def for_another_plan(self) -> DecodeWorkspace:
+        """A workspace that only shares the memory that nothing is kept in from one layer to the next."""
+        other = copy(self)
+        other.items, other.num_items = torch.zeros_like(self.items), torch.zeros_like(self.num_items)
+        return other
 
 
 def plan_decode(seq_lens: Tensor, window: int | None, workspace: DecodeWorkspace, span: int | None = None) -> None:

@@ -1,0 +1,162 @@
+"""Steps of several placements: cut by requests or with rows selected, and the graphs of the latter."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from apriel2_models import ATTENTION, MIXERS, SUPERNET, checkpoint, fixed, pattern
+from helpers import random_prompts
+from lamella import LLM
+from lamella.engine import graphs, runner
+from lamella.layers.placements import CutPlacements, SelectedPlacements, unite
+from lamella.ops.backend import portable_only
+from mixed_steps import A, Again, B, C, answers, answers_to, mixed_llm, parameters, stand_ins, with_graphs
+
+NAMES = tuple(MIXERS)
+
+
+@pytest.fixture(scope="module")
+def supernet(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("supernet"), fixed(SUPERNET, layers=3))
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    """With a layer that has no choice."""
+    values = pattern(["free", "plain", "free", "free"], {"free": SUPERNET, "plain": ATTENTION})
+    return checkpoint(tmp_path_factory.mktemp("hybrid"), values)
+
+
+def select_rows(llm: LLM) -> list[int]:
+    """Have an engine select rows in every step that only decodes, without graphs; the sizes of these steps."""
+    inputs, counts = llm.engine.runner.inputs, []
+    build = inputs.build
+
+    def selecting(shares, *arguments):
+        step = build(shares, *arguments)
+        cut = step.batch.placements
+        if cut is None or shares[-1].count != 1:
+            return step
+        assert isinstance(cut, CutPlacements)
+        union, said = unite(frozenset(cut.by_request))
+        tables = torch.tensor([said[placement] for placement in cut.by_request], dtype=torch.int32).T
+        counts.append(len(shares))
+        return replace(step, batch=replace(step.batch, placements=SelectedPlacements(union, tables)))
+
+    inputs.build = selecting
+    return counts
+
+
+def state(llm: LLM) -> list[torch.Tensor]:
+    """Of all places but the dummies."""
+    return [tensor[1:] for tensor in llm.engine.memory.tensors]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    placements=st.lists(st.tuples(*(st.sampled_from(NAMES),) * 3), min_size=2, max_size=4),
+    lengths=st.lists(st.integers(1, 20), min_size=4, max_size=4),
+    portable=st.booleans(),
+)
+def test_selected_rows_are_those_of_a_batch_that_is_cut(hybrid, placements, lengths, portable):
+    """Over memory full of NaN, the dummies' too: the same answers, and the same state of every request."""
+    params = parameters([list(placement) for placement in placements])
+    with portable_only() if portable else nullcontext():
+        cut, selected = mixed_llm(hybrid), mixed_llm(hybrid)
+        counts = select_rows(selected)
+        expected = answers(cut, lengths[: len(params)], params)
+        found = answers(selected, lengths[: len(params)], params)
+    assert counts or len(set(placements)) == 1
+    assert found[0] == expected[0]
+    assert (found[1] - expected[1]).abs().max() <= 2e-5
+    for mine, other in zip(state(selected), state(cut), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+class TestUnions:
+    def test_layers_that_divide_the_placements_alike_share_a_table(self):
+        one = ("gdn", None, "kda", "mamba", "gdn")
+        other = ("attention", None, "kda", "attention", "kda")
+        union, said = unite(frozenset([one, other]))
+        assert union.names == (("attention", "gdn"), (), ("kda",), ("attention", "mamba"), ("gdn", "kda"))
+        assert union.tables == (0, -1, -1, 0, 1) and union.num_tables == 2
+        assert said == {one: (1, 0), other: (0, 1)}
+
+    def test_one_placement_needs_no_table(self):
+        union, said = unite(frozenset([(None, "gdn")]))
+        assert union.names == ((), ("gdn",)) and union.num_tables == 0 and said == {(None, "gdn"): ()}
+
+    def test_a_union_is_its_mixers_whoever_needs_which(self):
+        one, other = unite(frozenset([("x", "x"), ("y", "z")])), unite(frozenset([("y", "x"), ("x", "z")]))
+        third = unite(frozenset([("x", "x"), ("x", "z"), ("y", "z"), ("y", "x")]))
+        assert one[0].names == other[0].names == third[0].names
+        assert one[0] != other[0] == replace(third[0], tables=other[0].tables)
+
+
+@pytest.fixture
+def recorded(monkeypatch) -> list[Again]:
+    """The graphs that were captured, by the stand-in."""
+    return stand_ins(monkeypatch)
+
+
+LENGTHS = (5, 17, 1, 9)
+
+
+@pytest.mark.parametrize("own", [(A, B, A, B), (A, B, C, B), (None, C, C, C), (B, B, B, B)])
+def test_steps_in_graphs(supernet, recorded, own):
+    """Each request gets what it gets alone, as requests end and the steps grow smaller; a second time without another
+    capture."""
+    prompts, params = random_prompts(LENGTHS), parameters(own)
+    llm, plain = with_graphs(mixed_llm(supernet)), mixed_llm(supernet)
+    alone = [answers_to(plain, [prompt], [param]) for prompt, param in zip(prompts, params, strict=True)]
+    for captures in (True, False):
+        before = len(recorded)
+        tokens, rows = answers_to(llm, prompts, params)
+        assert (len(recorded) > before) == captures
+        assert tokens == [found[0] for (found, _) in alone]
+        assert (rows - torch.cat([found for _, found in alone])).abs().max() <= 2e-5
+    assert llm.engine.runner.num_replays == sum(graph.replays for graph in recorded)
+    assert llm.engine.stats()["graph_steps"] > 8
+
+
+def test_a_capture_leaves_the_tokens_of_a_step_in_flight(supernet, recorded, monkeypatch):
+    """What is captured while a step is in flight draws tokens of its own."""
+    llm = with_graphs(mixed_llm(supernet))
+    tokens, seen = llm.engine.runner._tokens, []
+    capture = graphs.DecodeGraphs._capture
+
+    def watched(self, rows):
+        before = tokens.clone()
+        result = capture(self, rows)
+        seen.append((before, tokens.clone()))
+        return result
+
+    monkeypatch.setattr(graphs.DecodeGraphs, "_capture", watched)
+    expected = answers(mixed_llm(supernet), LENGTHS, parameters((A, B, C, A)))
+    found = answers(llm, LENGTHS, parameters((A, B, C, A)))
+    assert found[0] == expected[0] and (found[1] - expected[1]).abs().max() <= 2e-5
+    assert len(seen) >= 3 and all(torch.equal(*pair) for pair in seen) and any(pair[0].any() for pair in seen)
+
+
+def test_the_graphs_of_so_many_unions_are_kept(supernet, recorded, monkeypatch):
+    """The latest used; the others are released, and captured again when they are wanted."""
+    monkeypatch.setattr(runner, "_KEPT_GRAPHS", 2)
+    llm, plain = with_graphs(mixed_llm(supernet)), mixed_llm(supernet)
+    for pair in ((A, B), (A, C), (A, B), (B, C), (A, B), (A, C)):
+        params = parameters(pair, 4)[:1] + parameters(pair[::-1], 4)[:1]
+        assert answers(llm, (3, 4), params)[0] == answers(plain, (3, 4), params)[0]
+        assert len(llm.engine.runner._graphs) <= 2
+    alive = [graph for graph in recorded if not graph.gone]
+    held = [graph.graph for each in llm.engine.runner._graphs.values() for graph in each._graphs.values()]
+    assert set(map(id, alive)) == set(map(id, held)) and len(recorded) > len(alive) > 0
+    llm.engine.runner.drop_graphs()
+    assert all(graph.gone for graph in recorded) and not llm.engine.runner._graphs
+    count = len(recorded)
+    answers(llm, (3, 4), parameters((A, B)))
+    assert len(recorded) == count

@@ -1,0 +1,89 @@
+"""Engines whose requests have several placements, and a stand-in for CUDA graphs where there is no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers import VOCAB, poisoned_llm, random_prompts
+from lamella import LLM, SamplingParams
+from lamella.engine import graphs
+
+A, B, C = "all-gdn", "mamba,attention,kda", "swa,attention,sliding_window"
+
+
+def mixed_llm(folder: Path, **options: Any) -> LLM:
+    """Over memory full of NaN, the dummies' too."""
+    options = {"max_num_batched_tokens": 32, "max_num_seqs": 4, "num_blocks": 64} | options
+    return poisoned_llm(folder, mixed_placements=True, enable_prefix_caching=False, **options)
+
+
+def parameters(placements: Sequence[Any], count: int = 6) -> list[SamplingParams]:
+    """Of requests that end one after the other."""
+    return [
+        SamplingParams(temperature=0, max_tokens=count + index, ignore_eos=True, logprobs=VOCAB, placement=placement)
+        for index, placement in enumerate(placements)
+    ]
+
+
+def answers(llm: LLM, lengths: Sequence[int], params: Sequence[SamplingParams]) -> tuple[list[list[int]], Tensor]:
+    """What follows random prompts, see `answers_to`."""
+    return answers_to(llm, random_prompts(lengths), params)
+
+
+def answers_to(llm: LLM, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> tuple[list[list[int]], Tensor]:
+    """The tokens, and all log-probabilities of all answers one after the other."""
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    rows = [[row[i].logprob for i in range(VOCAB)] for out in outputs for row in out.outputs[0].logprobs]
+    return [out.outputs[0].token_ids for out in outputs], torch.tensor(rows)
+
+
+@dataclass(eq=False)
+class Again:
+    """What stands in for a graph: the captured forward, run again."""
+
+    forward: Callable[[], Tensor]
+    hidden: Tensor
+    replays: int = 0
+    gone: bool = False
+
+    def replay(self) -> None:
+        assert not self.gone
+        self.hidden.copy_(self.forward())
+        self.replays += 1
+
+    def reset(self) -> None:
+        self.gone = True
+
+
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[Again]:
+    """Have these recorded in place of graphs; all that have been so far.
+
+    Tokens are chosen by our GPU kernel, in Triton's interpreter.
+    """
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("there are graphs here, see tests/engine/test_cuda.py")
+    found: list[Again] = []
+
+    def record(forward: Callable[[], Tensor], pool: Any) -> tuple[Again, Tensor]:
+        assert pool == "pool"
+        found.append(Again(forward, forward()))
+        return found[-1], found[-1].hidden
+
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    return found
+
+
+def with_graphs(llm: LLM) -> LLM:
+    """An engine of the CPU that runs as one of a GPU does: steps in graphs, one ahead of the host."""
+    own = llm.engine.runner
+    own._sizes, own._captures, own.runs_ahead = graphs.bucket_sizes(len(own._tokens)), True, True
+    return llm

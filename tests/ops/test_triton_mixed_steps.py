@@ -1,0 +1,40 @@
+"""Steps of several placements by our GPU kernels, in Triton's interpreter: rows of others on dummies full of NaN."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from apriel2_models import SUPERNET, checkpoint, fixed
+from lamella.ops.attention import triton as attention
+from lamella.ops.attention.paged import AttentionSpace
+from lamella.ops.linear import triton as linear  # noqa: F401  so that it is there to be told
+from mixed_steps import A, B, C, answers, mixed_llm, parameters, stand_ins, with_graphs
+
+
+def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have them serve tensors of the CPU."""
+    for name, module in list(sys.modules.items()):
+        for choice, answer in (("use_triton", True), ("use_fused", True), ("use_native", False)):
+            if name.startswith("lamella.") and hasattr(module, choice):
+                monkeypatch.setattr(module, choice, lambda x, answer=answer: answer)
+
+
+@pytest.mark.parametrize(("own", "few"), [((A, B, C), 8), ((B, C), 1)])
+def test_each_request_gets_what_it_gets_in_a_batch_that_is_cut(tmp_path, monkeypatch, own, few):
+    """By the kernels for few requests and by those for many."""
+    recorded = stand_ins(monkeypatch)
+    folder, lengths, params = checkpoint(tmp_path, fixed(SUPERNET, layers=3)), (3, 4, 1)[: len(own)], parameters(own, 3)
+    expected = answers(mixed_llm(folder), lengths, params)
+    monkeypatch.setattr(attention, "FEW_REQUESTS", few)
+    llm = with_graphs(mixed_llm(folder))
+    use_kernels(monkeypatch)
+    runner = llm.engine.runner
+    runner.attention = runner.inputs.attention = AttentionSpace(4, 64, torch.device("cpu"))
+    found = answers(llm, lengths, params)
+    assert found[0] == expected[0] and (found[1] - expected[1]).abs().max() <= 2e-5
+    assert sum(graph.replays for graph in recorded) == runner.num_replays > 2
