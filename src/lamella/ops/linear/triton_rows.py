@@ -139,8 +139,11 @@ def _kernel(
     outputs = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     if PDL and AHEAD >= _PIECE and SIZE >= _PIECE:
         weight_rows = weight_ptr + tl.minimum(outputs, OUTPUTS - 1).to(tl.int64)[:, None] * SIZE
-        for piece in tl.static_range(0, AHEAD // _PIECE):
-            addresses = weight_rows + tl.minimum(first + piece * _PIECE, SIZE - _PIECE)
+        # Four at once, so that no two threads ask for the same.
+        pieces = tl.arange(0, 4)[None, :] * _PIECE
+        for start in tl.static_range(0, AHEAD, 4 * _PIECE):
+            piece = first + tl.minimum(start + pieces, AHEAD - _PIECE)
+            addresses = weight_rows + tl.minimum(piece, SIZE - _PIECE)
             _ask(addresses.to(tl.int64))
             if GATED:
                 _ask((addresses + OUTPUTS * SIZE).to(tl.int64))
