@@ -6,7 +6,8 @@ the other, which may be 16; what is left over is the inputs, which several progr
 writes its sums in fp32, and a second kernel adds them up, in the order of the inputs: there is no counter to be kept
 between calls, so graphs and streams may do as they like, and the bits do not depend on who comes last.
 
-While it waits for the kernel ahead, a program has the first part of its weight brought into the second-level cache.
+While it waits for the kernel ahead, a program has the first part of its weight brought into the second-level cache; it
+reads nothing before, so whoever writes a weight need not be thought of.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _LARGE = 1 << 25  # weight elements from which on the product is a library's
 _PROGRAMS = 96  # at most so many, if the inputs are shared among several
 _MIN_INPUTS = 256  # of each of them
 _SHARED = 96 << 10  # bytes of stages: two programs fit into a processor, of this kernel or of this and the next
-_AHEAD = 1 << 17  # bytes of the weight that a program asks for in advance: of all programs, half the cache or less
+_AHEAD = 1 << 17  # bytes of the weight that a program asks for in advance; all at once stay below the cache's size
 _PIECE = tl.constexpr(128)  # elements that are asked for at once
 _BLOCK = 512  # outputs of a program that adds up
 
@@ -44,7 +45,7 @@ class Settings(NamedTuple):
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` takes x (T, in) and weight (out, in), and is to: by shape alone."""
+    """Whether `linear` takes x (T, in) and weight (out, in), and is to: by shape and layout alone."""
     return (
         MIN_ROWS <= x.shape[0] <= MAX_ROWS
         and weight.numel() < _LARGE
