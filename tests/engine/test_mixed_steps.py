@@ -14,8 +14,11 @@ from apriel2_models import ATTENTION, MIXERS, SUPERNET, checkpoint, fixed, patte
 from helpers import random_prompts
 from lamella import LLM
 from lamella.engine import graphs, runner
-from lamella.layers.placements import CutPlacements, SelectedPlacements, unite
+from lamella.layers.context import ForwardBatch, PageView
+from lamella.layers.placements import CutPlacements, SelectedPart, SelectedPlacements, unite
 from lamella.ops.backend import portable_only
+from lamella.ops.ragged import RaggedBatch
+from lamella.state.spec import PagedState
 from mixed_steps import A, Again, B, C, answers, answers_to, mixed_llm, parameters, stand_ins, with_graphs
 
 NAMES = tuple(MIXERS)
@@ -77,6 +80,18 @@ def test_selected_rows_are_those_of_a_batch_that_is_cut(hybrid, placements, leng
     assert (found[1] - expected[1]).abs().max() <= 2e-5
     for mine, other in zip(state(selected), state(cut), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_rows_of_others_stand_on_the_dummies():
+    """With one token of context, so that they cost next to nothing; one's own rows are as they were."""
+    spec = PagedState(2, 16, torch.float32)
+    view = PageView(torch.tensor([[5, 7], [6, 8]]), torch.tensor([73, 66]), torch.empty(0), 8)
+    ragged = RaggedBatch.from_lengths([1, 1], [10, 3])
+    part = SelectedPart.of(ForwardBatch(ragged, {spec: view}, torch.tensor([4, 9])), torch.tensor([False, True]), None)
+    seen = part.batch
+    assert seen.pages is not None and seen.slots is not None
+    assert seen.ragged.seq_lens.tolist() == [10, 1] and seen.ragged.positions.tolist() == [9, 0]
+    assert seen.slots.tolist() == [4, 0] and seen.pages[spec].new_rows.tolist() == [73, 0]
 
 
 class TestUnions:
