@@ -54,20 +54,17 @@ class BlockInput:
                 self._entered, self._residual = self._norm(hidden, residual)
         return self._entered
 
-    def fuses(self, linear: nn.Module, canon: Canon | None = None, gated: bool = False) -> bool:
+    def fuses(self, linear: nn.Module, canon: Canon | None = None) -> bool:
         """Whether `project` is one kernel."""
-        if not isinstance(linear, Linear) or (self._norms_within and not isinstance(self._norm, RMSNorm)):
+        if not isinstance(linear, Linear) or not fuses(self._source, linear.weight):
             return False
-        wanted = {"norm": self._norms_within, "conv": canon is not None, "gated": gated}
-        if not fuses(self._source, linear.weight, {form for form, is_wanted in wanted.items() if is_wanted}):
+        if self._norms_within and not isinstance(self._norm, RMSNorm):
             return False
         return canon is None or canon.is_step
 
     def project(self, linear: nn.Module, canon: Canon | None = None, gated: bool = False) -> Tensor:
         """`linear` of the input, then the convolution `canon`, then `silu(gate) * up` if `gated`: (T, out)."""
-        if not self.fuses(linear, canon, gated):
-            self.tensor()  # what stands behind the product may be a part of it still
-        if self.fuses(linear, canon, gated):
+        if self.fuses(linear, canon):
             assert isinstance(linear, Linear)
             norm = None
             if self._norms_within:
@@ -76,7 +73,8 @@ class BlockInput:
                 norm = NormStep(residual, self._norm.weight, self._norm.eps)
             else:
                 hidden = self.tensor()
-            step, positions = (None, None) if canon is None else (canon.step(), require_batch().ragged.positions)
+            step = None if canon is None else canon.step()
+            positions = require_batch().ragged.positions
             projected, total = fused_linear(
                 hidden, linear.weight, linear.bias, gated=gated, norm=norm, conv=step, positions=positions
             )

@@ -56,7 +56,6 @@ def _checks(
     random: Callable[..., Tensor], dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     from lamella.ops.linear import triton as linear
-    from lamella.ops.linear import triton_rows
     from lamella.ops.moe import triton as moe
     from lamella.ops.rms_norm import triton as norm
     from lamella.ops.short_conv import triton as conv
@@ -79,11 +78,6 @@ def _checks(
         yield "linear behind a norm", linear.linear(x[:1], matrix, None, norm=step)[0], product
         ours = linear.linear(x[:1], matrix, None, norm=step, gated=True)[0]
         yield "linear before swiglu", ours, swiglu_reference.swiglu(product)
-    if triton_rows.serves(normed, matrix):
-        product = linear_reference.linear(normed, matrix, None)
-        yield "linear of some rows", triton_rows.linear(normed, matrix, None), product
-        ours = triton_rows.linear(normed, matrix, None, gated=True, settings=triton_rows.Settings(16, 64, 32, 2, 4, 2))
-        yield "linear of some rows before swiglu", ours, swiglu_reference.swiglu(product)
 
     taps = random(4, width).T
     for query, context in (((1, 1, 1), (1, 9, 3)), ((1, 2, 7), (4, 2, 9))):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
 from types import ModuleType
 
 import torch
@@ -31,17 +30,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.dim() == 2 and use_native(x) and 0 < x.shape[0] <= native.linear_rows(x.dtype, x.shape[1]):
         return native.linear(x, weight, bias)
-    if _kernels(x, weight) is not None:
-        return fused_linear(x, weight, bias)[0]
+    if (kernels := _kernels(x, weight)) is not None:
+        return kernels.linear(x, weight, bias)[0]
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def fuses(x: Tensor, weight: Tensor, forms: Set[str]) -> bool:
-    """Whether `fused_linear` has a kernel for x (T, in) with these forms, and is allowed to use it.
-
-    `forms` are those of its arguments "gated", "norm" and "conv" that are wanted.
-    """
-    return use_fused(x) and _kernels(x, weight, forms) is not None
+def fuses(x: Tensor, weight: Tensor) -> bool:
+    """Whether `fused_linear` has a kernel for x (T, in), and is allowed to use it."""
+    return use_fused(x) and _kernels(x, weight) is not None
 
 
 def fused_linear(
@@ -49,19 +45,15 @@ def fused_linear(
     weight: Tensor,
     bias: Tensor | None,
     *,
-    wide: bool = False,
     gated: bool = False,
     norm: NormStep | None = None,
     conv: ConvStep | None = None,
     positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """A product with what stands around it in a block, in one kernel where it `fuses`; see `triton.linear`."""
-    from lamella.ops.linear import triton, triton_rows
+    from lamella.ops.linear import triton
 
-    if triton.serves(x, weight):
-        return triton.linear(x, weight, bias, wide=wide, gated=gated, norm=norm, conv=conv, positions=positions)
-    assert norm is None and conv is None
-    return triton_rows.linear(x, weight, bias, wide=wide, gated=gated), None
+    return triton.linear(x, weight, bias, gated=gated, norm=norm, conv=conv, positions=positions)
 
 
 def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -78,8 +70,8 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
         wide = parts[0] if len(parts) == 1 else torch.cat(parts)
     elif torch.is_grad_enabled():
         wide = torch.nn.functional.linear(rows, weight).float()
-    elif _kernels(rows, weight) is not None:
-        wide = fused_linear(rows, weight, None, wide=True)[0]
+    elif (kernels := _kernels(rows, weight)) is not None:
+        wide = kernels.linear(rows, weight, None, wide=True)[0]
     elif x.is_cuda:
         wide = torch.mm(rows, weight.T, out_dtype=torch.float32)
     else:
@@ -89,13 +81,13 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     return wide.view(*x.shape[:-1], weight.shape[0])
 
 
-def _kernels(x: Tensor, weight: Tensor, forms: Set[str] = frozenset()) -> ModuleType | None:
-    """Our Triton kernels, where some serve this product in these forms."""
+def _kernels(x: Tensor, weight: Tensor) -> ModuleType | None:
+    """Our Triton kernels, where they serve this product."""
     if x.dim() != 2 or not use_triton(x):
         return None
-    from lamella.ops.linear import triton, triton_rows
+    from lamella.ops.linear import triton
 
-    return next((each for each in (triton, triton_rows) if forms <= each.FORMS and each.serves(x, weight)), None)
+    return triton if triton.serves(x, weight) else None
 
 
 def _shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

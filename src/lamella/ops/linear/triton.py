@@ -18,7 +18,6 @@ from lamella.ops.short_conv.reference import ConvStep
 from lamella.ops.short_conv.triton import convolve, load_history, load_taps, store_history
 from lamella.ops.swiglu.triton import silu
 
-FORMS = frozenset({"gated", "norm", "conv"})
 MAX_ROWS = 2
 _LARGE = 1 << 25  # weight elements from which on two rows are a library's
 _MAX_INPUT = 1 << 14  # elements: the longest weight row that fits into a program's registers
