@@ -11,7 +11,7 @@ probe measures, and of the time of the products at the speed of a large one of c
 
     python benchmarks/experts.py [--shapes scout] [--rows 1 64 16384]
 
-A table, then one JSON line. `--tiny` compares only, on any machine.
+A table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from recurrent_ops import seconds
 from torch import Tensor
 
 from lamella.bench.card import measure_bandwidth
-from lamella.ops.moe import reference
+from lamella.ops.moe import experts, reference
 from lamella.ops.swiglu import swiglu
 
-ROUNDS = 10
 CHECKED = 24  # rows compared with the reference, which takes them one by one
 TOLERANCE = 2e-2  # of the largest value; bf16
 
@@ -43,7 +43,6 @@ class Shape(NamedTuple):
 
 
 SHAPES = {"scout": Shape(16, 1, 5120, 8192), "fine": Shape(128, 8, 2048, 768)}
-TINY = {"scout": Shape(4, 1, 64, 96), "fine": Shape(8, 3, 32, 16)}
 ROWS = (1, 16, 64, 256, 1024, 4096, 16384)
 
 Operands = dict[str, Any]
@@ -62,32 +61,17 @@ def make(shape: Shape, rows: int, device: torch.device) -> Operands:
     }
 
 
-def ours(x: Tensor, logits: Tensor, top_k: int, gate_up: Tensor, down: Tensor) -> Tensor:
-    from lamella.ops.moe import triton
-
-    return triton.experts(x, logits, top_k, gate_up, down)
-
-
 def with_grouped_mm(x: Tensor, logits: Tensor, top_k: int, gate_up: Tensor, down: Tensor) -> Tensor:
-    order, weights, bounds = plan(logits, top_k)
+    from lamella.ops.moe.triton import make_plan
+
+    order, weights, bounds = make_plan(logits, top_k)
+    order = order.long()
     rows = (x[order // top_k].float() * weights[:, None]).to(x.dtype)
     product = torch.nn.functional.grouped_mm
     inner = swiglu(product(rows, gate_up.transpose(1, 2), offs=bounds[1:]))
     parts = product(inner, down.transpose(1, 2), offs=bounds[1:])
     out = torch.empty_like(parts).index_copy_(0, order, parts)
     return out if top_k == 1 else out.unflatten(0, (-1, top_k)).float().sum(1).to(x.dtype)
-
-
-def plan(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    if logits.is_cuda:
-        from lamella.ops.moe import triton
-
-        order, weights, bounds = triton.make_plan(logits, top_k)
-        return order.long(), weights, bounds
-    ids, weights = reference.route(logits, top_k)
-    ids, order = ids.flatten().sort(stable=True)
-    bounds = torch.searchsorted(ids, torch.arange(logits.shape[1] + 1), out_int32=True)
-    return order, weights.flatten()[order], bounds
 
 
 def check(name: str, way: Callable[..., Tensor], operands: Operands) -> None:
@@ -98,27 +82,10 @@ def check(name: str, way: Callable[..., Tensor], operands: Operands) -> None:
     assert error < TOLERANCE, f"{name}: off by {error:.1e}"
 
 
-def seconds(call: Callable[[], object]) -> float:
-    for _ in range(2):
-        call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    best = float("inf")
-    for _ in range(ROUNDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        best = min(best, start.elapsed_time(end) / 1e3)
-    return best
-
-
 def cublas_speed() -> float:
     """FLOP/s of a large product."""
     a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
-    return 2 * 8192**3 / seconds(lambda: a @ b)
+    return 2 * 8192**3 / seconds(lambda: a @ b, graph=True)
 
 
 def floor(shape: Shape, operands: Operands, bandwidth: float, speed: float) -> float:
@@ -133,18 +100,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=tuple(SHAPES))
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
-    parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
-    ways = {"lamella": ours, "grouped_mm": with_grouped_mm}
-    if args.tiny:
-        for name in args.shapes:
-            for rows in (1, 7, 40):
-                check(f"{name}, {rows} rows", with_grouped_mm, make(TINY[name], rows, torch.device("cpu")))
-        print("right")
-        return
+    ways = {"lamella": experts, "grouped_mm": with_grouped_mm}
     if not torch.cuda.is_available():
-        sys.exit("experts: needs a GPU (--tiny: compares only)")
+        sys.exit("experts: needs a GPU")
     device = torch.device("cuda")
     bandwidth, speed = measure_bandwidth(device), cublas_speed()
     print(f"{torch.cuda.get_device_name()}, {bandwidth / 1e12:.2f} TB/s, {speed / 1e12:.0f} TFLOP/s")
@@ -157,7 +117,7 @@ def main() -> None:
             row: dict[str, Any] = {"shape": name, "rows": rows, "floor_us": least * 1e6}
             for label, way in ways.items():
                 check(f"{name}, {rows} rows, {label}", way, operands)
-                row[f"{label}_us"] = seconds(partial(way, **operands)) * 1e6
+                row[f"{label}_us"] = seconds(partial(way, **operands), graph=True) * 1e6
             found.append(row)
             spent = {label: row[f"{label}_us"] for label in ways}
             times = "".join(f"{label:>12} {us:9.1f} us ({least * 1e6 / us:4.0%})" for label, us in spent.items())
