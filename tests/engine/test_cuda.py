@@ -54,7 +54,8 @@ def checkpoint(request, tmp_path_factory):
 
 
 def engine(folder, **options):
-    llm = LLM(folder, **{"device": "cuda", "dtype": "bfloat16", "max_num_seqs": 16, **options})
+    # As many pages as any test needs: left to itself an engine takes all memory, and tests could not share a GPU.
+    llm = LLM(folder, **{"device": "cuda", "dtype": "bfloat16", "max_num_seqs": 16, "num_blocks": 512, **options})
     llm.engine.memory.poison()
     return llm
 

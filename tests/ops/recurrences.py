@@ -23,6 +23,14 @@ def rows_apart(values, gap):
     return base[:, gap:-gap].unflatten(1, values.shape[1:])
 
 
+def ring(inputs, width):
+    """A request's inputs (T, C), the first at position 0, as a convolution keeps them: (W-1, C)."""
+    rows = torch.zeros(width - 1, inputs.shape[1], dtype=inputs.dtype, device=inputs.device)
+    for position in range(max(0, len(inputs) - (width - 1)), len(inputs)):
+        rows[position % (width - 1)] = inputs[position]
+    return rows
+
+
 class Case:
     """Operands by name, and states in slots that lie apart."""
 

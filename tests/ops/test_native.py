@@ -169,12 +169,13 @@ def test_decode_attention_rows_are_independent(dtype: torch.dtype) -> None:
 def conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None, old: Tensor, first: int, act: bool, residual: bool):
     """One request whose first token has the absolute position first: (y, new state), in float32."""
     n, W = x.shape[0], weight.shape[1]
-    inputs = torch.cat([old, x])
+    window = first + torch.arange(W - 1)  # positions modulo W-1
+    inputs = torch.cat([old[window % (W - 1)], x])
     inputs[: max(0, W - 1 - first)] = 0.0
     y = sum(inputs[j : j + n] * weight[:, j] for j in range(W))
     y = y if bias is None else y + bias
     y = F.silu(y) if act else y
-    return (x + y if residual else y), inputs[n:]
+    return (x + y if residual else y), torch.empty_like(old).index_copy_(0, (window + n) % (W - 1), inputs[n:])
 
 
 @DTYPES
@@ -198,8 +199,8 @@ def test_short_conv(dtype: torch.dtype, seed: int, with_state: bool, layout: str
     slots = torch.randperm(R + 2, generator=g)[:R] if pick(g, 0, 1) else None
     rows = list(range(R)) if slots is None else slots.tolist()
     for s, first in zip(rows, firsts, strict=True):  # rows before position 0 stay NaN
-        count = min(first, W - 1)
-        state[s, W - 1 - count :] = torch.randn(count, D, generator=g).to(dtype)
+        seen = torch.arange(max(0, first - (W - 1)), first)
+        state[s, seen % (W - 1)] = torch.randn(len(seen), D, generator=g).to(dtype)
     before = pool.clone()
     with Unchanged(x, weight, bias, slots, starts, positions):
         y = native.short_conv(

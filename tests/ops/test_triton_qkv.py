@@ -43,7 +43,7 @@ class Case:
         self.slots = torch.randperm(tokens + 2)[:tokens].to(DEVICE)
         self.shared = torch.randn(tokens + 2, 3, self.channels + 32).to(DEVICE, dtype)
         for slot, position in zip(self.slots, self.positions, strict=True):
-            self.shared[slot, : max(0, 3 - int(position))] = torch.nan
+            self.shared[slot, int(position) :] = torch.nan
         self.weight = torch.randn(self.channels, 4).to(DEVICE, dtype)
         self.bias = torch.randn(self.channels).to(DEVICE, dtype)
 

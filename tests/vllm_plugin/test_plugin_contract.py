@@ -355,6 +355,7 @@ class TestWindows:
                 size,
                 x,
                 starts_of(lengths),
+                torch.tensor([len(seen[r]) + i for r, n in zip(order, lengths, strict=True) for i in range(n)]),
                 metadata(
                     num_decodes=len(decodes),
                     num_prefills=len(order) - len(decodes),
@@ -363,8 +364,8 @@ class TestWindows:
             )
             assert index.tolist() == list(range(len(order)))
             for request, window, new in zip(order, found, x.split(lengths), strict=True):
-                known = seen[request][-size:]
-                assert not known or torch.equal(window[size - len(known) :], torch.stack(known))
+                for position, known in list(enumerate(seen[request]))[-size:]:
+                    assert torch.equal(window[position % size], known)
                 accepted[request] = rng.randint(1, len(new)) if drafting[request] else 1
                 seen[request] += new[: accepted[request] if drafting[request] else len(new)]
         untouched = [slot for slot in range(9) if slot not in slots]
@@ -381,6 +382,7 @@ class TestWindows:
             3,
             x,
             torch.tensor([0, 2, 2, 2]),
+            torch.tensor([6, 7]),
             metadata(num_decodes=3, num_accepted_tokens=accepted),
         )
         assert torch.equal(history[0], before[2, 1:4])

@@ -69,6 +69,15 @@ class Residences:
         state = StateManager(groups, pages, plan.num_slots, options.block_size, bool(cost.slots))
         return Residence(placement, holders, cost, plan, state)
 
+    def _most(self) -> int:
+        """Bytes that any placement can need: where the number of pages is given, what all mixers need together; else
+        all there are."""
+        if self.options.num_blocks is None:
+            return self.budget
+        holders = state_holders(self.model)
+        plan = Capacity.plan(self.options, StateCost.of(holders), self.max_model_len, self.budget)
+        return StateMemory.size(holders, plan.pages, self.options.block_size, plan.num_slots)
+
     def move_in(self, residence: Residence) -> list[Residence]:
         """Give the layers the residence's memory; nobody may hold anything in another one. Nothing that was computed
         before can be found. Returns the residences that are kept no more, of whose memory no graph may be replayed."""
@@ -77,7 +86,7 @@ class Residences:
             arguments = (residence.holders, residence.plan.pages, options.block_size, residence.plan.num_slots)
             nbytes = StateMemory.size(*arguments)
             if self.device.type == "cuda" and self.model.has_choice:
-                nbytes = max(nbytes, self.budget)  # so that no later placement needs another block
+                nbytes = max(nbytes, self._most())  # so that no later placement needs another block
             if self._block is None or self._block.numel() < nbytes:
                 dropped = list(self._kept.values())
                 self._kept.clear()

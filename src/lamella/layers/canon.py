@@ -46,7 +46,8 @@ class Canon(ShortConv):
             if not holder.inline:
                 return holder.run_after_norm(self.part, x, residual, norm.weight, norm.eps)
             if use_fused(x):
-                return norm_short_conv(x, residual, norm.weight, norm.eps, *self.operands())
+                # Slots and positions are a step's first tensors, long before any layer's.
+                return norm_short_conv(x, residual, norm.weight, norm.eps, *self.operands(), early=True)
         normed, total = norm(x, residual)
         return self(normed), total
 

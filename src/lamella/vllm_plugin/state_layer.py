@@ -222,28 +222,41 @@ class VllmHolder(SlotHolder):
         if not self.layer.spare_rows:
             return rows[:, :size], slots
         assert x is not None
-        metadata = self.layer.metadata()
-        return advance_window(rows, slots, size, x, require_batch().ragged.query_start_loc, metadata)
+        ragged, metadata = require_batch().ragged, self.layer.metadata()
+        return advance_window(rows, slots, size, x, ragged.query_start_loc, ragged.positions, metadata)
 
 
 def advance_window(
-    rows: Tensor, slots: Tensor, size: int, x: Tensor, query_start_loc: Tensor, metadata: StateMetadata
+    rows: Tensor,
+    slots: Tensor,
+    size: int,
+    x: Tensor,
+    query_start_loc: Tensor,
+    positions: Tensor,
+    metadata: StateMetadata,
 ) -> tuple[Tensor, Tensor]:
-    """The `size` inputs before each request's new ones as (R, size, C), with their indices (R,), where slots have spare
-    rows; and the slots are made ready for the step after.
+    """The `size` inputs before each request's new ones as rings (R, size, C), see `short_conv`, with their indices
+    (R,), where slots have spare rows; and the slots are made ready for the step after.
 
-    rows (slots, size + spare, C) is written; x (T, C). Before the call a slot holds what the step before saw from its
-    second token's window on, of which as many as were accepted count. Nothing waits for the device.
+    rows (slots, size + spare, C) is written; x (T, C), positions (T,). Slots are no rings but in order, as vLLM expects
+    when it copies them: before the call a slot holds what the step before saw from its second token's window on, of
+    which as many as were accepted count. Nothing waits for the device.
     """
     requests, device = slots.shape[0], rows.device
     index = torch.arange(rows.shape[1], device=device)
     skipped, first = metadata.skipped_and_first(query_start_loc)
     held = rows[slots]  # (R, size + spare, C)
-    history = held.gather(1, (skipped[:, None] + index[:size])[:, :, None].expand(-1, -1, rows.shape[2]))
-    # Row i becomes entry first + i of [history | new inputs].
+
+    def window(entry: Tensor) -> Tensor:
+        """Of each request some of the inputs before its new ones, (R, entries)."""
+        return held.gather(1, (skipped[:, None] + entry)[:, :, None].expand(-1, -1, rows.shape[2]))
+
+    position = positions[query_start_loc[:-1].clamp(max=x.shape[0] - 1)]
+    history = window((index[:size] - position[:, None]) % size)
+    # Row i becomes entry first + i of [window | new inputs].
     entry = first[:, None] + index
     new = (query_start_loc[:-1, None] + entry - size).clamp(0, x.shape[0] - 1)
-    old = history.gather(1, entry.clamp(max=size - 1)[:, :, None].expand(-1, -1, rows.shape[2]))
+    old = window(entry.clamp(max=size - 1))
     kept = torch.where((entry < size)[:, :, None], old, x[new])
     length = query_start_loc.diff()
     rows[slots] = torch.where((entry < size + length[:, None])[:, :, None], kept, held)

@@ -32,7 +32,7 @@ _SETTINGS = {
     (16, 2): Settings(128, 4),
     (32, 2): Settings(128, 4),
     (64, 2): Settings(128, 4, 128),
-    (128, 2): Settings(128, 8, 128),
+    (128, 2): Settings(128, 4),
     (256, 2): Settings(64, 8),
     (16, 4): Settings(128, 4),
     (32, 4): Settings(64, 4),

@@ -209,11 +209,12 @@ def short_conv(
     """Depthwise causal convolution over the W last tokens of each request: y (T, D). **Mutates** ``state``.
 
     x (T, D), rows of any stride; weight (D, W) of any strides, ``weight[:, W-1]`` for the current token; bias (D,);
-    state (S, W-1, D), last dim contiguous, others of any stride: the last W-1 inputs before this call, oldest first;
-    slots (R,) int64, all different: request r's row of the state (r itself when None); query_start_loc (R+1,) int32:
-    where each request's tokens (at least one) start; positions (T,) int64: absolute. Inputs before position 0 count as
-    zero whatever the state holds. ``c = bias + conv``; y is ``silu(c)`` with activation, plus x with residual. The
-    state then holds the request's last W-1 inputs, zeros before position 0. Without a state the history is zero.
+    state (S, W-1, D), last dim contiguous, others of any stride: rings of the latest inputs, that at position p in row
+    p % (W-1); slots (R,) int64, all different: request r's row of the state (r itself when None); query_start_loc
+    (R+1,) int32: where each request's tokens (at least one) start; positions (T,) int64: absolute. Inputs before
+    position 0 count as zero whatever the state holds. ``c = bias + conv``; y is ``silu(c)`` with activation, plus x
+    with residual. The state takes up the new inputs, and has zeros for what stands before position 0. Without a state
+    the history is zero.
     Cutting a request into several calls gives bitwise the same outputs and state.
     """
     (T, D), W, R = x.shape, weight.shape[1], query_start_loc.shape[0] - 1

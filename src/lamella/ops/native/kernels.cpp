@@ -607,7 +607,7 @@ struct ShortConv {
     int64_t weight_channel, weight_tap;  // strides of weight (D, W)
     const T* bias;
     T* state;
-    int64_t state_slot, state_row;  // strides of state (S, W-1, D)
+    int64_t state_slot, state_row;  // strides of state (S, W-1, D), in which row p % (W-1) has the input at position p
     const int64_t* slots;
     const int32_t* starts;
     const int64_t* positions;
@@ -631,12 +631,12 @@ struct ShortConv {
 
     // All outputs of one request for n channels, then its state; inputs is room for W pointers.
     void request(int64_t r, int64_t begin, int64_t n, const float* taps, const T** inputs) const {
-        const int64_t history = W - 1, t0 = starts[r], t1 = starts[r + 1];
+        const int64_t ring = W - 1, t0 = starts[r], t1 = starts[r + 1];
         T* old = state ? state + (slots ? slots[r] : r) * state_slot + begin : nullptr;
         for (int64_t t = t0; t < t1; ++t) {
             int64_t first = W;  // the oldest tap that counts: taps [first, W) read inputs[first, W)
             for (int64_t o = 0; o < W && o <= positions[t] && (t - o >= t0 || old); ++o)
-                inputs[--first] = t - o >= t0 ? x + (t - o) * ldx + begin : old + (history + t - t0 - o) * state_row;
+                inputs[--first] = t - o >= t0 ? x + (t - o) * ldx + begin : old + (positions[t] - o) % ring * state_row;
             for_vectors(n, [&](int64_t d, int lanes) INLINE {
                 f32v c = bias ? load(bias + begin + d, lanes) : f32v{};
                 for (int64_t j = first; j < W; ++j)
@@ -647,12 +647,12 @@ struct ShortConv {
             });
         }
         if (!old) return;
-        // Row j is input number (tokens + j) of [old state; x]. Rows move to the front, so ascending order is safe.
-        for (int64_t j = 0; j < history; ++j) {
-            const int64_t i = (t1 - t0) + j - history;
-            T* to = old + j * state_row;
-            if (positions[t0] + i < 0) std::memset(to, 0, n * sizeof(T));
-            else std::memcpy(to, i >= 0 ? x + (t0 + i) * ldx + begin : old + (history + i) * state_row, n * sizeof(T));
+        // Of the last W-1 positions, those that are new are written, and those before the first are zero.
+        for (int64_t t = t1 - ring; t < t1; ++t) {
+            const int64_t position = positions[t0] + t - t0;
+            T* to = old + (position + ring) % ring * state_row;
+            if (position < 0) std::memset(to, 0, n * sizeof(T));
+            else if (t >= t0) std::memcpy(to, x + t * ldx + begin, n * sizeof(T));
         }
     }
 };

@@ -34,7 +34,8 @@ def prepare_qkv(
     canon: ConvStep | None = None,
     positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See `reference.prepare_qkv`. Rows of qkv and heads in a row of a cache may be of any stride.
+    """See `reference.prepare_qkv`. Rows of qkv and heads in a row of a cache may be of any stride. With `canon`, the
+    launch directly ahead in the stream may write qkv, and none of positions, slots and the history.
 
     The same bits as rms_norm and short_conv in Triton, then rotation and write (the norm: where D is a multiple of 8,
     and the stride of qkv's rows one of 16). Returns new contiguous tensors.
@@ -128,6 +129,7 @@ def _finish(
     stride_row,
     channel,
     mask,
+    position,
     WIDTH: tl.constexpr,
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -137,7 +139,7 @@ def _finish(
         value = (value.to(tl.float32) * scale * gain[0]).to(value.dtype)
     if history is not None:
         past += (value,)
-        store_history(history, stride_row, channel, mask, past, WIDTH)
+        store_history(history, stride_row, channel, mask, position, value, WIDTH)
         value = convolve(past, taps, 0, WIDTH, ACTIVATION, RESIDUAL)
     return value
 
@@ -219,13 +221,19 @@ def _prepare_heads(
         gain_1 = _load_gain(norm, pair + PAIRS, D)
         taps_0 = load_taps(weight, bias, channel + pair, pair_mask, stride_channel, stride_tap, WIDTH)
         taps_1 = load_taps(weight, bias, channel + pair + PAIRS, pair_mask, stride_channel, stride_tap, WIDTH)
-    wait_for_predecessor(PDL)
-
-    # All loads come before the first store, so that none waits for another.
+    dtype: tl.constexpr = qkv.dtype.element_ty
     position = 0
     if history is not None:
         position = tl.load(positions + row, mask=valid, other=0)[:, None]
         history += tl.load(slots + row, mask=valid, other=0)[:, None] * stride_slot + channel
+    if FIXED < D:
+        past = load_history(history, stride_row, column, mask, position, WIDTH, dtype)
+    if HALVES:
+        past_0 = load_history(history, stride_row, pair, pair_mask, position, WIDTH, dtype)
+        past_1 = load_history(history, stride_row, pair + PAIRS, pair_mask, position, WIDTH, dtype)
+    wait_for_predecessor(PDL)
+
+    # All loads come before the first store, so that none waits for another.
     if rows is not None:
         out += tl.load(rows + row, mask=valid, other=0)[:, None] * stride_out + head * stride_out_head
     else:
@@ -236,23 +244,21 @@ def _prepare_heads(
         cos = tl.load(cos + token * PAIRS + pair, mask=pair_mask, other=1.0)
         sin = tl.load(sin + token * PAIRS + pair, mask=pair_mask, other=0.0)
     x = qkv + token * stride_qkv + channel
-    dtype: tl.constexpr = qkv.dtype.element_ty
     if norm is not None:
         whole = tl.load(x + column, mask=inside & (column < D), other=0.0).to(tl.float32)
     if FIXED < D:
         value = tl.load(x + column, mask=mask, other=0.0)
-        past = load_history(history, stride_row, column, mask, position, WIDTH, dtype)
     if HALVES:
         first = tl.load(x + pair, mask=pair_mask, other=0.0)
         second = tl.load(x + pair + PAIRS, mask=pair_mask, other=0.0)
-        past_0 = load_history(history, stride_row, pair, pair_mask, position, WIDTH, dtype)
-        past_1 = load_history(history, stride_row, pair + PAIRS, pair_mask, position, WIDTH, dtype)
 
     scale = 1.0
     if norm is not None:
         scale = row_scale(whole, D, eps)
     if FIXED < D:
-        value = _finish(value, past, scale, gain, taps, history, stride_row, column, mask, WIDTH, ACTIVATION, RESIDUAL)
+        value = _finish(
+            value, past, scale, gain, taps, history, stride_row, column, mask, position, WIDTH, ACTIVATION, RESIDUAL
+        )
         if INTERLEAVED and PAIRS > 0:
             first, second = tl.split(tl.reshape(value, (BLOCK, PAIR_BLOCK, 2)))
             first, second = _turn(first, second, cos, sin)
@@ -261,22 +267,13 @@ def _prepare_heads(
         tl.store(out + column, _times(value, factor), mask=mask)
     if HALVES:
         first = _finish(
-            first, past_0, scale, gain_0, taps_0, history, stride_row, pair, pair_mask, WIDTH, ACTIVATION, RESIDUAL
-        )
+            first, past_0, scale, gain_0, taps_0, history, stride_row, pair, pair_mask, position,
+            WIDTH, ACTIVATION, RESIDUAL,
+        )  # fmt: skip
         second = _finish(
-            second,
-            past_1,
-            scale,
-            gain_1,
-            taps_1,
-            history,
-            stride_row,
-            pair + PAIRS,
-            pair_mask,
-            WIDTH,
-            ACTIVATION,
-            RESIDUAL,
-        )
+            second, past_1, scale, gain_1, taps_1, history, stride_row, pair + PAIRS, pair_mask, position,
+            WIDTH, ACTIVATION, RESIDUAL,
+        )  # fmt: skip
         first, second = _turn(first, second, cos, sin)
         tl.store(out + pair, _times(first, factor), mask=pair_mask)
         tl.store(out + pair + PAIRS, _times(second, factor), mask=pair_mask)

@@ -75,15 +75,17 @@ def norm_short_conv(
     skip: bool,
     out: Tensor | None = None,
     total: Tensor | None = None,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The convolution of `add_rms_norm(x, residual, ...)`, and the new residual, in one kernel on a GPU; with `skip`,
-    `y = x + c`. The results are in `out` and `total`, both (T, C) and contiguous, where those are given."""
+    `y = x + c`. The results are in `out` and `total`, both (T, C) and contiguous, where those are given. With `early`
+    that kernel may read history, slots and positions while what was launched directly ahead still runs."""
     if use_triton(x):
         from lamella.ops.short_conv import triton
 
         return triton.norm_short_conv(
             x, residual, norm_weight, eps, weight, bias, batch, history, slots,
-            activation=activation, residual_connection=skip, out=out, total=total,
+            activation=activation, residual_connection=skip, out=out, total=total, early=early,
         )  # fmt: skip
     normed, new_residual = add_rms_norm(x, residual, norm_weight, eps)
     y = short_conv(normed, weight, bias, batch, history, slots, activation, skip, out)

@@ -15,7 +15,7 @@ class ConvStep(NamedTuple):
 
     weight: Tensor  # (C, W)
     bias: Tensor | None  # (C,)
-    history: Tensor  # (slots, W-1, C), replaced in place in the rows `slots`
+    history: Tensor  # (slots, W-1, C), of which the rows `slots` take up x
     slots: Tensor  # (T,) int64
     activation: bool
     residual: bool
@@ -38,9 +38,10 @@ def short_conv(
     absolute position: whatever an old request left in a slot can never be seen. Then `silu(c)` if `activation`, and
     `x + c` if `residual`. Arithmetic in fp32, rounded once.
 
-    x (T, C); weight (C, W); bias (C,) or None; history (slots, W-1, C), any strides, the inputs before this call,
-    oldest first, replaced in place in the rows `slots` (R,) int64 (rows before a request's first token become zero).
-    Without a history every request starts from nothing. Returns (T, C) in the dtype of x.
+    x (T, C); weight (C, W); bias (C,) or None; history (slots, W-1, C), any strides, of which the rows `slots` (R,)
+    int64 are the requests': rings of their latest inputs, that at position p in row p % (W-1). The call writes what it
+    is given there, and zeros for what stands before a request's first token. Without a history every request starts
+    from nothing. Returns (T, C) in the dtype of x.
     """
     width, num_tokens = weight.shape[1], x.shape[0]
     taps, wide = weight.float(), x.float()
@@ -55,7 +56,7 @@ def short_conv(
             seen = seen & inside
         else:
             assert slots is not None
-            row = (width - 1 - offset + local).clamp(max=width - 2)
+            row = (batch.positions - offset) % (width - 1)
             tap = torch.where(inside, tap, history[slots[batch.token_request], row].float())
         total = total + torch.where(seen, tap * taps[:, width - 1 - offset], 0.0)
     if bias is not None:
@@ -71,14 +72,13 @@ def short_conv(
 
 
 def _next_history(x: Tensor, batch: RaggedBatch, old: Tensor) -> Tensor:
-    """The last W-1 rows of [old | new tokens] of each request; old (R, W-1, C)."""
+    """The rings `old` (R, W-1, C) with each request's new tokens."""
     rows = old.shape[1]
     row = torch.arange(rows, device=x.device)
     bounds = batch.query_start_loc
-    lengths = (bounds[1:] - bounds[:-1])[:, None]
-    local = lengths - rows + row  # index among the new tokens; negative: still an old row
+    last = batch.seq_lens[:, None] - 1
+    position = last - (last - row) % rows  # the latest that belongs into each row; negative: there is none yet
+    local = position - last - 1 + bounds.diff()[:, None]  # among the new tokens; negative: it is there already
     fresh = x[(bounds[:-1, None] + local).clamp(min=0)]
-    kept = old.gather(1, (row + lengths).clamp(max=rows - 1)[:, :, None].expand(-1, -1, old.shape[2]).long())
-    state = torch.where((local >= 0)[:, :, None], fresh.to(old.dtype), kept)
-    born = batch.seq_lens[:, None] - rows + row >= 0
-    return torch.where(born[:, :, None], state, 0.0)
+    state = torch.where((local >= 0)[:, :, None], fresh.to(old.dtype), old)
+    return torch.where((position >= 0)[:, :, None], state, 0.0)

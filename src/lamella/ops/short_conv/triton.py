@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lamella.ops.arithmetic import rounded, widened
-from lamella.ops.launch import dependent_launch, wait_for_predecessor
+from lamella.ops.launch import dependent_launch, start_successor, wait, wait_for_predecessor
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.rms_norm.triton import add_rms_norm, row_block, row_scale
 from lamella.ops.swiglu.triton import silu
@@ -73,11 +73,14 @@ def norm_short_conv(
     residual_connection: bool = False,
     out: Tensor | None = None,
     total: Tensor | None = None,
+    early: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`add_rms_norm(x, residual, ...)`, then `short_conv` of the norm, with the same bits: (convolved, x + residual).
 
     One launch where every request has one new token, and rows are wide and aligned enough for the sum of the norm to
-    have its own kernel's order. x and residual (T, C); norm_weight (C,) fp32.
+    have its own kernel's order. x and residual (T, C); norm_weight (C,) fp32. With `early` the launch directly ahead in
+    the stream may write x, and none of history, slots and positions; and the one behind starts as `start_successor`
+    says of one that comes before the wait.
     """
     rows, columns, warps = row_block(x.shape[1])
     aligned = all(side.stride(0) % 16 == 0 and side.data_ptr() % 16 == 0 for side in (x, residual))
@@ -91,7 +94,8 @@ def norm_short_conv(
     assert x.stride(1) == residual.stride(1) == 1 and residual.shape == x.shape and residual.dtype == x.dtype
     assert norm_weight.is_contiguous() and norm_weight.shape == (channels,)
     _check(x, weight, bias, batch, history, slots)
-    block = min(columns, 256 * warps)
+    # One request waits for the slowest program, which has less to do where there are more.
+    block = min(columns, 128 * warps if tokens == 1 else 256 * warps)
     y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) if t is None else t for t in (out, total))
     assert all(side.shape == x.shape and side.dtype == x.dtype and side.is_contiguous() for side in (y, total))
     _norm_step[(tokens, triton.cdiv(channels, block))](
@@ -116,6 +120,7 @@ def norm_short_conv(
         RESIDUAL=residual_connection,
         COLUMNS=columns,
         BLOCK=block,
+        EARLY=early,
         num_warps=warps,
         enable_fp_fusion=False,
         **dependent_launch(x),
@@ -214,22 +219,27 @@ def load_taps(weight, bias, channel, mask, stride_channel, stride_tap, WIDTH: tl
 def load_history(history, stride_row, channel, mask, position, WIDTH: tl.constexpr, dtype: tl.constexpr):
     """The WIDTH-1 inputs before `position`, oldest first, zero where there was none or without a history."""
     rows = ()
-    for row in tl.static_range(WIDTH - 1):
+    for index in tl.static_range(WIDTH - 1):
         if history is None:
             rows += (tl.zeros(channel.shape, dtype),)
         else:
-            seen = position >= WIDTH - 1 - row
+            # The input at position - (WIDTH-1) + index, whose row is its position modulo WIDTH-1.
+            seen = position >= WIDTH - 1 - index
+            row = (position + index).to(tl.int32) % (WIDTH - 1)
             rows += (tl.load(history + row * stride_row + channel, mask=mask & seen, other=0.0),)
     return rows
 
 
 @triton.jit
-def store_history(history, stride_row, channel, mask, rows, WIDTH: tl.constexpr):
-    """Keep, where there is a history, the last WIDTH-1 of `rows`, the WIDTH inputs up to a new token."""
+def store_history(history, stride_row, channel, mask, position, value, WIDTH: tl.constexpr):
+    """Keep, where there is a history, the input `value` at `position`, in place of that WIDTH-1 before it."""
     if history is not None:
         tl.debug_barrier()  # where a layout is unaligned, one thread may load what another stores
+        newest = position.to(tl.int32) % (WIDTH - 1)
         for row in tl.static_range(WIDTH - 1):
-            tl.store(history + row * stride_row + channel, rows[row + 1], mask=mask)
+            # Of a request that begins, the rows of positions to come are another's: they become zero.
+            kept = tl.where(row == newest, value, 0.0).to(value.dtype)
+            tl.store(history + row * stride_row + channel, kept, mask=mask & ((row == newest) | (row > position)))
 
 
 @triton.jit
@@ -290,16 +300,16 @@ def _request_rows(
         pointer = x + (start + token) * stride_x + channel
         rows += (tl.load(pointer, mask=mask & (token < count), other=0.0),)
     if DECODE:
-        store_history(history, stride_row, channel, mask, rows, WIDTH)
+        store_history(history, stride_row, channel, mask, position, rows[WIDTH - 1], WIDTH)
     elif history is not None:
         tl.debug_barrier()  # as in store_history
+        last = position + count - 1
         for row in tl.static_range(WIDTH - 1):
-            # The last WIDTH-1 of [old | new]: an old row if fewer than that are new.
-            token = count - (WIDTH - 1) + row
+            # The latest position that belongs here: new, there already, or none, before the first.
+            latest = last - (last - row + WIDTH - 1) % (WIDTH - 1)
+            token = latest - position
             value = tl.load(x + (start + token) * stride_x + channel, mask=mask & (token >= 0), other=0.0)
-            for old in tl.static_range(row + 1, WIDTH - 1):
-                value = tl.where(count == old - row, rows[old], value)
-            tl.store(history + row * stride_row + channel, value, mask=mask)
+            tl.store(history + row * stride_row + channel, value, mask=mask & ((token >= 0) | (latest < 0)))
     return rows
 
 
@@ -543,6 +553,7 @@ def _norm_step(
     RESIDUAL: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -550,20 +561,25 @@ def _norm_step(
     mask = channel < N
     taps = load_taps(weight, bias, channel, mask, stride_channel, stride_tap, WIDTH)
     norm = tl.load(norm_weight + channel, mask=mask, other=0.0)
-    wait_for_predecessor(PDL)
-    x += token * stride_x
-    residual += token * stride_residual
+    if EARLY:
+        start_successor(PDL)
+    else:
+        wait_for_predecessor(PDL)
     if history is not None:
         history += tl.load(slots + token) * stride_slot
     position = tl.load(positions + token)
     rows = load_history(history, stride_row, channel, mask, position, WIDTH, x.dtype.element_ty)
+    if EARLY:
+        wait(PDL)
+    x += token * stride_x
+    residual += token * stride_residual
     kept = _sum(x, residual, channel, mask)
     # Every program needs the norm of the whole row, in the layout of the norm's own kernel.
     column = tl.arange(0, COLUMNS)[None, :]
     scale = row_scale(_sum(x, residual, column, column < N).to(tl.float32), N, eps)
     tl.store(total + token * N + channel, kept, mask=mask)
     rows += ((kept.to(tl.float32) * scale * norm).to(kept.dtype),)
-    store_history(history, stride_row, channel, mask, rows, WIDTH)
+    store_history(history, stride_row, channel, mask, position, rows[WIDTH - 1], WIDTH)
     tl.store(y + token * N + channel, convolve(rows, taps, 0, WIDTH, ACTIVATION, RESIDUAL), mask=mask)
 
 
