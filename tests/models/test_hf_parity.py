@@ -7,10 +7,22 @@ import json
 import pytest
 import torch
 from transformers import LlamaConfig, Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from helpers import VOCAB, assert_engine_parity, assert_plain_parity, hf_checkpoint, logprobs, plain_logits
+from helpers import (
+    VOCAB,
+    assert_engine_parity,
+    assert_plain_parity,
+    hf_checkpoint,
+    logprobs,
+    plain_logits,
+    random_prompts,
+)
+from lamella import LLM, SamplingParams
 from lamella.checkpoint import load_model, open_checkpoint
+from lamella.layers.norm import RMSNorm
 from lamella.models import LlamaForCausalLM
+from lamella.ops.rms_norm import rms_norm
 
 LENGTHS = (1, 3, 70, 300)
 TRAINED = 128  # tokens
@@ -156,3 +168,27 @@ def test_dynamic_beyond_the_trained_length(dynamic, length):
         return logits_of(filled)[:, : ids.shape[1]]
 
     assert_engine_parity(folder, at_full_length, (1, 70, length - 8), max_model_len=length)
+
+
+def test_norms_that_round_twice(tmp_path):
+    """With `round_norms_twice` every norm in an engine's steps gives the bits of transformers' own."""
+    hf_checkpoint(tmp_path, Qwen3Config(**SHAPE)).to(torch.bfloat16).save_pretrained(tmp_path)
+    llm = LLM(tmp_path, device="cpu", num_blocks=32, round_norms_twice=True)
+    seen, once_differs = set(), False
+
+    def check(norm, inputs, result):
+        nonlocal once_differs
+        seen.add(norm)
+        normed, total = (result, inputs[0]) if len(inputs) == 1 else result
+        assert torch.equal(total, sum(inputs[1:], inputs[0]))
+        theirs = Qwen3RMSNorm(norm.weight.shape[0], norm.eps)
+        theirs.weight.data = norm.weight.to(torch.bfloat16)
+        assert torch.equal(normed, theirs(total))
+        once_differs |= not torch.equal(normed, rms_norm(total, norm.weight, norm.eps))
+
+    norms = [module for module in llm.engine.model.modules() if isinstance(module, RMSNorm)]
+    for norm in norms:
+        norm.register_forward_hook(check)
+    llm.generate(random_prompts([5, 20]), SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
+    assert seen == set(norms) and len(norms) == 4 * SHAPE["num_hidden_layers"] + 1
+    assert once_differs

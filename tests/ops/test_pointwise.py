@@ -42,6 +42,18 @@ def test_rms_norm(dtype, rows, width):
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "width"), SIZES)
+@torch.inference_mode()
+def test_a_norm_that_rounds_twice_has_the_bits_of_transformers(dtype, rows, width):
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    theirs = LlamaRMSNorm(width, 1e-5).to(dtype)
+    theirs.weight.uniform_(0.5, 1.5)
+    x = strided(rows, width, dtype=dtype)
+    assert torch.equal(rms_norm(x, theirs.weight.float(), 1e-5, twice=True), theirs(x))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.inference_mode()
 def test_rms_norm_of_heads(dtype):

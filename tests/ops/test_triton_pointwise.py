@@ -83,6 +83,20 @@ def test_add_rms_norm(dtype, rows, width):
     assert torch.equal(rms_norm(strided(total), weight, 1e-5), normed)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "width"), SHAPES)
+def test_a_norm_that_rounds_twice(dtype, rows, width):
+    x, residual = strided(random(rows, width, dtype=dtype)), random(rows, width, dtype=dtype)
+    weight = (torch.rand(width, device=DEVICE) + 0.5).to(dtype).float()
+    normed, total = add_rms_norm(x, residual, weight, 1e-5, twice=True)
+    expected, kept = norm_reference.add_rms_norm(x, residual, weight, 1e-5, twice=True)
+    assert torch.equal(total, kept)
+    torch.testing.assert_close(normed, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    assert torch.equal(rms_norm(strided(total), weight, 1e-5, twice=True), normed)
+    # The second rounding is one of a product of two numbers of the dtype.
+    assert torch.equal(rms_norm(total, torch.ones_like(weight), 1e-5) * weight.to(dtype), normed)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
 def test_swiglu(dtype, rows, width):

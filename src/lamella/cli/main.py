@@ -194,5 +194,6 @@ def _engine(command: argparse.ArgumentParser) -> None:
     group.add_argument("--enable-prefix-caching", action=flag, default=argparse.SUPPRESS)
     group.add_argument("--enable-expert-parallel", action=flag, default=argparse.SUPPRESS)
     group.add_argument("--enforce-eager", action=flag, default=argparse.SUPPRESS)
+    group.add_argument("--round-norms-twice", action=flag, default=argparse.SUPPRESS)
     group.add_argument("--enable-compile", action=flag, default=argparse.SUPPRESS)
     group.set_defaults(engine_options=[action.dest for action in group._group_actions])

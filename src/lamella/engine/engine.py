@@ -35,6 +35,7 @@ from lamella.engine.warm_up import warm_up
 from lamella.errors import ConfigError, ParameterError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import LocalKit
+from lamella.layers.norm import RMSNorm
 from lamella.models.base import ImageModel
 from lamella.state.manager import StateManager
 from lamella.state.memory import StateCost, StateMemory
@@ -83,6 +84,8 @@ class Engine:
             raise ConfigError("mixed_placements=True: no layer of the model has a choice of mixers")
         self._images = None if images is None else ImageReader(images, options.max_images)
         dtype = model.get_parameter("model.embed_tokens.weight").dtype
+        if options.round_norms_twice:
+            _round_norms_twice(model, dtype)
         rows = ImageRows(model.config.hidden_size, dtype, device, self.workers.group, images)
         reserved = warm_up(model, options, self.max_model_len, device, rows)
         budget = memory_budget(device, reserved, self.workers.group)
@@ -533,3 +536,12 @@ def load_images(
     dtype = resolve_dtype(checkpoint, options.dtype)
     token_id = tokenizer.token_id if tokenizer is not None else lambda text: None
     return loader.load(checkpoint, dtype, device, token_id, options.load_format, options.seed)
+
+
+def _round_norms_twice(model: LanguageModel, dtype: torch.dtype) -> None:
+    norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
+    if dtype == torch.float32 or not norms:
+        why = "float32 rounds nothing" if norms else "the model has no RMS norm"
+        raise ConfigError(f"round_norms_twice=True: without effect, since {why}")
+    for norm in norms:
+        norm.round_twice = True

@@ -39,6 +39,9 @@ class EngineOptions:
         enforce_eager: on a GPU, no graphs of the decode steps: quicker to start, slower to run; no effect on a CPU.
         enable_compile: on a CPU, compile the blocks of the layers by torch.compile at the start, one program for each
             kind of block; afterwards a step that would need another one is an error.
+        round_norms_twice: of a 16-bit model, let the RMS norms in front of blocks, of queries and keys and at the end
+            round before their weight too, as `transformers` does: to compare with it, since once is more exact, and
+            faster on a GPU, where these norms then are kernels of their own.
         seed: of the draws of requests without a seed, and of dummy weights.
         load_format: "auto", or "dummy" for random weights.
         block_size: tokens in a page.
@@ -64,6 +67,7 @@ class EngineOptions:
     enable_expert_parallel: bool = False
     enforce_eager: bool = False
     enable_compile: bool = False
+    round_norms_twice: bool = False
     seed: int = 0
     load_format: str = "auto"
     block_size: int = 16
@@ -111,6 +115,7 @@ class EngineOptions:
             "enable_expert_parallel",
             "enforce_eager",
             "enable_compile",
+            "round_norms_twice",
             "deterministic",
             "mixed_placements",
         ):

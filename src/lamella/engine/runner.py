@@ -224,7 +224,8 @@ class ModelRunner:
     ) -> Flight:
         sampled = [share.request for share in shares if share.samples] if choice is not None else []
         if choice is not None:
-            self._tokens[: len(sampled)] = choice.tokens
+            if choice.tokens.data_ptr() != self._tokens.data_ptr():  # a graph leaves them there by itself
+                self._tokens[: len(sampled)] = choice.tokens
             self._rows = {request: row for row, request in enumerate(sampled)}
         return Flight(shares, sampled, choice, prompts)
 

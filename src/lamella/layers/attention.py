@@ -158,9 +158,9 @@ class Attention(nn.Module):
     def _attend(self, turn: Turn, qkv: Tensor, convolved: bool) -> Tensor:
         """From the projected [q | k | v] to attention's output (T, H, D), with keys and values in their pages.
 
-        What comes before attention is one kernel, or a part of attention's own where few requests decode, with two
-        exceptions that are computed apart: a norm over all heads, and a canon in a step in which requests have several
-        tokens each.
+        What comes before attention is one kernel, or a part of attention's own where few requests decode, with
+        exceptions that are computed apart: a norm over all heads or one that rounds twice, and a canon in a step in
+        which requests have several tokens each.
         """
         config, batch = self.config, require_batch()
         assert isinstance(self.attention, PagedAttention)
@@ -169,7 +169,8 @@ class Attention(nn.Module):
         if config.qk_norm and not config.qk_norm_weight:
             q_norm = k_norm = self.unit_norm  # before the rotation, which leaves it as it is
         elif self.q_norm is not None and self.k_norm is not None:
-            if config.qk_norm_scope == "full" or (canon is not None and not canon.is_step):
+            apart = config.qk_norm_scope == "full" or self.q_norm.round_twice
+            if apart or (canon is not None and not canon.is_step):
                 q, k, v = qkv.split(self.sizes, dim=-1)
                 qkv = torch.cat((self._norm(q, self.q_norm), self._norm(k, self.k_norm), v), dim=-1)
             else:

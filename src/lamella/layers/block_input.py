@@ -58,7 +58,7 @@ class BlockInput:
         """Whether `project` is one kernel."""
         if not isinstance(linear, Linear) or not fuses(self._source, linear.weight):
             return False
-        if self._norms_within and not isinstance(self._norm, RMSNorm):
+        if self._norms_within and not (isinstance(self._norm, RMSNorm) and not self._norm.round_twice):
             return False
         return canon is None or canon.is_step
 

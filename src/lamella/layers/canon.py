@@ -45,7 +45,7 @@ class Canon(ShortConv):
         if isinstance(norm, RMSNorm):
             if not holder.inline:
                 return holder.run_after_norm(self.part, x, residual, norm.weight, norm.eps)
-            if use_fused(x):
+            if use_fused(x) and not norm.round_twice:
                 # Slots and positions are a step's first tensors, long before any layer's.
                 return norm_short_conv(x, residual, norm.weight, norm.eps, *self.operands(), early=True)
         normed, total = norm(x, residual)

@@ -12,19 +12,24 @@ from lamella.ops import rms_norm as ops
 
 
 class RMSNorm(nn.Module):
-    """Weighted RMS norm over the last dimension. The weight is fp32 whatever the model's dtype."""
+    """Weighted RMS norm over the last dimension. The weight is fp32 whatever the model's dtype.
+
+    Attributes:
+        round_twice: round before the weight too, as `transformers` does. Then it is no part of other kernels.
+    """
 
     def __init__(self, size: int, eps: float, device: torch.device) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32, device=device))
         self.initial = {"weight": (1.0, 1.0)}
         self.eps = eps
+        self.round_twice = False
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """The norm of x (..., size); with a residual of its shape, (the norm of x + residual, x + residual)."""
         if residual is None:
-            return ops.rms_norm(x, self.weight, self.eps)
-        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+            return ops.rms_norm(x, self.weight, self.eps, twice=self.round_twice)
+        return ops.add_rms_norm(x, residual, self.weight, self.eps, self.round_twice)
 
 
 class SplitRMSNorm(RMSNorm):
@@ -42,7 +47,10 @@ class SplitRMSNorm(RMSNorm):
         assert residual is None, "the residual stream is not split"
         wide = x.float()
         mean = self.group.all_reduce(wide.square().mean(-1, keepdim=True)) / self.group.share.size
-        return (wide * torch.rsqrt(mean + self.eps) * self.weight).to(x.dtype)
+        normed = wide * torch.rsqrt(mean + self.eps)
+        if self.round_twice:
+            normed = normed.to(x.dtype).float()
+        return (normed * self.weight).to(x.dtype)
 
 
 class LayerNorm(nn.Module):

@@ -12,19 +12,19 @@ from lamella.ops.launch import dependent_launch, wait_for_predecessor
 MAX_WIDTH = 16384
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, twice: bool = False) -> Tensor:
     """See `reference.rms_norm`. x (T, N) or (T, heads, N), weight (N,) fp32; returns a new contiguous tensor."""
     assert x.dim() in (2, 3)
-    return _normalize(x, None, weight, eps)[0]
+    return _normalize(x, None, weight, eps, twice=twice)[0]
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, total: Tensor | None = None
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, total: Tensor | None = None, twice: bool = False
 ) -> tuple[Tensor, Tensor]:
     """See `reference.add_rms_norm`. x and residual (T, N), weight (N,) fp32; returns two new contiguous tensors, but
     that the sum is in `total` where that is given."""
     assert x.dim() == 2 and residual.shape == x.shape and residual.dtype == x.dtype and residual.stride(1) == 1
-    normed, total = _normalize(x, residual, weight, eps, total)
+    normed, total = _normalize(x, residual, weight, eps, total, twice)
     assert total is not None
     return normed, total
 
@@ -46,7 +46,7 @@ def row_scale(x, N: tl.constexpr, eps):
 
 
 def _normalize(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, total: Tensor | None = None
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, total: Tensor | None = None, twice: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     tokens, heads, width = x.shape if x.dim() == 3 else (x.shape[0], 1, x.shape[1])
     assert x.stride(-1) == 1 and weight.is_contiguous() and weight.shape == (width,)
@@ -70,6 +70,7 @@ def _normalize(
         N=width,
         COLUMNS=columns,
         ROWS=rows,
+        TWICE=twice,
         num_warps=warps,
         enable_fp_fusion=False,  # what is fused depends on the code around: other kernels must get the same bits
         **dependent_launch(x),
@@ -93,6 +94,7 @@ def _rms_norm(
     N: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
+    TWICE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
@@ -107,5 +109,8 @@ def _rms_norm(
         kept = value.to(total.dtype.element_ty)
         tl.store(total + row * N + column, kept, mask=mask)
         value = kept.to(tl.float32)
-    value = value * row_scale(value, N, eps) * w
+    value = value * row_scale(value, N, eps)
+    if TWICE:
+        value = value.to(normed.dtype.element_ty).to(tl.float32)
+    value *= w
     tl.store(normed + row * N + column, value.to(normed.dtype.element_ty), mask=mask)
