@@ -174,7 +174,10 @@ def test_tokens_do_not_depend_on_one_another(dtype):
     together = grouped.experts(*case.arguments(), settings=settings)
     for token in (0, 7, 19):
         alone = slice(token, token + 1)
-        assert torch.equal(grouped.experts(*case.arguments(alone), settings=settings), together[alone])
+        found = grouped.experts(*case.arguments(alone), settings=settings)
+        # In the interpreter products are numpy's, in which a row's sum may depend on where in the block it stands.
+        tolerance = 0.0 if DEVICE == "cuda" else 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(found, together[alone], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("with_base", [True, False])
