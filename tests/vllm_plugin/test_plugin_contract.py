@@ -46,6 +46,7 @@ from vllm_plugin.plugin_helpers import (
     built,
     canon,
     generate,
+    needs_exact_int8,
     oracle,
     prompts_of,
     running,
@@ -276,6 +277,7 @@ def test_an_engine_does_not_start_with_half_a_checkpoint(folder: Path, tmp_path:
         pass
 
 
+@needs_exact_int8
 def test_quantised_projections_beside_whole_convolutions(folder: Path, tmp_path: Path) -> None:
     """Those of layer 1's attention are left whole, under the names that they have in the file."""
     pytest.importorskip("compressed_tensors")

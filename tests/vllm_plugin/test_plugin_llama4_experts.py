@@ -23,7 +23,16 @@ from helpers import hf_checkpoint
 from lamella.errors import CheckpointError, ConfigError
 from lamella.vllm_plugin import compat
 from lamella.vllm_plugin.checks import Checks
-from vllm_plugin.plugin_helpers import MAX_LEN, ON_CPU, assert_right, built, generate, oracle, prompts_of
+from vllm_plugin.plugin_helpers import (
+    MAX_LEN,
+    ON_CPU,
+    assert_right,
+    built,
+    generate,
+    needs_exact_int8,
+    oracle,
+    prompts_of,
+)
 from vllm_plugin.test_plugin_contract import configured, refused
 from vllm_plugin.test_plugin_llama4 import (
     CASES,
@@ -142,6 +151,7 @@ class TestInt8:
         cpu_moe = pytest.importorskip("vllm.model_executor.layers.fused_moe.experts.cpu_moe")
         monkeypatch.setattr(cpu_moe.CPUExpertsInt8, "_supports_current_device", staticmethod(lambda: True))
 
+    @needs_exact_int8
     def test_experts_left_whole(self, folders: dict[str, Path], tmp_path: Path) -> None:
         tensors, values = original(folders["scout"])
         stored, meant = in_ranges(tensors, is_feed_forward, 127, torch.int8)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from vllm_plugin.plugin_helpers import ENVIRONMENT, ON_CPU, canon
+from vllm_plugin.plugin_helpers import ON_CPU, assert_right_in_a_process, canon
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -37,17 +34,4 @@ def test_tokens_are_those_of_one_rank(tmp_path: Path, changes: dict[str, Any], o
     """Under tensor parallelism both ranks have the one head of keys, and the norm spans the queries of both."""
     folder = canon(tmp_path / "model", num_hidden_layers=4, **changes)
     separate = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_CI_ENV": "0"}
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "vllm_plugin.plugin_helpers",
-            folder,
-            json.dumps(options | {"max_num_batched_tokens": 64}),
-        ],
-        env={**os.environ, **ENVIRONMENT, **separate, "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0 and result.stdout.splitlines()[-1] == "right", result.stdout + result.stderr
+    assert_right_in_a_process(folder, options | {"max_num_batched_tokens": 64}, separate)
