@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SUPPORTED = ((0, 26), (0, 33))
 TESTED = (
     "0.26.0 (CPU, one rank: contracts, hybrids, supernets, Llama 4; two: whole experts)",
-    "0.26.0 (CUDA: contracts, the demo by both model runners)",
+    "0.26.0 (CUDA: the whole suite on one GPU)",
     "0.32.0 (CPU: the whole suite)",
 )
 
