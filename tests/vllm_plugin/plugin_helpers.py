@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -157,8 +158,21 @@ def assert_right(logits_of: Callable[[list[int]], Tensor], outputs: Sequence[Any
         assert off <= TOLERANCE, f"log-probabilities are off by {off:.2g} {about}"
 
 
-def assert_right_in_a_process(folder: Path, options: dict[str, Any], environment: Mapping[str, str] = {}) -> None:
-    """Run `main` of the model by itself."""
+def assert_right_with_drafts(folder: Path, options: dict[str, Any]) -> None:
+    """Some continuations repeat themselves, so that drafts are accepted; random prompts hardly ever are."""
+    rng = random.Random(1)
+    pattern = prompts_of(6, seed=8)[0]
+    prompts = [*prompts_of(*LENGTHS), pattern * 12, [*pattern, *pattern], [7] * 30]
+    prompts += [[rng.choice((3, 4)) for _ in range(50)] for _ in range(2)]
+    with running(folder, **options) as llm:
+        assert not ON_CPU or not llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
+        assert_right(oracle(folder), generate(llm, prompts, 60))
+        drafted, accepted = (metric(llm, f"spec_decode_num_{kind}_tokens") for kind in ("draft", "accepted"))
+    assert 0 < accepted < drafted
+
+
+def assert_right_in_a_process(folder: Path, options: dict[str, Any], environment: Mapping[str, str] = {}) -> str:
+    """Run `main` of the model by itself; returns what it has said."""
     result = subprocess.run(
         [sys.executable, "-m", "vllm_plugin.plugin_helpers", folder, json.dumps(options)],
         env={**os.environ, **ENVIRONMENT, **environment, "PYTHONPATH": str(Path(__file__).parents[1])},
@@ -166,7 +180,9 @@ def assert_right_in_a_process(folder: Path, options: dict[str, Any], environment
         text=True,
         timeout=300,
     )
-    assert result.returncode == 0 and result.stdout.splitlines()[-1] == "right", result.stdout + result.stderr
+    said = result.stdout + result.stderr
+    assert result.returncode == 0 and result.stdout.splitlines()[-1] == "right", said
+    return said
 
 
 def scheduler_of(llm: Any) -> Any:
@@ -208,7 +224,11 @@ def demo_questions(count: int) -> tuple[list[Question], list[list[int]]]:
 
 def main(model: Path, options: dict[str, Any], placements: Sequence[str] = ()) -> None:
     """The model, then the demo, in a process of its own: with several ranks vLLM starts more of them. Of a supernet,
-    all `placements` one after the other."""
+    all `placements` one after the other; with drafts the model alone, since no other engine starts after that."""
+    if "speculative_config" in options:
+        assert_right_with_drafts(model, options)
+        print("right")
+        return
     if placements:
         from lamella.vllm_plugin.placement import set_placement
 
@@ -221,10 +241,10 @@ def main(model: Path, options: dict[str, Any], placements: Sequence[str] = ()) -
         return
     overrides = options.pop("hf_overrides", {})  # of the model's file
     dense = {name: value for name, value in options.items() if name != "enable_expert_parallel"}
-    runs = [(model, prompts_of(*LENGTHS), options | {"hf_overrides": overrides})]
-    if "speculative_config" not in options:  # after which no other engine starts in a process, see docs/vllm.md
-        runs.append((CHECKPOINT, demo_questions(8)[1], dense))
-    for folder, prompts, chosen in runs:
+    for folder, prompts, chosen in (
+        (model, prompts_of(*LENGTHS), options | {"hf_overrides": overrides}),
+        (CHECKPOINT, demo_questions(8)[1], dense),
+    ):
         with running(folder, **chosen) as llm:
             for _ in range(2):
                 assert_right(oracle(folder), generate(llm, prompts, 12))

@@ -539,9 +539,8 @@ def load_images(
 
 
 def _round_norms_twice(model: LanguageModel, dtype: torch.dtype) -> None:
-    norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
-    if dtype == torch.float32 or not norms:
-        why = "float32 rounds nothing" if norms else "the model has no RMS norm"
-        raise ConfigError(f"round_norms_twice=True: without effect, since {why}")
-    for norm in norms:
-        norm.round_twice = True
+    if dtype == torch.float32:
+        raise ConfigError("round_norms_twice=True: without effect, since float32 rounds nothing")
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.round_twice = True

@@ -94,8 +94,7 @@ def norm_short_conv(
     assert x.stride(1) == residual.stride(1) == 1 and residual.shape == x.shape and residual.dtype == x.dtype
     assert norm_weight.is_contiguous() and norm_weight.shape == (channels,)
     _check(x, weight, bias, batch, history, slots)
-    # One request waits for the slowest program, which has less to do where there are more.
-    block = min(columns, 128 * warps if tokens == 1 else 256 * warps)
+    block = min(columns, 256 * warps)
     y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) if t is None else t for t in (out, total))
     assert all(side.shape == x.shape and side.dtype == x.dtype and side.is_contiguous() for side in (y, total))
     _norm_step[(tokens, triton.cdiv(channels, block))](
