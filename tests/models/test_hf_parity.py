@@ -170,10 +170,21 @@ def test_dynamic_beyond_the_trained_length(dynamic, length):
     assert_engine_parity(folder, at_full_length, (1, 70, length - 8), max_model_len=length)
 
 
-def test_norms_that_round_twice(tmp_path):
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
+        ),
+    ],
+)
+def test_norms_that_round_twice(tmp_path, device):
     """With `round_norms_twice` every norm in an engine's steps gives the bits of transformers' own."""
     hf_checkpoint(tmp_path, Qwen3Config(**SHAPE)).to(torch.bfloat16).save_pretrained(tmp_path)
-    llm = LLM(tmp_path, device="cpu", num_blocks=32, round_norms_twice=True)
+    # Without graphs, in whose replays no hook is called.
+    llm = LLM(tmp_path, device=device, num_blocks=32, round_norms_twice=True, enforce_eager=True)
     seen, once_differs = set(), False
 
     def check(norm, inputs, result):
@@ -181,7 +192,7 @@ def test_norms_that_round_twice(tmp_path):
         seen.add(norm)
         normed, total = (result, inputs[0]) if len(inputs) == 1 else result
         assert torch.equal(total, sum(inputs[1:], inputs[0]))
-        theirs = Qwen3RMSNorm(norm.weight.shape[0], norm.eps)
+        theirs = Qwen3RMSNorm(norm.weight.shape[0], norm.eps).to(device)
         theirs.weight.data = norm.weight.to(torch.bfloat16)
         assert torch.equal(normed, theirs(total))
         once_differs |= not torch.equal(normed, rms_norm(total, norm.weight, norm.eps))

@@ -60,7 +60,7 @@ def linear(
     outputs = weight.shape[0] // (2 if gated else 1)
     y = torch.empty((rows, outputs), dtype=torch.float32 if wide else x.dtype, device=x.device)
     total = None if norm is None else torch.empty((rows, size), dtype=x.dtype, device=x.device)
-    tile, num_warps, registers = _tile(weight, rows == 1 and gated, conv is not None)
+    tile, num_warps = _tile(weight, rows == 1 and gated, conv is not None)
     padded = triton.next_power_of_2(size)
     block = max(1, tile // padded // (2 if gated else 1))
     residual, norm_weight, eps = (None, None, 0.0) if norm is None else norm
@@ -72,25 +72,22 @@ def linear(
         slots, positions if conv is not None else None, y, total,
         ROWS=rows, OUTPUTS=outputs, SIZE=size, PADDED=padded, BLOCK=block, GATED=gated,
         WIDTH=0 if taps is None else taps.shape[1], ACTIVATION=activation, SKIP=skip,
-        num_warps=num_warps, maxnreg=registers, **dependent_launch(x),
+        num_warps=num_warps, **dependent_launch(x),
     )  # fmt: skip
     return y, total
 
 
-def _tile(weight: Tensor, gated: bool, convolved: bool) -> tuple[int, int, int | None]:
-    """Weight elements of a program, its warps, and the most registers that a thread may take.
+def _tile(weight: Tensor, gated: bool, convolved: bool) -> tuple[int, int]:
+    """Weight elements of a program, and its warps.
 
-    32 KiB keep enough bytes on their way, small matrices want more programs, and long rows must fit into one. What a
-    convolution keeps ready must not cost the room for another program on the multiprocessor.
+    32 KiB keep enough bytes on their way, small matrices want more programs, and long rows must fit into one.
     """
     size = triton.next_power_of_2(weight.shape[1])
     if size <= 1024:
-        tile, warps = 1 << (14 if gated and not convolved else 13), 2
-    elif size <= 2048:
-        tile, warps = 1 << (13 if weight.numel() < 5 << 20 else 14), 4
-    else:
-        tile, warps = max(1 << 14, size), 8
-    return tile, warps, (80 if warps == 8 else 128) if convolved else None
+        return 1 << (14 if gated and not convolved else 13), 2
+    if size <= 2048:
+        return 1 << (13 if weight.numel() < 5 << 20 else 14), 4
+    return max(1 << 14, size), 8
 
 
 @triton.jit
