@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -543,3 +544,34 @@ class TestChecks:
         assert not configured(folder).model_config.is_hybrid
         with running(folder) as llm:
             assert_right(oracle(folder), generate(llm, prompts_of(1, 30)))
+
+
+@pytest.mark.parametrize("align", [False, True])
+@pytest.mark.skipif(not compat.waits_for_new_requests(), reason="this vLLM does not wait, or is not known to")
+def test_a_new_request_has_vllms_state_without_a_wait(align: bool) -> None:
+    from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
+
+    def after_a_request(kind: type[Any]) -> list[list[int]]:
+        state = kind.__new__(kind)
+        state.rope_state, state._align_mode, state.cache_config = None, align, SimpleNamespace(block_size=16)
+        state.num_accepted_tokens_gpu, state._mamba_state_idx_gpu = (
+            torch.full((4,), 7, dtype=torch.int32, device=DEVICE) for _ in range(2)
+        )
+        if kind is not MambaHybridModelState and not ON_CPU:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            state.add_request(2, SimpleNamespace(num_computed_tokens=40))
+        finally:
+            if not ON_CPU:
+                torch.cuda.set_sync_debug_mode("default")
+        return [state.num_accepted_tokens_gpu.tolist(), state._mamba_state_idx_gpu.tolist()]
+
+    ours = model_class("LlamaCanonForCausalLM").get_model_state_cls()
+    assert after_a_request(ours) == after_a_request(MambaHybridModelState)
+    assert after_a_request(ours) == [[7, 7, 1, 7], [7, 7, 2 if align else 7, 7]]
+
+
+@pytest.mark.parametrize("name", ["LlamaCanonForCausalLM", f"{PREFIX}LlamaForCausalLM"])
+def test_only_where_vllm_waits_is_its_runners_state_replaced(name: str) -> None:
+    replaced = compat.waits_for_new_requests() and name == "LlamaCanonForCausalLM"
+    assert hasattr(model_class(name), "get_model_state_cls") == replaced

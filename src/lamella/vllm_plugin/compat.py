@@ -105,6 +105,33 @@ def speculation_is_sound() -> bool:
     return at_least(0, 32)
 
 
+def waits_for_new_requests() -> bool:
+    """Whether the newer model runner waits for the device for each new request; see `waitless_state`."""
+    return not at_least(0, 27)
+
+
+def waitless_state() -> type[Any]:
+    """What 0.26's newer model runner keeps of requests with slot state, without its waits.
+
+    Why private: a model may name the class (`get_model_state_cls`), but what that must do is vLLM's own. Its
+    `add_request` assigns to an element of a tensor on the device, for which PyTorch copies the number from the host
+    and waits until all that was launched is through (PyTorch's pull request 186482). By 0.32 vLLM fills it in on
+    the device; the versions between are left as they are.
+    """
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+    from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
+
+    class WaitlessState(MambaHybridModelState):
+        def add_request(self, req_index: int, new_req_data: Any) -> None:
+            DefaultModelState.add_request(self, req_index, new_req_data)
+            self.num_accepted_tokens_gpu[req_index].fill_(1)
+            if self._align_mode:
+                column = (new_req_data.num_computed_tokens - 1) // self.cache_config.block_size
+                self._mamba_state_idx_gpu[req_index].fill_(column)
+
+    return WaitlessState
+
+
 def has_sound_partial_hits() -> bool:
     """Whether `prefix_match_unit` gives right results for models with slot state.
 

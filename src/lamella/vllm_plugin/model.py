@@ -201,6 +201,8 @@ def model_class(name: str) -> type[Model]:
         "__module__": __name__,
         "__qualname__": name,
     }
+    if base is HybridModel and compat.waits_for_new_requests():
+        contents["get_model_state_cls"] = staticmethod(compat.waitless_state)
     return type(name, (base,), contents)
 
 

@@ -156,10 +156,12 @@ class StateLayer(nn.Module, MambaBase):
             return
         batch = self._rehearsal(inputs[0]) if metadata is None else metadata.batch()
         count = batch.ragged.num_tokens
+        if count < inputs[0].shape[0]:
+            for out in outputs:
+                out[count:].zero_()
+            inputs, outputs = [x[:count] for x in inputs], [out[:count] for out in outputs]
         with forward_batch(batch):
-            self.holders[holder].parts[part](*(x[:count] for x in inputs), *more, *(out[:count] for out in outputs))
-        for out in outputs:
-            out[count:].zero_()
+            self.holders[holder].parts[part](*inputs, *more, *outputs)
 
     def _rehearsal(self, x: Tensor) -> ForwardBatch:
         """The step of a run for memory's sake, before there are blocks: one prompt. So kernels are compiled before the

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lamella.ops.launch import dependent_launch, wait_for_predecessor
+from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, wait_for_predecessor
 
 MAX_CHUNKS = tl.constexpr(64)  # of a request: beyond, its chunks grow
 LOG2_E = 1.4426950408889634
@@ -57,7 +57,7 @@ def max_items(requests: int, length: int) -> int:
 
 
 def _chunks(length: int, chunk: int) -> int:
-    return min(triton.cdiv(length, chunk), MAX_CHUNKS.value)
+    return min(cdiv(length, chunk), MAX_CHUNKS.value)
 
 
 class DecodeWorkspace:
@@ -114,7 +114,7 @@ def plan_decode(seq_lens: Tensor, window: int | None, workspace: DecodeWorkspace
     requests = seq_lens.shape[0]
     assert seq_lens.dtype == torch.int32 and seq_lens.is_contiguous()
     assert requests * workspace.kv_heads < workspace.arrived.shape[0]
-    padded = triton.next_power_of_2(requests)
+    padded = next_power_of_2(requests)
     _plan_kernel[(requests,)](
         seq_lens, requests, workspace.items, workspace.items.shape[1], workspace.num_items,
         PADDED=padded, WINDOW=window or 0, SPAN=span or 0,
@@ -149,7 +149,7 @@ def decode_attention(
     assert k_cache.stride() == v_cache.stride() and q.dtype == k_cache.dtype == v_cache.dtype
     assert page_table.dtype == torch.int32 and page_size & (page_size - 1) == 0
     group, padded = heads // kv_heads, padded_dim(dim)
-    padded_group = triton.next_power_of_2(group)
+    padded_group = next_power_of_2(group)
     settings = settings or _SETTINGS[padded, q.itemsize]
     items = min(workspace.items.shape[1], requests * MAX_CHUNKS.value)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
@@ -168,7 +168,7 @@ def decode_attention(
 
 
 def padded_dim(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, next_power_of_2(dim))
 
 
 @triton.jit

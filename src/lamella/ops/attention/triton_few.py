@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lamella.ops.attention.triton import LOG2_E, MAX_CHUNKS, DecodeWorkspace, finish, load_item, padded_dim
-from lamella.ops.launch import dependent_launch, wait_for_predecessor
+from lamella.ops.launch import dependent_launch, next_power_of_2, wait_for_predecessor
 from lamella.ops.rms_norm.triton import row_scale
 
 
@@ -87,7 +87,7 @@ def decode_prepared(
     assert rows.shape == (requests,) and rows.dtype == torch.int64 and rows.is_contiguous()
     assert page_table.dtype == torch.int32 and page_table.stride(1) == 1
     group, padded = num_heads // num_kv_heads, padded_dim(head_dim)
-    padded_group = triton.next_power_of_2(group)
+    padded_group = next_power_of_2(group)
     settings = settings or _SETTINGS[padded, qkv.itemsize]
     items = min(workspace.items.shape[1], requests * MAX_CHUNKS.value)
     out = torch.empty((requests, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)

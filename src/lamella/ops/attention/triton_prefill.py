@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lamella.ops.attention.triton import LOG2_E, padded_dim
-from lamella.ops.launch import dependent_launch, wait_for_predecessor
+from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, wait_for_predecessor
 
 
 class Settings(NamedTuple):
@@ -114,9 +114,9 @@ def _launch(
     assert query_start_loc.dtype == torch.int32 and query_start_loc.is_contiguous()
     group, padded = heads // kv_heads, padded_dim(dim)
     settings = settings or _SETTINGS[padded, q.itemsize]
-    rows = max(settings.rows, triton.next_power_of_2(group))
+    rows = max(settings.rows, next_power_of_2(group))
     assert out.is_contiguous() and out.shape == q.shape
-    _kernel[(triton.cdiv(max_query_len, rows // group), kv_heads, query_start_loc.shape[0] - 1)](
+    _kernel[(cdiv(max_query_len, rows // group), kv_heads, query_start_loc.shape[0] - 1)](
         q, q.stride(0), k, v, k.stride(0), k.stride(1), k.stride(2),
         page_table, 0 if page_table is None else page_table.stride(0), query_start_loc, seq_lens, out, scale * LOG2_E,
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, PAGE_SIZE=k.shape[1], PADDED=padded, WINDOW=window or 0,

@@ -15,7 +15,7 @@ from torch import Tensor
 from lamella.ops.arithmetic import sigmoid, softplus, sum_three, sum_two
 from lamella.ops.delta_rule import fla
 from lamella.ops.delta_rule.reference import L2_EPS
-from lamella.ops.launch import dependent_launch, wait_for_predecessor
+from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, wait_for_predecessor
 from lamella.ops.ragged import RaggedBatch
 
 MAX_KEY_DIM = 256
@@ -76,7 +76,7 @@ def gates(decay: Tensor, beta: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[
     logs = torch.empty(decay.shape, dtype=torch.float32, device=decay.device)
     rates = torch.empty(beta.shape, dtype=torch.float32, device=beta.device)
     width = heads * channels
-    _gates[(tokens, triton.cdiv(width, GATE_BLOCK))](
+    _gates[(tokens, cdiv(width, GATE_BLOCK))](
         decay,
         beta,
         a_log,
@@ -87,7 +87,7 @@ def gates(decay: Tensor, beta: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[
         beta.stride(0),
         HEADS=heads,
         CHANNELS=channels,
-        COLUMNS=min(GATE_BLOCK, triton.next_power_of_2(width)),
+        COLUMNS=min(GATE_BLOCK, next_power_of_2(width)),
         num_warps=4,
         **dependent_launch(decay),
     )
@@ -113,8 +113,8 @@ def _launch(
 ) -> None:
     """The requests from `first` on, `count` of them."""
     (_, heads, value_dim), (_, key_heads, key_dim) = v.shape, q.shape
-    rows, columns = triton.next_power_of_2(key_dim), min(COLUMNS, triton.next_power_of_2(value_dim))
-    blocks = triton.cdiv(value_dim, columns)
+    rows, columns = next_power_of_2(key_dim), min(COLUMNS, next_power_of_2(value_dim))
+    blocks = cdiv(value_dim, columns)
     _delta_rule[(heads * blocks, count)](
         q,
         k,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lamella.ops.arithmetic import sigmoid
 from lamella.ops.gated_rms_norm.reference import Activation
-from lamella.ops.launch import dependent_launch, wait_for_predecessor
+from lamella.ops.launch import cdiv, dependent_launch, wait_for_predecessor
 from lamella.ops.rms_norm.triton import row_block, row_scale
 
 
@@ -20,7 +20,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activati
     assert weight.shape == (width,) and weight.is_contiguous() and activation in ("silu", "sigmoid")
     rows, columns, warps = row_block(width)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _gated_rms_norm[(triton.cdiv(tokens * heads, rows),)](
+    _gated_rms_norm[(cdiv(tokens * heads, rows),)](
         x,
         gate,
         weight,

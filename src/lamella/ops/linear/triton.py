@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lamella.ops.launch import dependent_launch, start_successor, wait
+from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, start_successor, wait
 from lamella.ops.rms_norm.reference import NormStep
 from lamella.ops.short_conv.reference import ConvStep
 from lamella.ops.short_conv.triton import convolve, load_history, load_taps, store_history
@@ -61,11 +61,11 @@ def linear(
     y = torch.empty((rows, outputs), dtype=torch.float32 if wide else x.dtype, device=x.device)
     total = None if norm is None else torch.empty((rows, size), dtype=x.dtype, device=x.device)
     tile, num_warps = _tile(weight, rows == 1 and gated, conv is not None)
-    padded = triton.next_power_of_2(size)
+    padded = next_power_of_2(size)
     block = max(1, tile // padded // (2 if gated else 1))
     residual, norm_weight, eps = (None, None, 0.0) if norm is None else norm
     taps, conv_bias, history, slots, activation, skip = (None, None, None, None, False, False) if conv is None else conv
-    _kernel[(triton.cdiv(outputs, block),)](
+    _kernel[(cdiv(outputs, block),)](
         x, x.stride(0), residual, 0 if residual is None else residual.stride(0), norm_weight, eps, weight, bias,
         taps, 0 if taps is None else taps.stride(0), 0 if taps is None else taps.stride(1), conv_bias,
         history, 0 if history is None else history.stride(0), 0 if history is None else history.stride(1),
@@ -82,7 +82,7 @@ def _tile(weight: Tensor, gated: bool, convolved: bool) -> tuple[int, int]:
 
     32 KiB keep enough bytes on their way, small matrices want more programs, and long rows must fit into one.
     """
-    size = triton.next_power_of_2(weight.shape[1])
+    size = next_power_of_2(weight.shape[1])
     if size <= 1024:
         return 1 << (14 if gated and not convolved else 13), 2
     if size <= 2048:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lamella.ops.arithmetic import sigmoid
-from lamella.ops.launch import dependent_launch, wait_for_predecessor
+from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, wait_for_predecessor
 from lamella.ops.moe.reference import route
 from lamella.ops.swiglu.triton import silu
 
@@ -92,10 +92,10 @@ def experts(
     widening, narrowing = settings
     plan = make_plan(logits, top_k)
     plan = plan._replace(bounds=plan.bounds[first : first + count + 1])
-    padded = triton.next_power_of_2(count)
+    padded = next_power_of_2(count)
     inner = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
     blocks = _max_blocks(pairs, count, widening.rows)
-    _gate_up_kernel[(blocks * triton.cdiv(width, widening.columns),)](
+    _gate_up_kernel[(blocks * cdiv(width, widening.columns),)](
         x, x.stride(0), *plan, gate_up, inner, blocks,
         EXPERTS=count, PADDED_EXPERTS=padded, TOP_K=top_k, SIZE=size, WIDTH=width,
         ROWS=widening.rows, COLUMNS=widening.columns, INPUTS=widening.inputs,
@@ -110,7 +110,7 @@ def experts(
         out.zero_()
     blocks = _max_blocks(pairs, count, narrowing.rows)
     added = base if single else None
-    _down_kernel[(blocks * triton.cdiv(size, narrowing.columns),)](
+    _down_kernel[(blocks * cdiv(size, narrowing.columns),)](
         inner, plan.rows, plan.bounds, down, added, 0 if added is None else added.stride(0), out, blocks,
         EXPERTS=count, PADDED_EXPERTS=padded, SIZE=size, WIDTH=width,
         ROWS=narrowing.rows, COLUMNS=narrowing.columns, INPUTS=narrowing.inputs,
@@ -123,7 +123,7 @@ def make_plan(logits: Tensor, top_k: int) -> Plan:
     """The plan for logits (T, E) fp32; among equal ones any may be chosen."""
     (tokens, count), device = logits.shape, logits.device
     assert logits.dtype == torch.float32 and logits.stride(1) == 1
-    padded_tokens, padded = triton.next_power_of_2(tokens), triton.next_power_of_2(count)
+    padded_tokens, padded = next_power_of_2(tokens), next_power_of_2(count)
     if padded_tokens * padded > _ONE_PROGRAM:
         ids, weights = route(logits, top_k)
         ids, order = ids.flatten().sort(stable=True)
@@ -262,7 +262,7 @@ def _add_up(parts: Tensor, base: Tensor | None, x: Tensor, top_k: int) -> Tensor
     tokens, size = x.shape
     out = torch.empty((tokens, size), dtype=x.dtype, device=x.device)
     block = 1024
-    _add_up_kernel[(tokens, triton.cdiv(size, block))](
+    _add_up_kernel[(tokens, cdiv(size, block))](
         parts, base, 0 if base is None else base.stride(0), out,
         TOP_K=top_k, SIZE=size, BLOCK=block, num_warps=4, **dependent_launch(x),
     )  # fmt: skip

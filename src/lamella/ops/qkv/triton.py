@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lamella.ops.launch import dependent_launch, wait_for_predecessor
+from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, wait_for_predecessor
 from lamella.ops.rms_norm.triton import row_scale
 from lamella.ops.short_conv.reference import ConvStep
 from lamella.ops.short_conv.triton import convolve, load_history, load_taps, store_history
@@ -65,9 +65,9 @@ def prepare_qkv(
         assert weight.shape[0] == qkv.shape[1] and (bias is None or bias.is_contiguous())
         assert history.shape[1:] == (weight.shape[1] - 1, qkv.shape[1]) and history.dtype == qkv.dtype
         assert history.stride(2) == 1
-    columns = triton.next_power_of_2(head_dim)
+    columns = next_power_of_2(head_dim)
     block = 512 * WARPS // columns
-    programs = triton.cdiv(tokens * num_heads, block) + 2 * triton.cdiv(tokens * num_kv_heads, block)
+    programs = cdiv(tokens * num_heads, block) + 2 * cdiv(tokens * num_kv_heads, block)
     _prepare_qkv[(programs,)](
         qkv,
         q_norm,
@@ -100,7 +100,7 @@ def prepare_qkv(
         ACTIVATION=activation,
         RESIDUAL=residual,
         COLUMNS=columns,
-        PAIR_COLUMNS=triton.next_power_of_2(max(1, pairs)),
+        PAIR_COLUMNS=next_power_of_2(max(1, pairs)),
         BLOCK=block,
         num_warps=WARPS,
         enable_fp_fusion=False,  # as in the kernels of which this is the composition

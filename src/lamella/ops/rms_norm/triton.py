@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lamella.ops.launch import dependent_launch, wait_for_predecessor
+from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, wait_for_predecessor
 
 MAX_WIDTH = 16384
 
@@ -35,7 +35,7 @@ def row_block(width: int) -> tuple[int, int, int]:
     The order of a row's sum follows from the last two, so every kernel whose norm must have the same bits asks here.
     """
     assert width <= MAX_WIDTH
-    columns = triton.next_power_of_2(width)
+    columns = next_power_of_2(width)
     return (2048 // columns, columns, 4) if columns <= 256 else (1, columns, min(16, columns // 512))
 
 
@@ -55,7 +55,7 @@ def _normalize(
     if residual is not None:
         total = torch.empty_like(normed) if total is None else total
         assert total.shape == x.shape and total.dtype == x.dtype and total.is_contiguous()
-    _rms_norm[(triton.cdiv(tokens * heads, rows),)](
+    _rms_norm[(cdiv(tokens * heads, rows),)](
         x,
         residual,
         weight,

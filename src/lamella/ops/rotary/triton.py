@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lamella.ops.launch import dependent_launch, wait_for_predecessor
+from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, wait_for_predecessor
 
 
 def angles(
@@ -17,9 +17,9 @@ def angles(
     tokens, pairs = positions.shape[0], frequencies.shape[0]
     assert frequencies.dtype == torch.float32 and frequencies.is_contiguous() and positions.is_contiguous()
     both = torch.empty(2, tokens, pairs, dtype=torch.float32, device=positions.device)
-    padded = triton.next_power_of_2(pairs)
+    padded = next_power_of_2(pairs)
     rows = max(1, 512 // padded)
-    _angles[(triton.cdiv(tokens, rows),)](
+    _angles[(cdiv(tokens, rows),)](
         positions, frequencies, both[0], both[1], tokens, magnitude, PERIOD=period or 0, PAIRS=pairs,
         PADDED=padded, ROWS=rows, **dependent_launch(positions),
     )  # fmt: skip
@@ -49,7 +49,7 @@ def temperature(positions: Tensor, scale: float, floor_scale: int) -> Tensor:
     assert positions.is_contiguous()
     out = torch.empty(positions.shape, dtype=torch.float32, device=positions.device)
     block = 256
-    _temperature[(triton.cdiv(positions.shape[0], block),)](
+    _temperature[(cdiv(positions.shape[0], block),)](
         positions, out, positions.shape[0], scale, FLOOR_SCALE=floor_scale, BLOCK=block, **dependent_launch(positions)
     )
     return out

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lamella.ops.launch import dependent_launch, wait_for_predecessor
+from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, wait_for_predecessor
 from lamella.ops.sampling import GREEDY_BELOW
 
 _BLOCK = 4096  # tokens of a program of the first kernel, and looked at at a time by the second
@@ -46,7 +46,7 @@ def sample(
     assert logits.dtype == torch.float32 and logits.stride(1) == 1
     assert top_k.dtype == torch.int32 and seed.dtype == out.dtype == torch.int64
     assert all(values.is_contiguous() for values in (temperature, top_k, top_p, min_p, seed, step, out))
-    blocks = triton.cdiv(vocab, _BLOCK)
+    blocks = cdiv(vocab, _BLOCK)
     groups = blocks * (_BLOCK // _GROUP)
     # Of each row, one entry a block and then one a group: maxima, and the likeliest tokens and a list of groups.
     maxima = logits.new_empty((rows, blocks + groups))
@@ -57,8 +57,8 @@ def sample(
     _block_kernel[(blocks, rows)](*common, BLOCK=_BLOCK, GROUP=_GROUP, BLOCKS=blocks, num_warps=8, **launch)
     _choose_kernel[(rows,)](
         *common, seed, step, out,
-        BLOCK=_BLOCK, GROUP=_GROUP, BLOCKS=blocks, PADDED_BLOCKS=triton.next_power_of_2(blocks),
-        PADDED_GROUPS=triton.next_power_of_2(groups), num_warps=16, **launch,
+        BLOCK=_BLOCK, GROUP=_GROUP, BLOCKS=blocks, PADDED_BLOCKS=next_power_of_2(blocks),
+        PADDED_GROUPS=next_power_of_2(groups), num_warps=16, **launch,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lamella.ops.launch import dependent_launch, wait_for_predecessor
+from lamella.ops.launch import cdiv, dependent_launch, wait_for_predecessor
 
 _BLOCK = 1024
 
@@ -17,7 +17,7 @@ def pending_tokens(input_ids: Tensor, tokens: Tensor) -> Tensor:
     assert input_ids.dtype == tokens.dtype == torch.int64 and input_ids.is_contiguous() and tokens.is_contiguous()
     out = torch.empty_like(input_ids)
     count = input_ids.shape[0]
-    _fill_in[(triton.cdiv(count, _BLOCK),)](input_ids, tokens, out, count, BLOCK=_BLOCK, **dependent_launch(input_ids))
+    _fill_in[(cdiv(count, _BLOCK),)](input_ids, tokens, out, count, BLOCK=_BLOCK, **dependent_launch(input_ids))
     return out
 
 

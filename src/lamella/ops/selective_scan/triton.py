@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lamella.ops.arithmetic import sigmoid, softplus
-from lamella.ops.launch import dependent_launch, wait_for_predecessor
+from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, wait_for_predecessor
 from lamella.ops.ragged import RaggedBatch
 
 ENTRIES = 1024  # of the state a program
@@ -62,9 +62,9 @@ def selective_scan(
     y = torch.empty(dt.shape, dtype=x.dtype, device=x.device) if out is None else out
     assert y.shape == dt.shape and y.dtype == x.dtype and y.is_contiguous()
 
-    columns = triton.next_power_of_2(width)
-    rows = min(max(1, ENTRIES // columns), triton.next_power_of_2(heads * channels))
-    blocks = triton.cdiv(heads * channels, rows)
+    columns = next_power_of_2(width)
+    rows = min(max(1, ENTRIES // columns), next_power_of_2(heads * channels))
+    blocks = cdiv(heads * channels, rows)
     operands = (x, dt, b, c, z, a_log, dt_bias, d)
     memory = (state, slots, batch.query_start_loc, batch.seq_lens, y)
     strides = (*(t.stride(0) for t in (x, dt, b, c, z)), 0 if state is None else state.stride(0))

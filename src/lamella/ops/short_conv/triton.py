@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lamella.ops.arithmetic import rounded, widened
-from lamella.ops.launch import dependent_launch, start_successor, wait, wait_for_predecessor
+from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, start_successor, wait, wait_for_predecessor
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.rms_norm.triton import add_rms_norm, row_block, row_scale
 from lamella.ops.swiglu.triton import silu
@@ -97,7 +97,7 @@ def norm_short_conv(
     block = min(columns, 256 * warps)
     y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) if t is None else t for t in (out, total))
     assert all(side.shape == x.shape and side.dtype == x.dtype and side.is_contiguous() for side in (y, total))
-    _norm_step[(tokens, triton.cdiv(channels, block))](
+    _norm_step[(tokens, cdiv(channels, block))](
         x,
         residual,
         norm_weight,
@@ -144,10 +144,10 @@ def _convolve(
     _check(x, weight, bias, batch, history, slots)
     width = channels // (1 + gated)
     decode = batch.num_decodes == batch.num_requests
-    blocks = triton.cdiv(width, BLOCK)
+    blocks = cdiv(width, BLOCK)
     # Many tokens a program share the loads of its weights and of the tokens before them; few fill the machine sooner.
-    block_tokens = min(MAX_TOKENS, max(2 * CHUNK, triton.next_power_of_2(tokens * blocks // PROGRAMS)))
-    programs = batch.num_requests + (0 if decode else triton.cdiv(tokens, block_tokens))
+    block_tokens = min(MAX_TOKENS, max(2 * CHUNK, next_power_of_2(tokens * blocks // PROGRAMS)))
+    programs = batch.num_requests + (0 if decode else cdiv(tokens, block_tokens))
     y = torch.empty((tokens, width), dtype=x.dtype, device=x.device) if out is None else out
     assert y.shape == (tokens, width) and y.dtype == x.dtype and y.is_contiguous()
     _short_conv[(programs, blocks)](

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lamella.ops.arithmetic import sigmoid
-from lamella.ops.launch import dependent_launch, wait_for_predecessor
+from lamella.ops.launch import cdiv, dependent_launch, wait_for_predecessor
 
 BLOCK = 1024
 
@@ -18,7 +18,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     assert gate_up.dim() == 2 and gate_up.stride(1) == 1 and gate_up.shape[1] % 2 == 0
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((tokens, width), dtype=gate_up.dtype, device=gate_up.device)
-    _swiglu[(tokens, triton.cdiv(width, BLOCK))](
+    _swiglu[(tokens, cdiv(width, BLOCK))](
         gate_up,
         out,
         gate_up.stride(0),
