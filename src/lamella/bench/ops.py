@@ -115,7 +115,9 @@ def _cases(llm: LLM, rows: int, context: int) -> Iterator[_Case]:
             x = random(rows, first.weight.shape[0])
             passes = [partial(_within, batch, m, x) for m in same]
             width = first.weight.shape[2]
-            yield _Case(name, passes, partial(_convolved, batch, first, x), x.nbytes * 2 * width + first.weight.nbytes)
+            # The new input and W-1 old ones are read, the output and the new input, in the history, are written.
+            nbytes = x.nbytes * (width + 2) + first.weight.nbytes
+            yield _Case(name, passes, partial(_convolved, batch, first, x), nbytes)
         elif isinstance(first, RecurrentMixer):
             inputs = [random(rows, width) for width in first.widths]
             passes = [partial(_recurred, batch, m, inputs) for m in same]
