@@ -29,7 +29,7 @@ from lamella.ops.short_conv import reference as conv_reference
 from lamella.state.spec import PagedState
 
 _SECONDS = 0.2  # of timing for each operation, about
-_PASSES = 16  # at least, in a graph, whose launch takes time too
+_PASSES = 16  # at least in a graph, whose launch takes time too
 # How far a number may be from the reference's, in units of its size or, where that is more, of all results' root mean
 # square: both round, so the outliers of many results are further off than their mean.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -77,8 +77,7 @@ def time_ops(llm: LLM, rows: int, context: int, bandwidth: float) -> Iterator[Op
         sizes = expected.abs().clamp(min=float(expected.square().mean().sqrt()))
         error = float((difference.abs() / sizes).max())
         assert error <= _TOLERANCE[_dtype(llm)], f"{case.op}: {error:.2g} from its reference"
-        passes = list(case.passes) * -(-_PASSES // len(case.passes))
-        seconds = _seconds(passes, device) / len(passes)
+        seconds = _seconds(case.passes, device)
         yield OpTiming(case.op, seconds * 1e6, case.nbytes / bandwidth * 1e6, error, len(case.passes))
 
 
@@ -204,14 +203,16 @@ def _attended(batch: ForwardBatch, attention: PagedAttention, q: Tensor) -> Tens
 
 
 def _seconds(passes: Sequence[Callable[[], Tensor]], device: torch.device) -> float:
-    """Of all passes one after the other, the median of many; on a GPU within a graph, as the engine runs them."""
+    """Of one of the passes, which run one after the other, by the median of many rounds; on a GPU within a graph, as
+    the engine runs them."""
     if device.type != "cuda":
-        return _median(lambda: _timed(passes))
+        return _median(lambda: _timed(passes)) / len(passes)
     for run in passes:
         run()
+    rounds = -(-_PASSES // len(passes))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for run in passes:
+        for run in list(passes) * rounds:
             run()
 
     def timed() -> float:
@@ -222,7 +223,7 @@ def _seconds(passes: Sequence[Callable[[], Tensor]], device: torch.device) -> fl
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
-    return _median(timed)
+    return _median(timed) / (rounds * len(passes))
 
 
 def _timed(passes: Sequence[Callable[[], Tensor]]) -> float:
