@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
+from vllm.v1.kv_cache_interface import MambaSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from helpers import VOCAB, canon_config
 from lamella.distributed.sharding import Share
@@ -31,11 +33,13 @@ from lamella.parity.subject import Subject
 from lamella.vllm_plugin import PREFIX, compat
 from lamella.vllm_plugin.model import model_class
 from lamella.vllm_plugin.registration import OPERATIONS, register_all, served_names
+from lamella.vllm_plugin.state_blocks import StateManager, StateSpec
 from lamella.vllm_plugin.state_layer import (
     StateLayer,
     StateLayout,
     StateMetadata,
     StateMetadataBuilder,
+    _first_blocks,
     advance_window,
 )
 from vllm_plugin.plugin_helpers import (
@@ -361,7 +365,6 @@ class TestWindows:
                 torch.tensor([len(seen[r]) + i for r, n in zip(order, lengths, strict=True) for i in range(n)]),
                 metadata(
                     num_decodes=len(decodes),
-                    num_prefills=len(order) - len(decodes),
                     num_accepted_tokens=torch.tensor([accepted[request] for request in decodes], dtype=torch.int32),
                 ),
             )
@@ -395,36 +398,122 @@ class TestWindows:
 
 class TestBatches:
     @pytest.mark.parametrize("seed", range(12))
-    @pytest.mark.parametrize("spare", [0, 3])
-    def test_a_step_in_our_terms(self, seed: int, spare: int) -> None:
+    @pytest.mark.parametrize("tokens_per_block", [None, 16])
+    def test_a_step_in_our_terms(self, seed: int, tokens_per_block: int | None) -> None:
         rng = random.Random(seed)
-        decodes, prefills = rng.choice([(0, 3), (4, 0), (3, 2), (1, 1)])
-        query = [rng.randint(1, 1 + spare) for _ in range(decodes)] + [rng.randint(1, 9) for _ in range(prefills)]
+        query = [1] * rng.randint(0, 4)
+        query += [rng.randint(1, 9) for _ in range(rng.randint(0 if query else 1, 3))]
         context = [length + rng.randint(1, 50) * (rng.random() < 0.7) for length in query]
-        slots = torch.tensor(rng.sample(range(1, 30), len(query)), dtype=torch.int32)
-        batch = step(query, context, slots, decodes, spare).batch()
+        slots = rng.sample(range(1, 30), len(query))
+        batch = described(query, context, slots, tokens_per_block).batch()
         expected = RaggedBatch.from_lengths(query, context)
         for name in ("positions", "query_start_loc", "seq_lens", "token_request"):
             assert getattr(batch.ragged, name).tolist() == getattr(expected, name).tolist(), name
         assert batch.ragged.positions.dtype == torch.int64
-        assert batch.ragged.num_decodes == (0 if spare else decodes)
-        assert batch.slots is not None and batch.slots.tolist() == slots.tolist()
+        assert batch.ragged.num_decodes == expected.num_decodes
+        if expected.num_decodes < len(query):  # else nobody asks
+            assert batch.ragged.query_lens == tuple(query)
+        assert batch.slots is not None and batch.slots.tolist() == slots
         assert batch.slots.dtype == torch.int64
 
-    @pytest.mark.parametrize("spare", [0, 3])
-    def test_padding_requests_of_a_captured_step(self, spare: int) -> None:
-        query = [1 + spare] * 2
-        slots = torch.tensor([5, 7, 0, 0], dtype=torch.int32)
-        made = step(query, [9, 20], slots, 4, spare, padding=2).batch()
-        expected = RaggedBatch.from_lengths(query, [9, 20])
-        tokens = expected.num_tokens
-        assert made.ragged.positions[:tokens].tolist() == expected.positions.tolist()
-        assert made.ragged.token_request[:tokens].tolist() == expected.token_request.tolist()
+    @pytest.mark.parametrize("tokens_per_block", [None, 16])
+    def test_padding_requests_of_a_captured_step(self, tokens_per_block: int | None) -> None:
+        made = described([1, 1], [9, 20], [5, 7], tokens_per_block, padding=2).batch()
+        assert made.ragged.positions[:2].tolist() == [8, 19]
+        assert made.ragged.query_start_loc.tolist() == list(range(5))
+        assert made.slots is not None and made.slots.tolist() == [5, 7, 0, 0]
+
+    @pytest.mark.parametrize("seed", range(12))
+    def test_a_step_with_drafts(self, seed: int) -> None:
+        rng = random.Random(seed)
+        decodes, prefills = rng.choice([(0, 3), (4, 0), (3, 2), (1, 1)])
+        query = [rng.randint(1, 4) for _ in range(decodes)] + [rng.randint(1, 9) for _ in range(prefills)]
+        context = [length + rng.randint(1, 50) * (rng.random() < 0.7) for length in query]
+        slots = rng.sample(range(1, 30), len(query))
+        batch = drafted(query, context, slots, decodes).batch()
+        expected = RaggedBatch.from_lengths(query, context)
+        for name in ("positions", "query_start_loc", "seq_lens", "token_request"):
+            assert getattr(batch.ragged, name).tolist() == getattr(expected, name).tolist(), name
+        assert batch.ragged.num_decodes == 0
+        assert batch.slots is not None and batch.slots.tolist() == slots
+
+    def test_padding_requests_of_a_captured_step_with_drafts(self) -> None:
+        made = drafted([4, 4], [9, 20], [5, 7, 0, 0], 4, padding=2).batch()
+        expected = RaggedBatch.from_lengths([4, 4], [9, 20])
+        assert made.ragged.positions.tolist() == expected.positions.tolist()
+        assert made.ragged.token_request.tolist() == expected.token_request.tolist()
         assert made.slots is not None and made.slots[:2].tolist() == [5, 7]
 
+    def test_where_vllm_keeps_the_first_blocks_with_drafts(self) -> None:
+        decodes, prefills = torch.tensor([[3, 103], [1, 101]]), torch.tensor([4, 9])
+        for d, p, expected in (
+            (decodes, prefills, [[3], [1], [4], [9]]),
+            (decodes, prefills[:0], [[3], [1]]),
+            (decodes[:0], prefills, [[4], [9]]),
+        ):
+            theirs = SimpleNamespace(state_indices_tensor_d=d, state_indices_tensor_p=p)
+            assert _first_blocks(theirs).tolist() == expected
+        captured = _first_blocks(SimpleNamespace(state_indices_tensor_d=decodes, state_indices_tensor_p=None))
+        assert captured.data_ptr() == decodes.data_ptr()  # a graph reads what vLLM writes there
+
     def test_it_is_made_once_a_step(self) -> None:
-        made = step([1, 4], [3, 4], torch.tensor([1, 2]), 1, 0)
+        made = described([1, 4], [3, 4], [1, 2])
         assert made.batch() is made.batch()
+
+    def test_a_captured_step_reads_the_runners_tensors(self) -> None:
+        made = described([1, 1], [3, 4], [1, 2])
+        made.block_table.fill_(5)
+        made.seq_lens.fill_(9)
+        batch = made.batch()
+        assert batch.slots is not None and batch.slots.tolist() == [5, 5]
+        assert batch.ragged.positions.tolist() == [8, 8]
+
+
+class TestBlocks:
+    @pytest.mark.parametrize("mode", ["none", "align"])
+    @pytest.mark.parametrize("seed", range(6))
+    def test_requests_get_the_blocks_that_vllms_manager_gives(self, mode: str, seed: int) -> None:
+        """In a pool that others empty, too."""
+        from vllm.v1.core.block_pool import BlockPool
+        from vllm.v1.core.single_type_kv_cache_manager import MambaManager
+
+        size = 64 if mode == "none" else 8
+        spec = MambaSpec(shapes=((3, 4),), dtypes=(torch.float32,), block_size=size, mamba_cache_mode=mode)
+        managers = []
+        for kind, described in ((MambaManager, spec), (StateManager, StateSpec.of(spec))):
+            assert KVCacheSpecRegistry.get_manager_class(described) is kind
+            pool = BlockPool(num_gpu_blocks=24, enable_caching=mode == "align", hash_block_size=size)
+            options = {"enable_caching": mode == "align", "kv_cache_group_id": 0, "scheduler_block_size": size}
+            managers.append(kind(described, block_pool=pool, **options))
+        rng, tokens = random.Random(seed), {}
+        for _ in range(200):
+            request = f"request {rng.randrange(9)}"
+            if request in tokens and rng.random() < 0.1:
+                del tokens[request]
+                for manager in managers:
+                    manager.free(request)
+                continue
+            done = tokens.get(request, 0)
+            wanted = min(done + rng.choice([1, 1, 1, 8]), 64)
+            outcomes = []
+            for manager in managers:
+                manager.remove_skipped_blocks(request, done)
+                needed = manager.get_num_blocks_to_allocate(request, wanted, [], done, done, wanted)
+                room = manager.block_pool.get_num_free_blocks()
+                new = manager.allocate_new_blocks(request, wanted, wanted) if needed <= room else None
+                held = [block.block_id for block in manager.req_to_blocks.get(request, [])]
+                outcomes.append((needed, room, new and [block.block_id for block in new], held))
+            assert outcomes[0] == outcomes[1]
+            if outcomes[0][2] is not None:
+                tokens[request] = wanted
+
+    def test_a_layers_state_is_described_by_ours(self, folder: Path) -> None:
+        with running(folder) as llm:
+            groups = scheduler_of(llm).kv_cache_config.kv_cache_groups
+            kinds = {type(group.kv_cache_spec) for group in groups}
+            assert len(groups) == 2 and StateSpec in kinds
+            managers = scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers
+            assert [type(m) for m in managers if isinstance(m.kv_cache_spec, MambaSpec)] == [StateManager]
 
 
 def starts_of(lengths: list[int]) -> Tensor:
@@ -433,27 +522,46 @@ def starts_of(lengths: list[int]) -> Tensor:
 
 def metadata(**values: Any) -> StateMetadata:
     """A step's, of which the test says what counts."""
-    required = {field.name: None for field in fields(StateMetadata) if field.default is MISSING}
-    counts = dict.fromkeys(("num_prefills", "num_prefill_tokens", "num_decodes", "num_decode_tokens", "num_reqs"), 0)
-    return StateMetadata(**(required | counts | values))
+    return StateMetadata(
+        **(dict.fromkeys(field.name for field in fields(StateMetadata) if field.default is MISSING) | values)
+    )
 
 
-def step(
-    query: list[int], context: list[int], slots: Tensor, decodes: int, spare: int, padding: int = 0
+def described(
+    query: list[int], context: list[int], slots: list[int], tokens_per_block: int | None = None, padding: int = 0
 ) -> StateMetadata:
-    """As the builder makes it: decodes first, their slots in a table's first column."""
-    real = decodes - padding
+    """What the builder makes of a step without drafts, as either runner describes it."""
+    builder = StateMetadataBuilder.__new__(StateMetadataBuilder)
+    builder._index, builder._spare_rows, builder._tokens_per_block = torch.arange(100), 0, tokens_per_block
+    requests = len(query) + padding
+    table = torch.full((requests, 8), -1, dtype=torch.int32)
+    for row in range(requests):
+        column = (context[row] - 1) // tokens_per_block if tokens_per_block and row < len(query) else 0
+        table[row, column] = slots[row] if row < len(query) else 0
+    starts = starts_of([*query, *[0] * padding])
+    step = SimpleNamespace(
+        num_reqs=requests,
+        num_actual_tokens=sum(query) + padding,
+        max_query_len=max(query),
+        query_start_loc=starts,
+        query_start_loc_cpu=torch.cat([starts, starts[-1:]]),  # the newer runner has more room there
+        seq_lens=torch.tensor([*context, *[0] * (padding + 1)], dtype=torch.int32),
+        block_table_tensor=table,
+    )
+    return builder.build(0, step)
+
+
+def drafted(query: list[int], context: list[int], slots: list[int], decodes: int, padding: int = 0) -> StateMetadata:
+    """What the builder makes of a step of a model that takes up to three drafts a request."""
     return metadata(
+        block_table=torch.tensor(slots, dtype=torch.int32)[:, None],
+        num_tokens=sum(query),
         num_decodes=decodes,
-        num_decode_tokens=sum(query[:real]),
-        num_prefills=len(query) - real,
-        num_prefill_tokens=sum(query[real:]),
-        state_indices_tensor_d=torch.stack([slots[:decodes], slots[:decodes] + 100], 1) if decodes else None,
-        state_indices_tensor_p=slots[decodes:] if len(query) > real else None,
+        query_lens=tuple(query) if len(query) + padding > decodes else (),
         seq_lens=torch.tensor([*context, *[0] * padding], dtype=torch.int32),
         query_start_loc=starts_of([*query, *[0] * padding]),
         index=torch.arange(100),
-        spare_rows=spare,
+        spare_rows=3,
     )
 
 
@@ -529,6 +637,29 @@ class TestChecks:
         assert ("prefix caching is off" in plugin_log.text) == ON_CPU
         assert not ON_CPU or not config.cache_config.enable_prefix_caching
 
+    @pytest.mark.parametrize(
+        ("options", "whole"),
+        [
+            ({}, True),
+            ({"enforce_eager": True}, True),  # without effect: nothing is compiled
+            ({"compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}}, False),
+            ({"compilation_config": {"splitting_ops": [OPERATIONS[0]]}}, False),
+            ({"optimization_level": 1}, False),
+        ],
+        ids=str,
+    )
+    @pytest.mark.skipif(ON_CPU, reason="graphs are CUDA's")
+    def test_a_model_is_compiled_whole_unless_otherwise_asked(
+        self, folder: Path, options: dict[str, Any], whole: bool
+    ) -> None:
+        from vllm.config import CUDAGraphMode
+
+        made = configured(folder, **options).compilation_config
+        assert (made.splitting_ops == []) == whole
+        if options == {}:
+            assert made.cudagraph_mode == CUDAGraphMode.FULL_DECODE_ONLY
+        assert whole or OPERATIONS[0] in made.splitting_ops
+
     def test_a_model_without_state_is_left_alone(self, tmp_path: Path) -> None:
         from transformers import LlamaConfig
 
@@ -546,14 +677,16 @@ class TestChecks:
             assert_right(oracle(folder), generate(llm, prompts_of(1, 30)))
 
 
-@pytest.mark.parametrize("align", [False, True])
-@pytest.mark.skipif(not compat.waits_for_new_requests(), reason="this vLLM does not wait, or is not known to")
-def test_a_new_request_has_vllms_state_without_a_wait(align: bool) -> None:
+replaces_state = pytest.mark.skipif(not compat.has_costly_runner_state(), reason="only 0.26's is known to cost much")
+
+
+@replaces_state
+def test_a_new_request_has_vllms_state_without_a_wait() -> None:
     from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
     def after_a_request(kind: type[Any]) -> list[list[int]]:
         state = kind.__new__(kind)
-        state.rope_state, state._align_mode, state.cache_config = None, align, SimpleNamespace(block_size=16)
+        state.rope_state, state._align_mode, state.cache_config = None, True, SimpleNamespace(block_size=16)
         state.num_accepted_tokens_gpu, state._mamba_state_idx_gpu = (
             torch.full((4,), 7, dtype=torch.int32, device=DEVICE) for _ in range(2)
         )
@@ -566,12 +699,26 @@ def test_a_new_request_has_vllms_state_without_a_wait(align: bool) -> None:
                 torch.cuda.set_sync_debug_mode("default")
         return [state.num_accepted_tokens_gpu.tolist(), state._mamba_state_idx_gpu.tolist()]
 
-    ours = model_class("LlamaCanonForCausalLM").get_model_state_cls()
-    assert after_a_request(ours) == after_a_request(MambaHybridModelState)
-    assert after_a_request(ours) == [[7, 7, 1, 7], [7, 7, 2 if align else 7, 7]]
+    ours = runner_state("align")
+    assert issubclass(ours, MambaHybridModelState)
+    assert after_a_request(ours) == after_a_request(MambaHybridModelState) == [[7, 7, 1, 7], [7, 7, 2, 7]]
+
+
+@replaces_state
+def test_without_prefix_caching_a_runner_keeps_nothing() -> None:
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    assert runner_state("none") is DefaultModelState
+
+
+def runner_state(mode: str) -> type[Any]:
+    """What a canon model asks the newer runner to keep of its requests."""
+    cache = SimpleNamespace(mamba_cache_mode=mode)
+    model = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache, speculative_config=None))
+    return model_class("LlamaCanonForCausalLM").get_model_state_cls(model)
 
 
 @pytest.mark.parametrize("name", ["LlamaCanonForCausalLM", f"{PREFIX}LlamaForCausalLM"])
-def test_only_where_vllm_waits_is_its_runners_state_replaced(name: str) -> None:
-    replaced = compat.waits_for_new_requests() and name == "LlamaCanonForCausalLM"
+def test_only_where_it_costs_is_a_runners_state_replaced(name: str) -> None:
+    replaced = compat.has_costly_runner_state() and name == "LlamaCanonForCausalLM"
     assert hasattr(model_class(name), "get_model_state_cls") == replaced

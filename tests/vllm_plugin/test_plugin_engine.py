@@ -133,8 +133,11 @@ def test_preempted_requests_begin_again(folder: Path, caching: bool) -> None:
 
 
 @pytest.mark.parametrize("model", ["everything", "AC, activation"])
-def test_compiled(folders: dict[str, Path], model: str) -> None:
+@pytest.mark.parametrize("pieces", [False, True], ids=["whole", "in pieces"])
+def test_compiled(folders: dict[str, Path], model: str, pieces: bool) -> None:
+    compilation = {"cudagraph_mode": "FULL_AND_PIECEWISE"} if pieces else {"splitting_ops": []} if ON_CPU else {}
     options = {"enforce_eager": False, "max_num_batched_tokens": 64, "max_num_seqs": 5}
+    options["compilation_config"] = compilation
     with running(folders[model], **options) as llm:
         for seed in range(2):
             assert_right(oracle(folders[model]), generate(llm, prompts_of(*LENGTHS, seed=seed)))

@@ -57,6 +57,8 @@ class Checks(VerifyAndUpdateConfig):
             _fit_blocks(vllm_config, model, on_cpu)
             return
         _check_state(vllm_config)
+        if not on_cpu:
+            _compile_whole(vllm_config, model)
         if on_cpu and not cache.user_specified_block_size:
             # A block holds a request's state of a layer as well, which is smaller than 128 tokens' keys and values.
             cache.block_size, cache.user_specified_block_size = 32, True  # else the platform sets its own
@@ -112,12 +114,39 @@ def _prepare_supernet(vllm_config: VllmConfig, model: ModelConfig) -> None:
             "worker_extension_cls=%r: its workers take no placements unless it derives from "
             "lamella.vllm_plugin.placement.PlacementWorker", parallel.worker_extension_cls,
         )  # fmt: skip
-    if any(len(every_mixer(layer.mixer)) > 1 for layer in model.layers):
+    if _has_choice(model):
         mode = compilation.cudagraph_mode  # None: not settled yet, and would become one with whole graphs
         if mode not in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE):
             if mode is not None:
                 logger.warning("cudagraph_mode=%s: piecewise, since a whole graph holds the mixer of today", mode.name)
             compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+
+
+def _has_choice(model: ModelConfig) -> bool:
+    return any(len(every_mixer(layer.mixer)) > 1 for layer in model.layers)
+
+
+def _compile_whole(vllm_config: VllmConfig, model: ModelConfig) -> None:
+    """Unless something else is asked for, compile the model in one piece, and keep graphs for steps of decodes only.
+
+    vLLM's default cuts it at each operation on state, of which a layer has several, and makes a graph of every piece:
+    to launch these in a step with prompts takes the host several times as long as what they hold.
+    """
+    from vllm.config import CompilationMode, CUDAGraphMode
+    from vllm.config.vllm import OptimizationLevel
+
+    compilation = vllm_config.compilation_config
+    asked = compilation.splitting_ops is not None or compilation.cudagraph_mode is not None
+    if (
+        asked
+        or compilation.use_inductor_graph_partition
+        or compilation.mode not in (None, CompilationMode.VLLM_COMPILE)
+    ):
+        return
+    if vllm_config.optimization_level < OptimizationLevel.O2 or _has_choice(model):
+        return
+    compilation.splitting_ops, compilation.cudagraph_mode = [], CUDAGraphMode.FULL_DECODE_ONLY
+    logger.info("compiled in one piece, with graphs of decode steps only; cudagraph_mode overrides this")
 
 
 def _check_state(vllm_config: VllmConfig) -> None:

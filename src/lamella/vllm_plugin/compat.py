@@ -105,21 +105,39 @@ def speculation_is_sound() -> bool:
     return at_least(0, 32)
 
 
-def waits_for_new_requests() -> bool:
-    """Whether the newer model runner waits for the device for each new request; see `waitless_state`."""
+def register_state_spec(spec: type[Any], manager: type[Any]) -> None:
+    """Have vLLM's scheduler allocate the blocks of `spec`, a `MambaSpec`, by `manager`.
+
+    Registering is documented. Why private: vLLM registers its own specs at the first question only if there are none
+    yet, so that they have to be there before ours.
+    """
+    from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
+    from vllm.v1.kv_cache_interface import MambaSpec
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    register_all_kvcache_specs(None)  # twice is once
+    KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=MambaSpec)
+
+
+def has_costly_runner_state() -> bool:
+    """Whether what the newer model runner keeps of requests with slot state is replaced; see `runner_state`."""
     return not at_least(0, 27)
 
 
-def waitless_state() -> type[Any]:
-    """What 0.26's newer model runner keeps of requests with slot state, without its waits.
+def runner_state(config: VllmConfig) -> type[Any]:
+    """What 0.26's newer model runner is to keep of requests with slot state, in place of its own class.
 
-    Why private: a model may name the class (`get_model_state_cls`), but what that must do is vLLM's own. Its
-    `add_request` assigns to an element of a tensor on the device, for which PyTorch copies the number from the host
-    and waits until all that was launched is through (PyTorch's pull request 186482). By 0.32 vLLM fills it in on
-    the device; the versions between are left as they are.
+    Why private: a model may name the class (`get_model_state_cls`), but what that must do is vLLM's own. Without
+    prefix caching nothing has to be kept, and the class of models without slot state does. With it, vLLM's own class
+    for slot state assigns a new request's numbers to elements of tensors on the device, for which PyTorch copies
+    them from the host and waits until all that was launched is through (PyTorch's pull request 186482). By 0.32 vLLM
+    fills them in on the device; the versions between are left as they are.
     """
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
     from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
+
+    if config.cache_config.mamba_cache_mode == "none" and not num_speculative_tokens(config):
+        return DefaultModelState
 
     class WaitlessState(MambaHybridModelState):
         def add_request(self, req_index: int, new_req_data: Any) -> None:

@@ -201,8 +201,8 @@ def model_class(name: str) -> type[Model]:
         "__module__": __name__,
         "__qualname__": name,
     }
-    if base is HybridModel and compat.waits_for_new_requests():
-        contents["get_model_state_cls"] = staticmethod(compat.waitless_state)
+    if base is HybridModel and compat.has_costly_runner_state():
+        contents["get_model_state_cls"] = lambda model: compat.runner_state(model.vllm_config)
     return type(name, (base,), contents)
 
 

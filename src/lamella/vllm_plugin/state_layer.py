@@ -20,7 +20,7 @@ from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.utils.torch_utils import direct_register_custom_op
-from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionBackend, AttentionMetadata, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.attention.backends.short_conv_attn import (
     ShortConvAttentionBackend,
@@ -42,6 +42,7 @@ from lamella.ops.rms_norm import add_rms_norm
 from lamella.state.spec import SlotState
 from lamella.vllm_plugin import compat
 from lamella.vllm_plugin.registration import OPERATIONS
+from lamella.vllm_plugin.state_blocks import StateSpec
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,9 @@ class StateLayer(nn.Module, MambaBase):
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return StateBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> StateSpec:
+        return StateSpec.of(super().get_kv_cache_spec(vllm_config))
 
     def slots(self, like: Tensor) -> Tensor:
         """The blocks (slots, *shape); before there are any, one of zeros on the device of `like`."""
@@ -266,12 +270,32 @@ def advance_window(
 
 
 @dataclass
-class StateMetadata(ShortConvAttentionMetadata):
-    """vLLM's metadata of a step, and the step in our terms, made by the first layer that asks."""
+class StateMetadata(AttentionMetadata):
+    """A step as the runner knows it, and in our terms, made by the first layer that asks: within a captured graph, if
+    there is one, which then makes it in each replay, at no cost to the host.
 
-    query_start_loc: Tensor | None = None  # (R + 1,), of all requests
-    index: Tensor | None = None  # 0, 1, 2, ... for as many tokens as a step may have
-    query_lens: tuple[int, ...] = ()  # (R,) on the host, of a step with prompts
+    Attributes:
+        block_table: (R, blocks), of each request the blocks of its state; in the first column is the one of now, or
+            with `tokens_per_block` in the column of its last token.
+        query_start_loc: (R + 1,) on the device, and more behind them.
+        seq_lens: (R,) on the device, with the new tokens, and more behind them.
+        index: 0, 1, 2, ... for as many tokens as a step may have.
+        num_tokens: of all requests.
+        num_decodes: requests with one new token, or with accepted drafts, which come first.
+        query_lens: (R,) on the host, of a step with other requests than these.
+        num_accepted_tokens: (R,) of the decodes, with speculation.
+        spare_rows: of a slot, for drafts.
+    """
+
+    block_table: Tensor
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    index: Tensor
+    num_tokens: int
+    num_decodes: int
+    query_lens: tuple[int, ...] = ()
+    tokens_per_block: int | None = None
+    num_accepted_tokens: Tensor | None = None
     spare_rows: int = 0
     _batch: ForwardBatch | None = None
 
@@ -282,21 +306,11 @@ class StateMetadata(ShortConvAttentionMetadata):
         return self._batch
 
     def _make_batch(self) -> ForwardBatch:
-        assert self.query_start_loc is not None and self.index is not None
-        tokens = self.num_decode_tokens + self.num_prefill_tokens
-        # Requests that pad a step of decodes have no token.
-        decodes = self.num_decodes if self.spare_rows else min(self.num_decodes, self.num_decode_tokens)
-        assert decodes == self.num_decodes or not self.num_prefills
-        slots = []
-        if decodes:
-            assert self.state_indices_tensor_d is not None
-            slots.append(self.state_indices_tensor_d[:decodes, 0])
-        if self.num_prefills:
-            assert self.state_indices_tensor_p is not None
-            slots.append(self.state_indices_tensor_p)
-        requests = decodes + self.num_prefills
+        requests, tokens = self.block_table.shape[0], self.num_tokens
+        if not self.query_lens and not self.spare_rows:
+            requests = min(requests, tokens)  # those that pad a step of decodes may have no token
         lengths, index = self.seq_lens[:requests], self.index[:tokens]
-        if not self.num_prefills and not self.spare_rows:
+        if not self.query_lens and not self.spare_rows:
             positions, token_request = lengths - 1, index
             starts = self.index[: tokens + 1].int()
         else:
@@ -310,9 +324,16 @@ class StateMetadata(ShortConvAttentionMetadata):
             token_request=token_request,
             query_lens=self.query_lens,
             context_lens=(),
-            num_decodes=0 if self.spare_rows else decodes,
+            num_decodes=0 if self.spare_rows else min(self.num_decodes, requests),
         )
-        return ForwardBatch(ragged, slots=torch.cat(slots).long())
+        return ForwardBatch(ragged, slots=self._slots(requests, lengths))
+
+    def _slots(self, requests: int, lengths: Tensor) -> Tensor:
+        table = self.block_table[:requests]
+        if self.tokens_per_block is not None:
+            column = (lengths - 1).clamp(min=0) // self.tokens_per_block  # requests that pad have length 0
+            table = table.gather(1, column[:, None].long())
+        return table[:, 0].long()
 
     def skipped_and_first(self, query_start_loc: Tensor) -> tuple[Tensor, Tensor]:
         """With speculation, of each request (R,): how many of a slot's rows stand before its window, one less than the
@@ -327,9 +348,9 @@ class StateMetadata(ShortConvAttentionMetadata):
 
 
 class StateMetadataBuilder(ShortConvAttentionMetadataBuilder):
-    """The short convolution's, with what `StateMetadata` has beside it."""
+    """Makes a step's metadata of views of the runner's tensors, which stay where they are for graphs' sake; vLLM's own
+    builder splits and copies them on the host for each step. With speculation it is vLLM's that says who drafts."""
 
-    metadata_cls = StateMetadata
     supports_update_block_table = False  # a group's metadata holds what its slots gave
     needs_causal_conv1d_metadata = False
 
@@ -339,6 +360,8 @@ class StateMetadataBuilder(ShortConvAttentionMetadataBuilder):
         most = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs) + 1
         self._index = torch.arange(most, device=device)
         self._spare_rows = compat.num_speculative_tokens(vllm_config)
+        aligned = vllm_config.cache_config.mamba_cache_mode == "align"
+        self._tokens_per_block = kv_cache_spec.block_size if aligned else None
 
     def build(
         self,
@@ -347,13 +370,36 @@ class StateMetadataBuilder(ShortConvAttentionMetadataBuilder):
         fast_build: bool = False,
         **options: Any,
     ) -> StateMetadata:
-        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build, **options)
-        metadata.query_start_loc = common_attn_metadata.query_start_loc
-        metadata.index, metadata.spare_rows = self._index, self._spare_rows
-        if metadata.num_prefills:
-            starts = common_attn_metadata.query_start_loc_cpu[: metadata.num_decodes + metadata.num_prefills + 1]
-            metadata.query_lens = tuple(starts.diff().tolist())
-        return metadata
+        step, requests = common_attn_metadata, common_attn_metadata.num_reqs
+        lengths: tuple[int, ...] = ()
+        if step.max_query_len > 1 or self._spare_rows:
+            lengths = tuple(step.query_start_loc_cpu[: requests + 1].diff().tolist())
+        table, tokens_per_block, accepted = step.block_table_tensor[:requests], self._tokens_per_block, None
+        decodes = next((request for request, length in enumerate(lengths) if length != 1), requests)
+        if self._spare_rows:
+            theirs = super().build(common_prefix_len, step, fast_build, **options)
+            table, tokens_per_block = _first_blocks(theirs), None
+            decodes, accepted = theirs.num_decodes, theirs.num_accepted_tokens
+            lengths = lengths if theirs.num_prefills else ()
+        return StateMetadata(
+            block_table=table,
+            query_start_loc=step.query_start_loc,
+            seq_lens=step.seq_lens,
+            index=self._index,
+            num_tokens=step.num_actual_tokens,
+            num_decodes=decodes,
+            query_lens=lengths,
+            tokens_per_block=tokens_per_block,
+            num_accepted_tokens=accepted,
+            spare_rows=self._spare_rows,
+        )
+
+
+def _first_blocks(theirs: ShortConvAttentionMetadata) -> Tensor:
+    """Of each request (R, 1) the block that its state begins in, of the two tables in which vLLM keeps them."""
+    tables = [table for table in (theirs.state_indices_tensor_d, theirs.state_indices_tensor_p) if table is not None]
+    columns = [table.reshape(table.shape[0], -1)[:, :1] for table in tables if table.shape[0]]
+    return columns[0] if len(columns) == 1 else torch.cat(columns)
 
 
 compat.accept_token_counts(StateMetadataBuilder)
