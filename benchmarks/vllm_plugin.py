@@ -1,13 +1,15 @@
 """What a canon model costs inside vLLM, beside vLLM's own Llama of the same shape: one machine, one run.
 
-    python benchmarks/vllm_plugin.py [--shapes llama-1b] [--runs RUN ...] [--gpus N]
+    python benchmarks/vllm_plugin.py [--shapes llama-1b] [--runs RUN ...] [--rounds 3]
 
-Each run is a process of its own with random bf16 weights and the workloads of `gpu_vs_vllm.py`, one after the other,
-or N at a time on a GPU each. `vllm` is vLLM's class; `control` the same model through the plugin; `canon` has
-convolutions A, B, C and D; `-eager` is without compilation and graphs; `-v1` and `-v2` name the model runner, of
-which vLLM up to 0.28 gives models with slot state the first, and dense ones the second. First the bundled demo must
-answer as it was trained to, compiled and with graphs, by either runner. The table gives each run's time relative to
-`vllm`. The floor of a decode step is the time in which its weights can be read at the bandwidth that a probe
+Each run is an engine in a process of its own with random bf16 weights. All engines of a shape stand at the same time,
+as many as have room on the GPU, and take turns with the workloads of `gpu_vs_vllm.py`, round after round: with small
+models vLLM waits for the host, whose speed varies by more than what is to be seen. `vllm` is vLLM's class; `control`
+the same model through the plugin; `canon` has convolutions A, B, C and D; `-eager` is without compilation and graphs,
+and has one turn only; `-v1` and `-v2` name the model runner, of which vLLM up to 0.28 gives models with slot state
+the first, and dense ones the second. First the bundled demo must answer as it was trained to, compiled and with
+graphs, by either runner. The table has the medians over rounds, and the median of each round's time relative to that
+of `vllm`. The floor of a decode step is the time in which its weights can be read at the bandwidth that a probe
 measures. One JSON line ends it.
 """
 
@@ -16,25 +18,28 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 from gpu_vs_vllm import MAX_MODEL_LEN, SHAPES, config, timed, workloads
 
 RUNS = ("vllm", "vllm-v1", "control", "canon", "canon-v2", "canon-eager")
 KEYS = {"decode_b1_ms": -1, "offline_tok_s": 1, "prefill_tok_s": 1}  # whether more is better
+CACHED_TOKENS = 240_000  # in an engine's cache: more than 256 requests have at any time
 
 
-def engine(path: str, **options: Any) -> Any:
+def engine(path: str, cache_bytes: int, **options: Any) -> Any:
+    """Without a look at the device's free memory, which others are taking at the same time."""
     import vllm
 
-    settings = {"load_format": "dummy", "skip_tokenizer_init": True, "gpu_memory_utilization": 0.85}
-    return vllm.LLM(path, enable_prefix_caching=False, **(settings | options))
+    settings = {"load_format": "dummy", "skip_tokenizer_init": True, "gpu_memory_utilization": 0.1}
+    settings |= {"kv_cache_memory_bytes": cache_bytes, "enable_prefix_caching": False}
+    return vllm.LLM(path, **(settings | options))
 
 
 def check_demo() -> dict[str, Any]:
@@ -44,7 +49,7 @@ def check_demo() -> dict[str, Any]:
     from lamella.demo import CHECKPOINT
     from lamella.demo.questions import MAX_TOKENS, held_out, is_right
 
-    llm = engine(str(CHECKPOINT), load_format="auto", skip_tokenizer_init=False, max_model_len=256)
+    llm = engine(str(CHECKPOINT), 1 << 30, load_format="auto", skip_tokenizer_init=False, max_model_len=256)
     questions = held_out(300)
     params = vllm.SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
     outputs = llm.generate([q.prompt for q in questions], params, use_tqdm=False)
@@ -53,23 +58,25 @@ def check_demo() -> dict[str, Any]:
     return {"right": right, "questions": len(questions), "vllm": vllm.__version__}
 
 
-def measure(run: str, shape: str) -> dict[str, Any]:
+def serve(run: str, shape: str) -> None:
+    """An engine that says when it stands, and does the workloads for each line that it reads."""
     import torch
     import vllm
 
     values = config(f"{shape}+canon" if run.startswith("canon") else shape)
     if run == "control":
         values["architectures"] = [f"Lamella{values['architectures'][0]}"]
+    token = 4 * values["num_hidden_layers"] * values["num_key_value_heads"] * values["head_dim"]  # bytes of K and V
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(values))
-        llm = engine(folder, max_model_len=MAX_MODEL_LEN, enforce_eager=run == "canon-eager")
+        eager = run == "canon-eager"
+        llm = engine(folder, CACHED_TOKENS * token, max_model_len=MAX_MODEL_LEN, enforce_eager=eager)
 
     from lamella.bench.card import measure_bandwidth
 
-    return {
-        **workloads(timed(llm, vllm.SamplingParams)),
-        "bandwidth_gb_s": round(measure_bandwidth(torch.device("cuda")) / 1e9),
-    }
+    print(json.dumps({"bandwidth_gb_s": round(measure_bandwidth(torch.device("cuda")) / 1e9)}), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(workloads(timed(llm, vllm.SamplingParams))), flush=True)
 
 
 def floor_ms(shape: str, bandwidth: float) -> float:
@@ -88,58 +95,81 @@ def floor_ms(shape: str, bandwidth: float) -> float:
     return (sum(p.nbytes for p in model.parameters()) - embedding) / bandwidth / 1e6
 
 
-def in_process(run: str, *arguments: str, gpus: Queue[int] | None = None) -> dict[str, Any]:
-    environment = os.environ | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
-    if (runner := run.rpartition("-v")[2]) in ("1", "2"):
-        environment["VLLM_USE_V2_MODEL_RUNNER"] = str(int(runner) - 1)
-    command = [sys.executable, __file__, "--worker", run, *arguments]
-    gpu = None if gpus is None else gpus.get()
-    if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
-    output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-    if gpus is not None and gpu is not None:
-        gpus.put(gpu)
-    if output.returncode:
-        sys.exit(f"{' '.join((run, *arguments))} ended with status {output.returncode}")
-    line = output.stdout.strip().splitlines()[-1]
-    print(" ".join((run, *arguments)), line, file=sys.stderr, flush=True)  # the table comes minutes later
-    return json.loads(line)
+class Worker:
+    """A process of this script for a run, which answers in lines of JSON."""
+
+    def __init__(self, run: str, *arguments: str) -> None:
+        self.name = " ".join((run, *arguments))
+        environment = os.environ | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+        if (runner := run.rpartition("-v")[2]) in ("1", "2"):
+            environment["VLLM_USE_V2_MODEL_RUNNER"] = str(int(runner) - 1)
+        command = [sys.executable, __file__, "--worker", run, *arguments]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
+
+    def answer(self) -> dict[str, Any]:
+        """The next; vLLM's log lines between are left out."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                print(self.name, line, end="", file=sys.stderr, flush=True)  # the table comes minutes later
+                return json.loads(line)
+        sys.exit(f"{self.name} ended with status {self._process.wait()}")
+
+    def turn(self) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self.answer()
+
+    def end(self) -> None:
+        self._process.communicate()
+
+
+def measure(shape: str, runs: Sequence[str], rounds: int) -> dict[str, dict[str, Any]]:
+    workers = {run: Worker(run, shape) for run in runs}
+    results = {run: worker.answer() | {"rounds": []} for run, worker in workers.items()}
+    for turn in range(rounds):
+        for run, worker in workers.items():
+            if turn == 0 or run != "canon-eager":
+                results[run]["rounds"].append(worker.turn())
+    for worker in workers.values():
+        worker.end()
+    for result in results.values():
+        for key, sign in KEYS.items():
+            result[key] = round(statistics.median(turn[key] for turn in result["rounds"]), 3)
+            if "vllm" in results:
+                pairs = zip(result["rounds"], results["vllm"]["rounds"], strict=False)
+                result[f"{key}_time"] = statistics.median((own[key] / theirs[key]) ** -sign for own, theirs in pairs)
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["llama-1b"])
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
-    parser.add_argument("--gpus", type=int, default=1, help="run so many at a time")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         run, *shapes = args.worker
-        print(json.dumps(measure(run, *shapes) if shapes else check_demo()))
+        if shapes:
+            serve(run, *shapes)
+        else:
+            print(json.dumps(check_demo()))
         return
-    gpus: Queue[int] = Queue()
-    for gpu in range(args.gpus):
-        gpus.put(gpu)
-    with ThreadPoolExecutor(args.gpus) as pool:
-
-        def start(*arguments: str) -> Future[dict[str, Any]]:
-            return pool.submit(in_process, *arguments, gpus=gpus if args.gpus > 1 else None)
-
-        demos = {run: start(run) for run in ("demo-v1", "demo-v2")}
-        started = {shape: {run: start(run, shape) for run in args.runs} for shape in args.shapes}
-    checked = {run: demo.result() for run, demo in demos.items()}
+    demos = {run: Worker(run) for run in ("demo-v1", "demo-v2")}
+    checked = {run: demo.answer() for run, demo in demos.items()}
     for run, demo in checked.items():
+        demos[run].end()
         print(f"vLLM {demo['vllm']}, {run}: {demo['right']} of {demo['questions']} questions answered rightly")
-    results = {shape: {run: future.result() for run, future in runs.items()} for shape, runs in started.items()}
+    results = {shape: measure(shape, args.runs, args.rounds) for shape in args.shapes}
     for shape, runs in results.items():
-        floor = floor_ms(shape, next(iter(runs.values()))["bandwidth_gb_s"])
-        print(f"\n{shape}: floor {floor:.3f} ms a decode step")
+        floor = floor_ms(shape, max(run["bandwidth_gb_s"] for run in runs.values()))
+        print(f"\n{shape}: floor {floor:.3f} ms a decode step; medians of {args.rounds} rounds")
         print(f"{'':12}{'decode b1, ms':>22}{'256 requests, tok/s':>24}{'prefill, tok/s':>22}")
         for name, run in runs.items():
-            cells = []
-            for key, sign in KEYS.items():
-                ratio = (run[key] / runs["vllm"][key]) ** -sign if "vllm" in runs else float("nan")
-                cells.append(f"{run[key]:>13} ({100 * (ratio - 1):+5.1f} %)")
+            cells = (f"{run[key]:>13} ({100 * (run.get(f'{key}_time', float('nan')) - 1):+5.1f} %)" for key in KEYS)
             print(f"{name:12}" + "".join(cells))
         sys.stdout.flush()
     print(json.dumps({"benchmark": "vllm_plugin", "demo": checked, "results": results}))
