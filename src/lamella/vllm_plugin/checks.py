@@ -129,8 +129,8 @@ def _has_choice(model: ModelConfig) -> bool:
 def _compile_whole(vllm_config: VllmConfig, model: ModelConfig) -> None:
     """Unless something else is asked for, compile the model in one piece, and keep graphs for steps of decodes only.
 
-    vLLM's default cuts it at each operation on state, of which a layer has several, and makes a graph of every piece:
-    to launch these in a step with prompts takes the host several times as long as what they hold.
+    vLLM's default cuts it at each operation on state, of which a layer has several, and makes a graph of every piece. In
+    steps with prompts, launching all of these was most of the host's work.
     """
     from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.config.vllm import OptimizationLevel
