@@ -3,8 +3,9 @@
     python benchmarks/vllm_plugin.py [--shapes llama-1b] [--runs RUN ...] [--rounds 3]
 
 Each run is an engine in a process of its own with random bf16 weights. All engines of a shape stand at the same time,
-as many as have room on the GPU, and take turns with the workloads of `gpu_vs_vllm.py`, round after round: with small
-models vLLM waits for the host, whose speed varies by more than what is to be seen. `vllm` is vLLM's class; `control`
+so that they must have room on the GPU together (of llama-8b two), and take turns with the workloads of
+`gpu_vs_vllm.py`, round after round: with small models vLLM waits for the host, whose speed varies by more than what is
+to be seen. `vllm` is vLLM's class; `control`
 the same model through the plugin; `canon` has convolutions A, B, C and D; `-eager` is without compilation and graphs,
 and has one turn only; `-v1` and `-v2` name the model runner, of which vLLM up to 0.28 gives models with slot state
 the first, and dense ones the second. First the bundled demo must answer as it was trained to, compiled and with

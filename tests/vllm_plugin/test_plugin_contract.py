@@ -407,8 +407,7 @@ class TestBatches:
         slots = rng.sample(range(1, 30), len(query))
         batch = described(query, context, slots, tokens_per_block).batch()
         expected = RaggedBatch.from_lengths(query, context)
-        for name in ("positions", "query_start_loc", "seq_lens", "token_request"):
-            assert getattr(batch.ragged, name).tolist() == getattr(expected, name).tolist(), name
+        assert_same_tensors(batch.ragged, expected)
         assert batch.ragged.positions.dtype == torch.int64
         assert batch.ragged.num_decodes == expected.num_decodes
         if expected.num_decodes < len(query):  # else nobody asks
@@ -432,8 +431,7 @@ class TestBatches:
         slots = rng.sample(range(1, 30), len(query))
         batch = drafted(query, context, slots, decodes).batch()
         expected = RaggedBatch.from_lengths(query, context)
-        for name in ("positions", "query_start_loc", "seq_lens", "token_request"):
-            assert getattr(batch.ragged, name).tolist() == getattr(expected, name).tolist(), name
+        assert_same_tensors(batch.ragged, expected)
         assert batch.ragged.num_decodes == 0
         assert batch.slots is not None and batch.slots.tolist() == slots
 
@@ -514,6 +512,11 @@ class TestBlocks:
             assert len(groups) == 2 and StateSpec in kinds
             managers = scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers
             assert [type(m) for m in managers if isinstance(m.kv_cache_spec, MambaSpec)] == [StateManager]
+
+
+def assert_same_tensors(made: RaggedBatch, expected: RaggedBatch) -> None:
+    for name in ("positions", "query_start_loc", "seq_lens", "token_request"):
+        assert getattr(made, name).tolist() == getattr(expected, name).tolist(), name
 
 
 def starts_of(lengths: list[int]) -> Tensor:

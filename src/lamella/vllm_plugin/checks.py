@@ -58,7 +58,7 @@ class Checks(VerifyAndUpdateConfig):
             return
         _check_state(vllm_config)
         if not on_cpu:
-            _compile_whole(vllm_config, model)
+            _compile_whole(vllm_config)
         if on_cpu and not cache.user_specified_block_size:
             # A block holds a request's state of a layer as well, which is smaller than 128 tokens' keys and values.
             cache.block_size, cache.user_specified_block_size = 32, True  # else the platform sets its own
@@ -114,7 +114,7 @@ def _prepare_supernet(vllm_config: VllmConfig, model: ModelConfig) -> None:
             "worker_extension_cls=%r: its workers take no placements unless it derives from "
             "lamella.vllm_plugin.placement.PlacementWorker", parallel.worker_extension_cls,
         )  # fmt: skip
-    if _has_choice(model):
+    if any(len(every_mixer(layer.mixer)) > 1 for layer in model.layers):
         mode = compilation.cudagraph_mode  # None: not settled yet, and would become one with whole graphs
         if mode not in (CUDAGraphMode.NONE, CUDAGraphMode.PIECEWISE):
             if mode is not None:
@@ -122,28 +122,21 @@ def _prepare_supernet(vllm_config: VllmConfig, model: ModelConfig) -> None:
             compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
 
 
-def _has_choice(model: ModelConfig) -> bool:
-    return any(len(every_mixer(layer.mixer)) > 1 for layer in model.layers)
+def _compile_whole(vllm_config: VllmConfig) -> None:
+    """Unless something else is asked for, or settled as for supernets, compile the model in one piece, and keep graphs
+    for steps of decodes only.
 
-
-def _compile_whole(vllm_config: VllmConfig, model: ModelConfig) -> None:
-    """Unless something else is asked for, compile the model in one piece, and keep graphs for steps of decodes only.
-
-    vLLM's default cuts it at each operation on state, of which a layer has several, and makes a graph of every piece. In
-    steps with prompts, launching all of these was most of the host's work.
+    vLLM's default cuts it at each operation on state, of which a layer has several, and makes a graph of every piece.
+    In steps with prompts, launching all of these was most of the host's work.
     """
     from vllm.config import CompilationMode, CUDAGraphMode
     from vllm.config.vllm import OptimizationLevel
 
     compilation = vllm_config.compilation_config
-    asked = compilation.splitting_ops is not None or compilation.cudagraph_mode is not None
-    if (
-        asked
-        or compilation.use_inductor_graph_partition
-        or compilation.mode not in (None, CompilationMode.VLLM_COMPILE)
-    ):
-        return
-    if vllm_config.optimization_level < OptimizationLevel.O2 or _has_choice(model):
+    settled = compilation.splitting_ops is not None or compilation.cudagraph_mode is not None
+    otherwise = compilation.use_inductor_graph_partition or compilation.mode not in (None, CompilationMode.VLLM_COMPILE)
+    less = vllm_config.model_config.enforce_eager or vllm_config.optimization_level < OptimizationLevel.O2
+    if settled or otherwise or less:
         return
     compilation.splitting_ops, compilation.cudagraph_mode = [], CUDAGraphMode.FULL_DECODE_ONLY
     logger.info("compiled in one piece, with graphs of decode steps only; cudagraph_mode overrides this")

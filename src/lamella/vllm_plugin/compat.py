@@ -136,7 +136,7 @@ def runner_state(config: VllmConfig) -> type[Any]:
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
     from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
-    if config.cache_config.mamba_cache_mode == "none" and not num_speculative_tokens(config):
+    if config.cache_config.mamba_cache_mode == "none":  # nor are there drafts, see `speculation_is_sound`
         return DefaultModelState
 
     class WaitlessState(MambaHybridModelState):

@@ -307,10 +307,11 @@ class StateMetadata(AttentionMetadata):
 
     def _make_batch(self) -> ForwardBatch:
         requests, tokens = self.block_table.shape[0], self.num_tokens
-        if not self.query_lens and not self.spare_rows:
+        one_each = not self.query_lens and not self.spare_rows
+        if one_each:
             requests = min(requests, tokens)  # those that pad a step of decodes may have no token
         lengths, index = self.seq_lens[:requests], self.index[:tokens]
-        if not self.query_lens and not self.spare_rows:
+        if one_each:
             positions, token_request = lengths - 1, index
             starts = self.index[: tokens + 1].int()
         else:
