@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 
+from lamella.ops.backend import portable_only
 from lamella.ops.rms_norm import add_rms_norm, rms_norm
 from lamella.ops.rms_norm import reference as norm_reference
+from lamella.ops.rotary import angles, rotate, temperature
 from lamella.ops.rotary import reference as rotary_reference
-from lamella.ops.rotary import rotate
 from lamella.ops.swiglu import reference as swiglu_reference
 from lamella.ops.swiglu import swiglu
 
@@ -115,3 +117,28 @@ def test_swiglu(dtype, rows, width):
     gate, up = x.double().chunk(2, -1)
     for function in (swiglu, swiglu_reference.swiglu):
         close(function(x), gate * torch.sigmoid(gate) * up, dtype)
+
+
+def test_compiled_layers_share_the_angles_and_temperatures_of_a_step():
+    """Nothing compiled computes a sine or a logarithm again, for each head and layer."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def layers(positions, frequencies, q, k):
+        cos, sin = angles(positions, frequencies, 1.5, 7)
+        for _ in range(2):
+            q, k = rotate(q, k, cos, sin, interleaved=False)
+            q = q * temperature(positions, 0.1, 4)[:, None, None]
+        return q, k
+
+    inputs = torch.arange(9), torch.rand(4), torch.randn(9, 2, 8), torch.randn(9, 1, 8)
+    with torch.inference_mode():
+        compiled = torch.compile(layers, backend=aot_autograd(fw_compiler=backend), fullgraph=True)(*inputs)
+        with portable_only():
+            torch.testing.assert_close(compiled, layers(*inputs), rtol=0, atol=0)
+    called = [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+    assert called.count("lamella.angles.default") == 1 and called.count("lamella.temperature.default") == 2
+    assert not [name for name in called if any(function in name for function in ("sin", "cos", "log"))]

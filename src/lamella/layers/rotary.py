@@ -72,7 +72,8 @@ class Rotary:
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (T, dim / 2) fp32 of positions (T,)."""
-        return angles(positions, self.frequencies, self.magnitude, self.period)
+        cos, sin = angles(positions, self.frequencies, self.magnitude, self.period)
+        return cos, sin
 
 
 class Turn(NamedTuple):

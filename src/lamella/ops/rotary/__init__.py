@@ -1,11 +1,17 @@
-"""What queries and keys are told of their positions: the rotation, and the temperature of queries."""
+"""What queries and keys are told of their positions: the rotation, and the temperature of queries.
+
+Angles and temperatures are opaque operations to torch.compile: they are a step's, and it would compute sines and
+logarithms anew in each layer and for each head, in longer than it takes to turn queries and keys.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lamella.ops import native
 from lamella.ops.backend import use_native, use_triton
+from lamella.ops.opaque import operation
 from lamella.ops.rotary import reference
 
 
@@ -16,10 +22,17 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) ->
     return reference.rotate(q, cos, sin, interleaved), reference.rotate(k, cos, sin, interleaved)
 
 
-def angles(
-    positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None = None
-) -> tuple[Tensor, Tensor]:
+def angles(positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None = None) -> Tensor:
     """See `reference.angles`."""
+    return torch.ops.lamella.angles(positions, frequencies, magnitude, period)
+
+
+def temperature(positions: Tensor, scale: float, floor_scale: int) -> Tensor:
+    """See `reference.temperature`."""
+    return torch.ops.lamella.temperature(positions, scale, floor_scale)
+
+
+def _angles(positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None) -> Tensor:
     if use_triton(positions):
         from lamella.ops.rotary import triton
 
@@ -27,10 +40,29 @@ def angles(
     return reference.angles(positions, frequencies, magnitude, period)
 
 
-def temperature(positions: Tensor, scale: float, floor_scale: int) -> Tensor:
-    """See `reference.temperature`."""
+def _temperature(positions: Tensor, scale: float, floor_scale: int) -> Tensor:
     if use_triton(positions):
         from lamella.ops.rotary import triton
 
         return triton.temperature(positions, scale, floor_scale)
     return reference.temperature(positions, scale, floor_scale)
+
+
+def _shape_of_angles(positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None) -> Tensor:
+    return frequencies.new_empty(2, positions.shape[0], frequencies.shape[0])
+
+
+def _shape_of_temperature(positions: Tensor, scale: float, floor_scale: int) -> Tensor:
+    return positions.new_empty(positions.shape, dtype=torch.float32)
+
+
+_libraries = (
+    operation(
+        "angles(Tensor positions, Tensor frequencies, float magnitude, int? period) -> Tensor",
+        _angles,
+        _shape_of_angles,
+    ),
+    operation(
+        "temperature(Tensor positions, float scale, int floor_scale) -> Tensor", _temperature, _shape_of_temperature
+    ),
+)

@@ -10,9 +10,7 @@ from torch import Tensor
 from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, wait_for_predecessor
 
 
-def angles(
-    positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None = None
-) -> tuple[Tensor, Tensor]:
+def angles(positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None = None) -> Tensor:
     """See `reference.angles`."""
     tokens, pairs = positions.shape[0], frequencies.shape[0]
     assert frequencies.dtype == torch.float32 and frequencies.is_contiguous() and positions.is_contiguous()
@@ -23,7 +21,7 @@ def angles(
         positions, frequencies, both[0], both[1], tokens, magnitude, PERIOD=period or 0, PAIRS=pairs,
         PADDED=padded, ROWS=rows, **dependent_launch(positions),
     )  # fmt: skip
-    return both[0], both[1]
+    return both
 
 
 @triton.jit
