@@ -142,3 +142,12 @@ def test_compiled_layers_share_the_angles_and_temperatures_of_a_step():
     called = [str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
     assert called.count("lamella.angles.default") == 1 and called.count("lamella.temperature.default") == 2
     assert not [name for name in called if any(function in name for function in ("sin", "cos", "log"))]
+
+
+def test_operations_on_positions_are_what_they_are_said_to_be():
+    """Schema, tensors without data, and no output that shares memory with another."""
+    positions = torch.arange(5)
+    torch.library.opcheck(torch.ops.lamella.angles.default, (positions, torch.rand(3), 1.5, 4))
+    torch.library.opcheck(torch.ops.lamella.temperature.default, (positions, 0.1, 4))
+    cos, sin = angles(positions, torch.rand(3), 1.5)
+    assert cos.untyped_storage().data_ptr() != sin.untyped_storage().data_ptr()

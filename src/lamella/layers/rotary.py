@@ -72,8 +72,7 @@ class Rotary:
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (T, dim / 2) fp32 of positions (T,)."""
-        cos, sin = angles(positions, self.frequencies, self.magnitude, self.period)
-        return cos, sin
+        return angles(positions, self.frequencies, self.magnitude, self.period)
 
 
 class Turn(NamedTuple):

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.library import Library
 
+Result = TypeVar("Result", Tensor, tuple[Tensor, Tensor])
 
-def operation(signature: str, compute: Callable[..., Tensor], shape: Callable[..., Tensor]) -> Library:
+
+def operation(signature: str, compute: Callable[..., Result], shape: Callable[..., Result]) -> Library:
     """Make an operation of `torch.ops.lamella`, of this name and signature, by what computes it and by what it makes of
     tensors without data. It goes with the library that is returned."""
     library, name = Library("lamella", "FRAGMENT"), signature.partition("(")[0]

@@ -22,7 +22,9 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) ->
     return reference.rotate(q, cos, sin, interleaved), reference.rotate(k, cos, sin, interleaved)
 
 
-def angles(positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None = None) -> Tensor:
+def angles(
+    positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None = None
+) -> tuple[Tensor, Tensor]:
     """See `reference.angles`."""
     return torch.ops.lamella.angles(positions, frequencies, magnitude, period)
 
@@ -32,7 +34,7 @@ def temperature(positions: Tensor, scale: float, floor_scale: int) -> Tensor:
     return torch.ops.lamella.temperature(positions, scale, floor_scale)
 
 
-def _angles(positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None) -> Tensor:
+def _angles(positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None) -> tuple[Tensor, Tensor]:
     if use_triton(positions):
         from lamella.ops.rotary import triton
 
@@ -48,8 +50,11 @@ def _temperature(positions: Tensor, scale: float, floor_scale: int) -> Tensor:
     return reference.temperature(positions, scale, floor_scale)
 
 
-def _shape_of_angles(positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None) -> Tensor:
-    return frequencies.new_empty(2, positions.shape[0], frequencies.shape[0])
+def _shapes_of_angles(
+    positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None
+) -> tuple[Tensor, Tensor]:
+    cos, sin = (frequencies.new_empty(positions.shape[0], frequencies.shape[0]) for _ in range(2))
+    return cos, sin
 
 
 def _shape_of_temperature(positions: Tensor, scale: float, floor_scale: int) -> Tensor:
@@ -58,9 +63,9 @@ def _shape_of_temperature(positions: Tensor, scale: float, floor_scale: int) -> 
 
 _libraries = (
     operation(
-        "angles(Tensor positions, Tensor frequencies, float magnitude, int? period) -> Tensor",
+        "angles(Tensor positions, Tensor frequencies, float magnitude, int? period) -> (Tensor, Tensor)",
         _angles,
-        _shape_of_angles,
+        _shapes_of_angles,
     ),
     operation(
         "temperature(Tensor positions, float scale, int floor_scale) -> Tensor", _temperature, _shape_of_temperature

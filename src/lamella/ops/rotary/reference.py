@@ -23,15 +23,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((turned.to(x.dtype), rest), dim=-1)
 
 
-def angles(positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None = None) -> Tensor:
-    """`magnitude` times cos and sin, (2, T, P) fp32, of positions (T,) int64 times frequencies (P,) fp32.
+def angles(
+    positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`magnitude` times cos and sin (T, P) fp32 of positions (T,) int64 times frequencies (P,) fp32.
 
     With a `period`, of the positions modulo it, whose angles are as exact at a million as at the start.
     """
     if period is not None:
         positions = positions % period
     turns = positions.float()[:, None] * frequencies
-    return torch.stack((turns.cos(), turns.sin())) * magnitude
+    return turns.cos() * magnitude, turns.sin() * magnitude
 
 
 def temperature(positions: Tensor, scale: float, floor_scale: int) -> Tensor:

@@ -10,18 +10,21 @@ from torch import Tensor
 from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, wait_for_predecessor
 
 
-def angles(positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None = None) -> Tensor:
+def angles(
+    positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None = None
+) -> tuple[Tensor, Tensor]:
     """See `reference.angles`."""
     tokens, pairs = positions.shape[0], frequencies.shape[0]
     assert frequencies.dtype == torch.float32 and frequencies.is_contiguous() and positions.is_contiguous()
-    both = torch.empty(2, tokens, pairs, dtype=torch.float32, device=positions.device)
+    # No views of one tensor: outputs of an operation must not share memory.
+    cos, sin = (torch.empty(tokens, pairs, dtype=torch.float32, device=positions.device) for _ in range(2))
     padded = next_power_of_2(pairs)
     rows = max(1, 512 // padded)
     _angles[(cdiv(tokens, rows),)](
-        positions, frequencies, both[0], both[1], tokens, magnitude, PERIOD=period or 0, PAIRS=pairs,
+        positions, frequencies, cos, sin, tokens, magnitude, PERIOD=period or 0, PAIRS=pairs,
         PADDED=padded, ROWS=rows, **dependent_launch(positions),
     )  # fmt: skip
-    return both
+    return cos, sin
 
 
 @triton.jit
