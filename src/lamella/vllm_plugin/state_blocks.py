@@ -16,26 +16,22 @@ from lamella.vllm_plugin import compat
 
 
 class StateManager(MambaManager):
-    """vLLM's manager, but quick where nothing is to be done: it is asked for each request in each step. Arguments are
-    passed on where they differ among versions."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        # So many tokens of a request need no more than its first blocks.
-        self._tokens_of_first = self.block_size if self.mamba_cache_mode == "none" else 0
+    """vLLM's manager, but quick where nothing is to be done. Arguments are passed on: they differ among versions."""
 
     def _is_served(self, request_id: str, num_tokens: int) -> bool:
-        return num_tokens <= self._tokens_of_first and bool(self.req_to_blocks.get(request_id))
+        """Whether the request has all blocks that it will ever have."""
+        once = self.mamba_cache_mode == "none" and num_tokens <= self.block_size
+        return once and bool(self.req_to_blocks.get(request_id))
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *more: Any, **options: Any) -> int:
         if self._is_served(request_id, num_tokens):
             return 0
         return super().get_num_blocks_to_allocate(request_id, num_tokens, *more, **options)
 
-    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[Any]:
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, *more: Any, **options: Any) -> list[Any]:
         if self._is_served(request_id, num_tokens):
             return []
-        return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        return super().allocate_new_blocks(request_id, num_tokens, *more, **options)
 
     def remove_skipped_blocks(self, *arguments: Any, **options: Any) -> None:
         if self.mamba_cache_mode != "none":  # else there are no earlier ones

@@ -26,12 +26,16 @@ def angles(
     positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """See `reference.angles`."""
-    return torch.ops.lamella.angles(positions, frequencies, magnitude, period)
+    if torch.compiler.is_compiling():
+        return torch.ops.lamella.angles(positions, frequencies, magnitude, period)
+    return _angles(positions, frequencies, magnitude, period)
 
 
 def temperature(positions: Tensor, scale: float, floor_scale: int) -> Tensor:
     """See `reference.temperature`."""
-    return torch.ops.lamella.temperature(positions, scale, floor_scale)
+    if torch.compiler.is_compiling():
+        return torch.ops.lamella.temperature(positions, scale, floor_scale)
+    return _temperature(positions, scale, floor_scale)
 
 
 def _angles(positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None) -> tuple[Tensor, Tensor]:
