@@ -8,7 +8,7 @@ import pytest
 
 from helpers import canon_checkpoint, random_prompts
 from lamella import LLM, AsyncLLM, SamplingParams
-from lamella.errors import ParameterError
+from lamella.errors import ClosedError, ParameterError
 
 PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = random_prompts([3, 1, 20, 7, 40, 2])
@@ -130,7 +130,7 @@ def test_shutdown_ends_what_runs(folder):
         await asyncio.get_running_loop().run_in_executor(None, llm.shutdown)
         outputs = await asyncio.wait_for(task, timeout=30)
         assert outputs[-1].outputs[0].finish_reason == "abort"
-        with pytest.raises(RuntimeError, match="shut down"):
+        with pytest.raises(ClosedError, match="shut down"):
             await collect(llm, PROMPTS[0])
 
     asyncio.run(main())

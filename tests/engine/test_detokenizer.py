@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from lamella.engine.detokenizer import IncrementalDetokenizer
 from lamella.engine.sampling_params import SamplingParams
 from lamella.engine.tokenizer import Tokenizer
-from lamella.errors import LamellaError
+from lamella.errors import CheckpointError
 
 WORDS = ["hello", "world", " hello", " world", "STOP", "ab", "bc", " a", "é", "日本", "👩", "\U0001f469\u200d"]
 
@@ -269,7 +269,7 @@ def test_tokenizer_files(tmp_path: Path):
     assert loaded.decode(ids, skip_special_tokens=False).startswith("<s>hello")
     assert loaded.token_text(ids[0]) == "<s>" and loaded.token_text(10**6) == ""
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(LamellaError, match=r"cannot read .*tokenizer\.json"):
+    with pytest.raises(CheckpointError, match=r"cannot read .*tokenizer\.json"):
         Tokenizer.load(tmp_path)
 
 

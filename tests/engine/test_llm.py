@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from helpers import VOCAB, canon_checkpoint, random_prompts
 from lamella import LLM, SamplingParams
-from lamella.errors import ConfigError, LamellaError, ParameterError
+from lamella.errors import ConfigError, ParameterError
 
 PROMPT = {"prompt_token_ids": [5, 6, 7, 8]}
 
@@ -253,10 +253,6 @@ def test_generation_config_adds_ends_of_text(folder, tmp_path):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 9]}))
     assert LLM(tmp_path, device="cpu").engine.eos_token_ids == (3, 4, 9)
-
-
-def test_errors_are_value_errors():
-    assert issubclass(LamellaError, ValueError)
 
 
 def test_dummy_weights_need_only_a_config(folder, tmp_path):

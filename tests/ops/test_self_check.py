@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from lamella.errors import KernelError
 from lamella.ops import backend, sampling, self_check
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,7 +50,7 @@ def test_a_wrong_kernel_is_named(op, monkeypatch):
 
     monkeypatch.setattr(module, KERNELS[op], wrong)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "this machine")
-    with pytest.raises(self_check.KernelError, match=r"differs from its reference by .* on this machine .*refusing"):
+    with pytest.raises(KernelError, match=r"differs from its reference by .* on this machine .*refusing"):
         self_check.self_check(torch.float32, DEVICE)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from lamella.checkpoint.files import open_checkpoint
 from lamella.config import ModelConfig, placed, read_placement
 from lamella.engine.compiled import MIN_TOKENS, CompiledModel, make_opaque
-from lamella.errors import LamellaError
+from lamella.errors import EngineError
 from lamella.layers.context import ForwardBatch, forward_batch
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import LocalKit
@@ -70,7 +70,7 @@ def compile_costs(model: str, layers: Sequence[int] = (), placement: str | None 
     """Of each form in turn, for the model's stack and, with `layers`, for stacks of so many layers, which repeat the
     model's; of a supernet, under a placement.
 
-    Raises `ConfigError` or `CheckpointError` where there is no such model, and `LamellaError` where a form fails.
+    Raises `ConfigError` or `CheckpointError` where there is no such model, and `EngineError` where a form fails.
     """
     config = open_checkpoint(model).read_config()
     read_placement(placement, config)
@@ -81,7 +81,7 @@ def compile_costs(model: str, layers: Sequence[int] = (), placement: str | None 
             done = subprocess.run(command, env=os.environ | _ALONE, capture_output=True, text=True, check=False)
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-                raise LamellaError(f"compiling, {form}, {depth} layers: {last}")
+                raise EngineError(f"compiling, {form}, {depth} layers: {last}")
             yield CompileCost(**json.loads(done.stdout.splitlines()[-1]))
 
 

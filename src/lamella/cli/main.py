@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import lamella
-from lamella.errors import LamellaError, WorkerError
+from lamella.errors import LamellaError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Each subcommand's module is imported when it runs, so that `--help` does not wait for torch.
         return import_module(f"lamella.cli.{args.module}").run(args)
-    except (LamellaError, WorkerError) as error:
+    except LamellaError as error:
         if args.debug:
             raise
         print(f"lamella: {error}", file=sys.stderr)

@@ -18,6 +18,7 @@ from lamella.engine.options import EngineOptions
 from lamella.engine.outputs import RequestOutput
 from lamella.engine.prompt import Prompt
 from lamella.engine.sampling_params import SamplingParams
+from lamella.errors import ClosedError
 
 logger = logging.getLogger("lamella")
 
@@ -130,7 +131,7 @@ class AsyncLLM:
     def _order(self, what: Callable[[], None]) -> None:
         with self._wake:
             if self._closing:
-                raise RuntimeError("the engine has been shut down")
+                raise ClosedError("the engine has been shut down")
             self._orders.append(what)
             self._wake.notify()
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lamella.errors import LamellaError
+from lamella.errors import CheckpointError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -34,7 +34,7 @@ class Tokenizer:
         """The tokenizer of a model directory, None where there is no `tokenizer.json`.
 
         Raises:
-            LamellaError: the file cannot be read as a tokenizer.
+            CheckpointError: the file cannot be read as a tokenizer.
         """
         path = directory / "tokenizer.json"
         if not path.is_file():
@@ -44,7 +44,7 @@ class Tokenizer:
         try:
             return cls(tokenizers.Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises plain Exception
-            raise LamellaError(f"cannot read {path}: {error}") from error
+            raise CheckpointError(f"cannot read {path}: {error}") from error
 
     def token_id(self, token: str) -> int | None:
         """The id of a token, by its text in the vocabulary; None where there is no such token."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lamella.errors import KernelError
 from lamella.ops.attention import reference as attention_reference
 from lamella.ops.backend import use_triton
 from lamella.ops.delta_rule import reference as delta_reference
@@ -26,10 +27,6 @@ from lamella.ops.swiglu import reference as swiglu_reference
 # How far a result may be from its reference, in units of the reference's root mean square.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _PAGE = 4
-
-
-class KernelError(RuntimeError):
-    """A kernel does not compute what its reference does on this machine."""
 
 
 @torch.inference_mode()
