@@ -88,7 +88,8 @@ class CutPart(BatchPart):
         return cls(ForwardBatch(ragged, pages, slots, space), tokens, whole.num_tokens)
 
     def positions(self, whole: Positions) -> Positions:
-        return whole.rows(self.tokens)
+        # One object for all layers that share the part, so that each kind of angles is computed once.
+        return self.batch.once("positions", lambda: whole.rows(self.tokens))
 
     def take(self, x: Tensor) -> Tensor:
         return x[self.tokens]

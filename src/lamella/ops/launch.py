@@ -1,4 +1,34 @@
-"""How our Triton kernels are launched, compiled or in Triton's interpreter."""
+"""Launch Triton kernels, compiled or in Triton's interpreter.
+
+Programmatic dependent launch (PDL): what a kernel may read before its wait
+---------------------------------------------------------------------------
+A kernel launched with `dependent_launch` may start while earlier launches of its stream still run. Only after its wait
+is everything that those launches wrote complete and visible. How far back unfinished launches reach depends on when the
+launch directly ahead lets its successor start:
+
+=======================================================  =====================================================
+launch directly ahead                                    may be unfinished when this kernel starts
+=======================================================  =====================================================
+Triton kernel that calls `wait_for_predecessor`          that launch
+Triton kernel that calls `start_successor` before        that launch, and all that may be unfinished when *it*
+`wait` (products in `ops/linear`, `norm_short_conv`      starts
+with `early`)
+any other kernel (PyTorch's, FlashInfer's)               its writes, which may not be visible yet
+=======================================================  =====================================================
+
+So before its wait a kernel may read
+
+* weights and other constants;
+* a step's inputs (slot mapping, block tables, slots, positions), since the step's embedding lies between: they are
+  copied to the device before the first layer;
+* state of earlier tokens (cached keys and values, convolution history), for the same reason;
+* an attention plan, behind which `plan_decode` launches an ordinary kernel.
+
+Everything that a layer computes within the step (projections, angles, temperatures) is read after the wait, even where
+it is computed once for many layers: in the layer that computes it, its launch is directly ahead. Nothing is written
+before the wait, and at least one program of each kernel waits. `tests/ops/test_dependent_launch.py` checks these rules
+in Triton's interpreter, for a step of every kind of model.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +42,9 @@ from torch import Tensor
 
 
 def dependent_launch(x: Tensor) -> dict[str, Any]:
-    """Keyword arguments that let a kernel on `x` start while the one ahead of it in the stream still runs.
+    """Return keyword arguments that let a kernel on `x` start while the one ahead of it in the stream still runs.
 
-    The kernel takes a constexpr `PDL`, and calls `wait_for_predecessor` before it touches anything that the kernel
-    ahead of it may write ("programmatic dependent launch", compute capability 9.0 on).
+    The kernel takes a constexpr `PDL` and follows the rules of this module's docstring. Compute capability 9.0 on.
     """
     if x.is_cuda and _has_dependent_launch(x.device):
         return {"PDL": True, "launch_pdl": True}
@@ -42,25 +71,20 @@ def next_power_of_2(n: int) -> int:
 
 @triton.jit
 def wait_for_predecessor(PDL: tl.constexpr):
-    """Wait until all that the kernel ahead has written can be read; only then may the kernel behind start.
-
-    So when a kernel starts behind one that waits like this, everything is complete but that one: before its own wait it
-    may read weights, and whatever was written earlier than by the kernel directly ahead of it. Every program of every
-    kernel must wait.
-    """
+    """Wait until all earlier launches are complete and visible; only then let the next kernel start."""
     wait(PDL)
     start_successor(PDL)
 
 
 @triton.jit
 def start_successor(PDL: tl.constexpr):
-    """The kernel behind may start. Where this comes before the wait, it may read only weights before its own."""
+    """Let the next kernel start. Called before `wait`, it extends what that kernel must not read before its wait."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def wait(PDL: tl.constexpr):
-    """Wait until all that the kernel ahead has written can be read."""
+    """Wait until all earlier launches are complete and visible."""
     if PDL:
         tl.extra.cuda.gdc_wait()

@@ -1,8 +1,8 @@
 """What `ops/qkv` prepares and attention over paged keys and values in one launch, for steps of few requests.
 
-With few requests a step is one wait after another, not work. So all that the launch ahead does not write is read before
-that launch has ended: the plan, page ids, and the keys and values of older tokens. The new token's query, key and value
-never take the way through memory; every program prepares those it needs.
+With few requests a step is latency-bound. So the kernel loads what no recent launch can write before it waits for the
+launch ahead of it: the plan, block ids, and the keys and values of older tokens. The new token's query, key and value
+never go through memory; every program prepares those it needs.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def decode_prepared(
     Norms, angles, `q_scale`, caches and `rows` as in ops/qkv/reference.py, page_table (R, P) int32 as in
     reference.paged_attention; the requests are those of `plan_decode`, with this `window`. The rows `rows` of the
     caches are replaced in place: v as it is, k as `prepare_qkv` would, but that a norm may be rounded the other way.
-    The workspace is overwritten. The launch directly ahead in the stream may write qkv, and nothing else read here.
+    The workspace is overwritten. Read before the wait (see `lamella.ops.launch`): the plan, the slot mapping `rows`,
+    page_table, the norms' weights, and the keys and values of older tokens.
     """
     requests, pairs = qkv.shape[0], 0 if cos is None else cos.shape[1]
     assert qkv.shape == (requests, (num_heads + 2 * num_kv_heads) * head_dim) and qkv.stride(1) == 1
@@ -195,13 +196,8 @@ def _decode_prepared(
         else:
             partners, angles, second = (channels + PAIRS) % (2 * PAIRS), channels % PAIRS, channels >= PAIRS
         angles += request * PAIRS
-        cos = tl.load(cos_ptr + angles, mask=turned, other=1.0)
-        sin = tl.load(sin_ptr + angles, mask=turned, other=0.0)
-        sin = tl.where(second & turned, sin, -sin)
     q_gains = _load_gains(q_norm, channels, partners, inside, turned)
     k_gains = _load_gains(k_norm, channels, partners, inside, turned)
-    if q_scale_ptr is not None:
-        q_scale = tl.load(q_scale_ptr + request)
     cache_row = tl.load(rows_ptr + request, mask=newest, other=0) * row_stride
     pages_ptr = table_ptr + request.to(tl.int64) * table_stride
     k_ptr += kv_head * head_stride
@@ -216,6 +212,14 @@ def _decode_prepared(
     new_v_ptr = new_k_ptr + KV_HEADS * DIM
     q = tl.load(q_ptr + cells, mask=cell_mask, other=0.0)
     q_partner = tl.load(q_ptr + rows[:, None] * DIM + partners, mask=cell_mask & turned, other=0.0)
+    # A step's first layer of each kind computes its angles and temperatures directly ahead of this launch, so these
+    # loads must follow the wait.
+    if PAIRS > 0:
+        cos = tl.load(cos_ptr + angles, mask=turned, other=1.0)
+        sin = tl.load(sin_ptr + angles, mask=turned, other=0.0)
+        sin = tl.where(second & turned, sin, -sin)
+    if q_scale_ptr is not None:
+        q_scale = tl.load(q_scale_ptr + request)
     new_k = tl.load(new_k_ptr + channels, mask=inside & newest, other=0.0)
     k_partner = tl.load(new_k_ptr + partners, mask=turned & newest, other=0.0)
     new_v = tl.load(new_v_ptr + channels, mask=inside & newest, other=0.0)
