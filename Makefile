@@ -1,5 +1,5 @@
-# make demo and make test do all the set-up that they need: a virtual environment here, packages from the registry.
-# Where there is no NVIDIA GPU, torch's CPU build is taken.
+# Every target does all the set-up that it needs: a virtual environment here, packages from the registry. Where there is
+# no NVIDIA GPU, torch's CPU build is taken. CONTRIBUTING.md says what each tier of tests is for.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,21 +8,40 @@ READY := $(VENV)/.ready
 VLLM_VENV ?= .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 
-.PHONY: demo test test-vllm lint setup clean
+# Test processes side by side, with one thread each; one file's tests share a process and its models.
+WORKERS ?= auto
+PARALLEL := -n $(WORKERS) --dist loadfile
+UNIT = $(shell grep -rl --include='test_*.py' 'pytest.mark.unit' tests)
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo check test test-vllm test-all mutate lint setup clean
 
 demo: setup
 	$(BIN)/lamella demo
 
+check: setup lint
+	$(BIN)/python -m pytest $(PARALLEL) -q -m unit $(UNIT) $(PYTEST_ARGS)
+
 test: setup lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
 
 # The plugin, inside vLLM's CPU build, which has an environment of its own.
 test-vllm: $(VLLM_READY)
-	scripts/test_vllm.sh $(VLLM_VENV)/bin/python $(PYTEST_ARGS)
+	scripts/test_vllm.sh $(VLLM_VENV)/bin/python $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
+
+# Everything, with what is marked slow.
+test-all: setup lint $(VLLM_READY)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+	scripts/test_vllm.sh $(VLLM_VENV)/bin/python $(PARALLEL) $(PYTEST_ARGS)
+
+# Do the tests notice faults? See docs/testing.md.
+mutate: setup
+	$(BIN)/python scripts/mutate.py $(MUTATE_ARGS)
 
 lint: setup
-	$(BIN)/ruff check src tests examples benchmarks
-	$(BIN)/ruff format --check src tests examples benchmarks
+	$(BIN)/ruff check src tests examples benchmarks scripts
+	$(BIN)/ruff format --check src tests examples benchmarks scripts
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 setup: $(READY)

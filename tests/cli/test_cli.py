@@ -100,11 +100,11 @@ def test_generate_takes_image_files(tmp_path, capsys, monkeypatch):
 
 
 def test_the_demo_tour(capsys):
-    assert main(["demo", "--questions", "150"]) == 0
+    assert main(["demo", "--questions", "60"]) == 0
     out = capsys.readouterr().out
-    for shown in ("canon A", "floor of a decode step", "150 held-out questions", "all as it should be"):
+    for shown in ("canon A", "floor of a decode step", "60 held-out questions", "all as it should be"):
         assert shown in out
-    assert main(["demo", "--questions", "150", "--json"]) == 0
+    assert main(["demo", "--questions", "60", "--json"]) == 0
     result = last_json(capsys)
     assert result["passed"]
     assert set(result["accuracy"]) == {"3", "16", "64", "2048"}
@@ -202,6 +202,17 @@ def test_cuda_is_refused_where_there_is_none(folder, capsys):
     assert "device='cuda'" in capsys.readouterr().err
 
 
+def test_inspect_shows_what_the_engines_form_compiles(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lamella.bench.compile.FORMS", {"lamella": None})
+    monkeypatch.setattr("lamella.bench.compile._ALONE", {})
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA4))
+    assert main(["inspect", str(tmp_path), "--compile", "--layers", "4", "--json"]) == 0
+    (ours,) = last_json(capsys)["compile"]
+    assert (ours["layers"], ours["graphs"], ours["recompiles"], ours["gave_up"]) == (4, 3, [], False)
+    assert ours["difference"] <= LIMIT
+
+
+@pytest.mark.slow
 def test_inspect_compiles_in_every_form(tmp_path, capsys, monkeypatch):
     """The engine's and each layer by itself, at twice the depth, without the time that a start without caches takes."""
     monkeypatch.setattr("lamella.bench.compile.FORMS", {"lamella": None, "each layer": None})

@@ -21,6 +21,8 @@ from lamella.errors import ConfigError
 from lamella.layers.kit import LocalKit, state_holders
 from lamella.models import resolve_architecture
 
+pytestmark = pytest.mark.unit
+
 
 class Table:
     """Where the ranks of one process, a thread each, put their tensors for the others."""

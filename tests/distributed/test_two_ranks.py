@@ -15,6 +15,7 @@ from functools import partial
 import pytest
 import torch
 
+from covering import mostly_slow
 from helpers import canon_checkpoint, hf_checkpoint, random_prompts
 from lamella import LLM, AsyncLLM, SamplingParams
 from lamella.engine.engine import Engine
@@ -176,7 +177,7 @@ def test_cancelled_requests_are_forgotten_by_all_ranks(engines):
     assert len(recorder._told) <= 4
 
 
-@pytest.mark.parametrize("pair", ["llama4"], indirect=True)
+@pytest.mark.parametrize("pair", mostly_slow(["canon", "llama4"], fast=["canon"]), indirect=True)
 def test_ranks_compile_the_same_programs(pair):
     """Sums over ranks included."""
     one, _ = pair

@@ -12,6 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from apriel2_models import ATTENTION, MIXERS, checkpoint, fixed, pattern
+from covering import mostly_slow
 from helpers import VOCAB, canon_config, poisoned_llm, random_prompts, randomize, save_lamella
 from image_models import image, image_checkpoint, image_prompt
 from lamella import LLM, SamplingParams
@@ -87,7 +88,7 @@ def logprobs(outputs: list) -> torch.Tensor:
     return torch.tensor([[row[index].logprob for index in range(VOCAB)] for row in rows])
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", mostly_slow(list(KINDS), fast=["maverick", "canon", "all mixers"]))
 def test_there_is_a_program_for_each_kind_of_block_however_deep_the_stack(name):
     make, kinds = KINDS[name]
     for layers in (5, 9):

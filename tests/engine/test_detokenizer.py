@@ -11,6 +11,8 @@ from lamella.engine.sampling_params import SamplingParams
 from lamella.engine.tokenizer import Tokenizer
 from lamella.errors import CheckpointError
 
+pytestmark = pytest.mark.unit
+
 WORDS = ["hello", "world", " hello", " world", "STOP", "ab", "bc", " a", "é", "日本", "👩", "\U0001f469\u200d"]
 
 

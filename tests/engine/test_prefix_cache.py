@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import Llama4TextConfig, LlamaConfig, Qwen3Config
 
+from covering import covering
 from helpers import canon_checkpoint, hf_checkpoint, poisoned_llm, random_prompts
 from lamella import LLM, SamplingParams
 from lamella.errors import ConfigError, ParameterError
@@ -84,10 +85,11 @@ def same(ours, theirs) -> bool:
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_path_is_right_with_states(folder, dtype):
+@covering({"model": list(MODELS), "dtype": ["float32", "bfloat16"]}, strength=1)
+def test_every_path_is_right_with_states(model, dtype, tmp_path):
     """The kit's matrix: hits at and inside pages, of running requests, evicted, after preemption, in conversations."""
-    matrix = paths(folder, dtype=dtype, device="cpu", prompts="random", count=1, prompt_len=40, decode_len=8)
+    MODELS[model](tmp_path)
+    matrix = paths(tmp_path, dtype=dtype, device="cpu", prompts="random", count=1, prompt_len=40, decode_len=8)
     assert not matrix.failures, matrix.failures
     prefix = [cell for cell in matrix.cells if "prefix" in cell.path or "turn" in cell.path]
     at_chunks = [cell for cell in prefix if "at a chunk's end" in cell.path]

@@ -9,6 +9,8 @@ from lamella.engine import sampler
 from lamella.engine.sampler import SamplingRow, prompt_logprobs, sample, uniform
 from lamella.engine.sampling_params import SamplingParams
 
+pytestmark = pytest.mark.unit
+
 VOCAB = 37
 
 

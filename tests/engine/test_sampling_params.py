@@ -5,6 +5,8 @@ import pytest
 from lamella.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from lamella.errors import LamellaError, ParameterError
 
+pytestmark = pytest.mark.unit
+
 
 def test_defaults():
     params = SamplingParams()

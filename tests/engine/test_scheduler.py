@@ -18,6 +18,8 @@ from lamella.state.manager import StateManager
 from lamella.state.pool import Pool
 from lamella.state.spec import PagedState
 
+pytestmark = pytest.mark.unit
+
 PAGE = 4
 FULL = PagedState(1, 8, torch.float32)
 WINDOWED = PagedState(1, 8, torch.float32, window=6)
@@ -148,7 +150,7 @@ class Fuzz:
             for index in range(len(groups))
         ]
         self.state = StateManager(groups, pages, seqs + rng.choice([0, 1, 4]), PAGE, slots)
-        self.scheduler = Scheduler(self.state, seqs, budget, rng.choice([None, None, 1, 3]))
+        self.scheduler = Scheduler(self.state, seqs, budget, rng.choice([None, None, 1, 3]), "always")
         self.texts: list[list[int]] = [[]]
         self.alive: dict[Request, int] = {}  # in order of arrival, with the step by which it must have ended
         self.ended: dict[Request, str] = {}

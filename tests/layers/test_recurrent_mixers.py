@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from covering import covering
 from lamella.config import GatedDeltaNetConfig, KimiDeltaConfig, MambaConfig, NormConfig
 from lamella.layers.block_input import BlockInput
 from lamella.layers.context import ForwardBatch, forward_batch
@@ -73,10 +74,13 @@ SMALL["mamba (256,64) repeated behind"] = GRID["mamba (256,64) repeated behind"]
 Mixer = GatedDeltaNetConfig | KimiDeltaConfig | MambaConfig
 
 
-@pytest.fixture(params=["native", "torch"], autouse=True)
+BACKENDS = {"native": nullcontext, "torch": portable_only}
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
 def backend(request) -> Iterator[None]:
     """By the kernels that serve here, and by plain torch."""
-    with portable_only() if request.param == "torch" else nullcontext():
+    with BACKENDS[request.param]():
         yield
 
 
@@ -145,10 +149,14 @@ def phases(prompt: int, steps: int, second: int) -> list[int]:
     return list(accumulate([prompt, *[1] * steps, second]))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "hidden_size"), [(torch.float32, 256), (torch.float32, 512), (torch.bfloat16, 512)], ids=str
+@covering(
+    {
+        "name": list(GRID),
+        "dtype,hidden_size": [(torch.float32, 256), (torch.float32, 512), (torch.bfloat16, 512)],
+        "backend": list(BACKENDS),
+    },
+    indirect=["backend"],
 )
-@pytest.mark.parametrize("name", GRID)
 def test_three_phases_are_one_forward(name, hidden_size, dtype):
     """Outputs, windows and matrices, for 1, 2 and 4 requests of different lengths at a time."""
     module = built(GRID[name], hidden_size, dtype)

@@ -7,6 +7,7 @@ import torch
 from apriel2_oracle import Apriel2Oracle
 
 from apriel2_models import ATTENTION, MIXERS, SUPERNET, checkpoint, fixed, pattern
+from covering import covering, mostly_slow
 from helpers import assert_engine_parity, assert_plain_parity, logprobs, plain_logits
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.parity import assert_parity, compare
@@ -86,8 +87,9 @@ def test_the_double_bias_of_mamba_shows(tmp_path):
     assert (logprobs(oracle(ids)) - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["gdn", "kda", "mamba", "sliding window", "every5th kda"])
+@covering(
+    {"name": ["gdn", "kda", "mamba", "sliding window", "every5th kda"], "dtype": ["float32", "bfloat16"]}, strength=1
+)
 def test_parity_kit(tmp_path, name, dtype):
     """Every path, states included, every operation, and bf16 no further from the truth than the reference's own."""
     values = MODELS.get(name) or pattern(["attention"] * 4 + ["kda"])
@@ -95,7 +97,9 @@ def test_parity_kit(tmp_path, name, dtype):
     assert_parity(str(folder), dtype=dtype, prompts="random", count=8)
 
 
-@pytest.mark.parametrize("placement", [None, "all-gdn", "gdn,kda,mamba", "swa,attention,kda"])
+@pytest.mark.parametrize(
+    "placement", mostly_slow([None, "all-gdn", "gdn,kda,mamba", "swa,attention,kda"], fast=["gdn,kda,mamba"])
+)
 def test_parity_kit_of_a_supernet(tmp_path, placement):
     folder = checkpoint(tmp_path, fixed(SUPERNET, layers=3))
     assert_parity(str(folder), dtype="bfloat16", prompts="random", count=8, placement=placement)

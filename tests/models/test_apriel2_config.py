@@ -39,6 +39,8 @@ from lamella.layers.rotary import inverse_frequencies
 from lamella.models import Apriel2ForCausalLM, resolve_architecture
 from lamella.models.hf_config import HFConfig
 
+pytestmark = pytest.mark.unit
+
 FILE = "folder/config.json"
 BLOCKS = "model.decoder.blocks"
 BIAS = {"bias": {"enabled": True}}

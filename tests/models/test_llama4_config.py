@@ -11,6 +11,8 @@ from lamella.errors import ConfigError
 from lamella.models import Llama4ForCausalLM, Llama4ForConditionalGeneration
 from lamella.models.hf_config import HFConfig
 
+pytestmark = pytest.mark.unit
+
 BASE = {
     "architectures": ["Llama4ForCausalLM"],
     "model_type": "llama4_text",

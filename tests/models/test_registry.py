@@ -14,6 +14,8 @@ from lamella.errors import ConfigError
 from lamella.models import CausalLM, architectures, register_architecture, registry, resolve_architecture
 from lamella.models.hf_config import read_model
 
+pytestmark = pytest.mark.unit
+
 BUILT_IN = [
     "Apriel2ForCausalLM",
     "Apriel2ForConditionalGeneration",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from covering import covering
 from lamella.ops.moe import experts as dispatched
 from lamella.ops.moe import reference, segments
 
@@ -123,9 +124,7 @@ def test_gradients_pass():
 
 
 @triton_only
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("with_base", [True, False])
+@covering({"shape": SHAPES, "dtype": DTYPES, "with_base": [True, False]})
 def test_grouped(shape, dtype, with_base):
     case = Case(shape, dtype, with_base)
     small = grouped.Settings(16, 16, 16, 4, 1)

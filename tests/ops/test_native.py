@@ -489,3 +489,19 @@ def test_failed_build_is_one_warning(tmp_path: Path) -> None:
     assert "[False, False, False]" in output
     assert output.count("WARNING:lamella") == 1
     assert "no-such-march" in output
+
+
+def test_processes_that_start_at_once_compile_once(tmp_path: Path) -> None:
+    compiler, log = tmp_path / "compiler", tmp_path / "log"
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *--version*) echo 1; exit;; *" -c "*) echo compiled >> {log}; sleep 0.5;; esac\n'
+        'for last; do true; done\necho > "$last"\n'
+    )
+    compiler.chmod(0o755)
+    code = "from lamella.ops import native; print(native._build())"
+    environment = os.environ | {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    libraries = {process.communicate(timeout=120)[0].strip() for process in processes}
+    assert len(libraries) == 1 and Path(libraries.pop()).exists()
+    assert log.read_text() == "compiled\n"

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from covering import covering, mostly_slow
 from lamella.ops.attention import reference
 from lamella.ops.attention import triton as decode
 from lamella.ops.attention import triton_prefill as prefill
@@ -184,7 +185,7 @@ def test_plan_queues_every_chunk_once_and_the_longest_first(window):
         assert {first[i] for i in mine} == {part[mine[0]]} and {parts[i] for i in mine} == {len(mine)}
 
 
-@pytest.mark.parametrize("length", [1, 128, 700, 9000])
+@pytest.mark.parametrize("length", mostly_slow([1, 128, 700, 9000], fast=[1, 128, 700]))
 @pytest.mark.parametrize("requests", [1, 8, 9, 20])
 def test_max_items_bounds_every_plan(requests, length):
     """Whatever the step: as long as the bound allows, and with fewer requests too."""
@@ -197,8 +198,7 @@ def test_max_items_bounds_every_plan(requests, length):
 RAGGED = [([3, 1, 20], [50, 7, 20]), ([40], [75])]  # new and all tokens
 
 
-@pytest.mark.parametrize(("shape", "dtype", "window"), CASES)
-@pytest.mark.parametrize(("new", "context"), RAGGED)
+@covering({"shape,dtype,window": CASES, "new,context": RAGGED}, strength=1)
 def test_prefill(new, context, shape, dtype, window):
     heads, kv_heads, dim, page = shape
     q, k_cache, v_cache, table, batch = random_case(new, context, heads, kv_heads, dim, page, window, dtype)
@@ -275,8 +275,7 @@ def test_decode_in_chunks(chunk):
         assert seen == list(range((length - 1) // chunk * chunk, length))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("chunk", [1, 7, 16, 64, 500])
+@covering({"chunk": [1, 7, 16, 64, 500], "dtype": [torch.float32, torch.bfloat16]}, strength=1)
 def test_prefill_in_chunks(chunk, dtype):
     new, context = [5, 33, 40, 1, 16], [5, 70, 101, 49, 64]
     q, k_cache, v_cache, table, batch = random_case(new, context, 4, 2, 16, 8, None, dtype, chunk=chunk)

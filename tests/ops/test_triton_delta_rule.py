@@ -13,12 +13,12 @@ from lamella.ops.delta_rule import reference
 
 pytest.importorskip("triton")
 
+from covering import covering
 from lamella.ops.delta_rule import fla
 from lamella.ops.delta_rule.triton import delta_rule, gates
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GATES = pytest.mark.parametrize("by_channel", [False, True], ids=["by_head", "by_channel"])
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 BATCHES = {
     "decode": ([1, 1, 1], [1, 2, 40]),
     "mixed": ([1, 1, 2, 5, 1], [7, 1, 3, 5, 2]),
@@ -37,10 +37,14 @@ def check(case, function=delta_rule, tolerance=2e-5, **changes):
             case.check_pages(pages)
 
 
-@DTYPES
-@GATES
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize(("heads", "dims"), [((1, 2), (12, 20)), ((1, 1), (5, 3)), ((2, 2), (16, 16))])
+@covering(
+    {
+        "heads,dims": [((1, 2), (12, 20)), ((1, 1), (5, 3)), ((2, 2), (16, 16))],
+        "batch": list(BATCHES),
+        "by_channel": [False, True],
+        "dtype": [torch.float32, torch.bfloat16],
+    }
+)
 def test_delta_rule(batch, heads, dims, by_channel, dtype):
     check(DeltaCase(BATCHES[batch], heads, dims, by_channel, rate=1.0, device=DEVICE, dtype=dtype))
 
@@ -110,7 +114,7 @@ def test_a_request_without_a_new_token_keeps_its_state():
     assert torch.equal(padded, y) and same(padded_pages, pages)
 
 
-@DTYPES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @GATES
 def test_gates(by_channel, dtype):
     case = DeltaCase(BATCHES["mixed"], (1, 3), (20, 4), by_channel, rate=2.0, device=DEVICE, dtype=dtype)

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from apriel2_models import SUPERNET, checkpoint, fixed
+from lamella.engine import graphs
 from lamella.ops.attention import triton as attention
 from lamella.ops.attention.paged import AttentionSpace
 from lamella.ops.linear import triton as linear  # noqa: F401  so that it is there to be told
@@ -24,10 +25,11 @@ def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
                 monkeypatch.setattr(module, choice, lambda x, answer=answer: answer)
 
 
-@pytest.mark.parametrize(("own", "few"), [((A, B, C), 8), ((B, C), 1)])
+@pytest.mark.parametrize(("own", "few"), [pytest.param((A, B, C), 8, marks=pytest.mark.slow), ((B, C), 8), ((B, C), 1)])
 def test_each_request_gets_what_it_gets_in_a_batch_that_is_cut(tmp_path, monkeypatch, own, few):
     """By the kernels for few requests and by those for many."""
     recorded = stand_ins(monkeypatch)
+    monkeypatch.setattr(graphs, "_WARM_UPS", 0)
     folder, lengths, params = checkpoint(tmp_path, fixed(SUPERNET, layers=3)), (3, 4, 1)[: len(own)], parameters(own, 3)
     expected = answers(mixed_llm(folder), lengths, params)
     monkeypatch.setattr(attention, "FEW_REQUESTS", few)

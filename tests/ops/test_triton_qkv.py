@@ -11,6 +11,7 @@ from lamella.ops.ragged import RaggedBatch
 
 pytest.importorskip("triton")
 
+from covering import covering
 from lamella.ops.qkv.triton import prepare_qkv
 from lamella.ops.rms_norm.triton import rms_norm
 from lamella.ops.short_conv.triton import short_conv
@@ -82,10 +83,12 @@ def same(a, b):
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(
-    ("norm", "caches", "interleaved"), [(True, True, False), (False, True, True), (True, False, True)]
+@covering(
+    {
+        "shape": SHAPES,
+        "norm,caches,interleaved": [(True, True, False), (False, True, True), (True, False, True)],
+        "dtype": DTYPES,
+    }
 )
 def test_prepare(dtype, shape, norm, caches, interleaved):
     case = Case(shape, 7, dtype, norm, caches, interleaved)
@@ -110,9 +113,7 @@ def test_the_norm_is_that_of_its_own_kernel(dtype, shape):
     assert torch.equal(v, parts[2])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("interleaved", [False, True])
+@covering({"shape": SHAPES, "dtype": DTYPES, "interleaved": [False, True]})
 def test_canon(dtype, shape, interleaved):
     """The same bits as norm, convolution and rotation one after the other; near the reference."""
     case = Case(shape, 6, dtype, interleaved=interleaved)

@@ -13,6 +13,7 @@ from lamella.ops.selective_scan import reference
 
 pytest.importorskip("triton")
 
+from covering import covering
 from lamella.ops.selective_scan import triton as kernels
 from lamella.ops.selective_scan.triton import selective_scan
 
@@ -42,10 +43,14 @@ def check(scan, case, tolerance=2e-5, **changes):
             case.check_pages(pages)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize(
-    ("heads", "dims", "bias"), [((2, 3, 6), (5, 7), True), ((1, 1, 1), (1, 2), False), ((2, 1, 2), (16, 20), True)]
+@covering(
+    {
+        "heads,dims,bias": [((2, 3, 6), (5, 7), True), ((1, 1, 1), (1, 2), False), ((2, 1, 2), (16, 20), True)],
+        "batch": list(BATCHES),
+        "dtype": [torch.float32, torch.bfloat16],
+        "scan": [False, True],
+    },
+    indirect=["scan"],
 )
 def test_selective_scan(scan, batch, heads, dims, bias, dtype):
     check(scan, ScanCase(BATCHES[batch], heads, dims, bias=bias, device=DEVICE, dtype=dtype))

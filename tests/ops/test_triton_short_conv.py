@@ -11,6 +11,7 @@ from lamella.ops.short_conv import reference
 
 pytest.importorskip("triton")
 
+from covering import covering
 from lamella.ops.rms_norm.triton import add_rms_norm
 from lamella.ops.short_conv import triton as kernels
 from lamella.ops.short_conv.triton import norm_short_conv, short_conv, short_conv_swiglu
@@ -73,11 +74,17 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=20 * eps if actual.dtype == torch.float32 else eps, atol=atol)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize(
-    ("channels", "width", "activation", "residual"),
-    [(70, 4, False, True), (1, 2, True, False), (530, 3, True, True), (33, 8, False, False)],
+@covering(
+    {
+        "channels,width,activation,residual": [
+            (70, 4, False, True),
+            (1, 2, True, False),
+            (530, 3, True, True),
+            (33, 8, False, False),
+        ],
+        "batch": list(BATCHES),
+        "dtype": DTYPES,
+    }
 )
 def test_short_conv(dtype, batch, channels, width, activation, residual):
     case = Case(batch, channels, width, dtype, bias=activation, transposed=residual)
@@ -123,9 +130,7 @@ def test_the_cut_does_not_matter(dtype):
         assert torch.equal(history[3], ring(x, width))
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize(("channels", "width", "activation"), [(64, 4, False), (1022, 3, True)])
-@pytest.mark.parametrize("dtype", DTYPES)
+@covering({"batch": list(BATCHES), "channels,width,activation": [(64, 4, False), (1022, 3, True)], "dtype": DTYPES})
 def test_swiglu_of_the_convolution(dtype, batch, channels, width, activation):
     case = Case(batch, channels, width, dtype, bias=activation)
     options = {"activation": activation, "residual": True}
@@ -136,11 +141,13 @@ def test_swiglu_of_the_convolution(dtype, batch, channels, width, activation):
     assert same(shared, expected_shared)
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize(
-    ("channels", "remembering", "gap"), [(64, True, 6), (544, True, 32), (544, True, 6), (528, False, 32)]
+@covering(
+    {
+        "channels,remembering,gap": [(64, True, 6), (544, True, 32), (544, True, 6), (528, False, 32)],
+        "batch": list(BATCHES),
+        "dtype": DTYPES,
+    }
 )
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_convolution_of_the_norm(dtype, batch, channels, remembering, gap):
     """Narrow, wide and aligned (one launch), wide and not aligned, without a history."""
     case = Case(batch, channels, 4, dtype, gap=gap)
@@ -171,9 +178,7 @@ def test_convolution_of_the_norm(dtype, batch, channels, remembering, gap):
     assert same(shared, expected_shared)
 
 
-@pytest.mark.parametrize("block_tokens", [8, 16, 32])
-@pytest.mark.parametrize("width", [2, 8])
-@pytest.mark.parametrize("dtype", DTYPES)
+@covering({"block_tokens": [8, 16, 32], "width": [2, 8], "dtype": DTYPES})
 def test_the_tokens_of_a_program_do_not_matter(dtype, width, block_tokens, monkeypatch):
     case = Case("long", 36, width, dtype, bias=True)
     (shared, history), (expected_shared, expected_history) = case.history(), case.history()

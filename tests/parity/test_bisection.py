@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen3Config
 
+from covering import covering, mostly_slow
 from helpers import VOCAB, canon_checkpoint, hf_checkpoint
 from lamella.config import ModelConfig
 from lamella.errors import ConfigError, ParameterError
@@ -387,7 +388,7 @@ def random_model(seed: int, folder):
     return folder
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", mostly_slow(range(50), fast=range(12)))
 def test_no_false_alarm(seed, tmp_path):
     folder = random_model(seed, tmp_path)
     for dtype in ("float32", "bfloat16"):
@@ -396,15 +397,13 @@ def test_no_false_alarm(seed, tmp_path):
         assert all(row.ratio < 0.75 * RATIO_LIMIT for row in result.rows)  # nor was it a narrow escape
 
 
-@pytest.mark.parametrize("name", LLAMA4)
-def test_no_false_alarm_with_experts_and_chunks(name, tmp_path):
+@covering({"name": list(LLAMA4), "dtype": ["float32", "bfloat16"], "oracle": ["hf", "reference"]}, strength=1)
+def test_no_false_alarm_with_experts_and_chunks(name, dtype, oracle, tmp_path):
     hf_checkpoint(tmp_path, LLAMA4[name])
-    for dtype in ("float32", "bfloat16"):
-        for oracle in ("hf", "reference"):
-            options = {"prompts": "random", "count": 1, "prompt_len": 28, "decode_len": 12}
-            result = bisect(tmp_path, dtype=dtype, oracle=oracle, **options)
-            assert result.first is None, str(result.first)
-            assert all(row.ratio < 0.75 * RATIO_LIMIT for row in result.rows)
+    options = {"prompts": "random", "count": 1, "prompt_len": 28, "decode_len": 12}
+    result = bisect(tmp_path, dtype=dtype, oracle=oracle, **options)
+    assert result.first is None, str(result.first)
+    assert all(row.ratio < 0.75 * RATIO_LIMIT for row in result.rows)
 
 
 def test_what_cannot_be_bisected(folders):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen3Config
 
+from covering import covering
 from helpers import canon_checkpoint, hf_checkpoint
 from lamella.errors import ParameterError
 from lamella.layers.context import require_batch
@@ -33,26 +34,18 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def folder(request, tmp_path_factory):
-    made = tmp_path_factory.mktemp("model")
-    MODELS[request.param](made)
-    return made
-
-
 @pytest.fixture(scope="module")
 def canon(tmp_path_factory):
     return canon_checkpoint(tmp_path_factory.mktemp("canon"), num_hidden_layers=3, qk_norm=True)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_path_is_right(request, folder, dtype):
-    matrix = paths(folder, dtype=dtype, device="cpu", **PROMPTS)
+@covering({"model": list(MODELS), "dtype": ["float32", "bfloat16"]}, strength=1)
+def test_every_path_is_right(model, dtype, tmp_path):
+    MODELS[model](tmp_path)
+    matrix = paths(tmp_path, dtype=dtype, device="cpu", **PROMPTS)
     assert not matrix.failures, matrix.failures
     taken = [cell for cell in matrix.cells if cell.status == "pass"]
-    held = (
-        "llama 4" in request.node.callspec.id and dtype == "bfloat16"
-    )  # experts, which two ranks choose by themselves
+    held = "llama 4" in model and dtype == "bfloat16"  # experts, which two ranks choose by themselves
     not_taken = {cell.path for cell in matrix.cells} - {cell.path for cell in taken}
     assert not_taken == (LATER | {"two tensor-parallel ranks"} if held else LATER)
     assert all(cell.why for cell in matrix.cells if cell.status == "unavailable")

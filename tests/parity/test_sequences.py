@@ -14,6 +14,8 @@ from lamella.engine.tokenizer import Tokenizer
 from lamella.errors import ParameterError
 from lamella.parity.sequences import TokenSequence, make_inputs, split
 
+pytestmark = pytest.mark.unit
+
 TEXTS = files("lamella.parity").joinpath("text.txt").read_text("utf-8").strip().split("\n\n")
 VOCAB = 256
 FALLBACK = "random tokens (no tokenizer that reads the bundled text)"

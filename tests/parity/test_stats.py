@@ -18,6 +18,8 @@ from lamella.parity.sequences import TokenSequence
 from lamella.parity.stats import Differences, compare_scores, divergence, likeliest
 from lamella.parity.verdict import Tolerances, judge_stats
 
+pytestmark = pytest.mark.unit
+
 VOCAB = 8
 SHAPES = ((80, 21),) * 20  # prompt and continuation of each sequence: 2000 predictions
 

@@ -21,6 +21,7 @@ from lamella.parity.scorers.vllm import VllmScorer, open_scorer
 from lamella.parity.sequences import TokenSequence
 from lamella.parity.subject import Subject
 
+pytestmark = pytest.mark.vllm
 VOCAB, MAX_LEN = 250, 64  # vLLM pads such a vocabulary
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -117,7 +118,7 @@ def test_forcing_by_slots() -> None:
     assert forced[1].isfinite().nonzero().tolist() == [[6]]
 
 
-@pytest.mark.parametrize("processes", ["0", "1"])
+@pytest.mark.parametrize("processes", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_prompts_in_chunks_beside_continuations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: str
 ) -> None:

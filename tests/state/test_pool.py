@@ -9,6 +9,8 @@ import pytest
 
 from lamella.state.pool import Pool
 
+pytestmark = pytest.mark.unit
+
 KEYS = [bytes([index]) for index in range(12)]
 
 

@@ -20,6 +20,8 @@ from lamella.state.manager import DUMMY, StateManager
 from lamella.state.prefix import MISS, Hit, page_key, root_key
 from lamella.state.spec import PagedState
 
+pytestmark = pytest.mark.unit
+
 PAGE = 4
 ROOT = root_key("model", "cpu", None)
 TOKEN_IDS = st.lists(st.integers(0, 1), max_size=14)
@@ -439,7 +441,7 @@ class World:
         ]
         self.state = Checked(groups, capacities, 300 if roomy else seqs + rng.choice([0, 0, 1, 2, 6]), PAGE, slots)
         self.state.started = {}
-        self.scheduler = Scheduler(self.state, seqs, budget, rng.choice([None, None, 1, 2, 3]))
+        self.scheduler = Scheduler(self.state, seqs, budget, rng.choice([None, None, 1, 2, 3]), "always")
         self.roomy, self.rate = roomy, rng.choice([0.1, 0.3, 0.6])
         self.trie: dict[object, int] = {}
         self.nodes: dict[Request, list[int]] = {}
@@ -626,7 +628,7 @@ def test_with_room_for_everything_all_that_was_computed_is_hit(windows, slots):
 
 def roomy_scheduler(windows: Sequence[int | None], slots: bool, budget: int, interval: int | None = None) -> Scheduler:
     state = StateManager([group(window) for window in windows], [99] * len(windows), 40, PAGE, slots)
-    return Scheduler(state, 4, budget, interval)
+    return Scheduler(state, 4, budget, interval, "always")
 
 
 def run(scheduler: Scheduler, *requests: Request, steps: int = 1000) -> None:

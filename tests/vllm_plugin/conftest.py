@@ -5,10 +5,17 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from vllm_plugin.plugin_helpers import ENVIRONMENT
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.vllm)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -243,7 +243,11 @@ def test_drafts_are_refused(folders: dict[str, Path]) -> None:
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2 or not ON_CPU, reason="needs two cores, and gloo")
 @pytest.mark.parametrize(
-    "options", [{"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2} | TRACED], ids=["tensor", "pipeline"]
+    "options",
+    [
+        pytest.param({"tensor_parallel_size": 2}, id="tensor"),
+        pytest.param({"pipeline_parallel_size": 2} | TRACED, id="pipeline", marks=pytest.mark.slow),
+    ],
 )
 def test_two_ranks(tmp_path: Path, options: dict[str, Any]) -> None:
     """Every mixer, divided by heads or by layers; all ranks switch."""

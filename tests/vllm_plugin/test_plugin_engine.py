@@ -168,7 +168,9 @@ def questions() -> tuple[list[Any], list[list[int]]]:
     [
         {"max_num_seqs": 16},
         {"num_gpu_blocks_override": 12, "max_num_seqs": 16, "enable_prefix_caching": False},
-        {"max_num_batched_tokens": 5, "max_num_seqs": 5, "enable_prefix_caching": False},
+        pytest.param(
+            {"max_num_batched_tokens": 5, "max_num_seqs": 5, "enable_prefix_caching": False}, marks=pytest.mark.slow
+        ),
         {"enable_prefix_caching": True, "max_num_seqs": 16},
         {"enforce_eager": False},
         pytest.param({"speculative_config": NGRAM}, marks=sound_speculation),
@@ -202,7 +204,7 @@ def test_bfloat16_is_no_further_from_the_truth_than_plain_torch(folder: Path, mo
         oracle="reference",
         dtype="bfloat16",
         prompts="random",
-        count=12,
+        count=6,
         prompt_len=48,
         decode_len=16,
         engine_options={"enforce_eager": True, "max_num_batched_tokens": 64, **ROOM},

@@ -42,7 +42,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         snapshot_interval: int | None = None,
-        snapshot_prompts: str = "always",
+        snapshot_prompts: str = "never",
     ) -> None:
         """`snapshot_interval` in pages, and `snapshot_prompts`: see `EngineOptions`."""
         self.state, self.max_num_seqs, self.max_num_batched_tokens = state, max_num_seqs, max_num_batched_tokens

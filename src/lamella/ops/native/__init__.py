@@ -16,11 +16,17 @@ import re
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # not on this system: two processes may compile the same, and either result serves
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "add_rms_norm",
@@ -88,8 +94,13 @@ def _build() -> Path:
     key = hashlib.sha256(b"\0".join([source, *(part.encode() for part in (*compiler, *flags, version, _cpu()))]))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamella"
     library = cache / f"native-{key.hexdigest()[:16]}" / "kernels.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # Of several processes that start at once, one compiles and the others wait for it.
+    with _locked(library.parent / "lock"):
+        if library.exists():
+            return library
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             compiled, linked = f"{scratch}/kernels.o", f"{scratch}/kernels.so"
             _run(*compiler, *flags, "-c", str(_SOURCE), "-o", compiled)
@@ -97,6 +108,15 @@ def _build() -> Path:
             _run(*compiler, "-shared", compiled, "-o", linked)
             os.replace(linked, library)
     return library
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file, released by the system when the process ends."""
+    with path.open("w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _load(library: Path) -> ctypes.CDLL:

@@ -1,0 +1,159 @@
+"""The faults that `mutate.py` must see noticed, the tests of the vLLM plugin, and the faults that change nothing.
+
+A fault is located by its function and an expression in it, so that moved and renamed files do not lose it. `where` is a
+part of the path, needed where several modules have a function of this name.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    function: str
+    old: str
+    new: str
+    where: str = ""
+
+
+LISTED = (
+    # ops: windows, chunks, taps, heads
+    Fault("attend", "keys <= queries - window", "keys < queries - window", "attention/reference"),
+    Fault("attend", "keys > queries", "keys >= queries", "attention/reference"),
+    Fault("attend", "keys < queries // chunk * chunk", "keys <= queries // chunk * chunk", "attention/reference"),
+    Fault("attend", "repeat_interleave(group, dim=1)", "repeat(1, group, 1)", "attention/reference"),
+    Fault("paged_attention", "position - window + 1", "position - window + 2", "attention/reference"),
+    Fault("pieces", "position // chunk * chunk", "(position - 1) // chunk * chunk"),
+    Fault("seen_pages", "start += count", "start += count + 1"),
+    Fault("_decode", "seen = min(seen, window)", "seen = min(seen, window - 1)", "attention/sdpa"),
+    Fault("_decode", "back <= behind", "back < behind", "attention/sdpa"),
+    Fault("_attend", "distance < window", "distance <= window", "attention/sdpa"),
+    Fault("_cache_rows", "positions % page_size", "(positions + 1) % page_size"),
+    Fault("short_conv", "batch.positions >= offset", "batch.positions >= offset - 1", "short_conv/reference"),
+    Fault("short_conv", "taps[:, width - 1 - offset]", "taps[:, offset]", "short_conv/reference"),
+    Fault("short_conv", "local >= offset", "local > offset", "short_conv/reference"),
+    Fault("_next_history", "batch.seq_lens[:, None] - 1", "batch.seq_lens[:, None]", "short_conv/reference"),
+    Fault("rotate", "first * cos - second * sin", "first * cos + second * sin", "rotary/reference"),
+    Fault("temperature", "(positions + 1) // floor_scale", "positions // floor_scale", "rotary/reference"),
+    Fault("angles", "positions % period", "positions", "rotary/reference"),
+    Fault("delta_rule", "v[token].float() - kept", "v[token].float()", "delta_rule/reference"),
+    Fault("l2_norm", ".sum(-1, keepdim=True)", ".mean(-1, keepdim=True)"),
+    Fault("selective_scan", "+ d.float() * wide[token]", "+ wide[token]", "selective_scan/reference"),
+    Fault("route", "chosen.sigmoid()", "chosen.softmax(-1)", "moe/reference"),
+    Fault("RaggedBatch.from_lengths", "if n != 1", "if n > 2"),
+    Fault("rms_norm", "mean(-1, keepdim=True) + eps", "mean(-1, keepdim=True)", "rms_norm/reference"),
+    Fault("_decode_prepared", "(channels + PAIRS) % (2 * PAIRS)", "(channels + 1) % (2 * PAIRS)", "triton_few"),
+    Fault("_decode_prepared", "newest = index == first + count - 1", "newest = index == first", "triton_few"),
+    Fault("_plan_kernel", "whole = tl.maximum(counts - 1, 0)", "whole = tl.maximum(counts, 0)"),
+    # layers
+    Fault("Attention.forward", "q.float() * turn.scale[:, None, None]", "q.float()"),
+    Fault("Attention._attend", "self.q_norm.weight, self.k_norm.weight", "self.k_norm.weight, self.q_norm.weight"),
+    Fault("GatedDeltaNet.core", "self.A_log,\n            self.dt_bias", "self.dt_bias,\n            self.A_log"),
+    Fault("RowLinear.forward", "self.group.share.rank == 0", "True"),
+    Fault("SplitHead.forward", "[..., : self.vocab_size]", "[..., : self.vocab_size - 1]"),
+    Fault("SplitEmbedding.forward", "input_ids >= self.stop", "input_ids > self.stop"),
+    Fault("SplitRMSNorm.forward", "/ self.group.share.size", ""),
+    Fault("_llama3", "(turns - low) / (high - low)", "(turns - high) / (high - low)"),
+    Fault("_yarn", "base / scaling.factor * ramp", "base * ramp", "layers"),
+    Fault("SelectedPart.of", "whole.seq_lens.masked_fill(others, 1)", "whole.seq_lens"),
+    Fault("CutPart.put", "out[self.tokens] = mixed", "out[: len(mixed)] = mixed"),
+    Fault(
+        "DecoderLayer.mix", "return mixer(positions, entry), entry.residual", "return mixer(positions, entry), residual"
+    ),
+    # state: bookkeeping, prefixes
+    Fault("PagedState.first_visible", "position - self.window + 1", "position - self.window + 2"),
+    Fault(
+        "PagedState.first_visible", "position // self.chunk * self.chunk", "(position + 1) // self.chunk * self.chunk"
+    ),
+    Fault("StateManager._start", "self._copies.append((hit.snapshot, slot))", "pass"),
+    Fault("StateManager._start", "pool.share(place)", "pass"),
+    Fault("StateManager.match", "if snapshot is not None or not self.has_slot_state", "if True"),
+    Fault("StateManager.computed", "tokens % self.page_size == 0", "True"),
+    Fault("StateManager.computed", "dead > holding.freed[index]", "dead > holding.freed[index] + 1"),
+    Fault("StateManager.peak_pages", "+ 1)", "- 1)"),
+    Fault("StateManager.release", "self.slot_pool.free([holding.slot])", "pass"),
+    Fault("Pool.allocate", "next(iter(self._cached))", "next(reversed(self._cached))"),
+    Fault("Pool.touch", "self._cached[place] = None", "self._cached = {place: None, **self._cached}"),
+    Fault("Pool.free", "self._holders[place] -= 1", "self._holders[place] -= 2"),
+    Fault("page_key", "+ content", ""),
+    Fault("StateMemory.copy_slots", "rows[target].copy_(rows[source])", "rows[source].copy_(rows[target])"),
+    # engine: scheduling, steps, ends of requests, sampling
+    Fault("Scheduler.schedule", "len(self.running) < self.max_num_seqs", "len(self.running) <= self.max_num_seqs"),
+    Fault("Scheduler._readable_keys", "request.num_tokens - 1", "request.num_tokens"),
+    Fault("Scheduler._readable_keys", "if request.needs_prompt_logprobs", "if False"),
+    Fault("Scheduler._preempt_youngest", "request.num_computed = 0", "pass"),
+    Fault("Scheduler._preempt_youngest", "self.waiting.appendleft(request)", "self.waiting.append(request)"),
+    Fault("Scheduler._share", "stop // size * size", "stop"),
+    Fault("StepInputs.fill", 'arrays["query_start_loc"][used + 1 :] = tokens + 1 + np.arange(pads)', "pass"),
+    Fault("StepInputs.fill", "pages * size + positions % size", "pages * size + (positions + 1) % size"),
+    Fault("StepInputs.fill", 'arrays["slots"][used:] = slots, 0', 'arrays["slots"][used:] = slots, 1'),
+    Fault("StepInputs.fill", "request.num_pending:", "False:"),
+    Fault("RequestRows.slot", "self._holdings[slot] is not holding", "self._holdings[slot] is None"),
+    Fault("Engine._launch", "self.memory.copy_slots(copies)", "pass"),
+    Fault("Engine.make_job", "seed=seed + index", "seed=seed"),
+    Fault("Engine._prefix_root", "placement, salt", "placement"),
+    Fault("Engine._prefix_root", "placement, salt", "salt"),
+    Fault("DecodeGraphs.replay", "(self._turn + 1) % _BUFFERS", "self._turn"),
+    Fault("Completion.take", "params.stop_token_ids or ()", "()"),
+    Fault("Completion.take", "count >= params.min_tokens", "count > params.min_tokens"),
+    Fault("Completion.take", "count >= request.max_tokens", "count > request.max_tokens"),
+    Fault("Completion.take_prompt", "len(self.prompt_logprobs) - start", "0"),
+    Fault("IncrementalDetokenizer._find_stop", "old - len(stop) + 1", "old"),
+    Fault("uniform", "(step + 1) * _GOLDEN", "_GOLDEN"),
+    Fault("edit", "y > 0, y / repetition, y * repetition", "y > 0, y * repetition, y / repetition"),
+    Fault("edit", "frequency * count", "frequency * used"),
+    Fault("_truncate", "before < top_p * total", "before <= top_p * total"),
+    Fault("_truncate", "clamp_(min=1)", "clamp_(min=0)"),
+    Fault(
+        "_score", "(logprobs > logprob).sum(-1, keepdim=True) + 1", "(logprobs >= logprob).sum(-1, keepdim=True) + 1"
+    ),
+    # distributed: what a rank holds
+    Fault("Share.even", "self.rank * part, (self.rank + 1) * part", "0, part"),
+    Fault("Share.kv_heads", "self.rank * full // self.size", "self.rank"),
+    Fault("Share.whole_ones", "min(self.rank, more)", "self.rank"),
+    Fault("Replayer.replay", "request.num_pending = pending", "pass"),
+    Fault("Recorder._tokens", "request.output_token_ids[known:]", "request.output_token_ids[known + 1 :]"),
+    # checkpoint: names, rows, scales
+    Fault("targets", "(rows, *splits[1:]), start, stop)", "(rows, *splits[1:]), 0, rows.size)"),
+    Fault("rename", "range(longest, 0, -1)", "range(1, longest + 1)"),
+    Fault("check_names", "sorted(expected - present)", "[]"),
+    Fault("check_names", "sorted(present - expected - redundant)", "[]"),
+    Fault("check_shape", "shape != target.shape", "False"),
+    Fault("_Dequantized._spread", "index // block", "index % block"),
+    Fault("_Dequantized.load", "value -= ", "value += "),
+    Fault("SafetensorsFolder.opened", "if name in handles", "if False"),
+    # parity: the judge itself
+    Fault("_ratio", "if not math.isfinite(floor)", "if False"),
+    Fault("_kl", "p == -torch.inf", "p != -torch.inf"),
+    Fault("compare_scores", "(ours.delta.abs() <= limit)", "(ours.delta.abs() >= limit)"),
+    Fault("_jackknife", "(count - 1) / count", "1 / count"),
+    # the plugin
+    Fault(
+        "StateMetadata._make_batch",
+        "positions, token_request = lengths - 1, index",
+        "positions, token_request = lengths, index",
+    ),
+    Fault("StateMetadata._make_batch", "right=True", "right=False"),
+    Fault("StateLayer.compute", "out[count:].zero_()", "pass"),
+    Fault("VllmHolder.current", "start += _room(spec)", "start += spec.bytes_per_request + 16"),
+    Fault("VllmKit.merged_linear", "start += width", "start += 0"),
+    Fault("WeightFiller.fill", "expected - seen", "set()"),
+    Fault("WeightFiller.fill", "if name in seen", "if False"),
+    Fault("VllmAttention.__init__", "per_layer_sliding_window=window", "per_layer_sliding_window=None"),
+)
+
+# The plugin's own files run by these, in this order, until one notices the fault.
+VLLM_TESTS = (
+    "tests/vllm_plugin/test_plugin_contract.py",
+    "tests/vllm_plugin/test_plugin_registration.py",
+    "tests/vllm_plugin/test_plugin_engine.py::test_prompts_in_one_batch_however_they_are_cut",
+    "tests/vllm_plugin/test_plugin_engine.py::test_cached_prefixes",
+    "tests/vllm_plugin/test_plugin_engine.py::test_compiled",
+    "tests/vllm_plugin/test_plugin_apriel2.py::test_chunks_batches_and_reuse",
+    "tests/vllm_plugin/test_plugin_apriel2.py::TestSupernet",
+    "tests/vllm_plugin/test_plugin_llama4.py::test_chunks_and_batches",
+    "tests/vllm_plugin/test_plugin_llama4_experts.py",
+)
+
+# (function, old, new, which of the equal expressions of the function, from 0) -> why nothing can notice it.
+EQUIVALENT: dict[tuple[str, str, str, int], str] = {}
