@@ -12,8 +12,9 @@ import torch
 
 import apriel2_models as apriel2
 from helpers import VOCAB, canon_checkpoint, hf_checkpoint
-from lamella import LLM, ParameterError, SamplingParams
+from lamella import LLM, SamplingParams
 from lamella.config import read_placement
+from lamella.errors import ParameterError
 from models.test_llama4 import SHAPE as LLAMA4
 
 pytestmark = [
@@ -53,21 +54,33 @@ def folder(kind, tmp_path_factory):
     return apriel2.checkpoint(folder, apriel2.fixed(SUPERNET, layers=3))
 
 
-def delay_launches(monkeypatch, rng):
-    """Keep the GPU busy before some launches, so that those behind are queued and start as early as they may.
+def provoke_races(monkeypatch, rng):
+    """Delay some launches, and fill some new memory with NaN before it is written.
 
-    Without it a slow host leaves gaps between launches, which hide races.
+    A delay queues the launches behind it, so that each starts as early as it may; without one a slow host leaves gaps
+    that hide races. NaN shows where a kernel reads what the kernel ahead has not written yet. Both are kernels
+    themselves, behind which nothing starts early, so they come only now and then.
     """
     for name, module in list(sys.modules.items()):
         if name.startswith("lamella.ops.") and hasattr(module, "dependent_launch"):
             original = module.dependent_launch
 
             def delayed(x, original=original):
-                if x.is_cuda and rng.random() < 0.03:
-                    torch.cuda._sleep(rng.randrange(50_000, 400_000))
+                if x.is_cuda and rng.random() < 0.1:
+                    torch.cuda._sleep(rng.randrange(20_000, 300_000))
                 return original(x)
 
             monkeypatch.setattr(module, "dependent_launch", delayed)
+    for name in ("empty", "empty_like"):
+        allocate = getattr(torch, name)
+
+        def filled(*args, allocate=allocate, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            if tensor.is_cuda and tensor.is_floating_point() and tensor.numel() < 1 << 20 and rng.random() < 0.3:
+                tensor.fill_(torch.nan)
+            return tensor
+
+        monkeypatch.setattr(torch, name, filled)
 
 
 class Oracle:
@@ -124,7 +137,7 @@ def one_round(folder, kind, rng, oracle):
             own = rng.choice(PLACEMENTS) if mixed else None
             prompts.append(prompt)
             placements.append((read_placement(own, config) if mixed else llm.placement) if chooses else None)
-            logprobs = rng.choice([None, 0, 5])
+            logprobs = rng.choice([None, 5, 5])
             params.append(
                 SamplingParams(
                     temperature=0, max_tokens=rng.choice([1, 5, 20]), ignore_eos=True, logprobs=logprobs, placement=own
@@ -153,7 +166,7 @@ def test_random_requests_with_delays_get_what_they_get_alone(kind, folder, monke
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline or not compared:
         with monkeypatch.context() as patch:
-            delay_launches(patch, rng)
+            provoke_races(patch, rng)
             compared += one_round(folder, kind, rng, oracle)
         rounds += 1
     print(f"{kind}: {compared} outputs compared in {rounds} engines")

@@ -20,6 +20,7 @@ from lamella.parity.scorers.settings import Settings
 from lamella.parity.scorers.vllm import VllmScorer, open_scorer
 from lamella.parity.sequences import TokenSequence
 from lamella.parity.subject import Subject
+from vllm_plugin.plugin_helpers import numba_hidden
 
 pytestmark = pytest.mark.vllm
 VOCAB, MAX_LEN = 250, 64  # vLLM pads such a vocabulary
@@ -70,9 +71,10 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp(request.param)
     model = checkpoint(request.param, folder)
     settings = Settings(dtype=torch.float32, device=DEVICE, batch_size=2, options=SMALL)
-    scorer = open_scorer(Subject.open(folder), settings)
-    yield scorer, model
-    scorer.close()
+    with numba_hidden():
+        scorer = open_scorer(Subject.open(folder), settings)
+        yield scorer, model
+        scorer.close()
 
 
 def expected(model: nn.Module, sequence: TokenSequence) -> Tensor:
@@ -127,7 +129,8 @@ def test_prompts_in_chunks_beside_continuations(
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", processes)
     model = checkpoint("Llama", tmp_path)
     options = {**SMALL, "max_num_batched_tokens": 8, "async_scheduling": True}
-    scorer = VllmScorer(tmp_path, "float32", max_num_seqs=3, max_model_len=48, options=options)
+    with numba_hidden():
+        scorer = VllmScorer(tmp_path, "float32", max_num_seqs=3, max_model_len=48, options=options)
     try:
         for sequence, scores in zip(SEQUENCES, scorer.score(SEQUENCES), strict=True):
             assert (scores.logprobs - expected(model, sequence)).abs().max() <= TOLERANCE

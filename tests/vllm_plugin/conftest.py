@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from vllm_plugin.plugin_helpers import ENVIRONMENT
+from vllm_plugin.plugin_helpers import ENVIRONMENT, numba_hidden
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,10 +26,9 @@ def vllm_settings() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def engines_may_start_after_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM 0.32 looks at the variables of all modules when an engine starts on a CPU, and stumbles over one of these,
-    which its search for drafts has imported."""
-    monkeypatch.delitem(sys.modules, "llvmlite.binding.ffi", raising=False)
+def engines_may_start_after_numba() -> Iterator[None]:
+    with numba_hidden():
+        yield
 
 
 @pytest.fixture
