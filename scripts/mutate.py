@@ -49,13 +49,14 @@ class Site:
 
     Attributes:
         path: of the file, below `src/lamella`.
-        line: of the expression, from 1.
+        line: of the expression, from 1; `statement` is the first line of its statement.
         first, last: characters [first, last) of the file, which `new` replaces.
     """
 
     path: str
     function: str
     line: int
+    statement: int
     first: int
     last: int
     old: str
@@ -82,6 +83,12 @@ class SourceFile:
         for line in self.text.splitlines(keepends=True):
             starts.append(starts[-1] + len(line))
         self._starts = starts
+        self._statements: dict[int, int] = {}
+        for node in ast.walk(self.tree):  # outer statements before inner ones, which then replace them
+            if isinstance(node, ast.stmt):
+                body = getattr(node, "body", None)
+                last = body[0].lineno - 1 if body else node.end_lineno
+                self._statements |= dict.fromkeys(range(node.lineno, last + 1), node.lineno)
         self._lines = self.text.splitlines(keepends=True)
 
     def offset(self, line: int, column: int) -> int:
@@ -93,6 +100,10 @@ class SourceFile:
 
     def line_of(self, offset: int) -> int:
         return self.text.count("\n", 0, offset) + 1
+
+    def statement_of(self, line: int) -> int:
+        """The first line of the innermost statement, or header of one, that a line is in."""
+        return self._statements.get(line, line)
 
     def functions(self) -> Iterator[tuple[str, ast.FunctionDef]]:
         def walk(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef]]:
@@ -132,7 +143,8 @@ def locate(fault, files: Sequence[SourceFile]) -> Site:
                     start = file.text.index(fault.old, first, last)
                     stop = start + len(fault.old)
                     line = file.line_of(start)
-                    found.append((count, Site(relative, name, line, start, stop, fault.old, fault.new)))
+                    statement = file.statement_of(line)
+                    found.append((count, Site(relative, name, line, statement, start, stop, fault.old, fault.new)))
     if len(found) != 1 or found[0][0] != 1:
         places = [f"{site.path}:{site.line} ({count} times)" for count, site in found]
         sys.exit(f"faults.py: {fault.function}: {fault.old!r} must be there once, and is in {places or 'no function'}")
@@ -157,7 +169,8 @@ def random_sites(file: SourceFile) -> Iterator[Site]:
     def site(name: str, node: ast.AST, new: str, first: int | None = None, last: int | None = None) -> Site:
         start, stop = file.span(node)
         start, stop = start if first is None else first, stop if last is None else last
-        return Site(relative, name, file.line_of(start), start, stop, file.text[start:stop], new)
+        line = file.line_of(start)
+        return Site(relative, name, line, file.statement_of(line), start, stop, file.text[start:stop], new)
 
     def between(left: ast.AST, right: ast.AST) -> tuple[int, int]:
         return file.span(left)[1], file.span(right)[0]
@@ -167,7 +180,8 @@ def random_sites(file: SourceFile) -> Iterator[Site]:
         text = file.text[first:last]
         if text.count(old) == 1 and "#" not in text:
             at = first + text.index(old)
-            yield Site(relative, name, file.line_of(at), at, at + len(old), old, new)
+            line = file.line_of(at)
+            yield Site(relative, name, line, file.statement_of(line), at, at + len(old), old, new)
 
     def walk(name: str, node: ast.AST) -> Iterator[Site]:
         for child in ast.iter_child_nodes(node):
@@ -233,9 +247,17 @@ class CoverageMap:
         self.lines: dict[str, dict[str, list[int]]] = data["lines"]  # file -> line -> indices into `tests`
         self.tests: list[str] = data["tests"]
 
+    def indices(self, site: Site) -> list[int]:
+        """The tests of the site's line, or, where Python knows no such line, of the one before in the statement."""
+        lines = self.lines.get(site.path, {})
+        for line in range(site.line, site.statement - 1, -1):
+            if str(line) in lines:
+                return lines[str(line)]
+        return []
+
     def tests_of(self, site: Site) -> list[str]:
         """The tests that execute the site's line, cheapest first, the files taking turns, within the limit."""
-        known = [self.tests[index] for index in self.lines.get(site.path, {}).get(str(site.line), [])]
+        known = [self.tests[index] for index in self.indices(site)]
         by_file: dict[str, list[str]] = defaultdict(list)
         for test in sorted(known, key=lambda test: self.seconds.get(test, 1.0)):
             by_file[test.split("::")[0]].append(test)
@@ -400,7 +422,7 @@ def draw(files: Sequence[SourceFile], coverage: CoverageMap, count: int, seed: i
     """Random faults, at most one a line, each on a line that some test executes (the plugin's all)."""
     rng = random.Random(seed)
     sites = [site for file in files for site in random_sites(file)]
-    sites = [s for s in sites if s.path.startswith("vllm_plugin") or coverage.lines.get(s.path, {}).get(str(s.line))]
+    sites = [site for site in sites if site.path.startswith("vllm_plugin") or coverage.indices(site)]
     rng.shuffle(sites)
     lines: set[tuple[str, int]] = set()
     chosen = []
