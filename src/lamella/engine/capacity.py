@@ -10,7 +10,8 @@ import torch
 
 from lamella.distributed.group import Group
 from lamella.engine.options import EngineOptions
-from lamella.errors import ConfigError
+from lamella.errors import ConfigError, ParameterError
+from lamella.state.manager import StateManager
 from lamella.state.memory import StateCost
 from lamella.state.spec import PagedState
 
@@ -21,6 +22,8 @@ _MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.85}
 # Room for the prefix cache beyond what running requests can fill: snapshots a request, and pages in all.
 _SNAPSHOTS_PER_REQUEST = 4
 _PAGES_TO_KEEP = 2
+# So many prompts, none of which fills a page, are worth a warning.
+_SHORT_PROMPTS = 32
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,39 @@ def say_what_cannot_hit(options: EngineOptions, cost: StateCost, plan: Capacity,
             "possible while requests leave slots unused; see snapshot_bytes",
             cost.bytes_per_request,
         )
+
+
+def check_pools(tokens: int, state: StateManager, options: EngineOptions) -> None:
+    """Raises `ParameterError` where a request of `tokens` tokens does not fit into the empty pools of a state."""
+    chunk = min(tokens, options.max_num_batched_tokens)
+    for index, pool in enumerate(state.page_pools):
+        pages = state.peak_pages(index, tokens, chunk)
+        if pages > pool.capacity:
+            raise ParameterError(
+                f"prompt and max_tokens need {pages} pages of {state.page_size} tokens, and num_blocks="
+                f"{pool.capacity} is all there are"
+            )
+
+
+class ShortPrompts:
+    """Says once in the log if the first prompts are all too short for the prefix cache."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        self._block_size = options.block_size
+        self._so_far: int | None = 0 if options.enable_prefix_caching else None  # None: no longer of interest
+
+    def count(self, length: int) -> None:
+        """Take note of a prompt of `length` tokens."""
+        if self._so_far is None:
+            return
+        self._so_far = self._so_far + 1 if length <= self._block_size else None
+        if self._so_far == _SHORT_PROMPTS:
+            logger.warning(
+                "prefix cache: the first %d prompts are no longer than a page, so that none of them can "
+                "hit; block_size=%d is the page's size in tokens",
+                _SHORT_PROMPTS,
+                self._block_size,
+            )
 
 
 def _snapshots(options: EngineOptions, cost: StateCost, budget: int) -> int:

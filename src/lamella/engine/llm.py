@@ -150,11 +150,11 @@ class LLM:
 
     def _run(self, jobs: Sequence[Job]) -> Iterator[Job]:
         """Step until the jobs are through, giving each that got something new; on the way out none is left behind."""
-        for job in jobs:
-            self.engine.add(job)
         # Whoever steps the engine moves the jobs of other callers too, so what counts is what has been given on.
         given = {job: job.revision for job in jobs}
         try:
+            for job in jobs:
+                self.engine.add(job)
             while given:
                 if all(job.revision == before for job, before in given.items()):
                     self.engine.step()

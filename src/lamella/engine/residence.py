@@ -12,6 +12,7 @@ import torch
 
 from lamella.config import Placement
 from lamella.engine.capacity import Capacity
+from lamella.engine.completion import Job
 from lamella.engine.options import EngineOptions
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import PagedAttention, SlotHolder, state_holders
@@ -38,6 +39,22 @@ class Residence:
     plan: Capacity
     state: StateManager
     memory: StateMemory | None = None
+
+
+@dataclass
+class Switch:
+    """A change of placement that waits for what is running.
+
+    Attributes:
+        held: the jobs that came after.
+        begun: whether the change was started, and interrupted if it is still there: then no request holds state, and
+            the change is completed before the next step.
+    """
+
+    residence: Residence
+    recompute: bool
+    held: list[Job]
+    begun: bool = False
 
 
 class Residences:

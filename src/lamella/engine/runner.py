@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -193,6 +194,17 @@ class ModelRunner:
             hidden = forward(self._resolve(tensors.input_ids, shares))
             prompts = self._prompt_logprobs(shares, hidden)
             return self._flight(shares, self._choose(shares, hidden, tensors), prompts)
+
+    def reset(self) -> None:
+        """Forget the steps in flight, whose results nobody will collect; the next step starts from tokens of the host.
+
+        Waits for the device, which may still read what the host has written for these steps.
+        """
+        if self.device.type == "cuda":
+            with suppress(RuntimeError):  # an error of the device was reported by the step already
+                torch.cuda.synchronize(self.device)
+        self._rows = {}
+        self.model.activate(self._active)  # an exception may have interrupted a change of it
 
     def _placements(self, shares: Sequence[Scheduled]) -> tuple[Placement, ...]:
         """Of each request of a step, where they have several; where they have one, it becomes the model's."""

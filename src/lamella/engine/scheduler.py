@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lamella.engine.request import Request
@@ -165,6 +165,22 @@ class Scheduler:
         """All running requests give their state back, and are computed again from their first token."""
         while self.running:
             self._preempt_youngest()
+
+    def roll_back(self, requests: Iterable[Request]) -> None:
+        """Recover from an exception inside a step: all state is released, and every request is computed again.
+
+        Args:
+            requests: all requests that have not ended, in order of arrival. Given anew, since the exception may have
+                interrupted a change of the queues.
+        """
+        started = [request for request in self.running if request in self.state.holdings]
+        self.state.roll_back()
+        self.running, self.waiting = [], deque(requests)
+        for request in self.waiting:
+            request.num_computed = request.num_pending = 0
+        for request in started:
+            request.num_preemptions += 1
+            self.num_preemptions += 1
 
     def _preempt_youngest(self) -> Request:
         request = self.running.pop()
