@@ -113,6 +113,12 @@ def _snapshots(options: EngineOptions, cost: StateCost, budget: int) -> int:
     if not options.enable_prefix_caching or not cost.slots:
         return 0
     if options.snapshot_bytes is not None:
+        # Each snapshot is a slot of the pools: more than memory holds cannot be given numbers, either.
+        if options.snapshot_bytes > max(0, budget):
+            raise ConfigError(
+                f"snapshot_bytes={options.snapshot_bytes}: more than the {max(0, budget)} bytes that there are for "
+                "state; give less, or leave it out"
+            )
         return options.snapshot_bytes // cost.bytes_per_request
     return min(max(0, budget) // 10 // cost.bytes_per_request, _SNAPSHOTS_PER_REQUEST * options.max_num_seqs)
 

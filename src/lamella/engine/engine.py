@@ -165,8 +165,8 @@ class Engine:
             )
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         self._resolve(params, len(token_ids) + max_tokens)
-        # A prompt's log-probabilities are the same for all completions.
-        others = replace(params, prompt_logprobs=None)
+        # A prompt's log-probabilities are the same for all completions, so the first alone has them.
+        others = params if params.n == 1 else replace(params, prompt_logprobs=None)
         seed = params.seed if params.seed is not None else self._next_seed()
         self._short_prompts.count(len(token_ids))
         completions = [
@@ -231,16 +231,21 @@ class Engine:
 
     def _roll_back(self) -> None:
         self._ahead = None
-        for request, (job, completion) in list(self._completions.items()):
+        for _, completion in self._completions.values():
             completion.roll_back()
+        # A job counts if it was added whole.
+        self._jobs = {name: job for name, job in self._jobs.items() if not job.finished and self._has_all(job)}
+        for request, (job, completion) in list(self._completions.items()):
             if completion.finish_reason is not None or self._jobs.get(job.request_id) is not job:
                 del self._completions[request]
-        self._jobs = {name: job for name, job in self._jobs.items() if not job.finished}
         held = set() if self._switch is None else set(self._switch.held)
         self.runner.reset()
         self.scheduler.state = self.state
         self.scheduler.roll_back(request for request, (job, _) in self._completions.items() if job not in held)
         self._is_changing = False
+
+    def _has_all(self, job: Job) -> bool:
+        return all(each.finish_reason is not None or each.request in self._completions for each in job.completions)
 
     def _queue(self, job: Job) -> None:
         for completion in job.completions:
@@ -251,7 +256,9 @@ class Engine:
         if request_id not in self._jobs:
             return None
         with self._change():
-            job = self._jobs.pop(request_id)
+            job = self._jobs.pop(request_id, None)
+            if job is None:
+                return None  # it went with an interrupted change
             if self._switch is not None and job in self._switch.held:
                 self._switch.held.remove(job)
                 self._queue(job)  # from where it is dropped, like any other

@@ -14,6 +14,7 @@ from lamella.config import Placement
 from lamella.engine.capacity import Capacity
 from lamella.engine.completion import Job
 from lamella.engine.options import EngineOptions
+from lamella.errors import ConfigError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import PagedAttention, SlotHolder, state_holders
 from lamella.state.manager import StateManager
@@ -110,7 +111,7 @@ class Residences:
                 for old in dropped:
                     old.memory = None
                 self._block = None
-                self._block = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+                self._block = _allocate(nbytes, self.device)
             residence.memory = StateMemory(*arguments, self._block)
         else:
             residence.memory.bind()
@@ -120,3 +121,13 @@ class Residences:
         while len(self._kept) > _KEPT:
             dropped.append(self._kept.popitem(last=False)[1])
         return dropped
+
+
+def _allocate(nbytes: int, device: torch.device) -> torch.Tensor:
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    except (RuntimeError, MemoryError) as error:  # torch has several kinds
+        raise ConfigError(
+            f"num_blocks: the state takes {nbytes >> 20} MiB, which the {device.type} does not have; give fewer "
+            "num_blocks, or a smaller max_num_seqs or max_model_len"
+        ) from error

@@ -29,7 +29,7 @@ from lamella.engine.sampler import (
 from lamella.engine.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduled
 from lamella.engine.step_inputs import StepInputs, StepTensors
-from lamella.layers.context import forward_batch
+from lamella.layers.context import forward_batch, leave_batch
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.placements import CutPlacements, MixerUnion, unite
 from lamella.ops.attention.paged import AttentionSpace
@@ -203,6 +203,7 @@ class ModelRunner:
         if self.device.type == "cuda":
             with suppress(RuntimeError):  # an error of the device was reported by the step already
                 torch.cuda.synchronize(self.device)
+        leave_batch()
         self._rows = {}
         self.model.activate(self._active)  # an exception may have interrupted a change of it
 
