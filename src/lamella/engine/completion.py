@@ -11,6 +11,7 @@ from lamella.engine.outputs import CompletionOutput, FinishReason, Logprob, Requ
 from lamella.engine.request import Request
 from lamella.engine.sampler import TokenLogprobs
 from lamella.engine.tokenizer import Tokenizer
+from lamella.ops.sampling import NO_TOKEN
 
 
 class NotFiniteError(Exception):
@@ -67,7 +68,7 @@ class Completion:
         for position, entry in enumerate(prompt_logprobs, start):
             if isnan(entry.logprob):
                 raise NotFiniteError(f"prompt token {position}: the logits before it hold NaN or +Inf")
-        if token_id is not None and token_id < 0:
+        if token_id == NO_TOKEN:
             index = len(self.request.output_token_ids)
             raise NotFiniteError(
                 f"output token {index}: the logits hold NaN or +Inf, or the sampling parameters allow no token; "

@@ -13,16 +13,17 @@ from typing import Any
 import torch
 
 from lamella.checkpoint import open_checkpoint
-from lamella.config import Placement, PlacementLike, describe_placement, read_placement
+from lamella.config import Placement, PlacementLike, read_placement
 from lamella.distributed.workers import WorkerProcesses, Workers
 from lamella.engine.capacity import ShortPrompts, check_pools, memory_budget, say_what_cannot_hit
 from lamella.engine.compiled import CompiledModel
 from lamella.engine.completion import Completion, Job, NotFiniteError
 from lamella.engine.image_rows import ImageRows
-from lamella.engine.images import ImageReader, PlacedImage
+from lamella.engine.images import ImageReader, place_images
+from lamella.engine.jobs import Jobs
 from lamella.engine.loading import check_split, load_images, load_part, round_norms_twice
 from lamella.engine.options import EngineOptions
-from lamella.engine.prompt import GivenPrompt, Prompt, read_prompt
+from lamella.engine.prompt import Prompt, read_prompt
 from lamella.engine.request import Request
 from lamella.engine.residence import Residence, Residences, Switch
 from lamella.engine.runner import Flight, ModelRunner
@@ -92,14 +93,13 @@ class Engine:
             logger.info("enforce_eager: without effect, since there are no graphs on this device")
         self.runner.warm_up(graphs=not options.enforce_eager)
         self._switch: Switch | None = None
-        self._own_placements: dict[Placement, Placement] = {}
         self.workers.before_stop(self.runner.drop_graphs)
         self.workers.follow(self.state)
         self._ahead: Flight | None = None  # a step that has been launched, and not collected yet
+        self._restarted: set[Request] = set()  # those whose results in `_ahead` are to be dropped
         self._is_changing = False  # a step or a change of the requests is under way, or was interrupted
         self._seeds = itertools.count()
-        self._jobs: dict[str, Job] = {}
-        self._completions: dict[Request, tuple[Job, Completion]] = {}
+        self._jobs = Jobs()
         self._short_prompts = ShortPrompts(options)
         self._counts = {"steps": 0, "prompt_tokens": 0, "generated_tokens": 0, "requests": 0, "errors": 0}
 
@@ -154,7 +154,7 @@ class Engine:
             raise ParameterError(f"sampling_params: must be a SamplingParams, not {type(params).__name__}")
         params = replace(params)  # checked again, and with lists of its own: the caller may have changed the lists
         given = read_prompt(prompt, self.tokenizer, self.model.config.vocab_size)
-        token_ids, images = self._place_images(given)
+        token_ids, images = place_images(self._images, given.token_ids, given.images, self.options.max_images)
         params.validate_for(self.model.config.vocab_size)
         if params.stop_strings and self.tokenizer is None:
             raise ParameterError(f"stop={params.stop!r}: without tokenizer.json there is no text to stop at")
@@ -202,13 +202,12 @@ class Engine:
         placement = self._resolve(request.params, len(request.prompt_token_ids) + request.max_tokens)
         root = self._prefix_root(placement, job.salt)
         with self._change():
-            self._jobs[job.request_id] = job
             self._counts["requests"] += 1
             if self._switch is not None:
                 self._switch.held.append(job)
             for completion in job.completions:
                 completion.request.place(placement if self.options.mixed_placements else (), root)
-                self._completions[completion.request] = (job, completion)
+            self._jobs.add(job)
             if self._switch is None:
                 self._queue(job)
 
@@ -231,21 +230,12 @@ class Engine:
 
     def _roll_back(self) -> None:
         self._ahead = None
-        for _, completion in self._completions.values():
-            completion.roll_back()
-        # A job counts if it was added whole.
-        self._jobs = {name: job for name, job in self._jobs.items() if not job.finished and self._has_all(job)}
-        for request, (job, completion) in list(self._completions.items()):
-            if completion.finish_reason is not None or self._jobs.get(job.request_id) is not job:
-                del self._completions[request]
-        held = set() if self._switch is None else set(self._switch.held)
+        self._restarted.clear()
+        self._jobs.roll_back()
         self.runner.reset()
         self.scheduler.state = self.state
-        self.scheduler.roll_back(request for request, (job, _) in self._completions.items() if job not in held)
+        self.scheduler.roll_back(self._jobs.requests(without=self._switch.held if self._switch is not None else ()))
         self._is_changing = False
-
-    def _has_all(self, job: Job) -> bool:
-        return all(each.finish_reason is not None or each.request in self._completions for each in job.completions)
 
     def _queue(self, job: Job) -> None:
         for completion in job.completions:
@@ -256,7 +246,7 @@ class Engine:
         if request_id not in self._jobs:
             return None
         with self._change():
-            job = self._jobs.pop(request_id, None)
+            job = self._jobs.remove(request_id)
             if job is None:
                 return None  # it went with an interrupted change
             if self._switch is not None and job in self._switch.held:
@@ -293,7 +283,7 @@ class Engine:
         held, begun = ([], False) if self._switch is None else (self._switch.held, self._switch.begun)
         recompute = running == "recompute" or begun  # if begun, nothing has kept its state
         waiting = [(job, completion) for job in held for completion in job.completions]
-        for job, completion in self._completions.values() if recompute else waiting:
+        for job, completion in self._jobs if recompute else waiting:
             request = completion.request
             try:
                 check_pools(len(request.prompt_token_ids) + request.max_tokens - 1, residence.state, self.options)
@@ -336,9 +326,9 @@ class Engine:
             self.move(switch.residence.placement)
             if self.state is not before:
                 self.workers.follow(self.state)
-        waiting = [self._completions[request] for request in self.scheduler.waiting] if switch.recompute else []
-        waiting += [(job, completion) for job in switch.held for completion in job.completions]
-        for job, completion in waiting:
+        # If all is recomputed, nothing is left but requests without state, queued or held.
+        held = [(job, completion) for job in switch.held for completion in job.completions]
+        for job, completion in self._jobs if switch.recompute else held:
             if completion.request.params.placement is None:
                 own = self.placement if self.options.mixed_placements else ()
                 completion.request.place(own, self._prefix_root(self.placement, job.salt))
@@ -370,25 +360,9 @@ class Engine:
     def _resolve(self, params: SamplingParams, length: int) -> Placement:
         """Return the placement that a request would be computed with now. Raises `ParameterError` where it is not
         served, or where prompt and output, `length` tokens, do not fit."""
-        placement = self._placement_of(params)
+        placement = self._residences.placement_of(params.placement, self._next_residence.placement)
         check_pools(length - 1, self._next_residence.state, self.options)
         return placement
-
-    def _placement_of(self, params: SamplingParams) -> Placement:
-        """A request's own placement, or the engine's."""
-        usual = self._next_residence.placement
-        if params.placement is None:
-            return usual
-        try:
-            own = read_placement(params.placement, self.model.config)
-        except ConfigError as error:
-            raise ParameterError(str(error)) from error
-        if own != usual and not self.options.mixed_placements:
-            raise ParameterError(
-                f"placement={describe_placement(own)!r}: the engine keeps state for {describe_placement(usual)!r} "
-                "only; LLM(mixed_placements=True) keeps it for every mixer"
-            )
-        return self._own_placements.setdefault(own, own)  # so that equal ones are one object
 
     def step(self) -> list[Job]:
         """Launch a step and take the results of one; the jobs that have got something new, each once.
@@ -447,8 +421,11 @@ class Engine:
     def _take(self, flight: Flight) -> list[Job]:
         changed: dict[str, Job] = {}
         for share, result in zip(flight.shares, self.runner.collect(flight), strict=True):
+            if result.request in self._restarted:
+                self._restarted.discard(result.request)
+                continue
             result.request.num_pending -= share.samples
-            entry = self._completions.get(result.request)
+            entry = self._jobs.find(result.request)
             if entry is None:
                 continue  # it has ended since
             job, completion = entry
@@ -456,10 +433,9 @@ class Engine:
             try:
                 completion.receive(share.start + 1, result.prompt_logprobs, result.token_id, result.logprobs)
             except NotFiniteError as error:
+                if self._blames_others(result.request):
+                    continue
                 completion.fail(str(error))
-                # What it has left in the pools may be as wrong as its logits.
-                tokens = len(result.request.prompt_token_ids) + len(result.request.output_token_ids)
-                self.state.forget(result.request.page_keys(self.state.page_size, tokens))
             except MemoryError:  # of the process, not of this request
                 raise
             except Exception as error:  # of its own text or log-probabilities: nobody else's
@@ -474,12 +450,22 @@ class Engine:
                 self._counts["errors"] += 1
             if completion.finish_reason is not None:
                 self._drop(completion)
-                if job.finished:
-                    del self._jobs[job.request_id]
         self.state.commit()
         if not self.has_work:
             self.state.check_at_rest()
         return list(changed.values())
+
+    def _blames_others(self, request: Request) -> bool:
+        """Forget what a request with NaN or Inf has left in the prefix cache. If it started with state of others, which
+        may be why, compute it again by itself, and return True."""
+        tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+        self.state.forget(request.page_keys(self.state.page_size, tokens))
+        if not request.num_reused:
+            return False
+        if self._ahead is not None and any(share.request is request for share in self._ahead.shares):
+            self._restarted.add(request)
+        self.scheduler.restart(request)
+        return True
 
     def stats(self) -> dict[str, Any]:
         """Counts since the start (tokens computed again after a preemption count again), and what is in use now."""
@@ -490,18 +476,9 @@ class Engine:
         self.state.reset_prefix_cache()
 
     def _drop(self, completion: Completion) -> None:
-        del self._completions[completion.request]
+        self._jobs.drop(completion)
         self.scheduler.finish(completion.request)
         completion.request.images = ()  # their rows go with the last request that may still need them
-
-    def _place_images(self, given: GivenPrompt) -> tuple[list[int], tuple[PlacedImage, ...]]:
-        """A prompt's tokens with the images in their places."""
-        if self._images is not None:
-            return self._images.place(given.token_ids, given.images)
-        if given.images:
-            why = "limit_mm_per_prompt allows 0" if self.options.max_images == 0 else "the model reads none"
-            raise ParameterError(f"multi_modal_data: {len(given.images)} images, and {why}")
-        return given.token_ids, ()
 
     def _prefix_root(self, placement: Placement, salt: str | None) -> bytes | None:
         """What a request's prefixes are keyed by; None where it takes no part in the cache."""

@@ -54,6 +54,7 @@ class Request:
     num_computed: int = 0  # leading tokens whose state is in the pools
     num_preemptions: int = 0
     num_cached_tokens: int = 0  # of them, those that it started with
+    num_reused: int = 0  # leading tokens whose state it took from the prefix cache when it last started
     branch: int = 0  # where it leaves the tokens that others had before it
     prefix_root: bytes | None = None  # see `page_keys`; None keeps the request out of the prefix cache
     placement: Placement = ()  # of a supernet; see `Engine`

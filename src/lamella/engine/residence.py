@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lamella.config import Placement
+from lamella.config import Placement, PlacementLike, describe_placement, read_placement
 from lamella.engine.capacity import Capacity
 from lamella.engine.completion import Job
 from lamella.engine.options import EngineOptions
-from lamella.errors import ConfigError
+from lamella.errors import ConfigError, ParameterError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import PagedAttention, SlotHolder, state_holders
 from lamella.state.manager import StateManager
@@ -68,6 +68,7 @@ class Residences:
         self.budget = budget
         self._kept: OrderedDict[Placement, Residence] = OrderedDict()
         self._block: torch.Tensor | None = None
+        self._own: dict[Placement, Placement] = {}  # of requests, so that equal ones are one object
 
     def find(self, placement: Placement) -> Residence:
         """The residence of a placement, a new one where none is kept; the one and only, under another name, where
@@ -86,6 +87,21 @@ class Residences:
         groups, pages = list(plan.pages), list(plan.pages.values())
         state = StateManager(groups, pages, plan.num_slots, options.block_size, bool(cost.slots))
         return Residence(placement, holders, cost, plan, state)
+
+    def placement_of(self, asked: PlacementLike | None, usual: Placement) -> Placement:
+        """A request's own placement, or the engine's `usual` one. Raises `ParameterError` where it is not served."""
+        if asked is None:
+            return usual
+        try:
+            own = read_placement(asked, self.model.config)
+        except ConfigError as error:
+            raise ParameterError(str(error)) from error
+        if own != usual and not self.options.mixed_placements:
+            raise ParameterError(
+                f"placement={describe_placement(own)!r}: the engine keeps state for {describe_placement(usual)!r} "
+                "only; LLM(mixed_placements=True) keeps it for every mixer"
+            )
+        return self._own.setdefault(own, own)
 
     def _most(self) -> int:
         """Bytes that any placement can need: where the number of pages is given, what all mixers need together; else

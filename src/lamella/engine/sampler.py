@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lamella.engine.outputs import Logprob
 from lamella.engine.sampling_params import SamplingParams, has_penalty
+from lamella.ops.sampling import NO_TOKEN
 
 _BLOCK = 1 << 24  # logits worked on at a time: bounds the float64 scratch to some hundred MiB
 _MASK = (1 << 64) - 1
@@ -71,7 +72,8 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """One token per row, and its log-probabilities where the row's parameters ask for them."""
+    """One token per row, `NO_TOKEN` where none can be chosen, and its log-probabilities where the row's parameters ask
+    for them."""
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
@@ -116,8 +118,8 @@ def choose(logits: Tensor, rows: Sequence[SamplingRow], draw: Callable[[Tensor],
     top-k, top-p and a draw. Equal logits rank by ascending token id, so that top-k keeps k tokens exactly.
 
     Args:
-        logits: (R, V), any floating dtype; not modified. A row needs a finite entry (without one, its token is
-            arbitrary but within the vocabulary).
+        logits: (R, V), any floating dtype; not modified. A row that holds NaN or +Inf, or, after processing, nothing
+            but -Inf, gets `NO_TOKEN`.
         rows: R descriptions.
         draw: does what follows penalties, (R, V) float32 logits to (R,) tokens, in place of plain torch.
     """
@@ -126,7 +128,8 @@ def choose(logits: Tensor, rows: Sequence[SamplingRow], draw: Callable[[Tensor],
     if draw is not None:
         tokens = draw(edit(logits, rows))
     elif all(row.params.greedy and not is_edited(row) for row in rows):
-        tokens = logits.argmax(-1)
+        tokens = logits.argmax(-1)  # of a NaN, where there is one
+        tokens = _checked(logits.gather(1, tokens[:, None]), tokens)
     else:
         size = max(1, _BLOCK // logits.shape[1])
         tokens = torch.cat([_sample(logits[i : i + size], rows[i : i + size]) for i in range(0, len(rows), size)])
@@ -143,7 +146,8 @@ def scored(logits: Tensor, tokens: Tensor, rows: Sequence[SamplingRow]) -> Choic
         logits, some = logits[wanted], tokens[wanted]
     else:
         some = tokens
-    return Choice(tokens, _score(logits, some, max(counts.values())), counts)
+    # What is scored in the place of `NO_TOKEN` is not used.
+    return Choice(tokens, _score(logits, some.clamp(min=0), max(counts.values())), counts)
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
@@ -182,13 +186,19 @@ def is_edited(row: SamplingRow) -> bool:
 def _sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """(R, V) logits -> (R,) int64 tokens, on the device."""
     x = edit(logits, rows)
+    highest = x.amax(-1, keepdim=True)  # NaN where a row holds one
     drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
     if len(drawn) == len(rows):
-        return _draw(x, rows)
+        return _checked(highest, _draw(x, highest, rows))
     tokens = x.argmax(-1)
     if drawn:
-        tokens[drawn] = _draw(x[drawn], [rows[i] for i in drawn])
-    return tokens
+        tokens[drawn] = _draw(x[drawn], highest[drawn], [rows[i] for i in drawn])
+    return _checked(highest, tokens)
+
+
+def _checked(highest: Tensor, tokens: Tensor) -> Tensor:
+    """`NO_TOKEN` in the place of each of `tokens` (R,) whose row's highest logit, of (R, 1), is no finite number."""
+    return torch.where(highest.squeeze(-1).isfinite(), tokens, NO_TOKEN)
 
 
 def edit(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -210,7 +220,7 @@ def edit(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     ]
     if banned:
         at, token = torch.tensor(banned, device=device).unbind(1)
-        x[at, token] = -torch.inf
+        x[at, token] -= torch.inf  # NaN and +Inf do not become legal by a mask
 
     penalized = [i for i, row in enumerate(rows) if has_penalty(row.params)]
     if penalized:
@@ -241,8 +251,8 @@ def _flat_ids(lists: Sequence[Sequence[int]], vocab: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _draw(x: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """(R, V) float32 logits of rows that are not greedy -> (R,) int64 tokens."""
+def _draw(x: Tensor, highest: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """(R, V) float32 logits of rows that are not greedy, and the highest of each (R, 1) -> (R,) int64 tokens."""
     vocab = x.shape[1]
     settings = [
         (
@@ -258,7 +268,7 @@ def _draw(x: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     columns = torch.tensor(settings, dtype=torch.float64, device=x.device).T[:, :, None]
     temperature, min_p, top_k, top_p, u = columns
     # Probabilities relative to the likeliest token's: no overflow at any temperature, and min-p is a comparison.
-    weights = ((x.double() - x.amax(-1, keepdim=True)) / temperature).exp_()
+    weights = ((x.double() - highest) / temperature).exp_()
     if any(row.params.min_p for row in rows):
         weights.masked_fill_(weights < min_p, 0)
 
