@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from operator import index
 from typing import Any
 
@@ -61,6 +62,13 @@ def is_text(value: object) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def is_placement(value: object) -> bool:
+    """Return whether `value` has one of the types of `PlacementLike`; its names are not looked at."""
+    if isinstance(value, Mapping):
+        return all((is_text(key) or whole(key) is not None) and is_text(name) for key, name in value.items())
+    return is_text(value) or (isinstance(value, list | tuple) and all(name is None or is_text(name) for name in value))
 
 
 def checked_int(

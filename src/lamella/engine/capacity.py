@@ -148,8 +148,8 @@ def _pages(options: EngineOptions, cost: StateCost, max_model_len: int, budget: 
     raise ConfigError(f"max_num_seqs={seqs}: the state of so many requests does not fit into {budget >> 20} MiB")
 
 
-def _free_memory(device: torch.device) -> int:
-    """Bytes that new tensors on `device` can take."""
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that new tensors on `device` can take; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -157,4 +157,9 @@ def _free_memory(device: torch.device) -> int:
             fields = dict(line.split(":", 1) for line in file)
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
-        return 4 << 30  # systems without procfs; num_blocks says better
+        return None
+
+
+def _free_memory(device: torch.device) -> int:
+    available = available_memory(device)
+    return 4 << 30 if available is None else available  # systems without procfs; num_blocks says better

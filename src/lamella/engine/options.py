@@ -101,11 +101,16 @@ class EngineOptions:
             value = getattr(self, field)
             if value is not None or field not in _OPTIONAL:
                 object.__setattr__(self, field, checked_int(field, value, low, high))
-        if self.snapshot_prompts not in ("always", "never", "busy"):
+        if not (isinstance(self.snapshot_prompts, str) and self.snapshot_prompts in ("always", "never", "busy")):
             raise ConfigError(f"snapshot_prompts={shown(self.snapshot_prompts)}: must be always, never or busy")
         if self.snapshot_bytes is not None and (whole(self.snapshot_bytes) is None or self.snapshot_bytes < 0):
             raise ConfigError(f"snapshot_bytes={shown(self.snapshot_bytes)}: must be a whole number of bytes")
-        if self.hf_overrides is not None and not isinstance(self.hf_overrides, Mapping):
+        if self.snapshot_bytes is not None:
+            object.__setattr__(self, "snapshot_bytes", checked_int("snapshot_bytes", self.snapshot_bytes, 0, 1 << 48))
+        overrides = self.hf_overrides
+        if overrides is not None and not (
+            isinstance(overrides, Mapping) and all(isinstance(k, str) for k in overrides)
+        ):
             raise ConfigError(f"hf_overrides={shown(self.hf_overrides)}: must be a mapping of config.json's keys")
         if self.limit_mm_per_prompt is not None and not _is_limit(self.limit_mm_per_prompt):
             raise ConfigError(
@@ -181,6 +186,10 @@ class EngineOptions:
         if longest is not None and self.max_model_len > longest:
             raise ConfigError(f"max_model_len={self.max_model_len}: the model supports at most {longest}")
         return self.max_model_len
+
+
+def _has_string_keys(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
 
 
 def _is_limit(value: object) -> bool:

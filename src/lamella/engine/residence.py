@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lamella.config import Placement, PlacementLike, describe_placement, read_placement
-from lamella.engine.capacity import Capacity
+from lamella.engine.capacity import Capacity, available_memory
 from lamella.engine.completion import Job
 from lamella.engine.options import EngineOptions
 from lamella.errors import ConfigError, ParameterError
@@ -68,6 +68,7 @@ class Residences:
         self.budget = budget
         self._kept: OrderedDict[Placement, Residence] = OrderedDict()
         self._block: torch.Tensor | None = None
+        self._available = available_memory(device)  # before the block
         self._own: dict[Placement, Placement] = {}  # of requests, so that equal ones are one object
 
     def find(self, placement: Placement) -> Residence:
@@ -77,13 +78,19 @@ class Residences:
         Raises `ConfigError` where the state of so many requests does not fit.
         """
         options, kept = self.options, self._kept.get(placement)
+        if options.mixed_placements and self._kept:  # first: the one residence has been renamed since it was kept
+            return replace(next(iter(self._kept.values())), placement=placement)
         if kept is not None:
             return kept
-        if options.mixed_placements and self._kept:
-            return replace(next(iter(self._kept.values())), placement=placement)
         holders = state_holders(self.model) if options.mixed_placements else self.model.active_holders(placement)
         cost = StateCost.of(holders)
         plan = Capacity.plan(options, cost, self.max_model_len, self.budget)
+        nbytes = StateMemory.size(holders, plan.pages, options.block_size, plan.num_slots)
+        if self._available is not None and nbytes > self._available:  # before the pools list their blocks
+            raise ConfigError(
+                f"num_blocks: the state takes {nbytes >> 20} MiB, and {self._available >> 20} MiB are free; give fewer "
+                "num_blocks, or a smaller max_num_seqs, max_model_len or snapshot_bytes"
+            )
         groups, pages = list(plan.pages), list(plan.pages.values())
         state = StateManager(groups, pages, plan.num_slots, options.block_size, bool(cost.slots))
         return Residence(placement, holders, cost, plan, state)

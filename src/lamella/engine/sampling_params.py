@@ -9,7 +9,7 @@ from typing import Any
 
 from lamella.errors import ParameterError
 from lamella.ops.sampling import GREEDY_BELOW
-from lamella.validation import INT64, finite, is_text, shown, whole
+from lamella.validation import INT64, finite, is_placement, is_text, shown, whole
 
 MAX_LOGPROBS = 1000
 """Most alternatives that `logprobs` and `prompt_logprobs` may ask for."""
@@ -127,6 +127,8 @@ class SamplingParams:
         _require(bias is None or mapped, "logit_bias", "None or a dict of token ids to numbers in [-100, 100]", bias)
         if bias is not None:
             object.__setattr__(self, "logit_bias", dict(pairs))
+        names = "None, a string, a list of names or a dict of layers to names"
+        _require(self.placement is None or is_placement(self.placement), "placement", names, self.placement)
         if isinstance(self.placement, (list, dict)):
             object.__setattr__(self, "placement", copy(self.placement))
 
