@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -86,15 +87,31 @@ class Choice:
         tokens: (R,) int64 on the device.
     """
 
-    def __init__(self, tokens: Tensor, scores: Tensor | None = None, counts: Mapping[int, int] | None = None) -> None:
-        """`scores` as of `_score`, of the rows in `counts`, each of which wants so many likeliest tokens."""
+    def __init__(
+        self,
+        tokens: Tensor,
+        scores: Tensor | None = None,
+        counts: Mapping[int, int] | None = None,
+        highest: Tensor | None = None,
+    ) -> None:
+        """Send what was chosen to the host.
+
+        Args:
+            tokens: (R,) int64; `NO_TOKEN` where nothing could be chosen, unless `highest` is given.
+            scores: as of `_score`, of the rows in `counts`.
+            counts: by row, how many of the likeliest tokens it wants.
+            highest: (R,) the highest logit of each row, NaN if it holds one. Without a finite one a row has no token.
+        """
         self.tokens, self._counts = tokens, counts or {}
         # Token ids are exact in float64, so one tensor can carry everything to the host.
         flat = tokens if scores is None else torch.cat([tokens.double(), scores.flatten()])
-        self._host, self._arrived = flat, None
+        self._host, self._highest, self._arrived = flat, highest, None
         if flat.is_cuda:
             self._host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
             self._host.copy_(flat, non_blocking=True)
+            if highest is not None:
+                self._highest = torch.empty(highest.shape, dtype=highest.dtype, pin_memory=True)
+                self._highest.copy_(highest, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
@@ -108,7 +125,12 @@ class Choice:
         for index, (row, count) in enumerate(self._counts.items()):
             start = rows + index * width
             logprobs[row] = _unpack(flat[start : start + width], count)
-        return SampledTokens([int(token) for token in flat[:rows]] if self._counts else flat, logprobs)
+        token_ids = [int(token) for token in flat[:rows]] if self._counts else flat
+        if self._highest is not None:
+            for row, highest in enumerate(self._highest.tolist()):
+                if not isfinite(highest):
+                    token_ids[row] = NO_TOKEN
+        return SampledTokens(token_ids, logprobs)
 
 
 def choose(logits: Tensor, rows: Sequence[SamplingRow], draw: Callable[[Tensor], Tensor] | None = None) -> Choice:
@@ -125,29 +147,30 @@ def choose(logits: Tensor, rows: Sequence[SamplingRow], draw: Callable[[Tensor],
     """
     if logits.dtype == torch.float64:
         logits = logits.float()
+    highest = None  # what `draw` chooses is checked on the device
     if draw is not None:
         tokens = draw(edit(logits, rows))
     elif all(row.params.greedy and not is_edited(row) for row in rows):
-        tokens = logits.argmax(-1)  # of a NaN, where there is one
-        tokens = _checked(logits.gather(1, tokens[:, None]), tokens)
+        highest, tokens = logits.max(-1)  # of a NaN, where there is one
     else:
         size = max(1, _BLOCK // logits.shape[1])
-        tokens = torch.cat([_sample(logits[i : i + size], rows[i : i + size]) for i in range(0, len(rows), size)])
-    return scored(logits, tokens, rows)
+        blocks = [_sample(logits[i : i + size], rows[i : i + size]) for i in range(0, len(rows), size)]
+        tokens, highest = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return scored(logits, tokens, rows, highest)
 
 
-def scored(logits: Tensor, tokens: Tensor, rows: Sequence[SamplingRow]) -> Choice:
-    """The chosen `tokens` (R,) with the log-probabilities that rows ask for."""
+def scored(logits: Tensor, tokens: Tensor, rows: Sequence[SamplingRow], highest: Tensor | None = None) -> Choice:
+    """The chosen `tokens` (R,) with the log-probabilities that rows ask for; `highest` as of `Choice`."""
     counts = {i: row.params.logprobs for i, row in enumerate(rows) if row.params.logprobs is not None}
     if not counts:
-        return Choice(tokens)
+        return Choice(tokens, highest=highest)
     if len(counts) < len(rows):
         wanted = list(counts)
         logits, some = logits[wanted], tokens[wanted]
     else:
         some = tokens
     # What is scored in the place of `NO_TOKEN` is not used.
-    return Choice(tokens, _score(logits, some.clamp(min=0), max(counts.values())), counts)
+    return Choice(tokens, _score(logits, some.clamp(min=0), max(counts.values())), counts, highest)
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
@@ -183,22 +206,16 @@ def is_edited(row: SamplingRow) -> bool:
     return bool(row.params.logit_bias) or row.step < row.params.min_tokens or has_penalty(row.params)
 
 
-def _sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """(R, V) logits -> (R,) int64 tokens, on the device."""
+def _sample(logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, Tensor]:
+    """(R, V) logits -> (R,) int64 tokens and the highest logits after editing, on the device."""
     x = edit(logits, rows)
-    highest = x.amax(-1, keepdim=True)  # NaN where a row holds one
+    highest, tokens = x.max(-1)
     drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
     if len(drawn) == len(rows):
-        return _checked(highest, _draw(x, highest, rows))
-    tokens = x.argmax(-1)
-    if drawn:
-        tokens[drawn] = _draw(x[drawn], highest[drawn], [rows[i] for i in drawn])
-    return _checked(highest, tokens)
-
-
-def _checked(highest: Tensor, tokens: Tensor) -> Tensor:
-    """`NO_TOKEN` in the place of each of `tokens` (R,) whose row's highest logit, of (R, 1), is no finite number."""
-    return torch.where(highest.squeeze(-1).isfinite(), tokens, NO_TOKEN)
+        tokens = _draw(x, highest[:, None], rows)
+    elif drawn:
+        tokens[drawn] = _draw(x[drawn], highest[drawn, None], [rows[i] for i in drawn])
+    return tokens, highest
 
 
 def edit(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
