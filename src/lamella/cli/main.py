@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import lamella
+from lamella.cli.limits import check_numbers
 from lamella.errors import LamellaError
 
 
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.DEBUG if args.debug else logging.WARNING, format="%(name)s: %(message)s")
     try:
+        check_numbers(args)
         # Each subcommand's module is imported when it runs, so that `--help` does not wait for torch.
         return import_module(f"lamella.cli.{args.module}").run(args)
     except LamellaError as error:

@@ -10,7 +10,8 @@ import torch
 
 from lamella.distributed.group import Group
 from lamella.engine.options import EngineOptions
-from lamella.errors import ConfigError
+from lamella.errors import ConfigError, ParameterError
+from lamella.state.manager import StateManager
 from lamella.state.memory import StateCost
 from lamella.state.spec import PagedState
 
@@ -21,6 +22,8 @@ _MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.85}
 # Room for the prefix cache beyond what running requests can fill: snapshots a request, and pages in all.
 _SNAPSHOTS_PER_REQUEST = 4
 _PAGES_TO_KEEP = 2
+# So many prompts, none of which fills a page, are worth a warning.
+_SHORT_PROMPTS = 32
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,50 @@ def say_what_cannot_hit(options: EngineOptions, cost: StateCost, plan: Capacity,
         )
 
 
+def check_pools(tokens: int, state: StateManager, options: EngineOptions) -> None:
+    """Raises `ParameterError` where a request of `tokens` tokens does not fit into the empty pools of a state."""
+    chunk = min(tokens, options.max_num_batched_tokens)
+    for index, pool in enumerate(state.page_pools):
+        pages = state.peak_pages(index, tokens, chunk)
+        if pages > pool.capacity:
+            raise ParameterError(
+                f"prompt and max_tokens need {pages} pages of {state.page_size} tokens, and num_blocks="
+                f"{pool.capacity} is all there are"
+            )
+
+
+class ShortPrompts:
+    """Says once in the log if the first prompts are all too short for the prefix cache."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        self._block_size = options.block_size
+        self._so_far: int | None = 0 if options.enable_prefix_caching else None  # None: no longer of interest
+
+    def count(self, length: int) -> None:
+        """Take note of a prompt of `length` tokens."""
+        if self._so_far is None:
+            return
+        self._so_far = self._so_far + 1 if length <= self._block_size else None
+        if self._so_far == _SHORT_PROMPTS:
+            logger.warning(
+                "prefix cache: the first %d prompts are no longer than a page, so that none of them can "
+                "hit; block_size=%d is the page's size in tokens",
+                _SHORT_PROMPTS,
+                self._block_size,
+            )
+
+
 def _snapshots(options: EngineOptions, cost: StateCost, budget: int) -> int:
     """How many copies of slot state the prefix cache may keep."""
     if not options.enable_prefix_caching or not cost.slots:
         return 0
     if options.snapshot_bytes is not None:
+        # Each snapshot is a slot of the pools: more than memory holds cannot be given numbers, either.
+        if options.snapshot_bytes > max(0, budget):
+            raise ConfigError(
+                f"snapshot_bytes={options.snapshot_bytes}: more than the {max(0, budget)} bytes that there are for "
+                "state; give less, or leave it out"
+            )
         return options.snapshot_bytes // cost.bytes_per_request
     return min(max(0, budget) // 10 // cost.bytes_per_request, _SNAPSHOTS_PER_REQUEST * options.max_num_seqs)
 
@@ -106,8 +148,8 @@ def _pages(options: EngineOptions, cost: StateCost, max_model_len: int, budget: 
     raise ConfigError(f"max_num_seqs={seqs}: the state of so many requests does not fit into {budget >> 20} MiB")
 
 
-def _free_memory(device: torch.device) -> int:
-    """Bytes that new tensors on `device` can take."""
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that new tensors on `device` can take; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -115,4 +157,9 @@ def _free_memory(device: torch.device) -> int:
             fields = dict(line.split(":", 1) for line in file)
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
-        return 4 << 30  # systems without procfs; num_blocks says better
+        return None
+
+
+def _free_memory(device: torch.device) -> int:
+    available = available_memory(device)
+    return 4 << 30 if available is None else available  # systems without procfs; num_blocks says better

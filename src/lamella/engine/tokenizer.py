@@ -6,10 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lamella.errors import CheckpointError
+from lamella.errors import CheckpointError, ParameterError
 
 if TYPE_CHECKING:
     import tokenizers
+
+
+def _raise_for_input(error: BaseException, what: str) -> None:
+    """Raise `ParameterError` for a failure of the tokenizers library; return if the error is no failure of its.
+
+    Its panics are `BaseException`s, which callers take for an order to stop; they come of one text or token list.
+    """
+    panic = type(error).__name__ == "PanicException"  # of pyo3, which offers no type to import
+    if isinstance(error, MemoryError) or not (panic or isinstance(error, Exception)):
+        return
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    raise ParameterError(
+        f"{what}: the tokenizer fails ({line}); check tokenizer.json, or use prompt_token_ids and detokenize=False"
+    ) from error
 
 
 class Tokenizer:
@@ -52,11 +66,19 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the file's post-processor adds."""
-        return self._tokenizer.encode(text).ids
+        try:
+            return self._tokenizer.encode(text).ids
+        except BaseException as error:
+            _raise_for_input(error, "prompt")
+            raise
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD, and unknown ids nothing."""
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        try:
+            return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        except BaseException as error:
+            _raise_for_input(error, "detokenization")
+            raise
 
     def token_text(self, token_id: int) -> str:
         """Text of one token as it reads after another, with the leading space that a text's first token loses."""
