@@ -36,13 +36,14 @@ from lamella.config import (
     StochasticConfig,
     YarnScaling,
 )
-from lamella.config.feed_forward import ACTIVATIONS
 from lamella.errors import ConfigError
 from lamella.models.base import CausalLM
 from lamella.models.hf_config import HFConfig, read_model
 
 logger = logging.getLogger("lamella")
 
+# Those that Fast-LLM trains.
+_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "sigmoid", "identity")
 _NO_LENGTH = 2048  # what the config class writes where nobody said anything
 
 
@@ -327,7 +328,7 @@ class _BlockReader:
         config = MLPConfig(
             intermediate_size=mlp.int("intermediate_size"),
             gated=self._demand(f"{at}.gate_proj.weight", gated),
-            activation=mlp.choice("activation", ACTIVATIONS, "silu"),
+            activation=mlp.choice("activation", _ACTIVATIONS, "silu"),
             gate_up_bias=self._bias(f"{at}.up_proj", first),
             down_bias=self._bias(f"{at}.down_proj", second),
         )
