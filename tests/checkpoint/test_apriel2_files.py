@@ -154,7 +154,9 @@ class TestCoverage:
     @pytest.mark.parametrize("name", sorted({*AROUND, *(name for name in shapes_of_a_supernet(2) if AT in name)}))
     def test_a_tensor_is_missing(self, copy, name):
         edit(copy, {name: None})
-        assert refused(copy) == f"{copy}: tensors do not fit Apriel2ForCausalLM; missing: {name}"
+        advice = "; if the head is the embedding: --hf-overrides '{\"tie_word_embeddings\": true}'"
+        expected = f"{copy}: tensors do not fit Apriel2ForCausalLM; missing: {name}"
+        assert refused(copy) == expected + (advice if name == "lm_head.weight" else "")
 
     @pytest.mark.parametrize("name", sorted({*AROUND, *(name for name in shapes_of_a_supernet(2) if AT in name)}))
     def test_a_tensor_has_another_shape(self, copy, name):
@@ -167,7 +169,7 @@ class TestCoverage:
         "name",
         [
             "model.decoder.blocks.2.input_layernorm.weight",
-            AT + "mixer.mixers.rwkv.o_proj.weight",
+            "model.decoder.blocks.9.mixer.mixers.gdn.norm.weight",
             AT + "mixer.mixers.gdn.convolution.bias",
             AT + "mixer.mixers.gdn.norm.bias",
             AT + "mixer.mixers.kda.f_b_proj.bias",
@@ -182,6 +184,17 @@ class TestCoverage:
     def test_a_tensor_is_left_over(self, copy, name):
         edit(copy, {name: torch.ones(4)})
         assert refused(copy) == f"{copy}: tensors do not fit Apriel2ForCausalLM; unexpected: {name}"
+
+    def test_mixers_that_thinning_left_in_the_files_are_not_read(self, copy, caplog):
+        before = plain_logits(load(copy), IDS)
+        gone = {AT + f"mixer.mixers.{name}.o_proj.weight": torch.ones(4) for name in ("rwkv", "gone")}
+        edit(copy, gone)
+        with caplog.at_level(logging.INFO, "lamella"):
+            assert torch.equal(plain_logits(load(copy), IDS), before)
+        said = [r.message for r in caplog.records if "no longer has" in r.message]
+        assert said == [
+            f"{copy}: 2 tensors of parts that the config no longer has are not read: {', '.join(sorted(gone))}"
+        ]
 
     def test_all_that_do_not_fit_are_named(self, copy):
         edit(copy, {AT + "mixer.mixers.gdn.A_log": None, "model.norm.weight": None, "extra": torch.ones(1)})

@@ -118,8 +118,8 @@ def why_no_weights(folder: Path) -> str:
 
     if "adapter_config.json" in names:
         return (
-            f"a PEFT adapter{_base_of(folder)}, not a model: merge it into its base (PeftModel.merge_and_unload(), then "
-            "save_pretrained) and give that folder"
+            f"a PEFT adapter{_base_of(folder)}, not a model: merge it into its base (PeftModel.merge_and_unload(), "
+            "then save_pretrained) and give that folder"
         )
     if having(".gguf"):
         return (

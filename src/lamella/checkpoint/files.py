@@ -98,14 +98,14 @@ class Checkpoint:
         )
         return True
 
-    def eos_token_ids(self, config: ModelConfig, tokenizer_folder: Path | None = None) -> tuple[int, ...]:
+    def eos_token_ids(self, config: ModelConfig, of_tokenizer: int | None = None) -> tuple[int, ...]:
         """Return the ids that end a text: the config's, generation_config.json's, and the tokenizer's.
 
-        `tokenizer_folder` is where the tokenizer's files are, the model's own folder by default.
+        `of_tokenizer` is the end of text of the tokenizer in use; by default the folder's own files say it.
         """
         file = self.path / "generation_config.json"
         extra = HFConfig(read_json(file), str(file)).token_ids("eos_token_id") if file.is_file() else ()
-        named = eos_of_tokenizer(tokenizer_folder or self.path)
+        named = (of_tokenizer,) if of_tokenizer is not None else eos_of_tokenizer(self.path)
         found = tuple(dict.fromkeys((*config.eos_token_ids, *extra, *named)))
         beyond = [token for token in found if token >= config.vocab_size]
         if beyond:

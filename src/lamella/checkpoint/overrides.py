@@ -35,7 +35,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
 
 
 def _override_rotation(values: dict[str, Any], overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return both without the keys of the rotation, which stand in `rope_parameters` of the values, where overridden."""
+    """Return both without the keys of the rotation; where overridden, they stand in the values' `rope_parameters`."""
     stated_keys = [key for key in (*_SECTIONS, *_TOP) if key in overrides]
     sections = [source.get(key) or {} for source in (values, overrides) for key in _SECTIONS]
     if not stated_keys or not all(isinstance(section, Mapping) for section in sections):

@@ -18,7 +18,7 @@ from torch import Tensor
 from lamella.checkpoint.file_kinds import unreadable_safetensors, unreadable_torch
 from lamella.checkpoint.prefixes import canonical_names
 from lamella.checkpoint.weight_files import INDEX as INDEX
-from lamella.checkpoint.weight_files import TORCH, find_weights
+from lamella.checkpoint.weight_files import TORCH, WeightFiles, find_weights
 from lamella.distributed.sharding import Split, cut
 from lamella.errors import CheckpointError
 
@@ -53,10 +53,15 @@ class SafetensorsFolder:
     """
 
     def __init__(
-        self, folder: Path, own: Callable[[str], str | None] = str, part: str | None = "the language model"
+        self,
+        folder: Path,
+        own: Callable[[str], str | None] = str,
+        part: str | None = "the language model",
+        found: WeightFiles | None = None,
     ) -> None:
+        """Choose the files, unless they have been `found` before."""
         self.folder = folder
-        self._found = find_weights(folder)
+        self._found = found if found is not None else find_weights(folder)
         self.files = list(self._found.files)
         self._view = _View(folder, own, part, self._found.skipped)
 
@@ -80,13 +85,12 @@ class SafetensorsFolder:
 class TorchFolder:
     """The model's `pytorch_model*.bin` of a folder, see `find_weights`; otherwise like `SafetensorsFolder`."""
 
-    def __init__(
-        self, folder: Path, own: Callable[[str], str | None] = str, part: str | None = "the language model"
-    ) -> None:
+    def __init__(self, folder: Path, own: Callable[[str], str | None] = str, found: WeightFiles | None = None) -> None:
+        """Choose the files, unless they have been `found` before."""
         self.folder = folder
-        self._found = find_weights(folder, TORCH)
+        self._found = found if found is not None else find_weights(folder, TORCH)
         self.files = list(self._found.files)
-        self._view = _View(folder, own, part, self._found.skipped)
+        self._view = _View(folder, own, "the language model", self._found.skipped)
 
     @contextmanager
     def opened(self) -> Iterator[OpenTensors]:
@@ -136,7 +140,10 @@ class _View:
 
     def names(self, present: Collection[str], indexed: Collection[str] = ()) -> dict[str, str]:
         """Names here -> in the files."""
-        canonical, prefix = canonical_names(present, self._own, self._lingua)
+        if self._part is None and not self._lingua:  # a part of a larger model has names of its own
+            canonical, prefix = {name: self._own(name) for name in present}, None
+        else:
+            canonical, prefix = canonical_names(present, self._own, self._lingua)
         names: dict[str, str] = {}
         for name, known in canonical.items():
             if known is None:
@@ -168,9 +175,9 @@ class _View:
 def open_weights(folder: Path, own: Callable[[str], str | None] = str) -> TensorSource:
     """Return the weights of a Hugging Face folder: safetensors, else PyTorch files."""
     found = find_weights(folder)
-    if not found.files and find_weights(folder, TORCH).files:
-        return TorchFolder(folder, own)
-    return SafetensorsFolder(folder, own)
+    if not found.files and (torch_files := find_weights(folder, TORCH)).files:
+        return TorchFolder(folder, own, torch_files)
+    return SafetensorsFolder(folder, own, found=found)
 
 
 def _state_dict(file: Path) -> dict[str, Tensor]:

@@ -161,8 +161,8 @@ def _add_tokens(
             found = tokenizer.token_to_id(text)
         if index is not None and found != index:
             raise CheckpointError(
-                f"{folder}: tokenizer_config.json or added_tokens.json gives {text!r} the id {index}, and tokenizer.json "
-                f"makes it {found}: the files are not of one tokenizer; take all of them from one place"
+                f"{folder}: tokenizer_config.json or added_tokens.json gives {text!r} the id {index}, and "
+                f"tokenizer.json makes it {found}: the files are not of one tokenizer; take all of them from one place"
             )
 
 
@@ -195,15 +195,16 @@ def _converted(folder: Path) -> LoadedTokenizer | None:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise CheckpointError(
-            f"{folder}: {found[0]} is read by transformers only: pip install 'lamella[hf]' sentencepiece tiktoken; or {advice}"
+            f"{folder}: {found[0]} is read by transformers only: pip install 'lamella[hf]' sentencepiece tiktoken; or "
+            f"{advice}"
         ) from error
     try:
         converted = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # whatever a conversion raises
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{folder}: transformers cannot convert {found[0]} ({reason}): pip install sentencepiece protobuf tiktoken; "
-            f"or {advice}"
+            f"{folder}: transformers cannot convert {found[0]} ({reason}): pip install sentencepiece protobuf "
+            f"tiktoken; or {advice}"
         ) from error
     backend = getattr(converted, "backend_tokenizer", None)
     if backend is None:

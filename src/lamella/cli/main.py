@@ -187,6 +187,9 @@ def _engine(command: argparse.ArgumentParser) -> None:
         ("seed", int),
         ("placement", str),
         ("hf-overrides", json.loads),
+        ("tokenizer", str),
+        ("revision", str),
+        ("gpu-memory-utilization", float),
         ("limit-mm-per-prompt", json.loads),
     ):
         group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)

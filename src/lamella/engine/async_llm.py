@@ -14,10 +14,13 @@ from typing import Any
 from lamella.config import PlacementLike
 from lamella.engine.completion import Job
 from lamella.engine.engine import Engine
+from lamella.engine.llm import get_tokenizer
 from lamella.engine.options import EngineOptions
 from lamella.engine.outputs import RequestOutput
 from lamella.engine.prompt import Prompt
 from lamella.engine.sampling_params import SamplingParams
+from lamella.engine.tokenizer import Tokenizer
+from lamella.engine.vllm_arguments import engine_options
 from lamella.errors import ClosedError
 
 logger = logging.getLogger("lamella")
@@ -26,11 +29,12 @@ logger = logging.getLogger("lamella")
 class AsyncLLM:
     """Many callers of one event loop share one engine, which steps in a thread of its own while there is work.
 
-    Settings: see `EngineOptions`. Close it with `shutdown`, or use it as an async context manager.
+    Settings: see `EngineOptions`, and `engine.vllm_arguments` for vLLM's others. Close it with `shutdown`, or use it as
+    an async context manager.
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
-        self.engine = Engine.load(EngineOptions(model=model, **options))
+        self.engine = Engine.load(EngineOptions(model=model, **engine_options(options)))
         self._ids = itertools.count()
         self._orders: deque[Callable[[], None]] = deque()  # what the engine's thread has to do between steps
         self._wake = threading.Condition()
@@ -84,6 +88,10 @@ class AsyncLLM:
     def abort(self, request_id: str) -> None:
         """End a request; its iterator gives what there is, with finish reason "abort". Unknown ids are ignored."""
         self._order(lambda: self._end(request_id))
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer; raises `ConfigError` where there is none."""
+        return get_tokenizer(self.engine)
 
     def stats(self) -> dict[str, Any]:
         """See `Engine.stats`."""

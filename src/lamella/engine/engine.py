@@ -18,19 +18,21 @@ from lamella.config import MoEConfig, Placement, PlacementLike, describe_placeme
 from lamella.distributed.group import Group
 from lamella.distributed.sharding import Share
 from lamella.distributed.workers import WorkerProcesses, Workers
-from lamella.engine.capacity import memory_budget, say_what_cannot_hit
+from lamella.engine.capacity import longest_answer, memory_budget, say_what_cannot_hit
 from lamella.engine.compiled import CompiledModel
 from lamella.engine.completion import Completion, Job
+from lamella.engine.constructed import prepare_module
 from lamella.engine.image_rows import ImageRows
 from lamella.engine.images import ImageReader, PlacedImage
 from lamella.engine.options import EngineOptions
 from lamella.engine.prompt import GivenPrompt, Prompt, read_prompt
 from lamella.engine.request import Request
 from lamella.engine.residence import Residence, Residences
+from lamella.engine.resolve_params import resolve_params, truncated
 from lamella.engine.runner import Flight, ModelRunner
 from lamella.engine.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduler
-from lamella.engine.tokenizer import Tokenizer
+from lamella.engine.tokenizer import Tokenizer, load_tokenizer
 from lamella.engine.warm_up import warm_up
 from lamella.errors import ConfigError, ParameterError
 from lamella.layers.decoder import LanguageModel
@@ -88,7 +90,7 @@ class Engine:
             _round_norms_twice(model, dtype)
         rows = ImageRows(model.config.hidden_size, dtype, device, self.workers.group, images)
         reserved = warm_up(model, options, self.max_model_len, device, rows)
-        budget = memory_budget(device, reserved, self.workers.group)
+        budget = memory_budget(device, reserved, self.workers.group, options.gpu_memory_utilization)
         self._residences = Residences(model, options, self.max_model_len, device, budget)
         self._residence = self._residences.find(model.placement)
         self._residences.move_in(self._residence)
@@ -145,15 +147,18 @@ class Engine:
     def load(cls, options: EngineOptions) -> Engine:
         """The engine of a checkpoint. Raises `ConfigError` or `CheckpointError` with one line."""
         device = options.resolve_device()
-        checkpoint = open_checkpoint(options.model, options.hf_overrides)
+        if isinstance(options.model, LanguageModel):
+            model, tokenizer, eos = prepare_module(options.model, options, device)
+            return cls(model, options, device, tokenizer, eos)
+        checkpoint = open_checkpoint(options.model, options.hf_overrides, options.revision)
         check_split(checkpoint, options)
         workers = WorkerProcesses(options, device) if options.tensor_parallel_size > 1 else Workers()
         with workers.guard():
-            tokenizer = Tokenizer.load(checkpoint.path)
+            tokenizer = load_tokenizer(options, checkpoint.path)
             images = load_images(checkpoint, options, device, tokenizer)
             model = load_part(checkpoint, options, device, workers.group)
             workers.connect(device)
-            eos = checkpoint.eos_token_ids(model.config)
+            eos = checkpoint.eos_token_ids(model.config, None if tokenizer is None else tokenizer.eos_token_id)
             return cls(model, options, device, tokenizer, eos, workers, images=images)
 
     def close(self) -> None:
@@ -164,9 +169,11 @@ class Engine:
         """Check a request and get it ready, without queueing it. Raises `ParameterError`."""
         if request_id in self._jobs:
             raise ParameterError(f"request_id={request_id!r}: a request of this id is running")
-        given = read_prompt(prompt, self.tokenizer, self.model.config.vocab_size)
+        vocab_size = self.model.config.vocab_size
+        params = resolve_params(params, self.tokenizer, vocab_size, self.options.max_logprobs)
+        given = read_prompt(prompt, self.tokenizer, vocab_size)
+        given = truncated(given, params, self.tokenizer, self.max_model_len)
         token_ids, images = self._place_images(given)
-        params.validate_for(self.model.config.vocab_size)
         if params.stop_strings and self.tokenizer is None:
             raise ParameterError(f"stop={params.stop!r}: without tokenizer.json there is no text to stop at")
         room = self.max_model_len - len(token_ids)
@@ -174,9 +181,12 @@ class Engine:
             raise ParameterError(
                 f"prompt of {len(token_ids)} tokens: max_model_len={self.max_model_len} leaves no room for an answer"
             )
-        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         placement = self._placement_of(params)
-        self._check_pools(len(token_ids) + max_tokens - 1, self._next_residence.state)
+        state = self._next_residence.state
+        max_tokens = min(params.max_tokens or room, room)
+        if params.max_tokens is None:  # no limit, so what the pools hold is one
+            max_tokens = longest_answer(state, len(token_ids), max_tokens, self.options.max_num_batched_tokens)
+        self._check_pools(len(token_ids) + max_tokens - 1, state)
         seed = params.seed if params.seed is not None else self._next_seed()
         self._watch_lengths(len(token_ids))
         root = self._prefix_root(placement, given.salt)
@@ -462,7 +472,7 @@ class Engine:
         """What a request's prefixes are keyed by; None where it takes no part in the cache."""
         if not self.options.enable_prefix_caching:
             return None
-        return root_key(str(self.options.model), placement, salt)
+        return root_key(self.options.name, placement, salt)
 
     def _watch_lengths(self, length: int) -> None:
         """Say once where prompts are too short for the prefix cache."""
@@ -515,7 +525,7 @@ def load_part(checkpoint: Checkpoint, options: EngineOptions, device: torch.devi
         device,
         options.load_format,
         max_length,
-        options.seed,
+        options.seed_number,
         group,
         options.enable_expert_parallel,
     )
@@ -535,7 +545,7 @@ def load_images(
         return None
     dtype = resolve_dtype(checkpoint, options.dtype)
     token_id = tokenizer.token_id if tokenizer is not None else lambda text: None
-    return loader.load(checkpoint, dtype, device, token_id, options.load_format, options.seed)
+    return loader.load(checkpoint, dtype, device, token_id, options.load_format, options.seed_number)
 
 
 def _round_norms_twice(model: LanguageModel, dtype: torch.dtype) -> None:

@@ -7,11 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lamella.checkpoint.tokenizer_files import SPECIAL, LoadedTokenizer, chat_template_of, load_tokenizer
-from lamella.errors import ParameterError
+from lamella.checkpoint import tokenizer_files
+from lamella.checkpoint.files import find_folder
+from lamella.checkpoint.tokenizer_files import SPECIAL, LoadedTokenizer, chat_template_of
+from lamella.errors import CheckpointError, ParameterError
 
 if TYPE_CHECKING:
     import tokenizers
+
+    from lamella.engine.options import EngineOptions
 
 logger = logging.getLogger("lamella")
 
@@ -54,7 +58,7 @@ class Tokenizer:
         Raises:
             CheckpointError: the files cannot be read as a tokenizer, or need transformers, which is not installed.
         """
-        loaded = load_tokenizer(directory)
+        loaded = tokenizer_files.load_tokenizer(directory)
         return None if loaded is None else cls(loaded)
 
     def __len__(self) -> int:
@@ -174,6 +178,26 @@ def _why_not_text(text: object) -> str:
     if place is None:
         return "prompt: cannot be tokenized; give prompt_token_ids"
     return (
-        f"prompt: a lone surrogate (U+{ord(text[place]):04X}) at character {place} is not Unicode text: send both halves "
-        "of the character, or replace it with U+FFFD"
+        f"prompt: a lone surrogate (U+{ord(text[place]):04X}) at character {place} is not Unicode text: send both "
+        "halves of the character, or replace it with U+FFFD"
     )
+
+
+def load_tokenizer(options: EngineOptions, folder: Path | None) -> Tokenizer | None:
+    """Return the tokenizer that the options name, else that of the model's `folder`; None where there is none.
+
+    Raises:
+        CheckpointError: a tokenizer is named, and there is none.
+    """
+    if options.skip_tokenizer_init:
+        return None
+    if options.tokenizer is None:
+        return None if folder is None else Tokenizer.load(folder)
+    revision = options.tokenizer_revision
+    if revision is None and options.tokenizer == options.model:
+        revision = options.revision
+    named = find_folder(options.tokenizer, revision)
+    found = Tokenizer.load(named)
+    if found is None and named != folder:
+        raise CheckpointError(f"tokenizer={str(options.tokenizer)!r}: {named} has no tokenizer.json or tokenizer.model")
+    return found

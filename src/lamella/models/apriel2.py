@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 from lamella.config import (
@@ -42,6 +43,8 @@ from lamella.models.hf_config import HFConfig, read_model
 
 logger = logging.getLogger("lamella")
 
+_OF_LAYER = re.compile(r"model\.decoder\.blocks\.(\d+)\.")
+_OF_MIXER = re.compile(r"model\.decoder\.blocks\.(\d+)\.mixer\.mixers\.[^.]+\.")
 # Those that Fast-LLM trains.
 _ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "sigmoid", "identity")
 _NO_LENGTH = 2048  # what the config class writes where nobody said anything
@@ -67,6 +70,14 @@ class Apriel2ForCausalLM(CausalLM):
     @classmethod
     def own_name(cls, name: str) -> str | None:
         return None if name.startswith("model.vision_encoder.") else name
+
+    @classmethod
+    def leftovers(cls, names: Collection[str], expected: Collection[str]) -> set[str]:
+        """Return the tensors of mixers that thinning tools have removed from a layer's config and left in the files."""
+        kept = {match[0] for name in expected if (match := _OF_MIXER.match(name))}
+        layers = {match[1] for name in expected if (match := _OF_LAYER.match(name))}
+        found = ((name, match) for name in names if (match := _OF_MIXER.match(name)))
+        return {name for name, match in found if match[1] in layers and match[0] not in kept}
 
     @classmethod
     def read_config(cls, config: HFConfig) -> ModelConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -98,6 +98,16 @@ class CausalLM(LanguageModel):
         """What a file's tensor `name` is called among the language model's own; None where it belongs to another part
         of a larger model, which is not read."""
         return name
+
+    @classmethod
+    def leftovers(cls, names: Collection[str], expected: Collection[str]) -> set[str]:
+        """Return which of a file's surplus tensors the architecture's tools leave behind, so that they are not read.
+
+        Args:
+            names: tensors of the file that the model has no place for.
+            expected: tensors that the model needs.
+        """
+        return set()
 
     @classmethod
     def read_config(cls, config: HFConfig) -> ModelConfig:
