@@ -1,7 +1,8 @@
 """The tokenizer of a folder, from all the files that say something of it.
 
 `tokenizer.json` is the tokenizer; `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` add tokens
-and name the special ones, by the rules of transformers 5. Without `tokenizer.json`, transformers converts SentencePiece
+and name the special ones, by the rules of transformers 5: what is added around a text says the post-processor of
+`tokenizer.json`, not `add_bos_token`. Without `tokenizer.json`, transformers converts SentencePiece
 and tiktoken files, where it is installed; remote code is never run.
 """
 
@@ -68,8 +69,6 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer | None:
     config = _optional(folder / "tokenizer_config.json")
     special, extra, added = _stated(folder, config)
     _add_tokens(folder, tokenizer, added, {*special.values(), *extra})
-    if "add_bos_token" in config or "add_eos_token" in config:
-        _set_ends(tokenizer, special, bool(config.get("add_bos_token")), bool(config.get("add_eos_token")))
     return LoadedTokenizer(tokenizer, special, tuple(extra), folder)
 
 
@@ -164,22 +163,6 @@ def _add_tokens(
                 f"{folder}: tokenizer_config.json or added_tokens.json gives {text!r} the id {index}, and "
                 f"tokenizer.json makes it {found}: the files are not of one tokenizer; take all of them from one place"
             )
-
-
-def _set_ends(tokenizer: tokenizers.Tokenizer, special: Mapping[str, str], bos: bool, eos: bool) -> None:
-    """Have the beginning and end of a text added as `add_bos_token` and `add_eos_token` say."""
-    from tokenizers import processors
-
-    ends = {role: special.get(role) if wanted else None for role, wanted in (("bos_token", bos), ("eos_token", eos))}
-    first, last = ends["bos_token"], ends["eos_token"]
-    if first is None and last is None:
-        template: list[str] = ["$A:0"]
-    else:
-        template = [*([f"{first}:0"] if first else []), "$A:0", *([f"{last}:0"] if last else [])]
-    pairs = [(text, tokenizer.token_to_id(text)) for text in dict.fromkeys(ends.values()) if text is not None]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=template, pair=[*template, "$B:1"], special_tokens=pairs
-    )
 
 
 def _converted(folder: Path) -> LoadedTokenizer | None:

@@ -110,7 +110,7 @@ def _shards(folder: Path, there: Sequence[Path], kind: _Format) -> list[Path]:
     numbers = {int(match["number"]) for match in shards.values()}
     if missing := sorted(set(range(1, int(count) + 1)) - numbers):
         raise CheckpointError(
-            f"{folder}: shards are not there: {_some([str(n) for n in missing])} of {count}; download them"
+            f"{folder}: shards are not there: {_some([str(n) for n in missing])} of {int(count)}; download them"
         )
     return sorted(shards)
 

@@ -116,12 +116,11 @@ class Tokenizer:
             ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeEncodeError) as error:
             raise ParameterError(_why_not_text(text)) from error
-        bos = self._first_special(ids) if add_special_tokens else None
-        if bos is None or not text.startswith(bos):
+        if not add_special_tokens or not self._has_second_bos(text, ids):
             return ids
         if not self._said_double:
             self._said_double = True
-            logger.info("a prompt begins with %r: no second one is added to such prompts", bos)
+            logger.info("a prompt begins with %r: no second one is added to such prompts", self.decode(ids[:1]))
         return ids[1:]
 
     def decode(self, ids: Sequence[int] | int, skip_special_tokens: bool = False) -> str:
@@ -142,11 +141,11 @@ class Tokenizer:
         text = self._special.get(role)
         return None if text is None else self.token_id(text)
 
-    def _first_special(self, ids: Sequence[int]) -> str | None:
-        """The text of a special token that begins `ids` twice: once added, and once of the text."""
+    def _has_second_bos(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether a special token was added to a text that begins with the same."""
         if len(ids) < 2 or ids[0] != ids[1] or ids[0] not in self.special_ids:
-            return None
-        return self._tokenizer.id_to_token(ids[0])
+            return False
+        return len(self._tokenizer.encode(text, add_special_tokens=False).ids) < len(ids)
 
 
 def read_tokenization(values: Mapping[str, Any] | None) -> bool | None:
