@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
@@ -31,6 +32,28 @@ _aliases = {
     "llama4_text": "Llama4ForCausalLM",
     "llama4": "Llama4ForConditionalGeneration",
 }
+
+
+class _Registry(Mapping[str, "type[CausalLM]"]):
+    """The architectures by name, each imported when it is looked up. Setting a name registers it."""
+
+    def __getitem__(self, name: str) -> type[CausalLM]:
+        try:
+            return resolve_architecture(name)
+        except ConfigError as error:
+            raise KeyError(str(error)) from error
+
+    def __setitem__(self, name: str, target: str | type[CausalLM]) -> None:
+        register_architecture(name, target)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(architectures())
+
+    def __len__(self) -> int:
+        return len(architectures())
+
+
+MODEL_REGISTRY = _Registry()
 
 
 def register_architecture(name: str, target: str | type[CausalLM], aliases: tuple[str, ...] = ()) -> None:
