@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from lamella.checkpoint.file_kinds import unreadable_safetensors, unreadable_torch
 from lamella.checkpoint.prefixes import canonical_names
 from lamella.checkpoint.weight_files import INDEX as INDEX
-from lamella.checkpoint.weight_files import TORCH, WeightFiles, find_weights
+from lamella.checkpoint.weight_files import TORCH, WeightFiles, find_weights, has_weights
 from lamella.distributed.sharding import Split, cut
 from lamella.errors import CheckpointError
 
@@ -53,24 +54,22 @@ class SafetensorsFolder:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        own: Callable[[str], str | None] = str,
-        part: str | None = "the language model",
-        found: WeightFiles | None = None,
+        self, folder: Path, own: Callable[[str], str | None] = str, part: str | None = "the language model"
     ) -> None:
-        """Choose the files, unless they have been `found` before."""
         self.folder = folder
-        self._found = found if found is not None else find_weights(folder)
-        self.files = list(self._found.files)
-        self._view = _View(folder, own, part, self._found.skipped)
+        self._view = _View(folder, own, part)
+
+    @cached_property
+    def found(self) -> WeightFiles:
+        """The files, chosen when they are first needed."""
+        return find_weights(self.folder)
 
     @contextmanager
     def opened(self) -> Iterator[OpenTensors]:
         """Open the files, and give their tensors by the names that they have here."""
         with ExitStack() as stack:
             handles: dict[str, Any] = {}
-            for file in self.files:
+            for file in self.found.files:
                 try:
                     handle = stack.enter_context(safe_open(str(file), framework="pt"))
                 except (SafetensorError, OSError) as error:
@@ -79,29 +78,31 @@ class SafetensorsFolder:
                     if name in handles:
                         raise _doubled(file, name)
                     handles[name] = handle
-            yield _Handles(handles, self._view.names(handles, self._found.indexed))
+            yield _Handles(handles, self._view.names(handles, self.found))
 
 
 class TorchFolder:
     """The model's `pytorch_model*.bin` of a folder, see `find_weights`; otherwise like `SafetensorsFolder`."""
 
-    def __init__(self, folder: Path, own: Callable[[str], str | None] = str, found: WeightFiles | None = None) -> None:
-        """Choose the files, unless they have been `found` before."""
+    def __init__(self, folder: Path, own: Callable[[str], str | None] = str) -> None:
         self.folder = folder
-        self._found = found if found is not None else find_weights(folder, TORCH)
-        self.files = list(self._found.files)
-        self._view = _View(folder, own, "the language model", self._found.skipped)
+        self._view = _View(folder, own, "the language model")
+
+    @cached_property
+    def found(self) -> WeightFiles:
+        """The files, chosen when they are first needed."""
+        return find_weights(self.folder, TORCH)
 
     @contextmanager
     def opened(self) -> Iterator[OpenTensors]:
         """Map the files into memory, and give their tensors by the names that they have here."""
         tensors: dict[str, Tensor] = {}
-        for file in self.files:
+        for file in self.found.files:
             for name, tensor in _state_dict(file).items():
                 if name in tensors:
                     raise _doubled(file, name)
                 tensors[name] = tensor
-        names = self._view.names(tensors, self._found.indexed)
+        names = self._view.names(tensors, self.found)
         yield _Tensors({known: tensors[name] for known, name in names.items()})
 
 
@@ -132,13 +133,12 @@ class _View:
         folder: Path,
         own: Callable[[str], str | None],
         part: str | None,
-        skipped: Sequence[str] = (),
         lingua: bool = False,
     ) -> None:
-        self._folder, self._own, self._part, self._skipped, self._lingua = folder, own, part, skipped, lingua
+        self._folder, self._own, self._part, self._lingua = folder, own, part, lingua
         self._said = False
 
-    def names(self, present: Collection[str], indexed: Collection[str] = ()) -> dict[str, str]:
+    def names(self, present: Collection[str], files: WeightFiles | None = None) -> dict[str, str]:
         """Names here -> in the files."""
         if self._part is None and not self._lingua:  # a part of a larger model has names of its own
             canonical, prefix = {name: self._own(name) for name in present}, None
@@ -151,33 +151,33 @@ class _View:
             if known in names:
                 raise CheckpointError(f"{self._folder}: {name} and {names[known]} are both {known}; delete one of them")
             names[known] = name
-        if absent := [name for name in sorted(set(indexed) - set(present)) if not name.endswith(_DISPENSABLE)]:
+        files = files or WeightFiles()
+        if absent := [name for name in sorted(files.indexed - set(present)) if not name.endswith(_DISPENSABLE)]:
             raise CheckpointError(
                 f"{self._folder}: {INDEX} names tensors that no file holds: {_some(absent)}; download the files again"
             )
-        self._report(names, set(present), prefix, set(indexed))
+        self._report(names, set(present), prefix, files)
         return names
 
-    def _report(self, names: Mapping[str, str], present: set[str], prefix: str | None, indexed: set[str]) -> None:
+    def _report(self, names: Mapping[str, str], present: set[str], prefix: str | None, files: WeightFiles) -> None:
         if self._said or self._part is None:
             return
         self._said = True
         if aside := sorted(present - set(names.values())):
             logger.info("%s: not read for %s: %s", self._folder, self._part, _some(aside, 3))
-        if self._skipped:
-            logger.info("%s: not part of the model, not read: %s", self._folder, _some(list(self._skipped), 8))
+        if files.skipped:
+            logger.info("%s: not part of the model, not read: %s", self._folder, _some(list(files.skipped), 8))
         if prefix is not None:
             logger.info("%s: tensors' names start with %r in place of 'model.'", self._folder, prefix)
-        if absent := sorted(indexed - present):
+        if absent := sorted(files.indexed - present):
             logger.info("%s: in the index, and in no file: %s", self._folder, _some(absent, 3))
 
 
 def open_weights(folder: Path, own: Callable[[str], str | None] = str) -> TensorSource:
     """Return the weights of a Hugging Face folder: safetensors, else PyTorch files."""
-    found = find_weights(folder)
-    if not found.files and (torch_files := find_weights(folder, TORCH)).files:
-        return TorchFolder(folder, own, torch_files)
-    return SafetensorsFolder(folder, own, found=found)
+    if not has_weights(folder) and has_weights(folder, TORCH):
+        return TorchFolder(folder, own)
+    return SafetensorsFolder(folder, own)
 
 
 def _state_dict(file: Path) -> dict[str, Tensor]:

@@ -51,6 +51,16 @@ SAFETENSORS = _Format("model", ".safetensors")
 TORCH = _Format("pytorch_model", ".bin")
 
 
+def has_weights(folder: Path, kind: _Format = SAFETENSORS) -> bool:
+    """Return whether a folder has files of a format that may be the model's, whether or not they can be read."""
+    if (folder / kind.index).is_file():
+        return True
+    there = (path for path in folder.glob(f"*{kind.suffix}") if not path.name.startswith("."))
+    return any(
+        path.stem.startswith(kind.main) or (kind is SAFETENSORS and not _OTHER.search(path.stem)) for path in there
+    )
+
+
 def find_weights(folder: Path, kind: _Format = SAFETENSORS) -> WeightFiles:
     """Return the files of a format that hold the model.
 

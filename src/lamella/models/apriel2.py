@@ -65,7 +65,6 @@ class Apriel2ForCausalLM(CausalLM):
         "qkvb_proj": ["q_proj", "k_proj", "v_proj", "beta_proj"],
         "low_proj": ["f_a_proj", "g_a_proj"],
     }
-    unstated_eos = (2,)
 
     @classmethod
     def own_name(cls, name: str) -> str | None:

@@ -74,7 +74,6 @@ class CausalLM(LanguageModel):
         packed_module_mapping: the same by the names in files, with the shard that a parameter's `weight_loader` takes.
         outer_prefix: stands before the names of a language model that is a part of a larger one.
         has_slot_state: False where no layer of any model of the architecture keeps more than keys and values.
-        unstated_eos: what the published config class writes for eos_token_id where nobody said anything.
     """
 
     checkpoint_names: ClassVar[Mapping[str, str]] = {
@@ -92,7 +91,6 @@ class CausalLM(LanguageModel):
 
     outer_prefix: ClassVar[str] = ""
     has_slot_state: ClassVar[bool] = True
-    unstated_eos: ClassVar[tuple[int, ...]] = ()
 
     def __init__(self, config: ModelConfig, kit: Kit | None = None) -> None:
         """A model with random weights (linears and embeddings N(0, 0.02), convolutions as torch's, norms one)."""

@@ -25,6 +25,7 @@ _targets: dict[str, str | type[CausalLM]] = {
 }
 _aliases = {
     "llama": "LlamaForCausalLM",
+    "LLaMAForCausalLM": "LlamaForCausalLM",  # in files of the first converters
     "qwen3": "Qwen3ForCausalLM",
     "LlamaCanon": "LlamaCanonForCausalLM",
     "apriel2_text": "Apriel2ForCausalLM",
@@ -94,7 +95,10 @@ def resolve_architecture(name: str) -> type[CausalLM]:
     if target is None:
         target = next((point.value for point in entry_points(group=ENTRY_POINT_GROUP) if point.name == name), None)
     if target is None:
-        raise ConfigError(f"architecture {name!r} is not known; there are: {', '.join(architectures())}")
+        raise ConfigError(
+            f"architecture {name!r} is not known; there are: {', '.join(architectures())}; to add one: "
+            "docs/adding_a_model.md, or run the model in vLLM"
+        )
     if isinstance(target, str):
         module, _, attribute = target.partition(":")
         target = getattr(import_module(module), attribute)
