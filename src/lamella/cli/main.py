@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
         "with random weights, each in a process of its own. The exit status is 1 where one computes something else.",
     )
     _model(inspect)
+    _overrides(inspect)
     inspect.add_argument("--dtype", default="auto")
     inspect.add_argument("--context", type=int, default=2048, help="tokens of context that the costs are shown for")
     inspect.add_argument("--placement", help="of a supernet: the mixers whose costs are shown")
@@ -102,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
 
     convert = _command(commands, "convert", "write a LlamaCanon checkpoint, lingua or not, as Hugging Face safetensors")
     _model(convert)
+    _overrides(convert)
     convert.add_argument("destination", help="a folder that does not exist yet")
     convert.add_argument(
         "--rope", default="keep", help="keep, huggingface or lingua: which channels of a head the file pairs"
@@ -166,6 +168,12 @@ def _model(command: argparse.ArgumentParser) -> None:
 
 def _json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print one JSON object, last")
+
+
+def _overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--hf-overrides", type=json.loads, metavar="JSON", help="values in the place of the config file's; null removes"
+    )
 
 
 def _engine(command: argparse.ArgumentParser) -> None:
