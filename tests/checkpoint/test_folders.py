@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from helpers import hf_checkpoint, plain_logits
+from helpers import canon_checkpoint, hf_checkpoint, plain_logits
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.errors import CheckpointError
 
@@ -182,6 +182,46 @@ def test_prefixed_pytorch_files_load(originals, folder):
     torch.save(state, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     assert_is(folder, originals[1][0])
+
+
+@pytest.mark.parametrize("family", ["llama", "canon"])
+def test_a_stated_bias_that_the_files_lack_is_none(tmp_path, family, caplog):
+    """Files of models with biases of queries, keys and values only state `attention_bias` too."""
+    if family == "llama":
+        hf_checkpoint(tmp_path, LlamaConfig(**SIZE, attention_bias=True))
+    else:
+        canon_checkpoint(tmp_path, attention_bias=True)
+    tensors = tensors_of(tmp_path)
+    zeros = {n: torch.zeros_like(t) if n.endswith("o_proj.bias") else t for n, t in tensors.items()}
+    save_file(zeros, tmp_path / "model.safetensors")
+    expected = logits(tmp_path)
+    without = {name: tensor for name, tensor in tensors.items() if not name.endswith("o_proj.bias")}
+    save_file(without, tmp_path / "model.safetensors")
+    with caplog.at_level(logging.INFO, "lamella"):
+        assert torch.equal(logits(tmp_path), expected)
+    assert len([r for r in caplog.records if "no o_proj.bias in the files" in r.message]) == 1
+    # One layer's alone is a loss.
+    save_file(without | {n: t for n, t in tensors.items() if "layers.0" in n}, tmp_path / "model.safetensors")
+    refused(tmp_path, "missing: model.layers.1.self_attn.o_proj.bias")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_revision_of_the_hub_is_asked_for(folder, monkeypatch, kind):
+    asked = []
+
+    def snapshot(model, revision, allow_patterns, ignore_patterns):
+        asked.append((model, revision, allow_patterns))
+        if kind == "bin" and len(asked) == 1:
+            torch.save(tensors_of(folder), folder / "pytorch_model.bin")
+            (folder / "model.safetensors").unlink()
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    load_model(open_checkpoint("org/model", revision="v1.2"))
+    assert {(model, revision) for model, revision, _ in asked} == {("org/model", "v1.2")}
+    # Files of both formats are not downloaded where one will do.
+    assert len(asked) == (1 if kind == "safetensors" else 2)
+    assert not any("bin" in pattern for pattern in asked[0][2])
 
 
 def test_a_bare_inner_model_lacks_the_head_and_the_error_says_so(folder):

@@ -89,11 +89,17 @@ class TestEngineArguments:
         with pytest.raises(ConfigError, match="merge the adapter"):
             AsyncLLM(folder, enable_lora=True)
 
-        async def run() -> str:
+        async def run() -> None:
             async with AsyncLLM(folder, trust_remote_code=True, num_blocks=8) as engine:
-                return engine.get_tokenizer().decode([0])
+                assert engine.get_tokenizer().decode([72]) == "i"
+                plain = {"tokenization_kwargs": {"add_special_tokens": False}, "priority": 0, "lora_request": None}
+                async for output in engine.generate("hi", SamplingParams(max_tokens=1), **plain):
+                    assert output.prompt_token_ids == engine.get_tokenizer().encode("hi", add_special_tokens=False)
+                with pytest.raises(ParameterError, match="priority=3"):
+                    async for _ in engine.generate("hi", priority=3):
+                        pass
 
-        assert asyncio.run(run())
+        asyncio.run(run())
 
     @pytest.mark.parametrize("value", [0, 1.5, -0.1, "0.9", True])
     def test_unusable_shares_of_memory(self, folder, value):

@@ -7,14 +7,14 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lamella.config import PlacementLike
 from lamella.engine.completion import Job
 from lamella.engine.engine import Engine
-from lamella.engine.llm import get_tokenizer
+from lamella.engine.llm import get_tokenizer, with_tokenization
 from lamella.engine.options import EngineOptions
 from lamella.engine.outputs import RequestOutput
 from lamella.engine.prompt import Prompt
@@ -44,13 +44,23 @@ class AsyncLLM:
         self._thread.start()
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        lora_request: None = None,
+        priority: int = 0,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """The whole output so far after each new token, until the request is finished.
+
+        `lora_request`, `priority` and `tokenization_kwargs` are as in `LLM.generate`.
 
         Raises `ParameterError` for a bad request. Leaving the iteration early, or cancelling its task, cancels the
         request; `abort` ends it with what it has.
         """
+        prompt = with_tokenization(prompt, lora_request, priority, tokenization_kwargs)
         name = request_id if request_id is not None else f"request-{next(self._ids)}"
         params = sampling_params or SamplingParams()
         loop = asyncio.get_running_loop()

@@ -129,11 +129,9 @@ class LLM:
         "multi_modal_data": {"image": image}}`, see `read_prompt`. Parameters are one for all, or one for each prompt.
         Every request is checked before any is run; a bad one is a `ParameterError` that says which.
         """
-        _check_request_arguments(lora_request, priority)
-        special = read_tokenization(tokenization_kwargs)
         single = isinstance(prompts, str | Mapping) or is_token_ids(prompts)
         given: list[Any] = [prompts] if single else list(prompts)
-        prompts = [_with_special_tokens(prompt, special) for prompt in given]
+        prompts = [with_tokenization(prompt, lora_request, priority, tokenization_kwargs) for prompt in given]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = [sampling_params or SamplingParams()] * len(prompts)
         else:
@@ -236,17 +234,23 @@ def get_tokenizer(engine: Engine) -> Tokenizer:
     return engine.tokenizer
 
 
-def _check_request_arguments(lora_request: object, priority: int | Sequence[int] | None) -> None:
-    """Raise `ParameterError` for what vLLM has and this engine has not."""
+def with_tokenization(
+    prompt: Prompt,
+    lora_request: object,
+    priority: int | Sequence[int] | None,
+    tokenization_kwargs: Mapping[str, Any] | None,
+) -> Prompt:
+    """Return a prompt that says what vLLM's arguments of a request say of it.
+
+    Raises:
+        ParameterError: an argument asks for what this engine has not.
+    """
     if lora_request not in (None, []):
         raise ParameterError("lora_request: not supported: merge the adapter into the model, or use vLLM's plugin")
     values = [priority] if priority is None or isinstance(priority, int) else list(priority)
     if any(value not in (None, 0) for value in values):
         raise ParameterError(f"priority={priority!r}: not supported: requests start in the order in which they come")
-
-
-def _with_special_tokens(prompt: Prompt, special: bool | None) -> Prompt:
-    """The prompt, saying whether special tokens are added where `special` does and the prompt does not."""
+    special = read_tokenization(tokenization_kwargs)
     if special is None or is_token_ids(prompt):
         return prompt
     if isinstance(prompt, str):
