@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer, LlamaConfig
@@ -185,6 +186,8 @@ def test_the_public_tokenizer_speaks_transformers_names(model):
     assert ours.convert_tokens_to_ids("<s>") == theirs.convert_tokens_to_ids("<s>")
     assert ours.convert_ids_to_tokens([71, 259]) == theirs.convert_ids_to_tokens([71, 259])
     assert ours.batch_decode([[71], [259]]) == theirs.batch_decode([[71], [259]])
+    assert ours.decode(torch.tensor([71, 72])) == ours.decode([71, 72]) == theirs.decode([71, 72])
+    assert ours.decode(71) == theirs.decode(71)
     assert ours.all_special_ids == [256, 257, 258, 259]
     assert ours.special_tokens_map == {"eos_token": "<|im_end|>"} and ours.chat_template is None
 

@@ -1,4 +1,4 @@
-"""What a file is that cannot be read as what its name says, and what to do about it."""
+"""Diagnosis of files that are not what their names say, with the way out."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def unreadable_torch(file: Path, reason: str) -> CheckpointError:
 
 
 def _missing_bytes(file: Path) -> int | None:
-    """How much a safetensors file lacks of what its header promises; None where that is not what is wrong."""
+    """Bytes that a safetensors file lacks of what its header promises; None where it lacks none."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)

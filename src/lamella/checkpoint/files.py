@@ -80,7 +80,7 @@ class Checkpoint:
 
     @cached_property
     def _has_own_head(self) -> bool:
-        """Whether the files have a head that is not the embedding, although the config says that they are one.
+        """True where the config ties head and embedding, and the files hold a head that differs.
 
         Then the head counts, as in transformers 5 and vLLM.
         """

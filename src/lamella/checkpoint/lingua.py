@@ -62,8 +62,7 @@ def find_lingua(folder: Path) -> Path | None:
     last step, where the folder holds steps.
     """
     steps = sorted((step for step in folder.glob("[0-9]*") if step.name.isdigit()), key=lambda step: int(step.name))
-    parents = (folder, *reversed(steps), *((folder / "checkpoints",) if (folder / "checkpoints").is_dir() else ()))
-    for parent in parents:
+    for parent in (folder, *reversed(steps)):
         for candidate in (parent, parent / "default", parent / "consolidated"):
             if (candidate / "params.json").is_file() and (candidate / "consolidated.pth").is_file():
                 return candidate
@@ -147,7 +146,7 @@ def _hidden_dim(model: HFConfig, dim: int) -> int:
 
 
 def _window(model: HFConfig, num_layers: int) -> dict[str, Any]:
-    """What `sliding_window` computes: the trainer's window is one of the fmha kernel's only."""
+    """The keys of a window, which only the trainer's fmha kernel has."""
     window = model.int("sliding_window", None)
     kernel = model.choice("attn_impl", _ATTENTION_KERNELS, "sdpa")
     if window is None:

@@ -168,7 +168,7 @@ def check_names(
 
 
 def _way_out(checkpoint: Checkpoint, missing: list[str], unexpected: list[str]) -> str:
-    """What may help where names do not fit; empty where nothing is known."""
+    """Advice for an error about names; empty where none is known."""
     if any(".lora_" in name or ".base_layer." in name for name in unexpected):
         return "; an adapter that is not merged: merge it (PeftModel.merge_and_unload(), then save_pretrained)"
     if missing == [rename("lm_head.weight", checkpoint.names)] and not unexpected:

@@ -1,4 +1,4 @@
-"""Where a checkpoint's tensors come from: safetensors or PyTorch files, or a lingua `.pth`.
+"""Sources of a checkpoint's tensors: safetensors or PyTorch files, or a lingua `.pth`.
 
 Nothing is unpickled as code.
 """
@@ -126,7 +126,7 @@ _DISPENSABLE = ("lm_head.weight", "rotary_emb.inv_freq")
 
 
 class _View:
-    """What a source's tensors are called here; says once what is left aside."""
+    """Names of a source's tensors; logs once what is left aside."""
 
     def __init__(
         self,

@@ -126,7 +126,7 @@ def _shards(folder: Path, there: Sequence[Path], kind: _Format) -> list[Path]:
 
 
 def _is_newer(main: Path, shards: Sequence[Path], weight_map: Mapping[str, str], kind: _Format) -> bool:
-    """Whether the single file holds a later save of the model than the shards."""
+    """Return True where the single file holds a later save of the model than the shards."""
     if kind is SAFETENSORS:
         whole = _offsets(main)
         if set(weight_map) - set(whole) - {_HEAD}:
@@ -150,7 +150,7 @@ def _is_newer(main: Path, shards: Sequence[Path], weight_map: Mapping[str, str],
 
 
 def _offsets(file: Path) -> dict[str, tuple[int, int]]:
-    """Where each tensor's bytes stand in a safetensors file."""
+    """Byte ranges of the tensors in a safetensors file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -163,7 +163,7 @@ def _offsets(file: Path) -> dict[str, tuple[int, int]]:
 
 
 def _is_equal(a: Path, at: tuple[int, int], b: Path, there: tuple[int, int]) -> bool:
-    """Whether samples of two tensors' bytes are the same."""
+    """Compare samples of two tensors' bytes."""
     size = at[1] - at[0]
     if size != there[1] - there[0]:
         return False

@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 import lamella
 from lamella.errors import LamellaError
@@ -170,9 +171,22 @@ def _json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print one JSON object, last")
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'must be a JSON object such as {{"key": null}}: {text}')
+    return value
+
+
 def _overrides(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--hf-overrides", type=json.loads, metavar="JSON", help="values in the place of the config file's; null removes"
+        "--hf-overrides",
+        type=_json_object,
+        metavar="JSON",
+        help="values in the place of the config file's; null removes",
     )
 
 
@@ -194,11 +208,11 @@ def _engine(command: argparse.ArgumentParser) -> None:
         ("snapshot-prompts", str),
         ("seed", int),
         ("placement", str),
-        ("hf-overrides", json.loads),
+        ("hf-overrides", _json_object),
         ("tokenizer", str),
         ("revision", str),
         ("gpu-memory-utilization", float),
-        ("limit-mm-per-prompt", json.loads),
+        ("limit-mm-per-prompt", _json_object),
     ):
         group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
     flag = argparse.BooleanOptionalAction

@@ -183,7 +183,7 @@ class EngineOptions:
 
     @property
     def name(self) -> str:
-        """What the model is called in logs and keys."""
+        """The model's name in logs and keys."""
         return type(self.model).__name__ if isinstance(self.model, LanguageModel) else str(self.model)
 
     @property

@@ -123,9 +123,13 @@ class Tokenizer:
             logger.info("a prompt begins with %r: no second one is added to such prompts", self.decode(ids[:1]))
         return ids[1:]
 
-    def decode(self, ids: Sequence[int] | int, skip_special_tokens: bool = False) -> str:
-        """Return the text of token ids; bytes that are not UTF-8 become U+FFFD, and unknown ids nothing."""
-        listed = [ids] if isinstance(ids, int) else ids
+    def decode(self, ids: Sequence[int] | int | Any, skip_special_tokens: bool = False) -> str:
+        """Return the text of token ids (a list, array, tensor or one id).
+
+        Bytes that are not UTF-8 become U+FFFD, and unknown ids nothing.
+        """
+        listed = ids.tolist() if hasattr(ids, "tolist") else ids
+        listed = [listed] if isinstance(listed, int) else listed
         return self._tokenizer.decode(listed, skip_special_tokens=skip_special_tokens)
 
     def batch_decode(self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool = False) -> list[str]:
@@ -142,7 +146,7 @@ class Tokenizer:
         return None if text is None else self.token_id(text)
 
     def _has_second_bos(self, text: str, ids: Sequence[int]) -> bool:
-        """Whether a special token was added to a text that begins with the same."""
+        """Return True where a special token was added to a text that begins with the same."""
         if len(ids) < 2 or ids[0] != ids[1] or ids[0] not in self.special_ids:
             return False
         return len(self._tokenizer.encode(text, add_special_tokens=False).ids) < len(ids)

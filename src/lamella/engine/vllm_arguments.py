@@ -1,4 +1,4 @@
-"""vLLM's arguments of `LLM` and `AsyncLLM` that are no options of this engine: one table of what becomes of each."""
+"""vLLM's arguments of `LLM` and `AsyncLLM` that are no options of this engine: one table with a rule for each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ANY = object()
 
 @dataclass(frozen=True)
 class Argument:
-    """What becomes of an argument.
+    """Rule for an argument.
 
     Attributes:
         values: those that are accepted, and logged as without effect; `_ANY` accepts every value.

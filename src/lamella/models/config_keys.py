@@ -16,7 +16,7 @@ logger = logging.getLogger("lamella")
 
 @dataclass(frozen=True)
 class KeyRules:
-    """What becomes of a key of a config file that the architecture's reader has not read.
+    """Rules for the keys of a config file that the architecture's reader has not read.
 
     Attributes:
         silent: keys of every file; nothing is said of them.

@@ -122,7 +122,7 @@ def read_model_config(
 
 @cache
 def _ignored_keys(source: str) -> IgnoredKeys:
-    """What has been said of a file, which vLLM has read many times."""
+    """Ignored keys of a file, shared by the many times that vLLM has it read."""
     return IgnoredKeys()
 
 
