@@ -60,6 +60,8 @@ def test_valid(fields):
         *(("structured_outputs", v) for v in ({"json": {}},)),
         *(("logits_processors", v) for v in ([print],)),
         *(("output_kind", v) for v in (1, 2, "delta")),
+        *((f, 7) for f in ("flat_logprobs", "logprob_token_ids", "skip_reading_prefix_cache")),
+        *((f, 7) for f in ("thinking_token_budget", "repetition_detection")),
         *((f, v) for f in ("ignore_eos", "detokenize", "skip_special_tokens") for v in (0, None)),
     ],
 )

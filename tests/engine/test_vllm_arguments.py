@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 from helpers import hf_checkpoint
 from lamella import LLM, AsyncLLM, SamplingParams
 from lamella.engine import sampler
+from lamella.engine.options import EngineOptions
 from lamella.engine.sampler import SamplingRow
 from lamella.engine.vllm_arguments import ARGUMENTS, engine_options
 from lamella.errors import ConfigError, ParameterError
@@ -78,6 +79,11 @@ class TestEngineArguments:
         assert LLM(folder, num_gpu_blocks_override=7).stats()["pages"] == 7
         with pytest.raises(ConfigError, match="contradicts"):
             LLM(folder, num_blocks=6, num_gpu_blocks_override=7)
+
+    def test_none_is_the_default(self):
+        options = EngineOptions(model="m", max_num_seqs=None, enable_prefix_caching=None, block_size=None, seed=5)
+        assert options == EngineOptions(model="m", seed=5)
+        assert isinstance(EngineOptions(model="m", seed=None).seed, int)
 
     def test_what_nobody_knows_is_a_type_error(self, folder):
         with pytest.raises(TypeError, match="unexpected keyword argument 'made_up'"):

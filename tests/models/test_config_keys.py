@@ -94,6 +94,12 @@ def test_what_is_known_to_compute_stays_an_error(family, pattern):
     assert RULES.refused[pattern] in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("pattern", RULES.refused)
+def test_what_is_known_to_compute_is_ignored_where_it_is_false(pattern, caplog):
+    assert read(**{example(pattern): False}) == read()
+    assert len(caplog.records) == 1
+
+
 def test_no_key_stands_under_two_rules():
     groups = (set(RULES.silent), set(RULES.ignored), set(RULES.inactive), set(RULES.refused))
     names = [name for group in groups for name in group]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,10 @@ class EngineOptions:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
+        for option in fields(self):  # None is vLLM's word for the default
+            plain = isinstance(option.default, bool | int | str) and option.name != "seed"
+            if plain and getattr(self, option.name) is None:
+                object.__setattr__(self, option.name, option.default)
         for field in (
             "max_model_len",
             "max_num_seqs",

@@ -63,7 +63,9 @@ class SamplingParams:
         include_stop_str_in_output: end the text after, not before, the stop string or the text of the stop token.
         truncate_prompt_tokens: keep only this many last tokens of the prompt; -1 is what the model's length allows.
         spaces_between_special_tokens: only the default, True, is possible.
-        structured_outputs, logits_processors, extra_args, output_kind: of vLLM; only the defaults are possible.
+        structured_outputs, logits_processors, extra_args, output_kind, flat_logprobs, logprob_token_ids,
+            skip_reading_prefix_cache, thinking_token_budget, repetition_detection: of vLLM; only the defaults are
+            possible.
 
     Raises:
         ParameterError: a field has a wrong type or value, or two fields contradict each other.
@@ -99,6 +101,11 @@ class SamplingParams:
     logits_processors: Any = None
     extra_args: Any = None
     output_kind: Any = 0
+    flat_logprobs: Any = False
+    logprob_token_ids: Any = None
+    skip_reading_prefix_cache: Any = None
+    thinking_token_budget: Any = None
+    repetition_detection: Any = None
 
     def __post_init__(self) -> None:
         for field, low in (("n", 1), ("top_k", -1), ("min_tokens", 0)):
@@ -170,6 +177,11 @@ class SamplingParams:
             "structured_outputs": ((None,), "None: allowed_token_ids is near, or vLLM with the lamella plugin"),
             "logits_processors": ((None, []), "None: logit_bias, bad_words and allowed_token_ids are near"),
             "extra_args": ((None, {}), "None: nothing reads them"),
+            "flat_logprobs": ((False,), "False: log-probabilities are dicts"),
+            "logprob_token_ids": ((None,), "None: logprobs=-1 has all tokens"),
+            "skip_reading_prefix_cache": ((None, False), "None: a cache_salt of its own keeps a prompt apart"),
+            "thinking_token_budget": ((None,), "None: max_tokens is near"),
+            "repetition_detection": ((None,), "None: repetition_penalty is near"),
         }
         for field, (values, allowed) in supported.items():
             value = getattr(self, field)

@@ -22,7 +22,7 @@ class KeyRules:
         silent: keys of every file; nothing is said of them.
         ignored: pattern -> who writes it; it changes nothing, and one warning lists it.
         inactive: pattern -> the values at which it changes nothing, and what another value would mean.
-        refused: pattern -> what it would change.
+        refused: pattern -> what it would change, at any value but False.
         null_is_a_value: keys for which null differs from a missing key.
     """
 
@@ -50,6 +50,8 @@ class KeyRules:
         for pattern, (values, _) in self.inactive.items():
             if fnmatchcase(key, pattern):
                 return "switched off" if _is_one_of(value, values) else None
+        if value is False and any(fnmatchcase(key, pattern) for pattern in self.refused):
+            return "switched off"
         return next((why for pattern, why in self.ignored.items() if fnmatchcase(key, pattern)), None)
 
     def why_refused(self, key: str) -> str | None:
