@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
+import warnings
+from contextlib import closing, suppress
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -19,7 +21,7 @@ from helpers import canon_checkpoint, hf_checkpoint, random_prompts
 from lamella import LLM, AsyncLLM, SamplingParams
 from lamella.engine.engine import Engine
 from lamella.engine.options import EngineOptions
-from lamella.errors import CheckpointError, ConfigError, WorkerError
+from lamella.errors import CheckpointError, ConfigError, ParameterError, WorkerError
 
 # Small enough for chunks, preemption and evictions.
 OPTIONS = dict(
@@ -311,3 +313,60 @@ def test_a_worker_that_cannot_load_says_why(canon_folder, tmp_path, monkeypatch)
     monkeypatch.setattr("lamella.engine.engine.load_part", lambda *_: model)
     with pytest.raises(WorkerError, match=r"^tensor-parallel rank 1 ended with exit code 1: CheckpointError: .*read"):
         Engine.load(EngineOptions(model=broken, tensor_parallel_size=2, **OPTIONS))
+
+
+def test_a_request_that_cannot_be_told_to_other_ranks_harms_nobody(pair):
+    """Whatever a parameter is, it is refused or can be sent; the ranks live on."""
+    _, two = pair
+    for fields in (dict(top_k=2**31), dict(top_k=2**64), dict(max_tokens=2**64), dict(stop_token_ids=[2**70]),
+                   dict(seed=-(2**63)), dict(logit_bias={5: 1}), dict(min_tokens=2**70, max_tokens=None)):  # fmt: skip
+        with suppress(ParameterError):
+            params = SamplingParams(**{"temperature": 0.5, "max_tokens": 2, **fields})
+            two.generate([{"prompt_token_ids": [1]}], params, use_tqdm=False)
+    assert two.generate(PROMPTS[:1], SamplingParams(max_tokens=2), use_tqdm=False)[0].finished
+
+
+def test_nan_of_one_rank_ends_its_request_on_all(engines):
+    """The damaged row is rank 0's part of the embedding."""
+    one, two = engines
+    if two.engine.model.config.tie_word_embeddings:
+        pytest.skip("the row is in every request's logits")
+    params, bad = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True), 5
+    good = [prompt for prompt in PROMPTS if bad not in prompt["prompt_token_ids"]]
+    params = replace(params, logit_bias={bad: -100})
+    right = [output.outputs[0].token_ids for output in one.generate(good, params, use_tqdm=False)]
+    row = two.engine.model.model.embed_tokens.weight.data[bad]
+    before = row.clone()
+    row.fill_(torch.nan)
+    failed, *outputs = two.generate([{"prompt_token_ids": [7, bad, 9]}, *good], params, use_tqdm=False)
+    row.copy_(before)
+    assert failed.outputs[0].finish_reason == "error"
+    assert [output.outputs[0].token_ids for output in outputs] == right
+
+
+def test_a_forked_child_neither_ends_the_ranks_nor_uses_them(canon_folder):
+    llm = LLM(canon_folder, **OPTIONS, tensor_parallel_size=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: fork in a process with threads
+        child = os.fork()
+    if child == 0:
+        try:
+            llm.generate(PROMPTS[:1], use_tqdm=False)
+        except WorkerError as error:
+            llm.engine.workers._finalizer()  # as an orderly end of the child does
+            os._exit(0 if "forked" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    time.sleep(0.2)
+    assert worker(llm).poll() is None
+    assert llm.generate(PROMPTS[:1], SamplingParams(max_tokens=2), use_tqdm=False)[0].finished
+    llm.engine.close()
+
+
+def test_an_error_of_rank_0_is_named_by_later_calls(canon_folder):
+    llm = LLM(canon_folder, **OPTIONS, tensor_parallel_size=2)
+    llm.engine.runner.launch = None
+    with pytest.raises(TypeError):
+        llm.generate(PROMPTS[:1], use_tqdm=False)
+    with pytest.raises(WorkerError, match="TypeError on rank 0; make a new engine"):
+        llm.generate(PROMPTS[:1], use_tqdm=False)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from unittest import mock
 
 import pytest
 
 from helpers import canon_checkpoint, random_prompts
 from lamella import LLM, AsyncLLM, SamplingParams
+from lamella.engine.completion import Completion
+from lamella.engine.tokenizer import Tokenizer
 from lamella.errors import ClosedError, ParameterError
 
 PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -145,3 +149,196 @@ def test_prefixes_are_found_and_forgotten(folder):
         return [*hits, (await collect(llm, prompt))[-1].num_cached_tokens]
 
     assert run(folder, scenario) == [0, 32, 0]
+
+
+LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+
+
+async def until_idle(llm):
+    """Wait until no request is left; fails after two seconds."""
+    for _ in range(100):
+        if not llm.engine.has_work and not llm._queues:
+            llm.engine.state.check_integrity()
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError(llm.stats())
+
+
+def slow(llm, seconds=0.02):
+    """Make every step take so long, that orders pile up meanwhile."""
+    real = llm.engine.step
+
+    def step():
+        time.sleep(seconds)
+        return real()
+
+    llm.engine.step = step
+
+
+def test_requests_cancelled_before_the_engine_has_seen_them_never_run(folder, expected):
+    async def scenario(llm):
+        slow(llm)
+        first = asyncio.create_task(collect(llm, PROMPTS[0]))
+        await asyncio.sleep(0.03)
+        before = llm.stats()["requests"]
+        victims = [asyncio.create_task(collect(llm, prompt, LONG)) for prompt in PROMPTS]
+        await asyncio.sleep(0)  # they have ordered, the engine is inside a step
+        for victim in victims:
+            victim.cancel()
+        await asyncio.gather(*victims, return_exceptions=True)
+        outputs = await first
+        await until_idle(llm)
+        assert llm.stats()["requests"] == before
+        return outputs
+
+    assert run(folder, scenario)[-1].outputs[0].token_ids == expected[0]
+
+
+def test_a_closed_event_loop_drops_its_requests_at_the_next_step(folder):
+    llm = AsyncLLM(folder, device="cpu")
+    slow(llm, 0.01)
+    loop, kept = asyncio.new_event_loop(), []
+
+    async def begin():
+        for prompt in PROMPTS[:3]:
+            kept.append(llm.generate(prompt, LONG))
+            await anext(kept[-1])
+
+    loop.run_until_complete(begin())
+    loop.close()
+    asyncio.run(until_idle(llm))
+    assert asyncio.run(collect(llm, PROMPTS[0]))[-1].finished
+    llm.shutdown()
+
+
+def test_a_long_prompt_is_dropped_between_its_chunks(folder):
+    """Nothing is delivered to its reader meanwhile, which would tell that it has left."""
+
+    async def scenario(llm):
+        slow(llm, 0.01)
+        task = asyncio.create_task(collect(llm, random_prompts([480], seed=3)[0]))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await until_idle(llm)
+        assert llm.stats()["prompt_tokens"] < 300
+
+    run(folder, scenario)
+
+
+class Panic(BaseException):
+    """As the panics of the tokenizers library, which are no `Exception`s."""
+
+
+Panic.__name__ = "PanicException"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(
+    "error", [SystemExit("signal"), KeyboardInterrupt(), Panic("not of a tokenizer"), GeneratorExit()]
+)
+@pytest.mark.parametrize("where", ["step", "order"])
+def test_what_ends_the_engines_thread_ends_every_call(folder, error, where):
+    def fail(*_):
+        raise error
+
+    async def main():
+        llm = AsyncLLM(folder, device="cpu", max_num_seqs=2)
+        slow(llm)
+        calls = [asyncio.create_task(collect(llm, prompt, LONG)) for prompt in PROMPTS[:4]]
+        await asyncio.sleep(0.05)
+        if where == "step":
+            llm.engine.runner.launch = fail
+        else:
+            llm._order(fail)
+        late = asyncio.create_task(collect(llm, PROMPTS[4]))  # ordered, and perhaps not taken
+        change = asyncio.create_task(llm.set_placement(None))
+        for result in await asyncio.wait_for(asyncio.gather(*calls, late, return_exceptions=True), 10):
+            assert isinstance(result, ClosedError) and type(error).__name__ in str(result)
+        await asyncio.wait_for(asyncio.gather(change, return_exceptions=True), 10)
+        for _ in range(2):
+            with pytest.raises(ClosedError, match="the engine has failed"):
+                await asyncio.wait_for(collect(llm, PROMPTS[0]), 10)
+            with pytest.raises(ClosedError, match="the engine has failed"):
+                await asyncio.wait_for(llm.set_placement(None), 10)
+        llm.shutdown()
+
+    asyncio.run(main())
+
+
+def test_an_order_that_raises_ends_no_other_request(folder, expected):
+    def fail():
+        raise RuntimeError("an order")
+
+    async def scenario(llm):
+        slow(llm)
+        task, refused = asyncio.create_task(collect(llm, PROMPTS[0])), []
+        await asyncio.sleep(0.03)
+        llm._order(fail, refused.append)
+        outputs = await task
+        assert [str(error) for error in refused] == ["an order"]
+        return outputs
+
+    assert run(folder, scenario)[-1].outputs[0].token_ids == expected[0]
+
+
+def test_a_tokenizers_panic_ends_its_own_request(folder, expected):
+    class Library:
+        def encode(self, text):
+            raise Panic("post-processor names an unknown token")
+
+        def decode(self, ids, skip_special_tokens):
+            raise Panic("decoder")
+
+    async def scenario(llm):
+        llm.engine.tokenizer = tokenizer = object.__new__(Tokenizer)
+        tokenizer._tokenizer, tokenizer.vocab_size, tokenizer.special_ids = Library(), 128, frozenset()
+        plain = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
+        good = asyncio.create_task(collect(llm, PROMPTS[0], plain))
+        with pytest.raises(ParameterError, match=r"^prompt: the tokenizer fails \(post-processor"):
+            await collect(llm, "text", plain)
+        with pytest.raises(ParameterError, match=r"^detokenization: the tokenizer fails \(decoder\)"):
+            await collect(llm, PROMPTS[1])
+        return await good
+
+    assert run(folder, scenario)[-1].outputs[0].token_ids == expected[0]
+
+
+def test_text_that_cannot_be_made_ends_its_request_with_an_error(folder, expected):
+    """From the third token on, of one request of three in the batch."""
+
+    async def scenario(llm):
+        real = Completion._append
+
+        def append(completion, token_id, logprobs):
+            if completion.request.request_id == "bad" and len(completion.request.output_token_ids) == 2:
+                completion.request.output_token_ids.append(token_id)
+                raise ValueError("no text")
+            return real(completion, token_id, logprobs)
+
+        with mock.patch.object(Completion, "_append", append):
+            bad, *good = await asyncio.gather(
+                collect(llm, PROMPTS[0], request_id="bad"), collect(llm, PROMPTS[1]), collect(llm, PROMPTS[2])
+            )
+        output = bad[-1].outputs[0]
+        assert (output.finish_reason, output.error) == ("error", "ValueError: no text")
+        assert output.token_ids == expected[0][:2] and llm.stats()["errors"] == 1
+        await until_idle(llm)
+        return good
+
+    assert [outputs[-1].outputs[0].token_ids for outputs in run(folder, scenario)] == expected[1:3]
+
+
+def test_a_reader_that_lags_gets_the_newest_and_the_last_output(folder):
+    async def scenario(llm):
+        generator = llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
+        first = await anext(generator)
+        await until_done(llm)
+        rest = [output async for output in generator]
+        assert len(first.outputs[0].token_ids) >= 1 and len(rest) <= 16
+        assert rest[-1].finished and len(rest[-1].outputs[0].token_ids) == 100
+
+    async def until_done(llm):
+        while llm.engine.has_work:
+            await asyncio.sleep(0.01)
+
+    run(folder, scenario)

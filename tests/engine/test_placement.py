@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 
 from apriel2_models import ATTENTION, MIXERS, SUPERNET, checkpoint, config, fixed, pattern
 from helpers import VOCAB, poisoned_llm, random_prompts
+from interrupts import interrupted
 from lamella import LLM, AsyncLLM, SamplingParams
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.config import describe_placement, placed, read_placement
@@ -319,3 +323,82 @@ def test_a_request_that_asked_for_the_old_placement_is_not_given_another(superne
     while not later.finished:
         llm.engine.step()
     assert later.output().outputs[0].token_ids == alone[B][0][0]
+
+
+def tokens_of(stream):
+    *_, last = stream
+    return last.outputs[0].token_ids
+
+
+def tokens(found):
+    return [ids for ids, _ in found]
+
+
+def tokens_of_all(llm):
+    return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_stream_begun_after_a_switch_runs_under_the_placement_in_force(supernet, alone, mixed):
+    llm = engine(supernet, placement=A, mixed_placements=mixed)
+    waiting = [llm.stream(prompt, PARAMS) for prompt in PROMPTS]
+    own = [llm.stream(prompt, replace(PARAMS, placement=A)) for prompt in PROMPTS]
+    llm.set_placement(B)
+    assert [tokens_of(stream) for stream in waiting] == tokens(alone[B])
+    if mixed:  # its own is served, whatever the engine's is
+        assert [tokens_of(stream) for stream in own] == tokens(alone[A])
+    else:
+        for stream in own:
+            with pytest.raises(ParameterError, match=r"^placement='all-gdn': the engine keeps state for"):
+                next(stream)
+    assert llm.stats()["pages_used"] == 0 and not llm.engine.has_work
+    # Nothing was keyed under the other placement.
+    assert tokens_of_all(llm) == tokens(alone[B])
+    llm.set_placement(A)
+    assert tokens_of_all(llm) == tokens(alone[A])
+
+
+def test_a_stream_begun_while_a_switch_waits_is_computed_after_it(supernet, alone):
+    llm = engine(supernet, placement=A)
+    running, late = llm.stream(PROMPTS[0], PARAMS), llm.stream(PROMPTS[1], PARAMS)
+    next(running)
+    llm.set_placement(B)
+    assert tokens_of(late) == alone[B][1][0]
+    assert tokens_of(running) == alone[A][0][0]
+
+
+def test_a_stream_whose_request_no_longer_fits_is_refused_when_it_begins(supernet):
+    llm = engine(supernet, placement="all-gdn")  # no blocks at all
+    long = llm.stream(random_prompts([300])[0], PARAMS)
+    llm.set_placement("all-attention")
+    llm.engine.state.page_pools[0].capacity = 3
+    with pytest.raises(ParameterError, match="num_blocks"):
+        next(long)
+
+
+@pytest.mark.parametrize("running", ["finish", "recompute"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_interrupt_at_any_line_of_a_switch_can_be_recovered_from(supernet, alone, running, mixed):
+    """Whoever runs gets tokens of the placement it was given; the engine is under one of the two afterwards."""
+    rng = random.Random(f"{running} {mixed}")
+    llm = LLM(supernet, max_num_batched_tokens=16, max_num_seqs=4, num_blocks=64, device="cpu", mixed_placements=mixed)
+    llm.set_placement(A)
+    for _ in range(15):
+        busy = rng.random() < 0.5
+        stream = llm.stream(PROMPTS[1], PARAMS)
+        if busy:
+            next(stream)
+        with interrupted(rng.randrange(1, 400), KeyboardInterrupt()) as lines, suppress(KeyboardInterrupt):
+            llm.set_placement(B, running)
+            if busy:
+                llm.generate(PROMPTS[:1], PARAMS, use_tqdm=False)
+        if busy:
+            assert len(tokens_of(stream)) == PARAMS.max_tokens, lines.where
+        found = tokens_of_all(llm)
+        assert found in (tokens(alone[A]), tokens(alone[B])), lines.where
+        now = B if found == tokens(alone[B]) else A
+        assert llm.placement == read_placement(now, llm.engine.model.config), lines.where
+        llm.set_placement(A)
+        assert tokens_of_all(llm) == tokens(alone[A]), lines.where
+        llm.engine.state.check_integrity()
+        assert not llm.engine.has_work, lines.where

@@ -8,6 +8,7 @@ import torch
 from lamella.engine import sampler
 from lamella.engine.sampler import SamplingRow, prompt_logprobs, sample, uniform
 from lamella.engine.sampling_params import SamplingParams
+from lamella.ops.sampling import NO_TOKEN
 
 VOCAB = 37
 
@@ -175,10 +176,37 @@ def test_impossible_tokens_are_never_drawn(u, fields):
     assert all(math.isfinite(logits[i, token]) for i, token in enumerate(tokens))
 
 
-def test_extreme_rows_stay_in_the_vocabulary():
-    logits = torch.tensor([[-math.inf] * 8, [math.nan] * 8, [3e38, -3e38] * 4])
-    for fields in (dict(), dict(temperature=0), dict(top_k=2), dict(top_p=0.5), dict(temperature=1e-4, logprobs=2)):
-        assert all(0 <= token < 8 for token in sample(logits, [plain_row(**fields)] * 3).token_ids)
+EVERY_CHOICE = [dict(), dict(temperature=0), dict(top_k=2), dict(top_p=0.5), dict(temperature=1e-4, logprobs=2)]
+
+
+@pytest.mark.parametrize("fields", EVERY_CHOICE)
+def test_extreme_rows_stay_in_the_vocabulary(fields):
+    (token,) = sample(torch.tensor([[3e38, -3e38] * 4]), [plain_row(**fields)]).token_ids
+    assert 0 <= token < 8
+
+
+@pytest.mark.parametrize("edited", [dict(), dict(logit_bias={1: 2.0}), dict(repetition_penalty=1.5)])
+@pytest.mark.parametrize("fields", EVERY_CHOICE)
+def test_a_row_without_finite_logits_gets_no_token(fields, edited):
+    good = torch.randn(8, generator=torch.Generator().manual_seed(3))
+    rows = [good.clone() for _ in range(5)]
+    rows[1][5], rows[2][0], rows[3][:] = math.nan, math.inf, -math.inf
+    rows[4][:7] = -math.inf  # legal: one token is left
+    tokens = sample(torch.stack(rows), [plain_row(**fields, **edited)] * 5).token_ids
+    alone = sample(good[None], [plain_row(**fields, **edited)]).token_ids
+    assert tokens == [*alone, NO_TOKEN, NO_TOKEN, NO_TOKEN, 7]
+
+
+def test_a_mask_does_not_make_nan_legal():
+    logits = torch.tensor([[0.0, math.nan, 1.0, math.inf]])
+    for ids in ([1], [3], [1, 3]):
+        params = SamplingParams(min_tokens=2, stop_token_ids=ids, temperature=0)
+        assert sample(logits, [SamplingRow(params, 0, 0, [], [], [])]).token_ids == [NO_TOKEN]
+
+
+def test_parameters_that_forbid_every_token_give_none():
+    params = SamplingParams(min_tokens=2, stop_token_ids=[0, 1, 2], temperature=0)
+    assert sample(torch.zeros(1, 3), [SamplingRow(params, 0, 0, [], [], [])]).token_ids == [NO_TOKEN]
 
 
 def test_min_tokens_keeps_ends_out():

@@ -401,3 +401,15 @@ def test_a_checkpoints_errors_name_its_file(tmp_path):
     (folder / "config.json").write_text(json.dumps(canon_config(novelty=1)))
     with pytest.raises(ConfigError, match=rf"^{folder}/config\.json: .*novelty=1"):
         open_checkpoint(folder).read_config()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_hidden_layers", 10**9), ("vocab_size", 10**30), ("hidden_size", 2**70)]
+)
+def test_numbers_of_a_damaged_file_do_not_take_all_memory(key, value):
+    config = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 128,
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=rf"{key}={value}.*at most"):
+        LlamaForCausalLM.from_config(config | {key: value})

@@ -450,6 +450,48 @@ def test_write_kv(dtype: torch.dtype, seed: int) -> None:
 # ---- the library itself --------------------------------------------------------------------------------------------
 
 
+@DTYPES
+@pytest.mark.parametrize("requests", [0, 2])
+def test_no_tokens_are_computed_without_a_fault(dtype: torch.dtype, requests: int) -> None:
+    """A division by the number of tokens or requests would end the process."""
+    none, slots = torch.zeros(requests + 1, dtype=torch.int32), torch.arange(requests) + 1
+    lengths, positions = torch.zeros(requests, dtype=torch.int32), torch.zeros(0, dtype=torch.int64)
+
+    def rows(*shape: int) -> Tensor:
+        return torch.zeros(0, *shape, dtype=dtype)
+
+    ring, memory, states = torch.ones(4, 3, 8, dtype=dtype), torch.ones(4, 2, 4, 8), torch.ones(4, 2, 4, 5)
+    conv = native.short_conv(rows(8), torch.ones(8, 4, dtype=dtype), None, ring, slots, none, positions, True, True)
+    delta = native.delta_rule(
+        rows(2, 4), rows(2, 4), rows(2, 8), rows(2), rows(2), torch.ones(2), torch.ones(2), memory, slots, none, lengths
+    )
+    heads = (rows(2, 4), rows(2, 4), rows(1, 5), rows(2, 5), rows(2, 4))
+    scan = native.selective_scan(
+        *heads, torch.ones(2, 4, 5), torch.ones(2, 4), torch.ones(2, 4), states, slots, none, lengths
+    )
+    cache, norm = torch.ones(3, 4, 2, 8, dtype=dtype), torch.ones(8)
+    attention = native.decode_attention(
+        rows(4, 8), cache, cache, torch.zeros(0, 1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), 1.0
+    )
+    native.write_kv(rows(2, 8), rows(2, 8), cache, cache, positions)
+    turned = native.rotary(rows(4, 8), rows(2, 8), torch.zeros(0, 4), torch.zeros(0, 4), False)
+    linear = native.linear(rows(32), torch.ones(16, 32, dtype=dtype))
+    normed, _ = native.add_rms_norm(rows(8), rows(8), norm, 1e-5)
+    results = (conv, delta, scan, attention, *turned, linear, normed, native.silu_mul(rows(16)))
+    assert all(result.shape[0] == 0 for result in results)
+    assert all(bool((kept == 1).all()) for kept in (ring, memory, states, cache))  # nobody's state was touched
+
+
+@DTYPES
+def test_a_request_without_tokens_keeps_its_state(dtype: torch.dtype) -> None:
+    """Beside one that has some: the convolution's ring is written by the tokens of its own request only."""
+    state, starts = torch.ones(4, 3, 8, dtype=dtype), torch.tensor([0, 0, 2, 2], dtype=torch.int32)
+    x, slots, positions = torch.full((2, 8), 2.0, dtype=dtype), torch.tensor([1, 2, 3]), torch.tensor([0, 1])
+    native.short_conv(x, torch.ones(8, 4, dtype=dtype), None, state, slots, starts, positions, False, False)
+    assert bool((state[[1, 3]] == 1).all())
+    assert state[2, :, 0].tolist() == [2, 2, 0]
+
+
 def test_one_openmp_runtime_is_mapped() -> None:
     native.silu_mul(torch.randn(64, 2048))
     torch.randn(1 << 20).exp()

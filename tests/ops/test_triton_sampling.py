@@ -14,6 +14,7 @@ import triton.language as tl
 
 from lamella.engine import sampler
 from lamella.engine.sampling_params import SamplingParams
+from lamella.ops.sampling import NO_TOKEN
 from lamella.ops.sampling.triton import _uniform, sample
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,7 +101,8 @@ def test_sample(vocab):
     settings = [((0.7, 3.0)[i % 2], *limits) for i, limits in enumerate(LIMITS)]
     settings += [(0.0, 0, 1.0, 0.0), (0.0, 5, 0.3, 0.2), (0.4, 0, 1.0, 0.0), (2.0, 0, 0.9, 0.0)]
     logits = random_logits(len(settings), vocab)
-    logits[2::4, 1::3] = logits[-2:, ::3] = -torch.inf
+    if vocab > 1:
+        logits[2::4, 1::3] = logits[-2:, ::3] = -torch.inf
     seeds = [(-1) ** i * 977 * i**7 for i in range(len(settings))]
     steps = list(range(len(settings)))
     actual = run(logits, settings, seeds, steps)
@@ -171,16 +173,22 @@ def test_rows_do_not_depend_on_one_another():
         assert run(logits[one], settings[one], seeds[one], seeds[one]) == together[one]
 
 
-def test_hopeless_rows_stay_within_the_vocabulary():
+def test_a_row_without_finite_logits_gets_no_token():
     settings = [(t, *limits) for t in (0.0, 1.0) for limits in (LIMITS[0], LIMITS[2], LIMITS[4], LIMITS[8])]
     for value in (torch.nan, -torch.inf, torch.inf):
         logits = torch.full((len(settings), 5000), value)
-        tokens = run(logits, settings, list(range(8)), [0] * 8)
-        assert all(0 <= token < 5000 for token in tokens)
-    logits = random_logits(len(settings), 5000)
-    logits[:, ::2] = torch.nan
-    tokens = run(logits, settings, list(range(8)), [0] * 8)
-    assert all(0 <= token < 5000 and token % 2 for token in tokens)
+        assert run(logits, settings, list(range(8)), [0] * 8) == [NO_TOKEN] * 8
+
+
+@pytest.mark.parametrize("token", [0, 4095, 4096, 8999])
+@pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf])
+def test_one_bad_logit_anywhere_is_seen_and_the_rows_beside_are_not_touched(token, value):
+    settings = [(t, *limits) for t in (0.0, 1.0) for limits in (LIMITS[0], LIMITS[2], LIMITS[4], LIMITS[10])]
+    logits, seeds = random_logits(len(settings), 9000), list(range(8))
+    expected = run(logits, settings, seeds, seeds)
+    logits[::2, token] = value
+    tokens = run(logits, settings, seeds, seeds)
+    assert tokens[::2] == [NO_TOKEN] * 4 and tokens[1::2] == expected[1::2]
 
 
 def test_a_wide_distribution_and_extreme_temperatures():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from types import MethodType
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, Qwen3Config
 
 from helpers import VOCAB, canon_checkpoint, hf_checkpoint
@@ -414,3 +416,36 @@ def test_what_cannot_be_bisected(folders):
         bisect(folders["llama"], prompts=[list(range(9))])
     with pytest.raises(ConfigError, match="candidate: only the engine lamella takes a loaded one"):
         bisect(folders["llama"], engine="vllm", candidate=load(folders["llama"]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+@pytest.mark.parametrize("name", ["mlp.down_proj", "self_attn.v_proj", "post_attention_layernorm"])
+def test_a_damaged_weight_is_named_as_the_first_operation_that_gives_nan(folders, tmp_path, name, value):
+    """In the checkpoint, so that the reference computes with it too."""
+    copy = tmp_path / "damaged"
+    shutil.copytree(folders["llama"], copy)
+    tensors = load_file(copy / "model.safetensors")
+    weight = tensors[f"model.layers.1.{name}.weight"]
+    if value == 1e300:
+        weight = tensors[f"model.layers.1.{name}.weight"] = weight.double()
+    weight.view(-1)[3] = value
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    row = bisect(copy, dtype="float32", device="cpu", oracle="reference", **PROMPTS).first_not_finite
+    assert row is not None and row.layer == 1 and row.out_of_line
+    assert row.site.endswith(name.partition(".")[2] or "norm"), row.site
+    assert row.not_finite == "both" or value == 1e300
+    assert "NaN or Inf" in str(row)
+
+
+def test_an_overflow_of_the_engines_dtype_is_the_engines(folders):
+    model = load(folders["llama"], torch.float16)
+    with torch.no_grad():
+        layer(model).feed_forward.down_proj.weight.mul_(3e5)
+    row = bisect(
+        folders["llama"], dtype="float16", device="cpu", candidate=model, oracle="reference", **PROMPTS
+    ).first_not_finite
+    assert row is not None and (row.layer, row.not_finite) == (1, "engine") and row.site.endswith("down_proj")
+
+
+def test_a_sound_model_gives_no_nan(folders):
+    assert bisect(folders["canon"], dtype="float32", device="cpu", **PROMPTS).first_not_finite is None

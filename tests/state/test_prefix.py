@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from interrupts import interrupted
 from lamella.engine.images import Image, PlacedImage
 from lamella.engine.request import Request
 from lamella.engine.sampling_params import SamplingParams
@@ -746,3 +748,84 @@ def test_requests_that_start_in_the_same_step_do_not_share_what_is_not_yet_compu
     assert not set(held[0]) & set(held[1])
     run(scheduler)
     assert scheduler.state.page_pools[0].num_cached == 4  # one of each content
+
+
+class TestRollBack:
+    """What a failed step has named or planned cannot be found afterwards; what was there before can."""
+
+    def manager(self):
+        return StateManager([PagedState(1, 8, torch.float32)], [8], num_slots=6, page_size=PAGE, has_slot_state=True)
+
+    def test_keys_of_an_uncommitted_step_are_dropped(self):
+        state, keys = self.manager(), chain(3)
+        assert state.grow("a", 3 * PAGE)
+        state.computed("a", PAGE, keys[:1])
+        assert state.take_copies()
+        state.copied()
+        state.commit()
+        state.computed("a", 2 * PAGE, keys[:2])
+        state.roll_back()
+        state.check_integrity()
+        state.check_at_rest()
+        assert state.match(keys).length == PAGE
+
+    def test_a_snapshot_whose_copy_was_not_made_is_dropped_with_its_key(self):
+        for taken in (False, True):
+            state, keys = self.manager(), chain(1)
+            assert state.grow("a", PAGE)
+            state.computed("a", PAGE, keys)
+            state.commit()  # the step is through; the copy belongs to the next one
+            if taken:
+                state.take_copies()  # and was interrupted
+            state.roll_back()
+            assert state.match(keys).length == 0 and state.slot_pool.num_cached == 0
+            assert state.take_copies() == []
+
+    def test_shared_blocks_stay_when_their_reader_is_rolled_back(self):
+        state, keys = self.manager(), chain(2)
+        assert state.grow("a", 2 * PAGE)
+        state.computed("a", 2 * PAGE, keys)
+        state.take_copies(), state.copied(), state.commit()
+        state.release("a")
+        assert state.grow("b", 3 * PAGE, state.match(keys), keys)
+        state.roll_back()
+        assert state.match(keys).length == 2 * PAGE
+
+    def test_forgotten_keys_are_not_found_while_requests_hold_them(self):
+        state, keys = self.manager(), chain(2)
+        assert state.grow("a", 2 * PAGE)
+        state.computed("a", 2 * PAGE, keys)
+        state.forget(keys)
+        assert state.match(keys).length == 0
+        state.check_integrity()
+        state.release("a")
+        state.check_at_rest()
+
+    def test_a_change_interrupted_anywhere_is_repaired(self):
+        """Random requests; then one more change, interrupted at a random line."""
+        rng = random.Random(5)
+        for _ in range(150):
+            state, keys = self.manager(), chain(6)
+            with interrupted(rng.randrange(1, 400), KeyboardInterrupt()), suppress(KeyboardInterrupt):
+                for step in range(12):
+                    name = rng.choice("abc")
+                    if rng.random() < 0.3:
+                        state.release(name)
+                    elif name in state.holdings:
+                        tokens = min(len(keys), len(state.holdings[name].pages[0])) * PAGE
+                        state.computed(name, tokens, keys[: tokens // PAGE])
+                    else:
+                        state.grow(name, rng.randrange(1, 4) * PAGE, state.match(keys[:2]), keys[:2])
+                    if step % 3 == 0:
+                        state.take_copies(), state.copied(), state.commit()
+            state.roll_back()
+            state.check_integrity()
+            state.check_at_rest()
+
+
+def chain(count):
+    """Keys of `count` pages in a row."""
+    keys = [root_key("test")]
+    for index in range(count):
+        keys.append(page_key(keys[-1], [index] * PAGE))
+    return keys[1:]

@@ -14,13 +14,9 @@ from lamella.bench.ops import time_ops
 from lamella.bench.workloads import Workload, check, measure
 from lamella.cli.common import load_llm, print_json, size
 from lamella.engine.llm import LLM
-from lamella.errors import ParameterError
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("requests", "input_len", "output_len", "repeats"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ParameterError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     llm = load_llm(args)
     requests = args.requests or (16 if args.workload == "offline" else 1)
     workload = Workload(requests, args.input_len, args.output_len)

@@ -12,15 +12,12 @@ from lamella.checkpoint.files import DEMO, open_checkpoint
 from lamella.cli.common import console, print_json
 from lamella.cli.inspect import cost_card, show
 from lamella.demo.tour import show_answers, show_result, take_tour
-from lamella.errors import ParameterError
 
 _SHOWN = 6
 _CONTEXT = 100  # about what a question and its answer take
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.questions < 1:
-        raise ParameterError(f"--questions {args.questions}: must be at least 1")
     # The model is so small that threads would only wait for one another.
     torch.set_num_threads(1)
     checkpoint = open_checkpoint(DEMO)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -31,8 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if not prompts:
         return _ask_demo(llm, args.json)
     if len(prompts) == 1 and not args.json:
-        _stream(llm, prompts[0], params)
-        return 0
+        return _exit_status([_stream(llm, prompts[0], params)])
     outputs = llm.generate(prompts, params)
     if args.json:
         print_json({"outputs": [asdict(output) for output in outputs]})
@@ -40,7 +40,15 @@ def run(args: argparse.Namespace) -> int:
         for output in outputs:
             console.print(f"[bold]{_prompt_text(output)}[/bold]", markup=True)
             console.print(_completion_text(output), markup=False)
-    return 0
+    return _exit_status(outputs)
+
+
+def _exit_status(outputs: Sequence[RequestOutput]) -> int:
+    """1 where a completion ended with an error, which is shown."""
+    errors = [(index, each.error) for index, output in enumerate(outputs) for each in output.outputs if each.error]
+    for index, error in errors:
+        print(f"lamella: prompts[{index}]: {error}", file=sys.stderr)
+    return 1 if errors else 0
 
 
 def _token_prompt(text: str) -> Prompt:
@@ -69,8 +77,8 @@ def _with_images(prompts: Sequence[Prompt], files: Sequence[str]) -> Prompt:
     return {**fields, "multi_modal_data": {"image": images}}
 
 
-def _stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> None:
-    """Print text as it comes; a model without a tokenizer gives token ids at the end."""
+def _stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> RequestOutput:
+    """Print text as it comes; a model without a tokenizer gives token ids at the end. Returns the whole output."""
     shown = ""
     output = None
     for output in llm.stream(prompt, params):
@@ -79,6 +87,7 @@ def _stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> None:
         shown = text
     assert output is not None
     print("" if llm.engine.tokenizer else _completion_text(output))
+    return output
 
 
 def _prompt_text(output: RequestOutput) -> str:

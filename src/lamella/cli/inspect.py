@@ -45,8 +45,6 @@ BATCHES = (1, 16, 64)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.context < 1:
-        raise ParameterError(f"--context {args.context}: must be at least 1")
     if args.compile:
         return _compile(args)
     if args.layers:
@@ -72,8 +70,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _compile(args: argparse.Namespace) -> int:
     """What compiling costs, a line as soon as it is known; exit status 1 where a form computes something else."""
-    if any(count < 1 for count in args.layers):
-        raise ParameterError(f"--layers {' '.join(map(str, args.layers))}: must be at least 1")
     costs = []
     for cost in compile_costs(args.model, args.layers, args.placement):
         costs.append(cost)

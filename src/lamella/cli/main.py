@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 import lamella
+from lamella.cli.limits import check_numbers
 from lamella.errors import LamellaError
 
 
@@ -19,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.DEBUG if args.debug else logging.WARNING, format="%(name)s: %(message)s")
     try:
+        check_numbers(args)
         # Each subcommand's module is imported when it runs, so that `--help` does not wait for torch.
         return import_module(f"lamella.cli.{args.module}").run(args)
     except LamellaError as error:

@@ -16,8 +16,6 @@ from lamella.parity.report import html, terminal
 
 def run(args: argparse.Namespace) -> int:
     model, checks = _words(args.words)
-    if args.random is not None and args.random < 1:
-        raise ParameterError(f"--random {args.random}: must be at least 1")
     if args.random is not None and args.count is not None:
         raise ParameterError("--count: --random says how many already")
     files = [Path(name) for name in (args.json, args.html) if name not in (None, "-")]

@@ -82,9 +82,8 @@ def _set(args: argparse.Namespace) -> int:
 
 def _sweep(args: argparse.Namespace) -> int:
     """Loss, distance from the main placement, speed and state of several placements."""
-    for name in ("requests", "input_len", "output_len", "repeats"):
-        if getattr(args, name) < (2 if name == "output_len" else 1):
-            raise ParameterError(f"--{name.replace('_', '-')} {getattr(args, name)}: too few")
+    if args.output_len < 2:
+        raise ParameterError(f"--output-len {args.output_len}: must be at least 2")
     file = None if args.plot is None else Path(args.plot)
     if file is not None:
         known = _pyplot().Figure().canvas.get_supported_filetypes()  # before the work rather than after it

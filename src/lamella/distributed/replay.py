@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -64,7 +64,8 @@ class Recorder:
         eos = list(request.eos_token_ids)
         placement = list(request.placement)
         images = [image.places.tolist() for image in request.images]
-        return NewRequest(told.id, request.prompt_token_ids, request.params, seed, eos, holding.slot, placement, images)
+        params = replace(request.params, placement=None)  # as the caller wrote it: any type, and not needed
+        return NewRequest(told.id, request.prompt_token_ids, params, seed, eos, holding.slot, placement, images)
 
     @staticmethod
     def _tokens(request: Request, told: _Told) -> list[int]:

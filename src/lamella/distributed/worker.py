@@ -23,7 +23,8 @@ from lamella.distributed.messages import Channel, Failed, Move, Ready, Start, St
 from lamella.distributed.replay import Replayer
 from lamella.distributed.sharding import Share
 from lamella.distributed.workers import Workers
-from lamella.engine.engine import Engine, load_part
+from lamella.engine.engine import Engine
+from lamella.engine.loading import load_part
 from lamella.engine.options import EngineOptions
 from lamella.models.registry import register_architecture
 

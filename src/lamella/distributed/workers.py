@@ -83,7 +83,10 @@ class WorkerProcesses(Workers):
         self._watch = _Watch(self.group)
         self._ranks: list[_Rank] = []
         self._releases: list[weakref.WeakMethod[Callable[[], None]]] = []
-        self._finalizer = weakref.finalize(self, _stop, self._ranks, self._watch, self._folder, self._releases)
+        self._process = os.getpid()
+        self._finalizer = weakref.finalize(
+            self, _stop, self._ranks, self._watch, self._folder, self._releases, self._process
+        )
         self._why = "closed"
         self._recorder: Recorder | None = None
         values = {
@@ -148,8 +151,12 @@ class WorkerProcesses(Workers):
         self._check()
 
     def _check(self, cause: BaseException | None = None) -> None:
+        if os.getpid() != self._process:
+            raise WorkerError(
+                "the tensor-parallel ranks belong to the process that was forked; make an engine in this one"
+            )
         if not self._finalizer.alive:
-            raise WorkerError(f"the tensor-parallel ranks have been stopped: {self._why}")
+            raise WorkerError(f"the tensor-parallel ranks have been stopped: {self._why}; make a new engine")
         if self._watch.ended is not None:
             why = self._watch.ended.epitaph()
             self._stop(why)
@@ -226,9 +233,15 @@ class _Watch:
 
 
 def _stop(
-    ranks: Sequence[_Rank], watch: _Watch, folder: Path, releases: Sequence[weakref.WeakMethod[Callable[[], None]]]
+    ranks: Sequence[_Rank],
+    watch: _Watch,
+    folder: Path,
+    releases: Sequence[weakref.WeakMethod[Callable[[], None]]],
+    process: int,
 ) -> None:
-    """A worker ends when its socket closes, see `worker.main`."""
+    """A worker ends when its socket closes, see `worker.main`. Only `process`, which started them, may end them."""
+    if os.getpid() != process:
+        return  # a forked child ends, and has the same sockets
     watch.closing = True
     for rank in ranks:
         rank.channel.close()

@@ -11,7 +11,7 @@ import torch
 
 from lamella.distributed.group import Group
 from lamella.engine.options import EngineOptions
-from lamella.errors import ConfigError
+from lamella.errors import ConfigError, ParameterError
 from lamella.state.manager import StateManager
 from lamella.state.memory import StateCost
 from lamella.state.spec import PagedState
@@ -23,6 +23,8 @@ _MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.85}
 # Room for the prefix cache beyond what running requests can fill: snapshots a request, and pages in all.
 _SNAPSHOTS_PER_REQUEST = 4
 _PAGES_TO_KEEP = 2
+# So many prompts, none of which fills a page, are worth a warning.
+_SHORT_PROMPTS = 32
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,12 @@ def memory_budget(device: torch.device, reserved: int, group: Group, utilization
     return budget
 
 
-def longest_answer(state: StateManager, prompt: int, most: int, max_batched: int) -> int:
+def longest_answer(state: StateManager, options: EngineOptions, prompt: int, most: int) -> int:
     """Return the most tokens of an answer, from 1 up to `most`, for which the pools have room behind a prompt."""
 
     def is_too_long(answer: int) -> bool:
         tokens = prompt + answer - 1
-        chunk = min(tokens, max_batched)
+        chunk = min(tokens, options.max_num_batched_tokens)
         return any(
             state.peak_pages(index, tokens, chunk) > pool.capacity for index, pool in enumerate(state.page_pools)
         )
@@ -107,11 +109,50 @@ def say_what_cannot_hit(options: EngineOptions, cost: StateCost, plan: Capacity,
         )
 
 
+def check_pools(tokens: int, state: StateManager, options: EngineOptions) -> None:
+    """Raises `ParameterError` where a request of `tokens` tokens does not fit into the empty pools of a state."""
+    chunk = min(tokens, options.max_num_batched_tokens)
+    for index, pool in enumerate(state.page_pools):
+        pages = state.peak_pages(index, tokens, chunk)
+        if pages > pool.capacity:
+            raise ParameterError(
+                f"prompt and max_tokens need {pages} pages of {state.page_size} tokens, and num_blocks="
+                f"{pool.capacity} is all there are"
+            )
+
+
+class ShortPrompts:
+    """Says once in the log if the first prompts are all too short for the prefix cache."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        self._block_size = options.block_size
+        self._so_far: int | None = 0 if options.enable_prefix_caching else None  # None: no longer of interest
+
+    def count(self, length: int) -> None:
+        """Take note of a prompt of `length` tokens."""
+        if self._so_far is None:
+            return
+        self._so_far = self._so_far + 1 if length <= self._block_size else None
+        if self._so_far == _SHORT_PROMPTS:
+            logger.warning(
+                "prefix cache: the first %d prompts are no longer than a page, so that none of them can "
+                "hit; block_size=%d is the page's size in tokens",
+                _SHORT_PROMPTS,
+                self._block_size,
+            )
+
+
 def _snapshots(options: EngineOptions, cost: StateCost, budget: int) -> int:
     """How many copies of slot state the prefix cache may keep."""
     if not options.enable_prefix_caching or not cost.slots:
         return 0
     if options.snapshot_bytes is not None:
+        # Each snapshot is a slot of the pools: more than memory holds cannot be given numbers, either.
+        if options.snapshot_bytes > max(0, budget):
+            raise ConfigError(
+                f"snapshot_bytes={options.snapshot_bytes}: more than the {max(0, budget)} bytes that there are for "
+                "state; give less, or leave it out"
+            )
         return options.snapshot_bytes // cost.bytes_per_request
     return min(max(0, budget) // 10 // cost.bytes_per_request, _SNAPSHOTS_PER_REQUEST * options.max_num_seqs)
 
@@ -145,20 +186,26 @@ def _total_memory(device: torch.device) -> int:
     """Bytes that the device has."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    return _meminfo("MemTotal")
+    total = _meminfo("MemTotal")
+    return 4 << 30 if total is None else total
 
 
-def _meminfo(field: str) -> int:
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that new tensors on `device` can take; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return _meminfo("MemAvailable")
+
+
+def _meminfo(field: str) -> int | None:
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":", 1) for line in file)
         return int(fields[field].split()[0]) * 1024
     except (OSError, KeyError):
-        return 4 << 30  # systems without procfs; num_blocks says better
+        return None
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that new tensors on `device` can take."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return _meminfo("MemAvailable")
+    available = available_memory(device)
+    return 4 << 30 if available is None else available  # systems without procfs; num_blocks says better

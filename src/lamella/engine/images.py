@@ -114,6 +114,18 @@ class ImageReader:
         return known
 
 
+def place_images(
+    reader: ImageReader | None, token_ids: list[int], images: Sequence[Any], limit: int | None
+) -> tuple[list[int], tuple[PlacedImage, ...]]:
+    """A prompt's tokens with the images in their places; without a reader, images are a `ParameterError`."""
+    if reader is not None:
+        return reader.place(token_ids, images)
+    if images:
+        why = "limit_mm_per_prompt allows 0" if limit == 0 else "the model reads none"
+        raise ParameterError(f"multi_modal_data: {len(images)} images, and {why}")
+    return token_ids, ()
+
+
 def pixels_of(image: Any) -> Tensor:
     """(3, H, W) uint8 of what a caller gives as an image. Raises `ParameterError`."""
     if isinstance(image, Tensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lamella.engine.options import EngineOptions
 from lamella.engine.outputs import RequestOutput
 from lamella.engine.prompt import Prompt, is_token_ids
 from lamella.engine.sampling_params import SamplingParams
+from lamella.engine.sharing import SharedEngine
 from lamella.engine.tokenizer import Tokenizer, read_tokenization
 from lamella.engine.vllm_arguments import engine_options
 from lamella.errors import ConfigError, ParameterError
@@ -28,6 +29,10 @@ class LLM:
     """A model ready to generate. Settings: see `EngineOptions`, and `engine.vllm_arguments` for vLLM's others.
 
     An argument that neither knows is a `TypeError`.
+
+    Safe to use from several threads: calls that run at the same time share batches. A lock is held for one step at a
+    time and never while an iterator waits for its reader. A callback inside a step, such as a module's forward hook,
+    can call `stats` only; everything else raises `EngineError` there.
 
     Raises `ConfigError` or `CheckpointError`, each with one line that names the setting, file or tensor.
     """
@@ -104,6 +109,7 @@ class LLM:
                 deterministic=deterministic,
             )
         )
+        self._shared = SharedEngine(self.engine)
         self._ids = itertools.count()
 
     def generate(
@@ -130,23 +136,23 @@ class LLM:
         Every request is checked before any is run; a bad one is a `ParameterError` that says which.
         """
         single = isinstance(prompts, str | Mapping) or is_token_ids(prompts)
-        given: list[Any] = [prompts] if single else list(prompts)
+        given: list[Any] = [prompts] if single else _listed("prompts", prompts)
         prompts = [with_tokenization(prompt, lora_request, priority, tokenization_kwargs) for prompt in given]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = [sampling_params or SamplingParams()] * len(prompts)
         else:
-            params = list(sampling_params)
+            params = _listed("sampling_params", sampling_params)
         if len(params) != len(prompts):
             raise ParameterError(f"sampling_params: {len(params)} for {len(prompts)} prompts")
         jobs = []
         for index, (prompt, some) in enumerate(zip(prompts, params, strict=True)):
             try:
-                jobs.append(self.engine.make_job(str(next(self._ids)), prompt, some))
+                jobs.append(self._make_job(prompt, some))
             except ParameterError as error:
                 raise ParameterError(f"prompts[{index}]: {error}") from error
         with tqdm(total=len(jobs), desc="generating", unit="req", disable=not use_tqdm, dynamic_ncols=True) as bar:
             start = time.perf_counter()
-            for job in self._run(jobs):
+            for job, _ in self._run(jobs, with_outputs=False):
                 if job.finished:
                     bar.update()
                 if use_tqdm:
@@ -156,10 +162,12 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, giving the whole output so far after each new token.
 
-        Closing the iterator early cancels the request. Errors are raised by this call, not by the first `next`.
+        Closing the iterator early cancels the request. A bad prompt or parameter is an error of this call, not of the
+        first `next`. The request is queued by the first `next`, and computed with the placement in force then, or with
+        its own; if `set_placement` has since taken that away, the first `next` raises `ParameterError`.
         """
-        job = self.engine.make_job(str(next(self._ids)), prompt, sampling_params or SamplingParams())
-        return (changed.output() for changed in self._run([job]))
+        job = self._make_job(prompt, sampling_params or SamplingParams())
+        return (output for _, output in self._run([job]) if output is not None)
 
     def get_tokenizer(self) -> Tokenizer:
         """Return the tokenizer; raises `ConfigError` where there is none."""
@@ -167,11 +175,15 @@ class LLM:
 
     def stats(self) -> dict[str, Any]:
         """See `Engine.stats`."""
-        return self.engine.stats()
+        if self._shared.is_mine:  # in a callback
+            return self.engine.stats()
+        with self._shared.exclusive():
+            return self.engine.stats()
 
     def reset_prefix_cache(self) -> None:
         """See `Engine.reset_prefix_cache`."""
-        self.engine.reset_prefix_cache()
+        with self._shared.exclusive():
+            self.engine.reset_prefix_cache()
 
     @property
     def placement(self) -> Placement:
@@ -184,30 +196,39 @@ class LLM:
 
     def set_placement(self, placement: PlacementLike | None, running: str = "finish") -> None:
         """See `Engine.set_placement`."""
-        self.engine.set_placement(placement, running)
+        with self._shared.exclusive():
+            self.engine.set_placement(placement, running)
 
-    def _run(self, jobs: Sequence[Job]) -> Iterator[Job]:
-        """Step until the jobs are through, giving each that got something new; on the way out none is left behind."""
-        for job in jobs:
-            self.engine.add(job)
+    def _make_job(self, prompt: Prompt, params: SamplingParams) -> Job:
+        with self._shared.exclusive():
+            return self.engine.make_job(str(next(self._ids)), prompt, params)
+
+    def _run(self, jobs: Sequence[Job], with_outputs: bool = True) -> Iterator[tuple[Job, RequestOutput | None]]:
+        """Step until the jobs are through, giving each that got something new, and its output if wanted; on the way
+        out none is left behind."""
         # Whoever steps the engine moves the jobs of other callers too, so what counts is what has been given on.
         given = {job: job.revision for job in jobs}
         try:
+            with self._shared.exclusive():
+                for job in jobs:
+                    self.engine.add(job)
             while given:
-                if all(job.revision == before for job, before in given.items()):
-                    self.engine.step()
-                for job, before in list(given.items()):
-                    if job.revision != before:
+                with self._shared.exclusive():
+                    if all(job.revision == before for job, before in given.items()):
+                        self.engine.step()
+                    changed = [job for job, before in given.items() if job.revision != before]
+                    # Made under the lock: another thread's step may be next.
+                    new = [(job, job.output() if with_outputs else None) for job in changed]
+                    for job in changed:
                         given[job] = job.revision
                         if job.finished:
                             del given[job]
-                        yield job
+                yield from new
         finally:
-            for job in jobs:
-                self.engine.cancel(job.request_id)
+            self._shared.leave(job.request_id for job in jobs)
 
     def _progress(self, jobs: Sequence[Job], seconds: float) -> str:
-        stats = self.engine.stats()
+        stats = self.stats()
         tokens = sum(len(c.request.output_token_ids) for job in jobs for c in job.completions)
         waiting = f", {stats['waiting']} waiting" if stats["waiting"] else ""
         pages = f"pages {stats['pages_used']}/{stats['pages']}"
@@ -256,3 +277,9 @@ def with_tokenization(
     if isinstance(prompt, str):
         return {"prompt": prompt, "add_special_tokens": special}
     return {"add_special_tokens": special, **prompt} if isinstance(prompt, Mapping) else prompt
+
+
+def _listed(name: str, given: Any) -> list[Any]:
+    if not isinstance(given, Iterable):
+        raise ParameterError(f"{name}: must be one or a list of them, not {type(given).__name__}")
+    return list(given)

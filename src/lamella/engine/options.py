@@ -14,6 +14,22 @@ from lamella.config import AttentionConfig, DynamicScaling, LinearScaling, Model
 from lamella.config.placement import every_mixer
 from lamella.errors import ConfigError
 from lamella.layers.decoder import LanguageModel
+from lamella.validation import INT64, checked_int, shown, whole
+
+# Bounds of whole numbers. The upper ones are far beyond what any machine can run: they keep a slip of the keyboard from
+# taking all memory, or from overflowing a step's 32-bit positions.
+_LIMITS = {
+    "max_model_len": (1, 1 << 24),
+    "max_num_seqs": (1, 1 << 16),
+    "max_num_batched_tokens": (1, 1 << 24),
+    "tensor_parallel_size": (1, 1 << 10),
+    "block_size": (1, 1 << 16),
+    "num_blocks": (1, 1 << 40),
+    "snapshot_interval": (1, 1 << 40),
+    "max_logprobs": (-1, 1 << 40),
+    "seed": INT64,
+}
+_OPTIONAL = frozenset({"max_model_len", "num_blocks", "snapshot_interval", "max_logprobs"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,37 +117,29 @@ class EngineOptions:
             plain = isinstance(option.default, bool | int | str) and option.name != "seed"
             if plain and getattr(self, option.name) is None:
                 object.__setattr__(self, option.name, option.default)
-        for field in (
-            "max_model_len",
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "tensor_parallel_size",
-            "block_size",
-            "num_blocks",
-            "snapshot_interval",
-        ):
-            value = getattr(self, field)
-            optional = field in ("max_model_len", "num_blocks", "snapshot_interval")
-            if not (value is None and optional) and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 1
-            ):
-                raise ConfigError(f"{field}={value!r}: must be a whole number of at least 1")
-        if self.snapshot_prompts not in ("always", "never", "busy"):
-            raise ConfigError(f"snapshot_prompts={self.snapshot_prompts!r}: must be always, never or busy")
-        size = self.snapshot_bytes
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
-            raise ConfigError(f"snapshot_bytes={size!r}: must be a whole number of bytes")
-        if self.hf_overrides is not None and not isinstance(self.hf_overrides, Mapping):
-            raise ConfigError(f"hf_overrides={self.hf_overrides!r}: must be a mapping of config.json's keys")
-        if self.limit_mm_per_prompt is not None and not _is_limit(self.limit_mm_per_prompt):
-            raise ConfigError(
-                f'limit_mm_per_prompt={self.limit_mm_per_prompt!r}: must be {{"image": N}}, N a whole number of images'
-            )
         if self.seed is None:
             object.__setattr__(self, "seed", secrets.randbelow(2**31))
+        for field, (low, high) in _LIMITS.items():
+            value = getattr(self, field)
+            if value is not None or field not in _OPTIONAL:
+                object.__setattr__(self, field, checked_int(field, value, low, high))
+        if not (isinstance(self.snapshot_prompts, str) and self.snapshot_prompts in ("always", "never", "busy")):
+            raise ConfigError(f"snapshot_prompts={shown(self.snapshot_prompts)}: must be always, never or busy")
+        if self.snapshot_bytes is not None and (whole(self.snapshot_bytes) is None or self.snapshot_bytes < 0):
+            raise ConfigError(f"snapshot_bytes={shown(self.snapshot_bytes)}: must be a whole number of bytes")
+        if self.snapshot_bytes is not None:
+            object.__setattr__(self, "snapshot_bytes", checked_int("snapshot_bytes", self.snapshot_bytes, 0, 1 << 48))
+        overrides = self.hf_overrides
+        if overrides is not None and not (
+            isinstance(overrides, Mapping) and all(isinstance(k, str) for k in overrides)
+        ):
+            raise ConfigError(f"hf_overrides={shown(self.hf_overrides)}: must be a mapping of config.json's keys")
+        if self.limit_mm_per_prompt is not None and not _is_limit(self.limit_mm_per_prompt):
+            raise ConfigError(
+                f'limit_mm_per_prompt={shown(self.limit_mm_per_prompt)}: must be {{"image": N}}, N a whole number of '
+                "images"
+            )
         self._check_sources()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ConfigError(f"seed={self.seed!r}: must be a whole number")
         for field in (
             "enable_prefix_caching",
             "enable_expert_parallel",
@@ -142,7 +150,7 @@ class EngineOptions:
             "mixed_placements",
         ):
             if not isinstance(getattr(self, field), bool):
-                raise ConfigError(f"{field}={getattr(self, field)!r}: must be True or False")
+                raise ConfigError(f"{field}={shown(getattr(self, field))}: must be True or False")
         if self.enable_expert_parallel and self.tensor_parallel_size == 1:
             raise ConfigError("enable_expert_parallel=True: without effect with tensor_parallel_size=1")
         if self.enable_compile and self.enforce_eager:
@@ -173,9 +181,6 @@ class EngineOptions:
         share = self.gpu_memory_utilization
         if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1):
             raise ConfigError(f"gpu_memory_utilization={share!r}: must be a fraction, more than 0 and at most 1")
-        most = self.max_logprobs
-        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < -1):
-            raise ConfigError(f"max_logprobs={most!r}: must be None, -1 or a whole number")
         if isinstance(self.model, LanguageModel) and (self.tensor_parallel_size > 1 or self.load_format != "auto"):
             raise ConfigError("model: a constructed model is used as it is: tensor_parallel_size=1, load_format='auto'")
 
@@ -235,11 +240,15 @@ class EngineOptions:
         return self.max_model_len
 
 
+def _has_string_keys(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
 def _is_limit(value: object) -> bool:
     if not isinstance(value, Mapping) or set(value) != {"image"}:
         return False
-    count = value["image"]
-    return isinstance(count, int) and not isinstance(count, bool) and count >= 0
+    count = whole(value["image"])
+    return count is not None and 0 <= count <= INT64[1]
 
 
 def supported_length(config: ModelConfig) -> int | None:

@@ -37,6 +37,7 @@ class CompletionOutput:
         finish_reason: why it ended: a stop string or token ("stop"), its length ("length"), its caller ("abort") or
             a failure ("error"); None while it goes on.
         stop_reason: the stop string or stop token id that ended it; None for an end-of-sequence token and otherwise.
+        error: what failed, in one line, where finish_reason is "error"; else None.
     """
 
     index: int
@@ -46,6 +47,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

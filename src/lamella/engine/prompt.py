@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
-from lamella.engine.tokenizer import Tokenizer
+from lamella.engine.tokenizer import Tokenizer, why_not_text
 from lamella.errors import ParameterError
+from lamella.validation import is_text, shown, whole
 
 Prompt: TypeAlias = "str | Mapping[str, Any] | list[int]"
 
@@ -42,63 +42,60 @@ def read_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) ->
         prompt = {"prompt_token_ids": prompt}
     if not isinstance(prompt, Mapping):
         raise ParameterError(f"prompt: must be a string or a dict with prompt_token_ids, not {type(prompt).__name__}")
-    unknown = sorted(str(key) for key in prompt if key not in _KEYS and (key not in _EMPTY_KEYS or prompt[key]))
+    unknown = [key for key in prompt if key not in _KEYS and (key not in _EMPTY_KEYS or prompt[key])]
     if unknown:
-        raise ParameterError(f"prompt: unknown key {unknown[0]!r}; there are {', '.join(_KEYS)}")
+        raise ParameterError(f"prompt: unknown key {shown(unknown[0])}; there are {', '.join(_KEYS)}")
     text, token_ids, data, salt, special = (prompt.get(key) for key in _KEYS)
     if special is not None and not isinstance(special, bool):
-        raise ParameterError(f"add_special_tokens={special!r}: must be True or False")
+        raise ParameterError(f"add_special_tokens={shown(special)}: must be True or False")
     images = _read_images(data)
-    if salt is not None and not isinstance(salt, str):
-        raise ParameterError(f"cache_salt={salt!r}: must be a string")
+    if salt is not None and not is_text(salt):
+        raise ParameterError(f"cache_salt={shown(salt)}: must be a string")
     if token_ids is None:
-        if not isinstance(text, str):
-            raise ParameterError(f"prompt={text!r}: must be a string")
+        if not is_text(text):
+            raise ParameterError(why_not_text(text))
         if tokenizer is None:
             raise ParameterError(
                 "prompt: the model has no tokenizer.json; give prompt_token_ids, or LLM(tokenizer=...)"
             )
-        token_ids = tokenizer.encode(text, add_special_tokens=special is not False)
+        token_ids = tokenizer.encode(str(text), add_special_tokens=special is not False)
         if not token_ids:
-            raise ParameterError(f"prompt={text!r}: has no tokens: give at least one, such as the BOS")
-    token_ids = _plain(token_ids)
+            raise ParameterError(f"prompt={shown(text)}: has no tokens: give at least one, such as the BOS")
+    elif text is not None and not is_text(text):
+        raise ParameterError(f"prompt={shown(text)}: must be a string that UTF-8 can encode")
+    return GivenPrompt(text, _read_token_ids(token_ids, vocab_size), salt, images)
+
+
+def _read_token_ids(given: Any, vocab_size: int) -> list[int]:
+    """Token ids as ints of Python; a list, tuple, array or tensor of whole numbers. Raises `ParameterError`."""
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) != 1:
+        raise ParameterError(f"prompt_token_ids={shown(given)}: must be a list of token ids")
+    token_ids = list(given)
     if not token_ids:
         raise ParameterError("prompt_token_ids: must not be empty: give at least one token, such as the BOS")
     if set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < vocab_size:
-        return GivenPrompt(text, token_ids, salt, images)
-    for token in token_ids:  # which one is it?
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise ParameterError(f"prompt_token_ids: {token!r} is not a token id below vocab_size={vocab_size}")
-    return GivenPrompt(text, token_ids, salt, images)
+        return token_ids
+    numbers = []
+    for token in token_ids:
+        number = whole(token)
+        if number is None or not 0 <= number < vocab_size:
+            raise ParameterError(f"prompt_token_ids: {shown(token)} is not a token id below vocab_size={vocab_size}")
+        numbers.append(number)
+    return numbers
 
 
 def is_token_ids(value: Any) -> bool:
     """Return whether a value is a prompt as bare token ids: a list, an array or a tensor of one dimension."""
     if isinstance(value, list | tuple):
-        return len(value) > 0 and all(_is_index(token) for token in value)
+        return len(value) > 0 and all(whole(token) is not None for token in value)
     return getattr(value, "ndim", None) == 1 and hasattr(value, "tolist")
-
-
-def _is_index(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool) and getattr(value, "ndim", 0) == 0
-
-
-def _plain(token_ids: Any) -> list[Any]:
-    """Token ids as a list of ints, as far as they are whole numbers; the caller names what is not."""
-    if hasattr(token_ids, "tolist"):
-        token_ids = token_ids.tolist()
-    if not isinstance(token_ids, Sequence) or isinstance(token_ids, str | bytes):
-        raise ParameterError(f"prompt_token_ids={token_ids!r}: must be a list of token ids")
-    if all(type(token) is int for token in token_ids):
-        return list(token_ids)
-    return [operator.index(token) if _is_index(token) else token for token in token_ids]
 
 
 def _read_images(data: Any) -> list[Any]:
     if data is None:
         return []
     if not isinstance(data, Mapping) or set(data) - {"image"}:
-        shown = sorted(map(repr, data)) if isinstance(data, Mapping) else type(data).__name__
-        raise ParameterError(f'multi_modal_data: must be {{"image": image or images}}, not of {shown}')
+        what = shown(list(data)) if isinstance(data, Mapping) else type(data).__name__
+        raise ParameterError(f'multi_modal_data: must be {{"image": image or images}}, not of {what}')
     images = data.get("image", [])
     return list(images) if isinstance(images, list | tuple) else [images]

@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from lamella.config import Placement
 from lamella.engine.images import PlacedImage
 from lamella.engine.sampling_params import SamplingParams, is_restricted, looks_back
 from lamella.state.prefix import page_key
+
+_SEED_MASK = (1 << 64) - 1
+_MOST = np.iinfo(np.int32).max
+
+# The fields of a step that say how a request samples, and their types.
+SAMPLING_FIELDS: Mapping[str, type[np.generic]] = {
+    "seed": np.int64,
+    "top_k": np.int32,
+    "temperature": np.float32,
+    "top_p": np.float32,
+    "min_p": np.float32,
+}
+
+
+def sampling_values(params: SamplingParams, seed: int) -> dict[str, np.generic]:
+    """Return a request's row of each sampling field. No vocabulary has 2**31 tokens: such a `top_k` keeps all."""
+    values = {
+        "seed": np.uint64(seed & _SEED_MASK).astype(np.int64),
+        "top_k": min(params.top_k, _MOST),
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "min_p": params.min_p,
+    }
+    return {name: kind(values[name]) for name, kind in SAMPLING_FIELDS.items()}
 
 
 @dataclass(eq=False)
@@ -26,6 +54,7 @@ class Request:
     num_computed: int = 0  # leading tokens whose state is in the pools
     num_preemptions: int = 0
     num_cached_tokens: int = 0  # of them, those that it started with
+    num_reused: int = 0  # leading tokens whose state it took from the prefix cache when it last started
     branch: int = 0  # where it leaves the tokens that others had before it
     prefix_root: bytes | None = None  # see `page_keys`; None keeps the request out of the prefix cache
     placement: Placement = ()  # of a supernet; see `Engine`
@@ -33,9 +62,11 @@ class Request:
     _page_keys: list[bytes] = field(default_factory=list)
     looks_back: bool = field(init=False)  # whether the choice of a token depends on the ones before
     plain: bool = field(init=False)  # whether nothing is done to its logits, nor wanted of them, but the choice
+    sampling: Mapping[str, Any] = field(init=False)  # its row of a step's sampling fields, see `sampling_values`
 
     def __post_init__(self) -> None:
         params = self.params
+        self.sampling = sampling_values(params, self.seed)  # made now, so that a step cannot fail to make it
         self.looks_back = looks_back(params)
         edited = self.looks_back or is_restricted(params) or params.logit_bias or params.min_tokens
         self.plain = not (edited or params.logprobs is not None)

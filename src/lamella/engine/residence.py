@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lamella.config import Placement
-from lamella.engine.capacity import Capacity
+from lamella.config import Placement, PlacementLike, describe_placement, read_placement
+from lamella.engine.capacity import Capacity, available_memory
+from lamella.engine.completion import Job
 from lamella.engine.options import EngineOptions
+from lamella.errors import ConfigError, ParameterError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import PagedAttention, SlotHolder, state_holders
 from lamella.state.manager import StateManager
@@ -40,6 +42,22 @@ class Residence:
     memory: StateMemory | None = None
 
 
+@dataclass
+class Switch:
+    """A change of placement that waits for what is running.
+
+    Attributes:
+        held: the jobs that came after.
+        begun: whether the change was started, and interrupted if it is still there: then no request holds state, and
+            the change is completed before the next step.
+    """
+
+    residence: Residence
+    recompute: bool
+    held: list[Job]
+    begun: bool = False
+
+
 class Residences:
     """Plans residences within one budget of bytes and one block of memory, and keeps the latest, which share it."""
 
@@ -50,6 +68,8 @@ class Residences:
         self.budget = budget
         self._kept: OrderedDict[Placement, Residence] = OrderedDict()
         self._block: torch.Tensor | None = None
+        self._available = available_memory(device)  # before the block
+        self._own: dict[Placement, Placement] = {}  # of requests, so that equal ones are one object
 
     def find(self, placement: Placement) -> Residence:
         """The residence of a placement, a new one where none is kept; the one and only, under another name, where
@@ -58,16 +78,37 @@ class Residences:
         Raises `ConfigError` where the state of so many requests does not fit.
         """
         options, kept = self.options, self._kept.get(placement)
+        if options.mixed_placements and self._kept:  # first: the one residence has been renamed since it was kept
+            return replace(next(iter(self._kept.values())), placement=placement)
         if kept is not None:
             return kept
-        if options.mixed_placements and self._kept:
-            return replace(next(iter(self._kept.values())), placement=placement)
         holders = state_holders(self.model) if options.mixed_placements else self.model.active_holders(placement)
         cost = StateCost.of(holders)
         plan = Capacity.plan(options, cost, self.max_model_len, self.budget)
+        nbytes = StateMemory.size(holders, plan.pages, options.block_size, plan.num_slots)
+        if self._available is not None and nbytes > self._available:  # before the pools list their blocks
+            raise ConfigError(
+                f"num_blocks: the state takes {nbytes >> 20} MiB, and {self._available >> 20} MiB are free; give fewer "
+                "num_blocks, or a smaller max_num_seqs, max_model_len or snapshot_bytes"
+            )
         groups, pages = list(plan.pages), list(plan.pages.values())
         state = StateManager(groups, pages, plan.num_slots, options.block_size, bool(cost.slots))
         return Residence(placement, holders, cost, plan, state)
+
+    def placement_of(self, asked: PlacementLike | None, usual: Placement) -> Placement:
+        """A request's own placement, or the engine's `usual` one. Raises `ParameterError` where it is not served."""
+        if asked is None:
+            return usual
+        try:
+            own = read_placement(asked, self.model.config)
+        except ConfigError as error:
+            raise ParameterError(str(error)) from error
+        if own != usual and not self.options.mixed_placements:
+            raise ParameterError(
+                f"placement={describe_placement(own)!r}: the engine keeps state for {describe_placement(usual)!r} "
+                "only; LLM(mixed_placements=True) keeps it for every mixer"
+            )
+        return self._own.setdefault(own, own)
 
     def _most(self) -> int:
         """Bytes that any placement can need: where the number of pages is given, what all mixers need together; else
@@ -93,7 +134,7 @@ class Residences:
                 for old in dropped:
                     old.memory = None
                 self._block = None
-                self._block = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+                self._block = _allocate(nbytes, self.device)
             residence.memory = StateMemory(*arguments, self._block)
         else:
             residence.memory.bind()
@@ -103,3 +144,13 @@ class Residences:
         while len(self._kept) > _KEPT:
             dropped.append(self._kept.popitem(last=False)[1])
         return dropped
+
+
+def _allocate(nbytes: int, device: torch.device) -> torch.Tensor:
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    except (RuntimeError, MemoryError) as error:  # torch has several kinds
+        raise ConfigError(
+            f"num_blocks: the state takes {nbytes >> 20} MiB, which the {device.type} does not have; give fewer "
+            "num_blocks, or a smaller max_num_seqs or max_model_len"
+        ) from error

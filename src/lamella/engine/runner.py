@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -28,7 +29,7 @@ from lamella.engine.sampler import (
 from lamella.engine.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduled
 from lamella.engine.step_inputs import StepInputs, StepTensors
-from lamella.layers.context import forward_batch
+from lamella.layers.context import forward_batch, leave_batch
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.placements import CutPlacements, MixerUnion, unite
 from lamella.ops.attention.paged import AttentionSpace
@@ -193,6 +194,18 @@ class ModelRunner:
             hidden = forward(self._resolve(tensors.input_ids, shares))
             prompts = self._prompt_logprobs(shares, hidden)
             return self._flight(shares, self._choose(shares, hidden, tensors), prompts)
+
+    def reset(self) -> None:
+        """Forget the steps in flight, whose results nobody will collect; the next step starts from tokens of the host.
+
+        Waits for the device, which may still read what the host has written for these steps.
+        """
+        if self.device.type == "cuda":
+            with suppress(RuntimeError):  # an error of the device was reported by the step already
+                torch.cuda.synchronize(self.device)
+        leave_batch()
+        self._rows = {}
+        self.model.activate(self._active)  # an exception may have interrupted a change of it
 
     def _placements(self, shares: Sequence[Scheduled]) -> tuple[Placement, ...]:
         """Of each request of a step, where they have several; where they have one, it becomes the model's."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
 
 from lamella.engine.outputs import Logprob
 from lamella.engine.sampling_params import SamplingParams, has_penalty, is_restricted
+from lamella.ops.sampling import NO_TOKEN
 
 _BLOCK = 1 << 24  # logits worked on at a time: bounds the float64 scratch to some hundred MiB
 _MASK = (1 << 64) - 1
@@ -71,7 +73,8 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """One token per row, and its log-probabilities where the row's parameters ask for them."""
+    """One token per row, `NO_TOKEN` where none can be chosen, and its log-probabilities where the row's parameters ask
+    for them."""
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
@@ -84,15 +87,31 @@ class Choice:
         tokens: (R,) int64 on the device.
     """
 
-    def __init__(self, tokens: Tensor, scores: Tensor | None = None, counts: Mapping[int, int] | None = None) -> None:
-        """`scores` as of `_score`, of the rows in `counts`, each of which wants so many likeliest tokens."""
+    def __init__(
+        self,
+        tokens: Tensor,
+        scores: Tensor | None = None,
+        counts: Mapping[int, int] | None = None,
+        highest: Tensor | None = None,
+    ) -> None:
+        """Send what was chosen to the host.
+
+        Args:
+            tokens: (R,) int64; `NO_TOKEN` where nothing could be chosen, unless `highest` is given.
+            scores: as of `_score`, of the rows in `counts`.
+            counts: by row, how many of the likeliest tokens it wants.
+            highest: (R,) the highest logit of each row, NaN if it holds one. Without a finite one a row has no token.
+        """
         self.tokens, self._counts = tokens, counts or {}
         # Token ids are exact in float64, so one tensor can carry everything to the host.
         flat = tokens if scores is None else torch.cat([tokens.double(), scores.flatten()])
-        self._host, self._arrived = flat, None
+        self._host, self._highest, self._arrived = flat, highest, None
         if flat.is_cuda:
             self._host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
             self._host.copy_(flat, non_blocking=True)
+            if highest is not None:
+                self._highest = torch.empty(highest.shape, dtype=highest.dtype, pin_memory=True)
+                self._highest.copy_(highest, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
@@ -106,7 +125,12 @@ class Choice:
         for index, (row, count) in enumerate(self._counts.items()):
             start = rows + index * width
             logprobs[row] = _unpack(flat[start : start + width], count)
-        return SampledTokens([int(token) for token in flat[:rows]] if self._counts else flat, logprobs)
+        token_ids = [int(token) for token in flat[:rows]] if self._counts else flat
+        if self._highest is not None:
+            for row, highest in enumerate(self._highest.tolist()):
+                if not isfinite(highest):
+                    token_ids[row] = NO_TOKEN
+        return SampledTokens(token_ids, logprobs)
 
 
 def choose(logits: Tensor, rows: Sequence[SamplingRow], draw: Callable[[Tensor], Tensor] | None = None) -> Choice:
@@ -116,34 +140,37 @@ def choose(logits: Tensor, rows: Sequence[SamplingRow], draw: Callable[[Tensor],
     top-k, top-p and a draw. Equal logits rank by ascending token id, so that top-k keeps k tokens exactly.
 
     Args:
-        logits: (R, V), any floating dtype; not modified. A row needs a finite entry (without one, its token is
-            arbitrary but within the vocabulary).
+        logits: (R, V), any floating dtype; not modified. A row that holds NaN or +Inf, or, after processing, nothing
+            but -Inf, gets `NO_TOKEN`.
         rows: R descriptions.
         draw: does what follows penalties, (R, V) float32 logits to (R,) tokens, in place of plain torch.
     """
     if logits.dtype == torch.float64:
         logits = logits.float()
+    highest = None  # what `draw` chooses is checked on the device
     if draw is not None:
         tokens = draw(edit(logits, rows))
     elif all(row.params.greedy and not is_edited(row) for row in rows):
-        tokens = logits.argmax(-1)
+        highest, tokens = logits.max(-1)  # of a NaN, where there is one
     else:
         size = max(1, _BLOCK // logits.shape[1])
-        tokens = torch.cat([_sample(logits[i : i + size], rows[i : i + size]) for i in range(0, len(rows), size)])
-    return scored(logits, tokens, rows)
+        blocks = [_sample(logits[i : i + size], rows[i : i + size]) for i in range(0, len(rows), size)]
+        tokens, highest = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return scored(logits, tokens, rows, highest)
 
 
-def scored(logits: Tensor, tokens: Tensor, rows: Sequence[SamplingRow]) -> Choice:
-    """The chosen `tokens` (R,) with the log-probabilities that rows ask for."""
+def scored(logits: Tensor, tokens: Tensor, rows: Sequence[SamplingRow], highest: Tensor | None = None) -> Choice:
+    """The chosen `tokens` (R,) with the log-probabilities that rows ask for; `highest` as of `Choice`."""
     counts = {i: row.params.logprobs for i, row in enumerate(rows) if row.params.logprobs is not None}
     if not counts:
-        return Choice(tokens)
+        return Choice(tokens, highest=highest)
     if len(counts) < len(rows):
         wanted = list(counts)
         logits, some = logits[wanted], tokens[wanted]
     else:
         some = tokens
-    return Choice(tokens, _score(logits, some, max(counts.values())), counts)
+    # What is scored in the place of `NO_TOKEN` is not used.
+    return Choice(tokens, _score(logits, some.clamp(min=0), max(counts.values())), counts, highest)
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
@@ -181,16 +208,16 @@ def is_edited(row: SamplingRow) -> bool:
     return changed or has_penalty(params) or is_restricted(params)
 
 
-def _sample(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """(R, V) logits -> (R,) int64 tokens, on the device."""
+def _sample(logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, Tensor]:
+    """(R, V) logits -> (R,) int64 tokens and the highest logits after editing, on the device."""
     x = edit(logits, rows)
+    highest, tokens = x.max(-1)
     drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
     if len(drawn) == len(rows):
-        return _draw(x, rows)
-    tokens = x.argmax(-1)
-    if drawn:
-        tokens[drawn] = _draw(x[drawn], [rows[i] for i in drawn])
-    return tokens
+        tokens = _draw(x, highest[:, None], rows)
+    elif drawn:
+        tokens[drawn] = _draw(x[drawn], highest[drawn, None], [rows[i] for i in drawn])
+    return tokens, highest
 
 
 def edit(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -213,7 +240,7 @@ def edit(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     banned += [(i, t) for i, row in enumerate(rows) for t in _bad_tokens(row) if t < vocab]
     if banned:
         at, token = torch.tensor(banned, device=device).unbind(1)
-        x[at, token] = -torch.inf
+        x[at, token] -= torch.inf  # NaN and +Inf do not become legal by a mask
 
     penalized = [i for i, row in enumerate(rows) if has_penalty(row.params)]
     if penalized:
@@ -236,7 +263,7 @@ def edit(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         if (allowed := row.params.allowed_token_ids) is not None:
             forbidden = torch.ones(vocab, dtype=torch.bool)
             forbidden[list(allowed)] = False
-            x[i].masked_fill_(forbidden.to(device), -torch.inf)
+            x[i, forbidden.to(device)] -= torch.inf  # NaN and +Inf do not become legal by a mask
     return x
 
 
@@ -258,8 +285,8 @@ def _flat_ids(lists: Sequence[Sequence[int]], vocab: int) -> Tensor:
     return torch.cat(parts)
 
 
-def _draw(x: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """(R, V) float32 logits of rows that are not greedy -> (R,) int64 tokens."""
+def _draw(x: Tensor, highest: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """(R, V) float32 logits of rows that are not greedy, and the highest of each (R, 1) -> (R,) int64 tokens."""
     vocab = x.shape[1]
     settings = [
         (
@@ -275,7 +302,7 @@ def _draw(x: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     columns = torch.tensor(settings, dtype=torch.float64, device=x.device).T[:, :, None]
     temperature, min_p, top_k, top_p, u = columns
     # Probabilities relative to the likeliest token's: no overflow at any temperature, and min-p is a comparison.
-    weights = ((x.double() - x.amax(-1, keepdim=True)) / temperature).exp_()
+    weights = ((x.double() - highest) / temperature).exp_()
     if any(row.params.min_p for row in rows):
         weights.masked_fill_(weights < min_p, 0)
 

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 from lamella.errors import ParameterError
 from lamella.ops.sampling import GREEDY_BELOW
+from lamella.validation import INT64, finite, is_placement, is_text, shown, whole
 
 MAX_LOGPROBS = 1000
 """Most alternatives that `logprobs` and `prompt_logprobs` may ask for, unless the engine's `max_logprobs` says more."""
 
 
+MAX_COMPLETIONS = 16384
+"""Most completions that `n` may ask for."""
+
+MAX_STOPS, MAX_STOP_LENGTH = 256, 1024
+"""Most stop strings of a request, and most characters of one: each new token's text is compared with all of them."""
+
+# The widest choice of temperature and penalty for which float32 logits stay finite.
+_MAX_TEMPERATURE = 1e30
+_REPETITION = 1e-3, 1e3
+
+
 def _require(ok: bool, field: str, allowed: str, value: object) -> None:
     if not ok:
-        raise ParameterError(f"{field} must be {allowed}, got {value!r}")
+        raise ParameterError(f"{field} must be {allowed}, got {shown(value)}")
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _are_ids(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) > 0 and all(_is_int(i) and i >= 0 for i in value)
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _ids(values: object) -> list[int] | None:
+    """Token ids as ints of Python; None where they are none, or where there are none."""
+    numbers = [whole(i) for i in values] if isinstance(values, (list, tuple)) else []
+    found = [i for i in numbers if i is not None and 0 <= i <= INT64[1]]
+    return found if found and len(found) == len(numbers) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +43,13 @@ class SamplingParams:
     """Sampling parameters of one request, with vLLM's names, meanings and defaults.
 
     Attributes:
-        n: completions to return; 1 when greedy.
-        temperature: divisor of the logits; 0 (in fact anything below 1e-5) is greedy.
+        n: completions to return, at most 16384; 1 when greedy.
+        temperature: divisor of the logits, at most 1e30; 0 (in fact anything below 1e-5) is greedy.
         top_p: keep the smallest set of most likely tokens with at least this probability, in (0, 1].
-        top_k: keep this many most likely tokens; 0 or -1 keeps all.
+        top_k: keep this many most likely tokens; 0, -1 or more than there are keeps all.
         min_p: drop tokens less likely than this fraction of the likeliest one, in [0, 1].
         seed: 64-bit signed seed of the draws; None lets the engine choose one.
-        stop: string(s) that end the text.
+        stop: string(s) that end the text, at most 256 of at most 1024 characters each.
         stop_token_ids: tokens that end the text.
         bad_words: words that must not be generated: the last token of each is forbidden where the others came before.
         bad_words_token_ids: the same as token ids, for models without a tokenizer.
@@ -52,7 +59,7 @@ class SamplingParams:
         min_tokens: tokens that must be generated before anything but `max_tokens` may end the text.
         logprobs: report the sampled token's log-probability and those of this many likeliest tokens; -1 is all.
         prompt_logprobs: the same for each prompt token.
-        repetition_penalty: > 1 discourages tokens of the prompt and the output.
+        repetition_penalty: > 1 discourages tokens of the prompt and the output; in [0.001, 1000].
         presence_penalty: subtracted from the logit of each token in the output, in [-2, 2].
         frequency_penalty: subtracted once per occurrence in the output, in [-2, 2].
         logit_bias: token id -> bias in [-100, 100], added to its logit.
@@ -108,42 +115,51 @@ class SamplingParams:
     repetition_detection: Any = None
 
     def __post_init__(self) -> None:
-        for field, low in (("n", 1), ("top_k", -1), ("min_tokens", 0)):
-            value = getattr(self, field)
-            _require(_is_int(value) and value >= low, field, f"an integer >= {low}", value)
+        self._set_int("n", 1, MAX_COMPLETIONS)
+        self._set_int("top_k", -1)
+        self._set_int("min_tokens", 0)
         for field, low in (("max_tokens", 1), ("logprobs", -1), ("prompt_logprobs", -1)):
-            value = getattr(self, field)
-            _require(value is None or (_is_int(value) and value >= low), field, f"None or an integer >= {low}", value)
-        seed = self.seed
-        in_range = seed is None or (_is_int(seed) and -(2**63) <= seed < 2**63)
-        _require(in_range, "seed", "None or an integer in [-2**63, 2**63)", seed)
+            self._set_int(field, low, optional=True)
+        self._set_int("seed", INT64[0], optional=True)
 
-        value = self.temperature
-        _require(_is_finite(value) and value >= 0, "temperature", "a finite number >= 0", value)
-        value = self.repetition_penalty
-        _require(_is_finite(value) and value > 0, "repetition_penalty", "a finite number > 0", value)
-        value = self.top_p
-        _require(_is_finite(value) and 0 < value <= 1, "top_p", "a number in (0, 1]", value)
+        self._set_float("temperature", 0, _MAX_TEMPERATURE)
+        self._set_float("repetition_penalty", *_REPETITION)
+        value = finite(self.top_p)
+        _require(value is not None and 0 < value <= 1, "top_p", "a number in (0, 1]", self.top_p)
+        object.__setattr__(self, "top_p", value)
         for field, least, most in (("min_p", 0, 1), ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2)):
-            value = getattr(self, field)
-            _require(_is_finite(value) and least <= value <= most, field, f"a number in [{least}, {most}]", value)
+            self._set_float(field, least, most)
 
         for field in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
             value = getattr(self, field)
             _require(isinstance(value, bool), field, "True or False", value)
 
+        # Lists are copied: what the caller does with his own must not reach a request that has been checked.
         stop = self.stop
-        listed = isinstance(stop, (list, tuple)) and all(isinstance(s, str) and s for s in stop)
-        text = isinstance(stop, str) and stop != ""
+        text = is_text(stop) and stop != ""
+        listed = isinstance(stop, (list, tuple)) and all(is_text(s) and s for s in stop)
         _require(stop is None or text or listed, "stop", "None, a non-empty string or a list of them", stop)
+        _require(len(self.stop_strings) <= MAX_STOPS, "stop", f"at most {MAX_STOPS} strings", len(self.stop_strings))
+        longest = max(map(len, self.stop_strings), default=0)
+        _require(longest <= MAX_STOP_LENGTH, "stop", f"of strings of at most {MAX_STOP_LENGTH} characters", longest)
+        if listed:
+            object.__setattr__(self, "stop", [str(s) for s in self.stop_strings])
         ids = self.stop_token_ids
-        listed = isinstance(ids, (list, tuple)) and all(_is_int(i) and i >= 0 for i in ids)
+        numbers = [whole(i) for i in ids] if isinstance(ids, (list, tuple)) else [None]
+        listed = all(i is not None and 0 <= i <= INT64[1] for i in numbers)
         _require(ids is None or listed, "stop_token_ids", "None or a list of integers >= 0", ids)
+        if ids is not None:
+            object.__setattr__(self, "stop_token_ids", numbers)
         bias = self.logit_bias
-        mapped = isinstance(bias, dict) and all(
-            _is_int(i) and i >= 0 and _is_finite(b) and -100 <= b <= 100 for i, b in bias.items()
-        )
+        pairs = [(whole(i), finite(b)) for i, b in bias.items()] if isinstance(bias, dict) else [(None, None)]
+        mapped = all(i is not None and 0 <= i <= INT64[1] and b is not None and -100 <= b <= 100 for i, b in pairs)
         _require(bias is None or mapped, "logit_bias", "None or a dict of token ids to numbers in [-100, 100]", bias)
+        if bias is not None:
+            object.__setattr__(self, "logit_bias", dict(pairs))
+        names = "None, a string, a list of names or a dict of layers to names"
+        _require(self.placement is None or is_placement(self.placement), "placement", names, self.placement)
+        if isinstance(self.placement, (list, dict)):
+            object.__setattr__(self, "placement", copy(self.placement))
 
         self._check_words()
         self._check_unsupported()
@@ -156,19 +172,27 @@ class SamplingParams:
     def _check_words(self) -> None:
         """Check what restricts the tokens of prompt and output."""
         words, ids, allowed = self.bad_words, self.bad_words_token_ids, self.allowed_token_ids
-        ok = words is None or (isinstance(words, (list, tuple)) and all(isinstance(w, str) and w for w in words))
+        ok = words is None or (isinstance(words, (list, tuple)) and all(is_text(w) and w for w in words))
         _require(ok, "bad_words", "None or a list of non-empty strings", words)
-        ok = ids is None or (isinstance(ids, (list, tuple)) and all(_are_ids(sequence) for sequence in ids))
+        sequences = [_ids(sequence) for sequence in ids] if isinstance(ids, (list, tuple)) else [None]
+        ok = ids is None or None not in sequences
         _require(ok, "bad_words_token_ids", "None or a list of non-empty lists of integers >= 0", ids)
         _require(
-            allowed is None or _are_ids(allowed),
+            allowed is None or _ids(allowed) is not None,
             "allowed_token_ids",
             "None or a list of integers >= 0, not empty",
             allowed,
         )
+        copies = {
+            "bad_words": None if words is None else [str(w) for w in words],
+            "bad_words_token_ids": None if ids is None else sequences,
+            "allowed_token_ids": None if allowed is None else _ids(allowed),
+        }
+        for field, value in copies.items():
+            object.__setattr__(self, field, value)
+        self._set_int("truncate_prompt_tokens", -1, optional=True)
         limit = self.truncate_prompt_tokens
-        ok = limit is None or (_is_int(limit) and (limit == -1 or limit >= 1))
-        _require(ok, "truncate_prompt_tokens", "None, -1 or an integer >= 1", limit)
+        _require(limit != 0, "truncate_prompt_tokens", "None, -1 or an integer >= 1", limit)
 
     def _check_unsupported(self) -> None:
         """Refuse other values than the defaults of what vLLM has and this engine has not."""
@@ -189,6 +213,22 @@ class SamplingParams:
         kind = getattr(self.output_kind, "value", self.output_kind)
         allowed = "CUMULATIVE (0): what is new is the end of each text"
         _require(kind == 0 and kind is not False, "output_kind", allowed, self.output_kind)
+
+    def _set_int(self, field: str, low: int, high: int = INT64[1], optional: bool = False) -> None:
+        """Check a field, and keep it as Python's int, whatever kind of whole number it was."""
+        value = getattr(self, field)
+        if value is None and optional:
+            return
+        number, none = whole(value), "None or " if optional else ""
+        _require(number is not None and number >= low, field, f"{none}an integer >= {low}", value)
+        _require(number is not None and number <= high, field, f"{none}an integer <= {high}", value)
+        object.__setattr__(self, field, number)
+
+    def _set_float(self, field: str, low: float, high: float) -> None:
+        value = getattr(self, field)
+        number = finite(value)
+        _require(number is not None and low <= number <= high, field, f"a number in [{low}, {high}]", value)
+        object.__setattr__(self, field, number)
 
     @property
     def greedy(self) -> bool:

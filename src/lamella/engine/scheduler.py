@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lamella.engine.request import Request
@@ -155,7 +155,7 @@ class Scheduler:
         return min([stop, *(cut for cut in cuts if cut > start)]) - start
 
     def _started(self, request: Request, cached: int) -> None:
-        request.num_computed = cached
+        request.num_computed = request.num_reused = cached
         if not request.num_preemptions:
             request.num_cached_tokens = cached
             self.num_cached_tokens += cached
@@ -165,6 +165,36 @@ class Scheduler:
         """All running requests give their state back, and are computed again from their first token."""
         while self.running:
             self._preempt_youngest()
+
+    def restart(self, request: Request) -> None:
+        """Compute a request again by itself: without state of others, and out of the prefix cache from now on.
+
+        What a step in flight computes of it must be dropped.
+        """
+        if request in self.running:
+            self.running.remove(request)
+            self.waiting.appendleft(request)
+        self.state.release(request)
+        request.num_computed = request.num_pending = 0
+        request.place(request.placement, None)
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+
+    def roll_back(self, requests: Iterable[Request]) -> None:
+        """Recover from an exception inside a step: all state is released, and every request is computed again.
+
+        Args:
+            requests: all requests that have not ended, in order of arrival. Given anew, since the exception may have
+                interrupted a change of the queues.
+        """
+        started = [request for request in self.running if request in self.state.holdings]
+        self.state.roll_back()
+        self.running, self.waiting = [], deque(requests)
+        for request in self.waiting:
+            request.num_computed = request.num_pending = 0
+        for request in started:
+            request.num_preemptions += 1
+            self.num_preemptions += 1
 
     def _preempt_youngest(self) -> Request:
         request = self.running.pop()

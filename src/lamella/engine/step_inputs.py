@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamella.engine.request import Request
+from lamella.engine.request import SAMPLING_FIELDS, Request
 from lamella.engine.scheduler import Scheduled
 from lamella.layers.context import ForwardBatch, GivenEmbeddings, PageView
 from lamella.layers.placements import Placements
@@ -21,7 +21,6 @@ from lamella.state.manager import Holding, StateManager
 from lamella.state.spec import PagedState
 
 _ALIGNMENT = 16  # bytes: what the widest loads of a kernel need
-_SEED_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -156,13 +155,7 @@ class RequestRows:
         self.state = state
         slots = state.slot_pool.capacity + 1
         self.pages = np.zeros((len(state.groups), slots, max_pages), np.int32)
-        self.sampling: dict[str, np.ndarray] = {
-            "seed": np.zeros(slots, np.int64),
-            "top_k": np.zeros(slots, np.int32),
-            "temperature": np.zeros(slots, np.float32),
-            "top_p": np.ones(slots, np.float32),
-            "min_p": np.zeros(slots, np.float32),
-        }
+        self.sampling = {name: np.zeros(slots, kind) for name, kind in SAMPLING_FIELDS.items()}
         self._holdings: list[Holding | None] = [None] * slots
         self._known = np.zeros((len(state.groups), slots), np.int64)
 
@@ -173,10 +166,8 @@ class RequestRows:
         if self._holdings[slot] is not holding:
             self._holdings[slot] = holding
             self._known[:, slot] = 0
-            params = request.params
-            self.sampling["seed"][slot] = np.uint64(request.seed & _SEED_MASK).astype(np.int64)
-            for name in ("top_k", "temperature", "top_p", "min_p"):
-                self.sampling[name][slot] = getattr(params, name)
+            for name, value in request.sampling.items():
+                self.sampling[name][slot] = value
         for group, pages in enumerate(holding.pages):
             known = self._known[group, slot]
             if len(pages) > known:

@@ -11,6 +11,7 @@ from lamella.checkpoint import tokenizer_files
 from lamella.checkpoint.files import find_folder
 from lamella.checkpoint.tokenizer_files import SPECIAL, LoadedTokenizer, chat_template_of
 from lamella.errors import CheckpointError, ParameterError
+from lamella.validation import is_text, shown
 
 if TYPE_CHECKING:
     import tokenizers
@@ -18,6 +19,20 @@ if TYPE_CHECKING:
     from lamella.engine.options import EngineOptions
 
 logger = logging.getLogger("lamella")
+
+
+def _raise_for_input(error: BaseException, what: str) -> None:
+    """Raise `ParameterError` for a failure of the tokenizers library; return if the error is no failure of its.
+
+    Its panics are `BaseException`s, which callers take for an order to stop; they come of one text or token list.
+    """
+    panic = type(error).__name__ == "PanicException"  # of pyo3, which offers no type to import
+    if isinstance(error, MemoryError) or not (panic or isinstance(error, Exception)):
+        return
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    raise ParameterError(
+        f"{what}: the tokenizer fails ({line}); check tokenizer.json, or use prompt_token_ids and detokenize=False"
+    ) from error
 
 
 class Tokenizer:
@@ -114,8 +129,11 @@ class Tokenizer:
         """
         try:
             ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        except (TypeError, UnicodeEncodeError) as error:
-            raise ParameterError(_why_not_text(text)) from error
+        except BaseException as error:
+            if not is_text(text):
+                raise ParameterError(why_not_text(text)) from error
+            _raise_for_input(error, "prompt")
+            raise
         if not add_special_tokens or not self._has_second_bos(text, ids):
             return ids
         if not self._said_double:
@@ -130,7 +148,11 @@ class Tokenizer:
         """
         listed = ids.tolist() if hasattr(ids, "tolist") else ids
         listed = [listed] if isinstance(listed, int) else listed
-        return self._tokenizer.decode(listed, skip_special_tokens=skip_special_tokens)
+        try:
+            return self._tokenizer.decode(listed, skip_special_tokens=skip_special_tokens)
+        except BaseException as error:
+            _raise_for_input(error, "detokenization")
+            raise
 
     def batch_decode(self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool = False) -> list[str]:
         """Return the text of each sequence of ids."""
@@ -174,9 +196,10 @@ def read_tokenization(values: Mapping[str, Any] | None) -> bool | None:
     return wanted
 
 
-def _why_not_text(text: object) -> str:
+def why_not_text(text: object) -> str:
+    """Return what is wrong with a prompt that is no Unicode text."""
     if not isinstance(text, str):
-        return f"prompt={text!r}: must be a string"
+        return f"prompt={shown(text)}: must be a string"
     place = next((index for index, c in enumerate(text) if 0xD800 <= ord(c) <= 0xDFFF), None)
     if place is None:
         return "prompt: cannot be tokenized; give prompt_token_ids"

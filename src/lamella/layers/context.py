@@ -74,11 +74,17 @@ _current: ContextVar[ForwardBatch | None] = ContextVar("forward_batch", default=
 @contextmanager
 def forward_batch(batch: ForwardBatch) -> Iterator[ForwardBatch]:
     """Make `batch` the one that layers see inside the block."""
-    token = _current.set(batch)
+    before = _current.get()
     try:
+        _current.set(batch)
         yield batch
     finally:
-        _current.reset(token)
+        _current.set(before)
+
+
+def leave_batch() -> None:
+    """Be outside of any batch, whatever an interrupted `forward_batch` has left."""
+    _current.set(None)
 
 
 def current_batch() -> ForwardBatch | None:

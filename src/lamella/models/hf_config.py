@@ -28,6 +28,10 @@ from lamella.models.config_keys import IgnoredKeys, KeyRules, way_out
 
 _MISSING: Any = object()
 
+# Beyond these a file is damaged; what is listed once a layer would take all memory before anything else notices.
+_LAYER_COUNTS = frozenset({"num_hidden_layers", "num_blocks", "n_layers"})
+_MOST_LAYERS, _MOST = 4096, 2**53
+
 
 class HFConfig:
     """The values of a config file, each marked as read when asked for."""
@@ -77,6 +81,9 @@ class HFConfig:
             raise self.error(key, value, "a whole number")
         if value < minimum:
             raise self.error(key, value, f"at least {minimum}")
+        most = _MOST_LAYERS if key in _LAYER_COUNTS else _MOST
+        if value > most:
+            raise self.error(key, value, f"at most {most}")
         return int(value)
 
     def float(self, key: str, default: Any = _MISSING) -> Any:

@@ -27,6 +27,7 @@ from lamella.parity.sequences import Inputs, TokenSequence, make_inputs
 from lamella.parity.stats import Comparison, compare_scores
 from lamella.parity.subject import Subject
 from lamella.parity.verdict import Tolerances, judge_bisection, judge_paths, judge_stats
+from lamella.validation import checked_int
 
 CHECKS = ("stats", "paths", "bisect")
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
@@ -83,9 +84,8 @@ class ParityOptions:
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("top", 2)):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ConfigError(f"{name}={value!r}: must be a whole number of at least {least}")
+            if getattr(self, name) is not None:
+                checked_int(name, getattr(self, name), least)
         if self.engine_options and self.engine in ("hf", "reference"):
             raise ConfigError(f"engine_options: {self.engine} has none")
         if self.candidate is not None and self.engine != "lamella":

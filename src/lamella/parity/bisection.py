@@ -35,6 +35,15 @@ CHUNKS = (5, 2)
 DECODES = 8
 
 
+# What it means that an operation, fed with the truth's input, gives NaN or Inf.
+_NOT_FINITE = {
+    "engine": "NaN or Inf in the engine, not in the reference: an overflow of the engine's dtype, or a wrong operation",
+    "reference": "NaN or Inf in the reference, not in the engine",
+    "both": "NaN or Inf in the engine and in the reference, which computes in float64: look for NaN, Inf or far too "
+    "large numbers in the checkpoint's weights of this operation",
+}
+
+
 @dataclass(frozen=True)
 class Row:
     """How one operation did.
@@ -48,6 +57,8 @@ class Row:
         out_of_line: whether rounding cannot be why.
         position, channel: the first position out of line, else the worst, and its worst channel.
         missing: which side has no such operation, if one has not ("engine" or "reference").
+        not_finite: which side gives NaN or Inf, if one does ("engine", "reference" or "both"); `position` and `channel`
+            are then the first such value's.
     """
 
     site: str
@@ -62,11 +73,14 @@ class Row:
     position: int
     channel: int
     missing: str | None = None
+    not_finite: str | None = None
 
     def __str__(self) -> str:
         place = f"{self.op} ({self.site})" if self.layer is None else f"layer {self.layer}, {self.op} ({self.site})"
         if self.missing:
             return f"{place}: the {self.missing} does not compute it"
+        if self.not_finite:
+            return f"{place}, position {self.position}, channel {self.channel}: {_NOT_FINITE[self.not_finite]}"
         return (
             f"{place}, position {self.position}, channel {self.channel}: rms error {self.rms:.3g}, largest "
             f"{self.max:.3g}, where rounding explains {self.explained:.3g}"
@@ -91,6 +105,11 @@ class Bisection:
     def first(self) -> Row | None:
         """The first operation out of line."""
         return next((row for row in self.rows if row.out_of_line), None)
+
+    @property
+    def first_not_finite(self) -> Row | None:
+        """The first operation that gives NaN or Inf."""
+        return next((row for row in self.rows if row.not_finite), None)
 
 
 def run_bisect(
@@ -171,7 +190,7 @@ class _Feeding:
 
 
 def _row(site: str, truth: Tensor, value: Tensor | None, rounding: Tensor, dtype: torch.dtype) -> Row:
-    if value is None or value.isnan().all():
+    if value is None:
         return _absent(site, "engine")
     error = (value - truth).abs()
     size = _rms(truth)
@@ -182,6 +201,11 @@ def _row(site: str, truth: Tensor, value: Tensor | None, rounding: Tensor, dtype
     ratios = torch.maximum(by_row, by_value).nan_to_num(torch.inf, torch.inf)
     out = ratios > RATIO_LIMIT
     position = int(out.to(torch.uint8).argmax() if out.any() else ratios.argmax())
+    channel = int(error[position].nan_to_num(torch.inf).argmax())
+    sides = {"engine": ~value.isfinite(), "reference": ~truth.isfinite()}
+    bad = [side for side, where in sides.items() if where.any()]
+    if bad:
+        position, channel = (int(index) for index in (sides["engine"] | sides["reference"]).nonzero()[0])
     return Row(
         site=site,
         layer=layer_of(site),
@@ -193,7 +217,8 @@ def _row(site: str, truth: Tensor, value: Tensor | None, rounding: Tensor, dtype
         ratio=float(ratios.max()),
         out_of_line=bool(out.any()),
         position=position,
-        channel=int(error[position].nan_to_num(torch.inf).argmax()),
+        channel=channel,
+        not_finite="both" if len(bad) == 2 else bad[0] if bad else None,
     )
 
 

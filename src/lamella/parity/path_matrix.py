@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lamella.config import AttentionConfig, FeedForwardConfig, ModelConfig, SingleMixerConfig
 from lamella.config.placement import covering_placements
-from lamella.engine.engine import Engine, check_split
+from lamella.engine.engine import Engine
+from lamella.engine.loading import check_split
 from lamella.engine.options import EngineOptions
 from lamella.engine.sampling_params import SamplingParams
 from lamella.errors import ConfigError, ParameterError, WorkerError

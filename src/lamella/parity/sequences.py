@@ -12,6 +12,7 @@ from typing import Any
 
 from lamella.engine.tokenizer import Tokenizer
 from lamella.errors import ParameterError
+from lamella.validation import checked_int
 
 # A tokenizer that makes fewer distinct tokens than this of the bundled text was made for something else.
 _FEWEST_TOKENS = 64
@@ -79,8 +80,7 @@ def make_inputs(
     """
     counts = {"prompt_len": prompt_len, "decode_len": decode_len, "count": 1 if count is None else count}
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ParameterError(f"{name}={value!r}: must be a whole number of at least 1")
+        checked_int(name, value, 1, error=ParameterError)
     length = prompt_len + decode_len
     if prompts is None:
         texts = files("lamella.parity").joinpath("text.txt").read_text("utf-8").strip().split("\n\n")

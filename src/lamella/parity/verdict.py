@@ -63,4 +63,8 @@ def judge_paths(matrix: PathMatrix) -> list[str]:
 
 
 def judge_bisection(bisection: Bisection) -> list[str]:
-    return [] if bisection.first is None else [f"first operation out of line: {bisection.first}"]
+    first, not_finite = bisection.first, bisection.first_not_finite
+    reasons = [] if not_finite is None else [f"first operation that gives NaN or Inf: {not_finite}"]
+    if first is not None and first is not not_finite:
+        reasons.insert(0, f"first operation out of line: {first}")
+    return reasons

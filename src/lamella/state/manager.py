@@ -53,7 +53,9 @@ class StateManager:
         self.page_pools = [Pool(capacity) for capacity in capacities]
         self.slot_pool = Pool(num_slots)
         self.holdings: dict[Hashable, Holding] = {}
-        self._copies: list[tuple[int, int]] = []
+        self._copies: list[tuple[int, int]] = []  # planned
+        self._copying: list[tuple[int, int]] = []  # taken by `take_copies`, and not confirmed by `copied`
+        self._uncommitted: list[tuple[Pool, bytes]] = []  # keys given since the last `commit`
         pairs = enumerate(zip(self.groups, self.page_pools, strict=True))
         self._local = [(index, group, pool) for index, (group, pool) in pairs if group.reach is not None]
 
@@ -152,7 +154,7 @@ class StateManager:
             full = tokens // self.page_size
             for pool, pages, freed in zip(self.page_pools, holding.pages, holding.freed, strict=True):
                 for index in range(max(holding.named, freed), full):
-                    pool.name(pages[index], keys[index])
+                    self._name(pool, pages[index], keys[index])
             holding.named = full
             if self.has_slot_state and tokens % self.page_size == 0:
                 self._snapshot(holding, keys[full - 1], generated)
@@ -173,7 +175,7 @@ class StateManager:
         elif self.slot_pool.num_free:
             (place,) = self.slot_pool.allocate()
             self._copies.append((holding.slot, place))
-            self.slot_pool.name(place, key)
+            self._name(self.slot_pool, place, key)
             self.slot_pool.free([place])
             if generated:
                 holding.latest = key
@@ -181,7 +183,43 @@ class StateManager:
     def take_copies(self) -> list[tuple[int, int]]:
         """(from, to) slots to be copied, one after the other, before the next step reads or writes any."""
         copies, self._copies = self._copies, []
+        self._copying += copies
         return copies
+
+    def copied(self) -> None:
+        """Confirm that the copies given by `take_copies` have been made (on a GPU: launched)."""
+        self._copying.clear()
+
+    def commit(self) -> None:
+        """Confirm that the steps reported to `computed` so far have run to their end: their keys are good."""
+        self._uncommitted.clear()
+
+    def roll_back(self) -> None:
+        """Release every request, and forget what a failed step may have left wrong.
+
+        These keys are dropped, so that nothing wrong can be found: those of blocks and snapshots since the last
+        `commit`, and those of snapshots whose copy was planned but not confirmed. Blocks that requests shared stay
+        findable, since nobody writes shared blocks. Safe to call after an exception at any point of any method, and
+        to call again.
+        """
+        for pool, key in self._uncommitted:
+            pool.drop(key)
+        for _, target in (*self._copying, *self._copies):
+            self.slot_pool.drop_place(target)
+        self.holdings.clear()
+        for pool in (*self.page_pools, self.slot_pool):
+            pool.recover()
+        self._copies, self._copying, self._uncommitted = [], [], []
+
+    def forget(self, keys: Sequence[bytes]) -> None:
+        """Make the blocks and snapshots with these keys impossible to find; requests that hold them keep them."""
+        for pool in (*self.page_pools, self.slot_pool):
+            for key in keys:
+                pool.drop(key)
+
+    def _name(self, pool: Pool, place: int, key: bytes) -> None:
+        self._uncommitted.append((pool, key))  # first: an exception in between must not leave a key unlisted
+        pool.name(place, key)
 
     def release(self, request: Hashable) -> None:
         """Give back all that `request` holds, if anything. What has a key stays findable, its last pages shortest."""

@@ -98,6 +98,11 @@ class Pool:
         """Its place, if any, can no longer be found."""
         place = self._places.get(key)
         if place is not None:
+            self.drop_place(place)
+
+    def drop_place(self, place: int) -> None:
+        """The place can no longer be found, whatever its key, if it has one."""
+        if place in self._keys:
             cached = place in self._cached
             self._forget(place)
             if cached:
@@ -107,6 +112,19 @@ class Pool:
         """Nothing can be found any more; holders keep what they hold."""
         for key in list(self._places):
             self.drop(key)
+
+    def recover(self) -> None:
+        """Rebuild the pool without any reference, from the keys alone.
+
+        Also repairs a change that an exception has interrupted: a key counts only if both directions of the index have
+        it, and every other place becomes free.
+        """
+        keys = {place: key for place, key in self._keys.items() if self._places.get(key) == place}
+        oldest_first = [place for place in self._cached if place in keys]
+        self._keys, self._places = keys, {key: place for place, key in keys.items()}
+        self._cached = dict.fromkeys([*oldest_first, *keys])
+        self._free = [place for place in range(self.capacity, 0, -1) if place not in keys]
+        self._holders = Counter()
 
     def check_at_rest(self) -> None:
         """Nobody holds a place, and none is lost."""
@@ -124,5 +142,5 @@ class Pool:
         assert cached <= self._keys.keys() and not free & self._keys.keys()
 
     def _forget(self, place: int) -> None:
-        del self._places[self._keys.pop(place)]
+        self._places.pop(self._keys.pop(place), None)
         self._cached.pop(place, None)

@@ -646,7 +646,7 @@ struct ShortConv {
                 store(y + t * D + begin + d, c, lanes);
             });
         }
-        if (!old) return;
+        if (!old || t0 == t1) return;
         // Of the last W-1 positions, those that are new are written, and those before the first are zero.
         for (int64_t t = t1 - ring; t < t1; ++t) {
             const int64_t position = positions[t0] + t - t0;
@@ -664,7 +664,7 @@ void short_conv(const T* x, int64_t ldx, const T* weight, int64_t weight_channel
                 int threads) {
     const ShortConv<T> conv{x,     ldx,    weight,    weight_channel, weight_tap, bias, state, state_slot, state_row,
                             slots, starts, positions, y,              D,          W,    activation, residual};
-    if (R == 0) return;
+    if (R == 0 || starts[R] == 0) return;
     const int64_t tokens = starts[R], blocks = (D + conv.channels - 1) / conv.channels;
     const int64_t size = std::max<int64_t>(1, 16 * R / tokens);  // requests per task: about 16 tokens
     parallel_tasks(threads, (R + size - 1) / size * blocks, tokens * size / R * W * conv.channels, [&](int64_t i) {

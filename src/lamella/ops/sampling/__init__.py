@@ -13,17 +13,25 @@ GREEDY_BELOW = 1e-5
 """Temperatures below this count as 0: dividing by them would only reproduce the argmax, at a loss of range."""
 
 
+NO_TOKEN = -1
+"""In the place of a row's token: its logits hold NaN or +Inf, or are all -Inf, so that nothing can be chosen."""
+
+
 def pending_tokens(input_ids: Tensor, tokens: Tensor) -> Tensor:
-    """input_ids (T,) int64 in which -1 - r stands for tokens[r] (R,) int64, with these in their places."""
+    """input_ids (T,) int64 in which -1 - r stands for tokens[r] (R,) int64, with these in their places.
+
+    Where that is `NO_TOKEN` there is token 0: the request has ended, and what the step gives it is dropped.
+    """
     if use_triton(input_ids):
         from lamella.ops.sampling import triton_pending
 
         return triton_pending.pending_tokens(input_ids, tokens)
-    return torch.where(input_ids < 0, tokens[(-1 - input_ids).clamp(min=0)], input_ids)
+    return torch.where(input_ids < 0, tokens[(-1 - input_ids).clamp(min=0)].clamp(min=0), input_ids)
 
 
 def draw(logits: Tensor, sampling: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
-    """Choose a token for each row of logits (R, V) fp32 on a GPU, into `out` (R,) int64 if given.
+    """Choose a token for each row of logits (R, V) fp32 on a GPU, into `out` (R,) int64 if given; `NO_TOKEN` where none
+    can be chosen.
 
     `sampling` has seed and step (R,) int64, top_k int32, temperature, top_p and min_p fp32, as `SamplingParams` means
     them. See `engine.sampler` for the rules.

@@ -16,11 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, wait_for_predecessor
-from lamella.ops.sampling import GREEDY_BELOW
+from lamella.ops.sampling import GREEDY_BELOW, NO_TOKEN
 
 _BLOCK = 4096  # tokens of a program of the first kernel, and looked at at a time by the second
 _GROUP = 64  # tokens of which the second kernel knows the maximum
 _GREEDY_BELOW = tl.constexpr(GREEDY_BELOW)
+_NO_TOKEN = tl.constexpr(NO_TOKEN)
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
 _LOWEST = tl.constexpr(-(2**31))  # below the key of every number
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -40,7 +41,7 @@ def sample(
 
     logits (R, V) fp32, rows of any stride; temperature (below `GREEDY_BELOW`: greedy), top_p (1: none) and min_p
     (0: none) (R,) fp32 or fp64; top_k (R,) int32 (0: none); seed (R,) int64; step (R,) int32 or int64. Equal logits
-    rank by ascending id. NaN is never likely; a row without a finite logit gets some id within the vocabulary.
+    rank by ascending id. -inf is never chosen; a row that holds NaN or +inf, or nothing but -inf, gets `NO_TOKEN`.
     """
     rows, vocab = logits.shape
     assert logits.dtype == torch.float32 and logits.stride(1) == 1
@@ -63,9 +64,9 @@ def sample(
 
 
 @triton.jit
-def _finite(x):
-    """NaN as -inf, and -0 as 0, so that equal numbers have equal bits."""
-    return tl.where(x == 0, 0.0, tl.where(x == x, x, float("-inf")))
+def _ordered(x):
+    """NaN as +inf, which then is the maximum of its row, and -0 as 0, so that equal numbers have equal bits."""
+    return tl.where(x == 0, 0.0, tl.where(x == x, x, float("inf")))
 
 
 @triton.jit
@@ -97,7 +98,7 @@ def _block_kernel(
     row = tl.program_id(1)
     ids = block * BLOCK + tl.arange(0, BLOCK)
     wait_for_predecessor(PDL)
-    x = _finite(tl.load(logits_ptr + row.to(tl.int64) * stride + ids, mask=ids < vocab, other=float("-inf")))
+    x = _ordered(tl.load(logits_ptr + row.to(tl.int64) * stride + ids, mask=ids < vocab, other=float("-inf")))
     temperature = tl.load(temperature_ptr + row)
     limited = _limited(tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row), vocab)
     maximum = tl.max(x)
@@ -137,7 +138,8 @@ def _choose_kernel(
     maximum = tl.max(maxima)
     greedy = tl.min(tl.where(maxima == maximum, likeliest, vocab - 1))
     token = greedy
-    if (temperature >= _GREEDY_BELOW) & (maximum > float("-inf")):
+    usable = (maximum > float("-inf")) & (maximum < float("inf"))
+    if (temperature >= _GREEDY_BELOW) & usable:
         factors = _factors(temperature)
         logits_ptr += row.to(tl.int64) * stride
         sums *= _weight(maxima, maximum, factors)
@@ -151,12 +153,12 @@ def _choose_kernel(
             block = _first_above(tl.cumsum(sums), sums, target, blocks)
             before = tl.sum(tl.where(blocks < block, sums, 0.0))
             ids = block * BLOCK + tl.arange(0, BLOCK)
-            x = _finite(tl.load(logits_ptr + ids, mask=ids < vocab, other=float("-inf")))
+            x = _ordered(tl.load(logits_ptr + ids, mask=ids < vocab, other=float("-inf")))
             weights = _weight(x, maximum, factors).to(tl.float64)
             token = _first_above(tl.cumsum(weights), weights, target - before, ids)
         # No weight was a number, say.
         token = tl.where((token >= 0) & (token < vocab), token, greedy)
-    tl.store(out_ptr + row, token.to(tl.int64))
+    tl.store(out_ptr + row, tl.where(usable, token, _NO_TOKEN).to(tl.int64))
 
 
 @triton.jit
@@ -274,7 +276,7 @@ def _tile(row, tile, BLOCK: tl.constexpr, GROUP: tl.constexpr):
     group = tl.load(candidates_ptr + index // GROUP, mask=index < tokens, other=0)
     ids = group * GROUP + index % GROUP
     exists = (index < tokens) & (ids < vocab)
-    x = _finite(tl.load(logits_ptr + ids, mask=exists, other=float("-inf")))
+    x = _ordered(tl.load(logits_ptr + ids, mask=exists, other=float("-inf")))
     weights = _weight(x, maximum, factors).to(tl.float64)
     return ids, tl.where(exists, _key(x), _LOWEST), tl.where(weights < min_p, 0.0, weights)
 

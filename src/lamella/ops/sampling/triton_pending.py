@@ -27,4 +27,4 @@ def _fill_in(ids_ptr, tokens_ptr, out_ptr, count, BLOCK: tl.constexpr, PDL: tl.c
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ids = tl.load(ids_ptr + index, mask=index < count, other=0)
     pending = tl.load(tokens_ptr - 1 - ids, mask=(index < count) & (ids < 0), other=0)
-    tl.store(out_ptr + index, tl.where(ids < 0, pending, ids), mask=index < count)
+    tl.store(out_ptr + index, tl.where(ids < 0, tl.maximum(pending, 0), ids), mask=index < count)
