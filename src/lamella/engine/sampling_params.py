@@ -209,7 +209,8 @@ class SamplingParams:
         }
         for field, (values, allowed) in supported.items():
             value = getattr(self, field)
-            _require(value in values, field, allowed, value)
+            same = any(value is v or (type(value) is type(v) and value == v) for v in values)
+            _require(same, field, allowed, value)
         kind = getattr(self.output_kind, "value", self.output_kind)
         allowed = "CUMULATIVE (0): what is new is the end of each text"
         _require(kind == 0 and kind is not False, "output_kind", allowed, self.output_kind)
