@@ -213,7 +213,7 @@ class SamplingParams:
             _require(same, field, allowed, value)
         kind = getattr(self.output_kind, "value", self.output_kind)
         allowed = "CUMULATIVE (0): what is new is the end of each text"
-        _require(kind == 0 and kind is not False, "output_kind", allowed, self.output_kind)
+        _require(type(kind) is int and kind == 0, "output_kind", allowed, self.output_kind)
 
     def _set_int(self, field: str, low: int, high: int = INT64[1], optional: bool = False) -> None:
         """Check a field, and keep it as Python's int, whatever kind of whole number it was."""
