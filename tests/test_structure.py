@@ -152,19 +152,20 @@ PUBLIC = {
     """,
     "lamella.config": """
         AttentionConfig CanonConfig DynamicScaling FeedForwardConfig GatedDeltaNetConfig KimiDeltaConfig LayerConfig
-        LinearScaling Llama3Scaling MLPConfig MambaConfig MixerConfig MoEConfig ModelConfig NormConfig Placement
+        LinearScaling Llama3Scaling LongRopeScaling MLPConfig MambaConfig MixerConfig MoEConfig ModelConfig NormConfig Placement
         PlacementLike RopeConfig RopeScaling SingleMixerConfig StochasticConfig TemperatureConfig YarnScaling
         describe_placement main_placement mixer_names placed read_placement
     """,
     "lamella.models": """
         Apriel2ForCausalLM CausalLM Llama4ForCausalLM Llama4ForConditionalGeneration LlamaCanonForCausalLM
-        LlamaForCausalLM Qwen3ForCausalLM architectures register_architecture resolve_architecture
+        LlamaForCausalLM MODEL_REGISTRY Qwen3ForCausalLM architectures register_architecture resolve_architecture
     """,
     "lamella.parity": "ParityOptions assert_parity bisect check compare paths score",
 }
 LLM_OPTIONS = """
-    model dtype device max_model_len max_num_seqs max_num_batched_tokens enable_prefix_caching tensor_parallel_size
-    enable_expert_parallel enforce_eager enable_compile round_norms_twice seed load_format block_size num_blocks
+    model tokenizer revision tokenizer_revision skip_tokenizer_init dtype device max_model_len max_num_seqs
+    max_num_batched_tokens enable_prefix_caching tensor_parallel_size enable_expert_parallel enforce_eager
+    enable_compile round_norms_twice seed load_format block_size num_blocks gpu_memory_utilization max_logprobs
     snapshot_bytes snapshot_interval snapshot_prompts hf_overrides limit_mm_per_prompt placement mixed_placements
     deterministic
 """
@@ -178,7 +179,7 @@ def test_public_names_change_only_together_with_this_list(name):
 
 
 def test_options_of_llm_change_only_together_with_this_list():
-    assert list(inspect.signature(LLM).parameters) == LLM_OPTIONS.split()
+    assert list(inspect.signature(LLM).parameters) == [*LLM_OPTIONS.split(), "vllm_arguments"]
     assert {field.name for field in fields(EngineOptions)} == set(LLM_OPTIONS.split())
 
 

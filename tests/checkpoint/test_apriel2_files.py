@@ -154,7 +154,9 @@ class TestCoverage:
     @pytest.mark.parametrize("name", sorted({*AROUND, *(name for name in shapes_of_a_supernet(2) if AT in name)}))
     def test_a_tensor_is_missing(self, copy, name):
         edit(copy, {name: None})
-        assert refused(copy) == f"{copy}: tensors do not fit Apriel2ForCausalLM; missing: {name}"
+        advice = "; if the head is the embedding: --hf-overrides '{\"tie_word_embeddings\": true}'"
+        expected = f"{copy}: tensors do not fit Apriel2ForCausalLM; missing: {name}"
+        assert refused(copy) == expected + (advice if name == "lm_head.weight" else "")
 
     @pytest.mark.parametrize("name", sorted({*AROUND, *(name for name in shapes_of_a_supernet(2) if AT in name)}))
     def test_a_tensor_has_another_shape(self, copy, name):
@@ -167,7 +169,7 @@ class TestCoverage:
         "name",
         [
             "model.decoder.blocks.2.input_layernorm.weight",
-            AT + "mixer.mixers.rwkv.o_proj.weight",
+            "model.decoder.blocks.9.mixer.mixers.gdn.norm.weight",
             AT + "mixer.mixers.gdn.convolution.bias",
             AT + "mixer.mixers.gdn.norm.bias",
             AT + "mixer.mixers.kda.f_b_proj.bias",
@@ -182,6 +184,17 @@ class TestCoverage:
     def test_a_tensor_is_left_over(self, copy, name):
         edit(copy, {name: torch.ones(4)})
         assert refused(copy) == f"{copy}: tensors do not fit Apriel2ForCausalLM; unexpected: {name}"
+
+    def test_mixers_that_thinning_left_in_the_files_are_not_read(self, copy, caplog):
+        before = plain_logits(load(copy), IDS)
+        gone = {AT + f"mixer.mixers.{name}.o_proj.weight": torch.ones(4) for name in ("rwkv", "gone")}
+        edit(copy, gone)
+        with caplog.at_level(logging.INFO, "lamella"):
+            assert torch.equal(plain_logits(load(copy), IDS), before)
+        said = [r.message for r in caplog.records if "no longer has" in r.message]
+        assert said == [
+            f"{copy}: 2 tensors of parts that the config no longer has are not read: {', '.join(sorted(gone))}"
+        ]
 
     def test_all_that_do_not_fit_are_named(self, copy):
         edit(copy, {AT + "mixer.mixers.gdn.A_log": None, "model.norm.weight": None, "extra": torch.ones(1)})
@@ -260,12 +273,11 @@ class TestHead:
         model = load(folder)
         assert model.lm_head.weight is model.model.embed_tokens.weight
 
-    def test_a_copy_of_another_content_is_named_and_not_used(self, tmp_path, caplog):
+    def test_a_head_of_its_own_is_used_although_the_config_ties_it(self, tmp_path, caplog):
         folder = checkpoint(tmp_path, fixed(MIXERS["gdn"]) | {"tie_word_embeddings": True})
-        before = plain_logits(load(folder), IDS)
         edit(folder, {"lm_head.weight": torch.ones(VOCAB, 32)})
-        assert torch.equal(plain_logits(load(folder), IDS), before)
-        assert "lm_head.weight differs from the embedding it is tied to, and is not used" in caplog.text
+        assert torch.equal(load(folder).lm_head.weight, torch.ones(VOCAB, 32))
+        assert "lm_head.weight differs from the embedding: the files' own head is used" in caplog.text
 
     def test_an_untied_one_is_needed(self, tmp_path):
         folder = checkpoint(tmp_path, fixed(MIXERS["gdn"]) | {"tie_word_embeddings": True})

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +97,14 @@ def digest(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
+def edit_params(folder: Path, where: str = "default", **changes: Any) -> None:
+    """Change fields of the model's section."""
+    file = folder / where / "params.json"
+    params = json.loads(file.read_text())
+    params["model"] |= changes
+    file.write_text(json.dumps(params))
+
+
 class TestLoading:
     @pytest.mark.parametrize("where", ["default", "."])
     @pytest.mark.parametrize(
@@ -105,6 +115,69 @@ class TestLoading:
         oracle = CanonOracle(read_lingua(folder / where), json.loads((tmp_path / "hf/config.json").read_text()))
         assert_plain_parity(folder, oracle, (1, 5, 200))
         assert_engine_parity(folder, oracle, (1, 5, 200))
+
+    @pytest.mark.parametrize("kernel", ["sdpa", "fmha", "flex_attention", None])
+    def test_the_trainers_choice_of_a_kernel_changes_nothing(self, tmp_path, sources, kernel):
+        """Its dataclass writes `attn_impl` into every file."""
+        folder = shutil.copytree(sources["lingua"], tmp_path / "model")
+        edit_params(folder, attn_impl=kernel, z_loss=True, max_seqlen=4096)
+        assert torch.equal(logits(folder), logits(sources["lingua"]))
+
+    @pytest.mark.parametrize("kernel", ["sdpa", "fmha", "flex_attention"])
+    def test_a_window_counts_with_the_kernel_that_has_one(self, tmp_path, sources, kernel, caplog):
+        folder = shutil.copytree(sources["lingua"], tmp_path / "model")
+        edit_params(folder, attn_impl=kernel, sliding_window=7)
+        windows = [layer.mixer.window for layer in open_checkpoint(folder).read_config().layers]
+        assert windows == [7 if kernel == "fmha" else None] * 2
+        assert torch.equal(logits(folder), logits(sources["lingua"])) is (kernel != "fmha")
+        assert ("sliding_window=7: ignored" in caplog.text) is (kernel != "fmha")
+
+    @pytest.mark.parametrize(
+        "where", ["consolidated", "0000001000/consolidated", "checkpoints/0000001000/consolidated", "0000001000"]
+    )
+    def test_steps_of_the_trainer_are_found(self, tmp_path, sources, where):
+        shutil.copytree(sources["lingua"] / "default", tmp_path / where)
+        (tmp_path / "0000000900").mkdir(exist_ok=True)
+        (tmp_path / "0000000900" / "params.json").write_text("{}")
+        assert torch.equal(logits(tmp_path), logits(sources["lingua"]))
+
+    def test_the_last_step_counts(self, tmp_path, sources):
+        for step in ("0000000900", "0000010000"):
+            shutil.copytree(sources["lingua"] / "default", tmp_path / step / "consolidated")
+        edit_params(tmp_path / "0000010000", "consolidated", rope_theta=5e5)
+        assert open_checkpoint(tmp_path).values["rope_theta"] == 5e5
+
+    def test_a_step_that_is_not_consolidated_is_told_so(self, tmp_path):
+        (tmp_path / "params.json").write_text(json.dumps({"model": PARAMS}))
+        (tmp_path / "__0_0.distcp").touch()
+        with pytest.raises(CheckpointError, match=r"consolidated\.pth is not: download it, or consolidate the step"):
+            open_checkpoint(tmp_path)
+
+    @pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+    def test_prefixed_names_load(self, tmp_path, sources, prefix):
+        folder = shutil.copytree(sources["lingua"], tmp_path / "model")
+        state = torch.load(folder / "default/consolidated.pth")["model"]
+        torch.save({"model": {prefix + name: t for name, t in state.items()}}, folder / "default/consolidated.pth")
+        assert torch.equal(logits(folder), logits(sources["lingua"]))
+
+    @pytest.mark.parametrize(
+        ("overrides", "key", "value"),
+        [
+            ({"model": {"rope_theta": 5e5}}, "rope_theta", 5e5),
+            ({"model": {"made_up": None}}, "rope_theta", 1e4),
+            ({"data": {"seq_len": 99}, "model": {"made_up": None}}, "max_position_embeddings", 99),
+            ({"max_position_embeddings": 77, "model": {"made_up": None}}, "max_position_embeddings", 77),
+        ],
+    )
+    def test_overrides_in_the_files_words_and_in_ours(self, tmp_path, sources, overrides, key, value):
+        folder = shutil.copytree(sources["lingua"], tmp_path / "model")
+        if "made_up" in overrides.get("model", {}):
+            edit_params(folder, made_up=1)
+            with pytest.raises(
+                ConfigError, match=r"made_up=1; .*--hf-overrides '\{\"model\": \{\"made_up\": null\}\}'"
+            ):
+                open_checkpoint(folder)
+        assert open_checkpoint(folder, overrides).values[key] == value
 
     def test_the_other_rotation_would_be_wrong(self, sources):
         tensors = read_lingua(sources["lingua"] / "default")
@@ -188,6 +261,28 @@ class TestParams:
             assert self.read(tmp_path, {"model": PARAMS | {"dim": dim} | stated})["intermediate_size"] == hidden_dim
         assert self.read(tmp_path, {"model": PARAMS | {"dim": dim, "hidden_dim": 100}})["intermediate_size"] == 100
 
+    @pytest.mark.parametrize(
+        ("dim", "fields", "hidden_dim"),
+        [
+            (768, {"multiple_of": 1}, 2048),
+            (100, {"multiple_of": 1}, 266),  # 8 * 100 / 3 rounded down
+            (100, {"multiple_of": 64}, 320),
+            (4096, {"ffn_dim_multiplier": 1.3, "multiple_of": 1024}, 14336),  # Llama 3 8B
+            (4096, {"ffn_dim_multiplier": 1.0, "multiple_of": 256}, 11008),
+            (100, {"ffn_dim_multiplier": 1.5, "multiple_of": 1}, 399),  # int(1.5 * int(8 * 100 / 3))
+            (100, {"ffn_dim_multiplier": 0.5, "multiple_of": 32, "hidden_dim": None}, 160),
+            (100, {"ffn_dim_multiplier": 0.5, "multiple_of": 32, "hidden_dim": 77}, 77),
+        ],
+    )
+    def test_the_trainers_rule_goes_before_the_converters(self, tmp_path, dim, fields, hidden_dim):
+        assert self.read(tmp_path, {"model": PARAMS | {"dim": dim} | fields})["intermediate_size"] == hidden_dim
+
+    def test_heads_follow_from_their_size(self, tmp_path):
+        fields = {"n_heads": None, "head_dim": 32}
+        assert self.read(tmp_path, {"model": PARAMS | fields})["num_attention_heads"] == 2
+        with pytest.raises(ConfigError, match="n_heads is missing"):
+            self.read(tmp_path, {"model": PARAMS | {"n_heads": None}})
+
     @pytest.mark.parametrize(("vocab_size", "bos", "eos"), [(128256, 128000, 128001), (32000, 1, 2)])
     def test_end_tokens_follow_the_vocabulary(self, tmp_path, vocab_size, bos, eos):
         (tmp_path / "consolidated.pth").touch()
@@ -203,7 +298,13 @@ class TestParams:
             ({}, "no section 'model'"),
             ({"model": {"n_layers": 2}}, "dim is missing"),
             ({"model": PARAMS | {"n_experts": 4}}, "n_experts=4"),
-            ({"model": PARAMS | {"sliding_window": 64}}, "sliding_window=64"),
+            ({"model": PARAMS | {"sliding_window": "64"}}, "sliding_window='64'"),
+            ({"model": PARAMS | {"attn_impl": "flash3"}}, "attn_impl='flash3'"),
+            ({"model": PARAMS | {"model_name": "GDN2"}}, "model_name='GDN2' is a linear model"),
+            ({"model": PARAMS | {"mamba_ssm": 128}}, "mamba_ssm=128 belongs to a Mamba 2 model"),
+            ({"model": PARAMS | {"state_dim": 128}}, "state_dim=128 belongs to a Mamba 2 model"),
+            ({"model": PARAMS | {"n_future_head": 2}}, "n_future_head=2 belongs to"),
+            ({"model": PARAMS | {"lru_dim_multiplier": 1.5}}, "lru_dim_multiplier=1.5 belongs to a Hawk model"),
             ({"model": PARAMS | {"dim": "64"}}, "dim='64'"),
             ({"model": PARAMS, "data": 3}, "data"),
         ],

@@ -180,7 +180,10 @@ def test_the_reference_reads_experts_one_by_one(original, tmp_path):
         (lambda t: t.update({f"{EXPERTS}.1.down_proj.weight": torch.zeros(24, 32)}), r"has shape \(24, 32\), .*32, 24"),
         (lambda t: t.update({f"{EXPERTS}.gate_up_proj": torch.zeros(3, 32, 48)}), r"unexpected: .*experts\.0\.gate"),
         (lambda t: [t.pop(name) for name in list(t) if EXPERTS in name], rf"missing: {EXPERTS}\.down_proj, "),
-        (lambda t: t.update({"language_model.lm_head.weight": torch.zeros(96, 32)}), r"are both lm_head\.weight$"),
+        (
+            lambda t: t.update({"language_model.lm_head.weight": torch.zeros(96, 32)}),
+            r"are both lm_head\.weight; delete one of them$",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(original, change, message, tmp_path):

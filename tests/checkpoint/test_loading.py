@@ -190,12 +190,22 @@ class TestTiedHead:
         assert model.lm_head.weight is model.model.embed_tokens.weight
         assert not caplog.records
 
-    def test_another_copy_warns_and_is_not_used(self, edit, caplog):
+    def test_a_head_of_its_own_is_used_although_the_config_ties_it(self, edit, caplog):
         folder = edit("tied", {"lm_head.weight": torch.ones(VOCAB, 32)})
         with caplog.at_level(logging.WARNING, logger="lamella"):
             model = load_model(open_checkpoint(folder))
-        assert torch.equal(model.lm_head.weight, load_file(folder / "model.safetensors")["model.embed_tokens.weight"])
-        assert "lm_head.weight differs from the embedding" in caplog.text
+        assert torch.equal(model.lm_head.weight, torch.ones(VOCAB, 32))
+        assert not torch.equal(model.model.embed_tokens.weight, model.lm_head.weight)
+        (record,) = caplog.records
+        assert "lm_head.weight differs from the embedding: the files' own head is used" in record.message
+
+    def test_one_other_row_makes_a_head_of_its_own(self, edit):
+        folder = edit("tied")
+        head = load_file(folder / "model.safetensors")["model.embed_tokens.weight"].clone()
+        head[-1, -1] += 1
+        tensors = load_file(folder / "model.safetensors") | {"lm_head.weight": head}
+        save_file(tensors, folder / "model.safetensors")
+        assert torch.equal(load_model(open_checkpoint(folder)).lm_head.weight, head)
 
     def test_an_untied_head_is_needed(self, edit):
         refused(edit("tied", config={"tie_word_embeddings": False}), "missing: lm_head.weight")
@@ -233,8 +243,9 @@ class TestFiles:
 
     def test_a_tensor_stands_in_two_files(self, edit):
         folder = edit("llama")
+        (folder / "model.safetensors").rename(folder / "all.safetensors")
         save_file({Q: torch.ones(32, 32)}, folder / "more.safetensors")
-        refused(folder, Q, "more.safetensors")
+        refused(folder, Q, "more.safetensors", "delete one of them")
 
     @pytest.mark.parametrize("content", [b"", b"not safetensors", None])
     def test_a_corrupt_file(self, edit, content):

@@ -68,6 +68,26 @@ def test_generate_demo_asks_and_checks_itself(capsys):
     assert all(answer["right"] and answer["said"].split() == answer["answer"].split() for answer in answers)
 
 
+def test_overrides_are_the_way_out_that_errors_name(tmp_path, capsys):
+    folder = canon_checkpoint(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"made_up": 1}))
+    commands = (
+        ["inspect", str(folder)],
+        ["generate", str(folder), "--tokens", "1,2", "--max-tokens", "1", "--num-blocks", "8"],
+        ["convert", str(folder), str(tmp_path / "new")],
+    )
+    for command in commands:
+        capsys.readouterr()
+        assert main(command) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        out = line.partition("--hf-overrides ")[2].strip("'")
+        assert json.loads(out) == {"made_up": None}
+        assert main([*command, "--hf-overrides", out]) == 0
+        with pytest.raises(SystemExit):
+            main([*command, "--hf-overrides", "[1]"])
+
+
 def test_generate_takes_image_files(tmp_path, capsys, monkeypatch):
     image_checkpoint(tmp_path)
     file, broken = tmp_path / "image.png", tmp_path / "broken.png"

@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from lamella.engine.resolve_params import resolve_params
 from lamella.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from lamella.errors import LamellaError, ParameterError
 
@@ -47,12 +48,22 @@ def test_valid(fields):
         *(("stop_token_ids", v) for v in (5, [-1], [1.0], [True], "12")),
         *(("max_tokens", v) for v in (0, 1.0, True)),
         *(("min_tokens", v) for v in (-1, None, 17)),
-        *(("logprobs", v) for v in (-1, 1.0, True)),
-        *(("prompt_logprobs", v) for v in (-1, "1")),
+        *(("logprobs", v) for v in (-2, 1.0, True)),
+        *(("prompt_logprobs", v) for v in (-2, "1")),
         *(("repetition_penalty", v) for v in (0, -1, math.nan, math.inf)),
         *(("presence_penalty", v) for v in (-2.1, math.nan)),
         *(("frequency_penalty", v) for v in (2.1, "0")),
         *(("logit_bias", v) for v in ({"1": 1.0}, {1: math.nan}, {1: 101}, {-1: 0}, {True: 0}, [1])),
+        *(("bad_words", v) for v in ("x", [""], [1])),
+        *(("bad_words_token_ids", v) for v in ([[]], [1], [[-1]])),
+        *(("allowed_token_ids", v) for v in ([], 5, [-1], ["1"])),
+        *(("truncate_prompt_tokens", v) for v in (0, -2, 1.5, True)),
+        *(("spaces_between_special_tokens", v) for v in (False, None)),
+        *(("structured_outputs", v) for v in ({"json": {}},)),
+        *(("logits_processors", v) for v in ([print],)),
+        *(("output_kind", v) for v in (1, 2, "delta")),
+        *((f, 7) for f in ("flat_logprobs", "logprob_token_ids", "skip_reading_prefix_cache")),
+        *((f, 7) for f in ("thinking_token_budget", "repetition_detection")),
         *((f, v) for f in ("ignore_eos", "detokenize", "skip_special_tokens") for v in (0, None)),
     ],
 )
@@ -88,6 +99,6 @@ def test_validate_for(fields):
 
 
 def test_most_logprobs():
-    SamplingParams(logprobs=MAX_LOGPROBS).validate_for(10**5)
+    resolve_params(SamplingParams(logprobs=MAX_LOGPROBS), None, 10**5, None)
     with pytest.raises(ParameterError, match=str(MAX_LOGPROBS)):
-        SamplingParams(logprobs=MAX_LOGPROBS + 1).validate_for(10**5)
+        resolve_params(SamplingParams(logprobs=MAX_LOGPROBS + 1), None, 10**5, None)

@@ -31,12 +31,12 @@ from lamella.config import (
     StochasticConfig,
     YarnScaling,
 )
-from lamella.config.feed_forward import ACTIVATIONS
 from lamella.engine.options import EngineOptions
 from lamella.errors import ConfigError
 from lamella.layers.kit import LocalKit
 from lamella.layers.rotary import inverse_frequencies
 from lamella.models import Apriel2ForCausalLM, resolve_architecture
+from lamella.models.apriel2 import _ACTIVATIONS
 from lamella.models.hf_config import HFConfig
 
 pytestmark = pytest.mark.unit
@@ -203,7 +203,7 @@ class TestDefaults:
     def test_mlp(self):
         assert mlp() == MLPConfig(intermediate_size=48, gated=False)
         assert mlp(gated=True) == MLPConfig(intermediate_size=48, gated=True)
-        assert [mlp(activation=name).activation for name in ACTIVATIONS] == list(ACTIVATIONS)
+        assert [mlp(activation=name).activation for name in _ACTIVATIONS] == list(_ACTIVATIONS)
 
 
 class TestKeys:
@@ -285,7 +285,13 @@ class TestKeys:
         read(values)
         message = refused(changed(values, path, surprise=3, logit_cap=30.0))
         at = ": ".join((FILE, *path))
-        assert message == f"{at}: unknown keys may change what the model computes: logit_cap=30.0, surprise=3"
+        start, _, out = message.partition("; to compute without: --hf-overrides ")
+        assert start == f"{at}: unknown keys may change what the model computes: logit_cap=30.0, surprise=3"
+        removed = json.loads(out.strip("'"))
+        for key in path:
+            assert list(removed) == [key]
+            removed = removed[key]
+        assert removed == {"logit_cap": None, "surprise": None}
         assert read(changed(values, path, surprise=None, _note="x")) == read(values)
 
     def test_what_training_left_there_is_no_news(self):

@@ -16,7 +16,10 @@ BIASES = {"attention_bias": True, "mlp_bias": True}
 OPTIONS = {
     "residual off": {"canon_residual": False},
     "activation": {"canon_activation": True},
+    "kernel 1": {"canon_kernel": 1},
+    "kernel 1, bias, activation": {"canon_kernel": 1, "canon_bias": True, "canon_activation": True},
     "kernel 2": {"canon_kernel": 2},
+    "letters that mean nothing": {"canon_set": "AbbCDx"},
     "kernel 3, bias": {"canon_kernel": 3, "canon_bias": True},
     "kernel 5, activation, no residual": {"canon_kernel": 5, "canon_activation": True, "canon_residual": False},
     "half rotation": {"rope_dim": 8, "partial_rotary_factor": 0.5},

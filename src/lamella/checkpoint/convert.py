@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -25,6 +26,7 @@ SHARD_BYTES = 5 << 30
 _CARRIED = (
     "tokenizer*",
     "special_tokens_map.json",
+    "added_tokens.json",
     "generation_config.json",
     "chat_template*",
     "vocab.json",
@@ -32,12 +34,18 @@ _CARRIED = (
 )
 
 
-def convert(source: str | Path, destination: str | Path, rope: str = "keep", shard_bytes: int = SHARD_BYTES) -> Path:
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    rope: str = "keep",
+    shard_bytes: int = SHARD_BYTES,
+    overrides: Mapping[str, Any] | None = None,
+) -> Path:
     """Write the LlamaCanon checkpoint `source`, lingua or Hugging Face, to the new folder `destination`.
 
     `rope` "huggingface" or "lingua" reorders the channels of queries and keys so that the file's rotation pairs become
     (i, i + r/2) or (2i, 2i + 1); the model computes the same. The tensors keep their dtype. The source is only read,
-    and the destination appears when it is complete.
+    and the destination appears when it is complete. `overrides` are values in the place of the config file's.
 
     Raises `CheckpointError` where the destination exists or the tensors do not fit, `ConfigError` for a bad `rope`.
     """
@@ -46,7 +54,7 @@ def convert(source: str | Path, destination: str | Path, rope: str = "keep", sha
     destination = Path(destination)
     if destination.exists():
         raise CheckpointError(f"{destination}: is there already; nothing is overwritten")
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, overrides)
     if "rope_version" not in checkpoint.values and checkpoint.architecture.__name__ != "LlamaCanonForCausalLM":
         raise CheckpointError(f"{checkpoint.path}: only LlamaCanon checkpoints are converted")
     if checkpoint.quantization is not None:

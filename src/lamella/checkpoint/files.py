@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from lamella.checkpoint.file_kinds import is_present, what_it_is, why_no_weights
 from lamella.checkpoint.json_file import read_json
 from lamella.checkpoint.lingua import LINGUA_NAMES, TIED_HEAD, find_lingua, read_params
+from lamella.checkpoint.names import rename
+from lamella.checkpoint.overrides import apply_overrides
 from lamella.checkpoint.quantization import DequantizedTensors, Quantization
-from lamella.checkpoint.tensors import SafetensorsFolder, TensorSource, TorchFile
+from lamella.checkpoint.tensors import OpenTensors, TensorSource, TorchFile, open_weights
+from lamella.checkpoint.tokenizer_files import eos_of_tokenizer
 from lamella.config import ModelConfig
+from lamella.distributed.sharding import Split
 from lamella.errors import CheckpointError
+from lamella.models.config_keys import IgnoredKeys
 from lamella.models.hf_config import HFConfig
 from lamella.models.registry import resolve_architecture
 
@@ -27,77 +36,115 @@ DEMO = "demo"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk: what it is, what its tensors are called, and where they come from."""
+    """A model on disk.
+
+    Attributes:
+        path: its folder.
+        config_file: config.json, or lingua's params.json.
+        architecture: the class that serves it.
+        values: the keys of config.json, or what a lingua file says in the same words.
+        names: our parameter paths -> the file's, see `CausalLM.checkpoint_names`.
+        tied_head: name of a tied head's own copy in the files.
+        tensors: where the weights come from.
+        quantization: of the files; what `tensors` gives is dequantized.
+    """
 
     path: Path
     config_file: Path
     architecture: type[CausalLM]
-    values: Mapping[str, Any]  # of config.json, or what a lingua file says in the same words
-    names: Mapping[str, str]  # our parameter paths -> the file's, see CausalLM.checkpoint_names
-    tied_head: str  # what a tied head's redundant copy is called
+    values: Mapping[str, Any]
+    names: Mapping[str, str]
+    tied_head: str
     tensors: TensorSource
-    quantization: Quantization | None = None  # of the files; what `tensors` gives is dequantised
+    quantization: Quantization | None = None
+    _ignored: IgnoredKeys = field(default_factory=IgnoredKeys, repr=False, compare=False)
 
     def read_config(self, max_length: int | None = None) -> ModelConfig:
-        """The model that the values describe; `max_length` is the context that an engine will use."""
-        return self.architecture.read_config(self.hf_config(self.values, max_length))
+        """Return the model that the values describe; `max_length` is the context that an engine will use."""
+        config = self.architecture.read_config(self.hf_config(self.values, max_length))
+        if config.tie_word_embeddings and self._has_own_head:
+            return replace(config, tie_word_embeddings=False)
+        return config
 
     def hf_config(self, values: Mapping[str, Any], max_length: int | None = None) -> HFConfig:
-        """Values in the place of its own, to be read as these are."""
-        return HFConfig(values, str(self.config_file), max_length, self._list)
+        """Return values in the place of its own, to be read as these are."""
+        return HFConfig(values, str(self.config_file), max_length, self._list, self._ignored)
 
     def _list(self) -> Collection[str] | None:
-        """The names of the tensors; None where there are no files, as for dummy weights."""
-        with self.tensors.opened() as tensors:
-            return frozenset(tensors.names()) or None
+        """The names of the tensors; None where there are no files, as for dummy weights, or none that can be read."""
+        try:
+            with self.tensors.opened() as tensors:
+                return frozenset(tensors.names()) or None
+        except CheckpointError:
+            return None  # loading says why
 
-    def eos_token_ids(self, config: ModelConfig) -> tuple[int, ...]:
-        """Ids that end a text: the model's, and those of generation_config.json."""
+    @cached_property
+    def _has_own_head(self) -> bool:
+        """True where the config ties head and embedding, and the files hold a head that differs.
+
+        Then the head counts, as in transformers 5 and vLLM.
+        """
+        embedding, head = rename("model.embed_tokens.weight", self.names), rename("lm_head.weight", self.names)
+        try:
+            with self.tensors.opened() as tensors:
+                if not {embedding, head} <= set(tensors.names()) or _is_same(tensors, embedding, head):
+                    return False
+        except CheckpointError:
+            return False  # loading says why
+        logger.warning(
+            "%s: tie_word_embeddings=true, and %s differs from the embedding: the files' own head is used",
+            self.path,
+            head,
+        )
+        return True
+
+    def eos_token_ids(self, config: ModelConfig, of_tokenizer: int | None = None) -> tuple[int, ...]:
+        """Return the ids that end a text: the config's, generation_config.json's, and the tokenizer's.
+
+        `of_tokenizer` is the end of text of the tokenizer in use; by default the folder's own files say it.
+        """
         file = self.path / "generation_config.json"
         extra = HFConfig(read_json(file), str(file)).token_ids("eos_token_id") if file.is_file() else ()
-        if not extra and config.eos_token_ids == self.architecture.unstated_eos:
-            extra = self._tokenizers_eos()
-        return tuple(dict.fromkeys((*config.eos_token_ids, *extra)))
-
-    def _tokenizers_eos(self) -> tuple[int, ...]:
-        """The end of text that the tokenizer's files name, where the config says what it says where nobody said
-        anything."""
-        file, vocabulary = self.path / "tokenizer_config.json", self.path / "tokenizer.json"
-        token = read_json(file).get("eos_token") if file.is_file() and vocabulary.is_file() else None
-        token = token.get("content") if isinstance(token, dict) else token
-        if not isinstance(token, str):
-            return ()
-        from tokenizers import Tokenizer
-
-        found = Tokenizer.from_file(str(vocabulary)).token_to_id(token)
-        if found is None or found in self.architecture.unstated_eos:
-            return ()
-        logger.warning(
-            "%s: texts end at the tokenizer's %r (%d) too: config.json has a default", self.path, token, found
-        )
-        return (found,)
+        named = (of_tokenizer,) if of_tokenizer is not None else eos_of_tokenizer(self.path)
+        found = tuple(dict.fromkeys((*config.eos_token_ids, *extra, *named)))
+        beyond = [token for token in found if token >= config.vocab_size]
+        if beyond:
+            logger.warning("%s: ids of an end of text beyond vocab_size=%d: %s", self.path, config.vocab_size, beyond)
+        return tuple(token for token in found if token < config.vocab_size)
 
 
-def open_checkpoint(model: str | Path, overrides: Mapping[str, Any] | None = None) -> Checkpoint:
-    """The checkpoint at a path, the bundled `demo`, or a Hub id. Reads configs only, no tensor.
+def open_checkpoint(
+    model: str | Path, overrides: Mapping[str, Any] | None = None, revision: str | None = None
+) -> Checkpoint:
+    """Return the checkpoint at a path, the bundled `demo`, or a Hub id. Reads configs only, no tensor.
 
-    `overrides` are values in the place of the config file's, see `EngineOptions.hf_overrides`.
+    Args:
+        model: a folder, `demo`, or a Hub id.
+        overrides: values in the place of the config file's, see `EngineOptions.hf_overrides`.
+        revision: branch, tag or commit of a Hub id.
+
+    Raises:
+        CheckpointError: the files are not there, or not those of a model.
+        ConfigError: no architecture of the name is known.
     """
-    path = _find(model)
+    path = find_folder(model, revision)
+    overrides = overrides or {}
     lingua = find_lingua(path)
     if lingua is not None and not any(path.glob("*.safetensors")):
         config_file = lingua / "params.json"
-        values = _overridden(read_params(config_file), overrides or {})
+        sections = {key: overrides[key] for key in overrides.keys() & read_json(config_file).keys()}
+        words = {key: value for key, value in overrides.items() if key not in sections}
+        values = apply_overrides(read_params(config_file, sections), words)
         architecture = resolve_architecture(_architecture_name(values, config_file))
         file = TorchFile(lingua / "consolidated.pth")
         return Checkpoint(path, config_file, architecture, values, LINGUA_NAMES, TIED_HEAD, file)
     config_file = path / "config.json"
-    if not config_file.is_file():
-        raise CheckpointError(f"{path}: neither config.json nor params.json with consolidated.pth is there")
-    values = _overridden(read_json(config_file), overrides or {})
+    if not is_present(config_file):
+        raise CheckpointError(_why_no_config(path))
+    values = apply_overrides(read_json(config_file), overrides)
     architecture = resolve_architecture(_architecture_name(values, config_file))
     names = architecture.checkpoint_names
-    tensors: TensorSource = SafetensorsFolder(path, architecture.own_name)
+    tensors = open_weights(path, architecture.own_name)
     quantization = Quantization.read(values, config_file)
     if quantization is not None:
         tensors = DequantizedTensors(tensors, quantization, path)
@@ -105,7 +152,12 @@ def open_checkpoint(model: str | Path, overrides: Mapping[str, Any] | None = Non
     return Checkpoint(path, config_file, architecture, values, names, "lm_head.weight", tensors, quantization)
 
 
-def _find(model: str | Path) -> Path:
+def find_folder(model: str | Path, revision: str | None = None) -> Path:
+    """Return the folder of a model or tokenizer: a path, the bundled `demo`, or a snapshot of a Hub id.
+
+    Raises:
+        CheckpointError: there is none, and what to do.
+    """
     if str(model) == DEMO:
         from lamella.demo import CHECKPOINT
 
@@ -113,31 +165,73 @@ def _find(model: str | Path) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if path.is_file():
+        if path.suffix == ".gguf" or (what_it_is(path) or "").startswith("a GGUF"):
+            raise CheckpointError(
+                f"{path}: GGUF is not read yet: give the original safetensors folder, or convert it with transformers "
+                "(from_pretrained(folder, gguf_file=...), then save_pretrained)"
+            )
+        raise CheckpointError(f"{path}: no such folder, but a file: give the folder that holds it, {path.parent}")
     # A Hub id is NAME or OWNER/NAME; anything else was meant as a path.
-    if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1 or path.exists():
+    if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1:
         raise CheckpointError(f"{model}: no such folder")
+    return _download(str(model), revision)
+
+
+_CONFIGS = ("*.json", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "chat_template*")
+_UNWANTED = ("original/*", "onnx/*", "*/onnx/*", "coreml/*", "*consolidated*.safetensors", "runs/*")
+
+
+def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "tokenizer*", "params.json", "consolidated.pth"]
+    def snapshot(*patterns: str) -> Path:
+        wanted = [*patterns, *(f"default/{pattern}" for pattern in patterns)]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=list(_UNWANTED)))
+
     try:
-        return Path(snapshot_download(str(model), allow_patterns=[*patterns, *(f"default/{p}" for p in patterns)]))
+        folder = snapshot(*_CONFIGS, "*.safetensors", "consolidated.pth")
+        if not any(folder.glob("*.safetensors")) and find_lingua(folder) is None:
+            folder = snapshot(*_CONFIGS, "pytorch_model*.bin")
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{model}: no such folder, and not to be had from the Hub ({reason})") from error
+        at = "" if revision is None else f" at revision {revision!r}"
+        raise CheckpointError(f"{model}: no such folder, and not to be had from the Hub{at} ({reason})") from error
+    return folder
 
 
-def _overridden(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with others in their place, and where both are mappings, with those inside."""
-    changed = dict(overrides)
-    for key, value in overrides.items():
-        if isinstance(value, Mapping) and isinstance(values.get(key), Mapping):
-            changed[key] = _overridden(values[key], value)
-    return {**values, **changed}
+def _why_no_config(path: Path) -> str:
+    if is_present(path / "params.json"):
+        if is_present(path / "consolidated.pth"):
+            return f"{path}: neither config.json nor params.json with consolidated.pth is there"
+        if any(path.glob("consolidated*")):
+            return f"{path}: {why_no_weights(path)}"
+        return f"{path}: params.json is there, and consolidated.pth is not: download it, or consolidate the step"
+    why = why_no_weights(path)
+    if why.startswith("no weights"):
+        why = "give the folder of a model, or a Hub id"
+    return f"{path}: neither config.json nor params.json with consolidated.pth is there; {why}"
+
+
+def _is_same(tensors: OpenTensors, a: str, b: str, rows: int = 4096) -> bool:
+    """Compare two matrices, some rows at a time."""
+    shape = tensors.shape(a)
+    if shape != tensors.shape(b) or not shape:
+        return False
+    for start in range(0, shape[0], rows):
+        part = (Split(shape[0], ((start, min(start + rows, shape[0])),)),)
+        first, second = tensors.load(a, part), tensors.load(b, part)
+        if not torch.equal(first, second.to(first.dtype)):
+            return False
+    return True
 
 
 def _architecture_name(values: Mapping[str, Any], file: Path) -> str:
     names = values.get("architectures") or [values.get("model_type")]
     if not isinstance(names, list) or not isinstance(names[0], str):
-        raise CheckpointError(f"{file}: architectures does not name one")
+        raise CheckpointError(
+            f"{file}: architectures does not name one; name it: --hf-overrides "
+            '\'{"architectures": ["LlamaForCausalLM"]}\''
+        )
     return names[0]

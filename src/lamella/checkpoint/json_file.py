@@ -8,17 +8,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lamella.checkpoint.file_kinds import what_it_is
 from lamella.errors import CheckpointError
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in `file`."""
     try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON ({error})") from error
+        values = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError) as error:
+        what = what_it_is(file) or f"not JSON ({error}): correct it, or download it again"
+        raise CheckpointError(f"{file}: {what}") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: not a JSON object")
+        raise CheckpointError(f"{file}: not a JSON object: correct it, or download it again")
     return values
 
 

@@ -5,12 +5,18 @@ Key and name mapping: PhysicsLM4, huggingface/modeling_llama_canon.py. These rot
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lamella.checkpoint.json_file import read_json
-from lamella.errors import CheckpointError
+from lamella.checkpoint.overrides import apply_overrides
+from lamella.errors import CheckpointError, ConfigError
+from lamella.models.config_keys import IgnoredKeys
 from lamella.models.hf_config import HFConfig
+
+logger = logging.getLogger("lamella")
 
 LINGUA_NAMES = {
     "model.embed_tokens": "tok_embeddings",
@@ -35,44 +41,77 @@ LINGUA_NAMES = {
 # A tied head stands in the file a second time, under this name.
 TIED_HEAD = "output.tied_module.weight"
 
-# How the model was initialised and trained.
-_TRAINING = ["init_base_std", "init_std_factor", "seed", "z_loss", "max_seqlen", "multiple_of", "ffn_dim_multiplier"]
+# How the model was initialised and trained. `attn_impl` chooses a kernel, and `max_seqlen` sizes a table of angles.
+_TRAINING = ("init_base_std", "init_std_factor", "seed", "z_loss", "max_seqlen", "attn_impl")
+_ATTENTION_KERNELS = ("sdpa", "fmha", "flex_attention")
 _LLAMA3_VOCABULARY = 128256
+# Fields of lingua's other trainers, and what they train.
+_OTHER_MODELS = {
+    "mamba_ssm": "a Mamba 2 model",
+    "state_dim": "a Mamba 2 model",
+    "n_future_head": "a model with several prediction heads",
+    "lru_dim_multiplier": "a Hawk model",
+    "conv_size": "a recurrent model",
+}
 
 
 def find_lingua(folder: Path) -> Path | None:
-    """The folder that holds params.json and consolidated.pth: this one or its `default`, if either."""
-    for candidate in (folder, folder / "default"):
-        if (candidate / "params.json").is_file() and (candidate / "consolidated.pth").is_file():
-            return candidate
-    return None
+    """Return the folder that holds params.json and consolidated.pth, None where there is none.
+
+    It is the folder itself, its `default` (as released), its `consolidated` (a step of the trainer), or that of the
+    last step, where the folder holds steps.
+    """
+    steps = sorted((step for step in folder.glob("[0-9]*") if step.name.isdigit()), key=lambda step: int(step.name))
+    for parent in (folder, *reversed(steps)):
+        for candidate in (parent, parent / "default", parent / "consolidated"):
+            if (candidate / "params.json").is_file() and (candidate / "consolidated.pth").is_file():
+                return candidate
+    return find_lingua(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
 
 
-def read_params(file: Path) -> dict[str, Any]:
-    """params.json as the values of a LlamaCanon `config.json`.
+def read_params(file: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return params.json as the values of a LlamaCanon `config.json`.
 
     The files do not say which tokens begin and end a text. The 8B models have Llama 3's vocabulary, the others
     Llama 2's; the published converter writes Llama 2's ids for all.
+
+    Args:
+        file: params.json.
+        overrides: values for its sections, `{"model": {...}, "data": {...}}`.
+
+    Raises:
+        ConfigError: a field is missing, or means a model that is not LlamaCanon.
     """
-    params = HFConfig(read_json(file), str(file))
-    model = HFConfig(params.mapping("model"), f"{file}: model")
-    if not model.values:
-        raise CheckpointError(f"{file}: no section 'model'")
-    data = HFConfig(params.mapping("data"), f"{file}: data")
+    params = HFConfig(apply_overrides(read_json(file), overrides or {}), str(file))
+    section = params.mapping("model")
+    if not section:
+        raise CheckpointError(
+            f"{file}: no section 'model', so it is not lingua's; if it is Meta's or Mistral's own format, take the "
+            "repository with config.json and *.safetensors, or convert it with transformers' "
+            "convert_llama_weights_to_hf.py"
+        )
+    ignored = IgnoredKeys()
+    model = HFConfig(section, f"{file}: model", ignored=ignored, path=("model",))
+    _refuse_siblings(model)
+    data = HFConfig(params.mapping("data"), f"{file}: data", path=("data",))
     dim = model.int("dim")
-    vocab_size = model.int("vocab_size")
+    head_dim, heads = model.int("head_dim", None, minimum=0) or None, model.int("n_heads", None)
+    if heads is None:
+        if head_dim is None:
+            raise ConfigError(f"{model.source}: n_heads is missing")
+        heads = dim // head_dim
+    vocab_size, num_layers = model.int("vocab_size"), model.int("n_layers")
     llama3 = vocab_size == _LLAMA3_VOCABULARY
-    model.choice("sliding_window", (None,), None)
     values = {
         "architectures": ["LlamaCanonForCausalLM"],
         "model_type": "LlamaCanon",
         "vocab_size": vocab_size,
         "hidden_size": dim,
-        "intermediate_size": model.int("hidden_dim", 256 * ((dim * 8 + 767) // 768)),
-        "num_hidden_layers": model.int("n_layers"),
-        "num_attention_heads": model.int("n_heads"),
-        "num_key_value_heads": model.int("n_kv_heads", None),
-        "head_dim": model.int("head_dim", None),
+        "intermediate_size": _hidden_dim(model, dim),
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": model.int("n_kv_heads", None, minimum=0) or None,
+        "head_dim": head_dim,
         "max_position_embeddings": data.int("seq_len", 4096),
         "rms_norm_eps": model.float("norm_eps", 1e-5),
         "rope_theta": model.float("rope_theta", 10000.0),
@@ -87,6 +126,55 @@ def read_params(file: Path) -> dict[str, Any]:
         "tie_word_embeddings": model.bool("weight_tying", False),
         "bos_token_id": 128000 if llama3 else 1,
         "eos_token_id": 128001 if llama3 else 2,
+        **_window(model, num_layers),
     }
     model.finish(harmless=_TRAINING)
+    ignored.log(str(file))
     return values
+
+
+def _hidden_dim(model: HFConfig, dim: int) -> int:
+    """The feed-forward's width by the trainer's rule; the published converter knows neither multiplier nor multiple."""
+    stated, multiple = model.int("hidden_dim", None), model.int("multiple_of", 256)
+    multiplier = model.float("ffn_dim_multiplier", None)
+    if stated is not None:
+        return stated
+    width = int(2 * (4 * dim) / 3)
+    if multiplier is not None:
+        width = int(multiplier * width)
+    return multiple * -(-width // multiple)
+
+
+def _window(model: HFConfig, num_layers: int) -> dict[str, Any]:
+    """The keys of a window, which only the trainer's fmha kernel has."""
+    window = model.int("sliding_window", None)
+    kernel = model.choice("attn_impl", _ATTENTION_KERNELS, "sdpa")
+    if window is None:
+        return {}
+    if kernel != "fmha":
+        logger.warning(
+            "%s: sliding_window=%d: ignored, since the trainer ignores it with attn_impl=%s",
+            model.source,
+            window,
+            kernel,
+        )
+        return {}
+    return {"sliding_window": window, "layer_types": ["sliding_attention"] * num_layers}
+
+
+def _refuse_siblings(model: HFConfig) -> None:
+    """Raise `ConfigError` for the models of lingua's other trainers, by their names."""
+    name = model.get("model_name", None)
+    if name is not None and str(name).lower() not in ("llama", "llamacanon", "transformer"):
+        raise ConfigError(
+            f"{model.source}: model_name={name!r} is a linear model, which is not supported: only the transformers of "
+            "lingua's apps/main (Llama and LlamaCanon) are"
+        )
+    for key, kind in _OTHER_MODELS.items():
+        if model.values.get(key) is not None:
+            raise ConfigError(
+                f"{model.source}: {key}={model.values[key]!r} belongs to {kind}, which is not supported: only the "
+                "transformers of lingua's apps/main (Llama and LlamaCanon) are"
+            )
+        model.get(key, None)
+    model.choice("mlp_type", (None,), None)

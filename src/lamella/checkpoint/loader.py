@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lamella.checkpoint.file_kinds import why_no_weights
 from lamella.checkpoint.files import Checkpoint
-from lamella.checkpoint.names import Target, targets
+from lamella.checkpoint.names import Target, rename, targets
 from lamella.checkpoint.tensors import OpenTensors
 from lamella.distributed.group import Group
 from lamella.distributed.sharding import Split
@@ -33,6 +34,11 @@ def resolve_dtype(checkpoint: Checkpoint, dtype: torch.dtype | str) -> torch.dty
         if not stated and checkpoint.quantization is not None:
             raise ConfigError("dtype='auto': the weights are quantised, and the config says no dtype to compute in")
         dtype = str(stated).removeprefix("torch.") if stated else _stored_dtype(checkpoint)
+    return named_dtype(dtype)
+
+
+def named_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return the dtype that a name or a dtype means; other than those of `DTYPES` is a `ConfigError`."""
     if isinstance(dtype, str):
         dtype = {"half": "float16", "float": "float32"}.get(dtype, dtype)
         if dtype not in DTYPES:
@@ -84,7 +90,7 @@ def load_model(
 @torch.no_grad()
 def fill(model: CausalLM, checkpoint: Checkpoint, tensors: OpenTensors) -> None:
     """Copy every tensor into its place, converting its dtype; raises before anything is copied when names differ."""
-    expected = targets(model, checkpoint.names, tensors.names())
+    expected = _by_name_of_head(checkpoint, model, targets(model, checkpoint.names, tensors.names()), tensors)
     redundant = check_names(checkpoint, model, expected, tensors.names())
     for name, target in expected.items():
         check_shape(checkpoint, tensors, name, target)
@@ -99,6 +105,17 @@ def fill(model: CausalLM, checkpoint: Checkpoint, tensors: OpenTensors) -> None:
         copy = tensors.load(name, embedding.splits)
         if not torch.equal(copy.to(embedding.place.dtype), embedding.place.cpu()):
             logger.warning("%s: %s differs from the embedding it is tied to, and is not used", checkpoint.path, name)
+
+
+def _by_name_of_head(
+    checkpoint: Checkpoint, model: CausalLM, expected: dict[str, Target], tensors: OpenTensors
+) -> dict[str, Target]:
+    """The targets, with a tied embedding under the name of the head where the files hold it under that name alone."""
+    embedding, head = rename("model.embed_tokens.weight", checkpoint.names), rename("lm_head.weight", checkpoint.names)
+    present = set(tensors.names())
+    if not model.config.tie_word_embeddings or embedding in present or head not in present or head in expected:
+        return expected
+    return {head if name == embedding else name: target for name, target in expected.items()}
 
 
 def check_dtype(path: Path, name: str, tensor: Tensor) -> None:
@@ -123,19 +140,42 @@ def check_shape(checkpoint: Checkpoint, tensors: OpenTensors, name: str, target:
 def check_names(
     checkpoint: Checkpoint, model: CausalLM, targets_by_name: Mapping[str, Target], names: Iterable[str]
 ) -> set[str]:
-    """Refuse a file whose tensors are not those of the model; returns the names of copies that are not needed."""
+    """Refuse a file whose tensors are not those of the model; returns the names of copies that are not needed.
+
+    Raises:
+        CheckpointError: tensors are missing or left over, with what the files are instead where that shows.
+    """
     present = {name for name in names if not name.endswith("rotary_emb.inv_freq")}
     if not present:
-        raise CheckpointError(f"{checkpoint.path}: no weights there (*.safetensors or consolidated.pth)")
+        raise CheckpointError(f"{checkpoint.path}: {why_no_weights(Path(checkpoint.path))}")
     expected = set(targets_by_name)
     redundant = present & {checkpoint.tied_head} if model.config.tie_word_embeddings else set()
-    problems = {"missing": sorted(expected - present), "unexpected": sorted(present - expected - redundant)}
-    if any(problems.values()):
+    leftovers = type(model).leftovers(present - expected, expected)
+    if leftovers:
+        logger.info(
+            "%s: %d tensors of parts that the config no longer has are not read: %s",
+            checkpoint.path,
+            len(leftovers),
+            _list(sorted(leftovers)),
+        )
+    missing, unexpected = sorted(expected - present), sorted(present - expected - redundant - leftovers)
+    if missing or unexpected:
+        problems = {"missing": missing, "unexpected": unexpected}
         listed = "; ".join(f"{kind}: {_list(some)}" for kind, some in problems.items() if some)
-        raise CheckpointError(f"{checkpoint.path}: tensors do not fit {type(model).__name__}; {listed}")
+        advice = _way_out(checkpoint, missing, unexpected)
+        raise CheckpointError(f"{checkpoint.path}: tensors do not fit {type(model).__name__}; {listed}{advice}")
     return redundant
 
 
-def _list(names: list[str], limit: int = 20) -> str:
+def _way_out(checkpoint: Checkpoint, missing: list[str], unexpected: list[str]) -> str:
+    """Advice for an error about names; empty where none is known."""
+    if any(".lora_" in name or ".base_layer." in name for name in unexpected):
+        return "; an adapter that is not merged: merge it (PeftModel.merge_and_unload(), then save_pretrained)"
+    if missing == [rename("lm_head.weight", checkpoint.names)] and not unexpected:
+        return "; if the head is the embedding: --hf-overrides '{\"tie_word_embeddings\": true}'"
+    return ""
+
+
+def _list(names: list[str], limit: int = 4) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

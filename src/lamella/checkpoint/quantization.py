@@ -75,7 +75,8 @@ def _require(source: Path, key: str, value: object, known: Sequence[str]) -> Non
     if value not in known:
         raise ConfigError(
             f"{source}: quantization_config: {key}={value!r}: weights are dequantised of compressed-tensors "
-            f"({', '.join(_FORMATS)}), fbgemm_fp8, fp8, and modelopt with FP8"
+            f"({', '.join(_FORMATS)}), fbgemm_fp8, fp8, and modelopt with FP8; take files of another format, or of 16 "
+            "bits"
         )
 
 

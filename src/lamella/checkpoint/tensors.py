@@ -1,10 +1,14 @@
-"""Where a checkpoint's tensors come from: safetensors files, or a lingua `.pth`. Nothing is unpickled as code."""
+"""Sources of a checkpoint's tensors: safetensors or PyTorch files, or a lingua `.pth`.
+
+Nothing is unpickled as code.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,13 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lamella.checkpoint.json_file import read_json
+from lamella.checkpoint.file_kinds import unreadable_safetensors, unreadable_torch
+from lamella.checkpoint.prefixes import canonical_names
+from lamella.checkpoint.weight_files import INDEX as INDEX
+from lamella.checkpoint.weight_files import TORCH, WeightFiles, find_weights, has_weights
 from lamella.distributed.sharding import Split, cut
 from lamella.errors import CheckpointError
 
 logger = logging.getLogger("lamella")
-
-INDEX = "model.safetensors.index.json"
 
 
 class TensorSource(Protocol):
@@ -42,7 +47,7 @@ class OpenTensors(Protocol):
 
 
 class SafetensorsFolder:
-    """All `*.safetensors` of a folder, or those that its index names.
+    """The model's `*.safetensors` of a folder, see `find_weights`.
 
     `own` says what a tensor of the files is called here, or None where it does not belong to `part` and is left aside,
     unread; the log says so once, unless `part` is None.
@@ -51,46 +56,161 @@ class SafetensorsFolder:
     def __init__(
         self, folder: Path, own: Callable[[str], str | None] = str, part: str | None = "the language model"
     ) -> None:
-        self.folder, self._own, self._part, self._said = folder, own, part, False
-        self._indexed: dict[str, str] | None = None
-        if (folder / INDEX).is_file():
-            self._indexed = read_json(folder / INDEX).get("weight_map")
-            if not isinstance(self._indexed, dict) or not all(isinstance(f, str) for f in self._indexed.values()):
-                raise CheckpointError(f"{folder / INDEX}: no weight_map of tensors to files")
-        files = sorted(set(self._indexed.values())) if self._indexed else [p.name for p in folder.glob("*.safetensors")]
-        self.files = [folder / name for name in sorted(files)]
-        missing = [file.name for file in self.files if not file.is_file()]
-        if missing:
-            raise CheckpointError(f"{folder}: {INDEX} names files that are not there: {', '.join(missing)}")
+        self.folder = folder
+        self._view = _View(folder, own, part)
+
+    @cached_property
+    def found(self) -> WeightFiles:
+        """The files, chosen when they are first needed."""
+        return find_weights(self.folder)
 
     @contextmanager
     def opened(self) -> Iterator[OpenTensors]:
+        """Open the files, and give their tensors by the names that they have here."""
         with ExitStack() as stack:
             handles: dict[str, Any] = {}
-            names: dict[str, str] = {}  # as they are called here -> in the files
-            for file in self.files:
+            for file in self.found.files:
                 try:
                     handle = stack.enter_context(safe_open(str(file), framework="pt"))
-                except SafetensorError as error:
-                    raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
+                except (SafetensorError, OSError) as error:
+                    raise unreadable_safetensors(file, error) from error
                 for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
                     if name in handles:
-                        raise CheckpointError(f"{file}: tensor {name} stands in another file of {self.folder} too")
+                        raise _doubled(file, name)
                     handles[name] = handle
-                    if (known := self._own(name)) is None:
-                        continue
-                    if known in names:
-                        raise CheckpointError(f"{self.folder}: {name} and {names[known]} are both {known}")
-                    names[known] = name
-            absent = sorted(set(self._indexed or ()) - set(handles))
-            if absent:
-                raise CheckpointError(f"{self.folder}: {INDEX} names tensors that no file holds: {_some(absent)}")
-            aside = sorted(set(handles) - set(names.values()))
-            if aside and self._part and not self._said:
-                self._said = True
-                listed = _some(aside, 3)
-                logger.info("%s: not read for %s: %s", self.folder, self._part, listed)
-            yield _Handles(handles, names)
+            yield _Handles(handles, self._view.names(handles, self.found))
+
+
+class TorchFolder:
+    """The model's `pytorch_model*.bin` of a folder, see `find_weights`; otherwise like `SafetensorsFolder`."""
+
+    def __init__(self, folder: Path, own: Callable[[str], str | None] = str) -> None:
+        self.folder = folder
+        self._view = _View(folder, own, "the language model")
+
+    @cached_property
+    def found(self) -> WeightFiles:
+        """The files, chosen when they are first needed."""
+        return find_weights(self.folder, TORCH)
+
+    @contextmanager
+    def opened(self) -> Iterator[OpenTensors]:
+        """Map the files into memory, and give their tensors by the names that they have here."""
+        tensors: dict[str, Tensor] = {}
+        for file in self.found.files:
+            for name, tensor in _state_dict(file).items():
+                if name in tensors:
+                    raise _doubled(file, name)
+                tensors[name] = tensor
+        names = self._view.names(tensors, self.found)
+        yield _Tensors({known: tensors[name] for known, name in names.items()})
+
+
+class TorchFile:
+    """A state dict of lingua in a `.pth` file, mapped into memory, under the key `model` or bare."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._view = _View(file.parent, str, None, lingua=True)
+
+    @contextmanager
+    def opened(self) -> Iterator[OpenTensors]:
+        """Map the file into memory, and give its tensors."""
+        tensors = _state_dict(self.file)
+        names = self._view.names(tensors)
+        yield _Tensors({known: tensors[name] for known, name in names.items()})
+
+
+# What an index may name although no file holds it: a tied head, which is the embedding, and tables of angles.
+_DISPENSABLE = ("lm_head.weight", "rotary_emb.inv_freq")
+
+
+class _View:
+    """Names of a source's tensors; logs once what is left aside."""
+
+    def __init__(
+        self,
+        folder: Path,
+        own: Callable[[str], str | None],
+        part: str | None,
+        lingua: bool = False,
+    ) -> None:
+        self._folder, self._own, self._part, self._lingua = folder, own, part, lingua
+        self._said = False
+
+    def names(self, present: Collection[str], files: WeightFiles | None = None) -> dict[str, str]:
+        """Names here -> in the files."""
+        if self._part is None and not self._lingua:  # a part of a larger model has names of its own
+            canonical, prefix = {name: self._own(name) for name in present}, None
+        else:
+            canonical, prefix = canonical_names(present, self._own, self._lingua)
+        names: dict[str, str] = {}
+        for name, known in canonical.items():
+            if known is None:
+                continue
+            if known in names:
+                raise CheckpointError(f"{self._folder}: {name} and {names[known]} are both {known}; delete one of them")
+            names[known] = name
+        files = files or WeightFiles()
+        if absent := [name for name in sorted(files.indexed - set(present)) if not name.endswith(_DISPENSABLE)]:
+            raise CheckpointError(
+                f"{self._folder}: {INDEX} names tensors that no file holds: {_some(absent)}; download the files again"
+            )
+        self._report(names, set(present), prefix, files)
+        return names
+
+    def _report(self, names: Mapping[str, str], present: set[str], prefix: str | None, files: WeightFiles) -> None:
+        if self._said or self._part is None:
+            return
+        self._said = True
+        if aside := sorted(present - set(names.values())):
+            logger.info("%s: not read for %s: %s", self._folder, self._part, _some(aside, 3))
+        if files.skipped:
+            logger.info("%s: not part of the model, not read: %s", self._folder, _some(list(files.skipped), 8))
+        if prefix is not None:
+            logger.info("%s: tensors' names start with %r in place of 'model.'", self._folder, prefix)
+        if absent := sorted(files.indexed - present):
+            logger.info("%s: in the index, and in no file: %s", self._folder, _some(absent, 3))
+
+
+def open_weights(folder: Path, own: Callable[[str], str | None] = str) -> TensorSource:
+    """Return the weights of a Hugging Face folder: safetensors, else PyTorch files."""
+    if not has_weights(folder) and has_weights(folder, TORCH):
+        return TorchFolder(folder, own)
+    return SafetensorsFolder(folder, own)
+
+
+def _state_dict(file: Path) -> dict[str, Tensor]:
+    """The tensors of a PyTorch file, bare or under the key that trainers give them."""
+    try:
+        state = _load_torch(file)
+    except Exception as error:  # a dozen types, from zipfile's to pickle's
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise unreadable_torch(file, reason) from error
+    if isinstance(state, dict):
+        inner = next((key for key in ("model", "state_dict", "module") if isinstance(state.get(key), dict)), None)
+        state = state[inner] if inner is not None else state
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file}: not a state dict; save the model's state_dict()")
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if len(tensors) != len(state):
+        others = sorted(str(name) for name in set(state) - set(tensors))
+        raise CheckpointError(f"{file}: entries that are not tensors: {_some(others)}; save the model's state_dict()")
+    return tensors
+
+
+def _load_torch(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        # The format before torch 1.6 cannot be mapped.
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _doubled(file: Path, name: str) -> CheckpointError:
+    return CheckpointError(f"{file}: tensor {name} stands in another file of {file.parent} too; delete one of them")
 
 
 class _Handles:
@@ -109,29 +229,6 @@ class _Handles:
         if all(split == Split.whole(split.full) for split in splits):
             return self._handles[there].get_tensor(there)
         return cut(self._handles[there].get_slice(there), splits)
-
-
-class TorchFile:
-    """A state dict in a `.pth` file, mapped into memory, under the key `model` or bare."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    @contextmanager
-    def opened(self) -> Iterator[OpenTensors]:
-        try:
-            state = torch.load(self.file, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # a dozen types, from zipfile's to pickle's
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise CheckpointError(f"{self.file}: not a readable weights-only torch file ({reason})") from error
-        state = state.get("model", state) if isinstance(state, dict) else state
-        if not isinstance(state, dict):
-            raise CheckpointError(f"{self.file}: not a state dict")
-        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        if len(tensors) != len(state):
-            others = sorted(set(state) - set(tensors))
-            raise CheckpointError(f"{self.file}: entries that are not tensors: {_some(others)}")
-        yield _Tensors(tensors)
 
 
 class _Tensors:

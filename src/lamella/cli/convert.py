@@ -10,6 +10,6 @@ from lamella.cli.common import console
 
 def run(args: argparse.Namespace) -> int:
     with console.status(f"converting {args.model}"):
-        destination = convert(args.model, args.destination, rope=args.rope)
+        destination = convert(args.model, args.destination, rope=args.rope, overrides=args.hf_overrides)
     console.print(f"wrote {destination}", markup=False)
     return 0

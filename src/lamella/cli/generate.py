@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from lamella.checkpoint.files import DEMO
 from lamella.cli.common import console, load_llm, print_json
@@ -72,7 +73,8 @@ def _with_images(prompts: Sequence[Prompt], files: Sequence[str]) -> Prompt:
         except (OSError, Image.DecompressionBombError) as error:
             raise ParameterError(f"--image {file}: {error}") from error
     (prompt,) = prompts
-    return {**({"prompt": prompt} if isinstance(prompt, str) else prompt), "multi_modal_data": {"image": images}}
+    fields: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
+    return {**fields, "multi_modal_data": {"image": images}}
 
 
 def _stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> RequestOutput:

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         return _compile(args)
     if args.layers:
         raise ParameterError("--layers: only with --compile")
-    checkpoint = open_checkpoint(args.model)
+    checkpoint = open_checkpoint(args.model, args.hf_overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     card = cost_card(checkpoint, args.dtype, measure_bandwidth(device), args.placement)
     config = checkpoint.read_config()

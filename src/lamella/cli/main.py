@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 import lamella
 from lamella.cli.limits import check_numbers
@@ -61,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
         "with random weights, each in a process of its own. The exit status is 1 where one computes something else.",
     )
     _model(inspect)
+    _overrides(inspect)
     inspect.add_argument("--dtype", default="auto")
     inspect.add_argument("--context", type=int, default=2048, help="tokens of context that the costs are shown for")
     inspect.add_argument("--placement", help="of a supernet: the mixers whose costs are shown")
@@ -104,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
 
     convert = _command(commands, "convert", "write a LlamaCanon checkpoint, lingua or not, as Hugging Face safetensors")
     _model(convert)
+    _overrides(convert)
     convert.add_argument("destination", help="a folder that does not exist yet")
     convert.add_argument(
         "--rope", default="keep", help="keep, huggingface or lingua: which channels of a head the file pairs"
@@ -170,6 +173,25 @@ def _json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print one JSON object, last")
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'must be a JSON object such as {{"key": null}}: {text}')
+    return value
+
+
+def _overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--hf-overrides",
+        type=_json_object,
+        metavar="JSON",
+        help="values in the place of the config file's; null removes",
+    )
+
+
 def _engine(command: argparse.ArgumentParser) -> None:
     """Settings of the engine, named as in `LLM`; only those that are given are passed on."""
     group = command.add_argument_group("engine")
@@ -188,8 +210,11 @@ def _engine(command: argparse.ArgumentParser) -> None:
         ("snapshot-prompts", str),
         ("seed", int),
         ("placement", str),
-        ("hf-overrides", json.loads),
-        ("limit-mm-per-prompt", json.loads),
+        ("hf-overrides", _json_object),
+        ("tokenizer", str),
+        ("revision", str),
+        ("gpu-memory-utilization", float),
+        ("limit-mm-per-prompt", _json_object),
     ):
         group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
     flag = argparse.BooleanOptionalAction

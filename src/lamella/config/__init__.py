@@ -26,7 +26,15 @@ from lamella.config.placement import (
     placed,
     read_placement,
 )
-from lamella.config.rope import DynamicScaling, LinearScaling, Llama3Scaling, RopeConfig, RopeScaling, YarnScaling
+from lamella.config.rope import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeConfig,
+    RopeScaling,
+    YarnScaling,
+)
 
 __all__ = [
     "AttentionConfig",
@@ -38,6 +46,7 @@ __all__ = [
     "LayerConfig",
     "LinearScaling",
     "Llama3Scaling",
+    "LongRopeScaling",
     "MLPConfig",
     "MambaConfig",
     "MixerConfig",

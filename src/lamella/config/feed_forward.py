@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from lamella.layers.short_conv import ConvHistory
 
 
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "sigmoid", "identity")
+ACTIVATIONS = (
+    *("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "sigmoid", "identity"),
+    *("gelu_10", "hardswish", "laplace", "leaky_relu", "mish", "quick_gelu", "relu6", "sqrtsoftplus", "tanh"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

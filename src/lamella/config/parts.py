@@ -33,4 +33,4 @@ class CanonConfig:
     residual: bool = True
 
     def __post_init__(self) -> None:
-        check(self.kernel >= 2, "canon.kernel", self.kernel, "at least 2")
+        check(self.kernel >= 1, "canon.kernel", self.kernel, "at least 1")

@@ -66,13 +66,30 @@ class YarnScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    extrapolation_factor: float = 1.0  # weight of the unscaled rotation in the blend
 
     def __post_init__(self) -> None:
         for field in ("factor", "beta_fast", "beta_slow"):
             check(getattr(self, field) > 0, f"rope.{field}", getattr(self, field), "positive")
 
 
-RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling
+@dataclass(frozen=True, kw_only=True)
+class LongRopeScaling:
+    """LongRoPE (arXiv 2402.13753): a factor for each pair, and cos/sin multiplied by `attention_factor`.
+
+    A file has two lists of factors, for contexts up to the trained length and beyond. Like the length of
+    `DynamicScaling`, the list is chosen once, when the model is built, and not per request as in `transformers`.
+    """
+
+    factors: tuple[float, ...]
+    attention_factor: float
+
+    def __post_init__(self) -> None:
+        check(all(factor > 0 for factor in self.factors), "rope.factors", self.factors, "positive")
+        check(self.attention_factor > 0, "rope.attention_factor", self.attention_factor, "positive")
+
+
+RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongRopeScaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,4 +110,7 @@ class RopeConfig:
         yarn = isinstance(self.scaling, YarnScaling)
         check(not yarn or self.theta > 1, "rope.theta", self.theta, "more than 1 for yarn scaling")
         dynamic = isinstance(self.scaling, DynamicScaling)
+        if isinstance(self.scaling, LongRopeScaling):
+            count = len(self.scaling.factors)
+            check(count == self.dim // 2, "rope.factors", count, f"as many as pairs of channels, {self.dim // 2}")
         check(not dynamic or self.dim > 2, "rope.dim", self.dim, "more than 2 for dynamic scaling")

@@ -62,7 +62,9 @@ def run(start: Start, channel: Channel) -> None:
         device = torch.device("cuda", start.rank)
         torch.cuda.set_device(device)
     group = TensorParallelGroup(Share(start.rank, start.size))
-    model = load_part(open_checkpoint(options.model, options.hf_overrides), options, device, group)
+    model = load_part(
+        open_checkpoint(str(options.model), options.hf_overrides, options.revision), options, device, group
+    )
     channel.send(Ready())
     group.connect(Path(start.folder), device)
     engine = Engine(model, options, device, workers=Workers(group))

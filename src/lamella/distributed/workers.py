@@ -92,6 +92,7 @@ class WorkerProcesses(Workers):
         values = {
             **asdict(options),
             "model": str(options.model),
+            "tokenizer": None,  # rank 0's
             "dtype": str(options.dtype).removeprefix("torch."),
             "device": device.type,
         }

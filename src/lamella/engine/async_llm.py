@@ -7,17 +7,20 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lamella.config import PlacementLike
 from lamella.engine.completion import Job
 from lamella.engine.engine import Engine
+from lamella.engine.llm import get_tokenizer, with_tokenization
 from lamella.engine.options import EngineOptions
 from lamella.engine.outputs import RequestOutput
 from lamella.engine.prompt import Prompt
 from lamella.engine.sampling_params import SamplingParams
+from lamella.engine.tokenizer import Tokenizer
+from lamella.engine.vllm_arguments import engine_options
 from lamella.errors import ClosedError, LamellaError
 
 logger = logging.getLogger("lamella")
@@ -78,14 +81,15 @@ class _OutputQueue:
 class AsyncLLM:
     """Many callers of event loops share one engine, which steps in a thread of its own while there is work.
 
-    Settings: see `EngineOptions`. Close it with `shutdown`, or use it as an async context manager.
+    Settings: see `EngineOptions`, and `engine.vllm_arguments` for vLLM's others. Close it with `shutdown`, or use it as
+    an async context manager.
 
     A step that fails ends the requests of that time with its error, and the engine goes on. What ends the engine's
     thread (a `SystemExit`, say) ends every call with `ClosedError`, and so every later one.
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
-        self.engine = Engine.load(EngineOptions(model=model, **options))
+        self.engine = Engine.load(EngineOptions(model=model, **engine_options(options)))
         self._ids = itertools.count()
         self._orders: deque[_Order] = deque()
         self._wake = threading.Condition()
@@ -96,14 +100,24 @@ class AsyncLLM:
         self._thread.start()
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        lora_request: None = None,
+        priority: int = 0,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """The whole output so far after each new token, until the request is finished.
+
+        `lora_request`, `priority` and `tokenization_kwargs` are as in `LLM.generate`.
 
         A reader that falls behind by more than 16 outputs gets the newest in place of some. Raises `ParameterError` for
         a bad request. Leaving the iteration early, cancelling its task or closing its event loop drops the request
         before the next step; `abort` ends it with what it has.
         """
+        prompt = with_tokenization(prompt, lora_request, priority, tokenization_kwargs)
         name = request_id if request_id is not None else f"request-{next(self._ids)}"
         params = sampling_params or SamplingParams()
         reader = _OutputQueue()
@@ -137,6 +151,10 @@ class AsyncLLM:
     def abort(self, request_id: str) -> None:
         """End a request; its iterator gives what there is, with finish reason "abort". Unknown ids are ignored."""
         self._order(lambda: self._end(request_id))
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer; raises `ConfigError` where there is none."""
+        return get_tokenizer(self.engine)
 
     def stats(self) -> dict[str, Any]:
         """See `Engine.stats`."""

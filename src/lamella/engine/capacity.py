@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,11 +51,44 @@ class Capacity:
         return cls(_pages(options, cost, max_model_len, budget - num_slots * cost.bytes_per_request), num_slots)
 
 
-def memory_budget(device: torch.device, reserved: int, group: Group) -> int:
-    """Bytes for state: a share of the free memory, `reserved` bytes of which are left to whatever else a step needs.
-    The same on all ranks of a group."""
+def memory_budget(device: torch.device, reserved: int, group: Group, utilization: float | None = None) -> int:
+    """Return the bytes for state, the same on all ranks of a group.
+
+    Args:
+        device: where the state is kept.
+        reserved: bytes that are left to whatever else a step needs.
+        group: the ranks.
+        utilization: fraction of the whole memory that may be in use when the state is there; None takes a share of the
+            free memory.
+
+    Raises:
+        ConfigError: more than `utilization` is in use already.
+    """
     ranks = group.share.size if device.type == "cpu" else 1  # which have one memory
-    return int(group.smallest(_free_memory(device) - reserved) * _MEMORY_SHARE[device.type] / ranks)
+    free = _free_memory(device) - reserved
+    if utilization is None:
+        return int(group.smallest(free) * _MEMORY_SHARE[device.type] / ranks)
+    total = _total_memory(device)
+    budget = int(group.smallest(min(free, int(total * utilization) - (total - free))) / ranks)
+    if budget <= 0:
+        raise ConfigError(
+            f"gpu_memory_utilization={utilization}: {(total - free) / total:.2f} of the memory of {device} is in use "
+            "already: raise it, or give num_blocks"
+        )
+    return budget
+
+
+def longest_answer(state: StateManager, options: EngineOptions, prompt: int, most: int) -> int:
+    """Return the most tokens of an answer, from 1 up to `most`, for which the pools have room behind a prompt."""
+
+    def is_too_long(answer: int) -> bool:
+        tokens = prompt + answer - 1
+        chunk = min(tokens, options.max_num_batched_tokens)
+        return any(
+            state.peak_pages(index, tokens, chunk) > pool.capacity for index, pool in enumerate(state.page_pools)
+        )
+
+    return max(1, bisect.bisect_left(range(1, most + 1), True, key=is_too_long))
 
 
 def say_what_cannot_hit(options: EngineOptions, cost: StateCost, plan: Capacity, max_model_len: int) -> None:
@@ -148,14 +182,26 @@ def _pages(options: EngineOptions, cost: StateCost, max_model_len: int, budget: 
     raise ConfigError(f"max_num_seqs={seqs}: the state of so many requests does not fit into {budget >> 20} MiB")
 
 
+def _total_memory(device: torch.device) -> int:
+    """Bytes that the device has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    total = _meminfo("MemTotal")
+    return 4 << 30 if total is None else total
+
+
 def available_memory(device: torch.device) -> int | None:
     """Bytes that new tensors on `device` can take; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    return _meminfo("MemAvailable")
+
+
+def _meminfo(field: str) -> int | None:
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
+        return int(fields[field].split()[0]) * 1024
     except (OSError, KeyError):
         return None
 

@@ -124,10 +124,11 @@ class Completion:
             self._total += logprobs.logprob
         count = len(request.output_token_ids)
         if count >= params.min_tokens:
-            if token_id in request.eos_token_ids and not params.ignore_eos:
-                return self.end("stop")
-            if token_id in (params.stop_token_ids or ()):
-                return self.end("stop", token_id)
+            is_end = token_id in request.eos_token_ids and not params.ignore_eos
+            if is_end or token_id in (params.stop_token_ids or ()):
+                if params.include_stop_str_in_output:
+                    self._text.append(token_id)
+                return self.end("stop", None if is_end else token_id)
         self._text.append(token_id)
         if self._text.stop_reason is not None:
             return self.end("stop", self._text.stop_reason)

@@ -15,9 +15,10 @@ import torch
 from lamella.checkpoint import open_checkpoint
 from lamella.config import Placement, PlacementLike, read_placement
 from lamella.distributed.workers import WorkerProcesses, Workers
-from lamella.engine.capacity import ShortPrompts, check_pools, memory_budget, say_what_cannot_hit
+from lamella.engine.capacity import ShortPrompts, check_pools, longest_answer, memory_budget, say_what_cannot_hit
 from lamella.engine.compiled import CompiledModel
 from lamella.engine.completion import Completion, Job, NotFiniteError
+from lamella.engine.constructed import prepare_module
 from lamella.engine.image_rows import ImageRows
 from lamella.engine.images import ImageReader, place_images
 from lamella.engine.jobs import Jobs
@@ -26,11 +27,12 @@ from lamella.engine.options import EngineOptions
 from lamella.engine.prompt import Prompt, read_prompt
 from lamella.engine.request import Request
 from lamella.engine.residence import Residence, Residences, Switch
+from lamella.engine.resolve_params import resolve_params, truncated
 from lamella.engine.runner import Flight, ModelRunner
 from lamella.engine.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduler
 from lamella.engine.stats import usage
-from lamella.engine.tokenizer import Tokenizer
+from lamella.engine.tokenizer import Tokenizer, load_tokenizer
 from lamella.engine.warm_up import warm_up
 from lamella.errors import ConfigError, ParameterError
 from lamella.layers.decoder import LanguageModel
@@ -74,7 +76,7 @@ class Engine:
             round_norms_twice(model, dtype)
         rows = ImageRows(model.config.hidden_size, dtype, device, self.workers.group, images)
         reserved = warm_up(model, options, self.max_model_len, device, rows)
-        budget = memory_budget(device, reserved, self.workers.group)
+        budget = memory_budget(device, reserved, self.workers.group, options.gpu_memory_utilization)
         self._residences = Residences(model, options, self.max_model_len, device, budget)
         self._residence = self._residences.find(model.placement)
         self._residences.move_in(self._residence)
@@ -131,15 +133,18 @@ class Engine:
     def load(cls, options: EngineOptions) -> Engine:
         """The engine of a checkpoint. Raises `ConfigError` or `CheckpointError` with one line."""
         device = options.resolve_device()
-        checkpoint = open_checkpoint(options.model, options.hf_overrides)
+        if isinstance(options.model, LanguageModel):
+            model, tokenizer, eos = prepare_module(options.model, options, device)
+            return cls(model, options, device, tokenizer, eos)
+        checkpoint = open_checkpoint(options.model, options.hf_overrides, options.revision)
         check_split(checkpoint, options)
         workers = WorkerProcesses(options, device) if options.tensor_parallel_size > 1 else Workers()
         with workers.guard():
-            tokenizer = Tokenizer.load(checkpoint.path)
+            tokenizer = load_tokenizer(options, checkpoint.path)
             images = load_images(checkpoint, options, device, tokenizer)
             model = load_part(checkpoint, options, device, workers.group)
             workers.connect(device)
-            eos = checkpoint.eos_token_ids(model.config)
+            eos = checkpoint.eos_token_ids(model.config, None if tokenizer is None else tokenizer.eos_token_id)
             return cls(model, options, device, tokenizer, eos, workers, images=images)
 
     def close(self) -> None:
@@ -152,10 +157,11 @@ class Engine:
             raise ParameterError(f"request_id={request_id!r}: a request of this id is running")
         if not isinstance(params, SamplingParams):
             raise ParameterError(f"sampling_params: must be a SamplingParams, not {type(params).__name__}")
-        params = replace(params)  # checked again, and with lists of its own: the caller may have changed the lists
-        given = read_prompt(prompt, self.tokenizer, self.model.config.vocab_size)
+        vocab_size = self.model.config.vocab_size
+        # Checked again, and with lists of its own: the caller may have changed the lists.
+        params = resolve_params(replace(params), self.tokenizer, vocab_size, self.options.max_logprobs)
+        given = truncated(read_prompt(prompt, self.tokenizer, vocab_size), params, self.tokenizer, self.max_model_len)
         token_ids, images = place_images(self._images, given.token_ids, given.images, self.options.max_images)
-        params.validate_for(self.model.config.vocab_size)
         if params.stop_strings and self.tokenizer is None:
             raise ParameterError(f"stop={params.stop!r}: without tokenizer.json there is no text to stop at")
         room = self.max_model_len - len(token_ids)
@@ -163,7 +169,9 @@ class Engine:
             raise ParameterError(
                 f"prompt of {len(token_ids)} tokens: max_model_len={self.max_model_len} leaves no room for an answer"
             )
-        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        max_tokens = min(params.max_tokens or room, room)
+        if params.max_tokens is None:  # no limit, so what the pools hold is one
+            max_tokens = longest_answer(self._next_residence.state, self.options, len(token_ids), max_tokens)
         self._resolve(params, len(token_ids) + max_tokens)
         # A prompt's log-probabilities are the same for all completions, so the first alone has them.
         others = params if params.n == 1 else replace(params, prompt_logprobs=None)
@@ -484,7 +492,7 @@ class Engine:
         """What a request's prefixes are keyed by; None where it takes no part in the cache."""
         if not self.options.enable_prefix_caching:
             return None
-        return root_key(str(self.options.model), placement, salt)
+        return root_key(self.options.name, placement, salt)
 
     def _next_seed(self) -> int:
         """A seed of its own for each request that has none, reproducible from the engine's."""

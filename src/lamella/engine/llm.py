@@ -16,14 +16,19 @@ from lamella.engine.completion import Job
 from lamella.engine.engine import Engine
 from lamella.engine.options import EngineOptions
 from lamella.engine.outputs import RequestOutput
-from lamella.engine.prompt import Prompt
+from lamella.engine.prompt import Prompt, is_token_ids
 from lamella.engine.sampling_params import SamplingParams
 from lamella.engine.sharing import SharedEngine
-from lamella.errors import ParameterError
+from lamella.engine.tokenizer import Tokenizer, read_tokenization
+from lamella.engine.vllm_arguments import engine_options
+from lamella.errors import ConfigError, ParameterError
+from lamella.layers.decoder import LanguageModel
 
 
 class LLM:
-    """A model ready to generate. Settings: see `EngineOptions`; an unknown one is a `TypeError`.
+    """A model ready to generate. Settings: see `EngineOptions`, and `engine.vllm_arguments` for vLLM's others.
+
+    An argument that neither knows is a `TypeError`.
 
     Safe to use from several threads: calls that run at the same time share batches. A lock is held for one step at a
     time and never while an iterator waits for its reader. A callback inside a step, such as a module's forward hook,
@@ -34,8 +39,12 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | LanguageModel,
         *,
+        tokenizer: str | Path | None = None,
+        revision: str | None = None,
+        tokenizer_revision: str | None = None,
+        skip_tokenizer_init: bool = False,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         max_model_len: int | None = None,
@@ -47,10 +56,12 @@ class LLM:
         enforce_eager: bool = False,
         enable_compile: bool = False,
         round_norms_twice: bool = False,
-        seed: int = 0,
+        seed: int | None = 0,
         load_format: str = "auto",
         block_size: int = 16,
         num_blocks: int | None = None,
+        gpu_memory_utilization: float | None = None,
+        max_logprobs: int | None = None,
         snapshot_bytes: int | None = None,
         snapshot_interval: int | None = None,
         snapshot_prompts: str = "never",
@@ -59,10 +70,18 @@ class LLM:
         placement: PlacementLike | None = None,
         mixed_placements: bool = False,
         deterministic: bool = False,
+        **vllm_arguments: Any,
     ) -> None:
+        others = engine_options(vllm_arguments)
+        if num_blocks is not None and others.setdefault("num_blocks", num_blocks) != num_blocks:
+            raise ConfigError(f"num_blocks={num_blocks}: contradicts num_gpu_blocks_override={others['num_blocks']}")
         self.engine = Engine.load(
             EngineOptions(
                 model=model,
+                tokenizer=tokenizer,
+                revision=revision,
+                tokenizer_revision=tokenizer_revision,
+                skip_tokenizer_init=skip_tokenizer_init,
                 dtype=dtype,
                 device=device,
                 max_model_len=max_model_len,
@@ -77,7 +96,9 @@ class LLM:
                 seed=seed,
                 load_format=load_format,
                 block_size=block_size,
-                num_blocks=num_blocks,
+                num_blocks=others.get("num_blocks"),
+                gpu_memory_utilization=gpu_memory_utilization,
+                max_logprobs=max_logprobs,
                 snapshot_bytes=snapshot_bytes,
                 snapshot_interval=snapshot_interval,
                 snapshot_prompts=snapshot_prompts,
@@ -96,14 +117,27 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        lora_request: None = None,
+        priority: int | Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Complete every prompt; the outputs come in the prompts' order.
+
+        Args:
+            prompts: one prompt or several, see `read_prompt`: texts, token ids, or mappings.
+            sampling_params: one for all, or one for each prompt.
+            use_tqdm: show a progress bar.
+            lora_request: only None; merge an adapter into the model.
+            priority: only None or 0; requests start in the order in which they come.
+            tokenization_kwargs: `{"add_special_tokens": False}` takes texts as they are, without a BOS.
 
         A prompt is a string or `{"prompt_token_ids": [...]}`; with images, `{"prompt": "<|image|> ...",
         "multi_modal_data": {"image": image}}`, see `read_prompt`. Parameters are one for all, or one for each prompt.
         Every request is checked before any is run; a bad one is a `ParameterError` that says which.
         """
-        prompts = [prompts] if isinstance(prompts, str | dict) else _listed("prompts", prompts)
+        single = isinstance(prompts, str | Mapping) or is_token_ids(prompts)
+        given: list[Any] = [prompts] if single else _listed("prompts", prompts)
+        prompts = [with_tokenization(prompt, lora_request, priority, tokenization_kwargs) for prompt in given]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = [sampling_params or SamplingParams()] * len(prompts)
         else:
@@ -134,6 +168,10 @@ class LLM:
         """
         job = self._make_job(prompt, sampling_params or SamplingParams())
         return (output for _, output in self._run([job]) if output is not None)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer; raises `ConfigError` where there is none."""
+        return get_tokenizer(self.engine)
 
     def stats(self) -> dict[str, Any]:
         """See `Engine.stats`."""
@@ -200,6 +238,45 @@ class LLM:
             hits += f", snapshots {stats['prefix_snapshot_bytes'] >> 20} MiB" if stats["prefix_snapshots"] else ""
             hits += f", {stats['prefix_evictions']} evicted" if stats["prefix_evictions"] else ""
         return f"{tokens / seconds:.1f} tok/s, {stats['running']} running{waiting}, {pages}{hits}"
+
+
+def get_tokenizer(engine: Engine) -> Tokenizer:
+    """Return an engine's tokenizer.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if engine.tokenizer is None:
+        raise ConfigError(
+            "tokenizer: the model has none: LLM(tokenizer=FOLDER) takes another's"
+            if not engine.options.skip_tokenizer_init
+            else "skip_tokenizer_init=True: no tokenizer was loaded"
+        )
+    return engine.tokenizer
+
+
+def with_tokenization(
+    prompt: Prompt,
+    lora_request: object,
+    priority: int | Sequence[int] | None,
+    tokenization_kwargs: Mapping[str, Any] | None,
+) -> Prompt:
+    """Return a prompt that says what vLLM's arguments of a request say of it.
+
+    Raises:
+        ParameterError: an argument asks for what this engine has not.
+    """
+    if lora_request not in (None, []):
+        raise ParameterError("lora_request: not supported: merge the adapter into the model, or use vLLM's plugin")
+    values = [priority] if priority is None or isinstance(priority, int) else list(priority)
+    if any(value not in (None, 0) for value in values):
+        raise ParameterError(f"priority={priority!r}: not supported: requests start in the order in which they come")
+    special = read_tokenization(tokenization_kwargs)
+    if special is None or is_token_ids(prompt):
+        return prompt
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "add_special_tokens": special}
+    return {"add_special_tokens": special, **prompt} if isinstance(prompt, Mapping) else prompt
 
 
 def _listed(name: str, given: Any) -> list[Any]:

@@ -46,7 +46,7 @@ def load_part(checkpoint: Checkpoint, options: EngineOptions, device: torch.devi
         device,
         options.load_format,
         max_length,
-        options.seed,
+        options.seed_number,
         group,
         options.enable_expert_parallel,
     )
@@ -66,7 +66,7 @@ def load_images(
         return None
     dtype = resolve_dtype(checkpoint, options.dtype)
     token_id = tokenizer.token_id if tokenizer is not None else lambda text: None
-    return loader.load(checkpoint, dtype, device, token_id, options.load_format, options.seed)
+    return loader.load(checkpoint, dtype, device, token_id, options.load_format, options.seed_number)
 
 
 def round_norms_twice(model: LanguageModel, dtype: torch.dtype) -> None:

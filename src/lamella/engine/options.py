@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from lamella.config import AttentionConfig, DynamicScaling, LinearScaling, ModelConfig, PlacementLike, YarnScaling
 from lamella.config.placement import every_mixer
 from lamella.errors import ConfigError
+from lamella.layers.decoder import LanguageModel
 from lamella.validation import INT64, checked_int, shown, whole
 
 # Bounds of whole numbers. The upper ones are far beyond what any machine can run: they keep a slip of the keyboard from
@@ -24,9 +26,10 @@ _LIMITS = {
     "block_size": (1, 1 << 16),
     "num_blocks": (1, 1 << 40),
     "snapshot_interval": (1, 1 << 40),
+    "max_logprobs": (-1, 1 << 40),
     "seed": INT64,
 }
-_OPTIONAL = frozenset({"max_model_len", "num_blocks", "snapshot_interval"})
+_OPTIONAL = frozenset({"max_model_len", "num_blocks", "snapshot_interval", "max_logprobs"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,11 @@ class EngineOptions:
     """Names, meanings and defaults as in vLLM, whose users need no manual.
 
     Attributes:
-        model: a folder, `demo`, or a Hub id.
+        model: a folder, `demo`, a Hub id, or a constructed model of lamella.models.
+        tokenizer: a folder or Hub id whose tokenizer is used in place of the model's.
+        revision: branch, tag or commit of a Hub id.
+        tokenizer_revision: of the tokenizer's Hub id; None is `revision` where both are one repository.
+        skip_tokenizer_init: load no tokenizer: prompts are token ids, and outputs have no text.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1".
         max_model_len: longest prompt and output together, in tokens; None is what the model supports.
@@ -57,10 +64,13 @@ class EngineOptions:
         round_norms_twice: of a 16-bit model, let the RMS norms in front of blocks, of queries and keys and at the end
             round before their weight too, as `transformers` does: to compare with it, since once is more exact, and
             faster on a GPU, where these norms then are kernels of their own.
-        seed: of the draws of requests without a seed, and of dummy weights.
+        seed: of the draws of requests without a seed, and of dummy weights; None draws one at each start.
         load_format: "auto", or "dummy" for random weights.
         block_size: tokens in a page.
         num_blocks: pages in each pool; None takes a share of the free memory.
+        gpu_memory_utilization: fraction of the device's whole memory that the engine may fill, weights included (on a
+            CPU, of the host's memory); None takes a share of what is free.
+        max_logprobs: most log-probabilities that a request may ask for; None is 1000, -1 no limit.
         snapshot_bytes: memory for copies of slot state that the prefix cache keeps, where a model has such state; None
             takes a tenth of the share, at most four copies for each request that can run.
         snapshot_interval: a prompt's slot state is copied at every so many pages; None copies it only where its prefill
@@ -71,7 +81,11 @@ class EngineOptions:
             requests, whose steps the prompt's rest can join.
     """
 
-    model: str | Path
+    model: str | Path | LanguageModel
+    tokenizer: str | Path | None = None
+    revision: str | None = None
+    tokenizer_revision: str | None = None
+    skip_tokenizer_init: bool = False
     dtype: str | torch.dtype = "auto"
     device: str | torch.device = "auto"
     max_model_len: int | None = None
@@ -83,10 +97,12 @@ class EngineOptions:
     enforce_eager: bool = False
     enable_compile: bool = False
     round_norms_twice: bool = False
-    seed: int = 0
+    seed: int | None = 0  # a number once the options are made
     load_format: str = "auto"
     block_size: int = 16
     num_blocks: int | None = None
+    gpu_memory_utilization: float | None = None
+    max_logprobs: int | None = None
     snapshot_bytes: int | None = None
     snapshot_interval: int | None = None
     snapshot_prompts: str = "never"
@@ -97,6 +113,12 @@ class EngineOptions:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
+        for option in fields(self):  # None is vLLM's word for the default
+            plain = isinstance(option.default, bool | int | str) and option.name != "seed"
+            if plain and getattr(self, option.name) is None:
+                object.__setattr__(self, option.name, option.default)
+        if self.seed is None:
+            object.__setattr__(self, "seed", secrets.randbelow(2**31))
         for field, (low, high) in _LIMITS.items():
             value = getattr(self, field)
             if value is not None or field not in _OPTIONAL:
@@ -117,6 +139,7 @@ class EngineOptions:
                 f'limit_mm_per_prompt={shown(self.limit_mm_per_prompt)}: must be {{"image": N}}, N a whole number of '
                 "images"
             )
+        self._check_sources()
         for field in (
             "enable_prefix_caching",
             "enable_expert_parallel",
@@ -142,6 +165,35 @@ class EngineOptions:
         for field, (only, why) in unsupported.items():
             if getattr(self, field) != only:
                 raise ConfigError(f"{field}={getattr(self, field)!r}: must be {only}: {why}")
+
+    def _check_sources(self) -> None:
+        """Check where files come from, and what may be asked of memory and requests."""
+        if not isinstance(self.model, str | Path | LanguageModel):
+            raise ConfigError(
+                f"model={type(self.model).__name__}: must be a folder, `demo`, a Hub id or a model of lamella.models"
+            )
+        for field in ("tokenizer", "revision", "tokenizer_revision"):
+            value = getattr(self, field)
+            if not (value is None or (isinstance(value, str) and value) or (field == "tokenizer" and value)):
+                raise ConfigError(f"{field}={value!r}: must be a name, or None")
+        if not isinstance(self.skip_tokenizer_init, bool):
+            raise ConfigError(f"skip_tokenizer_init={self.skip_tokenizer_init!r}: must be True or False")
+        share = self.gpu_memory_utilization
+        if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1):
+            raise ConfigError(f"gpu_memory_utilization={share!r}: must be a fraction, more than 0 and at most 1")
+        if isinstance(self.model, LanguageModel) and (self.tensor_parallel_size > 1 or self.load_format != "auto"):
+            raise ConfigError("model: a constructed model is used as it is: tensor_parallel_size=1, load_format='auto'")
+
+    @property
+    def seed_number(self) -> int:
+        """The seed that is in use."""
+        assert self.seed is not None
+        return self.seed
+
+    @property
+    def name(self) -> str:
+        """The model's name in logs and keys."""
+        return type(self.model).__name__ if isinstance(self.model, LanguageModel) else str(self.model)
 
     @property
     def max_images(self) -> int | None:

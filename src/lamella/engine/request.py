@@ -11,7 +11,7 @@ import numpy as np
 
 from lamella.config import Placement
 from lamella.engine.images import PlacedImage
-from lamella.engine.sampling_params import SamplingParams, has_penalty
+from lamella.engine.sampling_params import SamplingParams, is_restricted, looks_back
 from lamella.state.prefix import page_key
 
 _SEED_MASK = (1 << 64) - 1
@@ -67,8 +67,9 @@ class Request:
     def __post_init__(self) -> None:
         params = self.params
         self.sampling = sampling_values(params, self.seed)  # made now, so that a step cannot fail to make it
-        self.looks_back = has_penalty(params)
-        self.plain = not (self.looks_back or params.logit_bias or params.min_tokens or params.logprobs is not None)
+        self.looks_back = looks_back(params)
+        edited = self.looks_back or is_restricted(params) or params.logit_bias or params.min_tokens
+        self.plain = not (edited or params.logprobs is not None)
 
     def place(self, placement: Placement, prefix_root: bytes | None) -> None:
         """Compute it with this placement, from the first token; it holds no state."""

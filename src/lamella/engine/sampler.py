@@ -7,7 +7,7 @@ logits whatever batch it is in and however often it was interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lamella.engine.outputs import Logprob
-from lamella.engine.sampling_params import SamplingParams, has_penalty
+from lamella.engine.sampling_params import SamplingParams, has_penalty, is_restricted
 from lamella.ops.sampling import NO_TOKEN
 
 _BLOCK = 1 << 24  # logits worked on at a time: bounds the float64 scratch to some hundred MiB
@@ -203,7 +203,9 @@ def _mix(z: int) -> int:
 
 def is_edited(row: SamplingRow) -> bool:
     """Whether anything changes the row's logits before the choice."""
-    return bool(row.params.logit_bias) or row.step < row.params.min_tokens or has_penalty(row.params)
+    params = row.params
+    changed = bool(params.logit_bias) or row.step < params.min_tokens
+    return changed or has_penalty(params) or is_restricted(params)
 
 
 def _sample(logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, Tensor]:
@@ -219,7 +221,7 @@ def _sample(logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, Tensor
 
 
 def edit(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """(R, V) logits in float32 with logit biases, `min_tokens` masks and penalties, as a copy where there are any."""
+    """(R, V) logits in float32 with biases, penalties and forbidden tokens, as a copy where there are any."""
     if not any(is_edited(row) for row in rows):
         return logits.float()
     x = logits.to(torch.float32, copy=True)
@@ -235,6 +237,7 @@ def edit(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         for t in {*row.eos_token_ids, *(row.params.stop_token_ids or ())}
         if t < vocab
     ]
+    banned += [(i, t) for i, row in enumerate(rows) for t in _bad_tokens(row) if t < vocab]
     if banned:
         at, token = torch.tensor(banned, device=device).unbind(1)
         x[at, token] -= torch.inf  # NaN and +Inf do not become legal by a mask
@@ -256,7 +259,21 @@ def edit(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         seen.view(-1)[prompts] = True
         y = torch.where(seen, torch.where(y > 0, y / repetition, y * repetition), y)
         x[penalized] = y - frequency * count - presence * used
+    for i, row in enumerate(rows):
+        if (allowed := row.params.allowed_token_ids) is not None:
+            forbidden = torch.ones(vocab, dtype=torch.bool)
+            forbidden[list(allowed)] = False
+            x[i, forbidden.to(device)] -= torch.inf  # NaN and +Inf do not become legal by a mask
     return x
+
+
+def _bad_tokens(row: SamplingRow) -> Iterator[int]:
+    """The last token of each forbidden sequence whose other tokens are the latest of the output."""
+    for ids in row.params.bad_words_token_ids or ():
+        *before, last = ids
+        start = len(row.output_token_ids) - len(before)
+        if start >= 0 and [int(t) for t in row.output_token_ids[start:]] == before:
+            yield last
 
 
 def _flat_ids(lists: Sequence[Sequence[int]], vocab: int) -> Tensor:

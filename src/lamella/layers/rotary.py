@@ -11,7 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lamella.config import DynamicScaling, Llama3Scaling, RopeConfig, TemperatureConfig, YarnScaling
+from lamella.config import (
+    DynamicScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeConfig,
+    TemperatureConfig,
+    YarnScaling,
+)
 from lamella.ops.rotary import angles, temperature
 
 
@@ -27,11 +34,17 @@ def inverse_frequencies(config: RopeConfig) -> Tensor:
         return _llama3(base, scaling)
     if isinstance(scaling, YarnScaling):
         return _yarn(base, config, scaling)
+    if isinstance(scaling, LongRopeScaling):
+        return 1.0 / (torch.tensor(scaling.factors) * config.theta ** _exponents(config.dim))
     return base / scaling.factor
 
 
+def _exponents(dim: int) -> Tensor:
+    return torch.arange(0, dim, 2, dtype=torch.float32) / dim
+
+
 def _frequencies(dim: int, theta: float) -> Tensor:
-    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    return 1.0 / theta ** _exponents(dim)
 
 
 def _dynamic_theta(config: RopeConfig, scaling: DynamicScaling) -> float:
@@ -58,7 +71,8 @@ def _yarn(base: Tensor, config: RopeConfig, scaling: YarnScaling) -> Tensor:
     if low == high:
         high += 0.001
     ramp = ((torch.arange(config.dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    return base / scaling.factor * ramp + base * (1 - ramp)
+    kept = (1 - ramp) * scaling.extrapolation_factor
+    return base / scaling.factor * (1 - kept) + base * kept
 
 
 class Rotary:
@@ -67,7 +81,8 @@ class Rotary:
     def __init__(self, config: RopeConfig, device: torch.device, period: int | None = None) -> None:
         self.period = period
         self.key = repr((config, period))  # of two with equal keys the angles are the same
-        self.magnitude = config.scaling.attention_factor if isinstance(config.scaling, YarnScaling) else 1.0
+        scaling = config.scaling
+        self.magnitude = scaling.attention_factor if isinstance(scaling, YarnScaling | LongRopeScaling) else 1.0
         self.frequencies = inverse_frequencies(config).to(device)
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,8 @@ from lamella.ops.ragged import RaggedBatch
 from lamella.ops.short_conv import short_conv
 from lamella.state.spec import SlotState
 
+_LEAST_TAPS = 2
+
 
 class ConvHistory(nn.Module):
     """The last W-1 inputs of several convolutions, side by side in one slot tensor.
@@ -27,7 +29,8 @@ class ConvHistory(nn.Module):
 
     def __init__(self, kernel: int) -> None:
         super().__init__()
-        self.kernel, self._taken = kernel, 0
+        # The operations keep at least one input; a convolution of width 1 has a first tap of zeros, see `ShortConv`.
+        self.kernel, self._taken = max(kernel, _LEAST_TAPS), 0
         self._parts: dict[str, Computation] = {}
 
     def take(self, channels: int, parts: Mapping[str, Computation]) -> slice:
@@ -58,7 +61,7 @@ class ShortConv(nn.Module):
         computations: Mapping[str, Computation] | None = None,
     ) -> None:
         super().__init__()
-        assert config.kernel == history.kernel
+        assert max(config.kernel, _LEAST_TAPS) == history.kernel
         if not isinstance(channels, Split):
             self.parts = dict(channels)
             channels = Split.join(channels.values())
@@ -83,8 +86,11 @@ class ShortConv(nn.Module):
         """What a convolution is given beside its input: weight (C, W), bias, batch, history, slots, activation,
         residual. The input is needed where the holder is not `inline`."""
         history, slots = self.history.holder.window(self.channels, x)
+        weight = self.weight.squeeze(1)
+        if self.config.kernel < _LEAST_TAPS:
+            weight = torch.cat((torch.zeros_like(weight).T, weight.T)).T  # in the layout of the other taps
         return (
-            self.weight.squeeze(1),
+            weight,
             self.bias,
             require_batch().ragged,
             history,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lamella.models.llama4 import Llama4ForConditionalGeneration as Llama4ForConditionalGeneration
     from lamella.models.llama_canon import LlamaCanonForCausalLM as LlamaCanonForCausalLM
     from lamella.models.qwen3 import Qwen3ForCausalLM as Qwen3ForCausalLM
+    from lamella.models.registry import MODEL_REGISTRY as MODEL_REGISTRY
     from lamella.models.registry import architectures as architectures
     from lamella.models.registry import register_architecture as register_architecture
     from lamella.models.registry import resolve_architecture as resolve_architecture
@@ -27,6 +28,7 @@ __getattr__, __all__ = lazy_attributes(
         "Llama4ForConditionalGeneration": "lamella.models.llama4",
         "LlamaCanonForCausalLM": "lamella.models.llama_canon",
         "LlamaForCausalLM": "lamella.models.llama",
+        "MODEL_REGISTRY": "lamella.models.registry",
         "Qwen3ForCausalLM": "lamella.models.qwen3",
         "architectures": "lamella.models.registry",
         "register_architecture": "lamella.models.registry",

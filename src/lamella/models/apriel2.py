@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 from lamella.config import (
@@ -36,13 +37,16 @@ from lamella.config import (
     StochasticConfig,
     YarnScaling,
 )
-from lamella.config.feed_forward import ACTIVATIONS
 from lamella.errors import ConfigError
 from lamella.models.base import CausalLM
 from lamella.models.hf_config import HFConfig, read_model
 
 logger = logging.getLogger("lamella")
 
+_OF_LAYER = re.compile(r"model\.decoder\.blocks\.(\d+)\.")
+_OF_MIXER = re.compile(r"model\.decoder\.blocks\.(\d+)\.mixer\.mixers\.[^.]+\.")
+# Those that Fast-LLM trains.
+_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "sigmoid", "identity")
 _NO_LENGTH = 2048  # what the config class writes where nobody said anything
 
 
@@ -61,11 +65,18 @@ class Apriel2ForCausalLM(CausalLM):
         "qkvb_proj": ["q_proj", "k_proj", "v_proj", "beta_proj"],
         "low_proj": ["f_a_proj", "g_a_proj"],
     }
-    unstated_eos = (2,)
 
     @classmethod
     def own_name(cls, name: str) -> str | None:
         return None if name.startswith("model.vision_encoder.") else name
+
+    @classmethod
+    def leftovers(cls, names: Collection[str], expected: Collection[str]) -> set[str]:
+        """Return the tensors of mixers that thinning tools have removed from a layer's config and left in the files."""
+        kept = {match[0] for name in expected if (match := _OF_MIXER.match(name))}
+        layers = {match[1] for name in expected if (match := _OF_LAYER.match(name))}
+        found = ((name, match) for name in names if (match := _OF_MIXER.match(name)))
+        return {name for name, match in found if match[1] in layers and match[0] not in kept}
 
     @classmethod
     def read_config(cls, config: HFConfig) -> ModelConfig:
@@ -327,7 +338,7 @@ class _BlockReader:
         config = MLPConfig(
             intermediate_size=mlp.int("intermediate_size"),
             gated=self._demand(f"{at}.gate_proj.weight", gated),
-            activation=mlp.choice("activation", ACTIVATIONS, "silu"),
+            activation=mlp.choice("activation", _ACTIVATIONS, "silu"),
             gate_up_bias=self._bias(f"{at}.up_proj", first),
             down_bias=self._bias(f"{at}.down_proj", second),
         )

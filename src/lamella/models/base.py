@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -17,6 +17,7 @@ from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import Kit, LocalKit
 from lamella.layers.linear import splits_of
 from lamella.models.hf_config import HFConfig
+from lamella.models.weight_loaders import attach_weight_loaders, shard_ids
 
 if TYPE_CHECKING:
     from lamella.checkpoint.files import Checkpoint
@@ -65,12 +66,14 @@ class ImageModel(Protocol):
 class CausalLM(LanguageModel):
     """Base of the architectures: a subclass reads its config file and names its checkpoint's tensors.
 
-    `checkpoint_names` rewrites our parameter paths into the checkpoint's: each key is one or more path components of
-    ours, each value what stands there in the file. `packed_modules_mapping` tells, in the form that LoRA and
-    quantisation tools know, which of the file's projections are one module here. `has_slot_state` is false where no
-    layer of any model of the architecture keeps more than keys and values. `outer_prefix` stands before the names of a
-    language model that is a part of a larger one. `unstated_eos` is what the published config
-    class writes for eos_token_id where nobody said anything.
+    Attributes:
+        checkpoint_names: rewrites our parameter paths into the checkpoint's: each key is one or more path components of
+            ours, each value what stands there in the file.
+        packed_modules_mapping: which of the file's projections are one module here, in the form that LoRA and
+            quantization tools know.
+        packed_module_mapping: the same by the names in files, with the shard that a parameter's `weight_loader` takes.
+        outer_prefix: stands before the names of a language model that is a part of a larger one.
+        has_slot_state: False where no layer of any model of the architecture keeps more than keys and values.
     """
 
     checkpoint_names: ClassVar[Mapping[str, str]] = {
@@ -84,20 +87,45 @@ class CausalLM(LanguageModel):
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
 
+    packed_module_mapping: ClassVar[Mapping[str, tuple[str, str | int]]] = shard_ids(packed_modules_mapping)
+
     outer_prefix: ClassVar[str] = ""
     has_slot_state: ClassVar[bool] = True
-    unstated_eos: ClassVar[tuple[int, ...]] = ()
 
     def __init__(self, config: ModelConfig, kit: Kit | None = None) -> None:
         """A model with random weights (linears and embeddings N(0, 0.02), convolutions as torch's, norms one)."""
         super().__init__(config, kit or LocalKit(torch.get_default_dtype()))
+        attach_weight_loaders(self)
         initialize(self)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.packed_module_mapping = shard_ids(cls.packed_modules_mapping)
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """Return a parameter by its path here, or by that of a checkpoint's names, as loading loops ask for it."""
+        from lamella.checkpoint.names import rename
+
+        own = target
+        if target not in (paths := [path for path, _ in self.named_parameters(remove_duplicate=False)]):
+            own = next((path for path in paths if rename(path, self.checkpoint_names) == target), target)
+        return super().get_parameter(own)
 
     @classmethod
     def own_name(cls, name: str) -> str | None:
         """What a file's tensor `name` is called among the language model's own; None where it belongs to another part
         of a larger model, which is not read."""
         return name
+
+    @classmethod
+    def leftovers(cls, names: Collection[str], expected: Collection[str]) -> set[str]:
+        """Return which of a file's surplus tensors the architecture's tools leave behind, so that they are not read.
+
+        Args:
+            names: tensors of the file that the model has no place for.
+            expected: tensors that the model needs.
+        """
+        return set()
 
     @classmethod
     def read_config(cls, config: HFConfig) -> ModelConfig:
@@ -122,6 +150,7 @@ class CausalLM(LanguageModel):
         """A model whose parameters are not initialised, for a loader to fill."""
         model = cls.__new__(cls)
         LanguageModel.__init__(model, config, kit)
+        attach_weight_loaders(model)
         return model
 
     @classmethod

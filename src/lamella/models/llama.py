@@ -10,7 +10,16 @@ from typing import Any
 
 from lamella.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
 from lamella.models.base import CausalLM
-from lamella.models.hf_config import HFConfig, read_head_dim, read_model, read_rope, read_windows
+from lamella.models.config_keys import way_out
+from lamella.models.hf_config import (
+    HFConfig,
+    read_activation,
+    read_head_dim,
+    read_model,
+    read_output_bias,
+    read_rope,
+    read_windows,
+)
 
 # Llama 3.2's, whose 1B shape the constructor's defaults describe.
 LLAMA_3_2_ROPE = {
@@ -72,11 +81,12 @@ class LlamaForCausalLM(CausalLM):
     def read_config(cls, config: HFConfig) -> ModelConfig:
         heads, head_dim = config.int("num_attention_heads"), read_head_dim(config)
         num_layers, max_positions = config.int("num_hidden_layers"), config.int("max_position_embeddings", 2048)
-        config.choice("hidden_act", ("silu", "swish"), "silu")
+        activation = read_activation(config)
         config.choice("is_causal", (True,), True)
         config.choice("logit_scale", (1, 1.0), 1)
         attention_bias = config.bool("attention_bias", False) or config.bool("bias", False)
         mlp_bias = config.bool("mlp_bias", False)
+        output_bias = read_output_bias(config, attention_bias)
         norm = NormConfig(eps=config.float("rms_norm_eps", 1e-6))
         rope = read_rope(config, head_dim, max_positions)
 
@@ -88,18 +98,30 @@ class LlamaForCausalLM(CausalLM):
                     head_dim=head_dim,
                     scale=head_dim**-0.5,
                     qkv_bias=config.bool("qkv_bias", attention_bias),
-                    output_bias=attention_bias,
+                    output_bias=output_bias,
                     rope=rope,
                     window=window,
                 ),
                 feed_forward=MLPConfig(
-                    intermediate_size=config.int("intermediate_size"), gate_up_bias=mlp_bias, down_bias=mlp_bias
+                    intermediate_size=config.int("intermediate_size"),
+                    activation=activation,
+                    gate_up_bias=mlp_bias,
+                    down_bias=mlp_bias,
                 ),
                 norm=norm,
             )
 
         window = config.int("sliding_window", None)
         if window is not None and config.get("layer_types", None) is None:
-            raise config.error("sliding_window", window, "absent, or with layer_types that say which layers slide")
+            # Files of Qwen models saved as Llama keep a window that is switched off; a long one hides nothing.
+            if config.get("use_sliding_window", None) is not False and window < max_positions:
+                raise config.error(
+                    "sliding_window",
+                    window,
+                    "absent, or with layer_types that say which layers slide; to compute without it: "
+                    + way_out([config.path_of("sliding_window")]),
+                )
+            config.ignore("sliding_window", "use_sliding_window")
+            window = None
         layers = [layer(window) for window in read_windows(config, num_layers, window, first=num_layers)]
         return read_model(config, "LlamaForCausalLM", layers, norm.eps, max_positions)

@@ -7,11 +7,20 @@ feed-forward, D on [gate|up]. The optional query/key norm spans all heads, the r
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from lamella.config import AttentionConfig, CanonConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig, RopeConfig
 from lamella.models.base import CausalLM
-from lamella.models.hf_config import HFConfig, read_head_dim, read_model, read_rope
+from lamella.models.hf_config import (
+    HFConfig,
+    read_activation,
+    read_head_dim,
+    read_model,
+    read_output_bias,
+    read_rope,
+    read_windows,
+)
 
 
 class LlamaCanonForCausalLM(CausalLM):
@@ -33,28 +42,34 @@ class LlamaCanonForCausalLM(CausalLM):
             read_head_dim(config),
         )
         max_positions = config.int("max_position_embeddings", 2048)
-        config.choice("hidden_act", ("silu", "swish"), "silu")
+        activation = read_activation(config)
         attention_bias, mlp_bias = config.bool("attention_bias", False), config.bool("mlp_bias", False)
         norm = NormConfig(eps=config.float("rms_norm_eps", 1e-6))
         canons = cls._read_canons(config)
+        num_layers, window = config.int("num_hidden_layers"), config.int("sliding_window", None)
+        windows = read_windows(config, num_layers, window, first=num_layers)
+        if window is not None and not any(windows):
+            raise config.error("sliding_window", window, "absent, or with layer_types that say which layers slide")
+        attention = AttentionConfig(
+            num_heads=heads,
+            num_kv_heads=config.int("num_key_value_heads", heads),
+            head_dim=head_dim,
+            scale=head_dim**-0.5,
+            qkv_bias=attention_bias,
+            output_bias=read_output_bias(config, attention_bias),
+            qk_norm=norm if config.bool("qk_norm", False) else None,
+            qk_norm_scope="full",
+            rope=cls._read_rope(config, head_dim, max_positions),
+            canon=canons["B"],
+        )
         layer = LayerConfig(
-            mixer=AttentionConfig(
-                num_heads=heads,
-                num_kv_heads=config.int("num_key_value_heads", heads),
-                head_dim=head_dim,
-                scale=head_dim**-0.5,
-                qkv_bias=attention_bias,
-                output_bias=attention_bias,
-                qk_norm=norm if config.bool("qk_norm", False) else None,
-                qk_norm_scope="full",
-                rope=cls._read_rope(config, head_dim, max_positions),
-                canon=canons["B"],
-            ),
+            mixer=attention,
             feed_forward=MLPConfig(
                 # The published config class has two defaults: one for a missing key, one for null.
                 intermediate_size=config.int(
                     "intermediate_size", hidden_size * 8 // 3 if "intermediate_size" in config.values else 11008
                 ),
+                activation=activation,
                 gate_up_bias=mlp_bias,
                 down_bias=mlp_bias,
                 canon=canons["D"],
@@ -63,16 +78,19 @@ class LlamaCanonForCausalLM(CausalLM):
             mixer_canon=canons["A"],
             feed_forward_canon=canons["C"],
         )
-        layers = (layer,) * config.int("num_hidden_layers")
+        layers = [replace(layer, mixer=replace(attention, window=window)) for window in windows]
         return read_model(config, "LlamaCanonForCausalLM", layers, norm.eps, max_positions)
 
     @staticmethod
     def _read_canons(config: HFConfig) -> dict[str, CanonConfig | None]:
         letters = config.get("canon_set", "")
-        if not isinstance(letters, str) or set(letters) - set("ABCD"):
+        if not isinstance(letters, str):
             raise config.error("canon_set", letters, "a text of the letters A, B, C and D")
+        if others := sorted(set(letters) - set("ABCD")):
+            # As in the published class, which asks for these four letters only.
+            config.say(f"canon_set={letters!r}: ignored letters: {', '.join(others)}")
         canon = CanonConfig(
-            kernel=config.int("canon_kernel", 4, minimum=2),
+            kernel=config.int("canon_kernel", 4),
             bias=config.bool("canon_bias", False),
             activation=config.bool("canon_activation", False),
             residual=config.bool("canon_residual", True),

@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from lamella.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
 from lamella.models.base import CausalLM
-from lamella.models.hf_config import HFConfig, read_model, read_rope, read_windows
+from lamella.models.hf_config import (
+    HFConfig,
+    read_activation,
+    read_model,
+    read_output_bias,
+    read_rope,
+    read_windows,
+)
 
 
 class Qwen3ForCausalLM(CausalLM):
@@ -73,8 +80,9 @@ class Qwen3ForCausalLM(CausalLM):
         heads, num_layers = config.int("num_attention_heads"), config.int("num_hidden_layers")
         # Not derived from hidden_size: several released sizes have heads * head_dim != hidden_size.
         head_dim = config.int("head_dim", 128)
-        config.choice("hidden_act", ("silu", "swish"), "silu")
+        activation = read_activation(config)
         bias = config.bool("attention_bias", False)
+        output_bias = read_output_bias(config, bias)
         norm = NormConfig(eps=config.float("rms_norm_eps", 1e-6))
         max_positions = config.int("max_position_embeddings", 32768)
         rope = read_rope(config, head_dim, max_positions)
@@ -87,12 +95,12 @@ class Qwen3ForCausalLM(CausalLM):
                     head_dim=head_dim,
                     scale=head_dim**-0.5,
                     qkv_bias=bias,
-                    output_bias=bias,
+                    output_bias=output_bias,
                     qk_norm=norm,
                     rope=rope,
                     window=window,
                 ),
-                feed_forward=MLPConfig(intermediate_size=config.int("intermediate_size")),
+                feed_forward=MLPConfig(intermediate_size=config.int("intermediate_size"), activation=activation),
                 norm=norm,
             )
 

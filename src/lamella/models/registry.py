@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ _targets: dict[str, str | type[CausalLM]] = {
 }
 _aliases = {
     "llama": "LlamaForCausalLM",
+    "LLaMAForCausalLM": "LlamaForCausalLM",  # in files of the first converters
     "qwen3": "Qwen3ForCausalLM",
     "LlamaCanon": "LlamaCanonForCausalLM",
     "apriel2_text": "Apriel2ForCausalLM",
@@ -31,6 +33,28 @@ _aliases = {
     "llama4_text": "Llama4ForCausalLM",
     "llama4": "Llama4ForConditionalGeneration",
 }
+
+
+class _Registry(Mapping[str, "type[CausalLM]"]):
+    """The architectures by name, each imported when it is looked up. Setting a name registers it."""
+
+    def __getitem__(self, name: str) -> type[CausalLM]:
+        try:
+            return resolve_architecture(name)
+        except ConfigError as error:
+            raise KeyError(str(error)) from error
+
+    def __setitem__(self, name: str, target: str | type[CausalLM]) -> None:
+        register_architecture(name, target)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(architectures())
+
+    def __len__(self) -> int:
+        return len(architectures())
+
+
+MODEL_REGISTRY = _Registry()
 
 
 def register_architecture(name: str, target: str | type[CausalLM], aliases: tuple[str, ...] = ()) -> None:
@@ -71,7 +95,10 @@ def resolve_architecture(name: str) -> type[CausalLM]:
     if target is None:
         target = next((point.value for point in entry_points(group=ENTRY_POINT_GROUP) if point.name == name), None)
     if target is None:
-        raise ConfigError(f"architecture {name!r} is not known; there are: {', '.join(architectures())}")
+        raise ConfigError(
+            f"architecture {name!r} is not known; there are: {', '.join(architectures())}; to add one: "
+            "docs/adding_a_model.md, or run the model in vLLM"
+        )
     if isinstance(target, str):
         module, _, attribute = target.partition(":")
         target = getattr(import_module(module), attribute)

@@ -24,6 +24,7 @@ from lamella.config import (
     KimiDeltaConfig,
     LayerConfig,
     Llama3Scaling,
+    LongRopeScaling,
     MambaConfig,
     MLPConfig,
     ModelConfig,
@@ -213,6 +214,15 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: torch.relu(x) ** 2,
     "sigmoid": torch.sigmoid,
     "identity": lambda x: x,
+    "gelu_10": lambda x: F.gelu(x).clamp(-10, 10),
+    "hardswish": lambda x: x * (x + 3).clamp(0, 6) / 6,
+    "laplace": lambda x: 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
+    "leaky_relu": lambda x: torch.where(x > 0, x, 0.01 * x),
+    "mish": lambda x: x * torch.tanh(F.softplus(x)),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu6": lambda x: x.clamp(0, 6),
+    "sqrtsoftplus": lambda x: torch.sqrt(F.softplus(x)),
+    "tanh": torch.tanh,
 }
 
 MIXERS: dict[type, Callable[..., Tensor]] = {
@@ -273,6 +283,8 @@ def _frequencies(rope: RopeConfig) -> tuple[Tensor, float]:
         frequencies = _llama3(frequencies, scaling)
     elif isinstance(scaling, YarnScaling):
         frequencies, factor = _yarn(frequencies, rope, scaling), scaling.attention_factor
+    elif isinstance(scaling, LongRopeScaling):
+        frequencies, factor = frequencies / torch.tensor(scaling.factors), scaling.attention_factor
     elif scaling is not None and not isinstance(scaling, DynamicScaling):
         frequencies = frequencies / scaling.factor
     return frequencies, factor
@@ -318,4 +330,5 @@ def _yarn(frequencies: Tensor, rope: RopeConfig, scaling: YarnScaling) -> Tensor
     low, high = max(low, 0), min(high, rope.dim - 1)
     steps = torch.arange(rope.dim // 2, dtype=torch.float32)
     divided = ((steps - low) / ((high - low) or 0.001)).clamp(0, 1)
-    return frequencies / scaling.factor * divided + frequencies * (1 - divided)
+    kept = (1 - divided) * scaling.extrapolation_factor
+    return frequencies / scaling.factor * (1 - kept) + frequencies * kept

@@ -52,7 +52,8 @@ class Loader(BaseModelLoader):
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         checkpoint = open_checkpoint(model_config.model)
         with checkpoint.tensors.opened() as tensors:
-            filler = WeightFiller(model, checkpoint.names, tied_head=checkpoint.tied_head)
+            leftovers = checkpoint.architecture.leftovers
+            filler = WeightFiller(model, checkpoint.names, tied_head=checkpoint.tied_head, leftovers=leftovers)
             filler.fill((name, torch.as_tensor(tensors.load(name))) for name in tensors.names())
 
 

@@ -14,6 +14,7 @@ from lamella.config import AttentionConfig, ModelConfig, PlacementLike, read_pla
 from lamella.config.placement import every_mixer, restricted
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import LocalKit, state_holders
+from lamella.models.config_keys import IgnoredKeys
 from lamella.models.hf_config import HFConfig
 from lamella.models.registry import model_types, resolve_architecture
 from lamella.state.memory import StateCost
@@ -114,8 +115,15 @@ def read_model_config(
     values.pop("quantization_config", None)
     placement = values.pop("_placement", None)
     cls, path = resolve_architecture(architecture.removeprefix(PREFIX)), getattr(hf_config, "name_or_path", "")
-    config = cls.read_config(HFConfig(values, path or "config.json", max_length, lambda: _tensor_names(path)))
+    source = path or "config.json"
+    config = cls.read_config(HFConfig(values, source, max_length, lambda: _tensor_names(path), _ignored_keys(source)))
     return config if placement is None or whole else restricted(config, read_placement(placement, config))
+
+
+@cache
+def _ignored_keys(source: str) -> IgnoredKeys:
+    """Ignored keys of a file, shared by the many times that vLLM has it read."""
+    return IgnoredKeys()
 
 
 @cache

@@ -140,7 +140,8 @@ class Model(nn.Module, SupportsPP, SupportsLoRA, SupportsQuant):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Fill the parameters of this rank and stage; raises `CheckpointError` where tensors do not fit the model."""
         architecture = resolve_architecture(self.architecture)
-        filler = WeightFiller(self, architecture.checkpoint_names, own_name=architecture.own_name)
+        own_name, leftovers = architecture.own_name, architecture.leftovers
+        filler = WeightFiller(self, architecture.checkpoint_names, own_name=own_name, leftovers=leftovers)
         return filler.fill(weights)
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -50,10 +50,11 @@ class WeightFiller:
         names: Mapping[str, str],
         tied_head: str = "lm_head.weight",
         own_name: Callable[[str], str | None] = str,
+        leftovers: Callable[[Collection[str], Collection[str]], set[str]] = lambda names, expected: set(),
     ) -> None:
         """`names`: our parameter paths -> the file's, see `CausalLM.checkpoint_names`; `tied_head` is what a
-        tied head's redundant copy is called; `own_name` as in `CausalLM`."""
-        self.model, self.names, self._own_name = model, names, own_name
+        tied head's redundant copy is called; `own_name` and `leftovers` as in `CausalLM`."""
+        self.model, self.names, self._own_name, self._leftovers = model, names, own_name, leftovers
         self._skeleton = LanguageModel(model.config, LocalKit(torch.float32, "meta"))
         self._expected = targets(self._skeleton, names)
         apart = {rename(part, names) for _, part, _ in parts_apart(self._skeleton)}
@@ -111,7 +112,9 @@ class WeightFiller:
             expected = targets(self._skeleton, self.names, seen).keys()
             missing = expected - seen
             unexpected += (seen & self._known.keys()) - expected
-        problems = {"missing": sorted(missing), "unexpected": sorted(unexpected)}
+        left = self._leftovers(unexpected, [*self._known, *self._idle])
+        unread += len(left)
+        problems = {"missing": sorted(missing), "unexpected": sorted(set(unexpected) - left)}
         if any(problems.values()):
             listed = "; ".join(f"{kind}: {', '.join(some[:20])}" for kind, some in problems.items() if some)
             raise CheckpointError(f"tensors do not fit {type(self.model).__name__}; {listed}")

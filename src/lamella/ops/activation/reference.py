@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,6 +18,15 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: F.relu(x).square(),
     "sigmoid": lambda x: x.sigmoid(),
     "identity": lambda x: x,
+    "gelu_10": lambda x: F.gelu(x).clamp(-10, 10),
+    "hardswish": F.hardswish,
+    "laplace": lambda x: 0.5 + 0.5 * torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2))),
+    "leaky_relu": F.leaky_relu,
+    "mish": F.mish,
+    "quick_gelu": lambda x: x * (1.702 * x).sigmoid(),
+    "relu6": F.relu6,
+    "sqrtsoftplus": lambda x: F.softplus(x).sqrt(),
+    "tanh": lambda x: x.tanh(),
 }
 
 

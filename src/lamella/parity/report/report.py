@@ -98,7 +98,7 @@ class Report:
         return {
             **token,
             "text": tokenizer.token_text(token["token"]),
-            "context": tokenizer.decode(token["context_ids"]),
+            "context": tokenizer.decode(token["context_ids"], skip_special_tokens=True),
         }
 
 

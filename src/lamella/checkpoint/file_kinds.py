@@ -1,0 +1,157 @@
+"""Diagnosis of files that are not what their names say, with the way out."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+from lamella.errors import CheckpointError
+
+_AGAIN = "download it again"
+_MARKS = (
+    (
+        b"version https://git-lfs",
+        "a Git LFS pointer, not the file itself: run `git lfs pull` in the folder, or " + _AGAIN,
+    ),
+    (b"/annex/objects/", "a git-annex pointer, not the file itself: run `git annex get` in the folder, or " + _AGAIN),
+    (b"../.git/annex/objects/", "a git-annex pointer, not the file itself: run `git annex get`, or " + _AGAIN),
+    (b".git/annex/objects/", "a git-annex pointer, not the file itself: run `git annex get`, or " + _AGAIN),
+    (b"GGUF", "a GGUF file under another name; GGUF is not read yet: give the original safetensors folder"),
+    (b"<!doctype html", "an HTML page, which a failed download leaves: " + _AGAIN),
+    (b"<html", "an HTML page, which a failed download leaves: " + _AGAIN),
+    (b"Entry not found", "the Hub's message of a failed download: " + _AGAIN),
+    (b"Invalid username or password", "the Hub's message of a failed download: log in, and " + _AGAIN),
+    (b"Access to model", "the Hub's message that access is restricted: ask for access, log in, and " + _AGAIN),
+    (b"Access denied", "the Hub's message that access is restricted: ask for access, log in, and " + _AGAIN),
+    (b"\x00\x05\x16\x07", "a companion file of macOS (AppleDouble), not the file itself: delete it"),
+)
+_PICKLES = (b"PK\x03\x04", b"\x80\x02")
+_HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
+
+
+def is_present(file: Path) -> bool:
+    """Return whether a file, or a link in its place, is there.
+
+    Raises:
+        CheckpointError: the link leads nowhere, as git-annex and an incomplete Hub cache leave it.
+    """
+    if file.is_symlink() and not file.exists():
+        target = str(file.readlink())
+        if "annex" in target:
+            raise CheckpointError(f"{file}: its content is not there (git-annex): run `git annex get` in the folder")
+        raise CheckpointError(f"{file}: a link to {target}, which is not there: {_AGAIN}")
+    return file.is_file()
+
+
+def what_it_is(file: Path) -> str | None:
+    """Return what the file is instead, and the way out; None where its content is no known mistake."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(64)
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if not size:
+        return f"an empty file: {_AGAIN}"
+    lowered = start.lstrip().lower()
+    return next((what for mark, what in _MARKS if lowered.startswith(mark.lower())), None)
+
+
+def unreadable_safetensors(file: Path, reason: object) -> CheckpointError:
+    """Return the error for a file that the safetensors library refuses for `reason`."""
+    what = what_it_is(file)
+    if what is None and file.open("rb").read(4).startswith(_PICKLES):
+        what = "a PyTorch file (pickle) under a name of safetensors: name it pytorch_model.bin"
+    if what is None and (missing := _missing_bytes(file)) is not None:
+        what = f"truncated, {missing} bytes are missing: {_AGAIN}"
+    return CheckpointError(f"{file}: not a readable safetensors file: {what or f'{reason}: {_AGAIN}'}")
+
+
+def unreadable_torch(file: Path, reason: str) -> CheckpointError:
+    """Return the error for a file that `torch.load(weights_only=True)` refuses for `reason`."""
+    what = what_it_is(file)
+    if what is None and "weights_only" in reason.lower().replace(" ", "_"):
+        what = (
+            "holds pickled objects that are not tensors, which are not loaded since they may run code: save its "
+            "state_dict() as safetensors"
+        )
+    return CheckpointError(f"{file}: not a readable weights-only torch file: {what or f'{reason}: {_AGAIN}'}")
+
+
+def _missing_bytes(file: Path) -> int | None:
+    """Bytes that a safetensors file lacks of what its header promises; None where it lacks none."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        if len(start) < 8:
+            return 8 - size
+        (length,) = struct.unpack("<Q", start)
+        if length > _HEADER_LIMIT or stream.read(1) != b"{":
+            return None
+    if 8 + length > size:
+        return int(8 + length - size)
+    end = max((entry[1] for entry in data_offsets(file).values()), default=0)
+    return int(8 + length + end - size) if 8 + length + end > size else None
+
+
+def data_offsets(file: Path) -> dict[str, tuple[int, int]]:
+    """Return where each tensor's bytes stand after the header of a safetensors file, or nothing where it has none."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            return {}
+    if not isinstance(header, dict):
+        return {}
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__" and isinstance(entry, dict)}
+    return {name: tuple(entry.get("data_offsets", (0, 0))) for name, entry in entries.items()}
+
+
+def why_no_weights(folder: Path) -> str:
+    """Return what a folder without usable weights holds instead, and what to do."""
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+    def having(*ends: str) -> list[str]:
+        return [name for name in names if name.endswith(ends)]
+
+    if "adapter_config.json" in names:
+        return (
+            f"a PEFT adapter{_base_of(folder)}, not a model: merge it into its base (PeftModel.merge_and_unload(), "
+            "then save_pretrained) and give that folder"
+        )
+    if having(".gguf"):
+        return (
+            f"{having('.gguf')[0]} is GGUF, which is not read yet: give the original safetensors folder, or convert it "
+            "with transformers (from_pretrained(folder, gguf_file=...), then save_pretrained)"
+        )
+    if any(name.startswith("consolidated.") and name.endswith(".pth") for name in names):
+        return (
+            "Meta's own format (consolidated.NN.pth): take the repository in Hugging Face's format, or convert it with "
+            "transformers' convert_llama_weights_to_hf.py"
+        )
+    if any(name.startswith("consolidated") and name.endswith(".safetensors") for name in names):
+        return "Mistral's own format (consolidated*.safetensors): take the files model*.safetensors of the repository"
+    if having(".distcp"):
+        return "a distributed checkpoint (.distcp): consolidate it first (torch.distributed.checkpoint.format_utils)"
+    if others := having(".h5", ".msgpack", ".onnx", ".ckpt", ".nemo", ".npz"):
+        return f"{others[0]} is of a format that is not read: save the model as safetensors with its own library"
+    nested = [name for name in names if (folder / name).is_dir() and _has_weights(folder / name)]
+    if nested:
+        return f"the weights stand in {', '.join(nested[:3])}: give that folder"
+    return (
+        "no weights there (*.safetensors, pytorch_model.bin or consolidated.pth): download them, or load_format='dummy'"
+    )
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*.bin", "consolidated.pth"))
+
+
+def _base_of(folder: Path) -> str:
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    except (ValueError, OSError, AttributeError):
+        return ""
+    return f" of {base}" if base else ""

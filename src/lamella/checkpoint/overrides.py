@@ -1,0 +1,63 @@
+"""`hf_overrides`: values in the place of a config file's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lamella.models.config_keys import KeyRules
+
+# Keys that say how the rotation is scaled, where they may stand beside the section that holds the others.
+_SECTIONS = ("rope_scaling", "rope_parameters")
+_TOP = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+# What stays when a section states another kind of scaling.
+_OF_EVERY_KIND = ("rope_theta", "partial_rotary_factor")
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `values` with `overrides` in their place; where both are mappings, with those inside.
+
+    A null removes its key. The two forms of a rotation, `rope_scaling` beside `rope_theta` and `rope_parameters`, are
+    one: whichever the overrides state goes before whichever the file has. A section that states another `rope_type`
+    replaces the file's scaling, else it changes the keys that it has.
+    """
+    values, overrides = _override_rotation(dict(values), dict(overrides))
+    for key, value in overrides.items():
+        if isinstance(value, Mapping) and isinstance(values.get(key), Mapping):
+            values[key] = apply_overrides(values[key], value)
+        elif value is None and key not in KeyRules.read().null_is_a_value:
+            values.pop(key, None)
+        elif isinstance(value, Mapping):
+            values[key] = apply_overrides({}, value)
+        else:
+            values[key] = value
+    return values
+
+
+def _override_rotation(values: dict[str, Any], overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return both without the keys of the rotation; where overridden, they stand in the values' `rope_parameters`."""
+    stated_keys = [key for key in (*_SECTIONS, *_TOP) if key in overrides]
+    sections = [source.get(key) or {} for source in (values, overrides) for key in _SECTIONS]
+    if not stated_keys or not all(isinstance(section, Mapping) for section in sections):
+        return values, overrides  # what is wrong with a section, the reader says
+    if any(isinstance(value, Mapping) for section in sections for value in section.values()):
+        return values, overrides  # a rotation for each kind of layer
+    if not any(key in values for key in _SECTIONS) and not any(key in overrides for key in _SECTIONS):
+        return values, overrides  # the older form in both
+    scaling, parameters, new_scaling, new_parameters = (_named(section) for section in sections)
+    current = {**{key: values[key] for key in _TOP if values.get(key) is not None}, **scaling, **parameters}
+    new = {**new_scaling, **new_parameters, **{key: overrides[key] for key in _TOP if key in overrides}}
+    cleared = any(key in overrides and overrides[key] is None for key in _SECTIONS)
+    kind = new.get("rope_type")
+    if cleared or (kind is not None and kind != current.get("rope_type", "default")):
+        current = {key: current[key] for key in _OF_EVERY_KIND if key in current}
+    merged = {key: value for key, value in {**current, **new}.items() if value is not None}
+    values = {key: value for key, value in values.items() if key not in (*_SECTIONS, *_TOP)}
+    return {**values, "rope_parameters": merged}, {
+        key: value for key, value in overrides.items() if key not in stated_keys
+    }
+
+
+def _named(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The section with the newer name of its kind."""
+    return {("rope_type" if key == "type" else key): value for key, value in section.items()}
