@@ -152,8 +152,8 @@ PUBLIC = {
     """,
     "lamella.config": """
         AttentionConfig CanonConfig DynamicScaling FeedForwardConfig GatedDeltaNetConfig KimiDeltaConfig LayerConfig
-        LinearScaling Llama3Scaling LongRopeScaling MLPConfig MambaConfig MixerConfig MoEConfig ModelConfig NormConfig Placement
-        PlacementLike RopeConfig RopeScaling SingleMixerConfig StochasticConfig TemperatureConfig YarnScaling
+        LinearScaling Llama3Scaling LongRopeScaling MLPConfig MambaConfig MixerConfig MoEConfig ModelConfig NormConfig
+        Placement PlacementLike RopeConfig RopeScaling SingleMixerConfig StochasticConfig TemperatureConfig YarnScaling
         describe_placement main_placement mixer_names placed read_placement
     """,
     "lamella.models": """

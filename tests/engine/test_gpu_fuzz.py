@@ -132,14 +132,17 @@ def one_round(folder, kind, rng, oracle):
     stems = [[rng.randrange(VOCAB) for _ in range(rng.choice([5, 20, 48]))] for _ in range(3)]
     compared = 0
     for _ in range(6):
+        # A step may still be in flight: then the change is made with the next step, and `llm.placement` is the old one.
+        usual = rng.choice(PLACEMENTS)
         if chooses and not mixed:
-            llm.set_placement(rng.choice(PLACEMENTS))
+            llm.set_placement(usual)
         prompts, params, placements = [], [], []
         for _ in range(rng.randrange(1, 14)):
             prompt = rng.choice(stems)[: rng.randrange(1, 50)] + [rng.randrange(VOCAB) for _ in range(rng.randrange(9))]
             own = rng.choice(PLACEMENTS) if mixed else None
+            placement = read_placement(own or usual, config) if chooses else None
             prompts.append(prompt)
-            placements.append((read_placement(own, config) if mixed else llm.placement) if chooses else None)
+            placements.append(placement)
             logprobs = rng.choice([None, 5, 5])
             params.append(
                 SamplingParams(
