@@ -35,7 +35,9 @@ from queue import SimpleQueue
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "lamella"
 CACHE = ROOT / ".cache" / "mutate"
-PACKAGES = tuple("ops layers state engine distributed checkpoint models config parity vllm_plugin".split())
+PACKAGES = tuple(
+    "validation.py ops layers state engine distributed checkpoint models config parity vllm_plugin".split()
+)
 LEFT_OUT = ("parity/report/",)  # how figures are shown
 CPU_LIMIT = 60.0  # seconds of tests for a fault, as they took when the map was recorded
 WALL_LIMIT = 240.0  # seconds after which a fault counts as noticed: something hangs
@@ -120,7 +122,7 @@ class SourceFile:
 
 
 def source_files() -> list[SourceFile]:
-    paths = [path for name in PACKAGES for path in sorted((SOURCE / name).rglob("*.py"))]
+    paths = [path for name in PACKAGES for path in sorted((SOURCE / name).rglob("*.py")) or [SOURCE / name]]
     return [SourceFile(path) for path in paths if not str(path.relative_to(SOURCE)).startswith(LEFT_OUT)]
 
 
