@@ -79,7 +79,8 @@ def checked_int(
     Args:
         name: the field, for the error.
         value: what the caller gave.
-        low, high: bounds, both allowed.
+        low: the least allowed value.
+        high: the largest allowed value.
         error: the type of the error.
 
     Raises:

@@ -60,7 +60,8 @@ class CostCard:
 
     def decode_weight_bytes(self, batch: int) -> int:
         """Bytes of the weights that a decode step of `batch` requests must read: of experts, those that are to be
-        expected where every token goes to any of them."""
+        expected where every token goes to any of them.
+        """
         routed = sum(nbytes * (1 - (1 - top_k / count) ** batch) for nbytes, count, top_k in self.experts)
         return self.step_bytes + round(routed)
 

@@ -204,7 +204,8 @@ def _attended(batch: ForwardBatch, attention: PagedAttention, q: Tensor) -> Tens
 
 def _seconds(passes: Sequence[Callable[[], Tensor]], device: torch.device) -> float:
     """Of one of the passes, which run one after the other, by the median of many rounds; on a GPU within a graph, as
-    the engine runs them."""
+    the engine runs them.
+    """
     if device.type != "cuda":
         return _median(lambda: _timed(passes)) / len(passes)
     for run in passes:

@@ -10,7 +10,8 @@ from lamella.config.checks import check
 @dataclass(frozen=True, kw_only=True)
 class NormConfig:
     """Normalisation with a learned weight: by the root mean square ("rms"), or by mean and variance ("layer"), which
-    has a bias too."""
+    has a bias too.
+    """
 
     eps: float
     kind: str = "rms"

@@ -272,7 +272,8 @@ class Engine:
 
     def check_placement(self, placement: PlacementLike | None) -> Residence:
         """What `set_placement` would move into. Raises `ConfigError` where a name is wrong or the state does not fit;
-        changes nothing."""
+        changes nothing.
+        """
         return self._residences.find(read_placement(placement, self.model.config))
 
     def set_placement(self, placement: PlacementLike | None, running: str = "finish") -> None:
@@ -347,7 +348,8 @@ class Engine:
 
     def move(self, placement: Placement) -> None:
         """Make this the placement of the engine's own part. No request may hold anything, unless all placements share
-        one residence."""
+        one residence.
+        """
         residence = self._residences.find(placement)
         self.model.activate(placement)
         if self.options.mixed_placements:
@@ -367,7 +369,8 @@ class Engine:
 
     def _resolve(self, params: SamplingParams, length: int) -> Placement:
         """Return the placement that a request would be computed with now. Raises `ParameterError` where it is not
-        served, or where prompt and output, `length` tokens, do not fit."""
+        served, or where prompt and output, `length` tokens, do not fit.
+        """
         placement = self._residences.placement_of(params.placement, self._next_residence.placement)
         check_pools(length - 1, self._next_residence.state, self.options)
         return placement
@@ -465,7 +468,8 @@ class Engine:
 
     def _blames_others(self, request: Request) -> bool:
         """Forget what a request with NaN or Inf has left in the prefix cache. If it started with state of others, which
-        may be why, compute it again by itself, and return True."""
+        may be why, compute it again by itself, and return True.
+        """
         tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
         self.state.forget(request.page_keys(self.state.page_size, tokens))
         if not request.num_reused:

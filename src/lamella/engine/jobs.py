@@ -26,6 +26,7 @@ class Jobs:
         return iter(self._completions.values())
 
     def add(self, job: Job) -> None:
+        """Enter a job and its completions."""
         self._jobs[job.request_id] = job
         for completion in job.completions:
             self._completions[completion.request] = (job, completion)

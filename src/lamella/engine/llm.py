@@ -205,7 +205,8 @@ class LLM:
 
     def _run(self, jobs: Sequence[Job], with_outputs: bool = True) -> Iterator[tuple[Job, RequestOutput | None]]:
         """Step until the jobs are through, giving each that got something new, and its output if wanted; on the way
-        out none is left behind."""
+        out none is left behind.
+        """
         # Whoever steps the engine moves the jobs of other callers too, so what counts is what has been given on.
         given = {job: job.revision for job in jobs}
         try:

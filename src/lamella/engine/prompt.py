@@ -19,7 +19,8 @@ _EMPTY_KEYS = ("mm_processor_kwargs", "multi_modal_uuids", "token_type_ids", "pr
 
 class GivenPrompt(NamedTuple):
     """A prompt's text, if it has one, its tokens, as yet with a placeholder for each image, the salt of its prefixes,
-    and its images."""
+    and its images.
+    """
 
     text: str | None
     token_ids: list[int]

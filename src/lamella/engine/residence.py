@@ -112,7 +112,8 @@ class Residences:
 
     def _most(self) -> int:
         """Bytes that any placement can need: where the number of pages is given, what all mixers need together; else
-        all there are."""
+        all there are.
+        """
         if self.options.num_blocks is None:
             return self.budget
         holders = state_holders(self.model)
@@ -121,7 +122,8 @@ class Residences:
 
     def move_in(self, residence: Residence) -> list[Residence]:
         """Give the layers the residence's memory; nobody may hold anything in another one. Nothing that was computed
-        before can be found. Returns the residences that are kept no more, of whose memory no graph may be replayed."""
+        before can be found. Returns the residences that are kept no more, of whose memory no graph may be replayed.
+        """
         options, dropped = self.options, []
         if residence.memory is None:
             arguments = (residence.holders, residence.plan.pages, options.block_size, residence.plan.num_slots)

@@ -110,7 +110,8 @@ class ModelRunner:
 
     def move(self, state: StateManager, graphs: bool) -> None:
         """Run the steps of another state's requests, under the model's placement; with `graphs`, decode steps are
-        captured where they have not been yet. Nothing may be in flight."""
+        captured where they have not been yet. Nothing may be in flight.
+        """
         self.state, self._active, self._rows = state, self.model.placement, {}
         if state not in self._inputs:
             self._inputs[state] = StepInputs(state, self.max_model_len, self.device, self.attention)

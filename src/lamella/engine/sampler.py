@@ -74,7 +74,8 @@ class TokenLogprobs:
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
     """One token per row, `NO_TOKEN` where none can be chosen, and its log-probabilities where the row's parameters ask
-    for them."""
+    for them.
+    """
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]

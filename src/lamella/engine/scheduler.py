@@ -126,7 +126,8 @@ class Scheduler:
 
     def _readable_keys(self, request: Request) -> list[bytes]:
         """Keys of what the request may start with: not its last token, which must give logits, and nothing at all where
-        the logits of the whole prompt are wanted."""
+        the logits of the whole prompt are wanted.
+        """
         if request.needs_prompt_logprobs:
             return []
         return request.page_keys(self.state.page_size, request.num_tokens - 1)

@@ -61,7 +61,8 @@ class ForwardBatch:
 
     def part(self, key: Any, make: Callable[[AttentionSpace | None], P]) -> P:
         """What one of several mixers computes of the batch, once for all layers that divide it alike. It is made with
-        memory of its own for attention's plans."""
+        memory of its own for attention's plans.
+        """
         parts = self.once("parts", dict)
         if key not in parts:
             parts[key] = make(None if self.attention is None else self.attention.part(len(parts)))

@@ -21,7 +21,8 @@ from lamella.ops.gated_rms_norm import gated_rms_norm
 
 class KimiDelta(RecurrentMixer):
     """Projection to [q | k | v | beta], decay and gate by low-rank projections, convolution of [q | k | v], delta rule
-    with a decay for each key channel, gated norm, projection."""
+    with a decay for each key channel, gated norm, projection.
+    """
 
     def __init__(self, config: KimiDeltaConfig, kit: Kit, hidden_size: int, prefix: str) -> None:
         super().__init__(config.kernel)

@@ -43,7 +43,8 @@ class Kit(Protocol):
 
     def merged_linear(self, in_size: int, parts: Mapping[str, Widths], bias: bool, prefix: str) -> nn.Module:
         """Column-parallel projections of one input as one product; `parts` maps checkpoint names to widths, several
-        where one tensor of the file has sections that are divided each by itself."""
+        where one tensor of the file has sections that are divided each by itself.
+        """
         ...
 
     def replicated_linear(self, in_size: int, parts: Mapping[str, int], bias: bool, prefix: str) -> nn.Module:
@@ -58,7 +59,8 @@ class Kit(Protocol):
 
     def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str, reduce: bool = True) -> nn.Module:
         """A projection back to the full width, whose input is what a column-parallel one left. Without `reduce`, which
-        takes no bias, it is left to the caller to sum over the ranks."""
+        takes no bias, it is left to the caller to sum over the ranks.
+        """
         ...
 
     def column_norm(self, channels: Split, eps: float) -> RMSNorm:
@@ -75,12 +77,14 @@ class Kit(Protocol):
 
     def attention(self, heads: int, scale: float, spec: PagedState, prefix: str) -> nn.Module:
         """Causal attention `(q (T, H, D), k (T, KV, D), v) -> (T, H, D)` of the rank's heads, that keeps its keys and
-        values."""
+        values.
+        """
         ...
 
     def experts(self, config: MoEConfig, hidden_size: int, prefix: str) -> nn.Module:
         """Routed experts, `(x (T, H), the router's logits (T, E), base (T, H) or None) -> (T, H)`: the rank's part of a
-        sum over the ranks, which is left to the caller, added to base."""
+        sum over the ranks, which is left to the caller, added to base.
+        """
         ...
 
     def slot_state(self, specs: Sequence[SlotState], prefix: str) -> SlotHolder:
@@ -196,12 +200,14 @@ class SlotHolder(nn.Module):
         self, part: str, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         """One of the `parts` of the weighted RMS norm of x + residual, all (T, C), where the holder is not `inline`;
-        and the sum."""
+        and the sum.
+        """
         raise NotImplementedError
 
     def current(self) -> tuple[Sequence[Tensor], Tensor] | tuple[Sequence[None], None]:
         """The slots, a tensor for each spec, and the slot ids (R,) of the requests in flight; Nones in a plain
-        forward."""
+        forward.
+        """
         batch = require_batch()
         if batch.slots is None:
             return (None,) * len(self.specs), None
@@ -210,7 +216,8 @@ class SlotHolder(nn.Module):
 
     def window(self, channels: slice, x: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Of a convolution's state, (slots, W-1, channels): what stood before its input x (T, channels) is in the rows
-        of the slot ids (R,), and what stands before the next step's must be there afterwards."""
+        of the slot ids (R,), and what stands before the next step's must be there afterwards.
+        """
         (rows, *_), slots = self.current()
         return (None, None) if rows is None or slots is None else (rows[:, :, channels], slots)
 

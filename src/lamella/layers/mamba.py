@@ -19,7 +19,8 @@ from lamella.ops.selective_scan import selective_scan
 
 class Mamba(RecurrentMixer):
     """Projection to [z | x | B | C], convolution of x, a scan of step sizes from a low-rank projection, gate,
-    projection. Heads of x and B are repeated like keys and values."""
+    projection. Heads of x and B are repeated like keys and values.
+    """
 
     def __init__(self, config: MambaConfig, kit: Kit, hidden_size: int, prefix: str) -> None:
         super().__init__(config.kernel)

@@ -51,7 +51,8 @@ class MoE(nn.Module):
         hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool = False
     ) -> tuple[Tensor, Tensor]:
         """The routing in the form in which vLLM is given one: weights (T, topk) fp32 and experts (T, topk) int32 of the
-        router's logits (T, E). Nothing depends on the hidden states, and weights are not made to add up to one."""
+        router's logits (T, E). Nothing depends on the hidden states, and weights are not made to add up to one.
+        """
         if renormalize:
             raise ValueError("renormalize=True: a weight is the sigmoid of its own logit, whatever the others are")
         ids, weights = route(gating_output, topk)
@@ -100,7 +101,8 @@ class Experts(nn.Module):
 
     def apart(self, leaf: str) -> Mapping[str, Apart]:
         """Where the tensors go that stand for the parameter `leaf` in files that hold projections one by one; those of
-        other ranks' experts go to a place without room."""
+        other ranks' experts go to a place without room.
+        """
         weights = getattr(self, leaf).detach().transpose(1, 2)
         hidden, inner = Split.whole(weights.shape[2 if leaf == "gate_up_proj" else 1]), self.channels
         found: dict[str, Apart] = {}

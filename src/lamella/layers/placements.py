@@ -118,7 +118,8 @@ class CutPlacements(Placements):
 class SelectedPart(BatchPart):
     """All rows of a batch that only decodes, of which the `others` stand on the dummies with one token of context, so
     that they read and write next to nothing. What comes of them may be anything, NaN too, and goes nowhere: no mixer
-    lets one row see another's."""
+    lets one row see another's.
+    """
 
     batch: ForwardBatch
     others: Tensor  # (R,) bool

@@ -43,7 +43,8 @@ class RecurrentMixer(nn.Module):
 
     def core(self, *inputs: Tensor | None) -> Tensor:
         """The convolution, the recurrence, and what stands behind them: inputs (T, ...), then where the output (T,
-        width) goes, or None."""
+        width) goes, or None.
+        """
         raise NotImplementedError
 
     def run(self, inputs: Sequence[Tensor], width: int) -> Tensor:

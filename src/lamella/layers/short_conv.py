@@ -84,7 +84,8 @@ class ShortConv(nn.Module):
         self, x: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, RaggedBatch, Tensor | None, Tensor | None, bool, bool]:
         """What a convolution is given beside its input: weight (C, W), bias, batch, history, slots, activation,
-        residual. The input is needed where the holder is not `inline`."""
+        residual. The input is needed where the holder is not `inline`.
+        """
         history, slots = self.history.holder.window(self.channels, x)
         weight = self.weight.squeeze(1)
         if self.config.kernel < _LEAST_TAPS:

@@ -15,7 +15,8 @@ from lamella.layers.short_conv import ConvHistory
 
 class Stochastic(nn.Module):
     """All mixers, built and loaded. The `active` one computes, unless the batch has `placements`, which then say who
-    computes what."""
+    computes what.
+    """
 
     def __init__(
         self, config: StochasticConfig, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None

@@ -55,7 +55,8 @@ class ImageModel(Protocol):
 
     def cut(self, pixels: Tensor) -> tuple[Tensor, list[int]]:
         """An image (3, H, W) uint8 as tiles for the tower, and the tokens that stand for it in place of the
-        placeholder. Raises `ParameterError` where it has no pixels."""
+        placeholder. Raises `ParameterError` where it has no pixels.
+        """
         ...
 
     def rows(self, tiles: Tensor) -> Tensor:
@@ -114,7 +115,8 @@ class CausalLM(LanguageModel):
     @classmethod
     def own_name(cls, name: str) -> str | None:
         """What a file's tensor `name` is called among the language model's own; None where it belongs to another part
-        of a larger model, which is not read."""
+        of a larger model, which is not read.
+        """
         return name
 
     @classmethod

@@ -113,7 +113,8 @@ def grid(
     height: int, width: int, tile: int = TILE, max_tiles: int = MAX_TILES, largest: bool = False
 ) -> tuple[int, int]:
     """Rows and columns of the tiles for an image: those that shrink it least, and of those that need not shrink it the
-    ones with the least enlargement (or, for `largest`, with the most); the fewest where several do equally well."""
+    ones with the least enlargement (or, for `largest`, with the most); the fewest where several do equally well.
+    """
     if height < 1 or width < 1:
         raise ParameterError(f"an image of {height} x {width} pixels has nothing to see")
     grids = [(rows, columns) for rows in range(1, max_tiles + 1) for columns in range(1, max_tiles // rows + 1)]

@@ -221,7 +221,8 @@ class Vision(nn.Module):
 
     def fill(self, folder: Path) -> None:
         """Read the parameters. Raises `CheckpointError` where a tensor is missing, left over, quantised or of the wrong
-        shape."""
+        shape.
+        """
         from lamella.checkpoint.loader import check_dtype
         from lamella.errors import CheckpointError
 
@@ -249,7 +250,8 @@ def vision_tensors(folder: Path) -> SafetensorsFolder:
 
 def patch_angles(config: VisionConfig) -> Tensor:
     """The angle of each pair of channels, (patches + 1, head_dim / 2) fp32: by column, then by row; the class token's
-    are zero."""
+    are zero.
+    """
     pairs = config.hidden_size // config.num_heads // 4
     frequencies = 1.0 / config.theta ** (torch.arange(pairs).float() / pairs)
     place = torch.arange(config.side**2)

@@ -78,7 +78,8 @@ def registered() -> dict[str, str]:
 
 def model_types() -> dict[str, str]:
     """What config files call the architectures in `model_type`, and what to resolve: the aliases, and the entry points
-    whose name is not that of their class."""
+    whose name is not that of their class.
+    """
     points = (point for point in entry_points(group=ENTRY_POINT_GROUP) if not point.value.endswith(f":{point.name}"))
     return {**{point.name: point.name for point in points}, **_aliases}
 

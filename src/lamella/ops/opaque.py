@@ -20,7 +20,8 @@ Result = TypeVar("Result", Tensor, tuple[Tensor, Tensor])
 
 def operation(signature: str, compute: Callable[..., Result], shape: Callable[..., Result]) -> Library:
     """Make an operation of `torch.ops.lamella`, of this name and signature, by what computes it and by what it makes of
-    tensors without data. It goes with the library that is returned."""
+    tensors without data. It goes with the library that is returned.
+    """
     library, name = Library("lamella", "FRAGMENT"), signature.partition("(")[0]
     library.define(signature, tags=(torch.Tag.needs_fixed_stride_order,))
     library.impl(name, compute, "CompositeExplicitAutograd")

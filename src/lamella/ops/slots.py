@@ -57,7 +57,8 @@ def prefills_of(batch: RaggedBatch) -> RaggedBatch:
 
 def by_kind(batch: RaggedBatch) -> Iterator[tuple[bool, slice, RaggedBatch]]:
     """The decodes and then the other requests, where there are any: whether they are decodes, the rows of their tokens,
-    which from the first are those of the requests too, and a batch of their own."""
+    which from the first are those of the requests too, and a batch of their own.
+    """
     if batch.num_decodes:
         yield True, slice(0, batch.num_decodes), decodes_of(batch)
     if batch.num_decodes < batch.num_requests:

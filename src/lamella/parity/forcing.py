@@ -38,7 +38,8 @@ _in_flight: ContextVar[Sequence[tuple[Sequence[int], int, int]]] = ContextVar("i
 
 def in_flight() -> Sequence[tuple[Sequence[int], int, int]]:
     """What is being computed: of each request its tokens so far, and the start and the number of those computed. Rows
-    of the batch beyond belong to no request."""
+    of the batch beyond belong to no request.
+    """
     return _in_flight.get()
 
 
@@ -130,7 +131,8 @@ class ForcedEngine:
         self, records: Sequence[Record], budgets: Iterable[int] = (), preempt_after: int | None = None
     ) -> list[Record]:
         """Run the records' requests to their end. `budgets` are the tokens of the first steps, then the options'; after
-        so many steps all running requests are preempted once."""
+        so many steps all running requests are preempted once.
+        """
         for record in records:
             params = SamplingParams(
                 temperature=0,

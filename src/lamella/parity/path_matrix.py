@@ -138,7 +138,8 @@ def catalogue(
     supernet: bool = False,
 ) -> list[Path]:
     """The paths for a model on `device` and a sequence of `length` tokens; `undivided`: why ranks cannot share it;
-    `supernet`: whether its layers have a choice of mixers, of which `config` is one."""
+    `supernet`: whether its layers have a choice of mixers, of which `config` is one.
+    """
     on_gpu = device.type == "cuda"
     kernels = on_gpu or native.available()
     return [

@@ -27,7 +27,8 @@ _T = TypeVar("_T")
 @dataclass(frozen=True)
 class Subject:
     """A checkpoint and how to take it; `load_format="dummy"` fills it at random, by `seed`, instead of reading it, and
-    of a supernet `placement` says which mixers compute."""
+    of a supernet `placement` says which mixers compute.
+    """
 
     name: str
     checkpoint: Checkpoint

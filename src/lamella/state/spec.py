@@ -67,5 +67,6 @@ class StateHolder(Protocol):
 
     def bind(self, *tensors: torch.Tensor) -> None:
         """For paged state: keys and values, each (pages, page_size, kv_heads, head_dim); for each slot state: (slots,
-        *shape)."""
+        *shape).
+        """
         ...

@@ -88,7 +88,8 @@ def _check_experts(vllm_config: VllmConfig) -> None:
 
 def _fit_blocks(vllm_config: VllmConfig, model: ModelConfig, on_cpu: bool) -> None:
     """Attention in chunks, in vLLM, needs chunks that end with a block: on CPUs smaller blocks than by default, if it
-    must be."""
+    must be.
+    """
     cache, longest = vllm_config.cache_config, vllm_config.model_config.max_model_len
     mixers = [layer.mixer for layer in model.layers]
     chunks = {mixer.chunk for mixer in mixers if isinstance(mixer, AttentionConfig) and mixer.chunk is not None}

@@ -78,7 +78,8 @@ class VllmExperts(nn.Module):
 
     def tensors(self) -> Iterator[ExpertTensor]:
         """All that files may hold: of each expert by itself, `7.gate_proj.weight` (I, hidden), or of all in one,
-        `gate_up_proj` (E, hidden, 2 I), with what belongs to a quantised one."""
+        `gate_up_proj` (E, hidden, 2 I), with what belongs to a quantised one.
+        """
         parameters: dict[str, Any] = dict(self.named_parameters())
         for path, parameter in parameters.items():
             leaf = path.rpartition(".")[2]

@@ -81,7 +81,8 @@ class LamellaConfig(PretrainedConfig):
 
 def _heads(config: ModelConfig) -> tuple[int, int, int]:
     """Query heads, key heads and their size: the first attention's, or of a model without any something that can be
-    divided as its heads can."""
+    divided as its heads can.
+    """
     mixers = [mixer for layer in config.layers for mixer in every_mixer(layer.mixer)]
     first = next((mixer for mixer in mixers if isinstance(mixer, AttentionConfig)), None)
     if first is not None:

@@ -44,7 +44,8 @@ logger = logging.getLogger("vllm.lamella")  # whose lines stand among vLLM's own
 @dataclass(frozen=True)
 class Shard:
     """A part of a checkpoint's tensor, rows [start, stop) or all of it, and what vLLM's weight loader calls it in a
-    projection that holds several."""
+    projection that holds several.
+    """
 
     name: str | int
     start: int | None = None

@@ -97,7 +97,8 @@ class Model(nn.Module, SupportsPP, SupportsLoRA, SupportsQuant):
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Self:
         """vLLM would give a quantisation's lists of modules our names, but not the patterns among them. Both keep the
-        file's, by which the kit calls projections."""
+        file's, by which the kit calls projections.
+        """
         model = super().__new__(cls)
         model.quant_config = vllm_config.quant_config
         if model.quant_config is not None:

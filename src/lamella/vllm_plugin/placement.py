@@ -10,7 +10,8 @@ from lamella.errors import ConfigError
 
 class PlacementWorker:
     """What vLLM's workers of a supernet can do besides (`worker_extension_cls`); names and results as published for
-    Apriel2, except that a bad placement changes nothing."""
+    Apriel2, except that a bad placement changes nothing.
+    """
 
     model_runner: Any
     vllm_config: Any

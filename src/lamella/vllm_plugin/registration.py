@@ -11,7 +11,8 @@ OPERATIONS = ("lamella::stateful", "lamella::stateful_after_norm", "lamella::cho
 
 def served_names() -> dict[str, str]:
     """The names under which vLLM is to find each architecture: its own unless vLLM has that, and always a prefixed
-    one."""
+    one.
+    """
     names = {f"{PREFIX}{name}": name for name in architectures()}
     return names | {name: name for name in architectures() if compat.module_of(name) in (None, MODULE)}
 

@@ -152,7 +152,8 @@ class StateLayer(nn.Module, MambaBase):
 
     def compute(self, holder: str, part: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], *more: Any) -> None:
         """The operation itself: a holder's part of the inputs, and of what is no row of a token, into the outputs,
-        whose rows beyond the step's tokens become zero."""
+        whose rows beyond the step's tokens become zero.
+        """
         metadata = self.metadata()
         if metadata is None and (self.kv_cache[0].numel() or self.spare_rows):  # a run for the sake of others
             for out in outputs:
@@ -169,7 +170,8 @@ class StateLayer(nn.Module, MambaBase):
 
     def _rehearsal(self, x: Tensor) -> ForwardBatch:
         """The step of a run for memory's sake, before there are blocks: one prompt. So kernels are compiled before the
-        first request comes, and take the memory that they will take."""
+        first request comes, and take the memory that they will take.
+        """
         tokens = x.shape[0]
         ragged = RaggedBatch.from_lengths([tokens], [tokens], x.device)
         return ForwardBatch(ragged, slots=torch.zeros(1, dtype=torch.int64, device=x.device))
@@ -338,7 +340,8 @@ class StateMetadata(AttentionMetadata):
 
     def skipped_and_first(self, query_start_loc: Tensor) -> tuple[Tensor, Tensor]:
         """With speculation, of each request (R,): how many of a slot's rows stand before its window, one less than the
-        tokens accepted; and the entry of [window | new inputs] that the slot begins with after the step."""
+        tokens accepted; and the entry of [window | new inputs] that the slot begins with after the step.
+        """
         lengths = query_start_loc.diff()
         skipped, first = torch.zeros_like(lengths), lengths.clone()
         if self.num_decodes:
@@ -350,7 +353,8 @@ class StateMetadata(AttentionMetadata):
 
 class StateMetadataBuilder(ShortConvAttentionMetadataBuilder):
     """Makes a step's metadata of views of the runner's tensors, which stay where they are for graphs' sake; vLLM's own
-    builder splits and copies them on the host for each step. With speculation it is vLLM's that says who drafts."""
+    builder splits and copies them on the host for each step. With speculation it is vLLM's that says who drafts.
+    """
 
     supports_update_block_table = False  # a group's metadata holds what its slots gave
     needs_causal_conv1d_metadata = False
@@ -440,7 +444,8 @@ def _stateful_after_norm(
 
 def _chosen_mixer(x: Tensor, positions: Tensor, out: Tensor, layer: str) -> None:
     """The active mixer of the stochastic layer named `layer`, of what enters it, x (T, C), at positions (T,), into out
-    (T, C)."""
+    (T, C).
+    """
     out.copy_(get_forward_context().no_compile_layers[layer].choose(x, positions))
 
 
@@ -462,7 +467,8 @@ for _operation, _function, _outputs in (
 
 class Chooser:
     """Calls a stochastic layer's active mixer from within an operation: which one it is must not be traced, and what it
-    computes not be captured, since it may be another tomorrow."""
+    computes not be captured, since it may be another tomorrow.
+    """
 
     def __init__(self, stochastic: Stochastic, prefix: str) -> None:
         self._stochastic, self._prefix = stochastic, prefix

@@ -53,7 +53,8 @@ class WeightFiller:
         leftovers: Callable[[Collection[str], Collection[str]], set[str]] = lambda names, expected: set(),
     ) -> None:
         """`names`: our parameter paths -> the file's, see `CausalLM.checkpoint_names`; `tied_head` is what a
-        tied head's redundant copy is called; `own_name` and `leftovers` as in `CausalLM`."""
+        tied head's redundant copy is called; `own_name` and `leftovers` as in `CausalLM`.
+        """
         self.model, self.names, self._own_name, self._leftovers = model, names, own_name, leftovers
         self._skeleton = LanguageModel(model.config, LocalKit(torch.float32, "meta"))
         self._expected = targets(self._skeleton, names)

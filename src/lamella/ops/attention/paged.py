@@ -45,7 +45,8 @@ class AttentionSpace:
 
     def part(self, index: int) -> AttentionSpace:
         """The space of one of a step's parts, whose layers' plans must not lie in the whole step's; the same one for
-        each step, so that a graph finds it where it was captured."""
+        each step, so that a graph finds it where it was captured.
+        """
         while len(self._parts) <= index:
             self._parts.append(AttentionSpace(self.max_requests, self.max_length, self.device))
             self._parts[-1]._whole = self

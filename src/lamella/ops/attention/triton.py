@@ -302,7 +302,8 @@ def _decode_kernel(
 @triton.jit
 def _next_unit(unit, units, arrived_ptr):
     """What follows `unit` for its program, at least `units` if nothing does. The first units go by number; if there are
-    more, whoever has time takes the next."""
+    more, whoever has time takes the next.
+    """
     programs = tl.num_programs(0)
     unit += programs
     if units > programs:

@@ -29,7 +29,8 @@ Chunked = Callable[..., tuple[Tensor, Tensor]]
 
 def serves(v: Tensor, key_dim: int, tokens: int, requests: int) -> bool:
     """Whether these kernels take `tokens` tokens of prompts of so many requests: many, in a narrow dtype (they would
-    round fp32 to tf32), and outside of a graph, whose replays have other lengths. v (T, HV, DV)."""
+    round fp32 to tf32), and outside of a graph, whose replays have other lengths. v (T, HV, DV).
+    """
     if tokens * v.shape[1] * key_dim * v.shape[2] < MIN_WORK and tokens < MIN_LENGTH * requests:
         return False
     if v.dtype not in (torch.bfloat16, torch.float16) or not v.is_cuda:

@@ -142,7 +142,8 @@ def available() -> bool:
     """Whether the kernels can be called: builds and loads the library on the first call, and remembers the answer.
 
     ``LAMELLA_NATIVE=0`` switches them off; ``CXX`` names the compiler; ``LAMELLA_NATIVE_MARCH`` replaces the
-    instruction set "native"."""
+    instruction set "native".
+    """
     if os.environ.get("LAMELLA_NATIVE") == "0":
         logger.info("native CPU kernels are off (LAMELLA_NATIVE=0): using the portable torch path")
         return False

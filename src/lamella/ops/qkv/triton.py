@@ -198,7 +198,8 @@ def _prepare_heads(
 ):
     """BLOCK of the HEADS heads a token has from channel FIRST on; to the rows `rows` of `out`, or token by token.
 
-    All channels are multiplied by the token's `factor` in the end, where there is one."""
+    All channels are multiplied by the token's `factor` in the end, where there is one.
+    """
     # Halves that are turned against each other are loaded as such: a pair must meet in one thread. Whole heads are
     # loaded as well where they have channels that are not turned, and for the norm, whose sum has its own order.
     HALVES: tl.constexpr = PAIRS > 0 and not INTERLEAVED

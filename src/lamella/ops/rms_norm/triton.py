@@ -22,7 +22,8 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, total: Tensor | None = None, twice: bool = False
 ) -> tuple[Tensor, Tensor]:
     """See `reference.add_rms_norm`. x and residual (T, N), weight (N,) fp32; returns two new contiguous tensors, but
-    that the sum is in `total` where that is given."""
+    that the sum is in `total` where that is given.
+    """
     assert x.dim() == 2 and residual.shape == x.shape and residual.dtype == x.dtype and residual.stride(1) == 1
     normed, total = _normalize(x, residual, weight, eps, total, twice)
     assert total is not None

@@ -127,7 +127,8 @@ def _load_constants(
     WIDTH: tl.constexpr,
 ):
     """The rates of decay in powers of two (rows, columns), and of each channel the bias of its step and the factor of
-    its input: fp32."""
+    its input: fp32.
+    """
     inside = channel < CHANNELS
     mask = inside[:, None] & (column < WIDTH)[None, :]
     entry = channel[:, None] * WIDTH + column[None, :]
@@ -361,7 +362,8 @@ def _chunk(
     PDL: tl.constexpr,
 ):
     """OUTPUTS: those of a chunk, from the state before it, in `states`. Else what the chunk would leave of nothing,
-    into `states`, and the sum of its steps, into `totals`."""
+    into `states`, and the sum of its steps, into `totals`.
+    """
     channel, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     number = tl.program_id(1)
     inside = channel < CHANNELS

@@ -79,7 +79,8 @@ def norm_short_conv(
 ) -> tuple[Tensor, Tensor]:
     """The convolution of `add_rms_norm(x, residual, ...)`, and the new residual, in one kernel on a GPU; with `skip`,
     `y = x + c`. The results are in `out` and `total`, both (T, C) and contiguous, where those are given. With `early`
-    that kernel may read history, slots and positions while what was launched directly ahead still runs."""
+    that kernel may read history, slots and positions while what was launched directly ahead still runs.
+    """
     if use_triton(x):
         from lamella.ops.short_conv import triton
 

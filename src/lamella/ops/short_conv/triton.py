@@ -38,7 +38,8 @@ def short_conv(
     out: Tensor | None = None,
 ) -> Tensor:
     """See `reference.short_conv`; the channels of `history` are contiguous. A weight whose taps lie apart
-    (stride 1 over channels) is read faster."""
+    (stride 1 over channels) is read faster.
+    """
     return _convolve(x, weight, bias, batch, history, slots, activation, residual, out, gated=False)
 
 
