@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -175,3 +176,17 @@ def test_the_graphs_of_so_many_unions_are_kept(supernet, recorded, monkeypatch):
     count = len(recorded)
     answers(llm, (3, 4), parameters((A, B)))
     assert len(recorded) == count
+
+
+def test_two_host_buffers_of_a_graph_take_turns(supernet, recorded, monkeypatch):
+    """On a GPU the copy of the last step's may still be under way when the next one's is written."""
+    llm = with_graphs(mixed_llm(supernet))
+    inputs, written = llm.engine.runner.inputs, []
+    fill = inputs.fill
+    monkeypatch.setattr(
+        inputs, "fill", lambda arrays, *rest: (written.append(arrays["slots"].ctypes.data), fill(arrays, *rest))
+    )
+    answers_to(llm, random_prompts([3]), parameters([B], count=6))
+    assert llm.engine.runner.num_replays >= 5
+    replayed = written[-llm.engine.runner.num_replays :]
+    assert len(set(replayed)) == 2 and all(one != next_one for one, next_one in pairwise(replayed))
