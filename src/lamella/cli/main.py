@@ -117,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
     actions = placement.add_subparsers(title="actions", metavar="ACTION", required=True, dest="action")
     show = actions.add_parser("show", help="the layers' mixers, and what a placement keeps")
     _model(show)
+    _overrides(show)
     show.add_argument("--placement", help="all-X, every3rd-X, bookend-attn-X, or a name a layer; default: the file's")
     show.add_argument("--dtype", default="auto")
     _json(show)
