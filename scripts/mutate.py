@@ -18,12 +18,13 @@ import ast
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -61,6 +62,7 @@ class Site:
     last: int
     old: str
     new: str
+    text: str = field(default="", compare=False)
 
 
 @dataclass
@@ -105,6 +107,10 @@ class SourceFile:
         """The first line of the innermost statement, or header of one, that a line is in."""
         return self._statements.get(line, line)
 
+    def text_at(self, line: int) -> str:
+        """The lines of a statement up to `line`."""
+        return "".join(self._lines[self.statement_of(line) - 1 : line])
+
     def functions(self) -> Iterator[tuple[str, ast.FunctionDef]]:
         def walk(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef]]:
             for child in ast.iter_child_nodes(node):
@@ -144,7 +150,8 @@ def locate(fault, files: Sequence[SourceFile]) -> Site:
                     stop = start + len(fault.old)
                     line = file.line_of(start)
                     statement = file.statement_of(line)
-                    found.append((count, Site(relative, name, line, statement, start, stop, fault.old, fault.new)))
+                    site = Site(relative, name, line, statement, start, stop, fault.old, fault.new, file.text_at(line))
+                    found.append((count, site))
     if len(found) != 1 or found[0][0] != 1:
         places = [f"{site.path}:{site.line} ({count} times)" for count, site in found]
         sys.exit(f"faults.py: {fault.function}: {fault.old!r} must be there once, and is in {places or 'no function'}")
@@ -170,7 +177,8 @@ def random_sites(file: SourceFile) -> Iterator[Site]:
         start, stop = file.span(node)
         start, stop = start if first is None else first, stop if last is None else last
         line = file.line_of(start)
-        return Site(relative, name, line, file.statement_of(line), start, stop, file.text[start:stop], new)
+        old = file.text[start:stop]
+        return Site(relative, name, line, file.statement_of(line), start, stop, old, new, file.text_at(line))
 
     def between(left: ast.AST, right: ast.AST) -> tuple[int, int]:
         return file.span(left)[1], file.span(right)[0]
@@ -181,7 +189,7 @@ def random_sites(file: SourceFile) -> Iterator[Site]:
         if text.count(old) == 1 and "#" not in text:
             at = first + text.index(old)
             line = file.line_of(at)
-            yield Site(relative, name, line, file.statement_of(line), at, at + len(old), old, new)
+            yield Site(relative, name, line, file.statement_of(line), at, at + len(old), old, new, file.text_at(line))
 
     def walk(name: str, node: ast.AST) -> Iterator[Site]:
         for child in ast.iter_child_nodes(node):
@@ -238,6 +246,31 @@ def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
+class TestTexts:
+    """What test functions say, to find those that are about a statement."""
+
+    def __init__(self, tests: Sequence[str]) -> None:
+        self._words: dict[str, frozenset[str]] = {}
+        for path in {test.split("::")[0] for test in tests}:
+            file = SourceFile(ROOT / path)
+            for name, node in file.functions():
+                first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
+                text = file.text[file.offset(first, 0) : file.span(node)[1]]
+                self._words[f"{path}::{name.replace('.', '::')}"] = frozenset(self._split(text))
+        self._counts = Counter(word for words in self._words.values() for word in words)
+
+    @staticmethod
+    def _split(text: str) -> list[str]:
+        """Names, and the parts of names."""
+        names = re.findall(r"[A-Za-z][A-Za-z0-9_]+", text)
+        return [*names, *(part for name in names for part in name.lower().split("_") if len(part) > 2)]
+
+    def score(self, function: str, site: Site) -> float:
+        """How many rare words a test function shares with the statement and the name of the faulty function."""
+        words = self._words.get(function, frozenset()) & set(self._split(f"{site.text} {site.function}"))
+        return sum(1 / self._counts[word] for word in words)
+
+
 class CoverageMap:
     """Which tests execute which lines, and what each test costs."""
 
@@ -246,6 +279,7 @@ class CoverageMap:
         self.seconds: dict[str, float] = data["seconds"]
         self.lines: dict[str, dict[str, list[int]]] = data["lines"]  # file -> line -> indices into `tests`
         self.tests: list[str] = data["tests"]
+        self.texts = TestTexts(self.tests)
 
     def indices(self, site: Site) -> list[int]:
         """The tests of the site's line, or, where Python knows no such line, of the one before in the statement."""
@@ -256,11 +290,18 @@ class CoverageMap:
         return []
 
     def tests_of(self, site: Site) -> list[str]:
-        """The tests that execute the site's line, within the limit: first one of each function, the cheapest first."""
+        """The tests that execute the site's line, within the limit.
+
+        First one of each test function: those whose text has the rarest words of the faulty statement, then the
+        cheapest.
+        """
         known = [self.tests[index] for index in self.indices(site)]
         by_function: dict[str, list[str]] = defaultdict(list)
         for test in sorted(known, key=lambda test: self.seconds.get(test, 1.0)):
             by_function[test.split("[")[0]].append(test)
+        scores = {function: self.texts.score(function, site) for function in by_function}
+        named = sorted(by_function, key=lambda function: -scores[function])[:20]
+        by_function = {f: by_function[f] for f in dict.fromkeys([*(f for f in named if scores[f] > 0), *by_function])}
         chosen, total, turn = [], 0.0, 0
         while any(turn < len(tests) for tests in by_function.values()):
             for tests in by_function.values():

@@ -72,6 +72,13 @@ def canon_checkpoint(folder: Path, seed: int = 0, **changes: Any) -> Path:
     return save_lamella(model, config, folder)
 
 
+def change_config(folder: Path, **changes: Any) -> None:
+    """Write other values into a checkpoint's config.json; None removes a key."""
+    file = folder / "config.json"
+    values = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
 def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[dict[str, list[int]]]:
     rng = random.Random(seed)
     return [{"prompt_token_ids": [rng.randrange(VOCAB) for _ in range(n)]} for n in lengths]

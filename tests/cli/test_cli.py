@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -12,11 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import canon_checkpoint
+from helpers import canon_checkpoint, change_config
 from image_models import image, image_checkpoint, image_prompt
 from lamella import LLM, SamplingParams
 from lamella.bench.compile import LIMIT, CompileCost
 from lamella.cli import main
+from lamella.cli.main import parser
+from lamella.models import LlamaCanonForCausalLM
 
 LLAMA4 = {
     "architectures": ["Llama4ForCausalLM"], "dtype": "float32", "vocab_size": 128, "hidden_size": 32,
@@ -225,8 +228,10 @@ def test_cuda_is_refused_where_there_is_none(folder, capsys):
 def test_inspect_shows_what_the_engines_form_compiles(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("lamella.bench.compile.FORMS", {"lamella": None})
     monkeypatch.setattr("lamella.bench.compile._ALONE", {})
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA4))
-    assert main(["inspect", str(tmp_path), "--compile", "--layers", "4", "--json"]) == 0
+    # The key is refused by this process and by the one that compiles, unless both know the override.
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA4 | {"made_up": 1}))
+    way_out = ["--hf-overrides", '{"made_up": null}']
+    assert main(["inspect", str(tmp_path), "--compile", "--layers", "4", "--json", *way_out]) == 0
     (ours,) = last_json(capsys)["compile"]
     assert (ours["layers"], ours["graphs"], ours["recompiles"], ours["gave_up"]) == (4, 3, [], False)
     assert ours["difference"] <= LIMIT
@@ -270,3 +275,26 @@ def test_inspect_shows_what_layers_differ_in(tmp_path, capsys):
     assert "1 of 4 experts 24 + shared 24" in card["layers"][1] and "MLP 40" in card["layers"][2]
     assert main(["inspect", str(tmp_path)]) == 0
     assert "experts" in capsys.readouterr().out
+
+
+def test_no_command_lacks_the_way_out_of_refused_configs():
+    """Errors of the config reader name `--hf-overrides`, whatever the command; `placement set` writes the file."""
+
+    def leaves(command: argparse.ArgumentParser, name: str):
+        below = [action for action in command._actions if isinstance(action, argparse._SubParsersAction)]
+        if not below:
+            yield name, {option for action in command._actions for option in (action.dest, *action.option_strings)}
+        for action in below:
+            for word, each in action.choices.items():
+                yield from leaves(each, f"{name} {word}".strip())
+
+    reading = {name: options for name, options in leaves(parser(), "") if options & {"model", "words"}}
+    assert {"parity", "inspect", "placement sweep"} <= reading.keys()
+    assert [name for name, options in reading.items() if "--hf-overrides" not in options] == ["placement set"]
+
+
+def test_a_model_class_reads_overridden_values(tmp_path):
+    folder = canon_checkpoint(tmp_path)
+    change_config(folder, made_up=1)
+    model = LlamaCanonForCausalLM.from_pretrained(folder, hf_overrides={"made_up": None, "rms_norm_eps": 0.05})
+    assert model.config.norm.eps == 0.05

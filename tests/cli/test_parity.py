@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
-from helpers import canon_checkpoint
+from helpers import canon_checkpoint, change_config, hf_checkpoint
 from lamella.cli.main import main
 from lamella.ops import native
 
@@ -82,3 +85,53 @@ def test_a_dummy_model_and_the_old_number(capsys, tmp_path):
     options = ["--load-format", "dummy", "--dtype", "bfloat16", "--free-running"]
     assert main(["parity", str(folder), "stats", *SMALL, *options]) == 0
     assert "texts that are still the same part at" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_way_out_of_a_refused_config_works(capsys, tmp_path):
+    """Whatever the reader refuses at whatever depth, and with engines that read the file themselves."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    hf_checkpoint(tmp_path, LlamaConfig(vocab_size=64, num_key_value_heads=1, head_dim=16, **shape))
+    rotation = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "odd": 3}
+    change_config(tmp_path, made_up=1, moe_layers=[1], rope_parameters=rotation)
+    capsys.readouterr()  # transformers shows how far it has written
+    command, given = ["parity", str(tmp_path), "stats", *SMALL, "--json", "-"], {}
+    for _ in range(3):
+        options = ["--hf-overrides", json.dumps(given)] if given else []
+        if main([*command, *options]) == 0:
+            break
+        error = capsys.readouterr().err
+        assert error.startswith(f"lamella: {tmp_path / 'config.json'}: ") and error.count("\n") == 1
+        option, text = shlex.split(error[error.index("--hf-overrides") :])
+        assert option == "--hf-overrides"
+        given |= json.loads(text)
+    assert given == {"made_up": None, "moe_layers": None, "rope_parameters": {"odd": None}}
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["verdict"] == "pass" and report["oracle"] == "hf"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ({"rms_norm_eps": "much"}, "rms_norm_eps='much'"),
+        ({"intermediate_size": 40}, "has shape (48, 32), the config says (40, 32)"),
+        ({"num_hidden_layers": 3}, "missing: model.layers.2."),
+        ({"num_hidden_layers": 1}, "unexpected: model.layers.1."),
+        ({"tie_word_embeddings": False}, "missing: lm_head.weight; if the head is the embedding: --hf-overrides"),
+    ],
+)
+def test_overrides_that_do_not_fit_the_tensors_are_one_line(overrides, line, capsys, tmp_path):
+    folder = canon_checkpoint(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    if tensors.pop("lm_head.weight", None) is not None:
+        save_file(tensors, folder / "model.safetensors")
+        change_config(folder, tie_word_embeddings=True)
+    assert main(["parity", str(folder), "stats", *SMALL, "--hf-overrides", json.dumps(overrides)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lamella: ") and line in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "null"])
+def test_overrides_that_are_no_json_object_are_refused(text, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["parity", "demo", "--hf-overrides", text])
+    assert exit.value.code == 2 and "--hf-overrides: " in capsys.readouterr().err

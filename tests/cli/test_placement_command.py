@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from apriel2_models import MIXERS, SUPERNET, block, checkpoint, config, fixed
-from helpers import canon_checkpoint
+from helpers import canon_checkpoint, change_config
 from lamella import LLM
 from lamella.bench.sweep import Swept, front, usual_placements
 from lamella.checkpoint import load_model, open_checkpoint
@@ -98,6 +99,31 @@ class TestShow:
     def test_no_weights_are_needed(self, supernet, tmp_path, capsys):
         (tmp_path / "config.json").write_text((supernet / "config.json").read_text())
         assert told(capsys, "show", str(tmp_path)) == told(capsys, "show", str(supernet))
+
+    def test_the_way_out_of_a_refused_config_works(self, supernet, tmp_path, capsys):
+        """With `set`, which takes no overrides, the file is what has to be changed."""
+        folder = checkpoint(tmp_path / "refused", fixed(SUPERNET, layers=3))
+        values = json.loads((folder / "config.json").read_text())
+        change_config(folder, decoder=values["decoder"] | {"made_up": 1})
+        before = (folder / "config.json").read_bytes()
+        error = refused(capsys, "show", str(folder))
+        option, text = shlex.split(error[error.index("--hf-overrides") :])
+        assert json.loads(text) == {"decoder": {"made_up": None}}
+        assert told(capsys, "show", str(folder), option, text) == told(capsys, "show", str(supernet))
+        swept = told(capsys, "sweep", str(folder), "all-gdn", *SIZES, option, text)
+        assert swept["placements"][0]["kl"] == pytest.approx(
+            told(capsys, "sweep", str(supernet), "all-gdn", *SIZES)["placements"][0]["kl"], abs=1e-4
+        )
+        error = refused(capsys, "set", str(folder), "all-gdn")
+        assert error.endswith("; placement set takes no overrides: correct the file itself first")
+        assert (folder / "config.json").read_bytes() == before
+
+    def test_overrides_change_the_costs(self, supernet, capsys):
+        changes = {"main_mixer_name": "gdn", "mixers": {"gdn": {"value_heads": 2}}}
+        written = json.dumps({"decoder": {"block": {"mixer": changes}}})
+        found = told(capsys, "show", str(supernet), "--hf-overrides", written)
+        smaller = 4 * (2 * 8 * 16 + 3 * (2 * 16 + 32))
+        assert (found["placement"], found["bytes_per_request"]) == ("all-gdn", 3 * smaller)
 
 
 class TestSet:

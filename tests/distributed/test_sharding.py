@@ -284,3 +284,11 @@ def test_devices_are_checked(monkeypatch):
         resolve(tensor_parallel_size=4)
     with pytest.raises(ConfigError, match=r"^device='cuda:1': must be cuda or cpu with tensor_parallel_size=2$"):
         resolve(device="cuda:1", tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize(("full", "size"), [(5, 3), (7, 4), (8, 4), (9, 4), (11, 5), (5, 5)])
+def test_whole_ones_are_each_held_once_and_evenly(full, size):
+    splits = [Share(rank, size).whole_ones(full, "experts") for rank in range(size)]
+    held = [index for split in splits for start, stop in split.spans for index in range(start, stop)]
+    assert held == list(range(full))
+    assert {split.size for split in splits} <= {full // size, full // size + 1}

@@ -264,3 +264,20 @@ def test_dummy_weights_need_only_a_config(folder, tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not torch.equal(weights[0]["lm_head.weight"], weights[2]["lm_head.weight"])
     assert weights[0]["lm_head.weight"].dtype == torch.bfloat16
+
+
+def test_the_first_token_behind_min_tokens_may_end_the_text(folder):
+    llm = LLM(folder, device="cpu")
+    prompt = {"prompt_token_ids": [5, 6, 7]}
+
+    def answer(**params):
+        given = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, **params)
+        return llm.generate(prompt, given, use_tqdm=False)[0].outputs[0]
+
+    tokens = answer().token_ids
+    last = next(index for index in range(1, 8) if tokens[index] not in tokens[:index])
+    ended = answer(min_tokens=last, stop_token_ids=[tokens[last]])
+    assert ended.token_ids == tokens[: last + 1] and ended.finish_reason == "stop"
+    # One token more, and the stop token is kept out where it would have come.
+    later = answer(min_tokens=last + 1, stop_token_ids=[tokens[last]])
+    assert later.token_ids[:last] == tokens[:last] and later.token_ids[last] != tokens[last]

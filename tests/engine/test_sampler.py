@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lamella.engine import sampler
-from lamella.engine.sampler import SamplingRow, prompt_logprobs, sample, uniform
+from lamella.engine.sampler import SamplingRow, edit, prompt_logprobs, sample, uniform
 from lamella.engine.sampling_params import SamplingParams
 from lamella.ops.sampling import NO_TOKEN
 
@@ -251,3 +251,26 @@ def test_as_dict_holds_the_sampled_token_first():
     entries = entry.as_dict(str)
     assert next(iter(entries)) == 2 and set(entries) == {1, 2, 3}
     assert [(entries[i].rank, entries[i].decoded_token) for i in (3, 1, 2)] == [(1, "3"), (2, "1"), (2, "2")]
+
+
+def test_top_p_keeps_no_token_beyond_the_mass_it_names():
+    """Of equal tokens, half the mass is exactly half of them."""
+    logits = torch.zeros(1, 8)
+    rows = [row_of(SamplingParams(top_p=0.5, seed=seed), seed) for seed in range(200)]
+    drawn = set(sample(logits.expand(200, -1), rows).token_ids)
+    assert drawn == {0, 1, 2, 3}
+
+
+def test_frequency_counts_every_occurrence_and_presence_one():
+    logits = torch.zeros(1, 4)
+    for params, output, expected in (
+        (SamplingParams(frequency_penalty=0.5), [1, 1, 1, 2], [0.0, -1.5, -0.5, 0.0]),
+        (SamplingParams(presence_penalty=0.5), [1, 1, 1, 2], [0.0, -0.5, -0.5, 0.0]),
+        (SamplingParams(frequency_penalty=0.5, presence_penalty=0.25), [3, 3], [0.0, 0.0, 0.0, -1.25]),
+    ):
+        row = SamplingRow(params, 0, len(output), [0], output, ())
+        assert edit(logits, [row])[0].tolist() == expected
+
+
+def row_of(params: SamplingParams, seed: int) -> SamplingRow:
+    return SamplingRow(params, seed, 0, [0], [], ())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import subprocess
 import sys
 
@@ -9,11 +11,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen3Config
 
+from checkpoint.test_lingua import lingua_checkpoint
 from helpers import canon_checkpoint, hf_checkpoint
-from lamella.errors import ConfigError, ParameterError
+from lamella.checkpoint.convert import convert
+from lamella.errors import CheckpointError, ConfigError, ParameterError
 from lamella.parity import assert_parity, check, compare, score
 from lamella.parity.forcing import ForcedEngine
 from lamella.parity.sequences import split
+from lamella.parity.subject import Subject
 from models.test_llama4 import CONFIGS as LLAMA4
 from parity.test_bisection import SHAPE, layer, load
 
@@ -162,3 +167,118 @@ assert main(["parity", "demo", "stats", "--engine", "hf"]) == 2
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("transformers is not installed (pip install 'lamella[hf]'); `reference` needs") == 2
+
+
+OVERRIDES = {
+    "a norm": {"rms_norm_eps": 0.05},
+    "a base": {"rope_theta": 30.0},
+    "a scaling": {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "both, in the newer form": {"rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 30.0}},
+    "a window": {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 3, "sliding_window": 3},
+}
+
+
+class TestOverrides:
+    """Whoever computes, computes with them: as with a file that says the same."""
+
+    @pytest.mark.parametrize("name", OVERRIDES)
+    def test_every_engine_computes_with_them(self, name, llama, tmp_path):
+        overrides = OVERRIDES[name]
+        if name == "a window":
+            llama = tmp_path
+            hf_checkpoint(llama, Qwen3Config(**SHAPE))
+        options = INPUTS | {"dtype": "float32", "count": 2}
+        _, plain = score(llama, engine="reference", **options)
+        _, expected = score(llama, engine="reference", hf_overrides=overrides, **options)
+        assert (plain[0].logprobs - expected[0].logprobs).abs().max() > 1e-2
+        for engine in ("lamella", "hf"):
+            _, found = score(llama, engine=engine, hf_overrides=overrides, **options)
+            for scores, other in zip(found, expected, strict=True):
+                assert (scores.logprobs - other.logprobs).abs().max() < 1e-4
+
+    def test_all_checks_pass_against_transformers_and_the_report_knows(self, llama):
+        before = (llama / "config.json").read_bytes()
+        report = assert_parity(llama, hf_overrides=OVERRIDES["a norm"], oracle="hf", **INPUTS)
+        (ranks,) = [cell for cell in report.paths.cells if cell.path == "two tensor-parallel ranks"]
+        assert ranks.status == "pass"  # other processes, which open the checkpoint themselves
+        plain, same = check(llama, ["stats"], **INPUTS), check(llama, ["stats"], hf_overrides={}, **INPUTS)
+        assert plain.as_dict()["config_hash"] == same.as_dict()["config_hash"] != report.as_dict()["config_hash"]
+        assert (llama / "config.json").read_bytes() == before
+
+    def test_a_truth_without_them_is_noticed(self, llama):
+        candidate = load(llama)
+        report = check(llama, ["stats"], candidate=candidate, hf_overrides=OVERRIDES["a norm"], **INPUTS)
+        assert not report.passed
+
+    def test_sections_are_merged_and_null_removes(self, tmp_path):
+        config = LLAMA4["scout"]
+        hf_checkpoint(tmp_path, config)
+        values = json.loads((tmp_path / "config.json").read_text())
+        inner = {key: values.pop(key) for key in list(values) if key not in ("architectures", "model_type")}
+        text = {**inner, "model_type": "llama4_text", "made_up": 1, "attn_temperature_tuning": True}
+        (tmp_path / "config.json").write_text(
+            json.dumps(
+                {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "text_config": text}
+            )
+        )
+        overrides = {"text_config": {"made_up": None, "rms_norm_eps": 0.05}}
+        plain = {"text_config": {"made_up": None}}
+        ours, theirs, without = (
+            score(tmp_path, engine=engine, hf_overrides=changes, dtype="float32", **INPUTS)[1]
+            for engine, changes in (("reference", overrides), ("hf", overrides), ("hf", plain))
+        )
+        for scores, other in zip(ours, theirs, strict=True):
+            assert (scores.logprobs - other.logprobs).abs().max() < 1e-4
+        assert (without[0].logprobs - theirs[0].logprobs).abs().max() > 1e-2
+
+    def test_a_folder_for_other_libraries_goes_with_its_subject(self, llama):
+        subject = Subject.open(llama, overrides={"rms_norm_eps": 0.05, "made_up": None})
+        folder = subject.folder
+        assert folder == subject.folder != llama
+        assert json.loads((folder / "config.json").read_text())["rms_norm_eps"] == 0.05
+        assert {file.name for file in folder.iterdir()} == {file.name for file in llama.iterdir()}
+        del subject
+        assert not folder.exists() and (llama / "model.safetensors").is_file()
+        assert Subject.open(llama).folder == llama
+
+    def test_a_head_that_is_in_no_file_is_not_made_up(self, tmp_path):
+        hf_checkpoint(tmp_path, LlamaConfig(**SHAPE, tie_word_embeddings=True))
+        for engine in ("hf", "reference", "lamella"):
+            with pytest.raises(CheckpointError, match=r"lm_head\.weight") as caught:
+                score(tmp_path, engine=engine, hf_overrides={"tie_word_embeddings": False}, **INPUTS)
+            assert "\n" not in str(caught.value)
+
+    def test_bad_ones_are_one_line(self, llama):
+        for options, line in (
+            ({"hf_overrides": "off"}, "hf_overrides='off': must be a mapping"),
+            ({"hf_overrides": {1: 2}}, "hf_overrides={1: 2}: must be a mapping"),
+            (
+                {"hf_overrides": {"rms_norm_eps": torch.tensor(1)}},
+                "hf_overrides: must be a dict of values that JSON has",
+            ),
+            ({"hf_overrides": {"rms_norm_eps": "small"}}, "rms_norm_eps='small'"),
+            ({"engine_options": {"hf_overrides": {}}}, "engine_options: hf_overrides must be given as an option of"),
+            ({"engine_options": {"dtype": "float16", "device": "cpu"}}, "engine_options: device, dtype must be given"),
+        ):
+            with pytest.raises(ConfigError) as caught:
+                check(llama, **INPUTS | options)
+            assert line in str(caught.value) and "\n" not in str(caught.value)
+
+    def test_a_size_that_no_tensor_has_is_one_line_with_every_oracle(self, llama):
+        for oracle in ("hf", "reference"):
+            with pytest.raises(CheckpointError) as caught:
+                check(llama, ["stats"], oracle=oracle, hf_overrides={"intermediate_size": 40}, **INPUTS)
+            assert "\n" not in str(caught.value)
+
+    def test_a_lingua_file_names_the_way_out(self, tmp_path):
+        folder = lingua_checkpoint(tmp_path)
+        options = {"hf_overrides": {"model": {"rope_theta": 30.0}}, "dtype": "float32", **INPUTS}
+        assert check(folder, ["stats"], **options).passed  # by the reference, which reads it as lamella does
+        with pytest.raises(ConfigError, match=r"lamella convert .* NEW_FOLDER --hf-overrides") as caught:
+            check(folder, ["stats"], oracle="hf", **options)
+        option, text = shlex.split(str(caught.value).partition("NEW_FOLDER ")[2].partition(";")[0])
+        assert option == "--hf-overrides"
+        convert(folder, tmp_path / "new", overrides=json.loads(text))
+        _, expected = score(tmp_path / "new", **INPUTS, dtype="float32")
+        _, found = score(folder, **options)
+        assert torch.equal(found[0].logprobs, expected[0].logprobs)

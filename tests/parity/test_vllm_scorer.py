@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers import greedy, hf_checkpoint, logprobs
+from helpers import canon_checkpoint, change_config, greedy, hf_checkpoint, logprobs
 from lamella.errors import ConfigError, ParameterError
+from lamella.parity import score
 from lamella.parity.scorers import vllm as module
 from lamella.parity.scorers.settings import Settings
 from lamella.parity.scorers.vllm import VllmScorer, open_scorer
@@ -209,3 +210,23 @@ def test_a_token_that_was_not_forced_is_noticed(engine: Any, monkeypatch: pytest
     monkeypatch.setattr(module._Forcing, "apply", lambda self, logits: logits)
     with pytest.raises(RuntimeError, match="were forced"):
         engine[0].score(SEQUENCES[1:2], top=1)
+
+
+@pytest.mark.parametrize("name", ["Llama", "LlamaCanon"])
+def test_overrides_are_those_of_the_reference(name: str, tmp_path: Path) -> None:
+    """vLLM's own rules keep a file's rope_theta, and build the config before its keys can be overridden."""
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    if name == "Llama":
+        checkpoint(name, tmp_path)
+    else:
+        canon_checkpoint(tmp_path, hidden_size=64, head_dim=32)
+    change_config(tmp_path, made_up=1)
+    inputs = {"prompts": "random", "count": 2, "prompt_len": 20, "decode_len": 4, "dtype": "float32"}
+    overrides = {"made_up": None, "rope_theta": 30.0}
+    _, expected = score(tmp_path, engine="reference", hf_overrides=overrides, **inputs)
+    _, plain = score(tmp_path, engine="reference", hf_overrides={"made_up": None}, **inputs)
+    assert (plain[0].logprobs - expected[0].logprobs).abs().max() > 10 * TOLERANCE
+    with numba_hidden():
+        _, found = score(tmp_path, engine="vllm", hf_overrides=overrides, engine_options=SMALL, **inputs)
+    for scores, other in zip(found, expected, strict=True):
+        assert (scores.logprobs - other.logprobs).abs().max() < TOLERANCE

@@ -771,6 +771,16 @@ class TestRollBack:
         state.check_at_rest()
         assert state.match(keys).length == PAGE
 
+    def test_keys_of_an_uncommitted_step_are_dropped_without_slot_state_too(self):
+        state, keys = StateManager([PagedState(1, 8, torch.float32)], [8], num_slots=6, page_size=PAGE), chain(3)
+        assert state.grow("a", 3 * PAGE)
+        state.computed("a", PAGE, keys[:1])
+        state.commit()
+        state.computed("a", 2 * PAGE, keys[:2])
+        assert state.match(keys).length == 2 * PAGE
+        state.roll_back()
+        assert state.match(keys).length == PAGE
+
     def test_a_snapshot_whose_copy_was_not_made_is_dropped_with_its_key(self):
         for taken in (False, True):
             state, keys = self.manager(), chain(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
@@ -15,12 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import Llama4TextConfig
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm.v1.kv_cache_interface import MambaSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from helpers import VOCAB, canon_config
+from checkpoint.test_lingua import lingua_checkpoint
+from helpers import VOCAB, canon_config, hf_checkpoint
 from lamella.distributed.sharding import Share
 from lamella.errors import CheckpointError, ConfigError
 from lamella.models.hf_config import HFConfig
@@ -218,21 +221,102 @@ class TestLoading:
         with pytest.raises(CheckpointError, match=f"tensor {tensors[0][0]} stands in the checkpoint twice"):
             unfilled.load_weights([*tensors, tensors[0]])
 
-    @pytest.mark.parametrize("same", [True, False])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_a_tied_heads_own_copy_is_compared(
-        self,
-        unfilled: Any,
-        folder: Path,
-        same: bool,
-        monkeypatch: pytest.MonkeyPatch,
-        plugin_log: pytest.LogCaptureFixture,
+        self, unfilled: Any, folder: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Later versions of vLLM untie such a head before it comes to that."""
+        """Files of a Hub id, for instance, are there only when the model has been built."""
         monkeypatch.setattr(unfilled, "config", replace(unfilled.config, tie_word_embeddings=True))
         tensors = load_file(folder / "model.safetensors")
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (0 if same else 1)
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].to(dtype)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].float().clone()
         unfilled.load_weights(tensors.items())
-        assert ("lm_head.weight differs from the embedding" in plugin_log.text) == (not same)
+        tensors["lm_head.weight"][-1, -1] += 1
+        for order in (list, reversed):
+            with pytest.raises(CheckpointError, match=r"^tensor lm_head\.weight differs from the embedding") as caught:
+                unfilled.load_weights(order(list(tensors.items())))
+            assert way_out_of(caught.value) == {"tie_word_embeddings": False}
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1]
+        with pytest.raises(CheckpointError, match=r"^tensor lm_head\.weight differs from the embedding"):
+            unfilled.load_weights(tensors.items())
+
+
+def way_out_of(error: Exception) -> dict[str, Any]:
+    """The overrides that an error of one line names."""
+    assert "\n" not in str(error)
+    _, text = shlex.split(str(error)[str(error).index("--hf-overrides") :])
+    overrides: dict[str, Any] = json.loads(text)
+    return overrides
+
+
+def with_own_head(folder: Path, source: Path, **changes: Any) -> Path:
+    """The model with a config that ties the head that its file has."""
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to(source / "model.safetensors")
+    values = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"tie_word_embeddings": True} | changes))
+    return folder
+
+
+class TestOwnHead:
+    """A config that ties the head, and a file with a head that differs from the embedding."""
+
+    @pytest.fixture(autouse=True)
+    def older_vllm(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Newer versions untie such a head before it comes to that, for safetensors under the usual name."""
+        monkeypatch.setattr("vllm.config.model.checkpoint_has_lm_head", lambda *_, **__: None, raising=False)
+
+    def test_it_is_computed_with(self, folder: Path, tmp_path: Path) -> None:
+        tied = with_own_head(tmp_path / "tied", folder)
+        with running(tied) as llm:
+            assert_right(oracle(folder), generate(llm, prompts_of(3, 20), 6))
+
+    def test_lingua_files(self, tmp_path: Path) -> None:
+        source = lingua_checkpoint(tmp_path, **SHAPE, rope_version="lingua")
+        file = source / "default" / "params.json"
+        values = json.loads(file.read_text())
+        file.write_text(json.dumps(values | {"model": values["model"] | {"weight_tying": True}}))
+        with running(source, config_format="lamella", load_format="lamella") as llm:
+            assert_right(oracle(tmp_path / "hf"), generate(llm, prompts_of(3, 20), 6))
+
+    def test_a_copy_of_the_embedding_stays_tied(self, folder: Path, tmp_path: Path) -> None:
+        tied = with_own_head(tmp_path / "tied", folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        (tied / "model.safetensors").unlink()
+        save_file(tensors, tied / "model.safetensors")
+        with built(configured(tied), tmp_path) as model:
+            assert model.config.tie_word_embeddings
+            model.load_weights(tensors.items())
+            assert model.lm_head.weight is model.model.embed_tokens.weight
+
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_the_way_out_works_where_files_cannot_be_looked_at(
+        self, tmp_path: Path, nested: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sizes = SHAPE | {"intermediate_size_mlp": 96, "moe_layers": [], "attention_chunk_size": 32}
+        hf_checkpoint(tmp_path / "source", Llama4TextConfig(vocab_size=VOCAB, max_position_embeddings=256, **sizes))
+        values = json.loads((tmp_path / "source" / "config.json").read_text()) | {"tie_word_embeddings": True}
+        name = "Llama4ForConditionalGeneration" if nested else "Llama4ForCausalLM"
+        changes = {"text_config": values, "tie_word_embeddings": True} if nested else values
+        tied = with_own_head(tmp_path / "tied", tmp_path / "source")
+        around = {"architectures": [name], "model_type": "llama4" if nested else "llama4_text"}
+        (tied / "config.json").write_text(json.dumps(changes | around))
+        tensors = load_file(tied / "model.safetensors")
+        ours = {"architectures": [f"{PREFIX}{name}"]}
+        with monkeypatch.context() as blind:
+            blind.setattr("lamella.vllm_plugin.model.untie_own_head", lambda config, *_: config)
+            with (
+                built(configured(tied, hf_overrides=ours), tmp_path) as model,
+                pytest.raises(CheckpointError, match=r"^tensor lm_head\.weight differs") as caught,
+            ):
+                model.load_weights(tensors.items())
+            (tmp_path / "group").unlink(missing_ok=True)
+            overrides = ours | way_out_of(caught.value)
+            with built(configured(tied, hf_overrides=overrides), tmp_path) as model:
+                model.load_weights(tensors.items())
+                head = model.lm_head.weight[:VOCAB].cpu()
+        assert torch.equal(head, tensors["lm_head.weight"])
 
 
 class TestRehearsal:

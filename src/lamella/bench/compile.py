@@ -12,10 +12,11 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,17 +67,28 @@ class CompileCost:
         return self.difference <= LIMIT
 
 
-def compile_costs(model: str, layers: Sequence[int] = (), placement: str | None = None) -> Iterator[CompileCost]:
+def compile_costs(
+    model: str,
+    layers: Sequence[int] = (),
+    placement: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Iterator[CompileCost]:
     """Of each form in turn, for the model's stack and, with `layers`, for stacks of so many layers, which repeat the
-    model's; of a supernet, under a placement.
+    model's; of a supernet, under a placement; with `overrides` in the place of the config file's values.
 
     Raises `ConfigError` or `CheckpointError` where there is no such model, and `EngineError` where a form fails.
     """
-    config = open_checkpoint(model).read_config()
+    config = open_checkpoint(model, overrides).read_config()
     read_placement(placement, config)
     for depth in layers or (len(config.layers),):
         for form in FORMS:
-            task = {"model": model, "form": form, "layers": depth, "placement": placement}
+            task = {
+                "model": model,
+                "form": form,
+                "layers": depth,
+                "placement": placement,
+                "overrides": None if overrides is None else dict(overrides),
+            }
             command = [sys.executable, "-m", "lamella.bench.compile", json.dumps(task)]
             done = subprocess.run(command, env=os.environ | _ALONE, capture_output=True, text=True, check=False)
             if done.returncode:
@@ -108,13 +120,15 @@ def _each_layer(model: LanguageModel) -> Forward:
 FORMS = {"lamella": _lamella, "whole model": _whole_model, "each layer": _each_layer}
 
 
-def _measure(form: str, model: str, layers: int, placement: str | None) -> CompileCost:
+def _measure(
+    form: str, model: str, layers: int, placement: str | None, overrides: Mapping[str, Any] | None
+) -> CompileCost:
     """The cost of one form, in a process that has compiled nothing before."""
     from torch._dynamo import utils
 
     torch.set_num_threads(1)  # those that wait for work spin, which would be counted
     utils.set_compilation_metrics_limit(1 << 16)
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, overrides)
     config = checkpoint.read_config()
     config = with_depth(placed(config, read_placement(placement, config)), layers)
     built: LanguageModel = checkpoint.architecture.allocate(config, LocalKit(torch.float32))

@@ -64,7 +64,7 @@ def sweep(
     llm: LLM, model: str, written: Sequence[str], workload: Workload, repeats: int = 3, **inputs: Any
 ) -> Iterator[Swept]:
     """The figures of each of the `written` placements; `inputs` are of `lamella.parity.score`: prompts, count,
-    prompt_len, decode_len, seed.
+    prompt_len, decode_len, seed, load_format, hf_overrides.
 
     Raises `ConfigError`, before anything is run, where one of them is bad or does not fit.
     """

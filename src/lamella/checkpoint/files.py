@@ -62,7 +62,7 @@ class Checkpoint:
     def read_config(self, max_length: int | None = None) -> ModelConfig:
         """Return the model that the values describe; `max_length` is the context that an engine will use."""
         config = self.architecture.read_config(self.hf_config(self.values, max_length))
-        if config.tie_word_embeddings and self._has_own_head:
+        if config.tie_word_embeddings and self.has_own_head:
             return replace(config, tie_word_embeddings=False)
         return config
 
@@ -79,7 +79,7 @@ class Checkpoint:
             return None  # loading says why
 
     @cached_property
-    def _has_own_head(self) -> bool:
+    def has_own_head(self) -> bool:
         """True where the config ties head and embedding, and the files hold a head that differs.
 
         Then the head counts, as in transformers 5 and vLLM.

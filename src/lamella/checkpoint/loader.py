@@ -90,10 +90,8 @@ def load_model(
 @torch.no_grad()
 def fill(model: CausalLM, checkpoint: Checkpoint, tensors: OpenTensors) -> None:
     """Copy every tensor into its place, converting its dtype; raises before anything is copied when names differ."""
-    expected = _by_name_of_head(checkpoint, model, targets(model, checkpoint.names, tensors.names()), tensors)
-    redundant = check_names(checkpoint, model, expected, tensors.names())
+    expected, redundant = match_tensors(checkpoint, model, tensors)
     for name, target in expected.items():
-        check_shape(checkpoint, tensors, name, target)
         if not target.place.numel():  # another rank's
             continue
         for piece in target.pieces(_PIECE_BYTES):
@@ -105,6 +103,19 @@ def fill(model: CausalLM, checkpoint: Checkpoint, tensors: OpenTensors) -> None:
         copy = tensors.load(name, embedding.splits)
         if not torch.equal(copy.to(embedding.place.dtype), embedding.place.cpu()):
             logger.warning("%s: %s differs from the embedding it is tied to, and is not used", checkpoint.path, name)
+
+
+def match_tensors(checkpoint: Checkpoint, model: CausalLM, tensors: OpenTensors) -> tuple[dict[str, Target], set[str]]:
+    """Return where each tensor of the file goes in `model`, and the names of copies that are not needed.
+
+    Raises:
+        CheckpointError: tensors are missing or left over, or have another shape than the config says.
+    """
+    expected = _by_name_of_head(checkpoint, model, targets(model, checkpoint.names, tensors.names()), tensors)
+    redundant = check_names(checkpoint, model, expected, tensors.names())
+    for name, target in expected.items():
+        check_shape(checkpoint, tensors, name, target)
+    return expected, redundant
 
 
 def _by_name_of_head(

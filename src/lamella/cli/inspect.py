@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 def _compile(args: argparse.Namespace) -> int:
     """What compiling costs, a line as soon as it is known; exit status 1 where a form computes something else."""
     costs = []
-    for cost in compile_costs(args.model, args.layers, args.placement):
+    for cost in compile_costs(args.model, args.layers, args.placement, args.hf_overrides):
         costs.append(cost)
         if not args.json:
             console.print(f"[dim]{cost.layers} layers, {cost.form}: {cost.cpu_seconds} s[/dim]")

@@ -84,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
         "figures.",
     )
     parity.add_argument("words", nargs="+", metavar="MODEL [stats] [paths] [bisect]", help="the model, then checks")
+    _overrides(parity)
     parity.add_argument("--engine", default="lamella", help="lamella, vllm, hf or reference")
     parity.add_argument("--oracle", default="auto", help="who tells the truth: hf, reference, or auto")
     parity.add_argument("--dtype", default="auto", help="of the engine; bisect takes float32 unless this is given")
@@ -116,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
     actions = placement.add_subparsers(title="actions", metavar="ACTION", required=True, dest="action")
     show = actions.add_parser("show", help="the layers' mixers, and what a placement keeps")
     _model(show)
+    _overrides(show)
     show.add_argument("--placement", help="all-X, every3rd-X, bookend-attn-X, or a name a layer; default: the file's")
     show.add_argument("--dtype", default="auto")
     _json(show)

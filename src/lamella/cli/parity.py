@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
             load_format=args.load_format,
             max_model_len=args.max_model_len,
             placement=args.placement,
+            hf_overrides=args.hf_overrides,
         )
     result = report.as_dict()
     terminal.show(console, result)

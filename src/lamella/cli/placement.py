@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ def run(args: argparse.Namespace) -> int:
     return {"show": _show, "set": _set, "sweep": _sweep}[args.action](args)
 
 
-def _open(model: str, written: str | None) -> tuple[Checkpoint, Placement]:
-    checkpoint = open_checkpoint(model)
+def _open(model: str, written: str | None, overrides: Mapping[str, Any] | None = None) -> tuple[Checkpoint, Placement]:
+    checkpoint = open_checkpoint(model, overrides)
     config = checkpoint.read_config()
     if not stochastic_layers(config):
         raise ConfigError(f"{model}: no layer has a choice of mixers")
@@ -35,7 +35,7 @@ def _open(model: str, written: str | None) -> tuple[Checkpoint, Placement]:
 
 def _show(args: argparse.Namespace) -> int:
     """The layers' mixers, and the cost of state under a placement, by default the checkpoint's own."""
-    checkpoint, placement = _open(args.model, args.placement)
+    checkpoint, placement = _open(args.model, args.placement, args.hf_overrides)
     config = checkpoint.read_config()
     card = cost_card(checkpoint, args.dtype, None, placement)
     choices = stochastic_layers(config)
@@ -68,7 +68,12 @@ def _show(args: argparse.Namespace) -> int:
 
 def _set(args: argparse.Namespace) -> int:
     """Write another main placement into the checkpoint's config.json; the weights stay as they are."""
-    checkpoint, placement = _open(args.model, args.placement)
+    try:
+        checkpoint, placement = _open(args.model, args.placement)
+    except ConfigError as error:
+        if "--hf-overrides" not in str(error):
+            raise
+        raise ConfigError(f"{error}; placement set takes no overrides: correct the file itself first") from error
     values = checkpoint.architecture.with_placement(checkpoint.values, placement)
     written = checkpoint.architecture.read_config(checkpoint.hf_config(values))
     assert read_placement(None, written) == placement, "what would be written is not what was asked for"
@@ -91,7 +96,7 @@ def _sweep(args: argparse.Namespace) -> int:
             raise ParameterError(f"--plot {file}: must end in one of {', '.join(f'.{kind}' for kind in known)}")
         if not file.parent.is_dir() or file.is_dir():
             raise ParameterError(f"--plot {file}: not a file that can be written")
-    checkpoint, main = _open(args.model, None)
+    checkpoint, main = _open(args.model, None, getattr(args, "hf_overrides", None))
     config = checkpoint.read_config()
     written = args.placements or list(dict.fromkeys([describe_placement(main), *usual_placements(config)]))
     for each in written:
@@ -99,7 +104,13 @@ def _sweep(args: argparse.Namespace) -> int:
     llm = load_llm(args)
     workload = Workload(args.requests, args.input_len, args.output_len)
     loaded = llm.engine.options
-    options = {"prompts": args.prompts, "count": args.count, "seed": loaded.seed, "load_format": loaded.load_format}
+    options = {
+        "prompts": args.prompts,
+        "count": args.count,
+        "seed": loaded.seed,
+        "load_format": loaded.load_format,
+        "hf_overrides": loaded.hf_overrides,
+    }
     swept: list[Swept] = []
     with console.status("") as status:
         results = sweep(llm, args.model, written, workload, args.repeats, **options)

@@ -165,15 +165,21 @@ class CausalLM(LanguageModel):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+        cls,
+        path: str | Path,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str = "cpu",
+        hf_overrides: Mapping[str, Any] | None = None,
     ) -> Self:
         """The model in the checkpoint at `path`, a folder or a Hub id, whatever its format; "auto" keeps its dtype.
+
+        `hf_overrides` stand in the place of the config file's values, see `EngineOptions.hf_overrides`.
 
         Raises `CheckpointError` when a tensor is missing, left over or of the wrong shape.
         """
         from lamella.checkpoint import load_model, open_checkpoint
 
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, hf_overrides)
         model = load_model(checkpoint, dtype=dtype, device=device)
         if not isinstance(model, cls):
             raise CheckpointError(f"{checkpoint.path}: holds a {type(model).__name__}, not a {cls.__name__}")

@@ -34,6 +34,8 @@ _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.flo
 # Log-probabilities of all runs that are kept whole; beyond that, the likeliest of each position.
 _WHOLE_BYTES = 2 << 30
 _TOP = 256
+# Options of an engine that the kit has itself.
+_OWN = frozenset({"dtype", "device", "load_format", "hf_overrides"})
 _PATH_TOKENS = 64
 _BISECT_TOKENS = 48
 
@@ -59,6 +61,8 @@ class ParityOptions:
         load_format: "auto", or "dummy" for random weights.
         max_model_len: the length that a `dynamic` rotation is scaled for.
         placement: of a supernet, see `lamella.config.read_placement`.
+        hf_overrides: values in the place of the config file's, for every engine and for the truth; see
+            `EngineOptions.hf_overrides`.
         engine_options: of lamella or vllm, under the engine's own names, for stats; paths and bisect choose theirs.
         candidate: a loaded model to test in the place of the checkpoint's own, for lamella, with its dtype and device;
             the checkpoint stays the truth.
@@ -79,6 +83,7 @@ class ParityOptions:
     load_format: str = "auto"
     max_model_len: int | None = None
     placement: PlacementLike | None = None
+    hf_overrides: Mapping[str, Any] | None = None
     engine_options: Mapping[str, Any] = field(default_factory=dict)
     candidate: LanguageModel | None = None
 
@@ -88,6 +93,11 @@ class ParityOptions:
                 checked_int(name, getattr(self, name), least)
         if self.engine_options and self.engine in ("hf", "reference"):
             raise ConfigError(f"engine_options: {self.engine} has none")
+        if self.engine == "lamella" and (own := sorted(_OWN & self.engine_options.keys())):
+            raise ConfigError(
+                f"engine_options: {', '.join(own)} must be given as an option of parity, beside engine_options: the "
+                "reference follows it too"
+            )
         if self.candidate is not None and self.engine != "lamella":
             raise ConfigError(f"candidate: only the engine lamella takes a loaded one, not {self.engine}")
 
@@ -147,8 +157,9 @@ class _Run:
     ) -> None:
         self.options, self._progress = options, progress
         o = options
-        self.subject = Subject.open(model, o.load_format, o.seed, o.max_model_len, o.placement)
-        self.device = EngineOptions(model=model, device=options.device).resolve_device()
+        checked = EngineOptions(model=model, device=o.device, hf_overrides=o.hf_overrides)
+        self.subject = Subject.open(model, o.load_format, o.seed, o.max_model_len, o.placement, o.hf_overrides)
+        self.device = checked.resolve_device()
         self.dtype = self.subject.dtype(options.dtype)
         if options.candidate is not None:
             self._follow(options.candidate)

@@ -454,6 +454,7 @@ def run_paths(
         "seed": subject.seed,
         "max_model_len": subject.max_model_len,
         "placement": subject.placement,
+        "hf_overrides": subject.overrides,
     }
     if subject.checkpoint.architecture.image_model(subject.checkpoint, subject.load_format) is not None:
         options["limit_mm_per_prompt"] = {"image": 0}  # tokens of images are tokens like any others here

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.checkpoint.files import Checkpoint
-from lamella.checkpoint.loader import resolve_dtype
+from lamella.checkpoint.json_file import read_json, write_json
+from lamella.checkpoint.loader import match_tensors, resolve_dtype
 from lamella.checkpoint.names import targets
+from lamella.checkpoint.overrides import apply_overrides
 from lamella.config import ModelConfig, PlacementLike, placed, read_placement
 from lamella.engine.tokenizer import Tokenizer
+from lamella.errors import ConfigError
 from lamella.layers.kit import LocalKit
 from lamella.models.base import CausalLM
 
@@ -27,7 +34,7 @@ _T = TypeVar("_T")
 @dataclass(frozen=True)
 class Subject:
     """A checkpoint and how to take it; `load_format="dummy"` fills it at random, by `seed`, instead of reading it, and
-    of a supernet `placement` says which mixers compute.
+    of a supernet `placement` says which mixers compute. `overrides` are in the checkpoint's values already.
     """
 
     name: str
@@ -36,6 +43,7 @@ class Subject:
     seed: int = 0
     max_model_len: int | None = None
     placement: PlacementLike | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -45,9 +53,12 @@ class Subject:
         seed: int = 0,
         max_model_len: int | None = None,
         placement: PlacementLike | None = None,
+        overrides: Mapping[str, Any] | None = None,
     ) -> Subject:
         """Reads the config only. Raises `CheckpointError` or `ConfigError`."""
-        subject = cls(str(model), open_checkpoint(model), load_format, seed, max_model_len, placement)
+        overrides = _as_json(overrides)
+        checkpoint = open_checkpoint(model, overrides)
+        subject = cls(str(model), checkpoint, load_format, seed, max_model_len, placement, overrides)
         _ = subject.config
         return subject
 
@@ -66,6 +77,32 @@ class Subject:
     def config_hash(self) -> str:
         """Of the config file's values, whatever their order."""
         return hashlib.sha256(json.dumps(self.checkpoint.values, sort_keys=True).encode()).hexdigest()[:12]
+
+    @cached_property
+    def folder(self) -> Path:
+        """Folder from which other libraries read the same model: the checkpoint's own if nothing is overridden.
+
+        Otherwise a temporary one that lasts as long as the subject: links to the checkpoint's files, and a config.json
+        with the overridden values. Other libraries merge overrides by rules of their own.
+
+        Raises:
+            ConfigError: the values are those of a lingua file, which has no config.json to replace.
+        """
+        own, config_file = self.checkpoint.path, self.checkpoint.config_file
+        if not self.overrides:
+            return own
+        if config_file.name != "config.json":
+            raise ConfigError(
+                f"{config_file}: other libraries cannot be given hf_overrides of it; write them into a new folder: "
+                f"lamella convert {self.name} NEW_FOLDER --hf-overrides '{json.dumps(self.overrides)}'"
+            )
+        folder = Path(tempfile.mkdtemp(prefix="lamella-overridden-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        for file in own.iterdir():
+            if file.name != config_file.name:
+                (folder / file.name).symlink_to(file.absolute())
+        write_json(folder / config_file.name, apply_overrides(read_json(config_file), self.overrides))
+        return folder
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -94,7 +131,7 @@ class Subject:
             model = self.load(torch.float32, device)
             return self._placed({path: t.parameter[t.start : t.stop] for path, t in targets(model, {}).items()})
         with self.checkpoint.tensors.opened() as tensors:
-            found = targets(self.skeleton(), self.checkpoint.names, tensors.names())
+            found, _ = match_tensors(self.checkpoint, self.skeleton(), tensors)
             names = self._placed({target.path: name for name, target in found.items()})
             return {path: tensors.load(name) for path, name in names.items()}
 
@@ -112,3 +149,14 @@ class Subject:
             elif ".mixer.mixers." not in path:
                 found[path] = item
         return found
+
+
+def _as_json(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a copy of the overrides as JSON keeps them, since a report and other libraries read them as JSON."""
+    if not overrides:
+        return {}
+    try:
+        copy: dict[str, Any] = json.loads(json.dumps(overrides))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"hf_overrides: must be a dict of values that JSON has ({error})") from error
+    return copy

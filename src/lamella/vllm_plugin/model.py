@@ -36,7 +36,7 @@ from lamella.vllm_plugin import PREFIX, compat
 from lamella.vllm_plugin.hf_config import read_model_config
 from lamella.vllm_plugin.kit import VllmKit
 from lamella.vllm_plugin.state_layer import StateLayout
-from lamella.vllm_plugin.weights import WeightFiller
+from lamella.vllm_plugin.weights import WeightFiller, untie_own_head
 
 
 def model_config(vllm_config: VllmConfig, architecture: str) -> ModelConfig:
@@ -110,7 +110,9 @@ class Model(nn.Module, SupportsPP, SupportsLoRA, SupportsQuant):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         assert not prefix, "a language model inside another model is not supported"
-        self.vllm_config, self.config = vllm_config, model_config(vllm_config, self.architecture)
+        self.vllm_config = vllm_config
+        config = model_config(vllm_config, self.architecture)
+        self.config = untie_own_head(config, vllm_config.model_config.model, self.architecture)
         names = resolve_architecture(self.architecture).checkpoint_names
         self.model = Stack(vllm_config=vllm_config, config=self.config, names=names, prefix="model")
         self.lm_head = PPMissingLayer()

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import PPMissingLayer
 
+from lamella.checkpoint.files import open_checkpoint
 from lamella.checkpoint.names import Target, parts_apart, rename, targets
+from lamella.config import ModelConfig
 from lamella.distributed.sharding import cut
-from lamella.errors import CheckpointError
+from lamella.errors import CheckpointError, UserError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import LocalKit
 from lamella.vllm_plugin.experts import VllmExperts
@@ -39,6 +44,26 @@ class _Place:
     path: str
     fill: Callable[[Tensor], None]
     stands_for: tuple[str, ...]
+
+
+def untie_own_head(config: ModelConfig, model: str, architecture: str) -> ModelConfig:
+    """Return `config` untied if the files hold a head that differs from the embedding, as lamella's own engine does.
+
+    Newer versions of vLLM do so themselves, for safetensors under the usual name. If the files cannot be looked at
+    before the model is built (a Hub id, a quantization that only vLLM reads), `WeightFiller` refuses such a head.
+
+    Args:
+        config: of the model that is about to be built.
+        model: vLLM's `model`, a folder or a Hub id.
+        architecture: the name under which lamella knows the model.
+    """
+    if not config.tie_word_embeddings or not Path(model).is_dir():
+        return config
+    try:
+        checkpoint = open_checkpoint(model, {"architectures": [architecture]})
+    except UserError:
+        return config  # loading says what is wrong, if anything is
+    return replace(config, tie_word_embeddings=False) if checkpoint.has_own_head else config
 
 
 class WeightFiller:
@@ -129,10 +154,23 @@ class WeightFiller:
         return self._quantised and tensor.dtype == torch.uint8
 
     def _compare(self, tied: Mapping[str, Tensor]) -> None:
-        """Say where a head's own copy of the embedding, which is not used, is none."""
-        if len(tied) == 2 and not torch.equal(*tied.values()):
-            (copy,) = tied.keys() & self._redundant
-            logger.warning("%s differs from the embedding it is tied to, and is not used", copy)
+        """Refuse a head of the file's own that a tied model does not compute with."""
+        if len(tied) != 2:
+            return
+        (head,) = tied.keys() & self._redundant
+        (embedding,) = tied.keys() - self._redundant
+        if torch.equal(tied[head].to(tied[embedding].dtype), tied[embedding]):
+            return
+        if head != rename("lm_head.weight", self.names):  # lingua's copy, without which there would be no head
+            logger.warning("%s differs from the embedding it is tied to, and is not used", head)
+            return
+        untied: dict[str, Any] = {"tie_word_embeddings": False}
+        if isinstance(getattr(self.model.vllm_config.model_config.hf_config, "text_config", None), PretrainedConfig):
+            untied["text_config"] = dict(untied)
+        raise CheckpointError(
+            f"tensor {head} differs from the embedding that tie_word_embeddings=true puts in its place; to use "
+            f"the head of the file: --hf-overrides '{json.dumps(untied)}'"
+        )
 
     def _places(self) -> dict[str, _Place]:
         """Where the tensors go that this rank and stage wants, by their names in the file."""

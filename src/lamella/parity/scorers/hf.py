@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.checkpoint.names import rename, targets
-from lamella.errors import ConfigError
+from lamella.errors import CheckpointError, ConfigError
 from lamella.parity.oracle import tap_turned
 from lamella.parity.probe import FED_BY
 from lamella.parity.scorers.full_forward import FullForward
@@ -19,6 +19,7 @@ from lamella.parity.sites import Tap, untouched
 from lamella.parity.subject import Subject
 
 _TAPPED = "lamella_tapped"
+_OTHER = "--oracle reference names the tensors that do not fit the config"
 
 
 def open_scorer(subject: Subject, settings: Settings) -> FullForward:
@@ -36,7 +37,9 @@ def why_not(subject: Subject) -> str | None:
     except ImportError:
         return "transformers is not installed (pip install 'lamella[hf]')"
     try:
-        config = AutoConfig.from_pretrained(subject.checkpoint.path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(subject.folder, trust_remote_code=False)
+    except ConfigError as error:
+        return str(error)
     except (ValueError, KeyError, OSError) as error:
         return f"transformers does not know the model ({str(error).strip().splitlines()[0]})"
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # one that the vLLM plugin has registered, for instance
@@ -54,9 +57,20 @@ class HFModel:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        model = AutoModelForCausalLM.from_pretrained(
-            subject.checkpoint.path, dtype=settings.dtype, attn_implementation=settings.attention
-        )
+        path = subject.checkpoint.path
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                subject.folder,
+                dtype=settings.dtype,
+                attn_implementation=settings.attention,
+                output_loading_info=True,
+            )
+        except (RuntimeError, ValueError, KeyError, OSError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise CheckpointError(f"{path}: transformers cannot load it ({reason}); {_OTHER}") from error
+        model, found = loaded
+        if missing := sorted(found["missing_keys"]):  # transformers would fill these at random
+            raise CheckpointError(f"{path}: tensors that transformers misses: {', '.join(missing[:4])}; {_OTHER}")
         self._model = model.eval().requires_grad_(False).to(settings.device)
         self._names, self._device = subject.checkpoint.names, settings.device
         self._mixers = [layer.mixer for layer in subject.config.layers]

@@ -26,7 +26,7 @@ def open_scorer(subject: Subject, settings: Settings) -> VllmScorer:
     if subject.placement is not None:
         options["hf_overrides"] = {**options.get("hf_overrides", {}), "placement": subject.placement}
     return VllmScorer(
-        subject.checkpoint.path,
+        subject.folder,
         str(settings.dtype).removeprefix("torch."),
         settings.device.type,
         settings.batch_size,
