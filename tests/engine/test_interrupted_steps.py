@@ -6,10 +6,13 @@ import random
 from contextlib import suppress
 
 import pytest
+import torch
 
-from helpers import random_prompts
+from helpers import canon_checkpoint, poisoned_llm, random_prompts
 from interrupts import KINDS, checkpoint, interrupted
 from lamella import LLM, SamplingParams
+from lamella.layers.context import current_batch, forward_batch
+from lamella.layers.decoder import plain_batch
 
 LENGTHS = [9, 30, 21]
 OPTIONS = dict(device="cpu", dtype="float32", block_size=4, max_num_batched_tokens=16, max_num_seqs=4, num_blocks=64)
@@ -97,3 +100,24 @@ def test_an_interrupt_at_every_line_harms_nobody_else(model, ahead):
     for line in range(1, count_lines(model), 7):
         seen.add(model.attack(line, KeyboardInterrupt(), line % 4))
     assert len(seen) > 100
+
+
+def test_a_snapshot_that_was_copied_stays_findable_after_a_later_failure(tmp_path, monkeypatch):
+    llm = poisoned_llm(canon_checkpoint(tmp_path), dtype="float32", block_size=4, snapshot_prompts="always")
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    prompt = {"prompt_token_ids": list(range(10, 23))}
+    first = llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.runner, "launch", lambda step: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llm.generate({"prompt_token_ids": [1, 2, 3]}, params, use_tqdm=False)
+    (again,) = llm.generate(prompt, params, use_tqdm=False)
+    assert again.num_cached_tokens == 12 and again.outputs[0].token_ids == first
+
+
+def test_a_batch_that_an_interrupt_left_current_is_left_by_the_roll_back(tmp_path):
+    llm = poisoned_llm(canon_checkpoint(tmp_path), dtype="float32")
+    stale = forward_batch(plain_batch(torch.tensor([1, 2])))
+    stale.__enter__()  # as an interrupt between two lines of the context manager leaves it
+    llm.engine.runner.reset()
+    assert current_batch() is None

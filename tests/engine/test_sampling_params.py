@@ -51,8 +51,8 @@ def test_valid(fields):
         *(("logprobs", v) for v in (-2, 1.0, True)),
         *(("prompt_logprobs", v) for v in (-2, "1")),
         *(("repetition_penalty", v) for v in (0, -1, math.nan, math.inf)),
-        *(("presence_penalty", v) for v in (-2.1, math.nan)),
-        *(("frequency_penalty", v) for v in (2.1, "0")),
+        *(("presence_penalty", v) for v in (-2.1, 2.1, math.nan)),
+        *(("frequency_penalty", v) for v in (-2.1, 2.1, "0")),
         *(("logit_bias", v) for v in ({"1": 1.0}, {1: math.nan}, {1: 101}, {-1: 0}, {True: 0}, [1])),
         *(("bad_words", v) for v in ("x", [""], [1])),
         *(("bad_words_token_ids", v) for v in ([[]], [1], [[-1]])),
@@ -102,3 +102,9 @@ def test_most_logprobs():
     resolve_params(SamplingParams(logprobs=MAX_LOGPROBS), None, 10**5, None)
     with pytest.raises(ParameterError, match=str(MAX_LOGPROBS)):
         resolve_params(SamplingParams(logprobs=MAX_LOGPROBS + 1), None, 10**5, None)
+
+
+@pytest.mark.parametrize("edge", [-2, 2, -2.0, 2.0])
+def test_penalties_may_be_at_their_bounds(edge):
+    params = SamplingParams(presence_penalty=edge, frequency_penalty=edge)
+    assert (params.presence_penalty, params.frequency_penalty) == (edge, edge)

@@ -752,6 +752,14 @@ def test_requests_that_start_in_the_same_step_do_not_share_what_is_not_yet_compu
     assert scheduler.state.page_pools[0].num_cached == 4  # one of each content
 
 
+def test_the_peak_of_a_group_is_its_reach_a_chunk_and_a_page_torn_at_both_ends():
+    whole, window = PagedState(1, 8, torch.float32), PagedState(1, 8, torch.float32, window=6)
+    state = StateManager([whole, window], [99, 99], num_slots=2, page_size=4)
+    assert [state.peak_pages(0, tokens, chunk=5) for tokens in (1, 4, 5, 100)] == [1, 1, 2, 25]
+    assert [state.peak_pages(1, tokens, chunk=5) for tokens in (1, 5, 16, 17, 100)] == [1, 2, 4, 4, 4]
+    assert state.peak_pages(1, 100, chunk=1) == 3 and state.peak_pages(1, 100, chunk=8) == 5
+
+
 class TestRollBack:
     """What a failed step has named or planned cannot be found afterwards; what was there before can."""
 
