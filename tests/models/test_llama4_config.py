@@ -163,3 +163,13 @@ def test_a_scaling_that_early_conversions_wrote_is_believed_and_said(caplog):
     with caplog.at_level(logging.WARNING, "lamella"):
         assert read(rope_scaling=scaling).layers[0].mixer.rope.scaling.factor == 8
     assert "rope factor of 8 for 16 experts" in caplog.text
+
+
+def test_a_step_of_zero_means_no_experts():
+    layers = read(interleave_moe_layer_step=0, num_local_experts=0).layers
+    assert all(isinstance(layer.feed_forward, MLPConfig) for layer in layers)
+
+
+def test_experts_may_be_in_the_first_and_in_the_last_layer():
+    layers = read(moe_layers=[0, 7], num_local_experts=4).layers
+    assert [index for index, layer in enumerate(layers) if isinstance(layer.feed_forward, MoEConfig)] == [0, 7]

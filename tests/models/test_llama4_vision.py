@@ -130,3 +130,11 @@ def test_what_is_no_image_is_refused():
         grid(0, 5)
     with pytest.raises(ParameterError, match="uint8"):
         cut_tiles(torch.zeros(3, 8, 8))
+
+
+def test_files_that_say_little_have_the_defaults_of_the_released_models():
+    values = {key: VISION[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    values |= {"intermediate_size": 5632, "image_size": 336, "patch_size": 14}
+    read = VisionConfig.read(HFConfig({"text_config": {}, "vision_config": values}))
+    assert (read.channels, read.adapter_in, read.adapter_out, read.output_size) == (3, 4096, 4096, 5120)
+    assert (read.shuffle, read.theta, read.rows_per_tile) == (2, 10000.0, 144)

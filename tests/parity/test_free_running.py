@@ -176,3 +176,10 @@ def test_generations_of_other_sizes_are_refused(other):
     _, reference = make(3 + (other == "prompts"), 4 + (other == "steps"), 10)
     with pytest.raises(ValueError, match="zip"):
         compare_generations(engine, reference)
+
+
+def test_two_gaps_have_a_deviation_and_one_has_none():
+    for steps, expected in ((2, True), (1, False)):
+        engine, reference = make(1, steps, 30, noise=1.0)
+        overall = compare_generations(engine, reference).overall
+        assert (overall["std"] > 0) == expected
