@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 
 import pytest
 import torch
@@ -88,7 +89,10 @@ def logits(model, ids):
 
 def split_logits(parts, ids):
     with ThreadPoolExecutor(len(parts)) as pool:
-        return list(pool.map(lambda part: logits(part, ids), parts))
+        # Each thread with what is set here, such as the portable kernels of unit tests.
+        return list(
+            pool.map(lambda part, context: context.run(logits, part, ids), parts, [copy_context() for _ in parts])
+        )
 
 
 class Source:
