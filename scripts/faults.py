@@ -47,7 +47,11 @@ LISTED = (
     Fault("_plan_kernel", "whole = tl.maximum(counts - 1, 0)", "whole = tl.maximum(counts, 0)"),
     # layers
     Fault("Attention.forward", "q.float() * turn.scale[:, None, None]", "q.float()"),
-    Fault("Attention._attend", "self.q_norm.weight, self.k_norm.weight", "self.k_norm.weight, self.q_norm.weight"),
+    Fault(
+        "Attention.forward",
+        "self._norm(q, self.q_norm), self._norm(k, self.k_norm)",
+        "self._norm(q, self.k_norm), self._norm(k, self.q_norm)",
+    ),
     Fault("GatedDeltaNet.core", "self.A_log,\n            self.dt_bias", "self.dt_bias,\n            self.A_log"),
     Fault("RowLinear.forward", "self.group.share.rank == 0", "True"),
     Fault("SplitHead.forward", "[..., : self.vocab_size]", "[..., : self.vocab_size - 1]"),

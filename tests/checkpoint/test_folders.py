@@ -291,6 +291,17 @@ UNREADABLE = {
     "GGUF": (b"GGUF" + bytes(100), "a GGUF file under another name", "safetensors"),
     "pickle": (b"PK\x03\x04" + bytes(100), "a PyTorch file", "pytorch_model.bin"),
     "AppleDouble": (b"\x00\x05\x16\x07" + bytes(100), "AppleDouble", "delete it"),
+    "text": (b"model   ".ljust(100, b"."), "not a readable safetensors file", "download it again"),
+    "no header": (
+        (1 << 20).to_bytes(8, "little") + b"[]",
+        "not a readable safetensors file: Error",
+        "download it again",
+    ),
+    "long header": (
+        (1 << 40).to_bytes(8, "little") + b"{}",
+        "not a readable safetensors file: Error",
+        "download it again",
+    ),
     "noise": (b"\x80" * 7 + b"\x00" + bytes(50), "not a readable safetensors file", "download it again"),
 }
 

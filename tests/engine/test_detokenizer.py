@@ -250,6 +250,12 @@ def test_held_back_text_is_sent_once_decided():
     assert detokenizer.stop_reason == "abab" and detokenizer.flush() == "" and detokenizer.text == "xabax"
 
 
+def test_a_stop_string_that_came_too_early_holds_nothing_back():
+    detokenizer = IncrementalDetokenizer(BYTES, SamplingParams(stop="ab", min_tokens=3, max_tokens=8), [])
+    letters = {c: BYTES.encode(c)[0] for c in "abx"}
+    assert [detokenizer.append(letters[c]) for c in "ab"] == ["", "ab"]
+
+
 def test_no_text_without_a_tokenizer():
     assert set(stream(None, [1, 2, 3], [4], stop="x")[1]) == {""}
     assert set(stream(BYTES, [1, 2, 3], [4], detokenize=False)[1]) == {""}

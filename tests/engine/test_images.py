@@ -273,6 +273,12 @@ def limited(checkpoint):
     return load(checkpoint, limit_mm_per_prompt={"image": 2})
 
 
+def test_as_many_images_as_the_limit_allows_are_read(checkpoint, limited):
+    several = image_prompt(image("2 x 2"), image())
+    (one,), (other,) = generate(limited, several), generate(load(checkpoint), several)
+    assert one.outputs[0].token_ids == other.outputs[0].token_ids
+
+
 def test_an_image_needs_room(checkpoint):
     llm = load(checkpoint, max_model_len=20)
     with pytest.raises(ParameterError, match="prompt of 42 tokens: max_model_len=20 leaves no room"):

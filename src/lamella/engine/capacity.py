@@ -179,7 +179,10 @@ def _pages(options: EngineOptions, cost: StateCost, max_model_len: int, budget: 
         share = rest // max(1, sum(page[spec] for spec in full))
         if rest >= 0 and (share >= 1 or not full):
             return {spec: count if spec.reach is not None else min(share, count) for spec, count in most.items()}
-    raise ConfigError(f"max_num_seqs={seqs}: the state of so many requests does not fit into {budget >> 20} MiB")
+    raise ConfigError(
+        f"max_num_seqs={seqs}: the state of so many requests does not fit into {max(0, budget) >> 20} MiB: give fewer, "
+        "a smaller max_num_batched_tokens, or more memory"
+    )
 
 
 def _total_memory(device: torch.device) -> int:
