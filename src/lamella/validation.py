@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from operator import index
 from typing import Any
 
 from lamella.errors import ConfigError, UserError
 
 INT64 = -(2**63), 2**63 - 1
-"""What a row of a step, or a message between ranks, can hold."""
+"""Bounds of the whole numbers that a row of a step, or a message between ranks, can hold."""
 
 _SHOWN = 80  # characters
 
 
-def shown(value: object) -> str:
-    """Return `value` as an error shows it: on one line, cut where it is long, and never raising itself."""
+def shown(value: object, limit: int = _SHOWN) -> str:
+    """Return `value` as an error shows it: on one line, cut at `limit` characters, and never raising itself."""
     try:
         text = repr(value)
     except Exception:  # an object's own, or a whole number with more digits than Python converts
         return f"a value of type {type(value).__name__}"
     text = text.encode("utf-8", "backslashreplace").decode().replace("\n", " ")
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def listed(names: Sequence[str], limit: int = 4) -> str:
+    """Return the first `limit` names as an error lists them, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def is_one_of(value: Any, known: Iterable[Any]) -> bool:
+    """Return whether `value` is one of `known`, by type too: 1 is not True, and no array is asked for a truth."""
+    return any(value is each or (type(value) is type(each) and value == each) for each in known)
 
 
 def whole(value: Any) -> int | None:

@@ -79,6 +79,8 @@ class TestEngineArguments:
         assert LLM(folder, num_gpu_blocks_override=7).stats()["pages"] == 7
         with pytest.raises(ConfigError, match="contradicts"):
             LLM(folder, num_blocks=6, num_gpu_blocks_override=7)
+        for both in ({"num_blocks": None}, {"num_blocks": 7}):
+            assert engine_options(both | {"num_gpu_blocks_override": 7}) == {"num_blocks": 7}
 
     def test_none_is_the_default(self):
         options = EngineOptions(model="m", max_num_seqs=None, enable_prefix_caching=None, block_size=None, seed=5)

@@ -9,6 +9,10 @@ from pathlib import Path
 from lamella.errors import CheckpointError
 
 _AGAIN = "download it again"
+GGUF_ADVICE = (
+    "give the original safetensors folder, or convert it with transformers (from_pretrained(folder, gguf_file=...), "
+    "then save_pretrained)"
+)
 _MARKS = (
     (
         b"version https://git-lfs",
@@ -122,10 +126,7 @@ def why_no_weights(folder: Path) -> str:
             "then save_pretrained) and give that folder"
         )
     if having(".gguf"):
-        return (
-            f"{having('.gguf')[0]} is GGUF, which is not read yet: give the original safetensors folder, or convert it "
-            "with transformers (from_pretrained(folder, gguf_file=...), then save_pretrained)"
-        )
+        return f"{having('.gguf')[0]} is GGUF, which is not read yet: {GGUF_ADVICE}"
     if any(name.startswith("consolidated.") and name.endswith(".pth") for name in names):
         return (
             "Meta's own format (consolidated.NN.pth): take the repository in Hugging Face's format, or convert it with "

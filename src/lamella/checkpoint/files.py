@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lamella.checkpoint.file_kinds import is_present, what_it_is, why_no_weights
+from lamella.checkpoint.file_kinds import GGUF_ADVICE, is_present, what_it_is, why_no_weights
 from lamella.checkpoint.json_file import read_json
 from lamella.checkpoint.lingua import LINGUA_NAMES, TIED_HEAD, find_lingua, read_params
 from lamella.checkpoint.names import rename
@@ -167,10 +167,7 @@ def find_folder(model: str | Path, revision: str | None = None) -> Path:
         return path
     if path.is_file():
         if path.suffix == ".gguf" or (what_it_is(path) or "").startswith("a GGUF"):
-            raise CheckpointError(
-                f"{path}: GGUF is not read yet: give the original safetensors folder, or convert it with transformers "
-                "(from_pretrained(folder, gguf_file=...), then save_pretrained)"
-            )
+            raise CheckpointError(f"{path}: GGUF is not read yet: {GGUF_ADVICE}")
         raise CheckpointError(f"{path}: no such folder, but a file: give the folder that holds it, {path.parent}")
     # A Hub id is NAME or OWNER/NAME; anything else was meant as a path.
     if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1:

@@ -19,6 +19,7 @@ from lamella.distributed.sharding import Split
 from lamella.errors import CheckpointError, ConfigError
 from lamella.layers.kit import LocalKit
 from lamella.models.base import CausalLM, initialize
+from lamella.validation import listed
 
 logger = logging.getLogger("lamella")
 
@@ -158,7 +159,7 @@ def check_names(
     """
     present = {name for name in names if not name.endswith("rotary_emb.inv_freq")}
     if not present:
-        raise CheckpointError(f"{checkpoint.path}: {why_no_weights(Path(checkpoint.path))}")
+        raise CheckpointError(f"{checkpoint.path}: {why_no_weights(checkpoint.path)}")
     expected = set(targets_by_name)
     redundant = present & {checkpoint.tied_head} if model.config.tie_word_embeddings else set()
     leftovers = type(model).leftovers(present - expected, expected)
@@ -167,14 +168,14 @@ def check_names(
             "%s: %d tensors of parts that the config no longer has are not read: %s",
             checkpoint.path,
             len(leftovers),
-            _list(sorted(leftovers)),
+            listed(sorted(leftovers)),
         )
     missing, unexpected = sorted(expected - present), sorted(present - expected - redundant - leftovers)
     if missing or unexpected:
         problems = {"missing": missing, "unexpected": unexpected}
-        listed = "; ".join(f"{kind}: {_list(some)}" for kind, some in problems.items() if some)
+        what = "; ".join(f"{kind}: {listed(some)}" for kind, some in problems.items() if some)
         advice = _way_out(checkpoint, missing, unexpected)
-        raise CheckpointError(f"{checkpoint.path}: tensors do not fit {type(model).__name__}; {listed}{advice}")
+        raise CheckpointError(f"{checkpoint.path}: tensors do not fit {type(model).__name__}; {what}{advice}")
     return redundant
 
 
@@ -185,8 +186,3 @@ def _way_out(checkpoint: Checkpoint, missing: list[str], unexpected: list[str]) 
     if missing == [rename("lm_head.weight", checkpoint.names)] and not unexpected:
         return "; if the head is the embedding: --hf-overrides '{\"tie_word_embeddings\": true}'"
     return ""
-
-
-def _list(names: list[str], limit: int = 4) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -22,6 +22,7 @@ from lamella.checkpoint.weight_files import INDEX as INDEX
 from lamella.checkpoint.weight_files import TORCH, WeightFiles, find_weights, has_weights
 from lamella.distributed.sharding import Split, cut
 from lamella.errors import CheckpointError
+from lamella.validation import listed
 
 logger = logging.getLogger("lamella")
 
@@ -154,7 +155,8 @@ class _View:
         files = files or WeightFiles()
         if absent := [name for name in sorted(files.indexed - set(present)) if not name.endswith(_DISPENSABLE)]:
             raise CheckpointError(
-                f"{self._folder}: {INDEX} names tensors that no file holds: {_some(absent)}; download the files again"
+                f"{self._folder}: {INDEX} names tensors that no file holds: {listed(absent, 8)}; download the files "
+                "again"
             )
         self._report(names, set(present), prefix, files)
         return names
@@ -164,13 +166,13 @@ class _View:
             return
         self._said = True
         if aside := sorted(present - set(names.values())):
-            logger.info("%s: not read for %s: %s", self._folder, self._part, _some(aside, 3))
+            logger.info("%s: not read for %s: %s", self._folder, self._part, listed(aside, 3))
         if files.skipped:
-            logger.info("%s: not part of the model, not read: %s", self._folder, _some(list(files.skipped), 8))
+            logger.info("%s: not part of the model, not read: %s", self._folder, listed(files.skipped, 8))
         if prefix is not None:
             logger.info("%s: tensors' names start with %r in place of 'model.'", self._folder, prefix)
         if absent := sorted(files.indexed - present):
-            logger.info("%s: in the index, and in no file: %s", self._folder, _some(absent, 3))
+            logger.info("%s: in the index, and in no file: %s", self._folder, listed(absent, 3))
 
 
 def open_weights(folder: Path, own: Callable[[str], str | None] = str) -> TensorSource:
@@ -195,7 +197,9 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if len(tensors) != len(state):
         others = sorted(str(name) for name in set(state) - set(tensors))
-        raise CheckpointError(f"{file}: entries that are not tensors: {_some(others)}; save the model's state_dict()")
+        raise CheckpointError(
+            f"{file}: entries that are not tensors: {listed(others, 8)}; save the model's state_dict()"
+        )
     return tensors
 
 
@@ -243,8 +247,3 @@ class _Tensors:
 
     def load(self, name: str, splits: Sequence[Split] = ()) -> Tensor:
         return cut(self._tensors[name], splits)
-
-
-def _some(names: list[str], limit: int = 8) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

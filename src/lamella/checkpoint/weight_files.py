@@ -11,6 +11,7 @@ from pathlib import Path
 from lamella.checkpoint.file_kinds import data_offsets, is_present, unreadable_safetensors, what_it_is
 from lamella.checkpoint.json_file import read_json
 from lamella.errors import CheckpointError
+from lamella.validation import listed
 
 logger = logging.getLogger("lamella")
 
@@ -89,7 +90,7 @@ def find_weights(folder: Path, kind: _Format = SAFETENSORS) -> WeightFiles:
             files, indexed = [main], frozenset()
         elif missing:
             raise CheckpointError(
-                f"{folder}: {index.name} names files that are not there: {_some(missing)}; download them"
+                f"{folder}: {index.name} names files that are not there: {listed(missing)}; download them"
             )
     elif is_present(main):
         files = [main]
@@ -120,7 +121,7 @@ def _shards(folder: Path, there: Sequence[Path], kind: _Format) -> list[Path]:
     numbers = {int(match["number"]) for match in shards.values()}
     if missing := sorted(set(range(1, int(count) + 1)) - numbers):
         raise CheckpointError(
-            f"{folder}: shards are not there: {_some([str(n) for n in missing])} of {int(count)}; download them"
+            f"{folder}: shards are not there: {listed([str(n) for n in missing])} of {int(count)}; download them"
         )
     return sorted(shards)
 
@@ -174,8 +175,3 @@ def _is_equal(a: Path, at: tuple[int, int], b: Path, there: tuple[int, int]) -> 
             if first.read(min(_SAMPLE, size)) != second.read(min(_SAMPLE, size)):
                 return False
     return True
-
-
-def _some(names: Sequence[str], limit: int = 4) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -82,13 +82,16 @@ def longest_answer(state: StateManager, options: EngineOptions, prompt: int, mos
     """Return the most tokens of an answer, from 1 up to `most`, for which the pools have room behind a prompt."""
 
     def is_too_long(answer: int) -> bool:
-        tokens = prompt + answer - 1
-        chunk = min(tokens, options.max_num_batched_tokens)
-        return any(
-            state.peak_pages(index, tokens, chunk) > pool.capacity for index, pool in enumerate(state.page_pools)
-        )
+        return any(pages > capacity for pages, capacity in _peaks(prompt + answer - 1, state, options))
 
     return max(1, bisect.bisect_left(range(1, most + 1), True, key=is_too_long))
+
+
+def _peaks(tokens: int, state: StateManager, options: EngineOptions) -> Iterator[tuple[int, int]]:
+    """Of each group, the most pages that a request of `tokens` tokens holds at once, and those that there are."""
+    chunk = min(tokens, options.max_num_batched_tokens)
+    for index, pool in enumerate(state.page_pools):
+        yield state.peak_pages(index, tokens, chunk), pool.capacity
 
 
 def say_what_cannot_hit(options: EngineOptions, cost: StateCost, plan: Capacity, max_model_len: int) -> None:
@@ -111,13 +114,11 @@ def say_what_cannot_hit(options: EngineOptions, cost: StateCost, plan: Capacity,
 
 def check_pools(tokens: int, state: StateManager, options: EngineOptions) -> None:
     """Raises `ParameterError` where a request of `tokens` tokens does not fit into the empty pools of a state."""
-    chunk = min(tokens, options.max_num_batched_tokens)
-    for index, pool in enumerate(state.page_pools):
-        pages = state.peak_pages(index, tokens, chunk)
-        if pages > pool.capacity:
+    for pages, capacity in _peaks(tokens, state, options):
+        if pages > capacity:
             raise ParameterError(
                 f"prompt and max_tokens need {pages} pages of {state.page_size} tokens, and num_blocks="
-                f"{pool.capacity} is all there are"
+                f"{capacity} is all there are"
             )
 
 

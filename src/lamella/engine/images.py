@@ -117,7 +117,7 @@ class ImageReader:
 def place_images(
     reader: ImageReader | None, token_ids: list[int], images: Sequence[Any], limit: int | None
 ) -> tuple[list[int], tuple[PlacedImage, ...]]:
-    """A prompt's tokens with the images in their places; without a reader, images are a `ParameterError`."""
+    """Return a prompt's tokens with the images in their places; without a reader, images are a `ParameterError`."""
     if reader is not None:
         return reader.place(token_ids, images)
     if images:

@@ -72,9 +72,7 @@ class LLM:
         deterministic: bool = False,
         **vllm_arguments: Any,
     ) -> None:
-        others = engine_options(vllm_arguments)
-        if num_blocks is not None and others.setdefault("num_blocks", num_blocks) != num_blocks:
-            raise ConfigError(f"num_blocks={num_blocks}: contradicts num_gpu_blocks_override={others['num_blocks']}")
+        num_blocks = engine_options({**vllm_arguments, "num_blocks": num_blocks})["num_blocks"]
         self.engine = Engine.load(
             EngineOptions(
                 model=model,
@@ -96,7 +94,7 @@ class LLM:
                 seed=seed,
                 load_format=load_format,
                 block_size=block_size,
-                num_blocks=others.get("num_blocks"),
+                num_blocks=num_blocks,
                 gpu_memory_utilization=gpu_memory_utilization,
                 max_logprobs=max_logprobs,
                 snapshot_bytes=snapshot_bytes,
@@ -131,9 +129,8 @@ class LLM:
             priority: only None or 0; requests start in the order in which they come.
             tokenization_kwargs: `{"add_special_tokens": False}` takes texts as they are, without a BOS.
 
-        A prompt is a string or `{"prompt_token_ids": [...]}`; with images, `{"prompt": "<|image|> ...",
-        "multi_modal_data": {"image": image}}`, see `read_prompt`. Parameters are one for all, or one for each prompt.
-        Every request is checked before any is run; a bad one is a `ParameterError` that says which.
+        With images a prompt is `{"prompt": "<|image|> ...", "multi_modal_data": {"image": image}}`. Every request is
+        checked before any is run; a bad one is a `ParameterError` that says which.
         """
         single = isinstance(prompts, str | Mapping) or is_token_ids(prompts)
         given: list[Any] = [prompts] if single else _listed("prompts", prompts)

@@ -38,7 +38,7 @@ def check_split(checkpoint: Checkpoint, options: EngineOptions) -> None:
 
 
 def load_part(checkpoint: Checkpoint, options: EngineOptions, device: torch.device, group: Group) -> LanguageModel:
-    """A rank's part of the model."""
+    """Return a rank's part of the model."""
     max_length = options.resolve_length(checkpoint.read_config())
     return load_model(
         checkpoint,
@@ -55,7 +55,7 @@ def load_part(checkpoint: Checkpoint, options: EngineOptions, device: torch.devi
 def load_images(
     checkpoint: Checkpoint, options: EngineOptions, device: torch.device, tokenizer: Tokenizer | None
 ) -> ImageModel | None:
-    """What reads the images of prompts; None where none are read."""
+    """Return the part that reads the images of prompts; None where none are read."""
     loader, limit = checkpoint.architecture.image_model(checkpoint, options.load_format), options.limit_mm_per_prompt
     if loader is None:
         if limit is not None:

@@ -129,10 +129,7 @@ class EngineOptions:
             raise ConfigError(f"snapshot_bytes={shown(self.snapshot_bytes)}: must be a whole number of bytes")
         if self.snapshot_bytes is not None:
             object.__setattr__(self, "snapshot_bytes", checked_int("snapshot_bytes", self.snapshot_bytes, 0, 1 << 48))
-        overrides = self.hf_overrides
-        if overrides is not None and not (
-            isinstance(overrides, Mapping) and all(isinstance(k, str) for k in overrides)
-        ):
+        if self.hf_overrides is not None and not _has_string_keys(self.hf_overrides):
             raise ConfigError(f"hf_overrides={shown(self.hf_overrides)}: must be a mapping of config.json's keys")
         if self.limit_mm_per_prompt is not None and not _is_limit(self.limit_mm_per_prompt):
             raise ConfigError(

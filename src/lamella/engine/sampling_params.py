@@ -9,7 +9,7 @@ from typing import Any
 
 from lamella.errors import ParameterError
 from lamella.ops.sampling import GREEDY_BELOW
-from lamella.validation import INT64, finite, is_placement, is_text, shown, whole
+from lamella.validation import INT64, finite, is_one_of, is_placement, is_text, shown, whole
 
 MAX_LOGPROBS = 1000
 """Most alternatives that `logprobs` and `prompt_logprobs` may ask for, unless the engine's `max_logprobs` says more."""
@@ -32,10 +32,11 @@ def _require(ok: bool, field: str, allowed: str, value: object) -> None:
 
 
 def _ids(values: object) -> list[int] | None:
-    """Token ids as ints of Python; None where they are none, or where there are none."""
-    numbers = [whole(i) for i in values] if isinstance(values, (list, tuple)) else []
-    found = [i for i in numbers if i is not None and 0 <= i <= INT64[1]]
-    return found if found and len(found) == len(numbers) else None
+    """Token ids as ints of Python; None where they are not a list of token ids."""
+    if not isinstance(values, (list, tuple)):
+        return None
+    found = [i for i in map(whole, values) if i is not None and 0 <= i <= INT64[1]]
+    return found if len(found) == len(values) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,11 +146,9 @@ class SamplingParams:
         if listed:
             object.__setattr__(self, "stop", [str(s) for s in self.stop_strings])
         ids = self.stop_token_ids
-        numbers = [whole(i) for i in ids] if isinstance(ids, (list, tuple)) else [None]
-        listed = all(i is not None and 0 <= i <= INT64[1] for i in numbers)
-        _require(ids is None or listed, "stop_token_ids", "None or a list of integers >= 0", ids)
-        if ids is not None:
-            object.__setattr__(self, "stop_token_ids", numbers)
+        numbers = _ids(ids)
+        _require(ids is None or numbers is not None, "stop_token_ids", "None or a list of integers >= 0", ids)
+        object.__setattr__(self, "stop_token_ids", numbers)
         bias = self.logit_bias
         pairs = [(whole(i), finite(b)) for i, b in bias.items()] if isinstance(bias, dict) else [(None, None)]
         mapped = all(i is not None and 0 <= i <= INT64[1] and b is not None and -100 <= b <= 100 for i, b in pairs)
@@ -175,10 +174,10 @@ class SamplingParams:
         ok = words is None or (isinstance(words, (list, tuple)) and all(is_text(w) and w for w in words))
         _require(ok, "bad_words", "None or a list of non-empty strings", words)
         sequences = [_ids(sequence) for sequence in ids] if isinstance(ids, (list, tuple)) else [None]
-        ok = ids is None or None not in sequences
+        ok = ids is None or all(sequences)
         _require(ok, "bad_words_token_ids", "None or a list of non-empty lists of integers >= 0", ids)
         _require(
-            allowed is None or _ids(allowed) is not None,
+            allowed is None or bool(_ids(allowed)),
             "allowed_token_ids",
             "None or a list of integers >= 0, not empty",
             allowed,
@@ -186,7 +185,7 @@ class SamplingParams:
         copies = {
             "bad_words": None if words is None else [str(w) for w in words],
             "bad_words_token_ids": None if ids is None else sequences,
-            "allowed_token_ids": None if allowed is None else _ids(allowed),
+            "allowed_token_ids": _ids(allowed),
         }
         for field, value in copies.items():
             object.__setattr__(self, field, value)
@@ -209,8 +208,7 @@ class SamplingParams:
         }
         for field, (values, allowed) in supported.items():
             value = getattr(self, field)
-            same = any(value is v or (type(value) is type(v) and value == v) for v in values)
-            _require(same, field, allowed, value)
+            _require(is_one_of(value, values), field, allowed, value)
         kind = getattr(self.output_kind, "value", self.output_kind)
         allowed = "CUMULATIVE (0): what is new is the end of each text"
         _require(type(kind) is int and kind == 0, "output_kind", allowed, self.output_kind)

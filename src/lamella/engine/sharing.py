@@ -30,7 +30,7 @@ class SharedEngine:
 
     @property
     def is_mine(self) -> bool:
-        """Whether this thread is inside `exclusive`."""
+        """True while this thread is inside `exclusive`."""
         return self._lock._is_owned()  # type: ignore[attr-defined]
 
     @contextmanager

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def usage(engine: Engine) -> dict[str, Any]:
-    """What the scheduler, the pools and the prefix cache of an engine have done and hold now."""
+    """Return what the scheduler, the pools and the prefix cache of an engine have done and hold now."""
     pools, slots, scheduler = engine.state.page_pools, engine.state.slot_pool, engine.scheduler
     capacity, free = sum(p.capacity for p in pools), sum(p.num_free for p in pools)
     started, cached = scheduler.num_started_tokens, scheduler.num_cached_tokens

@@ -54,7 +54,7 @@ class Tokenizer:
         # A file may ask for the truncation or padding that its training used; a prompt must stay what it is.
         library.no_truncation()
         library.no_padding()
-        self._tokenizer, self._special = library, dict(loaded.special)
+        self._tokenizer, self._special = library, loaded.special
         self.vocab_size: int = max(library.get_vocab().values(), default=-1) + 1
         added = library.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
@@ -62,8 +62,8 @@ class Tokenizer:
         self.chat_template = None if loaded.folder is None else chat_template_of(loaded.folder)
         self.bos_token, self.eos_token = self._special.get("bos_token"), self._special.get("eos_token")
         self.unk_token, self.pad_token = self._special.get("unk_token"), self._special.get("pad_token")
-        self.bos_token_id, self.eos_token_id = self._role("bos_token"), self._role("eos_token")
-        self.unk_token_id, self.pad_token_id = self._role("unk_token"), self._role("pad_token")
+        self.bos_token_id, self.eos_token_id = loaded.token_id("bos_token"), loaded.token_id("eos_token")
+        self.unk_token_id, self.pad_token_id = loaded.token_id("unk_token"), loaded.token_id("pad_token")
         self._said_double = False
 
     @classmethod
@@ -162,10 +162,6 @@ class Tokenizer:
         """Return the text of one token as it reads after another, with the leading space that a first token loses."""
         once, twice = (self.decode([token_id] * n) for n in (1, 2))
         return twice[len(once) :]
-
-    def _role(self, role: str) -> int | None:
-        text = self._special.get(role)
-        return None if text is None else self.token_id(text)
 
     def _has_second_bos(self, text: str, ids: Sequence[int]) -> bool:
         """Return True where a special token was added to a text that begins with the same."""

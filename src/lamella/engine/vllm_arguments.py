@@ -9,6 +9,7 @@ from typing import Any
 
 from lamella.engine.options import EngineOptions
 from lamella.errors import ConfigError
+from lamella.validation import is_one_of
 
 logger = logging.getLogger("lamella")
 
@@ -33,7 +34,7 @@ class Argument:
         """Return whether the value has no effect here."""
         if self.values is _ANY:
             return True
-        return any(value is known or (type(value) is type(known) and value == known) for known in self.values)
+        return is_one_of(value, self.values)
 
 
 _NO_EFFECT = Argument()
@@ -159,8 +160,10 @@ def engine_options(given: Mapping[str, Any]) -> dict[str, Any]:
         if argument is None:
             raise TypeError(f"LLM: unexpected keyword argument {name!r}")
         if argument.option is not None:
-            if value is not None and options.setdefault(argument.option, value) != value:
-                raise ConfigError(f"{name}={value!r}: contradicts {argument.option}={options[argument.option]!r}")
+            stated = options.get(argument.option)
+            if value is not None and stated not in (None, value):
+                raise ConfigError(f"{name}={value!r}: contradicts {argument.option}={stated!r}")
+            options[argument.option] = value if stated is None else stated
         elif argument.accepts(value):
             ignored[name] = value
         else:

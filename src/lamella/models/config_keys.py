@@ -11,6 +11,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from lamella.validation import shown
+
 logger = logging.getLogger("lamella")
 
 
@@ -89,7 +91,7 @@ class IgnoredKeys:
         new = sorted(set(self._found) - self._said)
         if new:
             self._said.update(new)
-            listed = ", ".join(f"{name}={_short(self._found[name])}" for name in new)
+            listed = ", ".join(f"{name}={shown(self._found[name], 63)}" for name in new)
             logger.warning("%s: ignored keys, which change nothing that the model computes: %s", source, listed)
 
 
@@ -102,8 +104,3 @@ def way_out(paths: list[tuple[str, ...]]) -> str:
             inner = inner.setdefault(part, {})
         inner[path[-1]] = None
     return f"--hf-overrides '{json.dumps(removed)}'"
-
-
-def _short(value: Any, limit: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."

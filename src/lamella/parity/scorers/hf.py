@@ -17,6 +17,7 @@ from lamella.parity.scorers.full_forward import FullForward
 from lamella.parity.scorers.settings import Settings
 from lamella.parity.sites import Tap, untouched
 from lamella.parity.subject import Subject
+from lamella.validation import listed
 
 _TAPPED = "lamella_tapped"
 _OTHER = "--oracle reference names the tensors that do not fit the config"
@@ -70,7 +71,7 @@ class HFModel:
             raise CheckpointError(f"{path}: transformers cannot load it ({reason}); {_OTHER}") from error
         model, found = loaded
         if missing := sorted(found["missing_keys"]):  # transformers would fill these at random
-            raise CheckpointError(f"{path}: tensors that transformers misses: {', '.join(missing[:4])}; {_OTHER}")
+            raise CheckpointError(f"{path}: tensors that transformers misses: {listed(missing)}; {_OTHER}")
         self._model = model.eval().requires_grad_(False).to(settings.device)
         self._names, self._device = subject.checkpoint.names, settings.device
         self._mixers = [layer.mixer for layer in subject.config.layers]
