@@ -247,7 +247,7 @@ def _is_text(node: ast.AST) -> bool:
 
 
 class TestTexts:
-    """What test functions say, to find those that are about a statement."""
+    """The words of test functions, to find the tests that are about a statement."""
 
     def __init__(self, tests: Sequence[str]) -> None:
         self._words: dict[str, frozenset[str]] = {}

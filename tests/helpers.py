@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lamella import LLM, SamplingParams
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.checkpoint.names import targets
+from lamella.checkpoint.tensors import INDEX
 from lamella.models import resolve_architecture
 
 VOCAB = 128
+# Keys of a tiny model's config file that all architectures like Llama have.
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
 
 
 @torch.no_grad()
@@ -70,6 +81,26 @@ def canon_checkpoint(folder: Path, seed: int = 0, **changes: Any) -> Path:
     model = resolve_architecture("LlamaCanonForCausalLM").from_config(config)
     randomize(model, seed)
     return save_lamella(model, config, folder)
+
+
+def shard(folder: Path, count: int = 3, index: bool = True) -> dict[str, str]:
+    """Spread model.safetensors over files, with an index unless told; returns which tensor is in which file."""
+    whole = folder / "model.safetensors"
+    tensors, weight_map = load_file(whole), dict[str, str]()
+    for number in range(count):
+        file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        part = dict(list(tensors.items())[number::count])
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    whole.unlink()
+    if index:
+        write_index(folder, weight_map)
+    return weight_map
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str]) -> None:
+    """Write the index of a folder's safetensors files."""
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def change_config(folder: Path, **changes: Any) -> None:

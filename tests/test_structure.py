@@ -43,7 +43,7 @@ def walk(node: ast.AST, nested: bool) -> Iterator[tuple[ast.AST, bool]]:
 
 @cache
 def imports_of(module: str) -> tuple[frozenset[str], frozenset[str]]:
-    """What a module imports when it is imported, and what it imports later."""
+    """Return what a module imports when it is imported, and what it imports later."""
     found: tuple[set[str], set[str]] = set(), set()
     for node, nested in walk(ast.parse(MODULES[module].read_text()), False):
         if isinstance(node, ast.Import):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from apriel2_models import ATTENTION, MIXERS, SUPERNET, block, checkpoint, config, fixed
-from helpers import VOCAB, plain_logits
+from helpers import VOCAB, plain_logits, shard
 from lamella import LLM, SamplingParams
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.checkpoint.tensors import INDEX
@@ -324,19 +324,6 @@ class TestVision:
     def test_only_the_whole_prefix_is_another_part(self, tmp_path):
         folder = edit(checkpoint(tmp_path, self.VALUES), {"model.vision_encoder_norm.weight": torch.ones(4)})
         refused(folder, "unexpected: model.vision_encoder_norm.weight")
-
-
-def shard(folder: Path, count: int = 3) -> dict[str, str]:
-    """Spread the tensors over files with an index."""
-    tensors, weight_map = load_file(folder / FILE), {}
-    for number in range(count):
-        file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-        part = dict(list(tensors.items())[number::count])
-        save_file(part, folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    (folder / FILE).unlink()
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return weight_map
 
 
 class TestShards:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from helpers import canon_checkpoint, hf_checkpoint, plain_logits
+from helpers import canon_checkpoint, hf_checkpoint, plain_logits, shard
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.errors import CheckpointError
 
@@ -42,19 +42,6 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def shard(folder: Path, count: int = 2, index: bool = True) -> None:
-    """Spread model.safetensors over files, with or without an index."""
-    tensors, weight_map = tensors_of(folder), {}
-    for number in range(count):
-        name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-        part = dict(list(tensors.items())[number::count])
-        save_file(part, folder / name)
-        weight_map |= dict.fromkeys(part, name)
-    (folder / "model.safetensors").unlink()
-    if index:
-        (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-
-
 def logits(folder: Path) -> Tensor:
     return plain_logits(load_model(open_checkpoint(folder), "float32"), IDS)
 
@@ -80,7 +67,7 @@ class TestStaleIndex:
     @pytest.fixture
     def both(self, originals, folder) -> Path:
         """The first model in shards with an index, the second in one file."""
-        shard(folder)
+        shard(folder, 2)
         shutil.copy(originals[0] / "1/model.safetensors", folder)
         return folder
 
@@ -100,7 +87,7 @@ class TestStaleIndex:
 
     def test_the_same_weights_twice_are_no_news(self, originals, folder, caplog):
         whole = (folder / "model.safetensors").read_bytes()
-        shard(folder)
+        shard(folder, 2)
         (folder / "model.safetensors").write_bytes(whole)
         assert_is(folder, originals[1][0])
         assert not caplog.records
@@ -119,7 +106,7 @@ class TestOtherFiles:
     @pytest.mark.parametrize("layout", ["main", "index", "shards"])
     def test_files_beside_the_model_are_not_read(self, originals, folder, layout, caplog):
         if layout != "main":
-            shard(folder, index=layout == "index")
+            shard(folder, 2, index=layout == "index")
         others = ["adapter_model.safetensors", "optimizer.safetensors", "consolidated.safetensors", "other.safetensors"]
         for name in others:
             save_file({"something.else": torch.zeros(2)}, folder / name)
@@ -148,7 +135,7 @@ class TestOtherFiles:
     def test_index_entries_that_no_model_needs_are_passed_over(self, originals, folder, name, tmp_path):
         config = LlamaConfig(**SIZE, tie_word_embeddings=True)
         model = hf_checkpoint(tmp_path / "tied", config)
-        shard(tmp_path / "tied")
+        shard(tmp_path / "tied", 2)
         index = json.loads((tmp_path / "tied" / INDEX).read_text())
         index["weight_map"][name] = "model-00001-of-00002.safetensors"
         (tmp_path / "tied" / INDEX).write_text(json.dumps(index))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, Qwen3Config
 
-from helpers import VOCAB, canon_checkpoint, canon_config, hf_checkpoint, plain_logits
+from helpers import VOCAB, canon_checkpoint, canon_config, hf_checkpoint, plain_logits, shard, write_index
 from lamella import LLM
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.checkpoint.loader import fill
@@ -61,24 +61,6 @@ def edit(originals, tmp_path):
         return folder
 
     return edited
-
-
-def shard(folder, count: int = 3):
-    """Spread model.safetensors over files with an index; returns which tensor went where."""
-    tensors = load_file(folder / "model.safetensors")
-    weight_map = {}
-    for number in range(count):
-        file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-        part = dict(list(tensors.items())[number::count])
-        save_file(part, folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors").unlink()
-    write_index(folder, weight_map)
-    return weight_map
-
-
-def write_index(folder, weight_map):
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def refused(folder, *names: str, error=CheckpointError):

@@ -34,7 +34,7 @@ def llm(tmp_path_factory):
 
 
 def attempt(call, refusal):
-    """What a call gives, or the error by which it is refused."""
+    """Return what a call gives, or the error by which it is refused."""
     try:
         return call(), None
     except refusal as error:

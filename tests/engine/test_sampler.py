@@ -254,7 +254,7 @@ def test_as_dict_holds_the_sampled_token_first():
 
 
 def test_top_p_keeps_no_token_beyond_the_mass_it_names():
-    """Of equal tokens, half the mass is exactly half of them."""
+    """Half the mass of equal tokens is exactly half of them."""
     logits = torch.zeros(1, 8)
     rows = [row_of(SamplingParams(top_p=0.5, seed=seed), seed) for seed in range(200)]
     drawn = set(sample(logits.expand(200, -1), rows).token_ids)

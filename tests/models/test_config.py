@@ -8,7 +8,7 @@ import math
 import pytest
 from transformers import LlamaConfig, Qwen3Config
 
-from helpers import VOCAB, canon_checkpoint, canon_config
+from helpers import SHAPE, VOCAB, canon_checkpoint, canon_config
 from lamella.checkpoint import open_checkpoint
 from lamella.config import (
     AttentionConfig,
@@ -28,16 +28,7 @@ from lamella.models import LlamaCanonForCausalLM, LlamaForCausalLM, Qwen3ForCaus
 from lamella.models.config_keys import KeyRules
 from lamella.models.hf_config import HFConfig
 
-BASE = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-}
+BASE = SHAPE | {"head_dim": 16}
 CLASSES = {"llama": LlamaForCausalLM, "qwen3": Qwen3ForCausalLM, "canon": LlamaCanonForCausalLM}
 ALL = pytest.mark.parametrize("family", CLASSES)
 

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from helpers import VOCAB, canon_checkpoint, hf_checkpoint, plain_logits
+from helpers import SHAPE, VOCAB, canon_checkpoint, hf_checkpoint, plain_logits
 from lamella import LLM
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.checkpoint.overrides import apply_overrides
@@ -24,16 +24,7 @@ from lamella.models.config_keys import KeyRules
 from lamella.models.hf_config import HFConfig
 from lamella.parity.oracle import _frequencies
 
-BASE = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-}
+BASE = SHAPE | {"head_dim": 16}
 CLASSES = {"llama": LlamaForCausalLM, "qwen3": Qwen3ForCausalLM, "canon": LlamaCanonForCausalLM}
 ALL = pytest.mark.parametrize("family", CLASSES)
 RULES = KeyRules.read()

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from helpers import (
-    VOCAB,
+    SHAPE,
     assert_engine_parity,
     assert_plain_parity,
     hf_checkpoint,
@@ -26,15 +26,6 @@ from lamella.ops.rms_norm import rms_norm
 
 LENGTHS = (1, 3, 70, 300)
 TRAINED = 128  # tokens
-SHAPE = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 TIED = {"tie_word_embeddings": True}
 ONE_KV_HEAD = {"num_key_value_heads": 1}

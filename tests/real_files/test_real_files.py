@@ -63,7 +63,7 @@ def without_null(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def facts(config: ModelConfig) -> dict[str, Any]:
-    """What a config says, in transformers' words."""
+    """Return what a config says, in transformers' words."""
     mixer, mlp = config.layers[0].mixer, config.layers[0].feed_forward
     assert isinstance(mixer, AttentionConfig) and mixer.rope is not None
     kinds = {type(None): "default", Llama3Scaling: "llama3", LinearScaling: "linear", YarnScaling: "yarn"}
@@ -139,7 +139,7 @@ def test_what_is_not_supported_is_one_line_with_a_way_out(stem, tmp_path):
 
 
 def shrunk(values: dict[str, Any]) -> dict[str, Any]:
-    """The same model with few and small layers; what else the file says stays."""
+    """Return the same model with few and small layers; what else the file says stays."""
     theirs = CONFIGS[architecture(values)].from_dict(values)
     groups = theirs.num_attention_heads // theirs.num_key_value_heads
     groups = groups if groups <= 8 else 4

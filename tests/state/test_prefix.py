@@ -761,7 +761,7 @@ def test_the_peak_of_a_group_is_its_reach_a_chunk_and_a_page_torn_at_both_ends()
 
 
 class TestRollBack:
-    """What a failed step has named or planned cannot be found afterwards; what was there before can."""
+    """After a roll-back, nothing that the failed step named or planned can be found; what was there before can."""
 
     def manager(self):
         return StateManager([PagedState(1, 8, torch.float32)], [8], num_slots=6, page_size=PAGE, has_slot_state=True)
