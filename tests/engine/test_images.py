@@ -279,6 +279,13 @@ def test_as_many_images_as_the_limit_allows_are_read(checkpoint, limited):
     assert one.outputs[0].token_ids == other.outputs[0].token_ids
 
 
+def test_room_is_kept_for_the_image_of_most_tiles(checkpoint):
+    model = load(checkpoint).engine._images.model
+    side, most = model.tiling.tile, model.tiling.max_tiles
+    tiles, _ = model.cut(torch.zeros((3, side, most * side), dtype=torch.uint8))
+    assert most > 1 and tiles.shape == model.largest
+
+
 def test_an_image_needs_room(checkpoint):
     llm = load(checkpoint, max_model_len=20)
     with pytest.raises(ParameterError, match="prompt of 42 tokens: max_model_len=20 leaves no room"):

@@ -18,6 +18,7 @@ from lamella import LLM, AsyncLLM, SamplingParams
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.config import describe_placement, placed, read_placement
 from lamella.errors import ConfigError, ParameterError
+from lamella.layers.kit import PagedAttention
 from lamella.models import Apriel2ForCausalLM
 from lamella.models.hf_config import HFConfig
 
@@ -65,6 +66,18 @@ def test_a_switch_leaves_nothing_behind(supernet, alone):
         again = [tokens for tokens, _ in answers(llm)]  # from the prefix cache, where it hits
         assert again == [tokens for tokens, _ in alone[placement]]
     assert llm.stats()["placement"] == "mamba,attention,kda"
+
+
+def test_layers_compute_in_the_memory_of_the_placement_in_force(supernet):
+    """Also after a switch back to a placement whose memory is kept, where both placements have a layer's mixer."""
+    llm = engine(supernet, placement=B)
+    for placement in (C, B, C, A, B):
+        llm.set_placement(placement)
+        bound = []
+        for holder in llm.engine.model.active_holders(llm.placement):
+            bound += [holder.k_cache, holder.v_cache] if isinstance(holder, PagedAttention) else holder.rows
+        own = llm.engine.memory.tensors
+        assert [(x.data_ptr(), x.shape) for x in bound] == [(x.data_ptr(), x.shape) for x in own]
 
 
 def test_a_supernet_with_a_placement_is_the_pruned_model(supernet, alone, tmp_path):
