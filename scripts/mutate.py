@@ -3,12 +3,12 @@
 
 Two kinds of faults: those of `scripts/faults.py`, written by hand, and random ones of a seeded generator (operators,
 bounds, constants, branches). The tests of a fault are those that execute its line, by a coverage map that is recorded
-first and kept; the cheapest of each test file come first, up to a limit of CPU time. So a fault that is reported as
-survived has survived these tests, and the whole suite may still notice it.
+first and kept; test functions that share rare words with the statement come first, then the cheapest, up to a limit of
+CPU time. So a fault that is reported as survived has survived these tests, and the whole suite may still notice it.
 
 Faults of `vllm_plugin` are tested in the environment of `make test-vllm`, by the files that `faults.py` names.
 
-Usage: mutate.py [--listed] [--random N] [--seed S] [--only TEXT] [--json FILE] [--record]
+Usage: mutate.py [--listed] [--random N] [--seed S] [--only TEXT] [--json FILE] [--resume FILE] [--record]
 """
 
 from __future__ import annotations
@@ -318,7 +318,8 @@ def record(destination: Path, workers: int) -> None:
     """Run the fast tests once, with coverage by test."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent) as scratch:
-        environment = os.environ | {"LAMELLA_COVERAGE": scratch, "PYTHONPATH": str(ROOT / "scripts")}
+        paths = os.pathsep.join(str(ROOT / name) for name in ("scripts", "tests"))
+        environment = os.environ | {"LAMELLA_COVERAGE": scratch, "PYTHONPATH": paths}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "mutate_coverage", "-m", "not slow", "-n", str(workers)]
         command += ["--dist", "loadfile", "-p", "no:cacheprovider", "tests"]
         subprocess.run(command, cwd=ROOT, env=environment, check=False, stdout=sys.stderr)
@@ -335,7 +336,7 @@ def record(destination: Path, workers: int) -> None:
         destination.write_text(json.dumps({"tests": list(tests), "lines": lines, "seconds": seconds}))
 
 
-class Workshop:
+class SourceCopy:
     """A copy of the source that faults are applied to, one at a time, and a process that has imported the libraries."""
 
     def __init__(self, folder: Path) -> None:
@@ -461,12 +462,12 @@ def main() -> int:
     def work(number: int) -> None:
         nonlocal done
         with tempfile.TemporaryDirectory(prefix="lamella-mutate-") as folder:
-            workshop = Workshop(Path(folder))
+            copy = SourceCopy(Path(folder))
             while not todo.empty():
                 outcome = todo.get()
                 start = time.monotonic()
                 in_vllm = outcome.site.path.startswith("vllm_plugin")
-                outcome.status, outcome.by = workshop.run(
+                outcome.status, outcome.by = copy.run(
                     outcome.site, outcome.tests, str(VLLM_PYTHON) if in_vllm else None
                 )
                 outcome.seconds = time.monotonic() - start
@@ -479,7 +480,7 @@ def main() -> int:
                     f"{site.old!r} -> {site.new!r}  {outcome.by} {outcome.seconds:.0f} s",
                     flush=True,
                 )
-            workshop.close()
+            copy.close()
 
     with ThreadPoolExecutor(args.workers) as pool:
         list(pool.map(work, range(args.workers)))

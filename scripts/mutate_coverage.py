@@ -12,14 +12,11 @@ from typing import Any
 import coverage
 import pytest
 
+from budget import cpu_seconds
+
 ROOT = Path(__file__).resolve().parents[1]
 _coverage = coverage.Coverage(data_file=None, source=[str(ROOT / "src" / "lamella")], config_file=False)
 _seconds: dict[str, float] = {}
-
-
-def _cpu() -> float:
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,9 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
     _coverage.switch_context(item.nodeid)
-    start = _cpu()
+    start = cpu_seconds()
     result = yield
-    _seconds[item.nodeid] = _cpu() - start
+    _seconds[item.nodeid] = cpu_seconds() - start
     return result
 
 

@@ -151,6 +151,7 @@ def test_special_tokens_are_added_as_asked(model):
     assert ids("hi") == ids("<s>hi") == [259, *plain]
     assert ids({"prompt": "hi", "add_special_tokens": False}) == plain
     assert ids("hi", tokenization_kwargs={"add_special_tokens": False}) == plain
+    assert ids({"prompt": "hi"}, tokenization_kwargs={"add_special_tokens": False}) == plain
     # The prompt's own word goes before.
     own = {"prompt": "hi", "add_special_tokens": True}
     assert ids(own, tokenization_kwargs={"add_special_tokens": False}) == [259, *plain]

@@ -205,6 +205,10 @@ class TestRope:
         both = {"rope_parameters": {"rope_type": kind, **fields}, "rope_scaling": {type_key: kind, **fields}}
         assert read(family, rope_theta=5e5, **both) == newer
 
+    def test_a_factor_below_one_is_a_factor(self):
+        (first, _) = mixers(read(rope_scaling={"rope_type": "linear", "factor": 0.5}))
+        assert first.rope.scaling == LinearScaling(factor=0.5)
+
     @pytest.mark.parametrize(
         "changes",
         [

@@ -128,6 +128,7 @@ def test_proportions_are_kept():
 def test_what_is_no_image_is_refused():
     with pytest.raises(ParameterError, match="0 x 5 pixels"):
         grid(0, 5)
+    assert grid(1, 1) == (1, 1)
     with pytest.raises(ParameterError, match="uint8"):
         cut_tiles(torch.zeros(3, 8, 8))
 
