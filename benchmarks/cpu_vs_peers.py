@@ -123,9 +123,12 @@ def worker(engine: str, path: str) -> None:
 class Worker:
     """An engine in a process of its own, which waits while others are timed."""
 
-    def __init__(self, python: str, engine: str, path: str) -> None:
+    def __init__(self, python: str, engine: str, path: str, source: str | None = None) -> None:
+        """Start it; `source` is put in front of the module path (another version's `src` folder)."""
         command = [python, __file__, "--worker", engine, path]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = {**os.environ, "PYTHONPATH": source} if source else None
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
         self._answer()
 
     def time(self, batch: int, count: int) -> dict[str, Any]:
