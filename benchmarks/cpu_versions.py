@@ -1,7 +1,7 @@
 """Two versions of lamella on the CPU: one machine, one run, interleaved, the same random weights.
 
-Both run the shape and the load of `cpu_vs_peers.py`, each in a process of its own, in turn; the order changes with every
-round. The medians of the rounds are compared, and the tokens of both versions must be equal.
+Both run the shape and the load of `cpu_vs_peers.py`, each in a process of its own, in turn; the order changes with
+every round. The medians of the rounds are compared, and the tokens of both versions must be equal.
 
     git worktree add /tmp/before REVISION
     python benchmarks/cpu_versions.py --before /tmp/before/src

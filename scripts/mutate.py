@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "lamella"
 CACHE = ROOT / ".cache" / "mutate"
 PACKAGES = tuple(
-    "validation.py ops layers state engine distributed checkpoint models config parity vllm_plugin".split()
+    "validation.py ops layers state engine serve parallel vision checkpoint models config parity vllm_plugin".split()
 )
 LEFT_OUT = ("parity/report/",)  # how figures are shown
 CPU_LIMIT = 40.0  # seconds of tests for a fault, as they took when the map was recorded

@@ -8,7 +8,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from helpers import randomize
-from lamella.models.llama4_images import TEXTS, ImageTokens, cut_tiles
+from lamella.vision.llama4_tiling import TEXTS, ImageTokens, cut_tiles
 
 VOCAB, SIDE, PATCHES = 128, 56, 4  # a tile is 56 pixels wide, and becomes 4 rows
 TOKENS = ImageTokens(start=100, end=101, between_columns=102, after_row=103, image=104, patch=105)

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING
 from lamella._lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from lamella.engine.async_llm import AsyncLLM as AsyncLLM
-    from lamella.engine.llm import LLM as LLM
-    from lamella.engine.outputs import CompletionOutput as CompletionOutput
-    from lamella.engine.outputs import Logprob as Logprob
-    from lamella.engine.outputs import RequestOutput as RequestOutput
-    from lamella.engine.sampling_params import SamplingParams as SamplingParams
+    from lamella.engine.requests.outputs import CompletionOutput as CompletionOutput
+    from lamella.engine.requests.outputs import Logprob as Logprob
+    from lamella.engine.requests.outputs import RequestOutput as RequestOutput
+    from lamella.engine.requests.sampling_params import SamplingParams as SamplingParams
     from lamella.errors import CheckpointError as CheckpointError
     from lamella.errors import ClosedError as ClosedError
     from lamella.errors import ConfigError as ConfigError
@@ -23,18 +21,20 @@ if TYPE_CHECKING:
     from lamella.errors import UserError as UserError
     from lamella.errors import WorkerError as WorkerError
     from lamella.models.registry import register_architecture as register_architecture
+    from lamella.serve.async_llm import AsyncLLM as AsyncLLM
+    from lamella.serve.llm import LLM as LLM
 
 __version__ = "0.1.0"
 
 __getattr__, __all__ = lazy_attributes(
     __name__,
     {
-        "LLM": "lamella.engine.llm",
-        "AsyncLLM": "lamella.engine.async_llm",
-        "CompletionOutput": "lamella.engine.outputs",
-        "Logprob": "lamella.engine.outputs",
-        "RequestOutput": "lamella.engine.outputs",
-        "SamplingParams": "lamella.engine.sampling_params",
+        "LLM": "lamella.serve.llm",
+        "AsyncLLM": "lamella.serve.async_llm",
+        "CompletionOutput": "lamella.engine.requests.outputs",
+        "Logprob": "lamella.engine.requests.outputs",
+        "RequestOutput": "lamella.engine.requests.outputs",
+        "SamplingParams": "lamella.engine.requests.sampling_params",
         "CheckpointError": "lamella.errors",
         "ClosedError": "lamella.errors",
         "ConfigError": "lamella.errors",

@@ -14,9 +14,9 @@ from transformers import Llama4Config, Llama4ForConditionalGeneration, Llama4Tex
 from helpers import hf_checkpoint, plain_logits, randomize
 from lamella import LLM
 from lamella.checkpoint import load_model, loader, open_checkpoint
-from lamella.distributed.group import Group
-from lamella.distributed.sharding import Share
 from lamella.errors import CheckpointError, ConfigError
+from lamella.parallel.group import Group
+from lamella.parallel.sharding import Share
 from lamella.parity.oracle import Oracle
 from lamella.parity.subject import Subject
 

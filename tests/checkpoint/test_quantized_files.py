@@ -16,9 +16,9 @@ from helpers import canon_checkpoint, hf_checkpoint
 from lamella import LLM
 from lamella.checkpoint import load_model, loader, open_checkpoint
 from lamella.checkpoint.convert import convert
-from lamella.distributed.group import Group
-from lamella.distributed.sharding import Share
 from lamella.errors import CheckpointError, ConfigError
+from lamella.parallel.group import Group
+from lamella.parallel.sharding import Share
 from lamella.parity import compare
 
 FP8 = torch.float8_e4m3fn

@@ -10,8 +10,8 @@ import pytest
 
 from helpers import canon_checkpoint, random_prompts
 from lamella import LLM, AsyncLLM, SamplingParams
-from lamella.engine.completion import Completion
-from lamella.engine.tokenizer import Tokenizer
+from lamella.engine.requests.completion import Completion
+from lamella.engine.requests.tokenizer import Tokenizer
 from lamella.errors import ClosedError, ParameterError
 
 PARAMS = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

@@ -16,9 +16,9 @@ from covering import mostly_slow
 from helpers import VOCAB, canon_config, poisoned_llm, random_prompts, randomize, save_lamella
 from image_models import image, image_checkpoint, image_prompt
 from lamella import LLM, SamplingParams
-from lamella.engine.compiled import CompiledModel
 from lamella.engine.options import EngineOptions
 from lamella.errors import ConfigError
+from lamella.layers.compiled.model import CompiledModel
 from lamella.layers.context import forward_batch
 from lamella.layers.decoder import plain_batch
 from lamella.models import CausalLM, resolve_architecture

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as HFTokenizer
 
-from lamella.engine.detokenizer import IncrementalDetokenizer
-from lamella.engine.sampling_params import SamplingParams
-from lamella.engine.tokenizer import Tokenizer
+from lamella.engine.requests.detokenizer import IncrementalDetokenizer
+from lamella.engine.requests.sampling_params import SamplingParams
+from lamella.engine.requests.tokenizer import Tokenizer
 from lamella.errors import CheckpointError
 
 pytestmark = pytest.mark.unit

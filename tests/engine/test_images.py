@@ -17,7 +17,7 @@ from helpers import canon_checkpoint, greedy, logprobs, poisoned_llm
 from image_models import PATCHES, SIDE, TOKENS, VOCAB, expected, image, image_checkpoint, image_prompt, write_tokenizer
 from lamella import LLM, AsyncLLM, SamplingParams
 from lamella.errors import CheckpointError, ConfigError, ParameterError
-from lamella.models.llama4_images import cut_tiles
+from lamella.vision.llama4_tiling import cut_tiles
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, prompt_logprobs=VOCAB, logprobs=VOCAB)
 PLAIN = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=VOCAB)

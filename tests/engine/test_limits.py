@@ -12,7 +12,7 @@ from helpers import canon_checkpoint
 from lamella import LLM, SamplingParams
 from lamella.cli.main import main
 from lamella.engine.options import EngineOptions
-from lamella.engine.sampling_params import MAX_COMPLETIONS, MAX_STOP_LENGTH, MAX_STOPS
+from lamella.engine.requests.sampling_params import MAX_COMPLETIONS, MAX_STOP_LENGTH, MAX_STOPS
 from lamella.errors import ConfigError, LamellaError, ParameterError
 from lamella.validation import checked_int, finite, is_text, shown, whole
 

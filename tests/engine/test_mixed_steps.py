@@ -16,7 +16,7 @@ from helpers import random_prompts
 from lamella import LLM
 from lamella.engine import graphs, runner
 from lamella.layers.context import ForwardBatch, PageView
-from lamella.layers.placements import CutPlacements, SelectedPart, SelectedPlacements, unite
+from lamella.layers.supernet.batches import CutPlacements, SelectedPart, SelectedPlacements, unite
 from lamella.ops.backend import portable_only
 from lamella.ops.ragged import RaggedBatch
 from lamella.state.spec import PagedState

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lamella.engine import sampler
-from lamella.engine.sampler import SamplingRow, edit, prompt_logprobs, sample, uniform
-from lamella.engine.sampling_params import SamplingParams
+from lamella.engine.requests.sampling_params import SamplingParams
+from lamella.engine.steps.sampler import SamplingRow, edit, prompt_logprobs, sample, uniform
 from lamella.ops.sampling import NO_TOKEN
 
 pytestmark = pytest.mark.unit

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from lamella.engine.resolve_params import resolve_params
-from lamella.engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from lamella.engine.requests.resolve_params import resolve_params
+from lamella.engine.requests.sampling_params import MAX_LOGPROBS, SamplingParams
 from lamella.errors import LamellaError, ParameterError
 
 pytestmark = pytest.mark.unit

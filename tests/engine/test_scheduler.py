@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamella.engine.request import Request
-from lamella.engine.sampling_params import SamplingParams
+from lamella.engine.requests.request import Request
+from lamella.engine.requests.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduled, Scheduler
 from lamella.state.manager import StateManager
 from lamella.state.pool import Pool

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from lamella.engine.request import Request
-from lamella.engine.sampling_params import SamplingParams
+from lamella.engine.requests.request import Request
+from lamella.engine.requests.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduled
-from lamella.engine.step_inputs import Layout, StepInputs
+from lamella.engine.steps.step_inputs import Layout, StepInputs
 from lamella.ops.attention.paged import AttentionSpace
 from lamella.state.manager import StateManager
 from lamella.state.spec import PagedState

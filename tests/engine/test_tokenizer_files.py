@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from helpers import hf_checkpoint
 from lamella import LLM, SamplingParams
-from lamella.engine.tokenizer import Tokenizer
+from lamella.engine.requests.tokenizer import Tokenizer
 from lamella.errors import CheckpointError, ConfigError, ParameterError
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())

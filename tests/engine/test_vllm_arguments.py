@@ -17,10 +17,10 @@ from helpers import hf_checkpoint
 from lamella import LLM, AsyncLLM, SamplingParams
 from lamella.engine import sampler
 from lamella.engine.options import EngineOptions
-from lamella.engine.sampler import SamplingRow
-from lamella.engine.vllm_arguments import ARGUMENTS, engine_options
+from lamella.engine.steps.sampler import SamplingRow
 from lamella.errors import ConfigError, ParameterError
 from lamella.models import LlamaForCausalLM
+from lamella.serve.vllm_arguments import ARGUMENTS, engine_options
 
 SIZE = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
 STOP, WORD = 257, "ab"

@@ -12,8 +12,8 @@ from transformers import Llama4Config, Llama4ForConditionalGeneration
 from helpers import randomize
 from lamella.errors import CheckpointError, ConfigError, ParameterError
 from lamella.models.hf_config import HFConfig
-from lamella.models.llama4_images import ImageTokens, cut_tiles, fit, grid
-from lamella.models.llama4_vision import Vision, VisionConfig
+from lamella.vision.llama4_encoder import Vision, VisionConfig
+from lamella.vision.llama4_tiling import ImageTokens, cut_tiles, fit, grid
 
 TEXT = {
     "vocab_size": 96, "hidden_size": 24, "intermediate_size": 16, "intermediate_size_mlp": 16, "num_hidden_layers": 1,

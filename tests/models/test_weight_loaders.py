@@ -12,11 +12,11 @@ from transformers import LlamaConfig, Qwen3Config
 
 from helpers import canon_checkpoint, hf_checkpoint
 from lamella.checkpoint import load_model, open_checkpoint
-from lamella.distributed.group import Group
-from lamella.distributed.sharding import Share
 from lamella.errors import CheckpointError, ConfigError
 from lamella.layers.kit import LocalKit
 from lamella.models import MODEL_REGISTRY, LlamaForCausalLM, architectures
+from lamella.parallel.group import Group
+from lamella.parallel.sharding import Share
 
 SIZE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 

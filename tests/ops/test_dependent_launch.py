@@ -164,7 +164,7 @@ def test_mixed_placements_have_no_race(kind, graphs, tmp_path, monkeypatch):
     """By requests that are split off, and in graphs with selected rows."""
     if graphs:
         stand_ins(monkeypatch)
-        monkeypatch.setattr("lamella.engine.graphs._WARM_UPS", 0)
+        monkeypatch.setattr("lamella.engine.steps.graphs._WARM_UPS", 0)
     llm = mixed_llm(checkpoint_of(kind, tmp_path), dtype="bfloat16", max_num_seqs=2 if graphs else 4)
     llm = with_graphs(llm) if graphs else llm
     detector = run(llm, monkeypatch, (1, 2), PLACEMENTS[kind], later=() if graphs else (4,))

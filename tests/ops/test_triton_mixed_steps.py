@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from apriel2_models import SUPERNET, checkpoint, fixed
-from lamella.engine import graphs
+from lamella.engine.steps import graphs
 from lamella.ops.attention import triton as attention
 from lamella.ops.attention.paged import AttentionSpace
 from lamella.ops.linear import triton as linear  # noqa: F401  so that it is there to be told

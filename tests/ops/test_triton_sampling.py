@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from lamella.engine import sampler
-from lamella.engine.sampling_params import SamplingParams
+from lamella.engine.requests.sampling_params import SamplingParams
+from lamella.engine.steps import sampler
 from lamella.ops.sampling import NO_TOKEN
 from lamella.ops.sampling.triton import _uniform, sample
 

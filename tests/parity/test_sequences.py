@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
-from lamella.engine.tokenizer import Tokenizer
+from lamella.engine.requests.tokenizer import Tokenizer
 from lamella.errors import ParameterError
 from lamella.parity.sequences import TokenSequence, make_inputs, split
 

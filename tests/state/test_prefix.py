@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interrupts import interrupted
-from lamella.engine.images import Image, PlacedImage
-from lamella.engine.request import Request
-from lamella.engine.sampling_params import SamplingParams
+from lamella.engine.images.reader import Image, PlacedImage
+from lamella.engine.requests.request import Request
+from lamella.engine.requests.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduler
 from lamella.state.manager import DUMMY, StateManager
 from lamella.state.prefix import MISS, Hit, page_key, root_key

@@ -35,7 +35,8 @@ def engines_may_start_after_numba() -> Iterator[None]:
 def plugin_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
     """What the plugin says, which goes to vLLM's logger otherwise, and from there to nobody else."""
     from lamella import vllm_plugin
-    from lamella.vllm_plugin import checks, weights
+    from lamella.vllm_plugin import checks
+    from lamella.vllm_plugin.loading import weights
 
     for module in (vllm_plugin, checks, weights):
         monkeypatch.setattr(module, "logger", logging.getLogger("lamella"))

@@ -24,20 +24,20 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from checkpoint.test_lingua import lingua_checkpoint
 from helpers import VOCAB, canon_config, hf_checkpoint
-from lamella.distributed.sharding import Share
 from lamella.errors import CheckpointError, ConfigError
 from lamella.models.hf_config import HFConfig
 from lamella.models.registry import architectures, resolve_architecture
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.rms_norm.reference import add_rms_norm
 from lamella.ops.short_conv.reference import short_conv
+from lamella.parallel.sharding import Share
 from lamella.parity.scorers.hf import why_not
 from lamella.parity.subject import Subject
 from lamella.vllm_plugin import PREFIX, compat
 from lamella.vllm_plugin.model import model_class
 from lamella.vllm_plugin.registration import OPERATIONS, register_all, served_names
-from lamella.vllm_plugin.state_blocks import StateManager, StateSpec
-from lamella.vllm_plugin.state_layer import (
+from lamella.vllm_plugin.state.state_blocks import StateManager, StateSpec
+from lamella.vllm_plugin.state.state_layer import (
     StateLayer,
     StateLayout,
     StateMetadata,
@@ -351,7 +351,7 @@ class TestRehearsal:
 
 
 def test_a_revision_is_refused_by_the_own_format(folder: Path) -> None:
-    from lamella.vllm_plugin.formats import Parser
+    from lamella.vllm_plugin.loading.formats import Parser
 
     with pytest.raises(ConfigError, match="revision='v2'"):
         Parser().parse(folder, False, revision="v2")

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from lamella.checkpoint.files import open_checkpoint
 from lamella.config import ModelConfig, placed, read_placement
-from lamella.engine.compiled import MIN_TOKENS, CompiledModel, make_opaque
 from lamella.errors import EngineError
+from lamella.layers.compiled.model import MIN_TOKENS, CompiledModel, make_opaque
 from lamella.layers.context import ForwardBatch, forward_batch
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import LocalKit

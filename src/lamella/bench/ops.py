@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamella.engine.llm import LLM
 from lamella.layers.canon import Canon
 from lamella.layers.context import ForwardBatch, PageView, forward_batch
 from lamella.layers.kit import PagedAttention
@@ -26,6 +25,7 @@ from lamella.ops.linear import reference as linear_reference
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.rms_norm import reference as norm_reference
 from lamella.ops.short_conv import reference as conv_reference
+from lamella.serve.llm import LLM
 from lamella.state.spec import PagedState
 
 _SECONDS = 0.2  # of timing for each operation, about

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lamella.bench.workloads import Timing, Workload, measure
 from lamella.config import ModelConfig, Placement, main_placement, mixer_names, read_placement
-from lamella.engine.llm import LLM
 from lamella.errors import ConfigError
 from lamella.parity import score
 from lamella.parity.scores import Scores
+from lamella.serve.llm import LLM
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from lamella.engine.engine import Engine
-from lamella.engine.llm import LLM
-from lamella.engine.sampling_params import SamplingParams
+from lamella.engine.requests.sampling_params import SamplingParams
+from lamella.serve.llm import LLM
 
 _CHECKED_TOKENS = 8
 

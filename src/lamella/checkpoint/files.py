@@ -20,11 +20,11 @@ from lamella.checkpoint.quantization import DequantizedTensors, Quantization
 from lamella.checkpoint.tensors import OpenTensors, TensorSource, TorchFile, open_weights
 from lamella.checkpoint.tokenizer_files import eos_of_tokenizer
 from lamella.config import ModelConfig
-from lamella.distributed.sharding import Split
 from lamella.errors import CheckpointError
 from lamella.models.config_keys import IgnoredKeys
 from lamella.models.hf_config import HFConfig
 from lamella.models.registry import resolve_architecture
+from lamella.parallel.sharding import Split
 
 if TYPE_CHECKING:
     from lamella.models.base import CausalLM

@@ -14,11 +14,11 @@ from lamella.checkpoint.file_kinds import why_no_weights
 from lamella.checkpoint.files import Checkpoint
 from lamella.checkpoint.names import Target, rename, targets
 from lamella.checkpoint.tensors import OpenTensors
-from lamella.distributed.group import Group
-from lamella.distributed.sharding import Split
 from lamella.errors import CheckpointError, ConfigError
 from lamella.layers.kit import LocalKit
 from lamella.models.base import CausalLM, initialize
+from lamella.parallel.group import Group
+from lamella.parallel.sharding import Split
 from lamella.validation import listed
 
 logger = logging.getLogger("lamella")

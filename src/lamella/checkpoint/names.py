@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lamella.distributed.sharding import Split
 from lamella.layers.linear import Apart, splits_of
+from lamella.parallel.sharding import Split
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lamella.checkpoint.json_file import read_json
 from lamella.checkpoint.tensors import OpenTensors, TensorSource
-from lamella.distributed.sharding import Split
 from lamella.errors import CheckpointError, ConfigError
+from lamella.parallel.sharding import Split
 
 logger = logging.getLogger("lamella")
 

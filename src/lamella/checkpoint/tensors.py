@@ -20,8 +20,8 @@ from lamella.checkpoint.file_kinds import unreadable_safetensors, unreadable_tor
 from lamella.checkpoint.prefixes import canonical_names
 from lamella.checkpoint.weight_files import INDEX as INDEX
 from lamella.checkpoint.weight_files import TORCH, WeightFiles, find_weights, has_weights
-from lamella.distributed.sharding import Split, cut
 from lamella.errors import CheckpointError
+from lamella.parallel.sharding import Split, cut
 from lamella.validation import listed
 
 logger = logging.getLogger("lamella")

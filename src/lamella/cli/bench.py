@@ -13,7 +13,7 @@ from lamella.bench.card import CostCard, measure_bandwidth
 from lamella.bench.ops import time_ops
 from lamella.bench.workloads import Workload, check, measure
 from lamella.cli.common import load_llm, print_json, size
-from lamella.engine.llm import LLM
+from lamella.serve.llm import LLM
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lamella.engine.llm import LLM
+from lamella.serve.llm import LLM
 
 console = Console(highlight=False)
 

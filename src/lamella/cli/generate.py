@@ -10,11 +10,11 @@ from typing import Any
 
 from lamella.checkpoint.files import DEMO
 from lamella.cli.common import console, load_llm, print_json
-from lamella.engine.llm import LLM
-from lamella.engine.outputs import RequestOutput
-from lamella.engine.prompt import Prompt
-from lamella.engine.sampling_params import SamplingParams
+from lamella.engine.requests.outputs import RequestOutput
+from lamella.engine.requests.prompt import Prompt
+from lamella.engine.requests.sampling_params import SamplingParams
 from lamella.errors import ParameterError
+from lamella.serve.llm import LLM
 
 _DEMO_QUESTIONS = 6
 

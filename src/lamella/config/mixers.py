@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lamella.layers.kit import Kit
     from lamella.layers.mamba import Mamba
     from lamella.layers.short_conv import ConvHistory
-    from lamella.layers.stochastic import Stochastic
+    from lamella.layers.supernet.stochastic import Stochastic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +257,7 @@ class StochasticConfig:
 
     def build(self, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None) -> Stochastic:
         """The module; `history` holds what the layer's canon convolutions remember."""
-        from lamella.layers.stochastic import Stochastic
+        from lamella.layers.supernet.stochastic import Stochastic
 
         return Stochastic(self, kit, hidden_size, prefix, history)
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lamella.demo.questions import MAX_TOKENS, TASKS, Question, held_out, is_right
-from lamella.engine.llm import LLM
-from lamella.engine.sampling_params import SamplingParams
+from lamella.engine.requests.sampling_params import SamplingParams
+from lamella.serve.llm import LLM
 
 REQUIRED_ACCURACY = 0.99
 # The smallest cuts every prompt at every offset of a convolution, the largest takes each prompt whole.

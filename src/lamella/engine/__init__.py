@@ -1,1 +1,1 @@
-"""From prompts to tokens: requests, scheduling, steps on the device, sampling, text."""
+"""From requests to tokens: scheduling, state, steps on the device, text."""

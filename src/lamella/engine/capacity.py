@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lamella.distributed.group import Group
 from lamella.engine.options import EngineOptions
 from lamella.errors import ConfigError, ParameterError
+from lamella.parallel.group import Group
 from lamella.state.manager import StateManager
 from lamella.state.memory import StateCost
 from lamella.state.spec import PagedState

@@ -6,7 +6,7 @@ import torch
 
 from lamella.checkpoint.loader import named_dtype
 from lamella.engine.options import EngineOptions
-from lamella.engine.tokenizer import Tokenizer, load_tokenizer
+from lamella.engine.requests.tokenizer import Tokenizer, load_tokenizer
 from lamella.layers.decoder import LanguageModel
 
 

@@ -14,32 +14,32 @@ import torch
 
 from lamella.checkpoint import open_checkpoint
 from lamella.config import Placement, PlacementLike, read_placement
-from lamella.distributed.workers import WorkerProcesses, Workers
 from lamella.engine.capacity import ShortPrompts, check_pools, longest_answer, memory_budget, say_what_cannot_hit
-from lamella.engine.compiled import CompiledModel
-from lamella.engine.completion import Completion, Job, NotFiniteError
 from lamella.engine.constructed import prepare_module
-from lamella.engine.image_rows import ImageRows
-from lamella.engine.images import ImageReader, place_images
-from lamella.engine.jobs import Jobs
+from lamella.engine.images.embeddings import ImageRows
+from lamella.engine.images.reader import ImageReader, place_images
 from lamella.engine.loading import check_split, load_images, load_part, round_norms_twice
 from lamella.engine.options import EngineOptions
-from lamella.engine.prompt import Prompt, read_prompt
-from lamella.engine.request import Request
-from lamella.engine.residence import Residence, Residences, Switch
-from lamella.engine.resolve_params import resolve_params, truncated
-from lamella.engine.runner import Flight, ModelRunner
-from lamella.engine.sampling_params import SamplingParams
+from lamella.engine.placements.pools import Residence, Residences, Switch
+from lamella.engine.ranks.workers import WorkerProcesses, Workers
+from lamella.engine.requests.completion import Completion, Job, NotFiniteError
+from lamella.engine.requests.jobs import Jobs
+from lamella.engine.requests.prompt import Prompt, read_prompt
+from lamella.engine.requests.request import Request
+from lamella.engine.requests.resolve_params import resolve_params, truncated
+from lamella.engine.requests.sampling_params import SamplingParams
+from lamella.engine.requests.tokenizer import Tokenizer, load_tokenizer
 from lamella.engine.scheduler import Scheduler
 from lamella.engine.stats import usage
-from lamella.engine.tokenizer import Tokenizer, load_tokenizer
+from lamella.engine.steps.runner import Flight, ModelRunner
 from lamella.engine.warm_up import warm_up
 from lamella.errors import ConfigError, ParameterError
+from lamella.layers.compiled.model import CompiledModel
 from lamella.layers.decoder import LanguageModel
-from lamella.models.base import ImageModel
 from lamella.state.manager import StateManager
 from lamella.state.memory import StateCost, StateMemory
 from lamella.state.prefix import root_key
+from lamella.vision.image_model import ImageModel
 
 logger = logging.getLogger("lamella")
 

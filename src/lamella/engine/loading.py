@@ -10,15 +10,15 @@ from lamella.checkpoint import load_model
 from lamella.checkpoint.files import Checkpoint
 from lamella.checkpoint.loader import resolve_dtype
 from lamella.config import MoEConfig
-from lamella.distributed.group import Group
-from lamella.distributed.sharding import Share
 from lamella.engine.options import EngineOptions
-from lamella.engine.tokenizer import Tokenizer
+from lamella.engine.requests.tokenizer import Tokenizer
 from lamella.errors import ConfigError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import LocalKit
 from lamella.layers.norm import RMSNorm
-from lamella.models.base import ImageModel
+from lamella.parallel.group import Group
+from lamella.parallel.sharding import Share
+from lamella.vision.image_model import ImageModel
 
 logger = logging.getLogger("lamella")
 

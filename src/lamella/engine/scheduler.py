@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lamella.engine.request import Request
+from lamella.engine.requests.request import Request
 from lamella.state.manager import StateManager
 
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from lamella.config.placement import covering_placements
-from lamella.engine.image_rows import ImageRows
+from lamella.engine.images.embeddings import ImageRows
 from lamella.engine.options import EngineOptions
 from lamella.layers.context import ForwardBatch, forward_batch
 from lamella.layers.decoder import LanguageModel

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lamella.config import AttentionConfig
-from lamella.distributed.sharding import Split
 from lamella.layers.block_input import BlockInput
 from lamella.layers.canon import Canon
 from lamella.layers.context import require_batch
@@ -22,6 +21,7 @@ from lamella.ops.backend import use_fused
 from lamella.ops.qkv import prepare_qkv
 from lamella.ops.rms_norm import rms_norm
 from lamella.ops.rotary import rotate
+from lamella.parallel.sharding import Split
 from lamella.state.spec import PagedState
 
 

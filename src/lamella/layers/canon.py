@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from lamella.config import CanonConfig
-from lamella.distributed.sharding import Split
 from lamella.layers.context import require_batch
 from lamella.layers.kit import Computation, Kit
 from lamella.layers.norm import LayerNorm, RMSNorm
@@ -14,6 +13,7 @@ from lamella.ops.backend import use_fused
 from lamella.ops.short_conv import norm_short_conv, short_conv, short_conv_swiglu
 from lamella.ops.short_conv.reference import ConvStep
 from lamella.ops.swiglu import swiglu
+from lamella.parallel.sharding import Split
 
 
 class Canon(ShortConv):

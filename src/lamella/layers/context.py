@@ -15,7 +15,7 @@ from lamella.ops.ragged import RaggedBatch
 from lamella.state.spec import PagedState
 
 if TYPE_CHECKING:
-    from lamella.layers.placements import Placements
+    from lamella.layers.supernet.batches import Placements
 
 P = TypeVar("P")
 

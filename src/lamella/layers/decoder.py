@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lamella.config import CanonConfig, LayerConfig, ModelConfig, Placement, PlacementLike, read_placement
-from lamella.distributed.sharding import Split
 from lamella.layers.block_input import BlockInput
 from lamella.layers.canon import Canon
 from lamella.layers.context import ForwardBatch, GivenEmbeddings, current_batch, forward_batch
@@ -17,8 +16,9 @@ from lamella.layers.kit import Kit, PagedAttention, SlotHolder, state_holders
 from lamella.layers.norm import RMSNorm, build_norm
 from lamella.layers.rotary import Positions
 from lamella.layers.short_conv import ConvHistory
-from lamella.layers.stochastic import Stochastic
+from lamella.layers.supernet.stochastic import Stochastic
 from lamella.ops.ragged import RaggedBatch
+from lamella.parallel.sharding import Split
 
 
 class DecoderLayer(nn.Module):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lamella.config import MLPConfig
-from lamella.distributed.sharding import Split
 from lamella.layers.block_input import BlockInput
 from lamella.layers.canon import Canon
 from lamella.layers.kit import Kit
 from lamella.layers.short_conv import ConvHistory
 from lamella.ops.activation import activate
+from lamella.parallel.sharding import Split
 
 
 class MLP(nn.Module):

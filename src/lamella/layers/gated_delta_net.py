@@ -7,7 +7,6 @@ import math
 from torch import Tensor, nn
 
 from lamella.config import CanonConfig, GatedDeltaNetConfig
-from lamella.distributed.sharding import Split
 from lamella.layers.block_input import BlockInput
 from lamella.layers.context import require_batch
 from lamella.layers.kit import Kit
@@ -17,6 +16,7 @@ from lamella.layers.rotary import Positions
 from lamella.layers.short_conv import ShortConv
 from lamella.ops.delta_rule import delta_rule
 from lamella.ops.gated_rms_norm import gated_rms_norm
+from lamella.parallel.sharding import Split
 
 # What `softplus` makes steps of 0.001 to 0.1 of, where training starts.
 STEP_BIAS = (math.log(math.expm1(1e-3)), math.log(math.expm1(1e-1)))

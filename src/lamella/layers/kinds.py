@@ -11,7 +11,7 @@ from lamella.config import AttentionConfig, LayerConfig
 from lamella.config.placement import every_mixer
 from lamella.layers.attention import Attention, AttentionForm
 from lamella.layers.decoder import DecoderLayer, LanguageModel
-from lamella.layers.stochastic import Stochastic
+from lamella.layers.supernet.stochastic import Stochastic
 
 
 def mixer_kinds(model: LanguageModel) -> dict[nn.Module, Hashable]:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lamella.distributed.group import Group
-from lamella.distributed.sharding import Share, Split
 from lamella.layers.context import ForwardBatch, require_batch
 from lamella.layers.linear import Biases, Embedding, Head, Linear, MergedLinear, RowLinear, SplitEmbedding, SplitHead
 from lamella.layers.norm import RMSNorm, SplitRMSNorm
 from lamella.ops import attention, opaque
 from lamella.ops.attention.paged import AttentionPlan
+from lamella.parallel.group import Group
+from lamella.parallel.sharding import Share, Split
 from lamella.state.spec import PagedState, SlotState
 
 if TYPE_CHECKING:

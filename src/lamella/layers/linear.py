@@ -8,9 +8,9 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lamella.distributed.group import Group
-from lamella.distributed.sharding import Split
 from lamella.ops.linear import linear, wide_linear
+from lamella.parallel.group import Group
+from lamella.parallel.sharding import Split
 
 # Whether all parts of a merged projection have a bias, or the names of those that have.
 Biases: TypeAlias = bool | tuple[str, ...]

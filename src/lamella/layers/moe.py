@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from lamella.config import MLPConfig, MoEConfig
-from lamella.distributed.sharding import Split
 from lamella.layers.block_input import BlockInput
 from lamella.layers.feed_forward import MLP
 from lamella.layers.kit import Kit
@@ -16,6 +15,7 @@ from lamella.layers.linear import Apart, WideLinear
 from lamella.ops import moe
 from lamella.ops.backend import use_fused
 from lamella.ops.moe.reference import route
+from lamella.parallel.sharding import Split
 
 
 class MoE(nn.Module):

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from lamella.config import NormConfig
-from lamella.distributed.group import Group
-from lamella.distributed.sharding import Split
 from lamella.ops import rms_norm as ops
+from lamella.parallel.group import Group
+from lamella.parallel.sharding import Split
 
 
 class RMSNorm(nn.Module):

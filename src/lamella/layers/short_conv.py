@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lamella.config import CanonConfig
-from lamella.distributed.sharding import Split
 from lamella.layers.context import require_batch
 from lamella.layers.kit import Computation, Kit, SlotHolder
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.short_conv import short_conv
+from lamella.parallel.sharding import Split
 from lamella.state.spec import SlotState
 
 _LEAST_TAPS = 2

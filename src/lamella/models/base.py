@@ -2,66 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from lamella.config import ModelConfig, Placement
-from lamella.distributed.sharding import Split, cut
 from lamella.errors import CheckpointError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import Kit, LocalKit
 from lamella.layers.linear import splits_of
 from lamella.models.hf_config import HFConfig
 from lamella.models.weight_loaders import attach_weight_loaders, shard_ids
+from lamella.parallel.sharding import Split, cut
 
 if TYPE_CHECKING:
     from lamella.checkpoint.files import Checkpoint
-
-
-class ImageModel(Protocol):
-    """What an architecture that reads images makes of them.
-
-    Attributes:
-        placeholder, placeholder_text: the token that stands in a prompt where an image belongs.
-        patch: the token in whose place the tower's rows stand.
-        largest: shape of the most tiles that an image can become.
-    """
-
-    placeholder: int
-    placeholder_text: str
-    patch: int
-    largest: tuple[int, ...]
-
-    @classmethod
-    def load(
-        cls,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        token_id: Callable[[str], int | None],
-        load_format: str,
-        seed: int,
-    ) -> Self:
-        """That of a checkpoint; `token_id` is what the tokenizer has for a token's text.
-
-        Raises `ConfigError` or `CheckpointError`.
-        """
-        ...
-
-    def cut(self, pixels: Tensor) -> tuple[Tensor, list[int]]:
-        """An image (3, H, W) uint8 as tiles for the tower, and the tokens that stand for it in place of the
-        placeholder. Raises `ParameterError` where it has no pixels.
-        """
-        ...
-
-    def rows(self, tiles: Tensor) -> Tensor:
-        """What the tower makes of tiles: (n, hidden_size), a row for each patch token, in their order."""
-        ...
+    from lamella.vision.image_model import ImageModel
 
 
 class CausalLM(LanguageModel):

@@ -29,11 +29,12 @@ from lamella.config import (
 )
 from lamella.config.feed_forward import FeedForwardConfig
 from lamella.errors import ConfigError
-from lamella.models.base import CausalLM, ImageModel
+from lamella.models.base import CausalLM
 from lamella.models.hf_config import HFConfig, read_head_dim, read_model, read_rope
 
 if TYPE_CHECKING:
     from lamella.checkpoint.files import Checkpoint
+    from lamella.vision.image_model import ImageModel
 
 logger = logging.getLogger("lamella")
 
@@ -114,7 +115,7 @@ class Llama4ForConditionalGeneration(Llama4ForCausalLM):
 
     @classmethod
     def image_model(cls, checkpoint: Checkpoint, load_format: str = "auto") -> type[ImageModel] | None:
-        from lamella.models.llama4_sight import Sight
+        from lamella.vision.llama4_model import Sight
 
         return Sight if Sight.is_there(checkpoint, load_format) else None
 

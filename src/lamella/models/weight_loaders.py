@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lamella.distributed.sharding import Split, cut
 from lamella.errors import CheckpointError
+from lamella.parallel.sharding import Split, cut
 
 
 @dataclass(frozen=True)

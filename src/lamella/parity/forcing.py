@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from lamella.config import PlacementLike
-from lamella.engine.compiled import CompiledModel
 from lamella.engine.engine import Engine
-from lamella.engine.image_rows import ImageRows
+from lamella.engine.images.embeddings import ImageRows
 from lamella.engine.options import EngineOptions
-from lamella.engine.request import Request
-from lamella.engine.runner import Flight, ModelRunner
-from lamella.engine.sampler import Choice, TokenLogprobs
-from lamella.engine.sampling_params import SamplingParams
+from lamella.engine.requests.request import Request
+from lamella.engine.requests.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduled
-from lamella.engine.step_inputs import StepTensors
+from lamella.engine.steps.runner import Flight, ModelRunner
+from lamella.engine.steps.sampler import Choice, TokenLogprobs
+from lamella.engine.steps.step_inputs import StepTensors
+from lamella.layers.compiled.model import CompiledModel
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import SlotHolder
 from lamella.parity.scores import Scores

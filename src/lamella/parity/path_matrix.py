@@ -20,7 +20,7 @@ from lamella.config.placement import covering_placements
 from lamella.engine.engine import Engine
 from lamella.engine.loading import check_split
 from lamella.engine.options import EngineOptions
-from lamella.engine.sampling_params import SamplingParams
+from lamella.engine.requests.sampling_params import SamplingParams
 from lamella.errors import ConfigError, ParameterError, WorkerError
 from lamella.layers.decoder import LanguageModel
 from lamella.ops import native

@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lamella.engine.tokenizer import Tokenizer
+from lamella.engine.requests.tokenizer import Tokenizer
 from lamella.errors import ParameterError
 from lamella.validation import checked_int
 

@@ -23,7 +23,7 @@ from lamella.checkpoint.loader import match_tensors, resolve_dtype
 from lamella.checkpoint.names import targets
 from lamella.checkpoint.overrides import apply_overrides
 from lamella.config import ModelConfig, PlacementLike, placed, read_placement
-from lamella.engine.tokenizer import Tokenizer
+from lamella.engine.requests.tokenizer import Tokenizer
 from lamella.errors import ConfigError
 from lamella.layers.kit import LocalKit
 from lamella.models.base import CausalLM

@@ -10,8 +10,8 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from lamella.config import AttentionConfig, ModelConfig, MoEConfig, StochasticConfig
 from lamella.config.placement import every_mixer
-from lamella.distributed.sharding import Share
 from lamella.errors import ConfigError
+from lamella.parallel.sharding import Share
 from lamella.vllm_plugin import compat
 from lamella.vllm_plugin.hf_config import read_model_config
 
@@ -164,7 +164,7 @@ def _check_speculation(vllm_config: VllmConfig, on_cpu: bool) -> None:
     method = vllm_config.speculative_config.method
     if method not in _DRAFTS:
         raise ConfigError(f"speculative_config: method {method!r} is not supported; there are {', '.join(_DRAFTS)}")
-    from lamella.vllm_plugin.state_layer import StateLayout
+    from lamella.vllm_plugin.state.state_layer import StateLayout
 
     model, dtype = vllm_config.model_config, vllm_config.model_config.dtype
     share = Share(0, vllm_config.parallel_config.tensor_parallel_size)

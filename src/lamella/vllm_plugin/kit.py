@@ -22,18 +22,18 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from lamella.checkpoint.names import rename
 from lamella.config import ModelConfig, MoEConfig
-from lamella.distributed.group import Group
-from lamella.distributed.sharding import Share, Split
 from lamella.errors import ConfigError
 from lamella.layers.kit import Widths, sections
 from lamella.layers.linear import Biases, MergedLinear, without_bias
 from lamella.layers.moe import Experts
 from lamella.layers.norm import RMSNorm, SplitRMSNorm
-from lamella.layers.stochastic import Stochastic
+from lamella.layers.supernet.stochastic import Stochastic
+from lamella.parallel.group import Group
+from lamella.parallel.sharding import Share, Split
 from lamella.state.spec import PagedState, SlotState
 from lamella.vllm_plugin import compat
 from lamella.vllm_plugin.experts import VllmExperts
-from lamella.vllm_plugin.state_layer import Chooser, StateLayer, StateLayout, VllmHolder, decoder_layer
+from lamella.vllm_plugin.state.state_layer import Chooser, StateLayer, StateLayout, VllmHolder, decoder_layer
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

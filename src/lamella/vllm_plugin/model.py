@@ -25,18 +25,18 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from lamella.config import ModelConfig
-from lamella.distributed.sharding import Share
 from lamella.errors import ConfigError
 from lamella.layers.decoder import DecoderLayer
 from lamella.layers.norm import RMSNorm
 from lamella.layers.rotary import Positions
-from lamella.layers.stochastic import Stochastic
+from lamella.layers.supernet.stochastic import Stochastic
 from lamella.models.registry import resolve_architecture
+from lamella.parallel.sharding import Share
 from lamella.vllm_plugin import PREFIX, compat
 from lamella.vllm_plugin.hf_config import read_model_config
 from lamella.vllm_plugin.kit import VllmKit
-from lamella.vllm_plugin.state_layer import StateLayout
-from lamella.vllm_plugin.weights import WeightFiller, untie_own_head
+from lamella.vllm_plugin.loading.weights import WeightFiller, untie_own_head
+from lamella.vllm_plugin.state.state_layer import StateLayout
 
 
 def model_config(vllm_config: VllmConfig, architecture: str) -> ModelConfig:

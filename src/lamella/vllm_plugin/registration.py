@@ -22,8 +22,8 @@ def register_all() -> None:
     from vllm.model_executor.models import ModelRegistry
 
     from lamella.vllm_plugin.checks import Checks
-    from lamella.vllm_plugin.formats import register_formats
     from lamella.vllm_plugin.hf_config import register_config
+    from lamella.vllm_plugin.loading.formats import register_formats
 
     for name in served_names():
         if compat.module_of(name) != MODULE:

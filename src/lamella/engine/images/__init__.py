@@ -1,0 +1,1 @@
+"""Images of prompts: read, placed, and turned into embeddings."""

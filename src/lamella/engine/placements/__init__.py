@@ -1,0 +1,1 @@
+"""State pools for each placement of a supernet, and the switch between placements."""

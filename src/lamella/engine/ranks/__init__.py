@@ -1,0 +1,1 @@
+"""The processes of a tensor-parallel engine, and the messages between them."""

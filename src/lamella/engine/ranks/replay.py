@@ -1,0 +1,122 @@
+"""The steps of one rank on another: what a runner reads of requests and their state, told and retold.
+
+Every rank runs the same `ModelRunner` over equal requests, so that all take part in the same sums, in the same order,
+and choose the same tokens, each by itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lamella.engine.images.reader import PlacedImage
+from lamella.engine.ranks.messages import NewRequest, Step
+from lamella.engine.requests.request import Request
+from lamella.engine.scheduler import Scheduled
+from lamella.state.manager import Holding, StateManager
+
+
+@dataclass(slots=True)
+class _Told:
+    """What the others know of a request: its number, how much of its output, and how many pages of each group."""
+
+    id: int
+    holding: Holding
+    outputs: int
+    pages: list[int]
+
+
+class Recorder:
+    """Turns steps into messages that hold only what is new. Must see every step, just before it is run."""
+
+    def __init__(self, state: StateManager) -> None:
+        self._state = state
+        self._told: dict[Request, _Told] = {}
+        self._ids = itertools.count()
+
+    def record(self, shares: Sequence[Scheduled], copies: Sequence[tuple[int, int]]) -> Step:
+        holdings = self._state.holdings
+        # Whoever was preempted and starts again holds something else, and is new.
+        gone = [request for request, told in self._told.items() if holdings.get(request) is not told.holding]
+        ended = [self._told.pop(request).id for request in gone]
+        new = [self._introduce(share.request) for share in shares if share.request not in self._told]
+        told = [self._told[share.request] for share in shares]
+        return Step(
+            copies=list(copies),
+            ended=ended,
+            new=new,
+            ids=[each.id for each in told],
+            starts=[share.start for share in shares],
+            counts=[share.count for share in shares],
+            pending=[share.request.num_pending for share in shares],
+            tokens=[self._tokens(share.request, each) for share, each in zip(shares, told, strict=True)],
+            pages=[entry for index, each in enumerate(told) for entry in self._pages(index, each)],
+        )
+
+    def _introduce(self, request: Request) -> NewRequest:
+        holding = self._state.holdings[request]
+        told = self._told[request] = _Told(next(self._ids), holding, 0, [0] * len(holding.pages))
+        # The draws depend on the seed's low 64 bits, and a message holds no more.
+        seed = request.seed & (1 << 64) - 1
+        eos = list(request.eos_token_ids)
+        placement = list(request.placement)
+        images = [image.places.tolist() for image in request.images]
+        params = replace(request.params, placement=None)  # as the caller wrote it: any type, and not needed
+        return NewRequest(told.id, request.prompt_token_ids, params, seed, eos, holding.slot, placement, images)
+
+    @staticmethod
+    def _tokens(request: Request, told: _Told) -> list[int]:
+        known, told.outputs = told.outputs, len(request.output_token_ids)
+        return request.output_token_ids[known:]
+
+    @staticmethod
+    def _pages(index: int, told: _Told) -> Iterator[tuple[int, int, list[int]]]:
+        for group, pages in enumerate(told.holding.pages):
+            known = told.pages[group]
+            if len(pages) > known:
+                told.pages[group] = len(pages)
+                yield index, group, pages[known:]
+
+
+class Replayer:
+    """Turns messages back into shares of requests that stand in for rank 0's, and hold what those hold."""
+
+    def __init__(self, state: StateManager) -> None:
+        self._state = state
+        self._requests: dict[int, Request] = {}
+
+    def end_all(self) -> None:
+        """No request is any more, of which rank 0 would tell with its next step."""
+        for request in self._requests.values():
+            del self._state.holdings[request]
+        self._requests.clear()
+
+    def replay(self, step: Step) -> list[Scheduled]:
+        holdings = self._state.holdings
+        for number in step.ended:
+            del holdings[self._requests.pop(number)]
+        for new in step.new:
+            request = Request(
+                request_id=str(new.id),
+                prompt_token_ids=new.prompt_token_ids,
+                params=new.params,
+                seed=new.seed,
+                eos_token_ids=tuple(new.eos_token_ids),
+                placement=tuple(new.placement),
+                images=tuple(PlacedImage(np.array(places)) for places in new.images),
+            )
+            self._requests[new.id] = request
+            holdings[request] = Holding(new.slot, [[] for _ in self._state.groups])
+        requests = [self._requests[number] for number in step.ids]
+        for request, tokens, pending in zip(requests, step.tokens, step.pending, strict=True):
+            request.output_token_ids += tokens
+            request.num_pending = pending
+        for index, group, pages in step.pages:
+            holdings[requests[index]].pages[group] += pages
+        return [
+            Scheduled.of(request, start, count)
+            for request, start, count in zip(requests, step.starts, step.counts, strict=True)
+        ]

@@ -1,0 +1,1 @@
+"""One step on the device: its tensors, the forward, CUDA graphs, sampling."""

@@ -1,0 +1,170 @@
+"""Decode steps as CUDA graphs: the whole forward and the choice of tokens, one launch for the host."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lamella.engine.requests.request import Request
+from lamella.engine.scheduler import Scheduled
+from lamella.engine.steps.step_inputs import Layout, StepInputs, StepTensors
+from lamella.layers.context import forward_batch
+from lamella.layers.decoder import LanguageModel
+from lamella.layers.supernet.batches import MixerUnion, SelectedPlacements
+from lamella.ops.sampling import draw, pending_tokens
+
+logger = logging.getLogger("lamella")
+
+_BUFFERS = 2  # of the host: a step is written while the one before it may still be on its way
+_WARM_UPS = 2  # forwards before a capture: kernels are compiled and workspaces made in them
+
+
+def bucket_sizes(most: int) -> list[int]:
+    """Rows for which a graph is captured, up to `most`; a step of fewer rows is padded to the next."""
+    sizes = {1, 2, 3, 4, most} | set(range(8, min(most, 256), 8)) | set(range(256, most, 32))
+    return sorted(size for size in sizes if size <= most)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """One captured size.
+
+    Attributes:
+        layout, arrays: of its block, on the host once for each buffer.
+        tensors: the same on the device.
+        hidden: (rows, hidden_size), what the forward leaves.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    layout: Layout
+    arrays: Sequence[Mapping[str, np.ndarray]]
+    tensors: StepTensors
+    hidden: Tensor
+
+
+class DecodeGraphs:
+    """Steps in which every request has one token, by the number of rows. Rows without a request have the dummy page and
+    the dummy slot.
+
+    Requests may have any placements that need no other mixers than those of a union: rows are selected, see
+    `SelectedPlacements`.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        inputs: StepInputs,
+        tokens: Tensor,
+        sizes: Sequence[int],
+        union: MixerUnion,
+        pool: Any,
+    ) -> None:
+        """For steps of each of `sizes` rows.
+
+        `tokens` (rows,) int64 holds what each row of the latest step has chosen; a replay reads and replaces it.
+        `pool` is the memory that graphs have in common; all of them are to be replayed on one stream.
+        """
+        self.model, self.inputs, self._tokens, self._union, self.pool = model, inputs, tokens, union, pool
+        size, pinned = self._layout(max(sizes)).spans()[1], inputs.device.type == "cuda"
+        self._blocks = [torch.zeros(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(_BUFFERS)]
+        self._device_block = torch.zeros(size, dtype=torch.uint8, device=inputs.device)
+        self._turn = 0
+        self._graphs: dict[int, _Graph] = {}
+        self._sizes = sizes
+
+    def _layout(self, rows: int) -> Layout:
+        return Layout(
+            requests=rows,
+            tokens=rows,
+            groups=len(self.inputs.state.groups),
+            pages=self.inputs.max_pages,
+            tables=self._union.num_tables,
+        )
+
+    def capture(self, progress: bool = True) -> None:
+        """Capture every size, the largest first, in whose memory the others find room."""
+        for size in tqdm(
+            sorted(self._sizes)[::-1], desc="capturing graphs", unit="graph", disable=not progress, dynamic_ncols=True
+        ):
+            self._graphs[size] = self._capture(size)
+
+    def release(self) -> None:
+        """Destroy the graphs, when no replay is wanted any more."""
+        for graph in self._graphs.values():
+            graph.graph.reset()
+        self._graphs = {}
+
+    @torch.inference_mode()
+    def _capture(self, rows: int) -> _Graph:
+        """Steps may be in flight: what is launched here runs behind them, and changes nothing but the dummies."""
+        layout = self._layout(rows)
+        arrays = [layout.arrays(block.numpy()[: layout.spans()[1]]) for block in self._blocks]
+        self._device_block.zero_()
+        fields = layout.tensors(self._device_block)
+        fields["seq_lens"].fill_(1)
+        fields["query_start_loc"].copy_(torch.arange(rows + 1))
+
+        def step() -> StepTensors:
+            # How long the contexts are is unknown to the host at a replay: nothing may ask for it.
+            state, placements = self.inputs.state, SelectedPlacements(self._union, fields["mixers"])
+            space = self.inputs.attention
+            return StepTensors.of(fields, state.groups, (1,) * rows, (), state.page_size, space, placements)
+
+        def forward() -> Tensor:
+            tensors = step()
+            with forward_batch(tensors.batch):
+                hidden = self.model(pending_tokens(tensors.input_ids, self._tokens))
+                draw(self.model.compute_logits(hidden), tensors.sampling, self._tokens[:rows])
+            return hidden
+
+        chosen = self._tokens.clone()
+        for _ in range(_WARM_UPS):
+            forward()
+        graph, hidden = record(forward, self.pool)
+        self._tokens.copy_(chosen)
+        return _Graph(graph, layout, arrays, step(), hidden)
+
+    def replay(
+        self,
+        rows: int,
+        shares: Sequence[Scheduled],
+        latest: Mapping[Request, int],
+        mixers: Sequence[tuple[int, ...]],
+    ) -> tuple[Tensor, StepTensors]:
+        """Launch a step in which all requests decode, with padding up to `rows`; where no such step has been captured
+        yet, that comes first.
+
+        `mixers` is what the union's tables say of each share. Returns the hidden states of the shares (R, hidden_size),
+        and the step's tensors. The tokens are where the constructor was told.
+        """
+        if rows not in self._graphs:
+            start = time.perf_counter()
+            self._graphs[rows] = self._capture(rows)
+            most = max(map(len, self._union.names))
+            logger.info(
+                "captured a step of %d rows, up to %d mixers a layer (%.1f s)", rows, most, time.perf_counter() - start
+            )
+        graph = self._graphs[rows]
+        self._turn = (self._turn + 1) % _BUFFERS
+        self.inputs.fill(graph.arrays[self._turn], shares, latest, mixers)
+        size = graph.layout.spans()[1]
+        self._device_block[:size].copy_(self._blocks[self._turn][:size], non_blocking=True)
+        graph.graph.replay()
+        return graph.hidden[: len(shares)], graph.tensors
+
+
+def record(forward: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of a forward, and the tensor in which its replays leave the result."""
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may go on meanwhile: they may ask for memory, or whether a sum over ranks is through.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        hidden = forward()
+    return graph, hidden

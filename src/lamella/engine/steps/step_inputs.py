@@ -1,0 +1,280 @@
+"""The tensors of a step, packed into one block of memory, so that one copy brings them to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lamella.engine.requests.request import SAMPLING_FIELDS, Request
+from lamella.engine.scheduler import Scheduled
+from lamella.layers.context import ForwardBatch, GivenEmbeddings, PageView
+from lamella.layers.supernet.batches import Placements
+from lamella.ops.attention.paged import AttentionSpace
+from lamella.ops.ragged import RaggedBatch
+from lamella.state.manager import Holding, StateManager
+from lamella.state.spec import PagedState
+
+_ALIGNMENT = 16  # bytes: what the widest loads of a kernel need
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tensors of a step lie in its block.
+
+    Attributes:
+        requests, tokens: of the step.
+        groups: paged state groups.
+        pages: columns of their page tables.
+        listed: pages of the requests after the decodes.
+        tables: of which mixer computes which row, see `MixerUnion`.
+    """
+
+    requests: int
+    tokens: int
+    groups: int
+    pages: int
+    listed: int = 0
+    tables: int = 0
+
+    def fields(self) -> dict[str, tuple[type, tuple[int, ...]]]:
+        requests, tokens = (self.requests,), (self.tokens,)
+        return {
+            "input_ids": (np.int64, tokens),
+            "positions": (np.int64, tokens),
+            "token_request": (np.int64, tokens),
+            "new_rows": (np.int64, (self.groups, self.tokens)),
+            "slots": (np.int64, requests),
+            "seed": (np.int64, requests),
+            "step": (np.int64, requests),
+            "query_start_loc": (np.int32, (self.requests + 1,)),
+            "seq_lens": (np.int32, requests),
+            "top_k": (np.int32, requests),
+            "temperature": (np.float32, requests),
+            "top_p": (np.float32, requests),
+            "min_p": (np.float32, requests),
+            "page_table": (np.int32, (self.groups, self.requests, self.pages)),
+            "page_list": (np.int32, (self.groups, self.listed)),
+            "mixers": (np.int32, (self.tables, self.requests)),
+        }
+
+    def spans(self) -> tuple[dict[str, tuple[int, int, type, tuple[int, ...]]], int]:
+        """(start, stop, dtype, shape) of each field in bytes, and the size of the whole block."""
+        return _spans(self)
+
+    def arrays(self, block: np.ndarray) -> dict[str, np.ndarray]:
+        """The block's fields on the host."""
+        return {
+            name: block[start:stop].view(dtype).reshape(shape)
+            for name, (start, stop, dtype, shape) in self.spans()[0].items()
+        }
+
+    def tensors(self, block: Tensor) -> dict[str, Tensor]:
+        """The same of a block in torch."""
+        return {
+            name: block[start:stop].view(_TORCH[dtype]).view(shape)
+            for name, (start, stop, dtype, shape) in self.spans()[0].items()
+        }
+
+
+_TORCH: Mapping[Any, torch.dtype] = {np.int64: torch.int64, np.int32: torch.int32, np.float32: torch.float32}
+
+
+@lru_cache(maxsize=1024)
+def _spans(layout: Layout) -> tuple[dict[str, tuple[int, int, type, tuple[int, ...]]], int]:
+    spans, offset = {}, 0
+    for name, (dtype, shape) in layout.fields().items():
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        spans[name] = (offset, offset + size, dtype, shape)
+        offset += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return spans, offset
+
+
+@dataclass(frozen=True)
+class StepTensors:
+    """A step on the device.
+
+    Attributes:
+        batch: what layers may know of it.
+        input_ids: (T,) int64; -1 - r stands for the token that row r of the step before has chosen.
+        sampling: by name, (R,) tensors: seed, step, top_k, temperature, top_p, min_p.
+    """
+
+    batch: ForwardBatch
+    input_ids: Tensor
+    sampling: Mapping[str, Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Mapping[str, Tensor],
+        groups: Sequence[PagedState],
+        query_lens: tuple[int, ...],
+        context_lens: tuple[int, ...],
+        page_size: int,
+        attention: AttentionSpace | None = None,
+        placements: Placements | None = None,
+        given: GivenEmbeddings | None = None,
+    ) -> StepTensors:
+        num_decodes = next((i for i, n in enumerate(query_lens) if n != 1), len(query_lens))
+        ragged = RaggedBatch(
+            positions=tensors["positions"],
+            query_start_loc=tensors["query_start_loc"],
+            seq_lens=tensors["seq_lens"],
+            token_request=tensors["token_request"],
+            query_lens=query_lens,
+            context_lens=context_lens,
+            num_decodes=num_decodes,
+        )
+        pages = {
+            group: PageView(
+                tensors["page_table"][index], tensors["new_rows"][index], tensors["page_list"][index], page_size
+            )
+            for index, group in enumerate(groups)
+        }
+        sampling = {name: tensors[name] for name in ("seed", "step", "top_k", "temperature", "top_p", "min_p")}
+        batch = ForwardBatch(ragged, pages, tensors["slots"], attention, placements, given)
+        return cls(batch, tensors["input_ids"], sampling)
+
+
+def prefills(shares: Sequence[Scheduled]) -> Sequence[Scheduled]:
+    """The shares from the first with several tokens on; decodes stand before them, see RaggedBatch."""
+    first = next((index for index, share in enumerate(shares) if share.count != 1), len(shares))
+    return shares[first:]
+
+
+class RequestRows:
+    """What changes little from step to step, on the host, by the slot of the request: its pages, how it samples."""
+
+    def __init__(self, state: StateManager, max_pages: int) -> None:
+        self.state = state
+        slots = state.slot_pool.capacity + 1
+        self.pages = np.zeros((len(state.groups), slots, max_pages), np.int32)
+        self.sampling = {name: np.zeros(slots, kind) for name, kind in SAMPLING_FIELDS.items()}
+        self._holdings: list[Holding | None] = [None] * slots
+        self._known = np.zeros((len(state.groups), slots), np.int64)
+
+    def slot(self, request: Request) -> int:
+        """The request's slot, whose rows are up to date now."""
+        holding = self.state.holdings[request]
+        slot = holding.slot
+        if self._holdings[slot] is not holding:
+            self._holdings[slot] = holding
+            self._known[:, slot] = 0
+            for name, value in request.sampling.items():
+                self.sampling[name][slot] = value
+        for group, pages in enumerate(holding.pages):
+            known = self._known[group, slot]
+            if len(pages) > known:
+                self.pages[group, slot, known : len(pages)] = pages[known:]
+                self._known[group, slot] = len(pages)
+        return slot
+
+
+class StepInputs:
+    """Builds the tensors of steps."""
+
+    def __init__(
+        self, state: StateManager, max_model_len: int, device: torch.device, attention: AttentionSpace | None
+    ) -> None:
+        self.state, self.device, self.attention = state, device, attention
+        self.max_pages = state.pages_for(max_model_len)
+        self._rows = RequestRows(state, self.max_pages)
+
+    def build(
+        self,
+        shares: Sequence[Scheduled],
+        latest: Mapping[Request, int],
+        pads: int = 0,
+        placements: Placements | None = None,
+        given: GivenEmbeddings | None = None,
+    ) -> StepTensors:
+        """The step's tensors, new ones, with so many rows of padding behind a step that only decodes.
+
+        `latest` gives the rows in which pending tokens were chosen, and `given` the embeddings of tokens of images.
+        """
+        lengths, size = [share.start + share.count for share in shares] + [1] * pads, self.state.page_size
+        listed = 0 if self.attention is None else sum(self.state.pages_for(s.start + s.count) for s in prefills(shares))
+        layout = Layout(
+            requests=len(shares) + pads,
+            tokens=sum(share.count for share in shares) + pads,
+            groups=len(self.state.groups),
+            pages=self.state.pages_for(max(lengths)),
+            listed=listed,
+        )
+        assert not pads or layout.tokens == layout.requests
+        block = torch.empty(layout.spans()[1], dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        self.fill(layout.arrays(block.numpy()), shares, latest)
+        on_device = block.to(self.device, non_blocking=True)
+        return StepTensors.of(
+            layout.tensors(on_device),
+            self.state.groups,
+            (*(share.count for share in shares), *(1,) * pads),
+            tuple(lengths),
+            size,
+            self.attention,
+            placements,
+            given,
+        )
+
+    def fill(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        shares: Sequence[Scheduled],
+        latest: Mapping[Request, int],
+        mixers: Sequence[tuple[int, ...]] = (),
+    ) -> None:
+        """Write a step into a block's arrays; rows beyond the shares become padding, each a request of its own.
+
+        `mixers` is what the tables say of each share, where there are tables.
+        """
+        used = len(shares)
+        starts = np.array([share.start for share in shares])
+        counts = np.array([share.count for share in shares])
+        slots = np.array([self._rows.slot(share.request) for share in shares])
+        bounds = np.cumsum(counts)
+        tokens = int(bounds[-1])
+        token_request = np.repeat(np.arange(used), counts)
+        positions = np.arange(tokens) + (starts + counts - bounds)[token_request]
+        ids: list[int] = []
+        for share in shares:
+            request = share.request
+            if request.num_pending:
+                assert share.count == 1
+                ids.append(-1 - latest[request])
+            else:
+                ids += request.token_ids(share.start, share.start + share.count)
+        size = self.state.page_size
+        arrays["input_ids"][:tokens], arrays["input_ids"][tokens:] = ids, 0
+        arrays["positions"][:tokens], arrays["positions"][tokens:] = positions, 0
+        pads = len(arrays["slots"]) - used
+        arrays["token_request"][:tokens] = token_request
+        arrays["token_request"][tokens:] = used + np.arange(pads)
+        arrays["query_start_loc"][0], arrays["query_start_loc"][1 : used + 1] = 0, bounds
+        arrays["query_start_loc"][used + 1 :] = tokens + 1 + np.arange(pads)
+        arrays["seq_lens"][:used], arrays["seq_lens"][used:] = starts + counts, 1
+        arrays["slots"][:used], arrays["slots"][used:] = slots, 0
+        columns = arrays["page_table"].shape[2]
+        for group in range(len(self.state.groups)):
+            table = self._rows.pages[group]
+            pages = table[slots[token_request], positions // size].astype(np.int64)
+            arrays["new_rows"][group, :tokens] = pages * size + positions % size
+            arrays["new_rows"][group, tokens:] = 0
+            np.take(table[:, :columns], slots, axis=0, out=arrays["page_table"][group, :used])
+            arrays["page_table"][group, used:, :1] = 0
+            if arrays["page_list"].shape[1]:
+                first = used - len(prefills(shares))
+                counts_of = -(-(starts + counts)[first:] // size)
+                rows = [table[slot, :count] for slot, count in zip(slots[first:], counts_of, strict=True)]
+                np.concatenate(rows, out=arrays["page_list"][group])
+        if mixers:
+            arrays["mixers"][:, :used], arrays["mixers"][:, used:] = np.array(mixers).T, 0
+        for name, values in self._rows.sampling.items():
+            arrays[name][:used], arrays[name][used:] = values[slots], 0
+        arrays["step"][:used] = [share.request.num_sampled for share in shares]
+        arrays["step"][used:] = 0

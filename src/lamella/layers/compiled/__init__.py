@@ -1,0 +1,1 @@
+"""What only torch.compile needs, around the plain layers."""

@@ -1,0 +1,1 @@
+"""Layers with a choice of mixers, and batches of requests with several placements."""

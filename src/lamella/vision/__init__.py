@@ -1,0 +1,1 @@
+"""Models that turn images into embeddings."""

@@ -1,0 +1,1 @@
+"""Load checkpoints into vLLM's model: names, formats, quantized tensors."""

@@ -1,0 +1,1 @@
+"""Slot state in vLLM's KV cache blocks."""
