@@ -190,7 +190,7 @@ def roofline(path: str) -> dict[int, float]:
 
     from lamella.bench.card import CostCard, measure_bandwidth
     from lamella.checkpoint import open_checkpoint
-    from lamella.layers.kit import LocalKit
+    from lamella.layers.local_kit import LocalKit
 
     checkpoint = open_checkpoint(path)
     model = checkpoint.architecture.allocate(checkpoint.read_config(), LocalKit(torch.bfloat16, "meta"))

@@ -590,7 +590,7 @@ class Core:
         import torch
 
         from lamella.layers.context import ForwardBatch
-        from lamella.layers.kit import LocalKit
+        from lamella.layers.local_kit import LocalKit
         from lamella.models import Apriel2ForCausalLM
         from lamella.models.base import initialize
         from lamella.models.hf_config import HFConfig

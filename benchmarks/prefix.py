@@ -386,7 +386,7 @@ def costs(path: str, device: str, load: Load, rates: tuple[float, float]) -> dic
 
     from lamella.bench.card import CostCard
     from lamella.checkpoint import open_checkpoint
-    from lamella.layers.kit import LocalKit
+    from lamella.layers.local_kit import LocalKit
 
     bandwidth, flops = rates
     checkpoint = open_checkpoint(path)

@@ -85,7 +85,7 @@ def floor_ms(shape: str, bandwidth: float) -> float:
     import torch
 
     from lamella.layers.decoder import LanguageModel
-    from lamella.layers.kit import LocalKit
+    from lamella.layers.local_kit import LocalKit
     from lamella.models.hf_config import HFConfig
     from lamella.models.registry import resolve_architecture
 

@@ -40,7 +40,7 @@ from lamella.demo.questions import (
 )
 from lamella.layers.context import forward_batch
 from lamella.layers.decoder import plain_batch
-from lamella.layers.kit import LocalKit
+from lamella.layers.local_kit import LocalKit
 from lamella.models import LlamaCanonForCausalLM
 
 IDS = {word: index for index, word in enumerate(VOCABULARY)}

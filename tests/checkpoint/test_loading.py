@@ -17,7 +17,7 @@ from lamella.checkpoint import load_model, open_checkpoint
 from lamella.checkpoint.loader import fill
 from lamella.checkpoint.tensors import INDEX
 from lamella.errors import CheckpointError, ConfigError
-from lamella.layers.kit import LocalKit
+from lamella.layers.local_kit import LocalKit
 
 SHAPE = {
     "vocab_size": VOCAB,

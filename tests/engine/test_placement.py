@@ -18,7 +18,7 @@ from lamella import LLM, AsyncLLM, SamplingParams
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.config import describe_placement, placed, read_placement
 from lamella.errors import ConfigError, ParameterError
-from lamella.layers.kit import PagedAttention
+from lamella.layers.holders import PagedAttention
 from lamella.models import Apriel2ForCausalLM
 from lamella.models.hf_config import HFConfig
 

@@ -15,7 +15,7 @@ from lamella.layers.block_input import BlockInput
 from lamella.layers.canon import Canon
 from lamella.layers.context import forward_batch
 from lamella.layers.decoder import DecoderLayer, LanguageModel, plain_batch
-from lamella.layers.kit import PagedAttention
+from lamella.layers.holders import PagedAttention
 from lamella.layers.norm import RMSNorm
 from lamella.layers.rotary import Positions
 from lamella.ops.rotary import rotate

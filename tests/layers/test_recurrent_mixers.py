@@ -18,7 +18,7 @@ from covering import covering
 from lamella.config import GatedDeltaNetConfig, KimiDeltaConfig, MambaConfig, NormConfig
 from lamella.layers.block_input import BlockInput
 from lamella.layers.context import ForwardBatch, forward_batch
-from lamella.layers.kit import LocalKit
+from lamella.layers.local_kit import LocalKit
 from lamella.layers.recurrent import RecurrentMixer
 from lamella.models.base import initialize
 from lamella.ops.backend import portable_only

@@ -33,7 +33,7 @@ from lamella.config import (
 )
 from lamella.engine.options import EngineOptions
 from lamella.errors import ConfigError
-from lamella.layers.kit import LocalKit
+from lamella.layers.local_kit import LocalKit
 from lamella.layers.rotary import inverse_frequencies
 from lamella.models import Apriel2ForCausalLM, resolve_architecture
 from lamella.models.apriel2 import _ACTIVATIONS

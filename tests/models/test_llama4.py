@@ -14,7 +14,7 @@ from helpers import VOCAB, assert_engine_parity, assert_plain_parity, hf_checkpo
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.config import AttentionConfig, RopeConfig
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.kit import LocalKit
+from lamella.layers.local_kit import LocalKit
 from lamella.layers.moe import MoE
 from lamella.layers.rotary import Rotary, inverse_frequencies
 from lamella.ops.moe import reference

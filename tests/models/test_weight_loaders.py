@@ -13,7 +13,7 @@ from transformers import LlamaConfig, Qwen3Config
 from helpers import canon_checkpoint, hf_checkpoint
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.errors import CheckpointError, ConfigError
-from lamella.layers.kit import LocalKit
+from lamella.layers.local_kit import LocalKit
 from lamella.models import MODEL_REGISTRY, LlamaForCausalLM, architectures
 from lamella.parallel.group import Group
 from lamella.parallel.sharding import Share

@@ -17,7 +17,8 @@ from lamella.checkpoint.loader import fill
 from lamella.checkpoint.names import targets
 from lamella.engine.options import EngineOptions
 from lamella.errors import ConfigError
-from lamella.layers.kit import LocalKit, state_holders
+from lamella.layers.holders import state_holders
+from lamella.layers.local_kit import LocalKit
 from lamella.models import resolve_architecture
 from lamella.parallel.group import Group
 from lamella.parallel.sharding import Share, Split, cut

@@ -19,7 +19,7 @@ from lamella.config import ModelConfig
 from lamella.errors import ConfigError, ParameterError
 from lamella.layers.attention import AttentionForm
 from lamella.layers.context import forward_batch, require_batch
-from lamella.layers.kit import PagedAttention
+from lamella.layers.holders import PagedAttention
 from lamella.layers.rotary import Positions, Rotary
 from lamella.models import LlamaForCausalLM
 from lamella.parity import bisect

@@ -20,7 +20,7 @@ from lamella.checkpoint import load_model, open_checkpoint
 from lamella.checkpoint.names import targets
 from lamella.config import AttentionConfig, LinearScaling, Llama3Scaling, ModelConfig, YarnScaling
 from lamella.errors import CheckpointError, ConfigError, LamellaError
-from lamella.layers.kit import LocalKit
+from lamella.layers.local_kit import LocalKit
 
 HERE = Path(__file__).parent
 RECORDS = {path.stem: json.loads(path.read_text()) for path in sorted(HERE.glob("*.json"))}

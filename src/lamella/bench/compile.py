@@ -27,7 +27,7 @@ from lamella.errors import EngineError
 from lamella.layers.compiled.model import MIN_TOKENS, CompiledModel, make_opaque
 from lamella.layers.context import ForwardBatch, forward_batch
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.kit import LocalKit
+from lamella.layers.local_kit import LocalKit
 from lamella.models.base import initialize
 from lamella.ops.ragged import RaggedBatch
 

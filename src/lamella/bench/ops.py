@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lamella.layers.canon import Canon
 from lamella.layers.context import ForwardBatch, PageView, forward_batch
-from lamella.layers.kit import PagedAttention
+from lamella.layers.holders import PagedAttention
 from lamella.layers.linear import Head, Linear
 from lamella.layers.norm import RMSNorm
 from lamella.layers.recurrent import RecurrentMixer

@@ -19,7 +19,7 @@ from lamella.checkpoint.names import Target, targets
 from lamella.checkpoint.tensors import INDEX, OpenTensors
 from lamella.config import AttentionConfig, ModelConfig
 from lamella.errors import CheckpointError, ConfigError
-from lamella.layers.kit import LocalKit
+from lamella.layers.local_kit import LocalKit
 
 ROPES = ("keep", "huggingface", "lingua")
 SHARD_BYTES = 5 << 30

@@ -15,7 +15,7 @@ from lamella.checkpoint.files import Checkpoint
 from lamella.checkpoint.names import Target, rename, targets
 from lamella.checkpoint.tensors import OpenTensors
 from lamella.errors import CheckpointError, ConfigError
-from lamella.layers.kit import LocalKit
+from lamella.layers.local_kit import LocalKit
 from lamella.models.base import CausalLM, initialize
 from lamella.parallel.group import Group
 from lamella.parallel.sharding import Split

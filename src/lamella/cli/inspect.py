@@ -39,7 +39,7 @@ from lamella.config import (
 )
 from lamella.errors import ParameterError
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.kit import LocalKit
+from lamella.layers.local_kit import LocalKit
 
 BATCHES = (1, 16, 64)
 

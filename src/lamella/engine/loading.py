@@ -14,7 +14,7 @@ from lamella.engine.options import EngineOptions
 from lamella.engine.requests.tokenizer import Tokenizer
 from lamella.errors import ConfigError
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.kit import LocalKit
+from lamella.layers.local_kit import LocalKit
 from lamella.layers.norm import RMSNorm
 from lamella.parallel.group import Group
 from lamella.parallel.sharding import Share

@@ -12,7 +12,8 @@ from lamella.config import AttentionConfig
 from lamella.layers.block_input import BlockInput
 from lamella.layers.canon import Canon
 from lamella.layers.context import require_batch
-from lamella.layers.kit import Kit, PagedAttention
+from lamella.layers.holders import PagedAttention
+from lamella.layers.kit import Kit
 from lamella.layers.norm import RMSNorm
 from lamella.layers.rotary import Positions, Rotary, Turn
 from lamella.layers.short_conv import ConvHistory

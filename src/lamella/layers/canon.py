@@ -6,7 +6,8 @@ from torch import Tensor
 
 from lamella.config import CanonConfig
 from lamella.layers.context import require_batch
-from lamella.layers.kit import Computation, Kit
+from lamella.layers.holders import Computation
+from lamella.layers.kit import Kit
 from lamella.layers.norm import LayerNorm, RMSNorm
 from lamella.layers.short_conv import ConvHistory, ShortConv
 from lamella.ops.backend import use_fused

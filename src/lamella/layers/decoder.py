@@ -12,7 +12,8 @@ from lamella.config import CanonConfig, LayerConfig, ModelConfig, Placement, Pla
 from lamella.layers.block_input import BlockInput
 from lamella.layers.canon import Canon
 from lamella.layers.context import ForwardBatch, GivenEmbeddings, current_batch, forward_batch
-from lamella.layers.kit import Kit, PagedAttention, SlotHolder, state_holders
+from lamella.layers.holders import PagedAttention, SlotHolder, state_holders
+from lamella.layers.kit import Kit
 from lamella.layers.norm import RMSNorm, build_norm
 from lamella.layers.rotary import Positions
 from lamella.layers.short_conv import ConvHistory

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lamella.layers.kit import Kit, SlotHolder
+from lamella.layers.holders import SlotHolder
+from lamella.layers.kit import Kit
 from lamella.layers.short_conv import ConvHistory
 from lamella.state.spec import SlotState
 

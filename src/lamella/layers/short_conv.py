@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lamella.config import CanonConfig
 from lamella.layers.context import require_batch
-from lamella.layers.kit import Computation, Kit, SlotHolder
+from lamella.layers.holders import Computation, SlotHolder
+from lamella.layers.kit import Kit
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.short_conv import short_conv
 from lamella.parallel.sharding import Split

@@ -25,7 +25,7 @@ from lamella.engine.steps.sampler import Choice, TokenLogprobs
 from lamella.engine.steps.step_inputs import StepTensors
 from lamella.layers.compiled.model import CompiledModel
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.kit import SlotHolder
+from lamella.layers.holders import SlotHolder
 from lamella.parity.scores import Scores
 from lamella.parity.sequences import TokenSequence
 from lamella.state.manager import DUMMY, Holding, StateManager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.layers.canon import Canon
-from lamella.layers.kit import PagedAttention
+from lamella.layers.holders import PagedAttention
 from lamella.layers.linear import Embedding, Linear, MergedLinear
 from lamella.layers.moe import Experts
 from lamella.layers.norm import LayerNorm, RMSNorm

@@ -25,7 +25,7 @@ from lamella.checkpoint.overrides import apply_overrides
 from lamella.config import ModelConfig, PlacementLike, placed, read_placement
 from lamella.engine.requests.tokenizer import Tokenizer
 from lamella.errors import ConfigError
-from lamella.layers.kit import LocalKit
+from lamella.layers.local_kit import LocalKit
 from lamella.models.base import CausalLM
 
 _T = TypeVar("_T")

@@ -16,7 +16,7 @@ from lamella.engine.options import EngineOptions
 from lamella.engine.requests.completion import Job
 from lamella.errors import ConfigError, ParameterError
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.kit import PagedAttention, SlotHolder, state_holders
+from lamella.layers.holders import PagedAttention, SlotHolder, state_holders
 from lamella.state.manager import StateManager
 from lamella.state.memory import StateCost, StateMemory
 

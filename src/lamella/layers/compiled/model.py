@@ -20,8 +20,8 @@ from lamella.errors import ConfigError
 from lamella.layers.attention import Attention
 from lamella.layers.context import ForwardBatch, forward_batch, require_batch
 from lamella.layers.decoder import DecoderLayer, LanguageModel
+from lamella.layers.holders import state_holders
 from lamella.layers.kinds import feed_forward_kinds, mixer_kinds
-from lamella.layers.kit import state_holders
 from lamella.layers.rotary import Positions, Turn
 from lamella.layers.supernet.stochastic import Stochastic
 from lamella.ops import opaque

@@ -22,7 +22,7 @@ from lamella.checkpoint.names import Target, parts_apart, rename, targets
 from lamella.config import ModelConfig
 from lamella.errors import CheckpointError, UserError
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.kit import LocalKit
+from lamella.layers.local_kit import LocalKit
 from lamella.parallel.sharding import cut
 from lamella.vllm_plugin.experts import VllmExperts
 from lamella.vllm_plugin.kit import Shard

@@ -32,7 +32,8 @@ from lamella.config import ModelConfig
 from lamella.layers.block_input import BlockInput
 from lamella.layers.context import ForwardBatch, forward_batch, require_batch
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.kit import LocalKit, SlotHolder, state_holders
+from lamella.layers.holders import SlotHolder, state_holders
+from lamella.layers.local_kit import LocalKit
 from lamella.layers.rotary import Positions
 from lamella.layers.supernet.stochastic import Stochastic
 from lamella.ops.ragged import RaggedBatch

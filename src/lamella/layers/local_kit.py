@@ -1,0 +1,102 @@
+"""`LocalKit`: plain torch modules on one device, or on one of several that share the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lamella.layers.holders import PagedAttention, SlotHolder
+from lamella.layers.kit import Widths, sections
+from lamella.layers.linear import Biases, Embedding, Head, Linear, MergedLinear, RowLinear, SplitEmbedding, SplitHead
+from lamella.layers.norm import RMSNorm, SplitRMSNorm
+from lamella.parallel.group import Group
+from lamella.parallel.sharding import Split
+from lamella.state.spec import PagedState, SlotState
+
+if TYPE_CHECKING:
+    from lamella.config import MoEConfig
+
+
+class LocalKit:
+    """Plain torch modules on the device of one rank, their parameters allocated but not initialised."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        group: Group | None = None,
+        expert_parallel: bool = False,
+    ) -> None:
+        """With `expert_parallel` a rank has some experts whole, in place of a part of each."""
+        self.dtype, self.device = dtype, torch.device(device)
+        self.group = group or Group()
+        self.share, self.expert_parallel = self.group.share, expert_parallel
+
+    @property
+    def _is_split(self) -> bool:
+        return self.share.size > 1
+
+    def merged_linear(self, in_size: int, parts: Mapping[str, Widths], bias: bool, prefix: str) -> nn.Module:
+        splits = {
+            name: Split.join(self.share.even(width, f"{prefix}.{name}") for width in sections(widths))
+            for name, widths in parts.items()
+        }
+        return MergedLinear(Split.whole(in_size), splits, bias, self.dtype, self.device)
+
+    def replicated_linear(self, in_size: int, parts: Mapping[str, int], bias: bool, prefix: str) -> nn.Module:
+        splits = {name: Split.whole(width) for name, width in parts.items()}
+        return MergedLinear(Split.whole(in_size), splits, bias, self.dtype, self.device)
+
+    def qkv_linear(
+        self, in_size: int, heads: int, kv_heads: int, head_dim: int, bias: Biases, prefix: str
+    ) -> nn.Module:
+        queries, keys = self.share.heads(heads).times(head_dim), self.share.kv_heads(kv_heads).times(head_dim)
+        parts = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        return MergedLinear(Split.whole(in_size), parts, bias, self.dtype, self.device)
+
+    def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str, reduce: bool = True) -> nn.Module:
+        assert reduce or not bias
+        inputs, outputs = self.share.even(in_size, prefix), Split.whole(out_size)
+        if self._is_split and reduce:
+            return RowLinear(inputs, outputs, bias, self.dtype, self.device, self.group)
+        return Linear(inputs, outputs, bias, self.dtype, self.device)
+
+    def column_norm(self, channels: Split, eps: float) -> RMSNorm:
+        if self._is_split:
+            return SplitRMSNorm(channels, eps, self.device, self.group)
+        return RMSNorm(channels.size, eps, self.device)
+
+    def embedding(self, vocab_size: int, hidden_size: int, prefix: str) -> nn.Module:
+        tokens = self.share.vocabulary(vocab_size)
+        if self._is_split:
+            return SplitEmbedding(tokens, hidden_size, self.dtype, self.device, self.group)
+        return Embedding(tokens, hidden_size, self.dtype, self.device)
+
+    def lm_head(self, vocab_size: int, hidden_size: int, tied: nn.Module | None, prefix: str) -> nn.Module:
+        inputs, outputs = Split.whole(hidden_size), self.share.vocabulary(vocab_size)
+        device = self.device if tied is None else torch.device("meta")
+        head = (
+            SplitHead(inputs, outputs, self.dtype, device, self.group)
+            if self._is_split
+            else Head(inputs, outputs, False, self.dtype, device)
+        )
+        if tied is not None:
+            head.weight = tied.weight  # type: ignore[assignment]
+        return head
+
+    def attention(self, heads: int, scale: float, spec: PagedState, prefix: str) -> nn.Module:
+        return PagedAttention(heads, scale, spec, prefix)
+
+    def experts(self, config: MoEConfig, hidden_size: int, prefix: str) -> nn.Module:
+        from lamella.layers.moe import Experts
+
+        return Experts(config, self, hidden_size, self.expert_parallel)
+
+    def slot_state(self, specs: Sequence[SlotState], prefix: str) -> SlotHolder:
+        return SlotHolder(specs, prefix)
+
+    def caller(self, stochastic: nn.Module, prefix: str) -> None:
+        return None
