@@ -192,3 +192,36 @@ def test_defaults_of_llm_are_those_of_the_engine():
 def test_former_import_paths_lead_to_the_same_classes(old):
     module, name = old.split(".")
     assert getattr(import_module(f"lamella.engine.{module}"), name) is getattr(lamella, name)
+
+
+SPINE = [
+    "engine.scheduler",
+    "engine.engine",
+    "engine.steps.runner",
+    "engine.steps.step_inputs",
+    "layers.decoder",
+]
+FEATURES = (
+    r"placement|image|adapter|lora|grammar|stochastic|supernet|\bvision|torch\.compile|enable_compile|CompiledModel"
+)
+
+
+@pytest.mark.parametrize("module", SPINE)
+def test_the_spine_names_no_feature(module):
+    lines = MODULES[f"lamella.{module}"].read_text().splitlines()
+    assert [line for line in lines if re.search(FEATURES, line, re.IGNORECASE)] == []
+
+
+LONGEST = 500  # lines of a source file
+LONG_FILES = {  # kernels, which are one piece
+    "ops/short_conv/triton.py",
+    # Still to be divided:
+    "parity/path_matrix.py",
+    "parity/report/html.py",
+}
+
+
+def test_no_source_file_is_too_long():
+    lengths = {str(path.relative_to(SOURCE)): path.read_text().count("\n") for path in MODULES.values()}
+    assert {name for name, length in lengths.items() if length > LONGEST} == LONG_FILES
+    assert lengths["engine/engine.py"] <= 300

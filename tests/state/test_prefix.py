@@ -137,7 +137,7 @@ def with_images(parts: Sequence[tuple[int, int | None]], after: int) -> tuple[Re
         token_ids += [2] * count
         meaning += [2 if which is None else (which, row) for row in range(count)]
     request = make_request("", [*token_ids, *[1] * after])
-    request.images = tuple(placed)
+    request.attachments = tuple(placed)
     return request, [*meaning, *[1] * after]
 
 

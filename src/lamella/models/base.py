@@ -16,6 +16,7 @@ from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import Kit
 from lamella.layers.linear import splits_of
 from lamella.layers.local_kit import LocalKit
+from lamella.layers.supernet.placing import SupernetModel
 from lamella.models.hf_config import HFConfig
 from lamella.models.weight_loaders import attach_weight_loaders, shard_ids
 from lamella.parallel.sharding import Split, cut
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from lamella.vision.image_model import ImageModel
 
 
-class CausalLM(LanguageModel):
+class CausalLM(SupernetModel):
     """Base of the architectures: a subclass reads its config file and names its checkpoint's tensors.
 
     Attributes:

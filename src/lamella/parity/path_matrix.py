@@ -18,11 +18,12 @@ from torch import Tensor
 from lamella.config import AttentionConfig, FeedForwardConfig, ModelConfig, SingleMixerConfig
 from lamella.config.placement import covering_placements
 from lamella.engine.engine import Engine
-from lamella.engine.loading import check_split
+from lamella.engine.loading import check_split, load_engine
 from lamella.engine.options import EngineOptions
 from lamella.engine.requests.sampling_params import SamplingParams
 from lamella.errors import ConfigError, ParameterError, WorkerError
 from lamella.layers.decoder import LanguageModel
+from lamella.layers.supernet.placing import activate, active_holders, active_placement, has_choice
 from lamella.ops import native
 from lamella.ops.backend import portable_only
 from lamella.parity.forcing import ForcedEngine, Record, computing, record_of
@@ -97,19 +98,19 @@ class Laboratory:
         """An engine of so many tensor-parallel ranks."""
         usual = {"max_num_seqs": 1, "block_size": PAGE_SIZE, "num_blocks": 1024, "enforce_eager": True}
         chunk = len(self.token_ids) * 2 // 3  # one chunk and a rest
-        return Engine.load(
+        return load_engine(
             EngineOptions(**{**usual, **self.options}, max_num_batched_tokens=chunk, tensor_parallel_size=size)
         )
 
     @property
     def grows(self) -> bool:
         """Whether any state grows with the sequence, so that a pool can run out."""
-        return any(spec.reach is None for spec in StateCost.of(self.model.active_holders()).paged)
+        return any(spec.reach is None for spec in StateCost.of(active_holders(self.model)).paged)
 
     @property
     def slot_bytes(self) -> int:
         """Of one request's slot state."""
-        return StateCost.of(self.model.active_holders()).bytes_per_request
+        return StateCost.of(active_holders(self.model)).bytes_per_request
 
     def sequence(self, prompt_len: int | None = None) -> TokenSequence:
         """The sequence, all but the last token of it a prompt unless said otherwise."""
@@ -283,17 +284,17 @@ def _strangers(lab: Laboratory) -> Record:
 
 def _beside_another_placement(lab: Laboratory) -> Record:
     model, length = lab.model, len(lab.token_ids)
-    others = [placement for placement in covering_placements(model.config) if placement != model.placement]
+    others = [placement for placement in covering_placements(model.config) if placement != active_placement(model)]
     strangers = [
         replace(record_of(lab.stranger(5 + 3 * turn, 9)), placement=other) for turn, other in enumerate(others)
     ]
-    active = model.placement
+    active = active_placement(model)
     engine = lab.engine(mixed_placements=True, max_num_batched_tokens=max(4, length // 3))
     try:
         ours = replace(record_of(lab.sequence(length // 2)), placement=active)
         return engine.run([*strangers[:2], ours, *strangers[2:]])[len(strangers[:2])]
     finally:
-        model.activate(active)
+        activate(model, active)
 
 
 def _preempted(lab: Laboratory, **options: Any) -> Record:
@@ -472,7 +473,7 @@ def run_paths(
     }
     cells = []
     hold = bool(lab.routing) and dtype != torch.float32
-    for path in catalogue(subject.config, len(token_ids), device, undivided, lab.model.has_choice):
+    for path in catalogue(subject.config, len(token_ids), device, undivided, has_choice(lab.model)):
         progress(path.name)
         if hold and path.run in (_graphs, _two_ranks):
             path = replace(path, unavailable=path.unavailable or _UNHELD)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lamella.config import PlacementLike
-from lamella.engine.engine import Engine
+from lamella.engine.loading import load_engine
 from lamella.engine.options import EngineOptions
 from lamella.engine.requests.completion import Job
 from lamella.engine.requests.outputs import RequestOutput
@@ -89,7 +89,7 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
-        self.engine = Engine.load(EngineOptions(model=model, **engine_options(options)))
+        self.engine = load_engine(EngineOptions(model=model, **engine_options(options)))
         self._ids = itertools.count()
         self._orders: deque[_Order] = deque()
         self._wake = threading.Condition()
@@ -165,7 +165,7 @@ class AsyncLLM:
         self._order(self.engine.reset_prefix_cache)
 
     async def set_placement(self, placement: PlacementLike | None, running: str = "finish") -> None:
-        """See `Engine.set_placement`; returns once it is accepted, which may be before it is in force."""
+        """See `LLM.set_placement`; returns once it is accepted, which may be before it is in force."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[None] = loop.create_future()
 
@@ -181,7 +181,7 @@ class AsyncLLM:
 
         def change() -> None:
             try:
-                self.engine.set_placement(placement, running)
+                self.engine.switch(placement, running)
             except LamellaError as error:
                 reply(error)
             else:

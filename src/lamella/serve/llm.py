@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from lamella.config import Placement, PlacementLike, mixer_names
 from lamella.engine.engine import Engine
+from lamella.engine.loading import load_engine
 from lamella.engine.options import EngineOptions
 from lamella.engine.requests.completion import Job
 from lamella.engine.requests.outputs import RequestOutput
@@ -73,7 +74,7 @@ class LLM:
         **vllm_arguments: Any,
     ) -> None:
         num_blocks = engine_options({**vllm_arguments, "num_blocks": num_blocks})["num_blocks"]
-        self.engine = Engine.load(
+        self.engine = load_engine(
             EngineOptions(
                 model=model,
                 tokenizer=tokenizer,
@@ -185,16 +186,25 @@ class LLM:
     @property
     def placement(self) -> Placement:
         """Of a supernet, the mixer of each layer for requests that ask for no other; None where there is no choice."""
-        return self.engine.placement
+        return self.engine.variants.current.placement
 
     def mixer_names(self) -> tuple[str, ...]:
         """The mixers that a placement may name; empty where no layer has a choice."""
         return mixer_names(self.engine.model.config)
 
     def set_placement(self, placement: PlacementLike | None, running: str = "finish") -> None:
-        """See `Engine.set_placement`."""
+        """Compute with another placement of a supernet, see `lamella.config.read_placement`.
+
+        If nothing runs, it is in force from the next step on. Otherwise requests that are queued or running finish
+        under the old placement, and later ones wait; with `running="recompute"` all are computed again under the new
+        one and keep their output. With `mixed_placements` nothing waits: running requests keep their placement.
+
+        Raises:
+            ConfigError: a name is wrong, the state does not fit, or a request that would be computed under the new
+                placement does not fit or asked for another. Nothing has changed.
+        """
         with self._shared.exclusive():
-            self.engine.set_placement(placement, running)
+            self.engine.switch(placement, running)
 
     def _make_job(self, prompt: Prompt, params: SamplingParams) -> Job:
         with self._shared.exclusive():
