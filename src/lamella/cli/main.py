@@ -6,12 +6,13 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
 import lamella
 from lamella.cli.limits import check_numbers
+from lamella.engine.options import declared_options
 from lamella.errors import LamellaError
 
 
@@ -194,35 +195,26 @@ def _overrides(command: argparse.ArgumentParser) -> None:
     )
 
 
+_KINDS: dict[str | None, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "json": _json_object}
+
+
 def _engine(command: argparse.ArgumentParser) -> None:
-    """Settings of the engine, named as in `LLM`; only those that are given are passed on."""
-    group = command.add_argument_group("engine")
-    for name, kind in (
-        ("dtype", str),
-        ("device", str),
-        ("load-format", str),
-        ("max-model-len", int),
-        ("max-num-seqs", int),
-        ("max-num-batched-tokens", int),
-        ("tensor-parallel-size", int),
-        ("block-size", int),
-        ("num-blocks", int),
-        ("snapshot-bytes", int),
-        ("snapshot-interval", int),
-        ("snapshot-prompts", str),
-        ("seed", int),
-        ("placement", str),
-        ("hf-overrides", _json_object),
-        ("tokenizer", str),
-        ("revision", str),
-        ("gpu-memory-utilization", float),
-        ("limit-mm-per-prompt", _json_object),
-    ):
-        group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
-    flag = argparse.BooleanOptionalAction
-    group.add_argument("--enable-prefix-caching", action=flag, default=argparse.SUPPRESS)
-    group.add_argument("--enable-expert-parallel", action=flag, default=argparse.SUPPRESS)
-    group.add_argument("--enforce-eager", action=flag, default=argparse.SUPPRESS)
-    group.add_argument("--round-norms-twice", action=flag, default=argparse.SUPPRESS)
-    group.add_argument("--enable-compile", action=flag, default=argparse.SUPPRESS)
-    group.set_defaults(engine_options=[action.dest for action in group._group_actions])
+    """Add the options of the engine; only those that are given are passed on."""
+    names = []
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name, option in declared_options().items():
+        if not option.is_argument:
+            continue
+        group = groups.setdefault(option.group, command.add_argument_group(f"engine: {option.group.lower()}"))
+        settings: dict[str, Any] = {
+            "default": argparse.SUPPRESS,
+            "help": option.help.replace("`", "").replace("%", "%%"),
+        }
+        if option.kind == "flag":
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            settings["type"] = _KINDS[option.kind]
+            settings["metavar"] = "JSON" if option.kind == "json" else None
+        group.add_argument(f"--{name.replace('_', '-')}", **settings)
+        names.append(name)
+    command.set_defaults(engine_options=names)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from lamella.config import PlacementLike
 from lamella.engine.loading import load_engine
-from lamella.engine.options import EngineOptions
+from lamella.engine.options import EngineOptions, with_options
 from lamella.engine.requests.completion import Job
 from lamella.engine.requests.outputs import RequestOutput
 from lamella.engine.requests.prompt import Prompt
@@ -81,8 +81,8 @@ class _OutputQueue:
 class AsyncLLM:
     """Many callers of event loops share one engine, which steps in a thread of its own while there is work.
 
-    Settings: see `EngineOptions`, and `engine.vllm_arguments` for vLLM's others. Close it with `shutdown`, or use it as
-    an async context manager.
+    Options: see docs/options.md, and `lamella.serve.vllm_arguments` for other arguments of vLLM. Close it with
+    `shutdown`, or use it as an async context manager.
 
     A step that fails ends the requests of that time with its error, and the engine goes on. What ends the engine's
     thread (a `SystemExit`, say) ends every call with `ClosedError`, and so every later one.
@@ -98,6 +98,8 @@ class AsyncLLM:
         self._failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="lamella-engine", daemon=True)
         self._thread.start()
+
+    __init__.__signature__ = with_options(("model",), "vllm_arguments")  # type: ignore[attr-defined]
 
     async def generate(
         self,

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from lamella.config import Placement, PlacementLike, mixer_names
 from lamella.engine.engine import Engine
 from lamella.engine.loading import load_engine
-from lamella.engine.options import EngineOptions
+from lamella.engine.options import EngineOptions, with_options
 from lamella.engine.requests.completion import Job
 from lamella.engine.requests.outputs import RequestOutput
 from lamella.engine.requests.prompt import Prompt, is_token_ids
@@ -27,9 +26,10 @@ from lamella.serve.vllm_arguments import engine_options
 
 
 class LLM:
-    """A model ready to generate. Settings: see `EngineOptions`, and `engine.vllm_arguments` for vLLM's others.
+    """A model ready to generate.
 
-    An argument that neither knows is a `TypeError`.
+    Options: see docs/options.md, and `lamella.serve.vllm_arguments` for other arguments of vLLM. An unknown argument is
+    a `TypeError`.
 
     Safe to use from several threads: calls that run at the same time share batches. A lock is held for one step at a
     time and never while an iterator waits for its reader. A callback inside a step, such as a module's forward hook,
@@ -38,78 +38,13 @@ class LLM:
     Raises `ConfigError` or `CheckpointError`, each with one line that names the setting, file or tensor.
     """
 
-    def __init__(
-        self,
-        model: str | Path | LanguageModel,
-        *,
-        tokenizer: str | Path | None = None,
-        revision: str | None = None,
-        tokenizer_revision: str | None = None,
-        skip_tokenizer_init: bool = False,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "auto",
-        max_model_len: int | None = None,
-        max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 2048,
-        enable_prefix_caching: bool = True,
-        tensor_parallel_size: int = 1,
-        enable_expert_parallel: bool = False,
-        enforce_eager: bool = False,
-        enable_compile: bool = False,
-        round_norms_twice: bool = False,
-        seed: int | None = 0,
-        load_format: str = "auto",
-        block_size: int = 16,
-        num_blocks: int | None = None,
-        gpu_memory_utilization: float | None = None,
-        max_logprobs: int | None = None,
-        snapshot_bytes: int | None = None,
-        snapshot_interval: int | None = None,
-        snapshot_prompts: str = "never",
-        hf_overrides: Mapping[str, Any] | None = None,
-        limit_mm_per_prompt: Mapping[str, int] | None = None,
-        placement: PlacementLike | None = None,
-        mixed_placements: bool = False,
-        deterministic: bool = False,
-        **vllm_arguments: Any,
-    ) -> None:
-        num_blocks = engine_options({**vllm_arguments, "num_blocks": num_blocks})["num_blocks"]
-        self.engine = load_engine(
-            EngineOptions(
-                model=model,
-                tokenizer=tokenizer,
-                revision=revision,
-                tokenizer_revision=tokenizer_revision,
-                skip_tokenizer_init=skip_tokenizer_init,
-                dtype=dtype,
-                device=device,
-                max_model_len=max_model_len,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                enable_prefix_caching=enable_prefix_caching,
-                tensor_parallel_size=tensor_parallel_size,
-                enable_expert_parallel=enable_expert_parallel,
-                enforce_eager=enforce_eager,
-                enable_compile=enable_compile,
-                round_norms_twice=round_norms_twice,
-                seed=seed,
-                load_format=load_format,
-                block_size=block_size,
-                num_blocks=num_blocks,
-                gpu_memory_utilization=gpu_memory_utilization,
-                max_logprobs=max_logprobs,
-                snapshot_bytes=snapshot_bytes,
-                snapshot_interval=snapshot_interval,
-                snapshot_prompts=snapshot_prompts,
-                hf_overrides=hf_overrides,
-                limit_mm_per_prompt=limit_mm_per_prompt,
-                placement=placement,
-                mixed_placements=mixed_placements,
-                deterministic=deterministic,
-            )
-        )
+    def __init__(self, model: str | Path | LanguageModel, **options: Any) -> None:
+        """Load a model; the options are those of `EngineOptions`, see docs/options.md."""
+        self.engine = load_engine(EngineOptions(model=model, **engine_options(options)))
         self._shared = SharedEngine(self.engine)
         self._ids = itertools.count()
+
+    __init__.__signature__ = with_options(("model",), "vllm_arguments")  # type: ignore[attr-defined]
 
     def generate(
         self,
