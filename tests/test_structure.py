@@ -214,9 +214,6 @@ def test_the_spine_names_no_feature(module):
 LONGEST = 500  # lines of a source file
 LONG_FILES = {  # kernels, which are one piece
     "ops/short_conv/triton.py",
-    # Still to be divided:
-    "parity/path_matrix.py",
-    "parity/report/html.py",
 }
 
 
