@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -41,8 +41,12 @@ from lamella.vision.image_model import ImageModel
 logger = logging.getLogger("lamella")
 
 
-def load_engine(options: EngineOptions) -> Engine:
+def load_engine(options: EngineOptions, features: Sequence[StepFeature] = ()) -> Engine:
     """Make the engine of a checkpoint, or of a model that the caller constructed.
+
+    Args:
+        options: of the engine.
+        features: more features of steps, see docs/adding_an_engine_feature.md; with one rank only.
 
     Raises:
         ConfigError: an option or the checkpoint's config is not supported.
@@ -51,7 +55,9 @@ def load_engine(options: EngineOptions) -> Engine:
     device = options.resolve_device()
     if isinstance(options.model, LanguageModel):
         model, tokenizer, eos = prepare_module(options.model, options, device)
-        return build_engine(model, options, device, tokenizer, eos)
+        return build_engine(model, options, device, tokenizer, eos, features=features)
+    if features and options.tensor_parallel_size > 1:
+        raise ConfigError("features: only with tensor_parallel_size=1: other ranks would not have them")
     checkpoint = open_checkpoint(options.model, options.hf_overrides, options.revision)
     check_split(checkpoint, options)
     workers = WorkerProcesses(options, device) if options.tensor_parallel_size > 1 else Workers()
@@ -61,7 +67,7 @@ def load_engine(options: EngineOptions) -> Engine:
         model = load_shard(checkpoint, options, device, workers.group)
         workers.connect(device)
         eos = checkpoint.eos_token_ids(model.config, None if tokenizer is None else tokenizer.eos_token_id)
-        return build_engine(model, options, device, tokenizer, eos, workers, images=images)
+        return build_engine(model, options, device, tokenizer, eos, workers, images=images, features=features)
 
 
 def build_engine(
@@ -73,6 +79,7 @@ def build_engine(
     workers: Workers | None = None,
     make_runner: Callable[..., ModelRunner] = ModelRunner,
     images: ImageModel | None = None,
+    features: Sequence[StepFeature] = (),
 ) -> Engine:
     """Make an engine around a loaded model.
 
@@ -85,6 +92,7 @@ def build_engine(
         workers: the other ranks, which make the same engine of their shards.
         make_runner: called as `ModelRunner` is.
         images: vision encoder, on rank 0; None accepts no images.
+        features: more features of steps.
     """
     workers = workers or Workers()
     max_model_len = options.resolve_length(model.config)
@@ -109,10 +117,10 @@ def build_engine(
         options.snapshot_prompts,
     )
     placements_of_step = PlacementStep(model)
-    features: list[StepFeature] = [placements_of_step, embeddings] if has_choice(model) else [embeddings]
+    own: list[StepFeature] = [placements_of_step, embeddings] if has_choice(model) else [embeddings]
     forward = CompiledModel(model) if options.enable_compile else None
     runner = make_runner(
-        model, current.state, device, max_model_len, options.max_num_seqs, StepFeatures(features), forward
+        model, current.state, device, max_model_len, options.max_num_seqs, StepFeatures([*own, *features]), forward
     )
     if options.enforce_eager and device.type != "cuda":
         logger.info("enforce_eager: without effect, since there are no graphs on this device")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from lamella.engine.scheduler import Scheduled
+
+V = TypeVar("V")
 
 # Arrays of a step by name: dtype and shape.
 Fields: TypeAlias = Mapping[str, tuple[type, tuple[int, ...]]]
@@ -71,10 +73,7 @@ class StepFeatures:
 
     def fields(self, forms: Forms, requests: int) -> Fields:
         """Return the arrays of all features."""
-        found: dict[str, tuple[type, tuple[int, ...]]] = {}
-        for feature, form in zip(self._features, forms, strict=True):
-            found.update(feature.fields(form, requests))
-        return found
+        return _joined(feature.fields(form, requests) for feature, form in zip(self._features, forms, strict=True))
 
     def fill(self, forms: Forms, arrays: Mapping[str, np.ndarray], chunks: Sequence[Scheduled]) -> None:
         """Write the arrays of all features."""
@@ -85,15 +84,27 @@ class StepFeatures:
         self, forms: Forms, tensors: Mapping[str, Tensor], chunks: Sequence[Scheduled] | None
     ) -> Mapping[str, Any]:
         """Return the attributes of all features."""
-        found: dict[str, Any] = {}
-        for feature, form in zip(self._features, forms, strict=True):
-            found.update(feature.context(form, tensors, chunks))
-        return found
+        pairs = zip(self._features, forms, strict=True)
+        return _joined(feature.context(form, tensors, chunks) for feature, form in pairs)
 
     def reset(self) -> None:
         """Reset every feature."""
         for feature in self._features:
             feature.reset()
+
+
+def _joined(parts: Iterable[Mapping[str, V]]) -> dict[str, V]:
+    """Join mappings.
+
+    Raises:
+        ValueError: two have the same name, so that one feature would silently replace the other's.
+    """
+    found: dict[str, V] = {}
+    for part in parts:
+        if not found.keys().isdisjoint(part):
+            raise ValueError(f"two features of a step give {', '.join(sorted(found.keys() & part.keys()))}")
+        found.update(part)
+    return found
 
 
 Forms: TypeAlias = tuple[Hashable, ...]
