@@ -21,6 +21,7 @@ from lamella.engine.requests.sampling_params import SamplingParams
 from lamella.engine.requests.tokenizer import Tokenizer, read_tokenization
 from lamella.errors import ConfigError, ParameterError
 from lamella.layers.decoder import LanguageModel
+from lamella.serve.chat import chat_prompts
 from lamella.serve.sharing import SharedEngine
 from lamella.serve.vllm_arguments import engine_options
 
@@ -91,6 +92,64 @@ class LLM:
                 if use_tqdm:
                     bar.set_postfix_str(self._progress(jobs, time.perf_counter() - start), refresh=False)
         return [job.output() for job in jobs]
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        lora_request: None = None,
+        priority: int | Sequence[int] | None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer chats; arguments as in vLLM.
+
+        Args:
+            messages: a chat, or a list of chats. A chat is a list of OpenAI's messages: `role` and `content`, a text
+                or a list of parts (`{"type": "text", "text": ...}`, `{"type": "image_url", "image_url": {"url":
+                "data:..."}}`, `{"type": "image", "image": ...}`).
+            sampling_params: one for all, or one for each chat; by default `get_default_sampling_params()`.
+            use_tqdm: show a progress bar.
+            lora_request: only None; merge an adapter into the model.
+            priority: only None or 0.
+            chat_template: a template's text, or the name of one of the model's; by default the model's.
+            chat_template_content_format: "string" joins the parts of a content, "openai" gives them to the template as
+                they are; "auto" finds out which the template takes.
+            add_generation_prompt: end the prompt with what stands before an answer.
+            continue_final_message: continue the final message instead; needs `add_generation_prompt=False`.
+            tools: JSON schemas of the functions that the model may call.
+            chat_template_kwargs: more names for the template, such as `{"enable_thinking": False}`.
+            tokenization_kwargs: `{"add_special_tokens": True}` adds the tokenizer's special tokens to the template's.
+            mm_processor_kwargs: only None; images are tiled as the checkpoint's files say.
+
+        Raises:
+            ParameterError: the model has no chat template, the template does not take the messages, or a request cannot
+                run.
+        """
+        if mm_processor_kwargs:
+            raise ParameterError("mm_processor_kwargs: not supported: images are tiled as the checkpoint's files say")
+        prompts = self.preprocess_chat(
+            messages,
+            chat_template=chat_template,
+            chat_template_content_format=chat_template_content_format,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            tokenization_kwargs=_special_only(tokenization_kwargs),
+        )
+        return self.generate(prompts, sampling_params, use_tqdm, lora_request, priority)
+
+    def preprocess_chat(self, messages: Sequence[Any], **arguments: Any) -> list[dict[str, Any]]:
+        """Return the prompts of chats as `generate` and `stream` take them; arguments as of `chat`."""
+        return chat_prompts(self.engine, messages, **arguments)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Complete one prompt, giving the whole output so far after each new token.
@@ -220,6 +279,11 @@ def with_tokenization(
     if isinstance(prompt, str):
         return {"prompt": prompt, "add_special_tokens": special}
     return {"add_special_tokens": special, **prompt} if isinstance(prompt, Mapping) else prompt
+
+
+def _special_only(tokenization_kwargs: Mapping[str, Any] | None) -> dict[str, bool]:
+    special = read_tokenization(tokenization_kwargs)
+    return {} if special is None else {"add_special_tokens": special}
 
 
 def _listed(name: str, given: Any) -> list[Any]:

@@ -58,6 +58,11 @@ class Admission:
         """Tokens that a plain prompt must not have, since they stand for other content."""
         return frozenset() if self._images is None else self._images.token_ids
 
+    @property
+    def image_placeholder(self) -> str | None:
+        """Text that stands for an image in a prompt; None if the model or the options accept none."""
+        return None if self._images is None else self._images.model.placeholder_text
+
     def make_job(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Job:
         """Check a request and make it ready, without queueing it.
 
