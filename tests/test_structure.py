@@ -158,10 +158,11 @@ PUBLIC = {
     "lamella.parity": "ParityOptions assert_parity bisect check compare paths score",
 }
 LLM_OPTIONS = """
-    model tokenizer revision tokenizer_revision skip_tokenizer_init dtype load_format hf_overrides limit_mm_per_prompt
-    seed max_model_len max_num_seqs max_num_batched_tokens max_logprobs gpu_memory_utilization block_size num_blocks
-    enable_prefix_caching snapshot_bytes snapshot_interval snapshot_prompts device enforce_eager enable_compile
-    round_norms_twice deterministic tensor_parallel_size enable_expert_parallel placement mixed_placements
+    model tokenizer revision tokenizer_revision skip_tokenizer_init dtype load_format hf_overrides generation_config
+    override_generation_config limit_mm_per_prompt seed max_model_len max_num_seqs max_num_batched_tokens max_logprobs
+    gpu_memory_utilization block_size num_blocks enable_prefix_caching snapshot_bytes snapshot_interval
+    snapshot_prompts device enforce_eager enable_compile round_norms_twice deterministic tensor_parallel_size
+    enable_expert_parallel placement mixed_placements
 """
 
 

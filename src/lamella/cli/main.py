@@ -54,6 +54,28 @@ def parser() -> argparse.ArgumentParser:
     _engine(generate)
     _json(generate)
 
+    chat = _command(
+        commands,
+        "chat",
+        "talk to a model in the terminal",
+        "Talk to a model in the terminal, by its chat template and its default sampling parameters. Messages come from "
+        "the terminal, or one a line from standard input. In the chat, /help lists the commands.",
+    )
+    _model(chat)
+    chat.add_argument("--system", metavar="TEXT", help="system prompt")
+    chat.add_argument("--max-tokens", type=int, help="most tokens of an answer; default: as many as fit")
+    for name, kind in (("temperature", float), ("top-p", float), ("top-k", int), ("min-p", float)):
+        chat.add_argument(f"--{name}", type=kind, help="default: the model's")
+    chat.add_argument("--sampling-seed", dest="sampling_seed", type=int, help="seed of the answers' draws")
+    chat.add_argument(
+        "--chat-template-kwargs",
+        type=_json_object,
+        metavar="JSON",
+        help='more names for the template, such as {"enable_thinking": false}',
+    )
+    _engine(chat)
+    _json(chat)
+
     inspect = _command(
         commands,
         "inspect",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from lamella.engine.placements.step import PlacementStep
 from lamella.engine.placements.switching import Placements
 from lamella.engine.ranks.workers import WorkerProcesses, Workers
 from lamella.engine.requests.admission import Admission
+from lamella.engine.requests.defaults import read_defaults
 from lamella.engine.requests.jobs import Jobs
 from lamella.engine.requests.tokenizer import Tokenizer, load_tokenizer
 from lamella.engine.scheduler import Scheduler
@@ -55,10 +57,12 @@ def load_engine(options: EngineOptions, features: Sequence[StepFeature] = ()) ->
     device = options.resolve_device()
     if isinstance(options.model, LanguageModel):
         model, tokenizer, eos = prepare_module(options.model, options, device)
-        return build_engine(model, options, device, tokenizer, eos, features=features)
+        defaults = read_defaults(options, None)
+        return build_engine(model, options, device, tokenizer, eos, features=features, defaults=defaults)
     if features and options.tensor_parallel_size > 1:
         raise ConfigError("features: only with tensor_parallel_size=1: other ranks would not have them")
     checkpoint = open_checkpoint(options.model, options.hf_overrides, options.revision)
+    defaults = read_defaults(options, checkpoint.path)
     check_split(checkpoint, options)
     workers = WorkerProcesses(options, device) if options.tensor_parallel_size > 1 else Workers()
     with workers.guard():
@@ -67,7 +71,9 @@ def load_engine(options: EngineOptions, features: Sequence[StepFeature] = ()) ->
         model = load_shard(checkpoint, options, device, workers.group)
         workers.connect(device)
         eos = checkpoint.eos_token_ids(model.config, None if tokenizer is None else tokenizer.eos_token_id)
-        return build_engine(model, options, device, tokenizer, eos, workers, images=images, features=features)
+        return build_engine(
+            model, options, device, tokenizer, eos, workers, images=images, features=features, defaults=defaults
+        )
 
 
 def build_engine(
@@ -80,6 +86,7 @@ def build_engine(
     make_runner: Callable[..., ModelRunner] = ModelRunner,
     images: ImageModel | None = None,
     features: Sequence[StepFeature] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> Engine:
     """Make an engine around a loaded model.
 
@@ -93,6 +100,7 @@ def build_engine(
         make_runner: called as `ModelRunner` is.
         images: vision encoder, on rank 0; None accepts no images.
         features: more features of steps.
+        defaults: fields of `SamplingParams` for requests that give none.
     """
     workers = workers or Workers()
     max_model_len = options.resolve_length(model.config)
@@ -131,7 +139,7 @@ def build_engine(
     variants = Placements(model, options, pools, current, placements_of_step, jobs, scheduler, runner, workers)
     reader = None if images is None else ImageReader(images, options.max_images)
     admission = Admission(
-        model.config.vocab_size, options, tokenizer, eos_token_ids, max_model_len, jobs, variants, reader
+        model.config.vocab_size, options, tokenizer, eos_token_ids, max_model_len, jobs, variants, reader, defaults
     )
     return Engine(model, options, device, admission, variants, scheduler, runner, workers)
 

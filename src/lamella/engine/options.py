@@ -104,6 +104,16 @@ class EngineOptions:
         "Values that replace config.json's; None removes a key. A nested mapping replaces its own keys only, such as "
         '`{"text_config": {"attn_temperature_tuning": False}}`.',
     )
+    generation_config: str = _option(
+        "auto",
+        MODEL,
+        "str",
+        'Where default sampling parameters come from: `"auto"` (the model\'s generation_config.json), `"vllm"` (none), '
+        "or a folder or Hub id with such a file.",
+    )
+    override_generation_config: Mapping[str, Any] | None = _option(
+        None, MODEL, "json", 'Values that replace those of generation_config.json, `{"temperature": 0.5}`.'
+    )
     limit_mm_per_prompt: Mapping[str, int] | None = _option(
         None,
         MODEL,
@@ -278,8 +288,12 @@ class EngineOptions:
             value = getattr(self, name)
             if not (value is None or (isinstance(value, str) and value) or (name == "tokenizer" and value)):
                 raise ConfigError(f"{name}={value!r}: must be a name, or None")
-        if self.hf_overrides is not None and not _has_string_keys(self.hf_overrides):
-            raise ConfigError(f"hf_overrides={shown(self.hf_overrides)}: must be a mapping of config.json's keys")
+        for name, file in (("hf_overrides", "config.json"), ("override_generation_config", "generation_config.json")):
+            value = getattr(self, name)
+            if value is not None and not _has_string_keys(value):
+                raise ConfigError(f"{name}={shown(value)}: must be a mapping of {file}'s keys")
+        if not (isinstance(self.generation_config, str | Path) and str(self.generation_config)):
+            raise ConfigError(f"generation_config={shown(self.generation_config)}: must be auto, vllm or a folder")
         if self.limit_mm_per_prompt is not None and not _is_limit(self.limit_mm_per_prompt):
             raise ConfigError(
                 f'limit_mm_per_prompt={shown(self.limit_mm_per_prompt)}: must be {{"image": N}}, N a whole number of '

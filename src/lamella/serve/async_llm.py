@@ -7,7 +7,7 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from lamella.engine.requests.prompt import Prompt
 from lamella.engine.requests.sampling_params import SamplingParams
 from lamella.engine.requests.tokenizer import Tokenizer
 from lamella.errors import ClosedError, LamellaError
+from lamella.serve.chat import chat_prompts
 from lamella.serve.llm import get_tokenizer, with_tokenization
 from lamella.serve.vllm_arguments import engine_options
 
@@ -121,7 +122,7 @@ class AsyncLLM:
         """
         prompt = with_tokenization(prompt, lora_request, priority, tokenization_kwargs)
         name = request_id if request_id is not None else f"request-{next(self._ids)}"
-        params = sampling_params or SamplingParams()
+        params = sampling_params or self.get_default_sampling_params()
         reader = _OutputQueue()
 
         def start() -> None:
@@ -165,6 +166,14 @@ class AsyncLLM:
     def reset_prefix_cache(self) -> None:
         """See `Engine.reset_prefix_cache`; done between two steps."""
         self._order(self.engine.reset_prefix_cache)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """See `LLM.get_default_sampling_params`."""
+        return self.engine.admission.default_params()
+
+    def preprocess_chat(self, messages: Sequence[Any], **arguments: Any) -> list[dict[str, Any]]:
+        """See `LLM.preprocess_chat`."""
+        return chat_prompts(self.engine, messages, **arguments)
 
     async def set_placement(self, placement: PlacementLike | None, running: str = "finish") -> None:
         """See `LLM.set_placement`; returns once it is accepted, which may be before it is in force."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lamella.config import Placement, PlacementLike, mixer_names
 from lamella.engine.engine import Engine
 from lamella.engine.loading import load_engine
 from lamella.engine.options import EngineOptions, with_options
+from lamella.engine.requests.chat import is_chat
 from lamella.engine.requests.completion import Job
 from lamella.engine.requests.outputs import RequestOutput
 from lamella.engine.requests.prompt import Prompt, is_token_ids
@@ -60,7 +61,7 @@ class LLM:
 
         Args:
             prompts: one prompt or several, see `read_prompt`: texts, token ids, or mappings.
-            sampling_params: one for all, or one for each prompt.
+            sampling_params: one for all, or one for each prompt; by default `get_default_sampling_params()`.
             use_tqdm: show a progress bar.
             lora_request: only None; merge an adapter into the model.
             priority: only None or 0; requests start in the order in which they come.
@@ -71,9 +72,11 @@ class LLM:
         """
         single = isinstance(prompts, str | Mapping) or is_token_ids(prompts)
         given: list[Any] = [prompts] if single else _listed("prompts", prompts)
+        if any(is_chat(prompt) or (isinstance(prompt, Mapping) and "role" in prompt) for prompt in given):
+            raise ParameterError("prompts: these are messages of a chat: call chat(messages) instead of generate")
         prompts = [with_tokenization(prompt, lora_request, priority, tokenization_kwargs) for prompt in given]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(prompts)
+            params = [sampling_params or self.get_default_sampling_params()] * len(prompts)
         else:
             params = _listed("sampling_params", sampling_params)
         if len(params) != len(prompts):
@@ -151,15 +154,21 @@ class LLM:
         """Return the prompts of chats as `generate` and `stream` take them; arguments as of `chat`."""
         return chat_prompts(self.engine, messages, **arguments)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Generator[RequestOutput, None, None]:
         """Complete one prompt, giving the whole output so far after each new token.
 
         Closing the iterator early cancels the request. A bad prompt or parameter is an error of this call, not of the
         first `next`. The request is queued by the first `next`, and computed with the placement in force then, or with
         its own; if `set_placement` has since taken that away, the first `next` raises `ParameterError`.
         """
-        job = self._make_job(prompt, sampling_params or SamplingParams())
+        job = self._make_job(prompt, sampling_params or self.get_default_sampling_params())
         return (output for _, output in self._run([job]) if output is not None)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return the sampling parameters of requests that give none: generation_config.json's, see docs/options.md."""
+        return self.engine.admission.default_params()
 
     def get_tokenizer(self) -> Tokenizer:
         """Return the tokenizer; raises `ConfigError` where there is none."""

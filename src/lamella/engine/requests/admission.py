@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from lamella.engine.images.reader import ImageReader, place_images
 from lamella.engine.memory import ShortPrompts, check_pools, longest_answer
@@ -41,8 +43,9 @@ class Admission:
         jobs: Jobs,
         variants: Variants,
         images: ImageReader | None,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
-        """`images` reads the images of prompts; None accepts none."""
+        """`images` reads the images of prompts; None accepts none. `defaults` are fields of `SamplingParams`."""
         self.tokenizer, self.eos_token_ids, self.max_model_len, self.jobs = (
             tokenizer,
             eos_token_ids,
@@ -50,6 +53,7 @@ class Admission:
             jobs,
         )
         self._vocab_size, self._options, self._variants, self._images = vocab_size, options, variants, images
+        self._defaults = dict(defaults or {})
         self._seeds = itertools.count()
         self._short_prompts = ShortPrompts(options)
 
@@ -62,6 +66,10 @@ class Admission:
     def image_placeholder(self) -> str | None:
         """Text that stands for an image in a prompt; None if the model or the options accept none."""
         return None if self._images is None else self._images.model.placeholder_text
+
+    def default_params(self) -> SamplingParams:
+        """Return the sampling parameters of requests that give none."""
+        return SamplingParams(**self._defaults)
 
     def make_job(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Job:
         """Check a request and make it ready, without queueing it.

@@ -419,6 +419,8 @@ def conversations(messages: Any) -> Iterator[Sequence[Any]]:
     if is_chat(messages):
         yield messages
         return
+    if isinstance(messages, Sequence) and not messages:
+        raise ParameterError("messages: an empty chat: give at least one message")
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise ParameterError("messages: must be a list of messages such as {'role': 'user', 'content': 'Hello'}")
     for index, chat in enumerate(messages):
