@@ -31,13 +31,13 @@ from lamella.config import (
     StochasticConfig,
     YarnScaling,
 )
+from lamella.config.hf_config import HFConfig
 from lamella.engine.options import EngineOptions
 from lamella.errors import ConfigError
 from lamella.layers.local_kit import LocalKit
 from lamella.layers.rotary import inverse_frequencies
 from lamella.models import Apriel2ForCausalLM, resolve_architecture
 from lamella.models.apriel2 import _ACTIVATIONS
-from lamella.models.hf_config import HFConfig
 
 pytestmark = pytest.mark.unit
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from lamella.engine.tokenizer import Tokenizer
 from tokenizers import Tokenizer as Library
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, Qwen3Config
@@ -19,6 +18,7 @@ from helpers import hf_checkpoint, logprobs, plain_logits
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.checkpoint.names import targets
 from lamella.config import AttentionConfig, LinearScaling, Llama3Scaling, ModelConfig, YarnScaling
+from lamella.engine.requests.tokenizer import Tokenizer
 from lamella.errors import CheckpointError, ConfigError, LamellaError
 from lamella.layers.local_kit import LocalKit
 

@@ -20,9 +20,9 @@ from lamella.checkpoint.quantization import DequantizedTensors, Quantization
 from lamella.checkpoint.tensors import OpenTensors, TensorSource, TorchFile, open_weights
 from lamella.checkpoint.tokenizer_files import eos_of_tokenizer
 from lamella.config import ModelConfig
+from lamella.config.config_keys import IgnoredKeys
+from lamella.config.hf_config import HFConfig
 from lamella.errors import CheckpointError
-from lamella.models.config_keys import IgnoredKeys
-from lamella.models.hf_config import HFConfig
 from lamella.models.registry import resolve_architecture
 from lamella.parallel.sharding import Split
 

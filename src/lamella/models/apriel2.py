@@ -17,7 +17,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from lamella.config import (
     AttentionConfig,
@@ -37,9 +37,10 @@ from lamella.config import (
     StochasticConfig,
     YarnScaling,
 )
+from lamella.config.hf_config import HFConfig
+from lamella.config.hf_layers import read_model
 from lamella.errors import ConfigError
 from lamella.models.base import CausalLM
-from lamella.models.hf_config import HFConfig, read_model
 
 logger = logging.getLogger("lamella")
 
@@ -215,13 +216,13 @@ class _BlockReader:
                 raise mixer.error("mixers", name, "names without a dot, which separates the parts of tensors' names")
             if not isinstance(mixers.values[name], Mapping):
                 raise mixers.error(name, mixers.values[name], "a mapping")
-        main = mixer.get("main_mixer_name", names[0] if names else None)
+        main = mixer.get("main_mixer_name", names[0] if names else "")
         # The sampling of training has no effect here.
         harmless = ("sampling_strategy", "sampling_weights", "predefined_layouts", "predefined_layout_probabilities")
         subs = [(name, self._single(_section(mixers, name, {}), f"{at}.mixers.{name}")) for name in names]
         mixer.finish(harmless=(*harmless, "init", "lr_scale", "seed_shift"))
         try:
-            return StochasticConfig(mixers=tuple(subs), main=main)
+            return StochasticConfig(mixers=tuple(subs), main=cast(str, main))  # which is checked there
         except ConfigError as error:
             raise ConfigError(f"{mixer.source}: {error}") from error
 
@@ -278,7 +279,8 @@ class _BlockReader:
         return RopeConfig(dim=head_dim, theta=theta, scaling=scaling)
 
     def _mamba(self, mixer: HFConfig, at: str) -> MambaConfig:
-        sizes = {mixer.int(key, None) for key in ("state_size", "d_state")} - {None}
+        stated = (mixer.int(key, None) for key in ("state_size", "d_state"))
+        sizes = {size for size in stated if size is not None}
         if len(sizes) > 1:
             raise ConfigError(f"{mixer.source}: state_size and d_state contradict each other: {sorted(sizes)}")
         rank, expand = mixer.get("dt_rank", "auto"), mixer.int("expand", 2)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lamella.config import ModelConfig, Placement
+from lamella.config.hf_config import HFConfig
 from lamella.errors import CheckpointError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import Kit
 from lamella.layers.linear import splits_of
 from lamella.layers.local_kit import LocalKit
-from lamella.models.hf_config import HFConfig
 from lamella.models.weight_loaders import attach_weight_loaders, shard_ids
 from lamella.parallel.sharding import Split, cut
 

@@ -9,17 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from lamella.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
+from lamella.config.config_keys import way_out
+from lamella.config.hf_config import HFConfig
+from lamella.config.hf_layers import read_activation, read_head_dim, read_model, read_output_bias, read_windows
+from lamella.config.hf_rope import read_rope
 from lamella.models.base import CausalLM
-from lamella.models.config_keys import way_out
-from lamella.models.hf_config import (
-    HFConfig,
-    read_activation,
-    read_head_dim,
-    read_model,
-    read_output_bias,
-    read_rope,
-    read_windows,
-)
 
 # Llama 3.2's, whose 1B shape the constructor's defaults describe.
 LLAMA_3_2_ROPE = {

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -28,9 +28,11 @@ from lamella.config import (
     TemperatureConfig,
 )
 from lamella.config.feed_forward import FeedForwardConfig
+from lamella.config.hf_config import HFConfig
+from lamella.config.hf_layers import read_head_dim, read_model
+from lamella.config.hf_rope import read_rope
 from lamella.errors import ConfigError
 from lamella.models.base import CausalLM
-from lamella.models.hf_config import HFConfig, read_head_dim, read_model, read_rope
 
 if TYPE_CHECKING:
     from lamella.checkpoint.files import Checkpoint
@@ -87,7 +89,8 @@ class Llama4ForCausalLM(CausalLM):
             if around is not None:
                 text.setdefault(key, around)
         # A null in the file is not a missing key.
-        text |= {key: None for key, value in config.values["text_config"].items() if value is None and key not in text}
+        stated = config.raw_mapping("text_config").items()
+        text |= {key: None for key, value in stated if value is None and key not in text}
         model = _read_text(config.section("text_config", text))
         for key in ("is_encoder_decoder", "add_cross_attention", "pruned_heads"):
             config.choice(key, (False, {}), False)
@@ -193,17 +196,9 @@ def _read_temperature(config: HFConfig) -> TemperatureConfig | None:
     return temperature if on else None
 
 
-def _read_list(config: HFConfig, key: str) -> list[Any] | None:
-    """A list, None where there is none."""
-    value = config.get(key, None)
-    if value is not None and not isinstance(value, list | tuple):
-        raise config.error(key, value, "a list")
-    return None if value is None else list(value)
-
-
 def _read_turns(config: HFConfig, num_layers: int) -> list[bool]:
     """Which layers rotate. In `no_rope_layers` those that do are the ones; an empty list says nothing."""
-    stated, interval = _read_list(config, "no_rope_layers"), config.int("no_rope_layer_interval", 4, minimum=0)
+    stated, interval = config.list("no_rope_layers"), config.int("no_rope_layer_interval", 4, minimum=0)
     if not stated:
         if interval == 0:
             raise config.error("no_rope_layer_interval", interval, "at least 1 where no_rope_layers says nothing")
@@ -215,7 +210,7 @@ def _read_turns(config: HFConfig, num_layers: int) -> list[bool]:
 
 def _read_chunks(config: HFConfig, turns: list[bool]) -> list[int | None]:
     """The chunk that each layer sees, None where it sees all: said by `layer_types`, else where a layer rotates."""
-    stated = _read_list(config, "layer_types")
+    stated = config.list("layer_types")
     chunk = config.int("attention_chunk_size", None)  # null: there are no chunks
     if stated is None:
         return [chunk if turned else None for turned in turns]
@@ -229,14 +224,13 @@ def _read_chunks(config: HFConfig, turns: list[bool]) -> list[int | None]:
 def _read_feed_forwards(config: HFConfig, num_layers: int) -> list[FeedForwardConfig]:
     """Experts in the layers of `moe_layers`, else in every `interleave_moe_layer_step`-th; 0 of these means in none."""
     step = config.int("interleave_moe_layer_step", 1, minimum=0)
-    stated = _read_list(config, "moe_layers")
+    stated = config.list("moe_layers")
     if stated is None:
         with_experts = set(range(step - 1, num_layers, step)) if step else set()
     else:
-        whole = all(isinstance(index, int) and not isinstance(index, bool) for index in stated)
-        if not whole or len(set(stated)) != len(stated) or not all(0 <= index < num_layers for index in stated):
+        with_experts = {i for i in stated if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < num_layers}
+        if len(with_experts) != len(stated):
             raise config.error("moe_layers", stated, f"different layers below num_hidden_layers={num_layers}")
-        with_experts = set(stated)
     width, count = config.int("intermediate_size"), config.int("num_local_experts", 0, minimum=0)
     top_k = config.int("num_experts_per_tok", 1, minimum=0)
     dense = MLPConfig(intermediate_size=config.int("intermediate_size_mlp"))

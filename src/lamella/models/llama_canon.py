@@ -11,16 +11,10 @@ from dataclasses import replace
 from typing import ClassVar
 
 from lamella.config import AttentionConfig, CanonConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig, RopeConfig
+from lamella.config.hf_config import HFConfig
+from lamella.config.hf_layers import read_activation, read_head_dim, read_model, read_output_bias, read_windows
+from lamella.config.hf_rope import read_rope
 from lamella.models.base import CausalLM
-from lamella.models.hf_config import (
-    HFConfig,
-    read_activation,
-    read_head_dim,
-    read_model,
-    read_output_bias,
-    read_rope,
-    read_windows,
-)
 
 
 class LlamaCanonForCausalLM(CausalLM):

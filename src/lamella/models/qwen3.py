@@ -6,15 +6,10 @@ Math and keys: transformers' `models/qwen3`.
 from __future__ import annotations
 
 from lamella.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
+from lamella.config.hf_config import HFConfig
+from lamella.config.hf_layers import read_activation, read_model, read_output_bias, read_windows
+from lamella.config.hf_rope import read_rope
 from lamella.models.base import CausalLM
-from lamella.models.hf_config import (
-    HFConfig,
-    read_activation,
-    read_model,
-    read_output_bias,
-    read_rope,
-    read_windows,
-)
 
 
 class Qwen3ForCausalLM(CausalLM):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lamella.config.checks import check
-from lamella.models.hf_config import HFConfig
+from lamella.config.hf_config import HFConfig
 from lamella.ops.rotary import rotate
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lamella.config.hf_config import HFConfig
 from lamella.errors import ConfigError, ParameterError
-from lamella.models.hf_config import HFConfig
 
 TILE = 336  # pixels
 MAX_TILES = 16

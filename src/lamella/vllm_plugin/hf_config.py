@@ -11,12 +11,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lamella.checkpoint.tensors import SafetensorsFolder
 from lamella.config import AttentionConfig, ModelConfig, PlacementLike, read_placement
+from lamella.config.config_keys import IgnoredKeys
+from lamella.config.hf_config import HFConfig
 from lamella.config.placement import every_mixer, restricted
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.holders import state_holders
 from lamella.layers.local_kit import LocalKit
-from lamella.models.config_keys import IgnoredKeys
-from lamella.models.hf_config import HFConfig
 from lamella.models.registry import model_types, resolve_architecture
 from lamella.state.memory import StateCost
 from lamella.vllm_plugin import PREFIX
