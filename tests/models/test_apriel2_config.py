@@ -698,7 +698,7 @@ def test_names_of_the_architecture(tmp_path, changes):
     values = fixed(ATTENTION) | vision | changes
     (tmp_path / "config.json").write_text(json.dumps(values))
     opened = open_checkpoint(tmp_path)
-    assert opened.architecture is Apriel2ForCausalLM
+    assert opened.architecture is Apriel2ForCausalLM.description
     assert opened.read_config() == read(fixed(ATTENTION))
     assert resolve_architecture("apriel2") is resolve_architecture("apriel2_text") is Apriel2ForCausalLM
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lamella.layers.linear import Apart, splits_of
+from lamella.models.names import rename
 from lamella.parallel.sharding import Split
 
 
@@ -48,25 +49,6 @@ class Target:
             stop = min(index + step, first.size)
             split = Split(first.full, ((start + index, start + stop),))
             yield Target(place[index:stop], self.path, (split, *others))
-
-
-def rename(path: str, names: Mapping[str, str]) -> str:
-    """`path` with each run of components that is a key of `names` replaced; longer keys win."""
-    parts, keys = path.split("."), {tuple(key.split(".")): value for key, value in names.items()}
-    longest = max(map(len, keys), default=0)
-    renamed: list[str] = []
-    index = 0
-    while index < len(parts):
-        for length in range(longest, 0, -1):
-            value = keys.get(tuple(parts[index : index + length]))
-            if value is not None:
-                renamed.append(value)
-                index += length
-                break
-        else:
-            renamed.append(parts[index])
-            index += 1
-    return ".".join(renamed)
 
 
 def targets(model: nn.Module, names: Mapping[str, str], present: Collection[str] = ()) -> dict[str, Target]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -82,18 +81,3 @@ def attach_weight_loaders(model: nn.Module) -> None:
         shards.setdefault(id(target.parameter), []).append(_Shard(name, target.splits, target.start, target.stop))
     for path, parameter in model.named_parameters():
         parameter.weight_loader = WeightLoader(path, tuple(shards[id(parameter)]))  # type: ignore[attr-defined]
-
-
-def shard_ids(packed: Mapping[str, list[str]]) -> dict[str, tuple[str, str | int]]:
-    """Return a packed mapping by the files' names: "q_proj" -> ("qkv_proj", "q"), "up_proj" -> ("gate_up_proj", 1)."""
-
-    def entries() -> Iterator[tuple[str, tuple[str, str | int]]]:
-        for merged, parts in packed.items():
-            letters = merged == "qkv_proj"
-            for index, part in enumerate(parts):
-                yield part, (merged, part.removesuffix("_proj") if letters else index)
-
-    found: dict[str, tuple[str, str | int]] = {}
-    for part, entry in entries():
-        found.setdefault(part, entry)
-    return found

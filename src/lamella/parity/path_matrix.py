@@ -18,7 +18,7 @@ from torch import Tensor
 from lamella.config import AttentionConfig, FeedForwardConfig, ModelConfig, SingleMixerConfig
 from lamella.config.placement import covering_placements
 from lamella.engine.engine import Engine
-from lamella.engine.loading import check_split
+from lamella.engine.loading import check_split, find_image_model
 from lamella.engine.options import EngineOptions
 from lamella.engine.requests.sampling_params import SamplingParams
 from lamella.errors import ConfigError, ParameterError, WorkerError
@@ -456,7 +456,7 @@ def run_paths(
         "placement": subject.placement,
         "hf_overrides": subject.overrides,
     }
-    if subject.checkpoint.architecture.image_model(subject.checkpoint, subject.load_format) is not None:
+    if find_image_model(subject.checkpoint, subject.load_format) is not None:
         options["limit_mm_per_prompt"] = {"image": 0}  # tokens of images are tokens like any others here
     lab = Laboratory(candidate or subject.load(dtype, device), device, token_ids, seed, options)
     with lab.routing.recorded():

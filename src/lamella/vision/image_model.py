@@ -27,6 +27,16 @@ class ImageModel(Protocol):
     patch: int
     largest: tuple[int, ...]
 
+    @staticmethod
+    def is_there(checkpoint: Checkpoint, load_format: str) -> bool:
+        """Return True if the checkpoint has a vision encoder; otherwise the log says so. No tensor is read.
+
+        Raises:
+            ConfigError: the config lacks the encoder that the tensors have.
+            CheckpointError: the files cannot be read.
+        """
+        ...
+
     @classmethod
     def load(
         cls,

@@ -20,7 +20,6 @@ from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttentio
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from lamella.checkpoint.names import rename
 from lamella.config import ModelConfig, MoEConfig
 from lamella.errors import ConfigError
 from lamella.layers.kit import Widths, sections
@@ -28,6 +27,7 @@ from lamella.layers.linear import Biases, MergedLinear, without_bias
 from lamella.layers.moe import Experts
 from lamella.layers.norm import RMSNorm, SplitRMSNorm
 from lamella.layers.supernet.stochastic import Stochastic
+from lamella.models.names import rename
 from lamella.parallel.group import Group
 from lamella.parallel.sharding import Share, Split
 from lamella.state.spec import PagedState, SlotState
@@ -102,7 +102,7 @@ class VllmKit:
     """
 
     def __init__(self, config: VllmConfig, model: ModelConfig, names: Mapping[str, str]) -> None:
-        """`names` as in `CausalLM.checkpoint_names`."""
+        """`names` as in `Architecture.checkpoint_names`."""
         self.config, self._names = config, names
         self.dtype, self.device = config.model_config.dtype, torch.empty(0).device  # where vLLM builds models
         self.group: Group = VllmGroup()

@@ -18,11 +18,12 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from lamella.checkpoint.files import open_checkpoint
-from lamella.checkpoint.names import Target, parts_apart, rename, targets
+from lamella.checkpoint.names import Target, parts_apart, targets
 from lamella.config import ModelConfig
 from lamella.errors import CheckpointError, UserError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.local_kit import LocalKit
+from lamella.models.names import rename
 from lamella.parallel.sharding import cut
 from lamella.vllm_plugin.experts import VllmExperts
 from lamella.vllm_plugin.kit import Shard
@@ -77,8 +78,8 @@ class WeightFiller:
         own_name: Callable[[str], str | None] = str,
         leftovers: Callable[[Collection[str], Collection[str]], set[str]] = lambda names, expected: set(),
     ) -> None:
-        """`names`: our parameter paths -> the file's, see `CausalLM.checkpoint_names`; `tied_head` is what a
-        tied head's redundant copy is called; `own_name` and `leftovers` as in `CausalLM`.
+        """`names`: our parameter paths -> the file's, see `Architecture.checkpoint_names`; `tied_head` is what a
+        tied head's redundant copy is called; `own_name` and `leftovers` as in `Architecture`.
         """
         self.model, self.names, self._own_name, self._leftovers = model, names, own_name, leftovers
         self._skeleton = LanguageModel(model.config, LocalKit(torch.float32, "meta"))
