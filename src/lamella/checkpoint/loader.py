@@ -16,7 +16,8 @@ from lamella.checkpoint.names import Target, targets
 from lamella.checkpoint.tensors import OpenTensors
 from lamella.errors import CheckpointError, ConfigError
 from lamella.layers.local_kit import LocalKit
-from lamella.models.base import CausalLM, initialize
+from lamella.layers.parameters import initialize
+from lamella.models.base import CausalLM
 from lamella.models.names import rename
 from lamella.parallel.group import Group
 from lamella.parallel.sharding import Split

@@ -9,19 +9,18 @@ from types import new_class
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Self
 
 from lamella.config import ModelConfig, Placement
 from lamella.config.hf_config import HFConfig
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import Kit
-from lamella.layers.linear import splits_of
 from lamella.layers.local_kit import LocalKit
+from lamella.layers.parameters import initialize as initialize
 from lamella.models.architecture import Architecture, keep_name, no_leftovers, no_placements
 from lamella.models.names import LLAMA_NAMES, PACKED_MODULES, rename, shard_ids
 from lamella.models.weight_loaders import attach_weight_loaders
-from lamella.parallel.sharding import Split, cut
 
 # Loading is built on models, so it cannot be imported here.
 _LOADER = "lamella.checkpoint.pretrained:load_pretrained"
@@ -158,31 +157,3 @@ def model_class(architecture: Architecture) -> type[CausalLM]:
         contents = {"__module__": architecture.read_config.__module__}
         new_class(architecture.name, (CausalLM,), {"description": architecture}, lambda names: names.update(contents))
     return _classes[architecture]
-
-
-@torch.no_grad()
-def initialize(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Fill every parameter at random, as the architectures' training code starts.
-
-    The same for every dtype, and for every rank its part of the same model. A module whose parameters are not drawn
-    from N(0, 0.02) says in its attribute `initial` between which bounds they lie.
-    """
-    for module in model.modules():
-        ranges: Mapping[str, tuple[float, float]] = getattr(module, "initial", {})
-        for name, parameter in module.named_parameters(recurse=False):
-            splits = splits_of(module, name)
-            low, high = ranges.get(name, (0.0, 0.0))
-            if low < high:
-                parameter.copy_(cut(_wide(parameter, splits).uniform_(low, high, generator=generator), splits))
-            elif name in ranges or name == "bias":
-                parameter.fill_(low)
-            else:
-                parameter.copy_(cut(_wide(parameter, splits).normal_(0.0, 0.02, generator=generator), splits))
-
-
-def _wide(parameter: nn.Parameter, splits: Sequence[Split]) -> Tensor:
-    """Room to draw in: a generator gives other numbers in other dtypes, for part of a tensor, and in another order."""
-    shape = [*(split.full for split in splits), *parameter.shape[len(splits) :]]
-    order = sorted(range(len(shape)), key=parameter.stride, reverse=True)
-    room = torch.empty([shape[dim] for dim in order], dtype=torch.float32, device=parameter.device)
-    return room.permute([order.index(dim) for dim in range(len(order))])

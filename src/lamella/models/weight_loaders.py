@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.errors import CheckpointError
+from lamella.layers.parameters import layout_of
 from lamella.parallel.sharding import Split, cut
 
 
@@ -73,11 +74,12 @@ class WeightLoader:
 
 def attach_weight_loaders(model: nn.Module) -> None:
     """Give every parameter of a model its `weight_loader`."""
-    from lamella.checkpoint.names import targets
-
-    shards: dict[int, list[_Shard]] = {}
-    for path, target in targets(model, {}).items():
-        name = path.split(".")[-2] if "." in path else path
-        shards.setdefault(id(target.parameter), []).append(_Shard(name, target.splits, target.start, target.stop))
+    modules = dict(model.named_modules())
     for path, parameter in model.named_parameters():
-        parameter.weight_loader = WeightLoader(path, tuple(shards[id(parameter)]))  # type: ignore[attr-defined]
+        owner, _, leaf = path.rpartition(".")
+        name = owner.rpartition(".")[2] or path
+        shards = (
+            _Shard(part or name, splits, start, stop)
+            for part, splits, start, stop in layout_of(modules[owner], leaf).tensors()
+        )
+        parameter.weight_loader = WeightLoader(path, tuple(shards))  # type: ignore[attr-defined]

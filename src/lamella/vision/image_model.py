@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-if TYPE_CHECKING:
-    from lamella.checkpoint.files import Checkpoint
+from lamella.checkpoint.files import Checkpoint
 
 
 class ImageModel(Protocol):

@@ -52,6 +52,19 @@ class Shard:
     stop: int | None = None
 
 
+@dataclass(frozen=True)
+class PackedProjections:
+    """The projections of a checkpoint that one module of vLLM's holds.
+
+    Attributes:
+        shards: what of each goes where, by the projections' names.
+        unbiased: projections without a bias, beside others that have one.
+    """
+
+    shards: Mapping[str, Sequence[Shard]]
+    unbiased: tuple[str, ...] = ()
+
+
 class VllmGroup(Group):
     """vLLM's tensor-parallel group."""
 
@@ -97,8 +110,8 @@ class VllmAttention(nn.Module):
 class VllmKit:
     """vLLM's projections, embeddings and attention, with its quantisation and its tensor parallelism.
 
-    A projection that holds several of a checkpoint's has the attribute `shards`: their names, and what of each goes
-    where.
+    Attributes:
+        packed: the modules that hold several of a checkpoint's projections, and which.
     """
 
     def __init__(self, config: VllmConfig, model: ModelConfig, names: Mapping[str, str]) -> None:
@@ -111,6 +124,7 @@ class VllmKit:
         self._layout = StateLayout.of(model, self.share, self.dtype)
         self._spare_rows = compat.num_speculative_tokens(config)
         self._state_layers: dict[str, StateLayer] = {}
+        self.packed: dict[nn.Module, PackedProjections] = {}
         if self._layout is not None:
             layers = len(model.layers)
             size = layers * math.prod(self._layout.block(self._spare_rows)) * self._layout.dtype.itemsize
@@ -127,7 +141,7 @@ class VllmKit:
                 widths.append(width)
                 start += width
         linear = MergedColumnParallelLinear(in_size, widths, bias=bias, **self._common(prefix))
-        linear.shards = shards
+        self.packed[linear] = PackedProjections(shards)
         return linear
 
     def replicated_linear(self, in_size: int, parts: Mapping[str, int], bias: bool, prefix: str) -> nn.Module:
@@ -139,9 +153,9 @@ class VllmKit:
         self, in_size: int, heads: int, kv_heads: int, head_dim: int, bias: Biases, prefix: str
     ) -> nn.Module:
         linear = QKVParallelLinear(in_size, head_dim, heads, kv_heads, bias=bool(bias), **self._common(prefix))
-        linear.shards = {f"{name}_proj": [Shard(name)] for name in "qkv"}
-        linear.unbiased = without_bias(linear.shards, bias)
-        if linear.unbiased:
+        shards = {f"{name}_proj": [Shard(name)] for name in "qkv"}
+        self.packed[linear] = PackedProjections(shards, without_bias(shards, bias))
+        if self.packed[linear].unbiased:
             with torch.no_grad():
                 linear.bias.zero_()
         return linear
