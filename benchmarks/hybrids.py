@@ -591,18 +591,19 @@ class Core:
     def __init__(self, name: str, sizes: Sizes, layers: int, batch: int, device: str) -> None:
         import torch
 
+        from lamella.config.hf_config import HFConfig
+        from lamella.layers.build import build
         from lamella.layers.context import ForwardBatch
         from lamella.layers.local_kit import LocalKit
         from lamella.models import Apriel2ForCausalLM
         from lamella.models.base import initialize
-        from lamella.models.hf_config import HFConfig
         from lamella.ops.ragged import RaggedBatch
 
         # The projections around it are none of its business: they are narrow.
         values = apriel2(sizes, mixers(sizes), [name]) | {"hidden_size": 16}
         config = Apriel2ForCausalLM.read_config(HFConfig(values)).layers[0].mixer
         kit = LocalKit(torch.bfloat16, device)
-        self.mixers: list[Any] = [config.build(kit, 16, f"{index}", None) for index in range(layers)]
+        self.mixers: list[Any] = [build(config, kit, 16, f"{index}", None) for index in range(layers)]
         for mixer in self.mixers:
             initialize(mixer)
             specs = mixer.history.holder.specs

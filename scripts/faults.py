@@ -117,7 +117,7 @@ LISTED = (
     Fault("Replayer.replay", "request.num_pending = pending", "pass"),
     Fault("Recorder._tokens", "request.output_token_ids[known:]", "request.output_token_ids[known + 1 :]"),
     # checkpoint: names, rows, scales
-    Fault("targets", "(rows, *splits[1:]), start, stop)", "(rows, *splits[1:]), 0, rows.size)"),
+    Fault("ParameterLayout.tensors", "self.splits[1:]), start, stop)", "self.splits[1:]), 0, rows.size)"),
     Fault("rename", "range(longest, 0, -1)", "range(1, longest + 1)"),
     Fault("check_names", "sorted(expected - present)", "[]"),
     Fault("check_names", "sorted(present - expected - redundant - leftovers)", "[]"),

@@ -152,7 +152,7 @@ PUBLIC = {
         describe_placement main_placement mixer_names placed read_placement
     """,
     "lamella.models": """
-        Apriel2ForCausalLM CausalLM Llama4ForCausalLM Llama4ForConditionalGeneration LlamaCanonForCausalLM
+        Apriel2ForCausalLM Architecture CausalLM Llama4ForCausalLM Llama4ForConditionalGeneration LlamaCanonForCausalLM
         LlamaForCausalLM MODEL_REGISTRY Qwen3ForCausalLM architectures register_architecture resolve_architecture
     """,
     "lamella.parity": "ParityOptions assert_parity bisect check compare paths score",

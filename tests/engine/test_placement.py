@@ -17,11 +17,11 @@ from interrupts import interrupted
 from lamella import LLM, AsyncLLM, SamplingParams
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.config import describe_placement, placed, read_placement
+from lamella.config.hf_config import HFConfig
 from lamella.errors import ConfigError, ParameterError
 from lamella.layers.holders import PagedAttention
 from lamella.layers.supernet.placing import active_holders
 from lamella.models import Apriel2ForCausalLM
-from lamella.models.hf_config import HFConfig
 
 PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=VOCAB)
 PROMPTS = random_prompts((5, 37, 1, 18))

@@ -171,7 +171,7 @@ def test_indices_name_the_tensors_that_we_read(name, tmp_path):
         (tmp_path / stem / "config.json").write_text(json.dumps(SUPPORTED[stem]))
         config = open_checkpoint(tmp_path / stem).read_config()
         checkpoint = open_checkpoint(tmp_path / stem)
-        model = checkpoint.architecture.allocate(config, LocalKit(device="meta"))
+        model = checkpoint.allocate(config, LocalKit(device="meta"))
         present = {tensor for tensor in index["weight_map"] if not tensor.endswith("rotary_emb.inv_freq")}
         expected = set(targets(model, checkpoint.names))
         assert present - {"lm_head.weight"} == expected - {"lm_head.weight"}

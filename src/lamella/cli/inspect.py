@@ -103,7 +103,7 @@ def cost_card(
 ) -> CostCard:
     """The card of a checkpoint's model, from its config alone; of a supernet, under a placement."""
     kit = LocalKit(resolve_dtype(checkpoint, dtype), "meta")
-    model: LanguageModel = checkpoint.architecture.allocate(checkpoint.read_config(), kit)
+    model: LanguageModel = checkpoint.allocate(checkpoint.read_config(), kit)
     activate(model, read_placement(placement, model.config))
     return CostCard.of(model, bandwidth)
 

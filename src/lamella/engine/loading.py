@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -175,15 +176,16 @@ def check_split(checkpoint: Checkpoint, options: EngineOptions) -> None:
         ConfigError: it cannot.
     """
     size, architecture = options.tensor_parallel_size, checkpoint.architecture
-    if size > 1 and architecture.__module__ == "__main__":
+    path = architecture.import_path
+    if size > 1 and (path is None or path.startswith("__main__:")):
         raise ConfigError(
-            f"tensor_parallel_size={size}: {architecture.__name__} is defined in the main script, where other "
-            "processes cannot import it; put it into a module"
+            f"tensor_parallel_size={size}: {architecture.name} is defined in the main script, or is held by no module, "
+            "so other processes cannot import it; put it into a module"
         )
     config, whole_experts = checkpoint.read_config(), options.enable_expert_parallel
     if whole_experts and not any(isinstance(layer.feed_forward, MoEConfig) for layer in config.layers):
         raise ConfigError("enable_expert_parallel=True: no layer of the model has experts")
-    architecture.allocate(config, LocalKit(device="meta", group=Group(Share(0, size)), expert_parallel=whole_experts))
+    checkpoint.allocate(config, LocalKit(device="meta", group=Group(Share(0, size)), expert_parallel=whole_experts))
 
 
 def load_shard(checkpoint: Checkpoint, options: EngineOptions, device: torch.device, group: Group) -> LanguageModel:
@@ -201,11 +203,27 @@ def load_shard(checkpoint: Checkpoint, options: EngineOptions, device: torch.dev
     )
 
 
+def find_image_model(checkpoint: Checkpoint, load_format: str) -> type[ImageModel] | None:
+    """Return the class that encodes images for a checkpoint; None if the checkpoint is of a text model.
+
+    No tensor is read.
+
+    Raises:
+        ConfigError: the config and the tensors contradict each other.
+        CheckpointError: the files cannot be read.
+    """
+    path = checkpoint.architecture.image_model
+    if path is None:
+        return None
+    found: type[ImageModel] = resolve_name(path)
+    return found if found.is_there(checkpoint, load_format) else None
+
+
 def load_images(
     checkpoint: Checkpoint, options: EngineOptions, device: torch.device, tokenizer: Tokenizer | None
 ) -> ImageModel | None:
     """Return the vision encoder; None if the model or the options read no images."""
-    loader, limit = checkpoint.architecture.image_model(checkpoint, options.load_format), options.limit_mm_per_prompt
+    loader, limit = find_image_model(checkpoint, options.load_format), options.limit_mm_per_prompt
     if loader is None:
         if limit is not None:
             raise ConfigError(f"limit_mm_per_prompt={dict(limit)!r}: the checkpoint of {options.model} reads no images")

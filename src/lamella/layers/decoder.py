@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lamella.config import CanonConfig, LayerConfig, ModelConfig
 from lamella.layers.block_input import BlockInput
+from lamella.layers.build import build
 from lamella.layers.canon import Canon
 from lamella.layers.context import ForwardBatch, GivenEmbeddings, current_batch, forward_batch
 from lamella.layers.kit import Kit
@@ -28,10 +29,10 @@ class DecoderLayer(nn.Module):
         self.history = ConvHistory(config.canons[0].kernel) if config.canons else None
         self.mixer_norm = build_norm(config.norm, hidden_size, kit.device)
         self.mixer_canon = self._canon(config.mixer_canon, hidden_size, kit, "mixer_canon")
-        self.mixer = config.mixer.build(kit, hidden_size, f"{prefix}.mixer", self.history)
+        self.mixer = build(config.mixer, kit, hidden_size, f"{prefix}.mixer", self.history)
         self.feed_forward_norm = build_norm(config.norm, hidden_size, kit.device)
         self.feed_forward_canon = self._canon(config.feed_forward_canon, hidden_size, kit, "feed_forward_canon")
-        self.feed_forward = config.feed_forward.build(kit, hidden_size, f"{prefix}.feed_forward", self.history)
+        self.feed_forward = build(config.feed_forward, kit, hidden_size, f"{prefix}.feed_forward", self.history)
         if self.history is not None:
             self.history.declare(kit, f"{prefix}.history")
 

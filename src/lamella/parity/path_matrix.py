@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lamella.config import FeedForwardConfig, SingleMixerConfig
-from lamella.engine.loading import check_split
+from lamella.engine.loading import check_split, find_image_model
 from lamella.engine.options import EngineOptions
 from lamella.errors import ConfigError, ParameterError
 from lamella.layers.decoder import LanguageModel
@@ -101,7 +101,7 @@ def run_paths(
         "placement": subject.placement,
         "hf_overrides": subject.overrides,
     }
-    if subject.checkpoint.architecture.image_model(subject.checkpoint, subject.load_format) is not None:
+    if find_image_model(subject.checkpoint, subject.load_format) is not None:
         options["limit_mm_per_prompt"] = {"image": 0}  # tokens of images are tokens like any others here
     lab = Laboratory(candidate or subject.load(dtype, device), device, token_ids, seed, options)
     with lab.routing.recorded():

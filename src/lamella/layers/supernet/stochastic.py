@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
-from lamella.config import StochasticConfig
+from lamella.config import SingleMixerConfig, StochasticConfig
 from lamella.errors import ConfigError
 from lamella.layers.block_input import BlockInput
 from lamella.layers.context import current_batch, forward_batch
@@ -17,8 +19,15 @@ class Stochastic(nn.Module):
     """All mixers of a layer. The `active` one computes, unless the batch has `placements`."""
 
     def __init__(
-        self, config: StochasticConfig, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None
+        self,
+        config: StochasticConfig,
+        kit: Kit,
+        hidden_size: int,
+        prefix: str,
+        history: ConvHistory | None,
+        build: Callable[[SingleMixerConfig, Kit, int, str, ConvHistory | None], nn.Module],
     ) -> None:
+        """Build every mixer by `build`, see `lamella.layers.build`."""
         super().__init__()
         for name in config.names:
             if hasattr(nn.ModuleDict, name):
@@ -26,7 +35,7 @@ class Stochastic(nn.Module):
                     f"{prefix}: a mixer cannot be called {name!r}, which is torch's own name for something"
                 )
         self.mixers = nn.ModuleDict(
-            {name: mixer.build(kit, hidden_size, f"{prefix}.mixers.{name}", history) for name, mixer in config.mixers}
+            {name: build(mixer, kit, hidden_size, f"{prefix}.mixers.{name}", history) for name, mixer in config.mixers}
         )
         self.active = config.main
         self._caller = kit.caller(self, prefix)
