@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from lamella.checkpoint.file_kinds import GGUF_ADVICE, is_present, what_it_is, why_no_weights
+from lamella.checkpoint.file_kinds import is_present, why_no_weights
+from lamella.checkpoint.gguf.config import read_values, tensor_names
+from lamella.checkpoint.gguf.file import find_gguf, is_gguf, open_gguf
 from lamella.checkpoint.json_file import read_json
 from lamella.checkpoint.lingua import LINGUA_NAMES, TIED_HEAD, find_lingua, read_params
 from lamella.checkpoint.overrides import apply_overrides
@@ -39,7 +41,7 @@ class Checkpoint:
     """A model on disk.
 
     Attributes:
-        path: its folder.
+        path: its folder, or its GGUF file.
         config_file: config.json, or lingua's params.json.
         architecture: how it is read.
         values: the keys of config.json, or what a lingua file says in the same words.
@@ -138,6 +140,9 @@ def open_checkpoint(
     """
     path = find_folder(model, revision)
     overrides = overrides or {}
+    gguf = path if path.is_file() else None if is_present(path / "config.json") else find_gguf(path)
+    if gguf is not None:
+        return _open_gguf(gguf, overrides)
     lingua = find_lingua(path)
     if lingua is not None and not any(path.glob("*.safetensors")):
         config_file = lingua / "params.json"
@@ -161,8 +166,16 @@ def open_checkpoint(
     return Checkpoint(path, config_file, architecture, values, names, "lm_head.weight", tensors, quantization)
 
 
+def _open_gguf(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
+    file = open_gguf(path)
+    values = apply_overrides(read_values(file), overrides)
+    architecture = find_architecture(_architecture_name(values, path))
+    file.use_names(tensor_names)
+    return Checkpoint(path, path, architecture, values, architecture.checkpoint_names, "lm_head.weight", file)
+
+
 def find_folder(model: str | Path, revision: str | None = None) -> Path:
-    """Return the folder of a model or tokenizer: a path, the bundled `demo`, or a snapshot of a Hub id.
+    """Return the folder of a model or tokenizer: a path, the bundled `demo`, or a snapshot of a Hub id; or a GGUF file.
 
     Raises:
         CheckpointError: there is none, and what to do.
@@ -175,8 +188,8 @@ def find_folder(model: str | Path, revision: str | None = None) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        if path.suffix == ".gguf" or (what_it_is(path) or "").startswith("a GGUF"):
-            raise CheckpointError(f"{path}: GGUF is not read yet: {GGUF_ADVICE}")
+        if path.suffix == ".gguf" or is_gguf(path):
+            return path
         raise CheckpointError(f"{path}: no such folder, but a file: give the folder that holds it, {path.parent}")
     # A Hub id is NAME or OWNER/NAME; anything else was meant as a path.
     if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lamella.checkpoint.file_kinds import is_present, what_it_is
+from lamella.checkpoint.gguf.file import GgufFile, find_gguf, open_gguf
+from lamella.checkpoint.gguf.tokenizer import chat_templates, read_tokenizer, special_tokens
 from lamella.checkpoint.json_file import read_json
 from lamella.errors import CheckpointError
 
@@ -58,11 +60,13 @@ class LoadedTokenizer:
 
 
 def load_tokenizer(folder: Path) -> LoadedTokenizer | None:
-    """Return the tokenizer of a folder, None where no file is one.
+    """Return the tokenizer of a folder or of a GGUF file, None where no file is one.
 
     Raises:
         CheckpointError: a file cannot be read, contradicts another, or needs a library that is not installed.
     """
+    if (gguf := _gguf_of(folder)) is not None:
+        return LoadedTokenizer(read_tokenizer(gguf), special_tokens(gguf), (), folder)
     if not is_present(folder / "tokenizer.json"):
         return _converted(folder)
     tokenizer = _read(folder / "tokenizer.json")
@@ -74,11 +78,21 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer | None:
 
 def eos_of_tokenizer(folder: Path) -> tuple[int, ...]:
     """Return the end-of-text id that the tokenizer's files name, without loading what needs transformers."""
-    if not is_present(folder / "tokenizer.json"):
+    if _gguf_of(folder) is None and not is_present(folder / "tokenizer.json"):
         return ()
     loaded = load_tokenizer(folder)
     token = loaded.token_id("eos_token") if loaded is not None else None
     return () if token is None else (token,)
+
+
+def _gguf_of(folder: Path) -> GgufFile | None:
+    """Return the GGUF file that has the tokenizer, if `folder` is one or holds one and no files of Hugging Face's."""
+    if folder.is_file():
+        return open_gguf(folder)
+    if is_present(folder / "tokenizer.json") or is_present(folder / "config.json"):
+        return None
+    file = find_gguf(folder)
+    return None if file is None else open_gguf(file)
 
 
 def _optional(file: Path) -> dict[str, Any]:
@@ -210,6 +224,8 @@ def chat_templates_of(folder: Path) -> str | dict[str, str] | None:
     Raises:
         CheckpointError: a file cannot be read.
     """
+    if (gguf := _gguf_of(folder)) is not None:
+        return chat_templates(gguf)
     file, more = folder / "chat_template.jinja", sorted((folder / "additional_chat_templates").glob("*.jinja"))
     if is_present(file) or more:
         named = {each.stem: _read_text(each) for each in more}
