@@ -324,7 +324,7 @@ def test_pointers_in_place_of_json_are_named(folder, name):
 OTHER_FORMATS = {
     "adapter": ({"adapter_config.json": '{"base_model_name_or_path": "org/base"}', "adapter_model.safetensors": ""},
                 "a PEFT adapter of org/base, not a model"),
-    "GGUF": ({"m.Q4_K_M.gguf": ""}, "m.Q4_K_M.gguf is GGUF"),
+    "GGUF": ({"m.Q4_K_M.gguf": ""}, "m.Q4_K_M.gguf"),
     "Meta": ({"consolidated.00.pth": "", "params.json": '{"dim": 64}'}, "Meta's own format"),
     "Mistral": ({"consolidated.safetensors": "", "params.json": "{}"}, "Mistral's own format"),
     "steps": ({"__0_0.distcp": "", ".metadata": ""}, "a distributed checkpoint"),
@@ -351,8 +351,8 @@ def test_paths_of_files_are_told_what_they_are(folder):
     (folder / "m.gguf").write_bytes(b"GGUF")
     (folder / "renamed").write_bytes(b"GGUF")
     for name, what in (
-        ("m.gguf", "GGUF is not read yet"),
-        ("renamed", "GGUF"),
+        ("m.gguf", "cannot be read as GGUF"),
+        ("renamed", "cannot be read as GGUF"),
         ("model.safetensors", "give the folder"),
     ):
         refused(folder / name, what)

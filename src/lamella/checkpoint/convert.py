@@ -1,4 +1,4 @@
-"""Writing a checkpoint again as Hugging Face safetensors: from lingua files, and with the other rotation."""
+"""Write a checkpoint as a Hugging Face folder: from GGUF or lingua files, or with the other order of RoPE channels."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from lamella.checkpoint.files import Checkpoint, open_checkpoint
 from lamella.checkpoint.loader import check_names, load_tensor, resolve_dtype
 from lamella.checkpoint.names import Target, targets
 from lamella.checkpoint.tensors import INDEX, OpenTensors
+from lamella.checkpoint.tokenizer_files import chat_templates_of, load_tokenizer
 from lamella.config import AttentionConfig, ModelConfig
 from lamella.errors import CheckpointError, ConfigError
 from lamella.layers.local_kit import LocalKit
@@ -41,14 +42,22 @@ def convert(
     rope: str = "keep",
     shard_bytes: int = SHARD_BYTES,
     overrides: Mapping[str, Any] | None = None,
+    dtype: str = "auto",
 ) -> Path:
-    """Write the LlamaCanon checkpoint `source`, lingua or Hugging Face, to the new folder `destination`.
+    """Write a GGUF file, or a LlamaCanon checkpoint, as a Hugging Face folder. The source is only read.
 
-    `rope` "huggingface" or "lingua" reorders the channels of queries and keys so that the file's rotation pairs become
-    (i, i + r/2) or (2i, 2i + 1); the model computes the same. The tensors keep their dtype. The source is only read,
-    and the destination appears when it is complete. `overrides` are values in the place of the config file's.
+    Args:
+        source: GGUF file of any architecture that GGUF is read for, or LlamaCanon checkpoint, lingua or Hugging Face.
+        destination: new folder, which appears when it is complete.
+        rope: for LlamaCanon, "huggingface" or "lingua" reorders the channels of queries and keys so that the file's
+            rotation pairs become (i, i + r/2) or (2i, 2i + 1); the model computes the same.
+        shard_bytes: largest size of a file.
+        overrides: values that replace the config file's.
+        dtype: of the tensors; "auto" keeps the checkpoint's (bfloat16 for a quantized GGUF file).
 
-    Raises `CheckpointError` where the destination exists or the tensors do not fit, `ConfigError` for a bad `rope`.
+    Raises:
+        CheckpointError: the destination exists, the tensors do not fit, or such a source is not converted.
+        ConfigError: `rope` or `dtype` is none of the allowed values.
     """
     if rope not in ROPES:
         raise ConfigError(f"rope={rope!r}: must be one of {', '.join(ROPES)}")
@@ -56,26 +65,56 @@ def convert(
     if destination.exists():
         raise CheckpointError(f"{destination}: is there already; nothing is overwritten")
     checkpoint = open_checkpoint(source, overrides)
-    if "rope_version" not in checkpoint.values and checkpoint.architecture.name != "LlamaCanonForCausalLM":
-        raise CheckpointError(f"{checkpoint.path}: only LlamaCanon checkpoints are converted")
+    is_gguf, is_canon = checkpoint.path.is_file(), checkpoint.architecture.name == "LlamaCanonForCausalLM"
+    if not (is_gguf or is_canon or "rope_version" in checkpoint.values):
+        raise CheckpointError(f"{checkpoint.path}: only GGUF files and LlamaCanon checkpoints are converted")
+    if is_gguf and rope != "keep":
+        raise ConfigError(f"rope={rope!r}: must be keep for a GGUF file")
     if checkpoint.quantization is not None:
         raise CheckpointError(f"{checkpoint.path}: quantised files are not converted")
     values = dict(checkpoint.values)
     current = values.get("rope_version", "huggingface")
     wanted = current if rope == "keep" else rope
-    values |= {"rope_version": wanted, "dtype": str(resolve_dtype(checkpoint, "auto")).removeprefix("torch.")}
+    to = resolve_dtype(checkpoint, dtype)
+    values |= {"dtype": str(to).removeprefix("torch.")} | ({} if is_gguf else {"rope_version": wanted})
+    values.pop("torch_dtype", None)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as scratch:
         folder = Path(scratch) / destination.name
         folder.mkdir()
         with checkpoint.tensors.opened() as tensors:
-            _write(folder, _tensors(checkpoint, tensors, None if wanted == current else wanted), shard_bytes)
+            named = _tensors(checkpoint, tensors, None if wanted == current else wanted)
+            keeps = dtype == "auto" and not is_gguf
+            _write(folder, named if keeps else ((name, tensor.to(to)) for name, tensor in named), shard_bytes)
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        for pattern in _CARRIED:
-            for file in checkpoint.path.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
+        for file in folder.glob("*.safetensors"):  # which the library makes private
+            file.chmod((folder / "config.json").stat().st_mode)
+        if is_gguf:
+            _write_tokenizer(checkpoint, folder)
+        else:
+            for pattern in _CARRIED:
+                for file in checkpoint.path.glob(pattern):
+                    shutil.copyfile(file, folder / file.name)
         folder.rename(destination)
     return destination
+
+
+def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the tokenizer, chat templates and ends of a GGUF file in Hugging Face's files."""
+    loaded = load_tokenizer(checkpoint.path)
+    if loaded is not None:
+        loaded.tokenizer.save(str(folder / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **loaded.special}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    templates = chat_templates_of(checkpoint.path)
+    named = {"default": templates} if isinstance(templates, str) else templates or {}
+    for name, text in named.items():
+        file = folder / ("chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    ends = {key: checkpoint.values.get(key) for key in ("bos_token_id", "eos_token_id")}
+    generation = {key: value for key, value in ends.items() if value is not None}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
 def _tensors(checkpoint: Checkpoint, tensors: OpenTensors, reorder: str | None) -> Iterator[tuple[str, Tensor]]:
@@ -108,23 +147,28 @@ def _reordered(tensor: Tensor, target: Target, config: ModelConfig, to: str) -> 
 
 
 def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
-    """One safetensors file, or several and an index."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
+    """Write one safetensors file, or several and an index; no more than one file's tensors are in memory."""
+    written: list[tuple[Path, list[str], int]] = []
+    shard: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        file = folder / f"shard-{len(written)}.safetensors"
+        save_file(shard, file, metadata={"format": "pt"})
+        written.append((file, list(shard), sum(tensor.nbytes for tensor in shard.values())))
+        shard.clear()
+
     for name, tensor in tensors:
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor.contiguous()
-        size += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        if shard and sum(each.nbytes for each in shard.values()) + tensor.nbytes > shard_bytes:
+            flush()
+        shard[name] = tensor.contiguous()
+    flush()
+    if len(written) == 1:
+        written[0][0].rename(folder / "model.safetensors")
         return
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    for number, (file, names, _) in enumerate(written, start=1):
+        final = f"model-{number:05d}-of-{len(written):05d}.safetensors"
+        file.rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    index = {"metadata": {"total_size": sum(size for *_, size in written)}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

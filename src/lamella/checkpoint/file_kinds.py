@@ -9,10 +9,6 @@ from pathlib import Path
 from lamella.errors import CheckpointError
 
 _AGAIN = "download it again"
-GGUF_ADVICE = (
-    "give the original safetensors folder, or convert it with transformers (from_pretrained(folder, gguf_file=...), "
-    "then save_pretrained)"
-)
 _MARKS = (
     (
         b"version https://git-lfs",
@@ -21,7 +17,7 @@ _MARKS = (
     (b"/annex/objects/", "a git-annex pointer, not the file itself: run `git annex get` in the folder, or " + _AGAIN),
     (b"../.git/annex/objects/", "a git-annex pointer, not the file itself: run `git annex get`, or " + _AGAIN),
     (b".git/annex/objects/", "a git-annex pointer, not the file itself: run `git annex get`, or " + _AGAIN),
-    (b"GGUF", "a GGUF file under another name; GGUF is not read yet: give the original safetensors folder"),
+    (b"GGUF", "a GGUF file under another name: give the path of the file itself, or rename it to NAME.gguf"),
     (b"<!doctype html", "an HTML page, which a failed download leaves: " + _AGAIN),
     (b"<html", "an HTML page, which a failed download leaves: " + _AGAIN),
     (b"Entry not found", "the Hub's message of a failed download: " + _AGAIN),
@@ -126,7 +122,7 @@ def why_no_weights(folder: Path) -> str:
             "then save_pretrained) and give that folder"
         )
     if having(".gguf"):
-        return f"{having('.gguf')[0]} is GGUF, which is not read yet: {GGUF_ADVICE}"
+        return f"{having('.gguf')[0]} is GGUF: give the path of the file, not of the folder"
     if any(name.startswith("consolidated.") and name.endswith(".pth") for name in names):
         return (
             "Meta's own format (consolidated.NN.pth): take the repository in Hugging Face's format, or convert it with "

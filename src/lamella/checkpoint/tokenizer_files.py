@@ -66,6 +66,8 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer | None:
         CheckpointError: a file cannot be read, contradicts another, or needs a library that is not installed.
     """
     if (gguf := _gguf_of(folder)) is not None:
+        if gguf.get("tokenizer.ggml.model", str) is None:
+            return None
         return LoadedTokenizer(read_tokenizer(gguf), special_tokens(gguf), (), folder)
     if not is_present(folder / "tokenizer.json"):
         return _converted(folder)

@@ -1,4 +1,4 @@
-"""`lamella convert`: LlamaCanon checkpoints as Hugging Face safetensors."""
+"""`lamella convert`: GGUF files and LlamaCanon checkpoints as Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from lamella.cli.common import console
 
 
 def run(args: argparse.Namespace) -> int:
+    """Write the folder."""
     with console.status(f"converting {args.model}"):
-        destination = convert(args.model, args.destination, rope=args.rope, overrides=args.hf_overrides)
+        destination = convert(
+            args.model, args.destination, rope=args.rope, overrides=args.hf_overrides, dtype=args.dtype
+        )
     console.print(f"wrote {destination}", markup=False)
     return 0

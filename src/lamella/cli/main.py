@@ -128,10 +128,11 @@ def parser() -> argparse.ArgumentParser:
     parity.add_argument("--json", metavar="FILE", help="the report as one JSON object; - prints it, last on stdout")
     parity.add_argument("--html", metavar="FILE", help="the report as one page")
 
-    convert = _command(commands, "convert", "write a LlamaCanon checkpoint, lingua or not, as Hugging Face safetensors")
+    convert = _command(commands, "convert", "write a GGUF file or a LlamaCanon checkpoint as a Hugging Face folder")
     _model(convert)
     _overrides(convert)
     convert.add_argument("destination", help="a folder that does not exist yet")
+    convert.add_argument("--dtype", default="auto", help="of the tensors; auto: the file's, bfloat16 if quantized")
     convert.add_argument(
         "--rope", default="keep", help="keep, huggingface or lingua: which channels of a head the file pairs"
     )
@@ -191,7 +192,7 @@ def _command(
 
 
 def _model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", help="a folder, `demo`, or a Hub id")
+    command.add_argument("model", help="a folder, a GGUF file, `demo`, or a Hub id")
 
 
 def _json(command: argparse.ArgumentParser) -> None:

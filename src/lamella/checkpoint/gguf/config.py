@@ -48,20 +48,21 @@ class GgufArchitecture:
     """How an architecture of llama.cpp is read.
 
     Attributes:
-        name: Hugging Face's.
+        name, model_type: Hugging Face's.
         layer_names: parts of a layer's tensors, GGUF's name -> Hugging Face's.
         interleaves: True if llama.cpp interleaves the rows of queries and keys.
     """
 
     name: str
+    model_type: str
     layer_names: Mapping[str, str]
     interleaves: bool = False
 
 
 ARCHITECTURES = {
-    "llama": GgufArchitecture("LlamaForCausalLM", {**_ATTENTION, **_MLP}, interleaves=True),
-    "qwen3": GgufArchitecture("Qwen3ForCausalLM", {**_ATTENTION, **_MLP}),
-    "llama4": GgufArchitecture("Llama4ForCausalLM", {**_ATTENTION, **_LLAMA4}),
+    "llama": GgufArchitecture("LlamaForCausalLM", "llama", {**_ATTENTION, **_MLP}, interleaves=True),
+    "qwen3": GgufArchitecture("Qwen3ForCausalLM", "qwen3", {**_ATTENTION, **_MLP}),
+    "llama4": GgufArchitecture("Llama4ForCausalLM", "llama4_text", {**_ATTENTION, **_LLAMA4}),
 }
 # What llama.cpp computes with for Llama 4, and writes into no file.
 _LLAMA4_CHUNK, _LLAMA4_NO_ROPE, _LLAMA4_SCALE, _LLAMA4_FLOOR = 8192, 4, 0.1, 8192
@@ -107,6 +108,7 @@ def read_values(file: GgufFile) -> dict[str, Any]:
         raise CheckpointError(f"{file.path}: token_embd.weight is missing: not a whole model")
     values: dict[str, Any] = {
         "architectures": [architecture.name],
+        "model_type": architecture.model_type,
         "hidden_size": hidden,
         "intermediate_size": need("feed_forward_length", int),
         "num_hidden_layers": need("block_count", int),
@@ -148,7 +150,6 @@ def read_values(file: GgufFile) -> dict[str, Any]:
 def _llama4(file: GgufFile, get: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     layers, step = values["num_hidden_layers"], get("interleave_moe_layer_step", int, 1)
     return {
-        "model_type": "llama4_text",
         "intermediate_size": get("expert_feed_forward_length", int, values["intermediate_size"]),
         "intermediate_size_mlp": values["intermediate_size"],
         "num_local_experts": get("expert_count", int, 1),
