@@ -28,7 +28,7 @@ LISTED = (
     Fault("_decode", "seen = min(seen, window)", "seen = min(seen, window - 1)", "attention/sdpa"),
     Fault("_decode", "back <= behind", "back < behind", "attention/sdpa"),
     Fault("_attend", "distance < window", "distance <= window", "attention/sdpa"),
-    Fault("_cache_rows", "positions % page_size", "(positions + 1) % page_size"),
+    Fault("_cache_rows", "positions % block_size", "(positions + 1) % block_size"),
     Fault("short_conv", "batch.positions >= offset", "batch.positions >= offset - 1", "short_conv/reference"),
     Fault("short_conv", "taps[:, width - 1 - offset]", "taps[:, offset]", "short_conv/reference"),
     Fault("short_conv", "local >= offset", "local > offset", "short_conv/reference"),
@@ -139,7 +139,7 @@ LISTED = (
         "pending_tokens",
         "[(-1 - input_ids).clamp(min=0)].clamp(min=0)",
         "[(-1 - input_ids).clamp(min=0)]",
-        "sampling/__init__",
+        "sampling/reference",
     ),
     Fault("checked_int", "number > high", "number > high + 1"),
     # parity: the judge itself

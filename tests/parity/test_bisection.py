@@ -19,7 +19,7 @@ from lamella.config import ModelConfig
 from lamella.errors import ConfigError, ParameterError
 from lamella.layers.attention import AttentionForm
 from lamella.layers.context import forward_batch, require_batch
-from lamella.layers.holders import PagedAttention
+from lamella.layers.holders import PagedAttention, SlotRows
 from lamella.layers.rotary import Positions, Rotary
 from lamella.models import LlamaForCausalLM
 from lamella.parity import bisect
@@ -85,7 +85,7 @@ def change_history(canon, change: Callable) -> None:
 
     def forward(x):
         (rows,), slots = holder.current()
-        holder.current = lambda: ((change(rows, require_batch().ragged),), slots)
+        holder.current = lambda: SlotRows((change(rows, require_batch().ragged),), slots)
         try:
             return inner(x)
         finally:

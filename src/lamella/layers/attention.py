@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,9 @@ from lamella.layers.kit import Kit
 from lamella.layers.norm import RMSNorm
 from lamella.layers.rotary import Positions, Rotary, Turn
 from lamella.layers.short_conv import ConvHistory
-from lamella.ops.attention.paged import few_decodes
+from lamella.ops.attention.paged import is_few_decodes
 from lamella.ops.backend import use_fused
+from lamella.ops.operands import HeadNorms, HeadSizes, QKVSteps, Rope
 from lamella.ops.qkv import prepare_qkv
 from lamella.ops.rms_norm import rms_norm
 from lamella.ops.rotary import rotate
@@ -122,16 +122,16 @@ class Attention(nn.Module):
 
     def turn(self, positions: Positions) -> Turn:
         """What the step does by positions."""
-        cos, sin, scale = None, None, None
+        rope, scale = None, None
         if self.rotary is not None:
-            cos, sin = positions.angles(self.rotary)
+            rope = Rope(*positions.angles(self.rotary), self.form.interleaved)
         elif self.form.pairs:
-            cos, sin = positions.identity(self.form.pairs)
+            rope = Rope(*positions.identity(self.form.pairs), self.form.interleaved)
         if self.config.temperature is not None:
             scale = positions.temperature(self.config.temperature)
         elif self.form.scales:
             scale = positions.identity(1)[0].squeeze(1)
-        return Turn(cos, sin, scale, self.normed)
+        return Turn(rope, scale, self.normed)
 
     def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
         """(T, hidden_size) -> (T, hidden_size)."""
@@ -148,10 +148,13 @@ class Attention(nn.Module):
         if self.canon is not None:
             q, k, v = self.canon(torch.cat((q, k, v), dim=-1)).split(self.sizes, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, self.config.head_dim)) for part in (q, k, v))
-        if turn.cos is not None and turn.sin is not None:
-            q, k = rotate(q, k, turn.cos, turn.sin, self.form.interleaved)
+        if turn.rope is not None:
+            q, k = rotate(q, k, turn.rope)
         if self.form.eps is not None:
-            q, k = (rms_norm(part, self.unit_norm, self.form.eps, turn.normed) for part in (q, k))
+            normed = [rms_norm(part, self.unit_norm, self.form.eps) for part in (q, k)]
+            if turn.normed is not None:
+                normed = [torch.where(turn.normed, new, old) for new, old in zip(normed, (q, k), strict=True)]
+            q, k = normed
         if turn.scale is not None:
             q = (q.float() * turn.scale[:, None, None]).to(q.dtype)
         return self.o_proj(self.attention(q, k, v).flatten(1))
@@ -165,38 +168,26 @@ class Attention(nn.Module):
         """
         config, batch = self.config, require_batch()
         assert isinstance(self.attention, PagedAttention)
-        q_norm, k_norm, step = None, None, None
+        norms, step = None, None
         canon = None if convolved else self.canon
         if config.qk_norm and not config.qk_norm_weight:
-            q_norm = k_norm = self.unit_norm  # before the rotation, which leaves it as it is
+            # Before the rotation, which leaves it as it is.
+            norms = HeadNorms(self.unit_norm, self.unit_norm, config.qk_norm.eps)
         elif self.q_norm is not None and self.k_norm is not None:
             apart = config.qk_norm_scope == "full" or self.q_norm.round_twice
             if apart or (canon is not None and not canon.is_step):
                 q, k, v = qkv.split(self.sizes, dim=-1)
                 qkv = torch.cat((self._norm(q, self.q_norm), self._norm(k, self.k_norm), v), dim=-1)
             else:
-                q_norm, k_norm = self.q_norm.weight, self.k_norm.weight
+                norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
         if canon is not None and canon.is_step:
             step = canon.step()
         elif canon is not None:
             qkv = canon(qkv)
-        k_cache, v_cache, rows = self.attention.target()
-        options: dict[str, Any] = {
-            "q_norm": q_norm,
-            "k_norm": k_norm,
-            "eps": config.qk_norm.eps if config.qk_norm else 0.0,
-            "cos": turn.cos,
-            "sin": turn.sin,
-            "interleaved": self.form.interleaved,
-            "q_scale": turn.scale,
-            "k_cache": k_cache,
-            "v_cache": v_cache,
-            "rows": rows,
-        }
-        if step is None and few_decodes(batch.ragged):
-            return self.attention.decode(qkv, options)
-        sizes = self.heads, self.kv_heads, config.head_dim
-        return self.attention.read(prepare_qkv(qkv, *sizes, **options, canon=step, positions=batch.ragged.positions)[0])
+        steps = QKVSteps(HeadSizes(self.heads, self.kv_heads, config.head_dim), norms, turn.rope, turn.scale)
+        if step is None and is_few_decodes(batch.ragged):
+            return self.attention.decode(qkv, steps)
+        return self.attention.read(prepare_qkv(qkv, steps, self.attention.cache(), step)[0])
 
     def _norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """x (T, heads * D) normalised as a whole or head by head."""

@@ -77,7 +77,7 @@ class GatedDeltaNet(RecurrentMixer):
             self.A_log,
             self.dt_bias,
             require_batch().ragged,
-            *self.matrix(),
+            self.state(),
         )
         y = gated_rms_norm(mixed, z.unflatten(-1, (-1, value_dim)), self.norm.weight, self.norm.eps, "silu").flatten(1)
         return y if out is None else out.copy_(y)

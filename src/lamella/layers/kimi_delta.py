@@ -70,6 +70,6 @@ class KimiDelta(RecurrentMixer):
         qkv, beta = projected.split(self.sizes, -1)
         q, k, v = map(by_head, self.convolution(qkv).chunk(3, -1))
         bias = by_head(self.dt_bias)
-        mixed = delta_rule(q, k, v, by_head(decay), beta, self.A_log, bias, require_batch().ragged, *self.matrix())
+        mixed = delta_rule(q, k, v, by_head(decay), beta, self.A_log, bias, require_batch().ragged, self.state())
         y = gated_rms_norm(mixed, by_head(gate), self.norm.weight, self.norm.eps, self.config.gate).flatten(1)
         return y if out is None else out.copy_(y)

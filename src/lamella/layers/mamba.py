@@ -81,6 +81,6 @@ class Mamba(RecurrentMixer):
             bias,
             by_head(self.D),
             require_batch().ragged,
-            *self.matrix(),
+            self.state(),
         ).flatten(1)
         return y if out is None else out.copy_(y)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lamella.config import NormConfig
 from lamella.ops import rms_norm as ops
+from lamella.ops.operands import ResidualNorm
 from lamella.parallel.group import Group
 from lamella.parallel.sharding import Split
 
@@ -29,7 +30,7 @@ class RMSNorm(nn.Module):
         """The norm of x (..., size); with a residual of its shape, (the norm of x + residual, x + residual)."""
         if residual is None:
             return ops.rms_norm(x, self.weight, self.eps, twice=self.round_twice)
-        return ops.add_rms_norm(x, residual, self.weight, self.eps, self.round_twice)
+        return ops.add_rms_norm(x, ResidualNorm(residual, self.weight, self.eps), self.round_twice)
 
 
 class SplitRMSNorm(RMSNorm):

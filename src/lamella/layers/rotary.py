@@ -19,6 +19,7 @@ from lamella.config import (
     TemperatureConfig,
     YarnScaling,
 )
+from lamella.ops.operands import Rope
 from lamella.ops.rotary import angles, temperature
 
 
@@ -96,8 +97,7 @@ class Turn(NamedTuple):
     A part that the layer lacks is None, or, where layers with and without it are computed as one, changes nothing.
     """
 
-    cos: Tensor | None  # (T, pairs) fp32
-    sin: Tensor | None
+    rope: Rope | None
     scale: Tensor | None  # (T,) fp32, of queries
     normed: Tensor | None  # () bool: whether the norm without a weight counts; None: it does, where there is one
 

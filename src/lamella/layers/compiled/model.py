@@ -130,7 +130,7 @@ class _Block:
 def _tensors(inputs: Iterable[Any]) -> Iterator[Tensor]:
     """Those that have a row for each token."""
     for value in inputs:
-        if isinstance(value, Turn):
+        if isinstance(value, tuple):
             yield from _tensors(value)
         elif isinstance(value, Tensor) and value.dim():
             yield value

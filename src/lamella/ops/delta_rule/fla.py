@@ -12,6 +12,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
+from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.slots import prefills_of, read_states
 
@@ -45,8 +46,7 @@ def delta_rule(
     logs: Tensor,
     rates: Tensor,
     batch: RaggedBatch,
-    state: Tensor | None,
-    slots: Tensor | None,
+    state: RecurrentState | None,
     out: Tensor,
 ) -> None:
     """See `reference.delta_rule`, for the requests of `batch` after its decodes.
@@ -58,9 +58,9 @@ def delta_rule(
     kernels = _kernels()
     assert kernels is not None
     some, bounds, bounds_on_host = _prompts(batch)
-    if slots is not None:
-        slots = slots[batch.num_decodes :]
-    initial = None if state is None else read_states(some, state, slots, (v.shape[1], q.shape[2], v.shape[2]))
+    if state is not None:
+        state = state.of_requests(slice(batch.num_decodes, None))
+    initial = None if state is None else read_states(some, state, (v.shape[1], q.shape[2], v.shape[2]))
     y, final = kernels[logs.dim() == 3](
         q[None],
         k[None],
@@ -75,8 +75,7 @@ def delta_rule(
     )
     out.copy_(y[0])
     if state is not None:
-        assert slots is not None
-        state[slots] = final
+        state.matrix[state.slots] = final
 
 
 @cache
