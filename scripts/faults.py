@@ -46,11 +46,13 @@ LISTED = (
     Fault("_decode_prepared", "newest = index == first + count - 1", "newest = index == first", "triton_few"),
     Fault("_plan_kernel", "whole = tl.maximum(counts - 1, 0)", "whole = tl.maximum(counts, 0)"),
     # layers
-    Fault("Attention.forward", "q.float() * turn.scale[:, None, None]", "q.float()"),
     Fault(
-        "Attention.forward",
-        "self._norm(q, self.q_norm), self._norm(k, self.k_norm)",
-        "self._norm(q, self.k_norm), self._norm(k, self.q_norm)",
+        "Attention.forward", "q.float() * positions.temperature(self.temperature)[:, None, None]", "q.float()"
+    ),
+    Fault(
+        "Attention.normalize",
+        "self.q_norm(q).flatten(-2), self.k_norm(k).flatten(-2)",
+        "self.k_norm(q).flatten(-2), self.q_norm(k).flatten(-2)",
     ),
     Fault("GatedDeltaNet.core", "self.A_log,\n            self.dt_bias", "self.dt_bias,\n            self.A_log"),
     Fault("RowLinear.forward", "self.group.share.rank == 0", "True"),

@@ -21,6 +21,7 @@ from helpers import canon_checkpoint, poisoned_llm, randomize, save_lamella
 from image_models import TEXT
 from lamella import LLM, SamplingParams, register_architecture
 from lamella.config import AttentionConfig, CanonConfig
+from lamella.layers.kernel_attention import use_attention_kernels
 from lamella.models import Apriel2ForCausalLM, registry
 from lamella.ops import backend
 from lamella.ops.attention.paged import AttentionSpace
@@ -119,6 +120,7 @@ def checkpoint_of(kind, folder):
 def run(llm: LLM, monkeypatch, lengths, placements, later=()) -> Detector:
     """Generate behind prompts of these lengths; `later` ones are added after a few steps, beside the decodes."""
     use_kernels(monkeypatch)
+    use_attention_kernels(llm.engine.model)
     runner = llm.engine.runner
     runner.attention = runner.inputs.attention = AttentionSpace(8, 128, torch.device("cpu"))
 

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from apriel2_models import SUPERNET, checkpoint, fixed
 from lamella.engine.steps import graphs
+from lamella.layers.kernel_attention import use_attention_kernels
 from lamella.ops import backend
 from lamella.ops.attention import triton as attention
 from lamella.ops.attention.paged import AttentionSpace
@@ -30,6 +31,7 @@ def test_each_request_gets_what_it_gets_in_a_batch_that_is_cut(tmp_path, monkeyp
     monkeypatch.setattr(attention, "FEW_REQUESTS", few)
     llm = with_graphs(mixed_llm(folder))
     use_kernels(monkeypatch)
+    use_attention_kernels(llm.engine.model)
     runner = llm.engine.runner
     runner.attention = runner.inputs.attention = AttentionSpace(4, 64, torch.device("cpu"))
     found = answers(llm, lengths, params)

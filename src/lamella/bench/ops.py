@@ -202,8 +202,9 @@ def _attended(batch: ForwardBatch, attention: PagedAttention, q: Tensor) -> Tens
 
 
 def _seconds(passes: Sequence[Callable[[], Tensor]], device: torch.device) -> float:
-    """Of one of the passes, which run one after the other, by the median of many rounds; on a GPU within a graph, as
-    the engine runs them.
+    """Return the seconds of one of the passes, which run one after the other: the median of many rounds.
+
+    On a GPU they run within a graph, as in the engine.
     """
     if device.type != "cuda":
         return _median(lambda: _timed(passes)) / len(passes)

@@ -18,6 +18,7 @@ from lamella.serve.llm import LLM
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run a workload and print its figures; returns the exit status."""
     llm = load_llm(args)
     requests = args.requests or (16 if args.workload == "offline" else 1)
     workload = Workload(requests, args.input_len, args.output_len)

@@ -51,6 +51,11 @@ class BlockInput:
         assert self._residual is not None, "a layer's part left its input unread"
         return self._residual
 
+    @property
+    def source(self) -> Tensor:
+        """A tensor of the input's device and dtype, which costs nothing to ask for."""
+        return self.tensor() if self._unread is None else self._unread.hidden
+
     def tensor(self) -> Tensor:
         """Return the input itself (T, hidden_size)."""
         if self._entered is None:
@@ -63,8 +68,7 @@ class BlockInput:
 
     def fuses(self, linear: nn.Module, canon: Canon | None = None) -> bool:
         """Return whether `project` is one kernel."""
-        source = self.tensor() if self._unread is None else self._unread.hidden
-        if not isinstance(linear, Linear) or not fuses(source, linear.weight):
+        if not isinstance(linear, Linear) or not fuses(self.source, linear.weight):
             return False
         norm = self._inner_norm()
         if norm is not None and not (isinstance(norm, RMSNorm) and not norm.round_twice):

@@ -31,7 +31,7 @@ class Canon(ShortConv):
         self.part = part
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (T, channels) -> (T, channels)."""
+        """Return the convolution of x (T, channels): (T, channels)."""
         return self.history.holder.run(self.part, (x,), self.size)
 
     def swiglu(self, x: Tensor) -> Tensor:

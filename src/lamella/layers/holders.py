@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from lamella.layers.context import ForwardBatch, require_batch
-from lamella.ops import attention, opaque
+from lamella.ops import attention
 from lamella.ops.attention.paged import AttentionPlan
 from lamella.ops.operands import ConvState, PagedCache, QKVSteps
 from lamella.state.spec import PagedState, SlotState
@@ -38,7 +37,6 @@ class PagedAttention(nn.Module):
         self.heads, self.scale, self.spec, self.prefix = heads, scale, spec, prefix
         self.specs = (spec,)
         self.bound: tuple[Tensor, Tensor] | None = None
-        self.handle: Tensor | None = None  # of a compiling engine, see ops.opaque
 
     def bind(self, *tensors: Tensor) -> None:
         """Use these caches (blocks, block_size, KV, D) for this layer's keys and values."""
@@ -57,18 +55,12 @@ class PagedAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k and v (T, KV, D) to the cache, and return attention of q (T, H, D) over all that it holds."""
-        if self.handle is not None and torch.compiler.is_compiling():
-            return opaque.call(self.handle, "attention", (q, k, v), self.spec.head_dim)
         batch = require_batch()
         if batch.pages is None:
             spec = self.spec
             return attention.causal_attention(q, k, v, batch.ragged, self.scale, spec.window, spec.chunk)
         attention.write_kv(k, v, self.cache())
         return self.read(q)
-
-    def compute(self, part: str, inputs: Sequence[Tensor]) -> Tensor:
-        """Return the forward of [q, k, v], untraced."""
-        return self(*inputs)
 
     def cache(self) -> PagedCache:
         """Return the cache with the current step's block table and slot mapping."""
@@ -123,7 +115,6 @@ class SlotHolder(nn.Module):
         super().__init__()
         self.specs, self.prefix = tuple(specs), prefix
         self.rows: tuple[Tensor, ...] = ()
-        self.handle: Tensor | None = None  # of a compiling engine, see ops.opaque
         self.parts: dict[str, Computation] = {}
 
     def bind(self, *tensors: Tensor) -> None:
@@ -131,13 +122,7 @@ class SlotHolder(nn.Module):
         self.rows = tensors
 
     def run(self, part: str, inputs: Sequence[Tensor], width: int) -> Tensor:
-        """One of the `parts` of inputs (T, ...): (T, width)."""
-        if self.handle is not None and torch.compiler.is_compiling():
-            return opaque.call(self.handle, part, inputs, width)
-        return self.compute(part, inputs)
-
-    def compute(self, part: str, inputs: Sequence[Tensor]) -> Tensor:
-        """The same, untraced."""
+        """Return one of the `parts` of inputs (T, ...): (T, width)."""
         result: Tensor = self.parts[part](*inputs, None)
         return result
 

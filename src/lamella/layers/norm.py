@@ -33,6 +33,21 @@ class RMSNorm(nn.Module):
         return ops.add_rms_norm(x, ResidualNorm(residual, self.weight, self.eps), self.round_twice)
 
 
+class HeadNorm(nn.Module):
+    """RMS norm of each head, without a weight."""
+
+    weight: Tensor
+
+    def __init__(self, size: int, eps: float, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(size, dtype=torch.float32, device=device), persistent=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the norm of x (T, heads, size)."""
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
 class SplitRMSNorm(RMSNorm):
     """RMS norm over channels that are spread over the ranks, each of which has as many.
 

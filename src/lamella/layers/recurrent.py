@@ -43,8 +43,9 @@ class RecurrentMixer(nn.Module):
         self.history.declare(kit, prefix, SlotState(tuple(matrix), torch.float32))
 
     def core(self, *inputs: Tensor | None) -> Tensor:
-        """The convolution, the recurrence, and what stands behind them: inputs (T, ...), then where the output (T,
-        width) goes, or None.
+        """Return the convolution, the recurrence, and what follows them, of inputs (T, ...): (T, width).
+
+        The last argument is where the output goes, or None.
         """
         raise NotImplementedError
 

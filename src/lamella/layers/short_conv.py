@@ -78,7 +78,7 @@ class ShortConv(nn.Module):
         self.channels = history.take(self.size, computations or {})
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (T, channels) -> (T, channels), within a computation over the state."""
+        """Return the convolution of x (T, channels), within a computation over the state: (T, channels)."""
         return short_conv(x, self.weights(), require_batch().ragged, self.state(x))
 
     def weights(self) -> ConvWeights:

@@ -31,6 +31,7 @@ from lamella.engine.steps.step_inputs import StepInputs, StepTensors
 from lamella.layers.compiled.model import MIN_TOKENS, CompiledModel
 from lamella.layers.context import forward_batch, leave_batch
 from lamella.layers.decoder import LanguageModel
+from lamella.layers.kernel_attention import use_attention_kernels
 from lamella.layers.supernet.batches import CutPlacements, MixerUnion, unite
 from lamella.ops.attention.paged import AttentionSpace
 from lamella.ops.backend import has_triton, use_triton
@@ -95,6 +96,8 @@ class ModelRunner:
         self.num_replays = 0
         kernels = device.type == "cuda" and has_triton()
         self.attention = AttentionSpace(max_num_seqs, max_model_len, device) if kernels else None
+        if kernels:
+            use_attention_kernels(model)
         self.inputs = StepInputs(state, max_model_len, device, self.attention)
         # Of the latest step, what each of its rows has chosen.
         self._tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)

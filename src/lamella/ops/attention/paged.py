@@ -45,8 +45,9 @@ class AttentionSpace:
             part.begin_step()
 
     def part(self, index: int) -> AttentionSpace:
-        """The space of one of a step's parts, whose layers' plans must not lie in the whole step's; the same one for
-        each step, so that a graph finds it where it was captured.
+        """Return the space of one of a step's parts, whose layers' plans must not lie in the whole step's.
+
+        It is the same one in each step, so that a graph finds it where it was captured.
         """
         while len(self._parts) <= index:
             self._parts.append(AttentionSpace(self.max_requests, self.max_length, self.device))
@@ -56,6 +57,7 @@ class AttentionSpace:
     def decode_workspace(
         self, heads: int, kv_heads: int, head_dim: int, window: int | None, chunk: int | None = None
     ) -> DecodeWorkspace:
+        """Return the memory for decodes of layers of this shape."""
         from lamella.ops.attention import triton
 
         key = heads, kv_heads, head_dim, window, chunk

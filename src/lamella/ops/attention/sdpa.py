@@ -101,7 +101,7 @@ def _decode(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    """q (B, n, H, D); k and v (B, m, KV, D), m >= n; returns (B, n, H, D)."""
+    """Attention of q (B, n, H, D) over k and v (B, m, KV, D), m >= n: (B, n, H, D)."""
     new, length = q.shape[1], k.shape[1]
     mask = None
     if new != length or window is not None:

@@ -29,8 +29,10 @@ Chunked = Callable[..., tuple[Tensor, Tensor]]
 
 
 def serves(v: Tensor, key_dim: int, tokens: int, requests: int) -> bool:
-    """Whether these kernels take `tokens` tokens of prompts of so many requests: many, in a narrow dtype (they would
-    round fp32 to tf32), and outside of a graph, whose replays have other lengths. v (T, HV, DV).
+    """Return whether these kernels take `tokens` tokens of prompts of so many requests, v (T, HV, DV).
+
+    They take many tokens, in a narrow dtype (they would round fp32 to tf32), and outside of a graph, whose replays have
+    other lengths.
     """
     if tokens * v.shape[1] * key_dim * v.shape[2] < MIN_WORK and tokens < MIN_LENGTH * requests:
         return False

@@ -147,7 +147,7 @@ def _turn(first, second, cos, sin):
 
 @triton.jit
 def _times(x, factor):
-    """x times a factor, if there is one, rounded to its dtype."""
+    """Return x times a factor, if there is one, rounded to its dtype."""
     if factor is not None:
         x = (x.to(tl.float32) * factor).to(x.dtype)
     return x

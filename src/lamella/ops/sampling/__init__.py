@@ -39,11 +39,10 @@ _pending.backend("reference")(reference.pending_tokens)
 
 
 def draw(logits: Tensor, sampling: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
-    """Choose a token for each row of logits (R, V) fp32 on a GPU, into `out` (R,) int64 if given; `NO_TOKEN` where none
-    can be chosen.
+    """Choose a token for each row of logits (R, V) fp32 on a GPU, into `out` (R,) int64 if given.
 
-    `sampling` has seed and step (R,) int64, top_k int32, temperature, top_p and min_p fp32, as `SamplingParams` means
-    them. See `engine.sampler` for the rules.
+    A row gets `NO_TOKEN` if none can be chosen. `sampling` has seed and step (R,) int64, top_k int32, temperature,
+    top_p and min_p fp32, with the meanings of `SamplingParams`. The reference is `engine.steps.sampler`.
     """
     from lamella.ops.sampling import triton
 

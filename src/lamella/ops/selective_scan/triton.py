@@ -128,9 +128,7 @@ def _load_constants(
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The rates of decay in powers of two (rows, columns), and of each channel the bias of its step and the factor of
-    its input: fp32.
-    """
+    """Return the rates of decay in powers of two (rows, columns), and each channel's step bias and factor, fp32."""
     inside = channel < CHANNELS
     mask = inside[:, None] & (column < WIDTH)[None, :]
     entry = channel[:, None] * WIDTH + column[None, :]
@@ -363,8 +361,9 @@ def _chunk(
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """OUTPUTS: those of a chunk, from the state before it, in `states`. Else what the chunk would leave of nothing,
-    into `states`, and the sum of its steps, into `totals`.
+    """Compute the outputs of a chunk from the state before it, in `states`, if OUTPUTS.
+
+    Otherwise the state that the chunk leaves of a zero state goes to `states`, and the sum of its steps to `totals`.
     """
     channel, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     number = tl.program_id(1)

@@ -555,7 +555,7 @@ def _norm_step(
 
 @triton.jit
 def _sum(x, residual, column, mask):
-    """x + residual, rounded to their dtype."""
+    """Return x + residual, rounded to their dtype."""
     value = tl.load(x + column, mask=mask, other=0.0).to(tl.float32)
     value += tl.load(residual + column, mask=mask, other=0.0).to(tl.float32)
     return value.to(x.dtype.element_ty)
