@@ -193,7 +193,7 @@ def roofline(path: str) -> dict[int, float]:
     from lamella.layers.local_kit import LocalKit
 
     checkpoint = open_checkpoint(path)
-    model = checkpoint.architecture.allocate(checkpoint.read_config(), LocalKit(torch.bfloat16, "meta"))
+    model = checkpoint.allocate(checkpoint.read_config(), LocalKit(torch.bfloat16, "meta"))
     card = CostCard.of(model, measure_bandwidth(torch.device("cpu")))
     floors = {batch: card.floor_seconds(batch, INPUT_LEN + OUTPUT_LEN // 2) * 1e3 for batch in BATCHES}
     print(f"weights read by a step: {card.step_bytes / 1e9:.3f} GB; measured bandwidth {card.bandwidth / 1e9:.1f} GB/s")

@@ -447,15 +447,17 @@ def mixed_engine(run: str, sizes: Sizes, args: argparse.Namespace, folder: Path)
 def mixed_floors(llm: Any, both: Sequence[list[str]], sizes: Sizes) -> Values:
     """Of a step of all requests, in ms, under each placement, and with half of the requests under each."""
     from lamella.bench.card import CostCard, measure_bandwidth
+    from lamella.config import read_placement
+    from lamella.layers.supernet.placing import activate, active_placement, idle_parameters
 
     model, bandwidth = llm.engine.model, measure_bandwidth(llm.engine.device)
-    before, context = model.placement, sizes.prompt + sizes.decode // 2
+    before, context = active_placement(model), sizes.prompt + sizes.decode // 2
     cards, idle = [], []
     for placement in both:
-        model.set_placement(placement)
+        activate(model, read_placement(placement, model.config))
         cards.append(CostCard.of(model, bandwidth))
-        idle.append({parameter: parameter.nbytes for parameter in model.idle_parameters()})
-    model.activate(before)
+        idle.append({parameter: parameter.nbytes for parameter in idle_parameters(model)})
+    activate(model, before)
     alone = [card.floor_seconds(sizes.most, context) for card in cards]
     more = sum(nbytes for parameter, nbytes in idle[0].items() if parameter not in idle[1])
     state = sum(card.decode_bytes(sizes.most, context) - card.step_bytes for card in cards) / 2
@@ -589,18 +591,19 @@ class Core:
     def __init__(self, name: str, sizes: Sizes, layers: int, batch: int, device: str) -> None:
         import torch
 
+        from lamella.config.hf_config import HFConfig
+        from lamella.layers.build import build
         from lamella.layers.context import ForwardBatch
         from lamella.layers.local_kit import LocalKit
         from lamella.models import Apriel2ForCausalLM
         from lamella.models.base import initialize
-        from lamella.models.hf_config import HFConfig
         from lamella.ops.ragged import RaggedBatch
 
         # The projections around it are none of its business: they are narrow.
         values = apriel2(sizes, mixers(sizes), [name]) | {"hidden_size": 16}
         config = Apriel2ForCausalLM.read_config(HFConfig(values)).layers[0].mixer
         kit = LocalKit(torch.bfloat16, device)
-        self.mixers: list[Any] = [config.build(kit, 16, f"{index}", None) for index in range(layers)]
+        self.mixers: list[Any] = [build(config, kit, 16, f"{index}", None) for index in range(layers)]
         for mixer in self.mixers:
             initialize(mixer)
             specs = mixer.history.holder.specs

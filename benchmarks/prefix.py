@@ -390,7 +390,7 @@ def costs(path: str, device: str, load: Load, rates: tuple[float, float]) -> dic
 
     bandwidth, flops = rates
     checkpoint = open_checkpoint(path)
-    model = checkpoint.architecture.allocate(checkpoint.read_config(), LocalKit(torch.bfloat16, "meta"))
+    model = checkpoint.allocate(checkpoint.read_config(), LocalKit(torch.bfloat16, "meta"))
     card = CostCard.of(model, bandwidth)
     multiplied = card.parameters - SHAPE["vocab_size"] * SHAPE["hidden_size"]  # per prompt token; the head is for one
 

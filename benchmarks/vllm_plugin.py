@@ -84,9 +84,9 @@ def floor_ms(shape: str, bandwidth: float) -> float:
     """The time to read the weights once, with bandwidth in GB/s."""
     import torch
 
+    from lamella.config.hf_config import HFConfig
     from lamella.layers.decoder import LanguageModel
     from lamella.layers.local_kit import LocalKit
-    from lamella.models.hf_config import HFConfig
     from lamella.models.registry import resolve_architecture
 
     values = config(shape)

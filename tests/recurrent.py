@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from helpers import randomize, save_lamella
 from lamella import register_architecture
 from lamella.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig, RopeConfig
+from lamella.config.hf_config import HFConfig
 from lamella.layers.block_input import BlockInput
 from lamella.layers.context import require_batch
 from lamella.layers.kit import Kit
 from lamella.layers.rotary import Positions
 from lamella.layers.short_conv import ConvHistory
 from lamella.models.base import CausalLM
-from lamella.models.hf_config import HFConfig
 from lamella.parity.oracle import MIXERS, Oracle
 from lamella.parity.sites import Tap
 from lamella.state.spec import SlotState

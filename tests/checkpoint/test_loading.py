@@ -86,7 +86,7 @@ def test_one_file_or_many(originals, edit, family, sharded):
 @pytest.mark.parametrize("family", ["llama", "tied", "qwen3", "canon"])
 def test_each_tensor_is_read_once_and_each_parameter_filled_once(originals, family):
     checkpoint = open_checkpoint(originals[0] / family)
-    model = checkpoint.architecture.allocate(checkpoint.read_config(), LocalKit())
+    model = checkpoint.allocate(checkpoint.read_config(), LocalKit())
     for parameter in model.parameters():
         parameter.data.fill_(torch.nan)
     reads = []

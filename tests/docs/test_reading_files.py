@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lamella.models.config_keys import KeyRules
+from lamella.config.config_keys import KeyRules
 from lamella.serve.vllm_arguments import ARGUMENTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "reading_files.md"

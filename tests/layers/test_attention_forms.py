@@ -32,7 +32,7 @@ CONFIGS = {
 
 
 def built(config: AttentionConfig) -> Attention:
-    layer = config.build(LocalKit(), 32, "layer", None)
+    layer = Attention(config, LocalKit(), 32, "layer", None)
     randomize(layer, 0)
     return layer
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from covering import covering
 from lamella.config import GatedDeltaNetConfig, KimiDeltaConfig, MambaConfig, NormConfig
 from lamella.layers.block_input import BlockInput
+from lamella.layers.build import build
 from lamella.layers.context import ForwardBatch, forward_batch
 from lamella.layers.local_kit import LocalKit
 from lamella.layers.recurrent import RecurrentMixer
@@ -87,7 +88,7 @@ def backend(request) -> Iterator[None]:
 @torch.no_grad()
 def built(config: Mixer, hidden_size: int, dtype: torch.dtype = torch.float32) -> RecurrentMixer:
     """The mixer as training starts it, but for projections and convolutions, which carry more, over slots of NaN."""
-    module = config.build(LocalKit(dtype), hidden_size, "mixer", None)
+    module = build(config, LocalKit(dtype), hidden_size, "mixer", None)
     generator = torch.Generator().manual_seed(0)
     initialize(module, generator)
     for name, parameter in module.named_parameters():

@@ -31,13 +31,13 @@ from lamella.config import (
     StochasticConfig,
     YarnScaling,
 )
+from lamella.config.hf_config import HFConfig
 from lamella.engine.options import EngineOptions
 from lamella.errors import ConfigError
 from lamella.layers.local_kit import LocalKit
 from lamella.layers.rotary import inverse_frequencies
 from lamella.models import Apriel2ForCausalLM, resolve_architecture
 from lamella.models.apriel2 import _ACTIVATIONS
-from lamella.models.hf_config import HFConfig
 
 pytestmark = pytest.mark.unit
 
@@ -698,7 +698,7 @@ def test_names_of_the_architecture(tmp_path, changes):
     values = fixed(ATTENTION) | vision | changes
     (tmp_path / "config.json").write_text(json.dumps(values))
     opened = open_checkpoint(tmp_path)
-    assert opened.architecture is Apriel2ForCausalLM
+    assert opened.architecture is Apriel2ForCausalLM.description
     assert opened.read_config() == read(fixed(ATTENTION))
     assert resolve_architecture("apriel2") is resolve_architecture("apriel2_text") is Apriel2ForCausalLM
 

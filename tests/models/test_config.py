@@ -23,10 +23,10 @@ from lamella.config import (
     RopeConfig,
     YarnScaling,
 )
+from lamella.config.config_keys import KeyRules
+from lamella.config.hf_config import HFConfig
 from lamella.errors import ConfigError
 from lamella.models import LlamaCanonForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM
-from lamella.models.config_keys import KeyRules
-from lamella.models.hf_config import HFConfig
 
 BASE = SHAPE | {"head_dim": 16}
 CLASSES = {"llama": LlamaForCausalLM, "qwen3": Qwen3ForCausalLM, "canon": LlamaCanonForCausalLM}

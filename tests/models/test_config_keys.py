@@ -17,11 +17,11 @@ from lamella import LLM
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.checkpoint.overrides import apply_overrides
 from lamella.config import LongRopeScaling, ModelConfig, YarnScaling
+from lamella.config.config_keys import KeyRules
+from lamella.config.hf_config import HFConfig
 from lamella.errors import ConfigError
 from lamella.layers.rotary import Rotary, inverse_frequencies
 from lamella.models import LlamaCanonForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM
-from lamella.models.config_keys import KeyRules
-from lamella.models.hf_config import HFConfig
 from lamella.parity.oracle import _frequencies
 
 BASE = SHAPE | {"head_dim": 16}

@@ -7,9 +7,9 @@ import logging
 import pytest
 
 from lamella.config import Llama3Scaling, MLPConfig, MoEConfig, TemperatureConfig
+from lamella.config.hf_config import HFConfig
 from lamella.errors import ConfigError
 from lamella.models import Llama4ForCausalLM, Llama4ForConditionalGeneration
-from lamella.models.hf_config import HFConfig
 
 pytestmark = pytest.mark.unit
 

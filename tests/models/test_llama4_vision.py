@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Llama4Config, Llama4ForConditionalGeneration
 
 from helpers import randomize
+from lamella.config.hf_config import HFConfig
 from lamella.errors import CheckpointError, ConfigError, ParameterError
-from lamella.models.hf_config import HFConfig
 from lamella.vision.llama4_encoder import Vision, VisionConfig
 from lamella.vision.llama4_tiling import ImageTokens, cut_tiles, fit, grid
 

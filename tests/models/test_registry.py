@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -10,9 +12,17 @@ import lamella
 from helpers import canon_config, greedy, plain_logits, random_prompts, randomize, save_lamella
 from lamella import LLM, SamplingParams
 from lamella.config import AttentionConfig, CanonConfig, LayerConfig, MLPConfig, NormConfig, RopeConfig
+from lamella.config.hf_layers import read_model
 from lamella.errors import ConfigError
-from lamella.models import CausalLM, architectures, register_architecture, registry, resolve_architecture
-from lamella.models.hf_config import read_model
+from lamella.models import (
+    Architecture,
+    CausalLM,
+    LlamaForCausalLM,
+    architectures,
+    register_architecture,
+    registry,
+    resolve_architecture,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -91,6 +101,102 @@ def test_an_architecture_from_outside_runs(tmp_path):
     for prompt, output in zip(prompts, outputs, strict=True):
         expected = greedy(lambda ids: plain_logits(model, ids), prompt["prompt_token_ids"], 10)
         assert output.outputs[0].token_ids == expected
+
+
+def test_a_description_is_all_that_an_architecture_needs(tmp_path):
+    """The engine must not need a class, nor its attributes."""
+    description = Architecture(
+        "StripesForCausalLM", StripesForCausalLM.read_config, checkpoint_names=StripesForCausalLM.checkpoint_names
+    )
+    register_architecture("StripesForCausalLM", description, aliases=("stripes",))
+    assert registry.find_architecture("stripes") is description
+    cls = resolve_architecture("stripes")
+    assert cls is resolve_architecture("StripesForCausalLM") and issubclass(cls, CausalLM)
+    assert (cls.__name__, cls.checkpoint_names) == ("StripesForCausalLM", description.checkpoint_names)
+    model = cls.from_config(VALUES)
+    randomize(model, 0)
+    folder = save_lamella(model, VALUES, tmp_path)
+    llm = LLM(folder, device="cpu", max_num_batched_tokens=16)
+    assert type(llm.engine.model) is cls
+    (prompt,) = random_prompts([30])
+    (output,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=6), use_tqdm=False)
+    expected = greedy(lambda ids: plain_logits(model, ids), prompt["prompt_token_ids"], 6)
+    assert output.outputs[0].token_ids == expected
+    assert isinstance(cls.from_pretrained(folder), cls)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_class_has_the_attributes_of_its_description(name):
+    cls, description = resolve_architecture(name), registry.find_architecture(name)
+    assert cls.description is description and cls.__name__ == description.name
+    assert cls.checkpoint_names is description.checkpoint_names
+    assert cls.packed_modules_mapping is description.packed_modules
+    assert (cls.outer_prefix, cls.has_slot_state) == (description.outer_prefix, description.has_slot_state)
+    assert cls.read_config is description.read_config and cls.own_name is description.own_name
+
+
+def test_a_class_without_a_description_is_described_by_its_attributes():
+    class Fewer(StripesForCausalLM):
+        outer_prefix, has_slot_state = "inner.", False
+
+        @classmethod
+        def own_name(cls, name):
+            return name.removeprefix(cls.outer_prefix)
+
+    description = Fewer.description
+    assert (description.name, description.outer_prefix, description.has_slot_state) == ("Fewer", "inner.", False)
+    assert description.checkpoint_names is StripesForCausalLM.checkpoint_names
+    assert description.own_name("inner.norm.weight") == "norm.weight"
+    assert description.leftovers(["a"], []) == set()
+    assert StripesForCausalLM.description.outer_prefix == ""
+
+
+def test_a_method_as_image_model_is_refused():
+    """It was one; a class that still has it would read no images and say nothing."""
+    with pytest.raises(TypeError, match=r"Sees\.image_model: must be None or 'module:Class'"):
+
+        class Sees(StripesForCausalLM):
+            @classmethod
+            def image_model(cls, checkpoint, load_format="auto"):
+                return None
+
+
+STRIPES = Architecture("Stripes", StripesForCausalLM.read_config)
+
+
+def read_nothing(config):
+    raise AssertionError
+
+
+HELD = Architecture("Held", read_nothing)
+
+
+def test_other_processes_get_the_path_of_a_description():
+    register_architecture("Held", HELD)
+    register_architecture("Stripes", STRIPES)
+    register_architecture("Path", "elsewhere:PATH")
+    register_architecture("Local", Architecture("Local", read_nothing))
+    paths = registry.registered()
+    assert paths["Held"] == f"{__name__}:HELD" and paths["Stripes"] == f"{__name__}:STRIPES"
+    assert paths["Path"] == "elsewhere:PATH" and paths["llama"] == "lamella.models.llama:LLAMA"
+    assert "Local" not in paths
+
+
+def test_ranks_of_a_description_that_no_module_holds_are_refused(tmp_path):
+    description = Architecture("StripesForCausalLM", StripesForCausalLM.read_config)
+    register_architecture("StripesForCausalLM", description)
+    (tmp_path / "config.json").write_text(json.dumps(VALUES))
+    with pytest.raises(ConfigError, match="StripesForCausalLM is defined in the main script, or is held by no module"):
+        LLM(tmp_path, device="cpu", load_format="dummy", tensor_parallel_size=2)
+
+
+def test_a_description_is_the_same_under_each_of_its_paths():
+    for target in (LlamaForCausalLM, LlamaForCausalLM.description, "lamella.models.llama:LLAMA"):
+        register_architecture("LlamaForCausalLM", target)
+    register_architecture("Held", HELD)
+    register_architecture("Held", replace(HELD))  # the module was executed again
+    with pytest.raises(ConfigError, match="is registered already"):
+        register_architecture("Held", replace(HELD, name="Other"))
 
 
 def test_the_same_again_is_harmless():

@@ -49,7 +49,7 @@ def folder(request, tmp_path_factory):
 def test_a_loading_loop_fills_the_model_as_the_loader_does(folder, rank):
     checkpoint = open_checkpoint(folder)
     group = None if rank is None else Group(Share(rank, 2))
-    model = checkpoint.architecture.allocate(checkpoint.read_config(), LocalKit(torch.float32, group=group))
+    model = checkpoint.allocate(checkpoint.read_config(), LocalKit(torch.float32, group=group))
     for parameter in model.parameters():
         parameter.data.fill_(torch.nan)
     load_by_loop(model, load_file(folder / "model.safetensors"))

@@ -126,7 +126,7 @@ def divided(config, size, seed=0):
         for parameter in part.parameters():
             parameter.data.fill_(torch.nan)
         source = Source(whole, {})
-        fill(part, FakeCheckpoint(), source)
+        fill(part, FakeCheckpoint(architecture.description), source)
         # No tensor is read beyond what the rank keeps.
         assert source.read == sum(parameter.numel() for parameter in part.parameters())
         assert not any(parameter.isnan().any() for parameter in part.parameters())
@@ -136,6 +136,9 @@ def divided(config, size, seed=0):
 
 class FakeCheckpoint:
     path, names, tied_head = "memory", {}, "lm_head.weight"
+
+    def __init__(self, architecture):
+        self.architecture = architecture
 
 
 @st.composite

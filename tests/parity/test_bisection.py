@@ -20,7 +20,7 @@ from lamella.errors import ConfigError, ParameterError
 from lamella.layers.context import forward_batch, require_batch
 from lamella.layers.holders import PagedAttention, SlotRows
 from lamella.layers.rotary import Positions, Rotary
-from lamella.models import LlamaForCausalLM
+from lamella.models import LlamaForCausalLM, registry
 from lamella.parity import bisect
 from lamella.parity.bisection import CHUNKS, RATIO_LIMIT
 from lamella.parity.subject import Subject
@@ -320,10 +320,10 @@ def test_the_channel_is_the_faulty_one(folders):
 @pytest.mark.parametrize("field", ["rms_norm_eps", "rope_theta"])
 def test_a_config_misread_is_named(field, folders, monkeypatch):
     """`transformers` reads the file itself, so that a fault of our reader is no secret."""
-    right = LlamaForCausalLM.read_config.__func__
+    right = LlamaForCausalLM.description
 
-    def wrong(cls, values) -> ModelConfig:
-        read = right(cls, values)
+    def wrong(values) -> ModelConfig:
+        read = right.read_config(values)
         first = read.layers[0]
         if field == "rms_norm_eps":
             broken = replace(first, norm=replace(first.norm, eps=1e-4))
@@ -331,7 +331,7 @@ def test_a_config_misread_is_named(field, folders, monkeypatch):
             broken = replace(first, mixer=replace(first.mixer, rope=replace(first.mixer.rope, theta=500.0)))
         return replace(read, layers=(broken, *read.layers[1:]))
 
-    monkeypatch.setattr(LlamaForCausalLM, "read_config", classmethod(wrong))
+    monkeypatch.setitem(registry._targets, "LlamaForCausalLM", replace(right, read_config=wrong))
     first = bisect(folders["llama"], oracle="hf", **PROMPTS).first
     assert (first.layer, first.op) == (0, "norm" if field == "rms_norm_eps" else "rotary")
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from lamella.engine.tokenizer import Tokenizer
 from tokenizers import Tokenizer as Library
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, Qwen3Config
@@ -19,6 +18,7 @@ from helpers import hf_checkpoint, logprobs, plain_logits
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.checkpoint.names import targets
 from lamella.config import AttentionConfig, LinearScaling, Llama3Scaling, ModelConfig, YarnScaling
+from lamella.engine.requests.tokenizer import Tokenizer
 from lamella.errors import CheckpointError, ConfigError, LamellaError
 from lamella.layers.local_kit import LocalKit
 
@@ -171,7 +171,7 @@ def test_indices_name_the_tensors_that_we_read(name, tmp_path):
         (tmp_path / stem / "config.json").write_text(json.dumps(SUPPORTED[stem]))
         config = open_checkpoint(tmp_path / stem).read_config()
         checkpoint = open_checkpoint(tmp_path / stem)
-        model = checkpoint.architecture.allocate(config, LocalKit(device="meta"))
+        model = checkpoint.allocate(config, LocalKit(device="meta"))
         present = {tensor for tensor in index["weight_map"] if not tensor.endswith("rotary_emb.inv_freq")}
         expected = set(targets(model, checkpoint.names))
         assert present - {"lm_head.weight"} == expected - {"lm_head.weight"}

@@ -24,8 +24,8 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from checkpoint.test_lingua import lingua_checkpoint
 from helpers import VOCAB, canon_config, hf_checkpoint
+from lamella.config.hf_config import HFConfig
 from lamella.errors import CheckpointError, ConfigError
-from lamella.models.hf_config import HFConfig
 from lamella.models.registry import architectures, resolve_architecture
 from lamella.ops.operands import ConvState, ConvWeights, ResidualNorm
 from lamella.ops.ragged import RaggedBatch

@@ -132,7 +132,7 @@ def _measure(
     checkpoint = open_checkpoint(model, overrides)
     config = checkpoint.read_config()
     config = with_depth(placed(config, read_placement(placement, config)), layers)
-    built: LanguageModel = checkpoint.architecture.allocate(config, LocalKit(torch.float32))
+    built: LanguageModel = checkpoint.allocate(config, LocalKit(torch.float32))
     initialize(built.eval().requires_grad_(False), torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = [_run(built, size) for size in SIZES]

@@ -20,6 +20,7 @@ from lamella.checkpoint.tensors import INDEX, OpenTensors
 from lamella.config import AttentionConfig, ModelConfig
 from lamella.errors import CheckpointError, ConfigError
 from lamella.layers.local_kit import LocalKit
+from lamella.models.rope_order import permute_heads, rope_order
 
 ROPES = ("keep", "huggingface", "lingua")
 SHARD_BYTES = 5 << 30
@@ -55,7 +56,7 @@ def convert(
     if destination.exists():
         raise CheckpointError(f"{destination}: is there already; nothing is overwritten")
     checkpoint = open_checkpoint(source, overrides)
-    if "rope_version" not in checkpoint.values and checkpoint.architecture.__name__ != "LlamaCanonForCausalLM":
+    if "rope_version" not in checkpoint.values and checkpoint.architecture.name != "LlamaCanonForCausalLM":
         raise CheckpointError(f"{checkpoint.path}: only LlamaCanon checkpoints are converted")
     if checkpoint.quantization is not None:
         raise CheckpointError(f"{checkpoint.path}: quantised files are not converted")
@@ -77,20 +78,10 @@ def convert(
     return destination
 
 
-def rope_order(head_dim: int, rope_dim: int, to: str) -> Tensor:
-    """Which old channel of a head stands at each new place, (head_dim,) int64.
-
-    From adjacent pairs `to` "huggingface"'s half-split ones, or back `to` "lingua"'s. Channels that do not turn stay.
-    """
-    halves = torch.arange(rope_dim).view(-1, 2).T.flatten()
-    order = halves if to == "huggingface" else halves.argsort()
-    return torch.cat((order, torch.arange(rope_dim, head_dim)))
-
-
 def _tensors(checkpoint: Checkpoint, tensors: OpenTensors, reorder: str | None) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under its Hugging Face name, reordered where it has query and key channels."""
     config = checkpoint.read_config()
-    model = checkpoint.architecture.allocate(config, LocalKit(device="meta"))
+    model = checkpoint.allocate(config, LocalKit(device="meta"))
     old, new = targets(model, checkpoint.names), targets(model, checkpoint.architecture.checkpoint_names)
     check_names(checkpoint, model, old, tensors.names())
     for (source, target), name in zip(old.items(), new, strict=True):
@@ -114,11 +105,6 @@ def _reordered(tensor: Tensor, target: Target, config: ModelConfig, to: str) -> 
         queries_keys, values = tensor.split((mixer.query_size + mixer.kv_size, mixer.kv_size))
         return torch.cat((permute_heads(queries_keys, order), values))
     return tensor
-
-
-def permute_heads(rows: Tensor, order: Tensor) -> Tensor:
-    """Rows (heads * D, ...) with each head's D rows in a new order."""
-    return rows.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
 
 
 def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:

@@ -7,27 +7,27 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lamella.checkpoint.file_kinds import GGUF_ADVICE, is_present, what_it_is, why_no_weights
 from lamella.checkpoint.json_file import read_json
 from lamella.checkpoint.lingua import LINGUA_NAMES, TIED_HEAD, find_lingua, read_params
-from lamella.checkpoint.names import rename
 from lamella.checkpoint.overrides import apply_overrides
 from lamella.checkpoint.quantization import DequantizedTensors, Quantization
 from lamella.checkpoint.tensors import OpenTensors, TensorSource, TorchFile, open_weights
 from lamella.checkpoint.tokenizer_files import eos_of_tokenizer
 from lamella.config import ModelConfig
+from lamella.config.config_keys import IgnoredKeys
+from lamella.config.hf_config import HFConfig
 from lamella.errors import CheckpointError
-from lamella.models.config_keys import IgnoredKeys
-from lamella.models.hf_config import HFConfig
-from lamella.models.registry import resolve_architecture
+from lamella.layers.kit import Kit
+from lamella.models.architecture import Architecture
+from lamella.models.base import CausalLM, model_class
+from lamella.models.names import rename
+from lamella.models.registry import find_architecture
 from lamella.parallel.sharding import Split
-
-if TYPE_CHECKING:
-    from lamella.models.base import CausalLM
 
 logger = logging.getLogger("lamella")
 
@@ -41,9 +41,9 @@ class Checkpoint:
     Attributes:
         path: its folder.
         config_file: config.json, or lingua's params.json.
-        architecture: the class that serves it.
+        architecture: how it is read.
         values: the keys of config.json, or what a lingua file says in the same words.
-        names: our parameter paths -> the file's, see `CausalLM.checkpoint_names`.
+        names: our parameter paths -> the file's, see `Architecture.checkpoint_names`.
         tied_head: name of a tied head's own copy in the files.
         tensors: where the weights come from.
         quantization: of the files; what `tensors` gives is dequantized.
@@ -51,7 +51,7 @@ class Checkpoint:
 
     path: Path
     config_file: Path
-    architecture: type[CausalLM]
+    architecture: Architecture
     values: Mapping[str, Any]
     names: Mapping[str, str]
     tied_head: str
@@ -69,6 +69,15 @@ class Checkpoint:
     def hf_config(self, values: Mapping[str, Any], max_length: int | None = None) -> HFConfig:
         """Return values in the place of its own, to be read as these are."""
         return HFConfig(values, str(self.config_file), max_length, self._list, self._ignored)
+
+    def allocate(self, config: ModelConfig, kit: Kit) -> CausalLM:
+        """Build a model of the checkpoint's architecture, with parameters that are not filled.
+
+        Args:
+            config: what `read_config` returns, or a change of it.
+            kit: supplies the parts; one on the device "meta" allocates nothing.
+        """
+        return model_class(self.architecture).allocate(config, kit)
 
     def _list(self) -> Collection[str] | None:
         """The names of the tensors; None where there are no files, as for dummy weights, or none that can be read."""
@@ -135,14 +144,14 @@ def open_checkpoint(
         sections = {key: overrides[key] for key in overrides.keys() & read_json(config_file).keys()}
         words = {key: value for key, value in overrides.items() if key not in sections}
         values = apply_overrides(read_params(config_file, sections), words)
-        architecture = resolve_architecture(_architecture_name(values, config_file))
+        architecture = find_architecture(_architecture_name(values, config_file))
         file = TorchFile(lingua / "consolidated.pth")
         return Checkpoint(path, config_file, architecture, values, LINGUA_NAMES, TIED_HEAD, file)
     config_file = path / "config.json"
     if not is_present(config_file):
         raise CheckpointError(_why_no_config(path))
     values = apply_overrides(read_json(config_file), overrides)
-    architecture = resolve_architecture(_architecture_name(values, config_file))
+    architecture = find_architecture(_architecture_name(values, config_file))
     names = architecture.checkpoint_names
     tensors = open_weights(path, architecture.own_name)
     quantization = Quantization.read(values, config_file)

@@ -12,9 +12,9 @@ from typing import Any
 
 from lamella.checkpoint.json_file import read_json
 from lamella.checkpoint.overrides import apply_overrides
+from lamella.config.config_keys import IgnoredKeys
+from lamella.config.hf_config import HFConfig
 from lamella.errors import CheckpointError, ConfigError
-from lamella.models.config_keys import IgnoredKeys
-from lamella.models.hf_config import HFConfig
 
 logger = logging.getLogger("lamella")
 

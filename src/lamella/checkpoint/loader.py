@@ -12,11 +12,13 @@ from torch import Tensor
 
 from lamella.checkpoint.file_kinds import why_no_weights
 from lamella.checkpoint.files import Checkpoint
-from lamella.checkpoint.names import Target, rename, targets
+from lamella.checkpoint.names import Target, targets
 from lamella.checkpoint.tensors import OpenTensors
 from lamella.errors import CheckpointError, ConfigError
 from lamella.layers.local_kit import LocalKit
-from lamella.models.base import CausalLM, initialize
+from lamella.layers.parameters import initialize
+from lamella.models.base import CausalLM
+from lamella.models.names import rename
 from lamella.parallel.group import Group
 from lamella.parallel.sharding import Split
 from lamella.validation import listed
@@ -79,7 +81,7 @@ def load_model(
         raise ConfigError(f"load_format={load_format!r}: must be one of {', '.join(LOAD_FORMATS)}")
     config = checkpoint.read_config(max_length)
     kit = LocalKit(resolve_dtype(checkpoint, dtype), device, group, expert_parallel)
-    model = checkpoint.architecture.allocate(config, kit)
+    model = checkpoint.allocate(config, kit)
     if load_format == "dummy":
         initialize(model, torch.Generator(device).manual_seed(seed))
     else:
@@ -162,7 +164,7 @@ def check_names(
         raise CheckpointError(f"{checkpoint.path}: {why_no_weights(checkpoint.path)}")
     expected = set(targets_by_name)
     redundant = present & {checkpoint.tied_head} if model.config.tie_word_embeddings else set()
-    leftovers = type(model).leftovers(present - expected, expected)
+    leftovers = checkpoint.architecture.leftovers(present - expected, expected)
     if leftovers:
         logger.info(
             "%s: %d tensors of parts that the config no longer has are not read: %s",
@@ -175,7 +177,7 @@ def check_names(
         problems = {"missing": missing, "unexpected": unexpected}
         what = "; ".join(f"{kind}: {listed(some)}" for kind, some in problems.items() if some)
         advice = _way_out(checkpoint, missing, unexpected)
-        raise CheckpointError(f"{checkpoint.path}: tensors do not fit {type(model).__name__}; {what}{advice}")
+        raise CheckpointError(f"{checkpoint.path}: tensors do not fit {checkpoint.architecture.name}; {what}{advice}")
     return redundant
 
 

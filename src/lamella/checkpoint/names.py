@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lamella.layers.linear import Apart, splits_of
+from lamella.layers.parameters import SeparateTensor, layout_of
+from lamella.models.names import rename
 from lamella.parallel.sharding import Split
 
 
@@ -50,60 +51,36 @@ class Target:
             yield Target(place[index:stop], self.path, (split, *others))
 
 
-def rename(path: str, names: Mapping[str, str]) -> str:
-    """`path` with each run of components that is a key of `names` replaced; longer keys win."""
-    parts, keys = path.split("."), {tuple(key.split(".")): value for key, value in names.items()}
-    longest = max(map(len, keys), default=0)
-    renamed: list[str] = []
-    index = 0
-    while index < len(parts):
-        for length in range(longest, 0, -1):
-            value = keys.get(tuple(parts[index : index + length]))
-            if value is not None:
-                renamed.append(value)
-                index += length
-                break
-        else:
-            renamed.append(parts[index])
-            index += 1
-    return ".".join(renamed)
-
-
 def targets(model: nn.Module, names: Mapping[str, str], present: Collection[str] = ()) -> dict[str, Target]:
-    """Every tensor that a checkpoint of `model` holds, by its name in the file. A tied parameter stands once.
+    """Return every tensor that a checkpoint of `model` holds, by its name in the file. A tied parameter is in it once.
 
-    Some modules' parameters stand in some files in parts (see `Experts.apart`): these are meant where any of them is
-    among the names that are `present`, and the parameter itself is not.
+    Args:
+        model: its modules state the layouts of their parameters, see `ParameterLayout`.
+        names: see `Architecture.checkpoint_names`.
+        present: names in the files. If any tensor that files may hold in place of a parameter is among them, and the
+            parameter itself is not, these tensors are returned in its place.
     """
     modules, present = dict(model.named_modules()), set(present)
     found: dict[str, Target] = {}
     for path, parameter in model.named_parameters():
         owner, _, leaf = path.rpartition(".")
-        module = modules[owner]
-        splits = splits_of(module, leaf)
-        if hasattr(module, "apart") and present and rename(path, names) not in present:
-            apart = {f"{owner}.{name}": part for name, part in module.apart(leaf).items()}
-            if any(rename(name, names) in present for name in apart):
-                found |= {rename(name, names): Target(part.place, name, part.splits) for name, part in apart.items()}
+        layout = layout_of(modules[owner], leaf)
+        if layout.separate is not None and present and rename(path, names) not in present:
+            separate = {f"{owner}.{name}": part for name, part in layout.separate(parameter).items()}
+            if any(rename(name, names) in present for name in separate):
+                found |= {rename(name, names): Target(part.place, name, part.splits) for name, part in separate.items()}
                 continue
-        parts: Mapping[str, Split] | None = getattr(module, "parts", None)
-        if parts is None:
-            found[rename(path, names)] = Target(parameter, path, splits)
-            continue
-        parent, start = owner.rpartition(".")[0], 0
-        for part, rows in parts.items():
-            part_path, stop = f"{parent}.{part}.{leaf}", start + rows.size
-            if leaf == "bias" and part in getattr(module, "unbiased", ()):
-                start = stop
-                continue
-            found[rename(part_path, names)] = Target(parameter, part_path, (rows, *splits[1:]), start, stop)
-            start = stop
+        parent = owner.rpartition(".")[0]
+        for part, splits, start, stop in layout.tensors():
+            own = path if part is None else f"{parent}.{part}.{leaf}"
+            found[rename(own, names)] = Target(parameter, own, splits, start, stop)
     return found
 
 
-def parts_apart(model: nn.Module) -> Iterator[tuple[str, str, Apart]]:
-    """What some files hold in place of a parameter: its path, the path of what stands there, and the part it fills."""
+def separate_tensors(model: nn.Module) -> Iterator[tuple[str, str, SeparateTensor]]:
+    """Yield the tensors that some files hold in place of a parameter: its path, the tensor's path, and its place."""
     for owner, module in model.named_modules():
-        if hasattr(module, "apart"):
-            for leaf, _ in module.named_parameters(recurse=False):
-                yield from ((f"{owner}.{leaf}", f"{owner}.{name}", part) for name, part in module.apart(leaf).items())
+        for leaf, parameter in module.named_parameters(recurse=False):
+            separate = layout_of(module, leaf).separate
+            if separate is not None:
+                yield from ((f"{owner}.{leaf}", f"{owner}.{name}", part) for name, part in separate(parameter).items())

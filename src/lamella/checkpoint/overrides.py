@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lamella.models.config_keys import KeyRules
+from lamella.config.config_keys import KeyRules
 
 # Keys that say how the rotation is scaled, where they may stand beside the section that holds the others.
 _SECTIONS = ("rope_scaling", "rope_parameters")

@@ -1,7 +1,8 @@
-"""A model is a tuple of layers: frozen configs of every part, each of which builds its own module.
+"""A model is a tuple of layers: frozen configs of every part, and the strict reader of `config.json` files.
 
-The configs are the only thing that an architecture file produces and the only thing that the layers read. They say
-nothing of devices, engines or checkpoints. All sizes are in elements, all token counts in tokens.
+The configs are the only thing that an architecture's reader returns and the only thing that the layers read. They say
+nothing of devices, engines or checkpoints; `lamella.layers.build` makes modules of them. All sizes are in elements, all
+token counts in tokens.
 """
 
 from lamella.config.feed_forward import FeedForwardConfig, MLPConfig, MoEConfig

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from lamella.config.checks import check
 from lamella.config.parts import CanonConfig
-
-if TYPE_CHECKING:
-    from lamella.layers.feed_forward import MLP
-    from lamella.layers.kit import Kit
-    from lamella.layers.moe import MoE
-    from lamella.layers.short_conv import ConvHistory
-
 
 ACTIVATIONS = (
     *("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "sigmoid", "identity"),
@@ -47,12 +40,6 @@ class MLPConfig:
     def is_swiglu(self) -> bool:
         return self.gated and self.activation == "silu"
 
-    def build(self, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None) -> MLP:
-        """The module; `history` holds what the layer's canon convolutions remember."""
-        from lamella.layers.feed_forward import MLP
-
-        return MLP(self, kit, hidden_size, prefix, history)
-
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
@@ -78,12 +65,6 @@ class MoEConfig:
         check(self.top_k <= self.num_experts, "moe.top_k", self.top_k, f"at most num_experts={self.num_experts}")
         check(self.shared_size is None or self.shared_size > 0, "moe.shared_size", self.shared_size, "positive")
 
-    def build(self, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None) -> MoE:
-        """The module; there is no convolution in it that `history` could be for."""
-        from lamella.layers.moe import MoE
 
-        return MoE(self, kit, hidden_size, prefix)
-
-
-# What can stand as a layer's feed-forward. Later kinds join this union and bring their own `build`.
+# What can stand as a layer's feed-forward. Other packages' configs stand beside this union, see `lamella.layers.build`.
 FeedForwardConfig = MLPConfig | MoEConfig

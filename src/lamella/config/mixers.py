@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from lamella.config.checks import check
 from lamella.config.parts import CanonConfig, NormConfig
 from lamella.config.rope import RopeConfig
-
-if TYPE_CHECKING:
-    from lamella.layers.attention import Attention
-    from lamella.layers.gated_delta_net import GatedDeltaNet
-    from lamella.layers.kimi_delta import KimiDelta
-    from lamella.layers.kit import Kit
-    from lamella.layers.mamba import Mamba
-    from lamella.layers.short_conv import ConvHistory
-    from lamella.layers.supernet.stochastic import Stochastic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +85,6 @@ class AttentionConfig:
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
-    def build(self, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None) -> Attention:
-        """The module; `history` holds what the layer's canon convolutions remember."""
-        from lamella.layers.attention import Attention
-
-        return Attention(self, kit, hidden_size, prefix, history)
-
 
 @dataclass(frozen=True, kw_only=True)
 class GatedDeltaNetConfig:
@@ -138,12 +123,6 @@ class GatedDeltaNetConfig:
     def value_size(self) -> int:
         return self.value_heads * self.value_head_dim
 
-    def build(self, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None) -> GatedDeltaNet:
-        """The module, which has a history of its own."""
-        from lamella.layers.gated_delta_net import GatedDeltaNet
-
-        return GatedDeltaNet(self, kit, hidden_size, prefix)
-
 
 @dataclass(frozen=True, kw_only=True)
 class KimiDeltaConfig:
@@ -171,12 +150,6 @@ class KimiDeltaConfig:
     @property
     def size(self) -> int:
         return self.num_heads * self.head_dim
-
-    def build(self, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None) -> KimiDelta:
-        """The module, which has a history of its own."""
-        from lamella.layers.kimi_delta import KimiDelta
-
-        return KimiDelta(self, kit, hidden_size, prefix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,12 +198,6 @@ class MambaConfig:
     def kv_heads(self) -> int:
         return self.kv_size // self.state_size
 
-    def build(self, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None) -> Mamba:
-        """The module, which has a history of its own."""
-        from lamella.layers.mamba import Mamba
-
-        return Mamba(self, kit, hidden_size, prefix)
-
 
 @dataclass(frozen=True, kw_only=True)
 class StochasticConfig:
@@ -255,12 +222,6 @@ class StochasticConfig:
     def canons(self) -> tuple[CanonConfig, ...]:
         return tuple(canon for _, mixer in self.mixers for canon in mixer.canons)
 
-    def build(self, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None) -> Stochastic:
-        """The module; `history` holds what the layer's canon convolutions remember."""
-        from lamella.layers.supernet.stochastic import Stochastic
-
-        return Stochastic(self, kit, hidden_size, prefix, history)
-
 
 def _check_positive(config: object, name: str, *fields: str) -> None:
     for field in fields:
@@ -268,6 +229,6 @@ def _check_positive(config: object, name: str, *fields: str) -> None:
         check(value > 0, f"{name}.{field}", value, "positive")
 
 
-# What can stand as a layer's mixer. Later kinds join these unions and bring their own `build`.
+# What can stand as a layer's mixer. Other packages' configs stand beside these unions, see `lamella.layers.build`.
 SingleMixerConfig = AttentionConfig | GatedDeltaNetConfig | KimiDeltaConfig | MambaConfig
 MixerConfig = SingleMixerConfig | StochasticConfig

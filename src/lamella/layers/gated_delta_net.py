@@ -11,6 +11,7 @@ from lamella.layers.block_input import BlockInput
 from lamella.layers.context import require_batch
 from lamella.layers.kit import Kit
 from lamella.layers.norm import RMSNorm
+from lamella.layers.parameters import ParameterLayout
 from lamella.layers.recurrent import RecurrentMixer, wide_parameter
 from lamella.layers.rotary import Positions
 from lamella.layers.short_conv import ShortConv
@@ -44,8 +45,10 @@ class GatedDeltaNet(RecurrentMixer):
         shape = CanonConfig(kernel=config.kernel, activation=True, residual=False)
         self.convolution = ShortConv(shape, convolved, kit, self.history)
         self.A_log, self.dt_bias = (wide_parameter(values.size, kit) for _ in "Ad")
-        self.splits = {"A_log": (values,), "dt_bias": (values,)}
-        self.initial = {"A_log": (0.0, math.log(16)), "dt_bias": STEP_BIAS}
+        self.layouts = {
+            "A_log": ParameterLayout((values,), initial=(0.0, math.log(16))),
+            "dt_bias": ParameterLayout((values,), initial=STEP_BIAS),
+        }
         self.norm = RMSNorm(config.value_head_dim, config.norm.eps, kit.device)
         self.sizes = (convolved.size, value_channels.size, values.size, values.size)
         self.qkv_sizes = (key_channels.size, key_channels.size, value_channels.size)

@@ -12,6 +12,7 @@ from lamella.layers.context import require_batch
 from lamella.layers.gated_delta_net import STEP_BIAS
 from lamella.layers.kit import Kit
 from lamella.layers.norm import RMSNorm
+from lamella.layers.parameters import ParameterLayout
 from lamella.layers.recurrent import RecurrentMixer, wide_parameter
 from lamella.layers.rotary import Positions
 from lamella.layers.short_conv import ShortConv
@@ -44,8 +45,10 @@ class KimiDelta(RecurrentMixer):
         convs = {"q_conv": channels, "k_conv": channels, "v_conv": channels}
         self.convolution = ShortConv(shape, convs, kit, self.history)
         self.A_log, self.dt_bias = wide_parameter(heads.size, kit), wide_parameter(channels.size, kit)
-        self.splits = {"A_log": (heads,), "dt_bias": (channels,)}
-        self.initial = {"A_log": (0.0, math.log(16)), "dt_bias": STEP_BIAS}
+        self.layouts = {
+            "A_log": ParameterLayout((heads,), initial=(0.0, math.log(16))),
+            "dt_bias": ParameterLayout((channels,), initial=STEP_BIAS),
+        }
         self.norm = RMSNorm(dim, config.norm.eps, kit.device)
         self.sizes = (3 * channels.size, heads.size)
         self.declare(kit, f"{prefix}.state", (heads.size, dim, dim))

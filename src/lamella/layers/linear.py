@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, TypeAlias
+from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from lamella.layers.parameters import ParameterLayout
 from lamella.ops.linear import linear, wide_linear
 from lamella.parallel.group import Group
 from lamella.parallel.sharding import Split
@@ -19,15 +21,15 @@ Biases: TypeAlias = bool | tuple[str, ...]
 class Linear(nn.Module):
     """`x W^T + b`, weight (out, in).
 
-    `splits`, here and in other modules, says by parameter what the rank holds of its leading dimensions; what is not in
-    there is whole.
+    Attributes:
+        layouts: see `lamella.layers.parameters`.
     """
 
     def __init__(self, inputs: Split, outputs: Split, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs.size, inputs.size, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(outputs.size, dtype=dtype, device=device)) if bias else None
-        self.splits = {"weight": (outputs, inputs), "bias": (outputs,)}
+        self.layouts = {"weight": ParameterLayout((outputs, inputs)), "bias": ParameterLayout((outputs,))}
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -43,9 +45,13 @@ class MergedLinear(Linear):
         self, inputs: Split, parts: Mapping[str, Split], bias: Biases, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(inputs, Split.join(parts.values()), bool(bias), dtype, device)
-        self.parts = dict(parts)
-        self.unbiased = without_bias(parts, bias)
-        if self.unbiased:
+        self.parts, unbiased = dict(parts), without_bias(parts, bias)
+        weight, biases = self.layouts["weight"], self.layouts["bias"]
+        self.layouts = {
+            "weight": replace(weight, parts=self.parts),
+            "bias": replace(biases, parts=self.parts, unstored=unbiased),
+        }
+        if unbiased:
             assert self.bias is not None
             with torch.no_grad():
                 self.bias.zero_()
@@ -102,7 +108,7 @@ class Embedding(nn.Module):
     def __init__(self, tokens: Split, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(tokens.size, hidden_size, dtype=dtype, device=device))
-        self.splits = {"weight": (tokens,)}
+        self.layouts = {"weight": ParameterLayout((tokens,))}
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return nn.functional.embedding(input_ids, self.weight)
@@ -120,15 +126,3 @@ class SplitEmbedding(Embedding):
         others = (input_ids < self.start) | (input_ids >= self.stop)
         rows = super().forward((input_ids - self.start).masked_fill(others, 0))
         return self.group.all_reduce(rows.masked_fill(others[..., None], 0))
-
-
-class Apart(NamedTuple):
-    """A part of a parameter that some files hold as a tensor of its own; `splits` as in `Linear`."""
-
-    place: Tensor
-    splits: tuple[Split, ...]
-
-
-def splits_of(module: nn.Module, leaf: str) -> tuple[Split, ...]:
-    """What a rank holds of the leading dimensions of a module's own parameter; see `Linear`."""
-    return getattr(module, "splits", {}).get(leaf, ())

@@ -11,6 +11,7 @@ from lamella.layers.block_input import BlockInput
 from lamella.layers.context import require_batch
 from lamella.layers.gated_delta_net import STEP_BIAS
 from lamella.layers.kit import Kit
+from lamella.layers.parameters import ParameterLayout
 from lamella.layers.recurrent import RecurrentMixer, wide_parameter
 from lamella.layers.rotary import Positions
 from lamella.layers.short_conv import ShortConv
@@ -43,8 +44,11 @@ class Mamba(RecurrentMixer):
         self.conv1d = ShortConv(shape, convolved, kit, self.history)
         self.A_log, self.D = wide_parameter((inner.size, state), kit), wide_parameter(inner.size, kit)
         self.step_bias = wide_parameter(inner.size, kit) if config.dt_bias else None
-        self.splits = {"A_log": (inner,), "D": (inner,), "step_bias": (inner,)}
-        self.initial = {"A_log": (0.0, math.log(state)), "D": (1.0, 1.0), "step_bias": STEP_BIAS}
+        self.layouts = {
+            "A_log": ParameterLayout((inner,), initial=(0.0, math.log(state))),
+            "D": ParameterLayout((inner,), initial=(1.0, 1.0)),
+            "step_bias": ParameterLayout((inner,), initial=STEP_BIAS),
+        }
         self.sizes = (inner.size, narrow.size, narrow.size, inner.size)
         self.declare(kit, f"{prefix}.state", (heads.size, state, state))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from lamella.config import MLPConfig, MoEConfig
 from lamella.layers.block_input import BlockInput
 from lamella.layers.feed_forward import MLP
 from lamella.layers.kit import Kit
-from lamella.layers.linear import Apart, WideLinear
+from lamella.layers.linear import WideLinear
+from lamella.layers.parameters import ParameterLayout, SeparateTensor
 from lamella.ops import moe
 from lamella.ops.backend import use_fused
 from lamella.ops.moe.reference import route
@@ -66,7 +68,7 @@ class Experts(nn.Module):
     Of several ranks each has a shard of every expert, or some experts `whole`.
 
     These are the shapes of Llama 4's files. In memory inputs lie side by side, as in any projection: the parameters are
-    views. Other files have every expert's projections by themselves, as those of an MLP; see `apart`.
+    views. Other files have every expert's projections by themselves, as those of an MLP; see `_separate`.
     """
 
     def __init__(self, config: MoEConfig, kit: Kit, hidden_size: int, whole: bool = False) -> None:
@@ -86,9 +88,12 @@ class Experts(nn.Module):
 
         self.gate_up_proj, self.down_proj = parameter(2 * inner, hidden_size), parameter(hidden_size, inner)
         hidden = Split.whole(hidden_size)
-        self.splits = {
-            "gate_up_proj": (self.own, hidden, Split.join((self.channels, self.channels))),
-            "down_proj": (self.own, self.channels),
+        self.layouts = {
+            "gate_up_proj": ParameterLayout(
+                (self.own, hidden, Split.join((self.channels, self.channels))),
+                separate=partial(self._separate, ("gate_proj", "up_proj")),
+            ),
+            "down_proj": ParameterLayout((self.own, self.channels), separate=partial(self._separate, ("down_proj",))),
         }
 
     def forward(self, x: Tensor, logits: Tensor, base: Tensor | None = None) -> Tensor:
@@ -101,20 +106,23 @@ class Experts(nn.Module):
         """The first of the rank's experts."""
         return self.own.spans[0][0]
 
-    def apart(self, leaf: str) -> Mapping[str, Apart]:
-        """Return the targets of the parameter `leaf` in files that hold every expert's projections by themselves.
+    def _separate(self, names: Sequence[str], parameter: Tensor) -> Mapping[str, SeparateTensor]:
+        """Return the tensors of files that hold projections one by one, in place of a parameter (E, inputs, outputs).
 
-        Those of other ranks' experts have an empty tensor as their target.
+        Args:
+            names: the projections that lie side by side in it: `gate_proj` and `up_proj`, or `down_proj`.
+            parameter: `gate_up_proj` or `down_proj`.
+
+        Returns:
+            The tensors (outputs, inputs) by name (`7.gate_proj.weight`). Those of other ranks' experts have no room.
         """
-        weights = getattr(self, leaf).detach().transpose(1, 2)
-        hidden, inner = Split.whole(weights.shape[2 if leaf == "gate_up_proj" else 1]), self.channels
-        found: dict[str, Apart] = {}
+        weights = parameter.detach().transpose(1, 2)
+        hidden = Split.whole(weights.shape[2 if len(names) > 1 else 1])
+        splits = (self.channels, hidden) if len(names) > 1 else (hidden, self.channels)
+        found: dict[str, SeparateTensor] = {}
         for expert in range(self.own.full):
             is_ours = self.first <= expert < self.first + self.own.size
             weight = weights[expert - self.first] if is_ours else weights[0, :0]
-            if leaf == "gate_up_proj":
-                for name, part in zip(("gate_proj", "up_proj"), weight.chunk(2), strict=True):
-                    found[f"{expert}.{name}.weight"] = Apart(part, (inner, hidden))
-            else:
-                found[f"{expert}.down_proj.weight"] = Apart(weight, (hidden, inner))
+            for name, part in zip(names, weight.chunk(len(names)), strict=True):
+                found[f"{expert}.{name}.weight"] = SeparateTensor(part, splits)
         return found

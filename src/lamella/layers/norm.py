@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lamella.config import NormConfig
+from lamella.layers.parameters import ParameterLayout
 from lamella.ops import rms_norm as ops
 from lamella.ops.operands import ResidualNorm
 from lamella.parallel.group import Group
@@ -22,7 +23,7 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, device: torch.device) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, dtype=torch.float32, device=device))
-        self.initial = {"weight": (1.0, 1.0)}
+        self.layouts = {"weight": ParameterLayout(initial=(1.0, 1.0))}
         self.eps = eps
         self.round_twice = False
 
@@ -56,7 +57,7 @@ class SplitRMSNorm(RMSNorm):
 
     def __init__(self, channels: Split, eps: float, device: torch.device, group: Group) -> None:
         super().__init__(channels.size, eps, device)
-        self.splits, self.group = {"weight": (channels,)}, group
+        self.layouts, self.group = {"weight": ParameterLayout((channels,), initial=(1.0, 1.0))}, group
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The norm of x (..., size), the rank's channels."""
@@ -75,7 +76,7 @@ class LayerNorm(nn.Module):
     def __init__(self, size: int, eps: float, device: torch.device) -> None:
         super().__init__()
         self.weight, self.bias = (nn.Parameter(torch.empty(size, dtype=torch.float32, device=device)) for _ in "wb")
-        self.initial = {"weight": (1.0, 1.0)}
+        self.layouts = {"weight": ParameterLayout(initial=(1.0, 1.0))}
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:

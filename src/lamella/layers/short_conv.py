@@ -11,6 +11,7 @@ from lamella.config import CanonConfig
 from lamella.layers.context import require_batch
 from lamella.layers.holders import Computation, SlotHolder
 from lamella.layers.kit import Kit
+from lamella.layers.parameters import ParameterLayout
 from lamella.ops.operands import ConvState, ConvWeights
 from lamella.ops.short_conv import short_conv
 from lamella.parallel.sharding import Split
@@ -49,8 +50,7 @@ class ConvHistory(nn.Module):
 class ShortConv(nn.Module):
     """A convolution of the rank's channels. weight (channels, 1, W), column W-1 multiplies the current token.
 
-    A checkpoint may hold it as several, under the names in `parts`. `part` is what its own computation is called among
-    those of its history, where it has one.
+    A checkpoint may hold it as several, under the names that `channels` has.
     """
 
     def __init__(
@@ -63,17 +63,17 @@ class ShortConv(nn.Module):
     ) -> None:
         super().__init__()
         assert max(config.kernel, _LEAST_TAPS) == history.kernel
+        parts: Mapping[str, Split] = {}
         if not isinstance(channels, Split):
-            self.parts = dict(channels)
-            channels = Split.join(channels.values())
+            parts, channels = channels, Split.join(channels.values())
         self.config, self.size = config, channels.size
         # A tap's weights of all channels lie side by side, so that kernels load many at once.
         taps = torch.empty(config.kernel, self.size, dtype=kit.dtype, device=kit.device)
         self.weight = nn.Parameter(taps.T[:, None, :])
         self.bias = nn.Parameter(torch.empty(self.size, dtype=kit.dtype, device=kit.device)) if config.bias else None
-        self.splits = {"weight": (channels,), "bias": (channels,)}
         bound = config.kernel**-0.5
-        self.initial = {"weight": (-bound, bound), "bias": (-bound, bound)}
+        layout = ParameterLayout((channels,), parts, initial=(-bound, bound))
+        self.layouts = {"weight": layout, "bias": layout}
         self.history = history
         self.channels = history.take(self.size, computations or {})
 

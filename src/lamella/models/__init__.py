@@ -1,4 +1,4 @@
-"""One file per architecture: how its config file reads, and what its checkpoints call the parameters."""
+"""One file per architecture: its description, and a thin model class for callers that want a module."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from lamella._lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from lamella.models.apriel2 import Apriel2ForCausalLM as Apriel2ForCausalLM
+    from lamella.models.architecture import Architecture as Architecture
     from lamella.models.base import CausalLM as CausalLM
     from lamella.models.llama import LlamaForCausalLM as LlamaForCausalLM
     from lamella.models.llama4 import Llama4ForCausalLM as Llama4ForCausalLM
@@ -23,6 +24,7 @@ __getattr__, __all__ = lazy_attributes(
     __name__,
     {
         "Apriel2ForCausalLM": "lamella.models.apriel2",
+        "Architecture": "lamella.models.architecture",
         "CausalLM": "lamella.models.base",
         "Llama4ForCausalLM": "lamella.models.llama4",
         "Llama4ForConditionalGeneration": "lamella.models.llama4",

@@ -1,14 +1,16 @@
-"""Apriel2 (ServiceNow): a pre-norm decoder whose mixers are attention, sliding windows, Mamba, gated delta nets, Kimi
-delta attention, or several of these at once, of which a placement chooses (a supernet).
+"""Apriel2 (ServiceNow): a pre-norm decoder with a mixer of its own in each layer, or several to choose from.
 
-Three programs write these files and two read them, with defaults that differ; where they contradict each other the
+The mixers are attention, sliding windows, Mamba, gated delta nets and Kimi delta attention. A layer with several is one
+of a supernet: a placement chooses.
+
+Three programs write these files and two read them, with defaults that differ. If they contradict each other, the
 checkpoint's tensors decide, then what training does:
 
-* whether a projection has a bias, and whether a feed-forward is gated, is what the tensors say;
-* a block's own epsilon is the one of its norms (the published Hugging Face class takes the head's);
+* the tensors say whether a projection has a bias, and whether a feed-forward is gated;
+* a block's own epsilon is the one of its norms (the published Hugging Face class uses the head's);
 * `state_size` and `d_state` are the same number;
-* how supernets were sampled in training says nothing of inference;
-* the stated context length is a default of 2048 that no exporter sets, so it bounds nothing.
+* the sampling of supernets in training has no effect here;
+* the stated context length is a default of 2048 that no exporter sets, so it is no limit.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from lamella.config import (
     AttentionConfig,
@@ -37,9 +39,12 @@ from lamella.config import (
     StochasticConfig,
     YarnScaling,
 )
+from lamella.config.hf_config import HFConfig
+from lamella.config.hf_layers import read_model
 from lamella.errors import ConfigError
+from lamella.models.architecture import Architecture
 from lamella.models.base import CausalLM
-from lamella.models.hf_config import HFConfig, read_model
+from lamella.models.names import LLAMA_NAMES, PACKED_MODULES
 
 logger = logging.getLogger("lamella")
 
@@ -50,83 +55,68 @@ _ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "sigmoid",
 _NO_LENGTH = 2048  # what the config class writes where nobody said anything
 
 
-class Apriel2ForCausalLM(CausalLM):
-    """Apriel2, its text part."""
+def own_name(name: str) -> str | None:
+    """Return a tensor's name, None for the vision encoder."""
+    return None if name.startswith("model.vision_encoder.") else name
 
-    checkpoint_names: ClassVar = {
-        **CausalLM.checkpoint_names,
-        "layers": "decoder.blocks",
-        "mixer": "mixer",
-        "step_bias": "dt_proj.bias",
-    }
-    packed_modules_mapping: ClassVar = {
-        **CausalLM.packed_modules_mapping,
-        "qkvzba_proj": ["in_proj_qkvz", "in_proj_ba"],
-        "qkvb_proj": ["q_proj", "k_proj", "v_proj", "beta_proj"],
-        "low_proj": ["f_a_proj", "g_a_proj"],
-    }
 
-    @classmethod
-    def own_name(cls, name: str) -> str | None:
-        return None if name.startswith("model.vision_encoder.") else name
+def leftovers(names: Collection[str], expected: Collection[str]) -> set[str]:
+    """Return the tensors of mixers that thinning tools have removed from a layer's config and left in the files."""
+    kept = {match[0] for name in expected if (match := _OF_MIXER.match(name))}
+    layers = {match[1] for name in expected if (match := _OF_LAYER.match(name))}
+    found = ((name, match) for name in names if (match := _OF_MIXER.match(name)))
+    return {name for name, match in found if match[1] in layers and match[0] not in kept}
 
-    @classmethod
-    def leftovers(cls, names: Collection[str], expected: Collection[str]) -> set[str]:
-        """Return the tensors of mixers that thinning tools have removed from a layer's config and left in the files."""
-        kept = {match[0] for name in expected if (match := _OF_MIXER.match(name))}
-        layers = {match[1] for name in expected if (match := _OF_LAYER.match(name))}
-        found = ((name, match) for name in names if (match := _OF_MIXER.match(name)))
-        return {name for name, match in found if match[1] in layers and match[0] not in kept}
 
-    @classmethod
-    def read_config(cls, config: HFConfig) -> ModelConfig:
-        hidden_size = config.int("hidden_size", 4096)
-        head = _section(config, "head", {"normalization": {"type": "rms_norm", "epsilon": 1e-5}})
-        norm = _read_norm(head, "normalization", 1e-5)
-        if norm.kind != "rms":
-            raise head.error("normalization", "layer_norm", "rms_norm for the head")
-        head.finish(harmless=("type",))
-        embeddings = _section(config, "embeddings", {"max_position_embeddings": _NO_LENGTH})
-        length = embeddings.int("max_position_embeddings", _NO_LENGTH)
-        embeddings.finish(harmless=("type",))
-        blocks = _read_decoder(config, hidden_size)
-        reader = _BlockReader(config, hidden_size, norm.eps)
-        layers = [reader.layer(index, name, block) for index, (name, block) in enumerate(blocks)]
-        return read_model(
-            config,
-            "Apriel2ForCausalLM",
-            layers,
-            norm.eps,
-            length,
-            defaults={"vocab_size": 32000, "hidden_size": hidden_size, "bos_token_id": 1, "eos_token_id": 2},
-            length_is_known=length != _NO_LENGTH,
-            harmless=("vision_encoder", "image_token_index", "projector_hidden_act", "vision_config"),
-        )
+def read_config(config: HFConfig) -> ModelConfig:
+    """Return the layers of an Apriel2 `config.json`."""
+    hidden_size = config.int("hidden_size", 4096)
+    head = _section(config, "head", {"normalization": {"type": "rms_norm", "epsilon": 1e-5}})
+    norm = _read_norm(head, "normalization", 1e-5)
+    if norm.kind != "rms":
+        raise head.error("normalization", "layer_norm", "rms_norm for the head")
+    head.finish(harmless=("type",))
+    embeddings = _section(config, "embeddings", {"max_position_embeddings": _NO_LENGTH})
+    length = embeddings.int("max_position_embeddings", _NO_LENGTH)
+    embeddings.finish(harmless=("type",))
+    blocks = _read_decoder(config, hidden_size)
+    reader = _BlockReader(config, hidden_size, norm.eps)
+    layers = [reader.layer(index, name, block) for index, (name, block) in enumerate(blocks)]
+    return read_model(
+        config,
+        "Apriel2ForCausalLM",
+        layers,
+        norm.eps,
+        length,
+        defaults={"vocab_size": 32000, "hidden_size": hidden_size, "bos_token_id": 1, "eos_token_id": 2},
+        length_is_known=length != _NO_LENGTH,
+        harmless=("vision_encoder", "image_token_index", "projector_hidden_act", "vision_config"),
+    )
 
-    @classmethod
-    def with_placement(cls, values: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
-        """The same model, its layers' blocks written out as a pattern where they now differ in their main mixer."""
-        decoder = values["decoder"]
-        is_fixed = (decoder.get("type") or "fixed") == "fixed"
-        blocks = {"block": decoder["block"]} if is_fixed else decoder["blocks"]
-        pattern = ["block"] if is_fixed else decoder["pattern"]
-        written: dict[str, Any] = {}
-        made: dict[tuple[str, str | None], str] = {}
-        names = []
-        for index, main in enumerate(placement):
-            block = pattern[index % len(pattern)]
-            if (block, main) not in made:
-                name, mixer = block, blocks[block]["mixer"]
-                if main is not None:
-                    name, mixer = f"{block}_{main}", {**mixer, "main_mixer_name": main}
-                    while name in blocks or name in written:
-                        name += "_"
-                made[block, main], written[name] = name, {**blocks[block], "mixer": mixer}
-            names.append(made[block, main])
-        new: dict[str, Any] = {"type": "pattern", "num_blocks": len(names), "pattern": names, "blocks": written}
-        if len(written) == 1:
-            new = {"type": "fixed", "num_blocks": len(names), "block": written[names[0]]}
-        return {**values, "decoder": new}
+
+def with_placement(values: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
+    """Return a supernet's values with another main mixer in each layer, as a pattern of blocks if they differ."""
+    decoder = values["decoder"]
+    is_fixed = (decoder.get("type") or "fixed") == "fixed"
+    blocks = {"block": decoder["block"]} if is_fixed else decoder["blocks"]
+    pattern = ["block"] if is_fixed else decoder["pattern"]
+    written: dict[str, Any] = {}
+    made: dict[tuple[str, str | None], str] = {}
+    names = []
+    for index, main in enumerate(placement):
+        block = pattern[index % len(pattern)]
+        if (block, main) not in made:
+            name, mixer = block, blocks[block]["mixer"]
+            if main is not None:
+                name, mixer = f"{block}_{main}", {**mixer, "main_mixer_name": main}
+                while name in blocks or name in written:
+                    name += "_"
+            made[block, main], written[name] = name, {**blocks[block], "mixer": mixer}
+        names.append(made[block, main])
+    new: dict[str, Any] = {"type": "pattern", "num_blocks": len(names), "pattern": names, "blocks": written}
+    if len(written) == 1:
+        new = {"type": "fixed", "num_blocks": len(names), "block": written[names[0]]}
+    return {**values, "decoder": new}
 
 
 def _section(config: HFConfig, key: str, default: Mapping[str, Any]) -> HFConfig:
@@ -215,13 +205,13 @@ class _BlockReader:
                 raise mixer.error("mixers", name, "names without a dot, which separates the parts of tensors' names")
             if not isinstance(mixers.values[name], Mapping):
                 raise mixers.error(name, mixers.values[name], "a mapping")
-        main = mixer.get("main_mixer_name", names[0] if names else None)
+        main = mixer.get("main_mixer_name", names[0] if names else "")
         # The sampling of training has no effect here.
         harmless = ("sampling_strategy", "sampling_weights", "predefined_layouts", "predefined_layout_probabilities")
         subs = [(name, self._single(_section(mixers, name, {}), f"{at}.mixers.{name}")) for name in names]
         mixer.finish(harmless=(*harmless, "init", "lr_scale", "seed_shift"))
         try:
-            return StochasticConfig(mixers=tuple(subs), main=main)
+            return StochasticConfig(mixers=tuple(subs), main=cast(str, main))  # which is checked there
         except ConfigError as error:
             raise ConfigError(f"{mixer.source}: {error}") from error
 
@@ -278,7 +268,8 @@ class _BlockReader:
         return RopeConfig(dim=head_dim, theta=theta, scaling=scaling)
 
     def _mamba(self, mixer: HFConfig, at: str) -> MambaConfig:
-        sizes = {mixer.int(key, None) for key in ("state_size", "d_state")} - {None}
+        stated = (mixer.int(key, None) for key in ("state_size", "d_state"))
+        sizes = {size for size in stated if size is not None}
         if len(sizes) > 1:
             raise ConfigError(f"{mixer.source}: state_size and d_state contradict each other: {sorted(sizes)}")
         rank, expand = mixer.get("dt_rank", "auto"), mixer.int("expand", 2)
@@ -399,3 +390,23 @@ class _BlockReader:
         "gdn": _gdn,
         "kda": _kda,
     }
+
+
+APRIEL2 = Architecture(
+    "Apriel2ForCausalLM",
+    read_config,
+    checkpoint_names={**LLAMA_NAMES, "layers": "decoder.blocks", "mixer": "mixer", "step_bias": "dt_proj.bias"},
+    packed_modules={
+        **PACKED_MODULES,
+        "qkvzba_proj": ["in_proj_qkvz", "in_proj_ba"],
+        "qkvb_proj": ["q_proj", "k_proj", "v_proj", "beta_proj"],
+        "low_proj": ["f_a_proj", "g_a_proj"],
+    },
+    own_name=own_name,
+    leftovers=leftovers,
+    with_placement=with_placement,
+)
+
+
+class Apriel2ForCausalLM(CausalLM, description=APRIEL2):
+    """Apriel2, its text part."""

@@ -9,19 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from lamella.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
+from lamella.config.config_keys import way_out
+from lamella.config.hf_config import HFConfig
+from lamella.config.hf_layers import read_activation, read_head_dim, read_model, read_output_bias, read_windows
+from lamella.config.hf_rope import read_rope
+from lamella.models.architecture import Architecture
 from lamella.models.base import CausalLM
-from lamella.models.config_keys import way_out
-from lamella.models.hf_config import (
-    HFConfig,
-    read_activation,
-    read_head_dim,
-    read_model,
-    read_output_bias,
-    read_rope,
-    read_windows,
-)
 
-# Llama 3.2's, whose 1B shape the constructor's defaults describe.
+# RoPE scaling of Llama 3.2, for the constructor's defaults.
 LLAMA_3_2_ROPE = {
     "rope_type": "llama3",
     "factor": 32.0,
@@ -31,10 +26,61 @@ LLAMA_3_2_ROPE = {
 }
 
 
-class LlamaForCausalLM(CausalLM):
-    """Llama. The keyword constructor gives a model with random weights; its defaults are Llama 3.2 1B's."""
+def read_config(config: HFConfig) -> ModelConfig:
+    """Return the layers of a Llama `config.json`."""
+    heads, head_dim = config.int("num_attention_heads"), read_head_dim(config)
+    num_layers, max_positions = config.int("num_hidden_layers"), config.int("max_position_embeddings", 2048)
+    activation = read_activation(config)
+    config.choice("is_causal", (True,), True)
+    config.choice("logit_scale", (1, 1.0), 1)
+    attention_bias = config.bool("attention_bias", False) or config.bool("bias", False)
+    mlp_bias = config.bool("mlp_bias", False)
+    output_bias = read_output_bias(config, attention_bias)
+    norm = NormConfig(eps=config.float("rms_norm_eps", 1e-6))
+    rope = read_rope(config, head_dim, max_positions)
 
-    has_slot_state = False
+    def layer(window: int | None) -> LayerConfig:
+        return LayerConfig(
+            mixer=AttentionConfig(
+                num_heads=heads,
+                num_kv_heads=config.int("num_key_value_heads", heads),
+                head_dim=head_dim,
+                scale=head_dim**-0.5,
+                qkv_bias=config.bool("qkv_bias", attention_bias),
+                output_bias=output_bias,
+                rope=rope,
+                window=window,
+            ),
+            feed_forward=MLPConfig(
+                intermediate_size=config.int("intermediate_size"),
+                activation=activation,
+                gate_up_bias=mlp_bias,
+                down_bias=mlp_bias,
+            ),
+            norm=norm,
+        )
+
+    window = config.int("sliding_window", None)
+    if window is not None and config.get("layer_types", None) is None:
+        # Files of Qwen models saved as Llama keep a window that is switched off; a long one hides nothing.
+        if config.get("use_sliding_window", None) is not False and window < max_positions:
+            raise config.error(
+                "sliding_window",
+                window,
+                "absent, or with layer_types that say which layers slide; to compute without it: "
+                + way_out([config.path_of("sliding_window")]),
+            )
+        config.ignore("sliding_window", "use_sliding_window")
+        window = None
+    layers = [layer(window) for window in read_windows(config, num_layers, window, first=num_layers)]
+    return read_model(config, "LlamaForCausalLM", layers, norm.eps, max_positions)
+
+
+LLAMA = Architecture("LlamaForCausalLM", read_config, has_slot_state=False)
+
+
+class LlamaForCausalLM(CausalLM, description=LLAMA):
+    """Llama. The defaults of the keyword constructor are Llama 3.2 1B's."""
 
     def __init__(
         self,
@@ -54,7 +100,7 @@ class LlamaForCausalLM(CausalLM):
         tie_word_embeddings: bool = True,
         rope_scaling: Mapping[str, Any] | None = LLAMA_3_2_ROPE,
     ) -> None:
-        """`rope_scaling` takes the form of Hugging Face configs, None for unscaled rotation.
+        """Build a model with random weights. `rope_scaling` is as in Hugging Face configs, None for unscaled RoPE.
 
         `block_size` is kept as an attribute for callers that set it; a forward without an engine has no pages.
         """
@@ -75,53 +121,4 @@ class LlamaForCausalLM(CausalLM):
             "tie_word_embeddings": tie_word_embeddings,
         }
         self.block_size = block_size
-        super().__init__(self.read_config(HFConfig(config, "LlamaForCausalLM")))
-
-    @classmethod
-    def read_config(cls, config: HFConfig) -> ModelConfig:
-        heads, head_dim = config.int("num_attention_heads"), read_head_dim(config)
-        num_layers, max_positions = config.int("num_hidden_layers"), config.int("max_position_embeddings", 2048)
-        activation = read_activation(config)
-        config.choice("is_causal", (True,), True)
-        config.choice("logit_scale", (1, 1.0), 1)
-        attention_bias = config.bool("attention_bias", False) or config.bool("bias", False)
-        mlp_bias = config.bool("mlp_bias", False)
-        output_bias = read_output_bias(config, attention_bias)
-        norm = NormConfig(eps=config.float("rms_norm_eps", 1e-6))
-        rope = read_rope(config, head_dim, max_positions)
-
-        def layer(window: int | None) -> LayerConfig:
-            return LayerConfig(
-                mixer=AttentionConfig(
-                    num_heads=heads,
-                    num_kv_heads=config.int("num_key_value_heads", heads),
-                    head_dim=head_dim,
-                    scale=head_dim**-0.5,
-                    qkv_bias=config.bool("qkv_bias", attention_bias),
-                    output_bias=output_bias,
-                    rope=rope,
-                    window=window,
-                ),
-                feed_forward=MLPConfig(
-                    intermediate_size=config.int("intermediate_size"),
-                    activation=activation,
-                    gate_up_bias=mlp_bias,
-                    down_bias=mlp_bias,
-                ),
-                norm=norm,
-            )
-
-        window = config.int("sliding_window", None)
-        if window is not None and config.get("layer_types", None) is None:
-            # Files of Qwen models saved as Llama keep a window that is switched off; a long one hides nothing.
-            if config.get("use_sliding_window", None) is not False and window < max_positions:
-                raise config.error(
-                    "sliding_window",
-                    window,
-                    "absent, or with layer_types that say which layers slide; to compute without it: "
-                    + way_out([config.path_of("sliding_window")]),
-                )
-            config.ignore("sliding_window", "use_sliding_window")
-            window = None
-        layers = [layer(window) for window in read_windows(config, num_layers, window, first=num_layers)]
-        return read_model(config, "LlamaForCausalLM", layers, norm.eps, max_positions)
+        super().__init__(read_config(HFConfig(config, "LlamaForCausalLM")))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -28,13 +28,14 @@ from lamella.config import (
     TemperatureConfig,
 )
 from lamella.config.feed_forward import FeedForwardConfig
+from lamella.config.hf_config import HFConfig
+from lamella.config.hf_layers import read_head_dim, read_model
+from lamella.config.hf_rope import read_rope
 from lamella.errors import ConfigError
+from lamella.models.architecture import Architecture
 from lamella.models.base import CausalLM
-from lamella.models.hf_config import HFConfig, read_head_dim, read_model, read_rope
-
-if TYPE_CHECKING:
-    from lamella.checkpoint.files import Checkpoint
-    from lamella.vision.image_model import ImageModel
+from lamella.models.names import LLAMA_NAMES
+from lamella.models.rope_order import permute_heads, rope_order
 
 logger = logging.getLogger("lamella")
 
@@ -53,71 +54,40 @@ _SIZES = {
     "attention_chunk_size": 8192,
     "max_position_embeddings": 131072,
 }
+_OUTER = "language_model."
 _OTHERS = ("vision_model.", "multi_modal_projector.")
 # Keys of training, of how a file was written, and of images.
 _NOT_COMPUTED = ("router_aux_loss_coef", "router_jitter_noise", "output_router_logits", "for_llm_compressor")
 _IMAGES = ("vision_config", "boi_token_index", "eoi_token_index", "image_token_index")
 
 
-class Llama4ForCausalLM(CausalLM):
-    """Llama 4's language model."""
-
-    outer_prefix = "language_model."
-    has_slot_state = False
-    checkpoint_names: ClassVar = {
-        name: there for name, there in CausalLM.checkpoint_names.items() if name != "feed_forward"
-    }
-
-    @classmethod
-    def own_name(cls, name: str) -> str | None:
-        return None if name.startswith(_OTHERS) else name.removeprefix(cls.outer_prefix)
-
-    @classmethod
-    def read_config(cls, config: HFConfig) -> ModelConfig:
-        if "text_config" not in config.values:
-            return _read_text(config)
-        text = config.mapping("text_config")
-        for key in _IMAGES:
-            config.get(key, None)
-        # What stands around the text's own keys holds where these say nothing.
-        for key in ("tie_word_embeddings", "bos_token_id", "eos_token_id"):
-            around = config.get(key, None)
-            if around is not None and key == "tie_word_embeddings" and text.setdefault(key, around) != around:
-                raise ConfigError(f"{config.source}: {key}={around!r} contradicts text_config: {key}={text[key]!r}")
-            if around is not None:
-                text.setdefault(key, around)
-        # A null in the file is not a missing key.
-        text |= {key: None for key, value in config.values["text_config"].items() if value is None and key not in text}
-        model = _read_text(config.section("text_config", text))
-        for key in ("is_encoder_decoder", "add_cross_attention", "pruned_heads"):
-            config.choice(key, (False, {}), False)
-        config.finish()
-        return model
-
-    def permute_qk_weight_for_rotary(self, name: str, weight: Tensor) -> tuple[str, Tensor]:
-        """A tensor of a file as engines want it that turn halves of a head against each other: the rows of queries and
-        keys reordered, of every layer, and anything else as it is. Not needed here, where adjacent channels turn.
-
-        `weight` has a row for each channel: weights, biases, and scales of channels, but no scales of blocks.
-        """
-        from lamella.checkpoint.convert import permute_heads, rope_order
-
-        if not re.search(r"\.self_attn\.[qk]_proj\.", name):
-            return name, weight
-        mixer = self.config.layers[0].mixer
-        assert isinstance(mixer, AttentionConfig)
-        head_dim = mixer.head_dim
-        return name, permute_heads(weight, rope_order(head_dim, head_dim, "huggingface"))
+def own_name(name: str) -> str | None:
+    """Return a tensor's name in the language model, None for the parts that encode images."""
+    return None if name.startswith(_OTHERS) else name.removeprefix(_OUTER)
 
 
-class Llama4ForConditionalGeneration(Llama4ForCausalLM):
-    """The language model of a checkpoint that reads images as well; what reads them stands beside it."""
-
-    @classmethod
-    def image_model(cls, checkpoint: Checkpoint, load_format: str = "auto") -> type[ImageModel] | None:
-        from lamella.vision.llama4_model import Sight
-
-        return Sight if Sight.is_there(checkpoint, load_format) else None
+def read_config(config: HFConfig) -> ModelConfig:
+    """Return the layers of a Llama 4 `config.json`, of the text model or of one that reads images."""
+    if "text_config" not in config.values:
+        return _read_text(config)
+    text = config.mapping("text_config")
+    for key in _IMAGES:
+        config.get(key, None)
+    # What stands around the text's own keys holds where these say nothing.
+    for key in ("tie_word_embeddings", "bos_token_id", "eos_token_id"):
+        around = config.get(key, None)
+        if around is not None and key == "tie_word_embeddings" and text.setdefault(key, around) != around:
+            raise ConfigError(f"{config.source}: {key}={around!r} contradicts text_config: {key}={text[key]!r}")
+        if around is not None:
+            text.setdefault(key, around)
+    # A null in the file is not a missing key.
+    stated = config.raw_mapping("text_config").items()
+    text |= {key: None for key, value in stated if value is None and key not in text}
+    model = _read_text(config.section("text_config", text))
+    for key in ("is_encoder_decoder", "add_cross_attention", "pruned_heads"):
+        config.choice(key, (False, {}), False)
+    config.finish()
+    return model
 
 
 def _read_text(config: HFConfig) -> ModelConfig:
@@ -193,17 +163,9 @@ def _read_temperature(config: HFConfig) -> TemperatureConfig | None:
     return temperature if on else None
 
 
-def _read_list(config: HFConfig, key: str) -> list[Any] | None:
-    """A list, None where there is none."""
-    value = config.get(key, None)
-    if value is not None and not isinstance(value, list | tuple):
-        raise config.error(key, value, "a list")
-    return None if value is None else list(value)
-
-
 def _read_turns(config: HFConfig, num_layers: int) -> list[bool]:
     """Which layers rotate. In `no_rope_layers` those that do are the ones; an empty list says nothing."""
-    stated, interval = _read_list(config, "no_rope_layers"), config.int("no_rope_layer_interval", 4, minimum=0)
+    stated, interval = config.list("no_rope_layers"), config.int("no_rope_layer_interval", 4, minimum=0)
     if not stated:
         if interval == 0:
             raise config.error("no_rope_layer_interval", interval, "at least 1 where no_rope_layers says nothing")
@@ -215,7 +177,7 @@ def _read_turns(config: HFConfig, num_layers: int) -> list[bool]:
 
 def _read_chunks(config: HFConfig, turns: list[bool]) -> list[int | None]:
     """The chunk that each layer sees, None where it sees all: said by `layer_types`, else where a layer rotates."""
-    stated = _read_list(config, "layer_types")
+    stated = config.list("layer_types")
     chunk = config.int("attention_chunk_size", None)  # null: there are no chunks
     if stated is None:
         return [chunk if turned else None for turned in turns]
@@ -229,14 +191,13 @@ def _read_chunks(config: HFConfig, turns: list[bool]) -> list[int | None]:
 def _read_feed_forwards(config: HFConfig, num_layers: int) -> list[FeedForwardConfig]:
     """Experts in the layers of `moe_layers`, else in every `interleave_moe_layer_step`-th; 0 of these means in none."""
     step = config.int("interleave_moe_layer_step", 1, minimum=0)
-    stated = _read_list(config, "moe_layers")
+    stated = config.list("moe_layers")
     if stated is None:
         with_experts = set(range(step - 1, num_layers, step)) if step else set()
     else:
-        whole = all(isinstance(index, int) and not isinstance(index, bool) for index in stated)
-        if not whole or len(set(stated)) != len(stated) or not all(0 <= index < num_layers for index in stated):
+        with_experts = {i for i in stated if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < num_layers}
+        if len(with_experts) != len(stated):
             raise config.error("moe_layers", stated, f"different layers below num_hidden_layers={num_layers}")
-        with_experts = set(stated)
     width, count = config.int("intermediate_size"), config.int("num_local_experts", 0, minimum=0)
     top_k = config.int("num_experts_per_tok", 1, minimum=0)
     dense = MLPConfig(intermediate_size=config.int("intermediate_size_mlp"))
@@ -246,3 +207,40 @@ def _read_feed_forwards(config: HFConfig, num_layers: int) -> list[FeedForwardCo
         raise config.error("num_experts_per_tok", top_k, f"1 to num_local_experts={count}")
     experts = MoEConfig(num_experts=count, top_k=top_k, intermediate_size=width, shared_size=width)
     return [experts if index in with_experts else dense for index in range(num_layers)]
+
+
+LLAMA4 = Architecture(
+    "Llama4ForCausalLM",
+    read_config,
+    checkpoint_names={ours: theirs for ours, theirs in LLAMA_NAMES.items() if ours != "feed_forward"},
+    outer_prefix=_OUTER,
+    has_slot_state=False,
+    own_name=own_name,
+)
+LLAMA4_WITH_IMAGES = replace(
+    LLAMA4, name="Llama4ForConditionalGeneration", image_model="lamella.vision.llama4_model:Sight"
+)
+
+
+class Llama4ForCausalLM(CausalLM, description=LLAMA4):
+    """Llama 4's language model."""
+
+    def permute_qk_weight_for_rotary(self, name: str, weight: Tensor) -> tuple[str, Tensor]:
+        """Return a tensor of a file for engines that rotate the halves of a head: rows of queries and keys reordered.
+
+        Not needed here, where adjacent channels are rotated.
+
+        Args:
+            name: of the tensor; anything but queries and keys is returned as it is.
+            weight: a row for each channel: weights, biases, and scales of channels, but no scales of blocks.
+        """
+        if not re.search(r"\.self_attn\.[qk]_proj\.", name):
+            return name, weight
+        mixer = self.config.layers[0].mixer
+        assert isinstance(mixer, AttentionConfig)
+        head_dim = mixer.head_dim
+        return name, permute_heads(weight, rope_order(head_dim, head_dim, "huggingface"))
+
+
+class Llama4ForConditionalGeneration(Llama4ForCausalLM, description=LLAMA4_WITH_IMAGES):
+    """Llama 4's language model, beside which an engine loads the vision encoder."""

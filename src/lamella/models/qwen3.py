@@ -6,21 +6,57 @@ Math and keys: transformers' `models/qwen3`.
 from __future__ import annotations
 
 from lamella.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig
+from lamella.config.hf_config import HFConfig
+from lamella.config.hf_layers import read_activation, read_model, read_output_bias, read_windows
+from lamella.config.hf_rope import read_rope
+from lamella.models.architecture import Architecture
 from lamella.models.base import CausalLM
-from lamella.models.hf_config import (
-    HFConfig,
-    read_activation,
-    read_model,
-    read_output_bias,
-    read_rope,
-    read_windows,
-)
 
 
-class Qwen3ForCausalLM(CausalLM):
-    """Qwen3. The keyword constructor gives a model with random weights."""
+def read_config(config: HFConfig) -> ModelConfig:
+    """Return the layers of a Qwen3 `config.json`."""
+    heads, num_layers = config.int("num_attention_heads"), config.int("num_hidden_layers")
+    # Not derived from hidden_size: several released sizes have heads * head_dim != hidden_size.
+    head_dim = config.int("head_dim", 128)
+    activation = read_activation(config)
+    bias = config.bool("attention_bias", False)
+    output_bias = read_output_bias(config, bias)
+    norm = NormConfig(eps=config.float("rms_norm_eps", 1e-6))
+    max_positions = config.int("max_position_embeddings", 32768)
+    rope = read_rope(config, head_dim, max_positions)
 
-    has_slot_state = False
+    def layer(window: int | None) -> LayerConfig:
+        return LayerConfig(
+            mixer=AttentionConfig(
+                num_heads=heads,
+                num_kv_heads=config.int("num_key_value_heads", heads),
+                head_dim=head_dim,
+                scale=head_dim**-0.5,
+                qkv_bias=bias,
+                output_bias=output_bias,
+                qk_norm=norm,
+                rope=rope,
+                window=window,
+            ),
+            feed_forward=MLPConfig(intermediate_size=config.int("intermediate_size"), activation=activation),
+            norm=norm,
+        )
+
+    # transformers' default applies where the key is missing; null means no window.
+    window = config.int("sliding_window", None if "sliding_window" in config.values else 4096)
+    first = config.int("max_window_layers", 28, minimum=0)
+    if not config.bool("use_sliding_window", False):
+        window = None
+    windows = read_windows(config, num_layers, window, first)
+    layers = [layer(window) for window in windows]
+    return read_model(config, "Qwen3ForCausalLM", layers, norm.eps, max_positions)
+
+
+QWEN3 = Architecture("Qwen3ForCausalLM", read_config, has_slot_state=False)
+
+
+class Qwen3ForCausalLM(CausalLM, description=QWEN3):
+    """Qwen3, with a keyword constructor."""
 
     def __init__(
         self,
@@ -40,7 +76,9 @@ class Qwen3ForCausalLM(CausalLM):
         tie_word_embeddings: bool = False,
         block_size: int = 256,
     ) -> None:
-        """The attention scale is `scale / sqrt(head_dim)`; queries and keys are normalised whatever the biases.
+        """Build a model with random weights.
+
+        The attention scale is `scale / sqrt(head_dim)`; queries and keys are normalised whatever the biases.
 
         The defaults are not those of any released Qwen3 (which have base 1e6, eps 1e-6 and no MLP biases): give the
         real ones, or use `from_config`. `block_size` is kept as an attribute for callers that set it; a
@@ -74,41 +112,3 @@ class Qwen3ForCausalLM(CausalLM):
                 max_position_embeddings=max_position,
             )
         )
-
-    @classmethod
-    def read_config(cls, config: HFConfig) -> ModelConfig:
-        heads, num_layers = config.int("num_attention_heads"), config.int("num_hidden_layers")
-        # Not derived from hidden_size: several released sizes have heads * head_dim != hidden_size.
-        head_dim = config.int("head_dim", 128)
-        activation = read_activation(config)
-        bias = config.bool("attention_bias", False)
-        output_bias = read_output_bias(config, bias)
-        norm = NormConfig(eps=config.float("rms_norm_eps", 1e-6))
-        max_positions = config.int("max_position_embeddings", 32768)
-        rope = read_rope(config, head_dim, max_positions)
-
-        def layer(window: int | None) -> LayerConfig:
-            return LayerConfig(
-                mixer=AttentionConfig(
-                    num_heads=heads,
-                    num_kv_heads=config.int("num_key_value_heads", heads),
-                    head_dim=head_dim,
-                    scale=head_dim**-0.5,
-                    qkv_bias=bias,
-                    output_bias=output_bias,
-                    qk_norm=norm,
-                    rope=rope,
-                    window=window,
-                ),
-                feed_forward=MLPConfig(intermediate_size=config.int("intermediate_size"), activation=activation),
-                norm=norm,
-            )
-
-        # transformers' default applies where the key is missing; null means no window.
-        window = config.int("sliding_window", None if "sliding_window" in config.values else 4096)
-        first = config.int("max_window_layers", 28, minimum=0)
-        if not config.bool("use_sliding_window", False):
-            window = None
-        windows = read_windows(config, num_layers, window, first)
-        layers = [layer(window) for window in windows]
-        return read_model(config, "Qwen3ForCausalLM", layers, norm.eps, max_positions)

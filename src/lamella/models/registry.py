@@ -1,27 +1,31 @@
-"""Which class serves which architecture. Nothing is imported before it is asked for."""
+"""Architectures by name. A module of `models/` is imported when its architecture is first looked up."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from importlib import import_module
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, TypeAlias
 
 from lamella.errors import ConfigError
+from lamella.models.architecture import Architecture
 
 if TYPE_CHECKING:
     from lamella.models.base import CausalLM
 
 ENTRY_POINT_GROUP = "lamella.architectures"
 
-_targets: dict[str, str | type[CausalLM]] = {
-    "LlamaForCausalLM": "lamella.models.llama:LlamaForCausalLM",
-    "Qwen3ForCausalLM": "lamella.models.qwen3:Qwen3ForCausalLM",
-    "LlamaCanonForCausalLM": "lamella.models.llama_canon:LlamaCanonForCausalLM",
-    "Apriel2ForCausalLM": "lamella.models.apriel2:Apriel2ForCausalLM",
-    "Apriel2ForConditionalGeneration": "lamella.models.apriel2:Apriel2ForCausalLM",  # its text part
-    "Llama4ForCausalLM": "lamella.models.llama4:Llama4ForCausalLM",
-    "Llama4ForConditionalGeneration": "lamella.models.llama4:Llama4ForConditionalGeneration",
+# A description, a model class made from one (or with the same attributes), or "module:name" of either.
+Target: TypeAlias = "str | Architecture | type[CausalLM]"
+
+_targets: dict[str, Target] = {
+    "LlamaForCausalLM": "lamella.models.llama:LLAMA",
+    "Qwen3ForCausalLM": "lamella.models.qwen3:QWEN3",
+    "LlamaCanonForCausalLM": "lamella.models.llama_canon:LLAMA_CANON",
+    "Apriel2ForCausalLM": "lamella.models.apriel2:APRIEL2",
+    "Apriel2ForConditionalGeneration": "lamella.models.apriel2:APRIEL2",  # its text part
+    "Llama4ForCausalLM": "lamella.models.llama4:LLAMA4",
+    "Llama4ForConditionalGeneration": "lamella.models.llama4:LLAMA4_WITH_IMAGES",
 }
 _aliases = {
     "llama": "LlamaForCausalLM",
@@ -36,7 +40,7 @@ _aliases = {
 
 
 class _Registry(Mapping[str, "type[CausalLM]"]):
-    """The architectures by name, each imported when it is looked up. Setting a name registers it."""
+    """Model classes by the architecture's name. Setting a name registers it."""
 
     def __getitem__(self, name: str) -> type[CausalLM]:
         try:
@@ -44,7 +48,7 @@ class _Registry(Mapping[str, "type[CausalLM]"]):
         except ConfigError as error:
             raise KeyError(str(error)) from error
 
-    def __setitem__(self, name: str, target: str | type[CausalLM]) -> None:
+    def __setitem__(self, name: str, target: Target) -> None:
         register_architecture(name, target)
 
     def __iter__(self) -> Iterator[str]:
@@ -57,40 +61,56 @@ class _Registry(Mapping[str, "type[CausalLM]"]):
 MODEL_REGISTRY = _Registry()
 
 
-def register_architecture(name: str, target: str | type[CausalLM], aliases: tuple[str, ...] = ()) -> None:
-    """Make `target`, a `CausalLM` class or "module:Class", serve checkpoints whose `architectures` say `name`.
+def register_architecture(name: str, target: Target, aliases: tuple[str, ...] = ()) -> None:
+    """Make `target` serve checkpoints whose `architectures` say `name`. Registering the same twice is harmless.
 
-    Registering the same pair again is harmless; taking over a name is a `ConfigError`.
+    Args:
+        name: the architecture's name in `config.json`.
+        target: an `Architecture`, a `CausalLM` class, or "module:name" of either. With `tensor_parallel_size` > 1 it
+            must be one that other processes can import.
+        aliases: other names, such as the `model_type` of config files.
+
+    Raises:
+        ConfigError: a name is registered already, with another target.
     """
     for taken in (name, *aliases):
         current = _targets.get(_aliases.get(taken, taken))
-        if current is not None and _path(current) != _path(target):
+        if current is not None and not _is_same(current, target):
             raise ConfigError(f"architecture {taken!r} is registered already, as {_path(current)}")
     _targets[name] = target
     _aliases.update(dict.fromkeys(aliases, name))
 
 
 def registered() -> dict[str, str]:
-    """All that has been registered, names and aliases, as "module:Class", for another process to register."""
+    """Return every registered name and alias with its "module:name", for another process to register.
+
+    Descriptions that no module holds are left out, since other processes cannot import them.
+    """
     names = {**{name: name for name in _targets}, **_aliases}
-    return {name: _path(_targets[target]) for name, target in names.items()}
+    paths = {name: _path(_targets[target]) for name, target in names.items()}
+    return {name: path for name, path in paths.items() if path is not None}
 
 
 def model_types() -> dict[str, str]:
-    """What config files call the architectures in `model_type`, and what to resolve: the aliases, and the entry points
-    whose name is not that of their class.
+    """Return each `model_type` of config files with the name to look up.
+
+    These are the aliases, and the entry points whose name is not that of the object they point to.
     """
     points = (point for point in entry_points(group=ENTRY_POINT_GROUP) if not point.value.endswith(f":{point.name}"))
     return {**{point.name: point.name for point in points}, **_aliases}
 
 
 def architectures() -> list[str]:
-    """The names that are known, those of installed entry points included."""
+    """Return the known names, those of installed entry points included."""
     return sorted({*_targets, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
 
 
-def resolve_architecture(name: str) -> type[CausalLM]:
-    """The class that serves `name`, an architecture or an alias; a `ConfigError` lists what exists."""
+def find_architecture(name: str) -> Architecture:
+    """Return the description of `name`, an architecture or an alias.
+
+    Raises:
+        ConfigError: the name is not known; the error lists those that are.
+    """
     name = _aliases.get(name, name)
     target = _targets.get(name)
     if target is None:
@@ -100,11 +120,37 @@ def resolve_architecture(name: str) -> type[CausalLM]:
             f"architecture {name!r} is not known; there are: {', '.join(architectures())}; to add one: "
             "docs/adding_a_model.md, or run the model in vLLM"
         )
+    return _describe(target)
+
+
+def resolve_architecture(name: str) -> type[CausalLM]:
+    """Return the model class of `name`, an architecture or an alias; see `find_architecture`."""
+    from lamella.models.base import model_class
+
+    return model_class(find_architecture(name))
+
+
+def _describe(target: Target) -> Architecture:
+    found = resolve_name(target) if isinstance(target, str) else target
+    return found if isinstance(found, Architecture) else found.description
+
+
+def _is_same(first: Target, second: Target) -> bool:
+    """Return True if both mean one description, or versions of one. Imports only what has different paths."""
+    if _path(first) == _path(second) is not None:
+        return True
+    if isinstance(first, Architecture) and isinstance(second, Architecture):  # a notebook's cell may run again
+        same_module = first.read_config.__module__ == second.read_config.__module__
+        return first is second or (same_module and first.name == second.name)
+    try:
+        return _describe(first) is _describe(second)
+    except (ImportError, AttributeError):
+        return False
+
+
+def _path(target: Target) -> str | None:
     if isinstance(target, str):
-        module, _, attribute = target.partition(":")
-        target = getattr(import_module(module), attribute)
-    return target
-
-
-def _path(target: str | type[CausalLM]) -> str:
-    return target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}"
+        return target
+    if isinstance(target, Architecture):
+        return target.import_path
+    return f"{target.__module__}:{target.__qualname__}"

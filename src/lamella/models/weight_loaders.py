@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lamella.errors import CheckpointError
+from lamella.layers.parameters import layout_of
 from lamella.parallel.sharding import Split, cut
 
 
@@ -74,26 +74,12 @@ class WeightLoader:
 
 def attach_weight_loaders(model: nn.Module) -> None:
     """Give every parameter of a model its `weight_loader`."""
-    from lamella.checkpoint.names import targets
-
-    shards: dict[int, list[_Shard]] = {}
-    for path, target in targets(model, {}).items():
-        name = path.split(".")[-2] if "." in path else path
-        shards.setdefault(id(target.parameter), []).append(_Shard(name, target.splits, target.start, target.stop))
+    modules = dict(model.named_modules())
     for path, parameter in model.named_parameters():
-        parameter.weight_loader = WeightLoader(path, tuple(shards[id(parameter)]))  # type: ignore[attr-defined]
-
-
-def shard_ids(packed: Mapping[str, list[str]]) -> dict[str, tuple[str, str | int]]:
-    """Return a packed mapping by the files' names: "q_proj" -> ("qkv_proj", "q"), "up_proj" -> ("gate_up_proj", 1)."""
-
-    def entries() -> Iterator[tuple[str, tuple[str, str | int]]]:
-        for merged, parts in packed.items():
-            letters = merged == "qkv_proj"
-            for index, part in enumerate(parts):
-                yield part, (merged, part.removesuffix("_proj") if letters else index)
-
-    found: dict[str, tuple[str, str | int]] = {}
-    for part, entry in entries():
-        found.setdefault(part, entry)
-    return found
+        owner, _, leaf = path.rpartition(".")
+        name = owner.rpartition(".")[2] or path
+        shards = (
+            _Shard(part or name, splits, start, stop)
+            for part, splits, start, stop in layout_of(modules[owner], leaf).tensors()
+        )
+        parameter.weight_loader = WeightLoader(path, tuple(shards))  # type: ignore[attr-defined]

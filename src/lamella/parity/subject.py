@@ -120,7 +120,7 @@ class Subject:
 
     def skeleton(self) -> CausalLM:
         """The engine's model without weights."""
-        return self.checkpoint.architecture.allocate(self.whole_config, LocalKit(torch.float32, "meta"))
+        return self.checkpoint.allocate(self.whole_config, LocalKit(torch.float32, "meta"))
 
     def weights(self, device: torch.device) -> dict[str, Tensor]:
         """Every tensor that computes something, by our path, projections apart, read from the files one by one: nothing

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-if TYPE_CHECKING:
-    from lamella.checkpoint.files import Checkpoint
+from lamella.checkpoint.files import Checkpoint
 
 
 class ImageModel(Protocol):
@@ -26,6 +25,16 @@ class ImageModel(Protocol):
     placeholder_text: str
     patch: int
     largest: tuple[int, ...]
+
+    @staticmethod
+    def is_there(checkpoint: Checkpoint, load_format: str) -> bool:
+        """Return True if the checkpoint has a vision encoder; otherwise the log says so. No tensor is read.
+
+        Raises:
+            ConfigError: the config lacks the encoder that the tensors have.
+            CheckpointError: the files cannot be read.
+        """
+        ...
 
     @classmethod
     def load(

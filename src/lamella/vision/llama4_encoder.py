@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lamella.checkpoint.json_file import read_json
+from lamella.checkpoint.loader import check_dtype
+from lamella.checkpoint.tensors import SafetensorsFolder
 from lamella.config.checks import check
-from lamella.models.hf_config import HFConfig
+from lamella.config.hf_config import HFConfig
+from lamella.errors import CheckpointError
+from lamella.layers.parameters import ParameterLayout
 from lamella.ops.operands import Rope
 from lamella.ops.rotary import rotate
-
-if TYPE_CHECKING:
-    from lamella.checkpoint.tensors import SafetensorsFolder
 
 PARTS = ("vision_model.", "multi_modal_projector.")
 
@@ -131,9 +133,9 @@ class MLP(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's, which says where it starts from."""
+    """torch's, whose weight starts from one."""
 
-    initial: ClassVar = {"weight": (1.0, 1.0)}
+    layouts: ClassVar = {"weight": ParameterLayout(initial=(1.0, 1.0))}
 
 
 class Layer(nn.Module):
@@ -206,8 +208,6 @@ class Vision(nn.Module):
 
         Raises `CheckpointError` where one is missing, left over or of the wrong shape.
         """
-        from lamella.checkpoint.json_file import read_json
-
         file = Path(path) / "config.json"
         vision = cls.allocate(VisionConfig.read(HFConfig(read_json(file), str(file))), dtype, device)
         vision.fill(Path(path))
@@ -224,9 +224,6 @@ class Vision(nn.Module):
         """Read the parameters. Raises `CheckpointError` where a tensor is missing, left over, quantised or of the wrong
         shape.
         """
-        from lamella.checkpoint.loader import check_dtype
-        from lamella.errors import CheckpointError
-
         wanted = self.state_dict()
         with vision_tensors(folder).opened() as tensors:
             names = set(tensors.names())
@@ -244,8 +241,6 @@ class Vision(nn.Module):
 
 def vision_tensors(folder: Path) -> SafetensorsFolder:
     """The vision part's tensors in a checkpoint's folder."""
-    from lamella.checkpoint.tensors import SafetensorsFolder
-
     return SafetensorsFolder(folder, lambda name: name if name.startswith(PARTS) else None, None)
 
 

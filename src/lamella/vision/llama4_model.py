@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lamella.checkpoint.files import Checkpoint
+from lamella.config.hf_config import HFConfig
 from lamella.errors import ConfigError
-from lamella.models.base import initialize
-from lamella.models.hf_config import HFConfig
+from lamella.layers.parameters import initialize
 from lamella.vision.llama4_encoder import Vision, VisionConfig, vision_tensors
 from lamella.vision.llama4_tiling import TEXTS, ImageTokens, Tiling, cut_tiles
 

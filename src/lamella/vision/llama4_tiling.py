@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lamella.checkpoint.json_file import read_json
+from lamella.config.hf_config import HFConfig
 from lamella.errors import ConfigError, ParameterError
-from lamella.models.hf_config import HFConfig
 
 TILE = 336  # pixels
 MAX_TILES = 16
@@ -88,8 +89,6 @@ class Tiling:
 
         Raises `ConfigError` where it does something else to the pixels than `cut_tiles` does.
         """
-        from lamella.checkpoint.json_file import read_json
-
         own, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
         file = own if own.is_file() or not whole.is_file() else whole
         values = read_json(file) if file.is_file() else {}

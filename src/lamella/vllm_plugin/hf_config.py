@@ -11,13 +11,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lamella.checkpoint.tensors import SafetensorsFolder
 from lamella.config import AttentionConfig, ModelConfig, PlacementLike, read_placement
+from lamella.config.config_keys import IgnoredKeys
+from lamella.config.hf_config import HFConfig
 from lamella.config.placement import every_mixer, restricted
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.holders import state_holders
 from lamella.layers.local_kit import LocalKit
-from lamella.models.config_keys import IgnoredKeys
-from lamella.models.hf_config import HFConfig
-from lamella.models.registry import model_types, resolve_architecture
+from lamella.models.registry import find_architecture, model_types
 from lamella.state.memory import StateCost
 from lamella.vllm_plugin import PREFIX
 
@@ -68,7 +68,7 @@ class LamellaConfig(PretrainedConfig):
         self.num_hidden_layers, self.max_position_embeddings = len(config.layers), config.max_position_embeddings
         self.num_attention_heads, self.num_key_value_heads, self.head_dim = _heads(config)
         stateless = [_STATELESS] * len(config.layers)
-        if not resolve_architecture(self.architectures[0].removeprefix(PREFIX)).has_slot_state:
+        if not find_architecture(self.architectures[0].removeprefix(PREFIX)).has_slot_state:
             return  # vLLM knows it by the class
         if not _keeps_slots(config):
             self.layer_types = stateless
@@ -116,9 +116,10 @@ def read_model_config(
     # How it is quantised concerns the projections, which are vLLM's.
     values.pop("quantization_config", None)
     placement = values.pop("_placement", None)
-    cls, path = resolve_architecture(architecture.removeprefix(PREFIX)), getattr(hf_config, "name_or_path", "")
+    description, path = find_architecture(architecture.removeprefix(PREFIX)), getattr(hf_config, "name_or_path", "")
     source = path or "config.json"
-    config = cls.read_config(HFConfig(values, source, max_length, lambda: _tensor_names(path), _ignored_keys(source)))
+    reader = HFConfig(values, source, max_length, lambda: _tensor_names(path), _ignored_keys(source))
+    config = description.read_config(reader)
     return config if placement is None or whole else restricted(config, read_placement(placement, config))
 
 

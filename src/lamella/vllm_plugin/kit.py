@@ -20,7 +20,6 @@ from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttentio
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from lamella.checkpoint.names import rename
 from lamella.config import ModelConfig, MoEConfig
 from lamella.errors import ConfigError
 from lamella.layers.kit import Widths, sections
@@ -28,6 +27,7 @@ from lamella.layers.linear import Biases, MergedLinear, without_bias
 from lamella.layers.moe import Experts
 from lamella.layers.norm import RMSNorm, SplitRMSNorm
 from lamella.layers.supernet.stochastic import Stochastic
+from lamella.models.names import rename
 from lamella.parallel.group import Group
 from lamella.parallel.sharding import Share, Split
 from lamella.state.spec import PagedState, SlotState
@@ -50,6 +50,19 @@ class Shard:
     name: str | int
     start: int | None = None
     stop: int | None = None
+
+
+@dataclass(frozen=True)
+class PackedProjections:
+    """The projections of a checkpoint that one module of vLLM's holds.
+
+    Attributes:
+        shards: what of each goes where, by the projections' names.
+        unbiased: projections without a bias, beside others that have one.
+    """
+
+    shards: Mapping[str, Sequence[Shard]]
+    unbiased: tuple[str, ...] = ()
 
 
 class VllmGroup(Group):
@@ -97,12 +110,12 @@ class VllmAttention(nn.Module):
 class VllmKit:
     """vLLM's projections, embeddings and attention, with its quantisation and its tensor parallelism.
 
-    A projection that holds several of a checkpoint's has the attribute `shards`: their names, and what of each goes
-    where.
+    Attributes:
+        packed: the modules that hold several of a checkpoint's projections, and which.
     """
 
     def __init__(self, config: VllmConfig, model: ModelConfig, names: Mapping[str, str]) -> None:
-        """`names` as in `CausalLM.checkpoint_names`."""
+        """`names` as in `Architecture.checkpoint_names`."""
         self.config, self._names = config, names
         self.dtype, self.device = config.model_config.dtype, torch.empty(0).device  # where vLLM builds models
         self.group: Group = VllmGroup()
@@ -111,6 +124,7 @@ class VllmKit:
         self._layout = StateLayout.of(model, self.share, self.dtype)
         self._spare_rows = compat.num_speculative_tokens(config)
         self._state_layers: dict[str, StateLayer] = {}
+        self.packed: dict[nn.Module, PackedProjections] = {}
         if self._layout is not None:
             layers = len(model.layers)
             size = layers * math.prod(self._layout.block(self._spare_rows)) * self._layout.dtype.itemsize
@@ -127,7 +141,7 @@ class VllmKit:
                 widths.append(width)
                 start += width
         linear = MergedColumnParallelLinear(in_size, widths, bias=bias, **self._common(prefix))
-        linear.shards = shards
+        self.packed[linear] = PackedProjections(shards)
         return linear
 
     def replicated_linear(self, in_size: int, parts: Mapping[str, int], bias: bool, prefix: str) -> nn.Module:
@@ -139,9 +153,9 @@ class VllmKit:
         self, in_size: int, heads: int, kv_heads: int, head_dim: int, bias: Biases, prefix: str
     ) -> nn.Module:
         linear = QKVParallelLinear(in_size, head_dim, heads, kv_heads, bias=bool(bias), **self._common(prefix))
-        linear.shards = {f"{name}_proj": [Shard(name)] for name in "qkv"}
-        linear.unbiased = without_bias(linear.shards, bias)
-        if linear.unbiased:
+        shards = {f"{name}_proj": [Shard(name)] for name in "qkv"}
+        self.packed[linear] = PackedProjections(shards, without_bias(shards, bias))
+        if self.packed[linear].unbiased:
             with torch.no_grad():
                 linear.bias.zero_()
         return linear

@@ -30,7 +30,7 @@ from lamella.layers.decoder import DecoderLayer
 from lamella.layers.norm import RMSNorm
 from lamella.layers.rotary import Positions
 from lamella.layers.supernet.stochastic import Stochastic
-from lamella.models.registry import resolve_architecture
+from lamella.models.registry import find_architecture
 from lamella.parallel.sharding import Share
 from lamella.vllm_plugin import PREFIX, compat
 from lamella.vllm_plugin.hf_config import read_model_config
@@ -102,7 +102,7 @@ class Model(nn.Module, SupportsPP, SupportsLoRA, SupportsQuant):
         model = super().__new__(cls)
         model.quant_config = vllm_config.quant_config
         if model.quant_config is not None:
-            outer = resolve_architecture(cls.architecture).outer_prefix
+            outer = find_architecture(cls.architecture).outer_prefix
             model.quant_config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={outer: ""} if outer else {}))
             model.quant_config.packed_modules_mapping.update(cls.packed_modules_mapping)
         return model
@@ -113,7 +113,7 @@ class Model(nn.Module, SupportsPP, SupportsLoRA, SupportsQuant):
         self.vllm_config = vllm_config
         config = model_config(vllm_config, self.architecture)
         self.config = untie_own_head(config, vllm_config.model_config.model, self.architecture)
-        names = resolve_architecture(self.architecture).checkpoint_names
+        names = find_architecture(self.architecture).checkpoint_names
         self.model = Stack(vllm_config=vllm_config, config=self.config, names=names, prefix="model")
         self.lm_head = PPMissingLayer()
         if get_pp_group().is_last_rank:
@@ -142,7 +142,7 @@ class Model(nn.Module, SupportsPP, SupportsLoRA, SupportsQuant):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Fill the parameters of this rank and stage; raises `CheckpointError` where tensors do not fit the model."""
-        architecture = resolve_architecture(self.architecture)
+        architecture = find_architecture(self.architecture)
         own_name, leftovers = architecture.own_name, architecture.leftovers
         filler = WeightFiller(self, architecture.checkpoint_names, own_name=own_name, leftovers=leftovers)
         return filler.fill(weights)
@@ -177,7 +177,7 @@ class HybridModel(Model, HasInnerState, IsHybrid):
         layout = StateLayout.of(config, share, vllm_config.model_config.dtype)
         if layout is None:
             raise ConfigError(
-                f"{cls.architecture}: no layer keeps slot state; its class must say has_slot_state = False"
+                f"{cls.architecture}: no layer keeps slot state; its description must say has_slot_state=False"
             )
         return layout
 
@@ -194,14 +194,14 @@ class HybridModel(Model, HasInnerState, IsHybrid):
 @cache
 def model_class(name: str) -> type[Model]:
     """The class under which vLLM knows an architecture, by its name with or without the prefix."""
-    architecture = resolve_architecture(name.removeprefix(PREFIX))
+    architecture = find_architecture(name.removeprefix(PREFIX))
     base = HybridModel if architecture.has_slot_state else Model
     # From the file's names to ours, the longest first, as adapters name projections.
     renamed = sorted(((file, ours) for ours, file in architecture.checkpoint_names.items()), key=lambda p: -len(p[0]))
     contents = {
         "architecture": name.removeprefix(PREFIX),
         "hf_to_vllm_mapper": WeightsMapper(orig_to_new_substr={f".{file}.": f".{ours}." for file, ours in renamed}),
-        "packed_modules_mapping": dict(architecture.packed_modules_mapping),
+        "packed_modules_mapping": {name: list(parts) for name, parts in architecture.packed_modules.items()},
         "__module__": __name__,
         "__qualname__": name,
     }

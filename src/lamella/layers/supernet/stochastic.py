@@ -1,10 +1,12 @@
-"""A layer of a supernet: several mixers, of which a placement says which computes a request."""
+"""A layer of a supernet: several mixers, of which the placement of a request selects one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
-from lamella.config import StochasticConfig
+from lamella.config import SingleMixerConfig, StochasticConfig
 from lamella.errors import ConfigError
 from lamella.layers.block_input import BlockInput
 from lamella.layers.context import current_batch, forward_batch
@@ -14,13 +16,18 @@ from lamella.layers.short_conv import ConvHistory
 
 
 class Stochastic(nn.Module):
-    """All mixers, built and loaded. The `active` one computes, unless the batch has `placements`, which then say who
-    computes what.
-    """
+    """All mixers of a layer. The `active` one computes, unless the batch has `placements`."""
 
     def __init__(
-        self, config: StochasticConfig, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None
+        self,
+        config: StochasticConfig,
+        kit: Kit,
+        hidden_size: int,
+        prefix: str,
+        history: ConvHistory | None,
+        build: Callable[[SingleMixerConfig, Kit, int, str, ConvHistory | None], nn.Module],
     ) -> None:
+        """Build every mixer by `build`, see `lamella.layers.build`."""
         super().__init__()
         for name in config.names:
             if hasattr(nn.ModuleDict, name):
@@ -28,11 +35,11 @@ class Stochastic(nn.Module):
                     f"{prefix}: a mixer cannot be called {name!r}, which is torch's own name for something"
                 )
         self.mixers = nn.ModuleDict(
-            {name: mixer.build(kit, hidden_size, f"{prefix}.mixers.{name}", history) for name, mixer in config.mixers}
+            {name: build(mixer, kit, hidden_size, f"{prefix}.mixers.{name}", history) for name, mixer in config.mixers}
         )
         self.active = config.main
         self._caller = kit.caller(self, prefix)
-        self.index = -1  # of the decoder layer, which whoever builds the stack says
+        self.index = layer_index(prefix)
 
     def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
         """(T, hidden_size) -> (T, hidden_size)."""
@@ -54,3 +61,9 @@ class Stochastic(nn.Module):
                 out = part.put(self.mixers[name](part.positions(positions), BlockInput.ready(part.take(x))), out)
         assert out is not None
         return out
+
+
+def layer_index(prefix: str) -> int:
+    """Return the layer index in a mixer's dotted path, `model.layers.INDEX.mixer`; -1 for other paths."""
+    index = prefix.rpartition(".")[0].rpartition(".")[2]
+    return int(index) if index.isdecimal() else -1

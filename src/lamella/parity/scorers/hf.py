@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lamella.checkpoint.names import rename, targets
+from lamella.checkpoint.names import targets
 from lamella.errors import CheckpointError, ConfigError
+from lamella.models.names import rename
 from lamella.parity.oracle import tap_turned
 from lamella.parity.probe import FED_BY
 from lamella.parity.scorers.full_forward import FullForward

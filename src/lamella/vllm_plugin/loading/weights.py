@@ -18,11 +18,12 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from lamella.checkpoint.files import open_checkpoint
-from lamella.checkpoint.names import Target, parts_apart, rename, targets
+from lamella.checkpoint.names import Target, separate_tensors, targets
 from lamella.config import ModelConfig
 from lamella.errors import CheckpointError, UserError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.local_kit import LocalKit
+from lamella.models.names import rename
 from lamella.parallel.sharding import cut
 from lamella.vllm_plugin.experts import VllmExperts
 from lamella.vllm_plugin.kit import Shard
@@ -77,13 +78,13 @@ class WeightFiller:
         own_name: Callable[[str], str | None] = str,
         leftovers: Callable[[Collection[str], Collection[str]], set[str]] = lambda names, expected: set(),
     ) -> None:
-        """`names`: our parameter paths -> the file's, see `CausalLM.checkpoint_names`; `tied_head` is what a
-        tied head's redundant copy is called; `own_name` and `leftovers` as in `CausalLM`.
+        """`names`: our parameter paths -> the file's, see `Architecture.checkpoint_names`; `tied_head` is what a
+        tied head's redundant copy is called; `own_name` and `leftovers` as in `Architecture`.
         """
         self.model, self.names, self._own_name, self._leftovers = model, names, own_name, leftovers
         self._skeleton = LanguageModel(model.config, LocalKit(torch.float32, "meta"))
         self._expected = targets(self._skeleton, names)
-        apart = {rename(part, names) for _, part, _ in parts_apart(self._skeleton)}
+        apart = {rename(part, names) for _, part, _ in separate_tensors(self._skeleton)}
         # Which of both a file has shows only when all of it was there.
         self._known = self._expected | targets(self._skeleton, names, apart)
         # Of mixers that the placement leaves out.
@@ -174,7 +175,7 @@ class WeightFiller:
 
     def _places(self) -> dict[str, _Place]:
         """Where the tensors go that this rank and stage wants, by their names in the file."""
-        modules = dict(self.model.named_modules())
+        modules, packed = dict(self.model.named_modules()), self.model.model.kit.packed
         experts = {path: module for path, module in modules.items() if isinstance(module, VllmExperts)}
         paths = {parameter: path for path, parameter in self.model.named_parameters()}
         found: dict[str, _Place] = {}
@@ -184,31 +185,31 @@ class WeightFiller:
             found[rename(part, self.names)] = _Place(path, fill, names)
 
         for part, target in targets(self.model, {}).items():
-            if not _is_vllms(modules, paths[target.parameter]):
+            if not _is_vllms(modules, packed, paths[target.parameter]):
                 add(part, paths[target.parameter], _copy(target), part)
-        for path, part, (place, splits) in parts_apart(self.model):
+        for path, part, (place, splits) in separate_tensors(self.model):
             add(part, path, _copy(Target(place, part, splits)), part)
         for owner, module in experts.items():
             for tensor in module.tensors():
                 stands_for = (f"{owner}.{name}" for name in tensor.stands_for)
                 add(f"{owner}.{tensor.name}", f"{owner}.{tensor.parameter}", tensor.fill, *stands_for)
         for path, parameter in self.model.named_parameters():
-            if not _is_vllms(modules, path) or path.startswith(tuple(f"{owner}." for owner in experts)):
+            if not _is_vllms(modules, packed, path) or path.startswith(tuple(f"{owner}." for owner in experts)):
                 continue
             owner, _, leaf = path.rpartition(".")
-            shards: Mapping[str, Sequence[Shard]] | None = getattr(modules[owner], "shards", None)
+            projections = packed.get(modules[owner])
             load = getattr(parameter, "weight_loader", default_weight_loader)
             if isinstance(modules[owner], Attention):
                 for name in _names_beside(owner.rsplit(".", 2)[0], leaf):
                     add(name, path, partial(load, parameter))
                 continue
             optional = leaf.endswith(_OPTIONAL) or not parameter.numel()
-            if shards is None:
+            if projections is None:
                 add(path, path, partial(load, parameter), *([] if optional else [path]))
                 continue
             parent = owner.rpartition(".")[0]
-            for part, pieces in shards.items():
-                if leaf == "bias" and part in getattr(modules[owner], "unbiased", ()):
+            for part, pieces in projections.shards.items():
+                if leaf == "bias" and part in projections.unbiased:
                     continue
                 name = f"{parent}.{part}.{leaf}"
                 add(name, path, partial(_load, load, parameter, pieces), *([] if optional else [name]))
@@ -222,11 +223,14 @@ def _names_beside(attention: str, leaf: str) -> tuple[str, ...]:
     return (*names, f"{projection}.output_scale") if leaf.endswith("_scale") else names
 
 
-def _is_vllms(modules: Mapping[str, nn.Module], path: str) -> bool:
-    """Whether a parameter is of a module that loads in vLLM's way."""
+def _is_vllms(modules: Mapping[str, nn.Module], packed: Collection[nn.Module], path: str) -> bool:
+    """Return True if a parameter is of a module that loads in vLLM's way.
+
+    Apart from those that the kit has packed, vLLM marks such parameters with a `weight_loader`.
+    """
     owner, _, leaf = path.rpartition(".")
     module = modules[owner]
-    return isinstance(module, Attention) or hasattr(module, "shards") or hasattr(getattr(module, leaf), "weight_loader")
+    return isinstance(module, Attention) or module in packed or hasattr(module.get_parameter(leaf), "weight_loader")
 
 
 def _copy(target: Target) -> Callable[[Tensor], None]:

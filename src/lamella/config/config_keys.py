@@ -38,7 +38,7 @@ class KeyRules:
     @cache
     def read(cls) -> KeyRules:
         """Return the rules of the bundled data file."""
-        data = json.loads((files("lamella.models") / "config_keys.json").read_text(encoding="utf-8"))
+        data = json.loads((files("lamella.config") / "config_keys.json").read_text(encoding="utf-8"))
         return cls(
             silent=frozenset(key for keys in data["silent"].values() for key in keys),
             ignored={key: why for why, keys in data["ignored"].items() for key in keys},
