@@ -80,22 +80,30 @@ def has_triton() -> bool:
     return True
 
 
-@dataclass(frozen=True)
+@dataclass
 class Backend:
     """One implementation of an operation.
 
     Attributes:
         name: what computes, see the module's docstring.
-        run: the implementation, with the operation's signature.
+        load: returns the implementation, which has the operation's signature.
         limits: takes what `BackendTable.choose` is given, and says whether the backend serves it; None if its platform
             is all that it needs.
         within: the backend that uses this one for a part of its work, where it is not chosen by the table.
     """
 
     name: str
-    run: Callable[..., Any]
+    load: Callable[[], Callable[..., Any]]
     limits: Callable[..., bool] | None = None
     within: str | None = None
+    _loaded: Callable[..., Any] | None = None
+
+    @property
+    def run(self) -> Callable[..., Any]:
+        """The implementation, loaded when first asked for."""
+        if self._loaded is None:
+            self._loaded = self.load()
+        return self._loaded
 
     @property
     def platforms(self) -> tuple[str, ...]:
@@ -135,22 +143,35 @@ class BackendTable:
         """Return a decorator that registers an implementation behind those registered before; see `Backend`."""
 
         def register(run: F) -> F:
-            backend = Backend(name, run, limits, within)
-            if within is not None:
-                self.parts.append(backend)
-                return run
-            self.backends.append(backend)
-            for each in ("triton", "native", PORTABLE):
-                self._by_platform[each] = tuple(some for some in self.backends if each in some.platforms)
+            self._add(Backend(name, lambda: run, limits, within, run))
             return run
 
         return register
+
+    def lazy(
+        self, name: str, limits: Callable[..., bool] | None = None, within: str | None = None
+    ) -> Callable[[Callable[[], F]], Backend]:
+        """Return a decorator like `backend`'s, for a function that imports the implementation and returns it."""
+
+        def register(load: Callable[[], F]) -> Backend:
+            return self._add(Backend(name, load, limits, within))
+
+        return register
+
+    def _add(self, backend: Backend) -> Backend:
+        if backend.within is not None:
+            self.parts.append(backend)
+            return backend
+        self.backends.append(backend)
+        for each in ("triton", "native", PORTABLE):
+            self._by_platform[each] = tuple(some for some in self.backends if each in some.platforms)
+        return backend
 
     def choose(self, x: Tensor, *more: Any) -> Callable[..., Any]:
         """Return the first backend that serves the inputs: `x` gives the platform, and `more` goes to the limits."""
         for backend in self._by_platform[platform(x)]:
             if backend.limits is None or backend.limits(x, *more):
-                return backend.run
+                return backend._loaded or backend.run
         raise AssertionError(f"{self.name}: no backend serves {x.dtype} on {x.device}")
 
     def get(self, name: str) -> Callable[..., Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -82,14 +84,17 @@ def decode_prepared(
     return _prepared.choose(qkv)(qkv, steps, cache, batch, scale, window, chunk, plan)
 
 
-@_causal.backend("triton")
-def _triton_causal(
-    q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, scale: float, window: int | None, chunk: int | None = None
-) -> Tensor:
+@_causal.lazy("triton")
+def _triton_causal() -> Callable[..., Tensor]:
     from lamella.ops.attention import triton_prefill
 
-    longest = max(batch.query_lens)
-    return triton_prefill.causal_attention(q, k, v, batch.query_start_loc, longest, scale, window, chunk)
+    def causal_attention(
+        q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, scale: float, window: int | None, chunk: int | None = None
+    ) -> Tensor:
+        longest = max(batch.query_lens)
+        return triton_prefill.causal_attention(q, k, v, batch.query_start_loc, longest, scale, window, chunk)
+
+    return causal_attention
 
 
 @_write.backend("native")
@@ -130,14 +135,17 @@ def _native_paged(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-@_prepared.backend("triton")
-def _triton_prepared(
-    qkv: Tensor, steps: QKVSteps, cache: PagedCache, batch: RaggedBatch, scale: float, window: int | None,
-    chunk: int | None, plan: AttentionPlan,
-) -> Tensor:  # fmt: skip
+@_prepared.lazy("triton")
+def _triton_prepared() -> Callable[..., Tensor]:
     from lamella.ops.attention import triton_few
 
-    return triton_few.decode_prepared(qkv, steps, cache, scale, window, plan.decode_workspace)
+    def decode_prepared(
+        qkv: Tensor, steps: QKVSteps, cache: PagedCache, batch: RaggedBatch, scale: float, window: int | None,
+        chunk: int | None, plan: AttentionPlan,
+    ) -> Tensor:  # fmt: skip
+        return triton_few.decode_prepared(qkv, steps, cache, scale, window, plan.decode_workspace)
+
+    return decode_prepared
 
 
 _causal.backend("torch")(sdpa.causal_attention)

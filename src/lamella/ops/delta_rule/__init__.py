@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor
 
 from lamella.ops import native
@@ -44,22 +47,11 @@ def delta_rule(
     return _table.choose(v, q)(q, k, v, decay, beta, a_log, dt_bias, batch, state, out)
 
 
-@_table.backend("triton", lambda v, q: q.shape[-1] <= _MAX_KEY_DIM)
-def _triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    beta: Tensor,
-    a_log: Tensor,
-    dt_bias: Tensor,
-    batch: RaggedBatch,
-    state: RecurrentState | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
+@_table.lazy("triton", lambda v, q: q.shape[-1] <= _MAX_KEY_DIM)
+def _triton() -> Callable[..., Tensor]:
     from lamella.ops.delta_rule import triton
 
-    return triton.delta_rule(q, k, v, decay, beta, a_log, dt_bias, batch, state, out)
+    return triton.delta_rule
 
 
 @_table.backend("native")
@@ -84,19 +76,8 @@ _table.backend("torch")(cpu.delta_rule)
 _table.backend("reference")(reference.delta_rule)
 
 
-@_table.backend("fla", within="triton")
-def _fla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    decay: Tensor,
-    beta: Tensor,
-    a_log: Tensor,
-    dt_bias: Tensor,
-    batch: RaggedBatch,
-    state: RecurrentState | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
+@_table.lazy("fla", within="triton")
+def _fla() -> Callable[..., Tensor]:
     from lamella.ops.delta_rule import triton
 
-    return triton.delta_rule(q, k, v, decay, beta, a_log, dt_bias, batch, state, out, chunked=True)
+    return partial(triton.delta_rule, chunked=True)

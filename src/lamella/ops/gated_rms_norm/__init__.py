@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from lamella.ops.backend import BackendTable
@@ -17,11 +19,11 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activati
     return _table.choose(x)(x, gate, weight, eps, activation)
 
 
-@_table.backend("triton", lambda x: x.shape[-1] <= MAX_WIDTH)
-def _triton(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Activation = "silu") -> Tensor:
+@_table.lazy("triton", lambda x: x.shape[-1] <= MAX_WIDTH)
+def _triton() -> Callable[..., Tensor]:
     from lamella.ops.gated_rms_norm import triton
 
-    return triton.gated_rms_norm(x, gate, weight, eps, activation)
+    return triton.gated_rms_norm
 
 
 _table.backend("reference")(reference.gated_rms_norm)

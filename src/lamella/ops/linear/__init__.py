@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from lamella.ops import native
 from lamella.ops.backend import BackendTable, use_fused
 from lamella.ops.linear import reference
+from lamella.ops.linear.limits import serves
 from lamella.ops.opaque import operation
 from lamella.ops.operands import ConvStep, ResidualNorm
 
@@ -62,7 +65,7 @@ def fused_linear(
     Returns:
         The result (T, out), or (T, out / 2) if gated; and the new residual (T, in) where there is a norm.
     """
-    return _triton_fused(x, weight, bias, gated, norm, conv)
+    return _triton_fused.run(x, weight, bias, gated, norm, conv)
 
 
 def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -75,18 +78,14 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _few_rows(x: Tensor, weight: Tensor) -> bool:
-    if x.dim() != 2:
-        return False
+    return x.dim() == 2 and serves(x, weight)
+
+
+@_linear.lazy("triton", _few_rows)
+def _triton() -> Callable[..., Tensor]:
     from lamella.ops.linear import triton
 
-    return triton.serves(x, weight)
-
-
-@_linear.backend("triton", _few_rows)
-def _triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    from lamella.ops.linear import triton
-
-    return triton.linear(x, weight, bias)
+    return triton.linear
 
 
 @_linear.backend("native", lambda x, weight: x.dim() == 2 and 0 < x.shape[0] <= native.linear_rows(x.dtype, x.shape[1]))
@@ -99,25 +98,18 @@ def _torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
-@_fused.backend("triton", _few_rows)
-def _triton_fused(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gated: bool = False,
-    norm: ResidualNorm | None = None,
-    conv: ConvStep | None = None,
-) -> tuple[Tensor, Tensor | None]:
+@_fused.lazy("triton", _few_rows)
+def _triton_fused() -> Callable[..., tuple[Tensor, Tensor | None]]:
     from lamella.ops.linear import triton
 
-    return triton.fused_linear(x, weight, bias, gated, norm, conv)
+    return triton.fused_linear
 
 
-@_wide.backend("triton", _few_rows)
-def _triton_wide(x: Tensor, weight: Tensor) -> Tensor:
+@_wide.lazy("triton", _few_rows)
+def _triton_wide() -> Callable[..., Tensor]:
     from lamella.ops.linear import triton
 
-    return triton.wide_linear(x, weight)
+    return triton.wide_linear
 
 
 @_wide.backend("native", lambda x, weight: x.dtype != torch.float32 and x.shape[0] > 0)

@@ -13,29 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, start_successor, wait
+from lamella.ops.linear.limits import serves
 from lamella.ops.operands import ConvStep, ResidualNorm
 from lamella.ops.short_conv.triton import convolve, load_history, load_taps, store_history
 from lamella.ops.swiglu.triton import silu
 
-MAX_ROWS = 2
-_LARGE = 1 << 25  # weight elements from which on two rows are a library's
-_MAX_INPUT = 1 << 14  # elements: the longest weight row that fits into a program's registers
+__all__ = ["fused_linear", "linear", "serves", "wide_linear"]
+
 _NO_NORM = (None, None, 0.0)
 _NO_CONV = ((None, None, False, False), (None, None), None)
-
-
-def serves(x: Tensor, weight: Tensor) -> bool:
-    """Return whether `linear` and its fused forms take x (T, in) and weight (out, in)."""
-    rows, size = x.shape
-    return (
-        1 <= rows <= (MAX_ROWS if weight.numel() < _LARGE else 1)
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and weight.dtype == x.dtype
-        and size % 8 == 0
-        and size <= _MAX_INPUT
-        and x.stride(1) == 1
-        and weight.is_contiguous()
-    )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

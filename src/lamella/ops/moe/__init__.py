@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -39,13 +41,11 @@ def _experts(
     return _table.choose(x)(x, logits, top_k, gate_up, down, base, first)
 
 
-@_table.backend("triton")
-def _triton(
-    x: Tensor, logits: Tensor, top_k: int, gate_up: Tensor, down: Tensor, base: Tensor | None = None, first: int = 0
-) -> Tensor:
+@_table.lazy("triton")
+def _triton() -> Callable[..., Tensor]:
     from lamella.ops.moe import triton
 
-    return triton.experts(x, logits, top_k, gate_up, down, base, first)
+    return triton.experts
 
 
 _table.backend("torch")(segments.experts)

@@ -142,7 +142,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     to the dtype before it is normed, so that the norm is of what was kept.
     """
     assert residual.dtype == x.dtype and residual.shape == x.shape and x.dim() == 2 and _dense_rows(residual)
-    normed, new_residual = x.new_empty(x.shape), x.new_empty(x.shape)
+    normed = x.new_empty(x.shape)
+    new_residual = torch.empty_like(normed)
     _run_norm(x, residual, weight, eps, normed, new_residual)
     return normed, new_residual
 

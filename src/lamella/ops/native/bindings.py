@@ -44,6 +44,7 @@ kernels: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
 _has_tiles = False
 
 
+@functools.cache
 def available() -> bool:
     """Return whether the kernels can be called. The first call builds and loads the library."""
     return why_unavailable() is None

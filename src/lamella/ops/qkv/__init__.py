@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from lamella.ops.backend import BackendTable
@@ -28,13 +30,11 @@ def prepare_qkv(
     return _table.choose(qkv)(qkv, steps, cache, canon)
 
 
-@_table.backend("triton")
-def _triton(
-    qkv: Tensor, steps: QKVSteps, cache: PagedCache | None = None, canon: ConvStep | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+@_table.lazy("triton")
+def _triton() -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
     from lamella.ops.qkv import triton
 
-    return triton.prepare_qkv(qkv, steps, cache, canon)
+    return triton.prepare_qkv
 
 
 _table.backend("reference")(reference.prepare_qkv)

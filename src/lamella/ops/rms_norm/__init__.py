@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from lamella.ops import native
@@ -43,11 +45,11 @@ def _rounds_once(x: Tensor, twice: bool) -> bool:
     return not twice
 
 
-@_norm.backend("triton", _fits)
-def _triton(x: Tensor, weight: Tensor, eps: float, twice: bool = False) -> Tensor:
+@_norm.lazy("triton", _fits)
+def _triton() -> Callable[..., Tensor]:
     from lamella.ops.rms_norm import triton
 
-    return triton.rms_norm(x, weight, eps, twice)
+    return triton.rms_norm
 
 
 @_norm.backend("native", _rounds_once)
@@ -55,11 +57,11 @@ def _native(x: Tensor, weight: Tensor, eps: float, twice: bool = False) -> Tenso
     return native.rms_norm(x, weight, eps)
 
 
-@_add_norm.backend("triton", _fits)
-def _triton_add(x: Tensor, norm: ResidualNorm, twice: bool = False) -> tuple[Tensor, Tensor]:
+@_add_norm.lazy("triton", _fits)
+def _triton_add() -> Callable[..., tuple[Tensor, Tensor]]:
     from lamella.ops.rms_norm import triton
 
-    return triton.add_rms_norm(x, norm, twice)
+    return triton.add_rms_norm
 
 
 @_add_norm.backend("native", _rounds_once)

@@ -6,6 +6,8 @@ sines and logarithms again in each layer and for each head, which takes longer t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -56,20 +58,18 @@ def _native_rotate(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
     return native.rotary(q, k, *rope)
 
 
-@_angles.backend("triton")
-def _triton_angles(
-    positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None = None
-) -> tuple[Tensor, Tensor]:
+@_angles.lazy("triton")
+def _triton_angles() -> Callable[..., tuple[Tensor, Tensor]]:
     from lamella.ops.rotary import triton
 
-    return triton.angles(positions, frequencies, magnitude, period)
+    return triton.angles
 
 
-@_temperature.backend("triton")
-def _triton_temperature(positions: Tensor, scale: float, floor_scale: int) -> Tensor:
+@_temperature.lazy("triton")
+def _triton_temperature() -> Callable[..., Tensor]:
     from lamella.ops.rotary import triton
 
-    return triton.temperature(positions, scale, floor_scale)
+    return triton.temperature
 
 
 _rotate.backend("reference")(reference.rotate_heads)

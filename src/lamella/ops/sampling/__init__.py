@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -28,11 +28,11 @@ def pending_tokens(input_ids: Tensor, tokens: Tensor) -> Tensor:
     return _pending.choose(input_ids)(input_ids, tokens)
 
 
-@_pending.backend("triton")
-def _triton_pending(input_ids: Tensor, tokens: Tensor) -> Tensor:
+@_pending.lazy("triton")
+def _triton_pending() -> Callable[..., Tensor]:
     from lamella.ops.sampling import triton_pending
 
-    return triton_pending.pending_tokens(input_ids, tokens)
+    return triton_pending.pending_tokens
 
 
 _pending.backend("reference")(reference.pending_tokens)

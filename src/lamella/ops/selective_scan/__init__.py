@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from lamella.ops import native
@@ -46,23 +48,11 @@ def selective_scan(
     return _table.choose(x, b)(x, dt, b, c, z, a_log, dt_bias, d, batch, state, out)
 
 
-@_table.backend("triton", lambda x, b: b.shape[-1] <= _MAX_WIDTH)
-def _triton(
-    x: Tensor,
-    dt: Tensor,
-    b: Tensor,
-    c: Tensor,
-    z: Tensor,
-    a_log: Tensor,
-    dt_bias: Tensor | None,
-    d: Tensor,
-    batch: RaggedBatch,
-    state: RecurrentState | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
+@_table.lazy("triton", lambda x, b: b.shape[-1] <= _MAX_WIDTH)
+def _triton() -> Callable[..., Tensor]:
     from lamella.ops.selective_scan import triton
 
-    return triton.selective_scan(x, dt, b, c, z, a_log, dt_bias, d, batch, state, out)
+    return triton.selective_scan
 
 
 @_table.backend("native")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from lamella.ops import native
@@ -64,13 +66,11 @@ def norm_short_conv(
     return _norm_conv.choose(x)(x, norm, conv, batch, state, out, total, early)
 
 
-@_conv.backend("triton")
-def _triton(
-    x: Tensor, conv: ConvWeights, batch: RaggedBatch, state: ConvState | None = None, out: Tensor | None = None
-) -> Tensor:
+@_conv.lazy("triton")
+def _triton() -> Callable[..., Tensor]:
     from lamella.ops.short_conv import triton
 
-    return triton.short_conv(x, conv, batch, state, out)
+    return triton.short_conv
 
 
 @_conv.backend("native")
@@ -82,13 +82,11 @@ def _native(
     return y if out is None else out.copy_(y)
 
 
-@_conv_swiglu.backend("triton")
-def _triton_swiglu(
-    x: Tensor, conv: ConvWeights, batch: RaggedBatch, state: ConvState | None = None, out: Tensor | None = None
-) -> Tensor:
+@_conv_swiglu.lazy("triton")
+def _triton_swiglu() -> Callable[..., Tensor]:
     from lamella.ops.short_conv import triton
 
-    return triton.short_conv_swiglu(x, conv, batch, state, out)
+    return triton.short_conv_swiglu
 
 
 @_conv_swiglu.backend("composed")
@@ -99,20 +97,11 @@ def _composed_swiglu(
     return y if out is None else out.copy_(y)
 
 
-@_norm_conv.backend("triton")
-def _triton_norm(
-    x: Tensor,
-    norm: ResidualNorm,
-    conv: ConvWeights,
-    batch: RaggedBatch,
-    state: ConvState | None = None,
-    out: Tensor | None = None,
-    total: Tensor | None = None,
-    early: bool = False,
-) -> tuple[Tensor, Tensor]:
+@_norm_conv.lazy("triton")
+def _triton_norm() -> Callable[..., tuple[Tensor, Tensor]]:
     from lamella.ops.short_conv import triton
 
-    return triton.norm_short_conv(x, norm, conv, batch, state, out, total, early)
+    return triton.norm_short_conv
 
 
 @_norm_conv.backend("composed")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from lamella.ops import native
@@ -16,11 +18,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return _table.choose(gate_up)(gate_up)
 
 
-@_table.backend("triton")
-def _triton(gate_up: Tensor) -> Tensor:
+@_table.lazy("triton")
+def _triton() -> Callable[..., Tensor]:
     from lamella.ops.swiglu import triton
 
-    return triton.swiglu(gate_up)
+    return triton.swiglu
 
 
 @_table.backend("native")
