@@ -30,6 +30,7 @@ from torch import Tensor
 from lamella.ops import native
 from lamella.ops.delta_rule import cpu as delta_cpu
 from lamella.ops.delta_rule import reference as delta_reference
+from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.selective_scan import cpu as scan_cpu
 from lamella.ops.selective_scan import reference as scan_reference
@@ -77,7 +78,8 @@ def make(
     return {**each, **rest}, (heads, rows, columns)
 
 
-def on_cpu(kernel: Operation, batch: RaggedBatch, **operands: Any) -> Tensor:
+def on_cpu(kernel: Operation, batch: RaggedBatch, state: RecurrentState, **operands: Any) -> Tensor:
+    operands |= {"state": state.matrix, "slots": state.slots}
     return kernel(**operands, query_start_loc=batch.query_start_loc, seq_lens=batch.seq_lens)
 
 
@@ -115,8 +117,8 @@ def check(name: str, shape: tuple[int, ...], way: Operation, label: str, dtype: 
     operands, of_state = make(name, shape, batch.num_tokens, dtype)
     slots, old = torch.tensor([3, 1, 0, 4], device=DEVICE), torch.randn(5, *of_state, device=DEVICE)
     new, reference = old.clone(), scan_reference.selective_scan if name == "scan" else delta_reference.delta_rule
-    expected = reference(**operands, batch=batch, state=old, slots=slots)
-    y = way(**operands, batch=batch, state=new, slots=slots)
+    expected = reference(**operands, batch=batch, state=RecurrentState(old, slots))
+    y = way(**operands, batch=batch, state=RecurrentState(new, slots))
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     for ours, truth in ((y, expected), (new, old)):
         error = float((ours.float() - truth.float()).abs().max() / truth.float().abs().max())
@@ -166,7 +168,7 @@ def decode(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[di
                 slots: Tensor = slots,
             ) -> None:  # fmt: skip
                 for state in layers:
-                    way(**operands, batch=batch, state=state, slots=slots)
+                    way(**operands, batch=batch, state=RecurrentState(state, slots))
 
             each = seconds(step, graph=True) / len(layers)
             yield {
@@ -184,7 +186,7 @@ def prefill(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[d
                 batch = RaggedBatch.from_lengths(lengths, [n + 5 for n in lengths], DEVICE)
                 operands, of_state = make(name, shape, batch.num_tokens, dtype)
                 state, slots = torch.zeros(requests, *of_state, device=DEVICE), torch.arange(requests, device=DEVICE)
-                call = partial(way, **operands, batch=batch, state=state, slots=slots)
+                call = partial(way, **operands, batch=batch, state=RecurrentState(state, slots))
                 each = seconds(call, graph=False)
                 yield {
                     "op": name, "shape": shape, "case": f"prefill {requests} x {lengths[0]}", "way": label,

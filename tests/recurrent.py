@@ -56,7 +56,7 @@ class Recurrent(nn.Module):
 
     def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
         batch = require_batch().ragged
-        (rows,), slots = self.state.current()
+        (rows,), slots = self.state.current() or ((None,), None)
         qkv = entry.project(self.qkv_proj)
         parts = [part.split(batch.query_lens) for part in qkv.chunk(3, -1)]
         outputs = []

@@ -18,6 +18,7 @@ from lamella.layers.local_kit import LocalKit
 from lamella.layers.moe import MoE
 from lamella.layers.rotary import Rotary, inverse_frequencies
 from lamella.ops.moe import reference
+from lamella.ops.operands import Rope
 from lamella.ops.rotary import rotate
 
 LENGTHS = (1, 15, 16, 17, 70, 200)
@@ -154,10 +155,10 @@ def test_a_norm_before_the_rotation_is_the_same_model(scout):
         if mixer.config.qk_norm is None:
             continue
         qkv = torch.randn(7, sum(mixer.sizes))
-        cos, sin = mixer.rotary.angles(torch.arange(7))
+        rope = Rope(*mixer.rotary.angles(torch.arange(7)), interleaved=True)
         q, k, _ = (part.unflatten(-1, (-1, 16)) for part in qkv.split(mixer.sizes, -1))
-        before = rotate(norm(q, (16,), eps=1e-5), norm(k, (16,), eps=1e-5), cos, sin, True)
-        after = (norm(part, (16,), eps=1e-5) for part in rotate(q, k, cos, sin, True))
+        before = rotate(norm(q, (16,), eps=1e-5), norm(k, (16,), eps=1e-5), rope)
+        after = (norm(part, (16,), eps=1e-5) for part in rotate(q, k, rope))
         for ours, theirs in zip(before, after, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
 
 # New tokens and tokens in all of each request.
@@ -64,7 +65,7 @@ class Case:
         operands = {**self.operands, **changes}
         before = {name: x if x is None else x.clone() for name, x in operands.items()}
         pages, state = self.state()
-        memory = {"state": state, "slots": self.slots} if remembering else {}
+        memory = {"state": RecurrentState(state, self.slots)} if remembering else {}
         with torch.inference_mode():
             y = function(**operands, batch=self.batch, **memory)
         for name, x in operands.items():
@@ -146,7 +147,7 @@ def pieces(case, function, cuts):
         )
         operands = {name: x[rows] if name in tokens else x for name, x in case.operands.items()}
         with torch.inference_mode():
-            y = function(**operands, batch=batch, state=state, slots=case.slots[active])
+            y = function(**operands, batch=batch, state=RecurrentState(state, case.slots[active]))
         for r, n, part in zip(active, counts, y.split(counts), strict=True):
             outputs[r].append(part)
             done[r] += n

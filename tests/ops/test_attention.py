@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lamella.ops import attention
 from lamella.ops.attention import reference, sdpa
 from lamella.ops.attention.chunks import pieces, seen_pages
+from lamella.ops.operands import PagedCache
 from lamella.ops.ragged import RaggedBatch
 
 SIGHTS = [(None, None), (1, None), (3, None), (17, None), (None, 1), (None, 4), (None, 10), (None, 64)]
@@ -70,7 +71,8 @@ def paged(case, dtype):
         queries.append(torch.randn(new, kv_heads * case["group"], dim, generator=generator).to(dtype))
         keys.append(k)
         values.append(v)
-    return queries, keys, values, k_cache, v_cache, table, RaggedBatch.from_lengths(case["new"], case["context"])
+    cache = PagedCache(k_cache, v_cache, table, torch.empty(0, dtype=torch.int64))
+    return queries, keys, values, cache, RaggedBatch.from_lengths(case["new"], case["context"])
 
 
 @pytest.mark.parametrize(
@@ -83,10 +85,10 @@ def paged(case, dtype):
 @torch.inference_mode()
 def test_paged_attention(implementation, case):
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
-        queries, keys, values, k_cache, v_cache, table, batch = paged(case, dtype)
+        queries, keys, values, cache, batch = paged(case, dtype)
         scale = case["dim"] ** -0.5
         sight = {"window": case["window"], "chunk": case["chunk"]}
-        out = implementation(torch.cat(queries), k_cache, v_cache, table, batch, scale, **sight)
+        out = implementation(torch.cat(queries), cache, batch, scale, **sight)
         parts = zip(queries, keys, values, case["new"], strict=True)
         expected = torch.cat([truth(*part, scale, **sight) for part in parts])
         assert out.dtype == dtype
@@ -113,7 +115,7 @@ def test_write_kv_writes_its_rows_and_no_other():
     k_cache, v_cache = torch.full((3, 4, 2, 8), torch.nan), torch.full((3, 4, 2, 8), torch.nan)
     k, v, rows = torch.randn(3, 2, 8), torch.randn(3, 2, 8), torch.tensor([7, 0, 9])
     with torch.inference_mode():
-        attention.write_kv(k, v, k_cache, v_cache, rows)
+        attention.write_kv(k, v, PagedCache(k_cache, v_cache, torch.empty(0), rows))
     assert torch.equal(k_cache.flatten(0, 1)[rows], k)
     assert torch.equal(v_cache.flatten(0, 1)[rows], v)
     assert k_cache.isnan().sum() == k_cache.numel() - k.numel()
@@ -126,14 +128,15 @@ def test_chunks_are_requests_of_their_own(case, pages):
     """What a library that knows no chunks is given: every chunk as a request, with the pages that it sees."""
     page = case["page"]
     case |= {"window": None, "chunk": page * pages}
-    queries, _, _, k_cache, v_cache, table, batch = paged(case, torch.float32)
+    queries, _, _, cache, batch = paged(case, torch.float32)
     lengths = case["new"], case["context"]
-    listed = torch.cat([row[: -(-n // page)] for row, n in zip(table, case["context"], strict=True)])
+    listed = torch.cat([row[: -(-n // page)] for row, n in zip(cache.block_table, case["context"], strict=True)])
     listed = listed[seen_pages(*lengths, case["chunk"], page)]
     cut = pieces(*lengths, case["chunk"])
     counts = [-(-piece.length // page) for piece in cut]
     rows = torch.nn.utils.rnn.pad_sequence(list(listed.split(counts)), batch_first=True)
     apart = RaggedBatch.from_lengths([piece.new for piece in cut], [piece.length for piece in cut])
     q = torch.cat(queries)
-    expected = reference.paged_attention(q, k_cache, v_cache, table, batch, 0.3, None, case["chunk"])
-    torch.testing.assert_close(reference.paged_attention(q, k_cache, v_cache, rows, apart, 0.3, None), expected)
+    expected = reference.paged_attention(q, cache, batch, 0.3, None, case["chunk"])
+    alone = cache._replace(block_table=rows)
+    torch.testing.assert_close(reference.paged_attention(q, alone, apart, 0.3, None), expected)

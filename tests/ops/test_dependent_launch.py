@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from typing import ClassVar
 
@@ -22,7 +21,9 @@ from helpers import canon_checkpoint, poisoned_llm, randomize, save_lamella
 from image_models import TEXT
 from lamella import LLM, SamplingParams, register_architecture
 from lamella.config import AttentionConfig, CanonConfig
+from lamella.layers.kernel_attention import use_attention_kernels
 from lamella.models import Apriel2ForCausalLM, registry
+from lamella.ops import backend
 from lamella.ops.attention.paged import AttentionSpace
 from lamella.ops.launch import start_successor, wait, wait_for_predecessor
 from mixed_steps import mixed_llm, stand_ins, with_graphs
@@ -61,10 +62,7 @@ def only_here():
 
 def use_kernels(monkeypatch):
     """Have our GPU kernels serve tensors of the CPU."""
-    for name, module in list(sys.modules.items()):
-        for choice, answer in (("use_triton", True), ("use_fused", True), ("use_native", False)):
-            if name.startswith("lamella.") and hasattr(module, choice):
-                monkeypatch.setattr(module, choice, lambda x, answer=answer: answer)
+    monkeypatch.setattr(backend, "platform", lambda x: "triton")
 
 
 def llama4_checkpoint(folder):
@@ -122,6 +120,7 @@ def checkpoint_of(kind, folder):
 def run(llm: LLM, monkeypatch, lengths, placements, later=()) -> Detector:
     """Generate behind prompts of these lengths; `later` ones are added after a few steps, beside the decodes."""
     use_kernels(monkeypatch)
+    use_attention_kernels(llm.engine.model)
     runner = llm.engine.runner
     runner.attention = runner.inputs.attention = AttentionSpace(8, 128, torch.device("cpu"))
 

@@ -1,5 +1,6 @@
 """The native CPU kernels against plain float32 torch formulas, on random inputs of awkward shapes."""
 
+import ctypes
 import math
 import os
 import re
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from lamella.ops import native
 from lamella.ops.delta_rule import reference as delta_reference
+from lamella.ops.native import bindings, build
+from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.selective_scan import reference as scan_reference
 
@@ -251,12 +254,10 @@ def test_short_conv_is_the_same_however_it_is_cut(dtype: torch.dtype, seed: int)
 def native_form(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The kernel, called as the operation is."""
 
-    def form(
-        batch: RaggedBatch, state: Tensor | None = None, slots: Tensor | None = None, **operands: Tensor
-    ) -> Tensor:
-        slots = None if slots is None else slots.contiguous()
+    def form(batch: RaggedBatch, state: RecurrentState | None = None, **operands: Tensor) -> Tensor:
+        matrix, slots = (None, None) if state is None else (state.matrix, state.slots.contiguous())
         return kernel(
-            **operands, state=state, slots=slots, query_start_loc=batch.query_start_loc, seq_lens=batch.seq_lens
+            **operands, state=matrix, slots=slots, query_start_loc=batch.query_start_loc, seq_lens=batch.seq_lens
         )
 
     return form
@@ -332,9 +333,7 @@ def test_add_rms_norm(dtype: torch.dtype, seed: int) -> None:
     weight = randn(g, 1, N, dtype=torch.float32)[0]
     with Unchanged(x, residual, weight):
         normed, new_residual = native.add_rms_norm(x, residual, weight, 1e-5)
-        plain, nothing = native.add_rms_norm(x, None, weight, 1e-5)
-    assert nothing is None
-    assert new_residual is not None
+        plain = native.rms_norm(x, weight, 1e-5)
     assert torch.equal(new_residual, x + residual)
     close(normed, norm_reference(new_residual, weight, 1e-5), ulps=2)
     close(plain, norm_reference(x, weight, 1e-5), ulps=2)
@@ -348,7 +347,7 @@ def test_norm_per_head(dtype: torch.dtype, seed: int) -> None:
     qkv, weight = randn(g, T, H + 2 * KV, D, dtype=dtype, pad=3), randn(g, 1, D, dtype=torch.float32)[0]
     for view in (qkv[:, :H], qkv[:, H : H + KV], qkv[:, ::2]):
         with Unchanged(qkv):
-            normed, _ = native.add_rms_norm(view, None, weight, 1e-6)
+            normed = native.rms_norm(view, weight, 1e-6)
         assert normed.shape == view.shape
         assert normed.is_contiguous()
         close(normed, norm_reference(view, weight, 1e-6), ulps=2)
@@ -540,10 +539,58 @@ def test_processes_that_start_at_once_compile_once(tmp_path: Path) -> None:
         'for last; do true; done\necho > "$last"\n'
     )
     compiler.chmod(0o755)
-    code = "from lamella.ops import native; print(native._build())"
+    code = "from lamella.ops.native.build import build; print(build())"
     environment = os.environ | {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-c", code]
     processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     libraries = {process.communicate(timeout=120)[0].strip() for process in processes}
     assert len(libraries) == 1 and Path(libraries.pop()).exists()
     assert log.read_text() == "compiled\n"
+
+
+def c_types(prototype: str) -> list[type]:
+    """The ctypes of a C++ parameter list."""
+    plain = {"int64_t": ctypes.c_int64, "float": ctypes.c_float, "bool": ctypes.c_bool, "int": ctypes.c_int}
+    found = []
+    for parameter in prototype.split(","):
+        kind = parameter.replace("const", "").split()[0]
+        found.append(ctypes.c_void_p if "*" in parameter else plain[kind])
+    return found
+
+
+def exported() -> dict[str, str]:
+    """The parameter list of every kernel that the C++ exports."""
+    found = {}
+    for path in build.sources():
+        text = path.read_text()
+        for name in re.findall(r"^EXPORT\((\w+)\)$", text, re.MULTILINE):
+            (parameters,) = re.findall(
+                rf"^template <class T>\nvoid {name}\((.*?)\) {{$", text, re.MULTILINE | re.DOTALL
+            )
+            found[name] = parameters
+    return found
+
+
+def test_every_signature_is_that_of_the_cpp() -> None:
+    assert {name: c_types(parameters) for name, parameters in exported().items()} == bindings.SIGNATURES
+
+
+def test_every_source_is_part_of_the_library_and_of_its_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A changed header, or a file that kernels.cpp leaves out, would otherwise run as it was."""
+    unit = (build.FOLDER / "kernels.cpp").read_text()
+    included = set(re.findall(r'#include "(\w+\.cpp)"', unit))
+    assert {path.name for path in build.sources() if path.suffix == ".cpp"} - {"kernels.cpp"} == included
+    for path in build.sources():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    keys = {build._key([])}
+    for path in sorted(tmp_path.iterdir()):
+        path.write_bytes(path.read_bytes() + b"\n")
+        keys.add(build._key([]))
+    assert len(keys) == 1 + len(build.sources())
+
+
+def test_every_source_is_packaged() -> None:
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    (line,) = re.findall(r'^"lamella\.ops\.native" = (\[.*\])$', project, re.MULTILINE)
+    assert {f'"*{path.suffix}"' for path in build.sources()} == set(line.strip("[]").split(", "))

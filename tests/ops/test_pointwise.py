@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 
 from lamella.ops.backend import portable_only
+from lamella.ops.operands import ResidualNorm, Rope
 from lamella.ops.rms_norm import add_rms_norm, rms_norm
 from lamella.ops.rms_norm import reference as norm_reference
 from lamella.ops.rotary import angles, rotate, temperature
@@ -74,7 +75,7 @@ def test_add_rms_norm(dtype, rows, width):
     total = (x.float() + residual.float()).to(dtype)
     before = x.clone(), residual.clone()
     for function in (add_rms_norm, norm_reference.add_rms_norm):
-        normed, kept = function(x, residual, weight, 1e-5)
+        normed, kept = function(x, ResidualNorm(residual, weight, 1e-5))
         assert torch.equal(kept, total)
         wide = total.double()
         close(normed, wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight.double(), dtype)
@@ -91,8 +92,8 @@ def test_rotate(dtype, interleaved, pairs):
     q, k, _ = (part.unflatten(-1, (-1, 16)) for part in qkv.split((48, 32, 32), dim=-1))
     angles = torch.rand(6, pairs) * 6
     before = qkv.clone()
-    turned = rotate(q, k, angles.cos(), angles.sin(), interleaved)
-    plain = tuple(rotary_reference.rotate(x, angles.cos(), angles.sin(), interleaved) for x in (q, k))
+    rope = Rope(angles.cos(), angles.sin(), interleaved)
+    turned, plain = rotate(q, k, rope), rotary_reference.rotate_heads(q, k, rope)
     for result in (turned, plain):
         for x, y in zip((q, k), result, strict=True):
             first = slice(0, 2 * pairs, 2) if interleaved else slice(0, pairs)
@@ -130,7 +131,7 @@ def test_compiled_layers_share_the_angles_and_temperatures_of_a_step():
     def layers(positions, frequencies, q, k):
         cos, sin = angles(positions, frequencies, 1.5, 7)
         for _ in range(2):
-            q, k = rotate(q, k, cos, sin, interleaved=False)
+            q, k = rotate(q, k, Rope(cos, sin, interleaved=False))
             q = q * temperature(positions, 0.1, 4)[:, None, None]
         return q, k
 

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from lamella.errors import KernelError
-from lamella.ops import backend, sampling, self_check
+from lamella.ops import backend, self_check
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KERNELS = {
@@ -29,8 +29,7 @@ KERNELS = {
 
 @pytest.fixture(autouse=True)
 def kernels_everywhere(monkeypatch):
-    for module in (backend, sampling, self_check):
-        monkeypatch.setattr(module, "use_triton", lambda x: True)
+    monkeypatch.setattr(backend, "platform", lambda x: "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -55,6 +54,6 @@ def test_a_wrong_kernel_is_named(op, monkeypatch):
 
 
 def test_where_no_kernel_serves_there_is_nothing_to_check(monkeypatch):
-    monkeypatch.setattr(self_check, "use_triton", lambda x: False)
+    monkeypatch.setattr(backend, "platform", lambda x: backend.PORTABLE)
     monkeypatch.setattr(self_check, "_checks", lambda *args: pytest.fail("checked"))
     self_check.self_check(torch.float32, DEVICE)

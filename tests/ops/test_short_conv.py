@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recurrences import ring
 
+from lamella.ops.operands import ConvState, ConvWeights
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.short_conv import reference, short_conv
 
@@ -66,7 +67,7 @@ def test_any_cut_equals_the_whole(implementation, case):
         x = torch.cat([inputs[r][done[r] : done[r] + n] for r, n in zip(active, counts, strict=True)])
         before = x.clone()
         batch = RaggedBatch.from_lengths(counts, [done[r] + n for r, n in zip(active, counts, strict=True)])
-        y = implementation(x, weight, bias, batch, history, slots[active], **options)
+        y = implementation(x, ConvWeights(weight, bias, **options), batch, ConvState(history, slots[active]))
         assert torch.equal(x, before)
         for r, n, part in zip(active, counts, y.split(counts), strict=True):
             outputs[r].append(part)
@@ -90,6 +91,6 @@ def test_without_history_every_request_starts_from_nothing(dtype):
     x = torch.randn(sum(lengths), 40).to(dtype)
     batch = RaggedBatch.from_lengths(lengths, lengths)
     with torch.inference_mode():
-        y = short_conv(x, weight, None, batch, residual=True)
+        y = short_conv(x, ConvWeights(weight, residual=True), batch)
     expected = torch.cat([full(part, weight, None, False, True) for part in x.split(lengths)])
     torch.testing.assert_close(y, expected.to(dtype), rtol=1.6e-2 if dtype != torch.float32 else 1e-5, atol=1e-5)

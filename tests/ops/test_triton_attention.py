@@ -12,6 +12,7 @@ from lamella.ops.attention import reference
 from lamella.ops.attention import triton as decode
 from lamella.ops.attention import triton_prefill as prefill
 from lamella.ops.attention.paged import AttentionSpace
+from lamella.ops.operands import PagedCache
 from lamella.ops.ragged import RaggedBatch
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,6 +45,11 @@ def random_case(new, context, heads, kv_heads, dim, page, window, dtype, seed=0,
         table.to(device),
         RaggedBatch.from_lengths(new, context, device),
     )
+
+
+def cache_of(k_cache, v_cache, table):
+    """The new tokens' rows have been written: nothing asks where they go."""
+    return PagedCache(k_cache, v_cache, table, torch.empty(0, dtype=torch.int64))
 
 
 def assert_near(actual, expected):
@@ -92,7 +98,7 @@ def test_decode(shape, dtype, window):
     for floats in (workspace.parts, workspace.maxima, workspace.sums):
         floats.fill_(torch.nan)
     scale = dim**-0.5
-    expected = reference.paged_attention(q, k_cache, v_cache, table, batch, scale, window)
+    expected = reference.paged_attention(q, cache_of(k_cache, v_cache, table), batch, scale, window)
     decode.plan_decode(batch.seq_lens, window, workspace)
     actual = decode.decode_attention(q, k_cache, v_cache, table, scale, workspace)
     assert_near(actual, expected)
@@ -131,7 +137,7 @@ def test_decode_replays_with_other_lengths():
             out = torch.full(queries.shape, torch.nan, device=device)
             actual = decode.decode_attention(queries, k_cache, v_cache, table, 0.2, workspace, out=out)
             assert not workspace.arrived.any()
-            expected = reference.paged_attention(q, k_cache, v_cache, table, batch, 0.2, None)
+            expected = reference.paged_attention(q, cache_of(k_cache, v_cache, table), batch, 0.2, None)
             assert_near(actual[: len(context)], expected)
 
 
@@ -205,7 +211,7 @@ def test_prefill(new, context, shape, dtype, window):
     inputs = (q, k_cache, v_cache, table, batch.seq_lens, batch.query_start_loc)
     copies = [x.clone() for x in inputs]
     settings = prefill._SETTINGS[decode.padded_dim(dim), q.itemsize]._replace(rows=64, block=16)
-    expected = reference.paged_attention(q, k_cache, v_cache, table, batch, dim**-0.5, window)
+    expected = reference.paged_attention(q, cache_of(k_cache, v_cache, table), batch, dim**-0.5, window)
     actual = prefill.prefill_attention(
         q, k_cache, v_cache, table, batch.query_start_loc, batch.seq_lens, max(new) + 30, dim**-0.5, window,
         settings=settings,
@@ -247,7 +253,7 @@ def test_prefill_requests_do_not_depend_on_one_another(window):
 def test_prefill_takes_requests_without_new_tokens(empty):
     """As pad requests in a captured graph are."""
     q, k_cache, v_cache, table, batch = random_case([5, 18], [9, 18], 4, 2, 32, 16, None, torch.float32)
-    expected = reference.paged_attention(q, k_cache, v_cache, table, batch, 0.2, None)
+    expected = reference.paged_attention(q, cache_of(k_cache, v_cache, table), batch, 0.2, None)
     bounds, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
     bounds.insert(empty, bounds[empty])
     lengths.insert(empty, 1)
@@ -265,7 +271,7 @@ def test_decode_in_chunks(chunk):
     case = random_case([1] * 7, context, 6, 3, 24, 4, None, torch.float32, chunk=chunk)
     q, k_cache, v_cache, table, batch = case
     workspace = workspace_for(q, k_cache, context, chunk=32)
-    expected = reference.paged_attention(q, k_cache, v_cache, table, batch, 0.3, None, chunk)
+    expected = reference.paged_attention(q, cache_of(k_cache, v_cache, table), batch, 0.3, None, chunk)
     decode.plan_decode(batch.seq_lens, None, workspace, chunk)
     assert_near(decode.decode_attention(q, k_cache, v_cache, table, 0.3, workspace), expected)
     assert not workspace.arrived.any()
@@ -279,7 +285,7 @@ def test_decode_in_chunks(chunk):
 def test_prefill_in_chunks(chunk, dtype):
     new, context = [5, 33, 40, 1, 16], [5, 70, 101, 49, 64]
     q, k_cache, v_cache, table, batch = random_case(new, context, 4, 2, 16, 8, None, dtype, chunk=chunk)
-    expected = reference.paged_attention(q, k_cache, v_cache, table, batch, 0.25, None, chunk)
+    expected = reference.paged_attention(q, cache_of(k_cache, v_cache, table), batch, 0.25, None, chunk)
     actual = prefill.prefill_attention(
         q, k_cache, v_cache, table, batch.query_start_loc, batch.seq_lens, max(new), 0.25, None, chunk,
         settings=prefill.Settings(16, 16, 4, 1),
@@ -295,7 +301,7 @@ def test_parts_of_a_step_have_plans_of_their_own():
     """Side by side, in what they share, and in the same place for each step."""
     context, heads, kv_heads, dim, page = [37, 5, 1, 150], 4, 2, 16, 16
     q, k_cache, v_cache, table, batch = random_case([1] * 4, context, heads, kv_heads, dim, page, None, torch.float32)
-    expected = reference.paged_attention(q, k_cache, v_cache, table, batch, 0.3, None)
+    expected = reference.paged_attention(q, cache_of(k_cache, v_cache, table), batch, 0.3, None)
     space = AttentionSpace(4, 160, device=torch.device(device))
     whole, *parts = (s.decode_workspace(heads, kv_heads, dim, None) for s in (space, space.part(0), space.part(1)))
     space.begin_step()

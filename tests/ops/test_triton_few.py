@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lamella.ops.attention import reference
+from lamella.ops.operands import HeadNorms, HeadSizes, PagedCache, QKVSteps, Rope
 from lamella.ops.qkv.reference import prepare_qkv
 from lamella.ops.ragged import RaggedBatch
 
@@ -31,7 +32,7 @@ class Case:
     """Random arguments, the last `pads` requests pads; whatever no query may see is NaN, or points nowhere."""
 
     def __init__(
-        self, shape, context, dtype, *, window=None, norms="qk", interleaved=False, chunk=None, pads=0, grows=False
+        self, shape, context, dtype, *, window=None, norms=True, interleaved=False, chunk=None, pads=0, grows=False
     ):
         self.heads, self.kv_heads, self.dim, page, pairs = shape
         self.context, self.window, self.dtype, self.chunk = context, window, dtype, chunk
@@ -60,21 +61,26 @@ class Case:
         wide[:, 16 : 16 + channels] = torch.randn(self.requests, channels)
         self.qkv = wide.to(device)[:, 16 : 16 + channels]
         self.cache, self.table, self.rows = (x.to(device) for x in (self.cache, self.table, self.rows))
-        self.options = {f"{side}_norm": None for side in "qk"} | {
-            f"{side}_norm": torch.rand(self.dim, device=device) + 0.5 for side in norms
-        }
+        weights = [torch.rand(self.dim, device=device) + 0.5 for _ in "qk"]
         angles = torch.rand(self.requests, pairs, device=device) * 6
-        self.options |= {"cos": angles.cos(), "sin": angles.sin()} if pairs else {"cos": None, "sin": None}
-        self.options |= {"eps": 1e-5, "interleaved": interleaved}
-        self.options["q_scale"] = torch.rand(self.requests, device=device) + 1 if grows else None
+        self.steps = QKVSteps(
+            HeadSizes(self.heads, self.kv_heads, self.dim),
+            HeadNorms(*weights, 1e-5) if norms else None,
+            Rope(angles.cos(), angles.sin(), interleaved) if pairs else None,
+            torch.rand(self.requests, device=device) + 1 if grows else None,
+        )
         self.seq_lens = torch.tensor(context, dtype=torch.int32, device=device)
 
     def picked(self, requests):
-        """The options of some requests."""
-        return self.options | {
-            name: None if self.options[name] is None else self.options[name][requests].contiguous()
-            for name in ("cos", "sin", "q_scale")
-        }
+        """The steps of some requests."""
+        rope, scale = self.steps.rope, self.steps.q_scale
+        if rope is not None:
+            rope = rope._replace(cos=rope.cos[requests].contiguous(), sin=rope.sin[requests].contiguous())
+        return self.steps._replace(rope=rope, q_scale=None if scale is None else scale[requests].contiguous())
+
+    def paged(self, cache, requests=slice(None)):
+        """The cache of some requests, in which `cache` holds keys and values side by side."""
+        return PagedCache(cache[..., 0, :], cache[..., 1, :], self.table[requests], self.rows[requests])
 
     def workspace(self):
         """One that nothing has used, its parts poisoned."""
@@ -90,26 +96,22 @@ class Case:
 
     def attend(self, cache, workspace, requests=slice(None), settings=None):
         return decode_prepared(
-            self.qkv[requests], self.heads, self.kv_heads, self.dim, **self.picked(requests),
-            k_cache=cache[..., 0, :], v_cache=cache[..., 1, :], rows=self.rows[requests],
-            page_table=self.table[requests], scale=self.scale, window=self.window, workspace=workspace,
+            self.qkv[requests], self.picked(requests), self.paged(cache, requests), self.scale, self.window, workspace,
             settings=settings,
         )  # fmt: skip
 
     def compose(self, prepare, cache):
         """The references one after the other."""
-        k_cache, v_cache = cache[..., 0, :], cache[..., 1, :]
-        q, _, _ = prepare(
-            self.qkv, self.heads, self.kv_heads, self.dim, **self.options,
-            k_cache=k_cache, v_cache=v_cache, rows=self.rows,
-        )  # fmt: skip
+        cache = self.paged(cache)
+        q, _, _ = prepare(self.qkv, self.steps, cache)
         batch = RaggedBatch.from_lengths([1] * self.requests, self.context, device)
-        return reference.paged_attention(q, k_cache, v_cache, self.table, batch, self.scale, self.window)
+        return reference.paged_attention(q, cache, batch, self.scale, self.window)
 
     def check(self, settings=None):
         """One call against the references: output, the caches' new rows, all other memory."""
         inputs = [self.qkv, self.table, self.rows, self.seq_lens]
-        inputs += [x for x in self.options.values() if isinstance(x, torch.Tensor)]
+        norms, rope, scale = self.steps[1:]
+        inputs += [x for x in (*(norms or ()), *(rope or ()), scale) if isinstance(x, torch.Tensor)]
         copies = [x.clone() for x in inputs]
         cache, expected_cache = self.cache.clone(), self.cache.clone()
         workspace = self.workspace()
@@ -121,7 +123,7 @@ class Case:
         assert all(same(x, copy) for x, copy in zip(inputs, copies, strict=True))
         new, expected_new = cache.flatten(0, 1)[self.rows], expected_cache.flatten(0, 1)[self.rows]
         # A norm that is rounded the other way moves the rotation's result by a step of its larger part.
-        close(new[..., 0, :], expected_new[..., 0, :], steps=2 if self.options["k_norm"] is not None else 1)
+        close(new[..., 0, :], expected_new[..., 0, :], steps=2 if self.steps.norms else 1)
         assert same(new[..., 1, :], expected_new[..., 1, :])
         cache.flatten(0, 1)[self.rows] = self.cache.flatten(0, 1)[self.rows]
         assert same(cache, self.cache)
@@ -141,7 +143,7 @@ def same(a, b):
 
 
 # Norms, interleaved pairs, window; the interpreter takes its time.
-OPTIONS = [("qk", False, None), ("", True, 30), ("q", True, None), ("k", False, 1)]
+OPTIONS = [(True, False, None), (False, True, 30), (True, True, None), (True, False, 1)]
 CASES = [
     (shape, dtype, options)
     for i, shape in enumerate(SHAPES)
@@ -169,7 +171,7 @@ def test_edges_of_chunks(block, window):
 @pytest.mark.parametrize("newest", [-500.0, 500.0])
 def test_scores_far_from_zero(newest):
     """No weight gets lost, whether the newest token has the most of it or the older ones, which are chunks apart."""
-    case = Case((4, 2, 16, 4, 0), [40, 41, 2], torch.float32, norms="", chunk=16)
+    case = Case((4, 2, 16, 4, 0), [40, 41, 2], torch.float32, norms=False, chunk=16)
     case.qkv[:, : 4 * 16] = 1
     case.qkv[:, 4 * 16 : 6 * 16] = newest
     case.cache[..., 0, :] -= 250
@@ -178,7 +180,7 @@ def test_scores_far_from_zero(newest):
     torch.testing.assert_close(actual, case.compose(prepare_qkv, case.cache), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("norms", ["", "qk"])
+@pytest.mark.parametrize("norms", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_new_rows_are_those_of_the_separate_kernel(interleaved, norms):
     case = Case((2, 2, 64, 8, 24), [3, 20], torch.bfloat16, norms=norms, interleaved=interleaved)
@@ -222,5 +224,5 @@ def test_pads_and_calls_in_a_row():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(4, 2, 16, 4, 8), (3, 1, 24, 16, 0)])
 def test_queries_that_grow(shape, dtype):
-    case = Case(shape, [1, 33, 65, 64], dtype, norms="qk" if shape[-1] else "", interleaved=True, chunk=32, grows=True)
+    case = Case(shape, [1, 33, 65, 64], dtype, norms=bool(shape[-1]), interleaved=True, chunk=32, grows=True)
     case.check()

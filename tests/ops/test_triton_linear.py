@@ -9,9 +9,10 @@ pytest.importorskip("triton")
 
 from lamella.ops.linear import reference
 from lamella.ops.linear import triton as fast
+from lamella.ops.operands import ConvState, ConvStep, ConvWeights, ResidualNorm
 from lamella.ops.ragged import RaggedBatch
-from lamella.ops.rms_norm.reference import NormStep, add_rms_norm
-from lamella.ops.short_conv.reference import ConvStep, short_conv
+from lamella.ops.rms_norm.reference import add_rms_norm
+from lamella.ops.short_conv.reference import short_conv
 from lamella.ops.swiglu.reference import swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,10 +42,10 @@ def test_the_product(shape, dtype, with_bias):
     x, weight, bias = operands(*shape, dtype)
     before = x.clone(), weight.clone()
     assert fast.serves(x, weight)
-    ours = fast.linear(x, weight, bias if with_bias else None)[0]
+    ours = fast.linear(x, weight, bias if with_bias else None)
     close(ours, reference.linear(x, weight, bias if with_bias else None), dtype)
     assert torch.equal(x, before[0]) and torch.equal(weight, before[1])
-    wide = fast.linear(x, weight, None, wide=True)[0]
+    wide = fast.wide_linear(x, weight)
     assert wide.dtype == torch.float32
     close(wide, reference.wide_linear(x, weight), torch.float32)
 
@@ -55,15 +56,15 @@ def test_behind_a_norm(shape, with_bias):
     rows, size, outputs = shape
     x, weight, bias = operands(rows, size, 2 * outputs, torch.bfloat16)
     residual, _, _ = operands(rows, size, 1, torch.bfloat16, seed=1)
-    norm = NormStep(residual, torch.rand(size, device=DEVICE) + 0.5, 1e-5)
+    norm = ResidualNorm(residual, torch.rand(size, device=DEVICE) + 0.5, 1e-5)
     bias = bias if with_bias else None
-    normed, total = add_rms_norm(x, *norm)
+    normed, total = add_rms_norm(x, norm)
     expected = reference.linear(normed.float(), weight, None if bias is None else bias.float())
-    ours, ours_total = fast.linear(x, weight, bias, norm=norm)
+    ours, ours_total = fast.fused_linear(x, weight, bias, norm=norm)
     assert torch.equal(ours_total, total)
     # The composition rounds the norm, the kernel does not.
     torch.testing.assert_close(ours.float(), expected, rtol=2**-7, atol=2**-6)
-    ours, ours_total = fast.linear(x, weight, bias, norm=norm, gated=True)
+    ours, ours_total = fast.fused_linear(x, weight, bias, gated=True, norm=norm)
     assert torch.equal(ours_total, total) and ours.shape == (rows, outputs)
     torch.testing.assert_close(ours.float(), swiglu(expected), rtol=2**-7, atol=2**-6)
 
@@ -84,22 +85,22 @@ def test_before_a_convolution(shape, gated, options):
     histories = [shared.clone(), shared.clone()]
     for position in range(4):
         x, weight, bias = operands(rows, size, channels, torch.bfloat16, seed=position)
-        steps = [ConvStep(taps, conv_bias, some[:, :, 3 : 3 + channels], slots, activation, skip) for some in histories]
-        positions = torch.full((rows,), position, device=DEVICE)
-        ours, _ = fast.linear(x, weight, bias, gated=gated, conv=steps[0], positions=positions)
+        conv, positions = ConvWeights(taps, conv_bias, activation, skip), torch.full((rows,), position, device=DEVICE)
+        steps = [ConvStep(conv, ConvState(some[:, :, 3 : 3 + channels], slots), positions) for some in histories]
+        ours, _ = fast.fused_linear(x, weight, bias, gated=gated, conv=steps[0])
         batch = RaggedBatch.from_lengths([1] * rows, [position + 1] * rows, DEVICE)
-        product, _ = fast.linear(x, weight, bias)
+        product = fast.linear(x, weight, bias)
         close(product, reference.linear(x, weight, bias), torch.bfloat16)
-        expected = short_conv(product, taps, conv_bias, batch, *steps[1][2:4], activation=activation, residual=skip)
+        expected = short_conv(product, conv, batch, steps[1].state)
         close(ours, swiglu(expected) if gated else expected, torch.bfloat16)
         assert torch.equal(histories[0].view(torch.int16), histories[1].view(torch.int16))
 
 
 def test_a_row_does_not_depend_on_the_others():
     x, weight, _ = operands(2, 264, 50, torch.bfloat16)
-    together, _ = fast.linear(x, weight, None)
+    together = fast.linear(x, weight, None)
     for row in range(2):
-        assert torch.equal(fast.linear(x[row : row + 1], weight, None)[0][0], together[row])
+        assert torch.equal(fast.linear(x[row : row + 1], weight, None)[0], together[row])
 
 
 def test_what_it_does_not_serve():

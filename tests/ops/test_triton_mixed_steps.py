@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
@@ -11,18 +9,16 @@ pytest.importorskip("triton")
 
 from apriel2_models import SUPERNET, checkpoint, fixed
 from lamella.engine.steps import graphs
+from lamella.layers.kernel_attention import use_attention_kernels
+from lamella.ops import backend
 from lamella.ops.attention import triton as attention
 from lamella.ops.attention.paged import AttentionSpace
-from lamella.ops.linear import triton as linear  # noqa: F401  so that it is there to be told
 from mixed_steps import A, B, C, answers, mixed_llm, parameters, stand_ins, with_graphs
 
 
 def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have them serve tensors of the CPU."""
-    for name, module in list(sys.modules.items()):
-        for choice, answer in (("use_triton", True), ("use_fused", True), ("use_native", False)):
-            if name.startswith("lamella.") and hasattr(module, choice):
-                monkeypatch.setattr(module, choice, lambda x, answer=answer: answer)
+    monkeypatch.setattr(backend, "platform", lambda x: "triton")
 
 
 @pytest.mark.parametrize(("own", "few"), [pytest.param((A, B, C), 8, marks=pytest.mark.slow), ((B, C), 8), ((B, C), 1)])
@@ -35,6 +31,7 @@ def test_each_request_gets_what_it_gets_in_a_batch_that_is_cut(tmp_path, monkeyp
     monkeypatch.setattr(attention, "FEW_REQUESTS", few)
     llm = with_graphs(mixed_llm(folder))
     use_kernels(monkeypatch)
+    use_attention_kernels(llm.engine.model)
     runner = llm.engine.runner
     runner.attention = runner.inputs.attention = AttentionSpace(4, 64, torch.device("cpu"))
     found = answers(llm, lengths, params)

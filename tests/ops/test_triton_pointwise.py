@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lamella.ops.operands import ResidualNorm
 from lamella.ops.rms_norm import reference as norm_reference
 from lamella.ops.rotary import reference as rotary_reference
 from lamella.ops.swiglu import reference as swiglu_reference
@@ -71,13 +72,13 @@ def test_add_rms_norm(dtype, rows, width):
     residual = (random(rows, width, dtype=torch.float32) - x.float()).to(dtype)
     weight = torch.rand(width, device=DEVICE) + 0.5
     before = x.clone(), residual.clone()
-    normed, total = add_rms_norm(x, residual, weight, 1e-5)
-    expected, kept = norm_reference.add_rms_norm(x, residual, weight, 1e-5)
+    normed, total = add_rms_norm(x, ResidualNorm(residual, weight, 1e-5))
+    expected, kept = norm_reference.add_rms_norm(x, ResidualNorm(residual, weight, 1e-5))
     assert torch.equal(total, kept)
     assert_rounds_alike(normed, expected)
     assert torch.equal(x, before[0])
     assert torch.equal(residual, before[1])
-    alone = add_rms_norm(strided(x[-1:]), residual[-1:].clone(), weight, 1e-5)
+    alone = add_rms_norm(strided(x[-1:]), ResidualNorm(residual[-1:].clone(), weight, 1e-5))
     assert torch.equal(alone[0], normed[-1:])
     # The norm of what was kept has the same bits by itself.
     assert torch.equal(rms_norm(strided(total), weight, 1e-5), normed)
@@ -88,8 +89,8 @@ def test_add_rms_norm(dtype, rows, width):
 def test_a_norm_that_rounds_twice(dtype, rows, width):
     x, residual = strided(random(rows, width, dtype=dtype)), random(rows, width, dtype=dtype)
     weight = (torch.rand(width, device=DEVICE) + 0.5).to(dtype).float()
-    normed, total = add_rms_norm(x, residual, weight, 1e-5, twice=True)
-    expected, kept = norm_reference.add_rms_norm(x, residual, weight, 1e-5, twice=True)
+    normed, total = add_rms_norm(x, ResidualNorm(residual, weight, 1e-5), twice=True)
+    expected, kept = norm_reference.add_rms_norm(x, ResidualNorm(residual, weight, 1e-5), twice=True)
     assert torch.equal(total, kept)
     torch.testing.assert_close(normed, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
     assert torch.equal(rms_norm(strided(total), weight, 1e-5, twice=True), normed)

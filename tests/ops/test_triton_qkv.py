@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lamella.ops.operands import (
+    ConvState,
+    ConvStep,
+    ConvWeights,
+    HeadNorms,
+    HeadSizes,
+    PagedCache,
+    QKVSteps,
+    Rope,
+)
 from lamella.ops.qkv import reference
-from lamella.ops.qkv.reference import ConvStep
 from lamella.ops.ragged import RaggedBatch
 
 pytest.importorskip("triton")
@@ -33,12 +42,13 @@ class Case:
         wide = torch.full((tokens, (self.channels + 47) // 16 * 16), torch.nan, device=DEVICE, dtype=dtype)
         self.qkv = wide[:, 16 : 16 + self.channels]
         self.qkv.copy_(torch.randn(tokens, self.channels))
-        self.options = {"eps": 1e-5, "interleaved": interleaved}
+        self.steps = QKVSteps(HeadSizes(self.heads, self.kv_heads, self.dim))
         if norm:
-            self.options |= {side: torch.rand(self.dim, device=DEVICE) + 0.5 for side in ("q_norm", "k_norm")}
+            weights = [torch.rand(self.dim, device=DEVICE) + 0.5 for _ in "qk"]
+            self.steps = self.steps._replace(norms=HeadNorms(*weights, 1e-5))
         if pairs:
             angles = torch.rand(tokens, pairs, device=DEVICE) * 6
-            self.options |= {"cos": angles.cos(), "sin": angles.sin()}
+            self.steps = self.steps._replace(rope=Rope(angles.cos(), angles.sin(), interleaved))
         self.rows = torch.randperm(5 * 4)[:tokens].to(DEVICE)
         self.positions = torch.arange(tokens, device=DEVICE) % 5
         self.slots = torch.randperm(tokens + 2)[:tokens].to(DEVICE)
@@ -51,20 +61,22 @@ class Case:
     def canon(self):
         shared = self.shared.clone()
         history = shared[:, :, 16 : 16 + self.channels]
-        return shared, ConvStep(self.weight, self.bias, history, self.slots, True, True)
+        conv = ConvWeights(self.weight, self.bias, True, True)
+        return shared, ConvStep(conv, ConvState(history, self.slots), self.positions)
 
-    def run(self, function, qkv=None, token=slice(None), **options):
+    def run(self, function, qkv=None, token=slice(None), canon=None, **steps):
         """(q, k, v), the latter two as whole caches if there are any."""
-        options = self.options | options
-        for name in ("cos", "sin"):
-            if name in options:
-                options[name] = options[name][token].contiguous()
+        steps = self.steps._replace(**steps)
+        if (rope := steps.rope) is not None:
+            cos, sin = (side[token].contiguous() for side in rope[:2])
+            steps = steps._replace(rope=rope._replace(cos=cos, sin=sin))
+        cache = None
         if self.caches:
             # Heads of one cache row lie apart, as where keys and values share an allocation.
             both = torch.full((5, 4, self.kv_heads, 2, self.dim), torch.nan, device=DEVICE, dtype=self.dtype)
-            options |= {"k_cache": both[..., 0, :], "v_cache": both[..., 1, :], "rows": self.rows[token]}
+            cache = PagedCache(both[..., 0, :], both[..., 1, :], torch.empty(0), self.rows[token])
         qkv = self.qkv if qkv is None else qkv
-        q, k, v = function(qkv[token], self.heads, self.kv_heads, self.dim, **options)
+        q, k, v = function(qkv[token], steps, cache, canon)
         assert q.is_contiguous()
         if self.caches:
             assert k is None and v is None
@@ -108,8 +120,8 @@ def test_the_norm_is_that_of_its_own_kernel(dtype, shape):
     case = Case((*shape[:3], 0), 5, dtype, caches=False)
     parts = case.qkv.unflatten(-1, (-1, case.dim)).split((case.heads, case.kv_heads, case.kv_heads), dim=1)
     q, k, v = case.run(prepare_qkv)
-    assert torch.equal(q, rms_norm(parts[0], case.options["q_norm"], 1e-5))
-    assert torch.equal(k, rms_norm(parts[1], case.options["k_norm"], 1e-5))
+    assert torch.equal(q, rms_norm(parts[0], case.steps.norms.q, 1e-5))
+    assert torch.equal(k, rms_norm(parts[1], case.steps.norms.k, 1e-5))
     assert torch.equal(v, parts[2])
 
 
@@ -118,28 +130,19 @@ def test_canon(dtype, shape, interleaved):
     """The same bits as norm, convolution and rotation one after the other; near the reference."""
     case = Case(shape, 6, dtype, interleaved=interleaved)
     shared, canon = case.canon()
-    results = case.run(prepare_qkv, canon=canon, positions=case.positions)
+    results = case.run(prepare_qkv, canon=canon)
 
     expected_shared, step = case.canon()
     batch = RaggedBatch.from_lengths([1] * 6, [int(p) + 1 for p in case.positions], DEVICE)
     q, k, v = case.qkv.unflatten(-1, (-1, case.dim)).split((case.heads, case.kv_heads, case.kv_heads), dim=1)
-    q, k = rms_norm(q, case.options["q_norm"], 1e-5), rms_norm(k, case.options["k_norm"], 1e-5)
-    joined = short_conv(
-        torch.cat((q, k, v), dim=1).flatten(1),
-        step.weight,
-        step.bias,
-        batch,
-        step.history,
-        step.slots,
-        activation=True,
-        residual=True,
-    )
-    composed = case.run(prepare_qkv, qkv=joined, q_norm=None, k_norm=None)
+    q, k = rms_norm(q, case.steps.norms.q, 1e-5), rms_norm(k, case.steps.norms.k, 1e-5)
+    joined = short_conv(torch.cat((q, k, v), dim=1).flatten(1), step.weights, batch, step.state)
+    composed = case.run(prepare_qkv, qkv=joined, norms=None)
     assert all(same(fused, plain) for fused, plain in zip(results, composed, strict=True))
     assert same(shared, expected_shared)
 
     expected_shared, step = case.canon()
-    expected = case.run(reference.prepare_qkv, canon=step, positions=case.positions)
+    expected = case.run(reference.prepare_qkv, canon=step)
     for actual, wanted in zip(results, expected, strict=True):
         close(actual, wanted, steps=8)
     close(shared, expected_shared)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from recurrences import ring
 
+from lamella.ops.operands import ConvState, ConvWeights, ResidualNorm
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.short_conv import reference
 
@@ -95,12 +96,9 @@ def test_short_conv(dtype, batch, channels, width, activation, residual):
         y, expected = (
             function(
                 case.x,
-                case.weight,
-                case.bias,
+                ConvWeights(case.weight, case.bias, **options),
                 case.batch,
-                past if remembering else None,
-                case.slots if remembering else None,
-                **options,
+                ConvState(past, case.slots) if remembering else None,
             )
             for function, past in ((short_conv, history), (reference.short_conv, expected_history))
         )
@@ -116,14 +114,15 @@ def test_the_cut_does_not_matter(dtype):
     x, weight = (torch.randn(n, channels, device=DEVICE).to(dtype) for n in (length, width))
     stranger = torch.randn(9, channels, device=DEVICE).to(dtype)
     options = {"activation": True, "residual": True}
-    whole = short_conv(x, weight.T, None, RaggedBatch.from_lengths([length], [length], DEVICE), **options)
+    conv = ConvWeights(weight.T, **options)
+    whole = short_conv(x, conv, RaggedBatch.from_lengths([length], [length], DEVICE))
     for cuts in ([1] * length, [2, 1, 3, 7], [12, 1]):
         history = torch.full((4, width - 1, channels), torch.nan, device=DEVICE, dtype=dtype)
         done, parts = 0, []
         for count in cuts:
             batch = RaggedBatch.from_lengths([count, 9], [done + count, 9], DEVICE)
             joined = torch.cat((x[done : done + count], stranger))
-            y = short_conv(joined, weight.T, None, batch, history, torch.tensor([3, 1], device=DEVICE), **options)
+            y = short_conv(joined, conv, batch, ConvState(history, torch.tensor([3, 1], device=DEVICE)))
             parts.append(y[:count])
             done += count
         assert torch.equal(torch.cat(parts), whole)
@@ -133,10 +132,10 @@ def test_the_cut_does_not_matter(dtype):
 @covering({"batch": list(BATCHES), "channels,width,activation": [(64, 4, False), (1022, 3, True)], "dtype": DTYPES})
 def test_swiglu_of_the_convolution(dtype, batch, channels, width, activation):
     case = Case(batch, channels, width, dtype, bias=activation)
-    options = {"activation": activation, "residual": True}
+    conv = ConvWeights(case.weight, case.bias, activation, True)
     (shared, history), (expected_shared, expected_history) = case.history(), case.history()
-    y = short_conv_swiglu(case.x, case.weight, case.bias, case.batch, history, case.slots, **options)
-    convolved = short_conv(case.x, case.weight, case.bias, case.batch, expected_history, case.slots, **options)
+    y = short_conv_swiglu(case.x, conv, case.batch, ConvState(history, case.slots))
+    convolved = short_conv(case.x, conv, case.batch, ConvState(expected_history, case.slots))
     assert torch.equal(y, swiglu(convolved))
     assert same(shared, expected_shared)
 
@@ -152,27 +151,15 @@ def test_convolution_of_the_norm(dtype, batch, channels, remembering, gap):
     """Narrow, wide and aligned (one launch), wide and not aligned, without a history."""
     case = Case(batch, channels, 4, dtype, gap=gap)
     residual = torch.randn(case.x.shape, device=DEVICE).to(dtype)
-    norm, slots = torch.rand(channels, device=DEVICE) + 0.5, case.slots if remembering else None
+    norm = ResidualNorm(residual, torch.rand(channels, device=DEVICE) + 0.5, 1e-5)
     (shared, history), (expected_shared, expected_history) = case.history(), case.history()
-    if not remembering:
-        history = expected_history = None
-    y, total = norm_short_conv(
-        case.x,
-        residual,
-        norm,
-        1e-5,
-        case.weight,
-        None,
-        case.batch,
-        history,
-        slots,
-        activation=True,
-        residual_connection=True,
+    state, expected_state = (
+        ConvState(some, case.slots) if remembering else None for some in (history, expected_history)
     )
-    normed, expected_total = add_rms_norm(case.x, residual, norm, 1e-5)
-    expected = short_conv(
-        normed, case.weight, None, case.batch, expected_history, slots, activation=True, residual=True
-    )
+    conv = ConvWeights(case.weight, None, activation=True, residual=True)
+    y, total = norm_short_conv(case.x, norm, conv, case.batch, state)
+    normed, expected_total = add_rms_norm(case.x, norm)
+    expected = short_conv(normed, conv, case.batch, expected_state)
     assert torch.equal(total, expected_total)
     assert torch.equal(y, expected)
     assert same(shared, expected_shared)
@@ -182,10 +169,11 @@ def test_convolution_of_the_norm(dtype, batch, channels, remembering, gap):
 def test_the_tokens_of_a_program_do_not_matter(dtype, width, block_tokens, monkeypatch):
     case = Case("long", 36, width, dtype, bias=True)
     (shared, history), (expected_shared, expected_history) = case.history(), case.history()
-    expected = reference.short_conv(case.x, case.weight, case.bias, case.batch, expected_history, case.slots)
+    conv = ConvWeights(case.weight, case.bias)
+    expected = reference.short_conv(case.x, conv, case.batch, ConvState(expected_history, case.slots))
     monkeypatch.setattr(kernels, "PROGRAMS", 1)
     monkeypatch.setattr(kernels, "MAX_TOKENS", block_tokens)
-    close(short_conv(case.x, case.weight, case.bias, case.batch, history, case.slots), expected)
+    close(short_conv(case.x, conv, case.batch, ConvState(history, case.slots)), expected)
     assert same(shared, expected_shared)
 
 
@@ -198,7 +186,8 @@ def test_pads_may_share_a_slot():
     for rows in (4, 2):
         _, history = case.history()
         batch = RaggedBatch.from_lengths([1] * rows, BATCHES["decode"][1][:rows], DEVICE)
-        y = short_conv(case.x[:rows], case.weight, None, batch, history, case.slots[:rows], residual=True)
+        conv = ConvWeights(case.weight, residual=True)
+        y = short_conv(case.x[:rows], conv, batch, ConvState(history, case.slots[:rows]))
         results.append((y[:2], history[1:]))
     assert torch.equal(results[0][0], results[1][0])
     assert same(results[0][1], results[1][1])

@@ -17,9 +17,8 @@ from covering import covering, mostly_slow
 from helpers import VOCAB, canon_checkpoint, hf_checkpoint
 from lamella.config import ModelConfig
 from lamella.errors import ConfigError, ParameterError
-from lamella.layers.attention import AttentionForm
 from lamella.layers.context import forward_batch, require_batch
-from lamella.layers.holders import PagedAttention
+from lamella.layers.holders import PagedAttention, SlotRows
 from lamella.layers.rotary import Positions, Rotary
 from lamella.models import LlamaForCausalLM, registry
 from lamella.parity import bisect
@@ -84,8 +83,11 @@ def change_history(canon, change: Callable) -> None:
     holder, inner = canon.history.holder, canon.forward
 
     def forward(x):
-        (rows,), slots = holder.current()
-        holder.current = lambda: ((change(rows, require_batch().ragged),), slots)
+        state = holder.current()
+        if state is None:  # a plain forward
+            return inner(x)
+        (rows,), slots = state
+        holder.current = lambda: SlotRows((change(rows, require_batch().ragged),), slots)
         try:
             return inner(x)
         finally:
@@ -180,7 +182,7 @@ def rope(**changes) -> Callable:
     def fault(model):
         mixer = layer(model).mixer
         mixer.config = replace(mixer.config, rope=replace(mixer.config.rope, **changes))
-        mixer.rotary, mixer.form = Rotary(mixer.config.rope, torch.device("cpu")), AttentionForm.of(mixer.config)
+        mixer.rotary = Rotary(mixer.config.rope, torch.device("cpu"))
 
     return fault
 

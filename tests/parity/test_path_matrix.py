@@ -114,8 +114,8 @@ def test_memory_that_shines_through_is_not_bitwise(canon):
         holder, inner = conv.history.holder, conv.forward
 
         def forward(x):
-            (rows,), slots = holder.current()
-            before = 0.0 if rows is None else rows[slots[0], 0, 0].nan_to_num(1.0)
+            state = holder.current()
+            before = 0.0 if state is None else state.tensors[0][state.slots[0], 0, 0].nan_to_num(1.0)
             return inner(x) + 1e-3 * before
 
         conv.forward = forward

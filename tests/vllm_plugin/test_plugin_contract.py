@@ -27,6 +27,7 @@ from helpers import VOCAB, canon_config, hf_checkpoint
 from lamella.config.hf_config import HFConfig
 from lamella.errors import CheckpointError, ConfigError
 from lamella.models.registry import architectures, resolve_architecture
+from lamella.ops.operands import ConvState, ConvWeights, ResidualNorm
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.rms_norm.reference import add_rms_norm
 from lamella.ops.short_conv.reference import short_conv
@@ -333,8 +334,9 @@ class TestRehearsal:
             y, total = layer.mixer_canon.after_norm(x, residual, layer.mixer_norm)
         plain = RaggedBatch.from_lengths([9], [9], DEVICE)
         weight, bias = layer.mixer_canon.weight.squeeze(1), layer.mixer_canon.bias
-        normed, expected_total = add_rms_norm(x, residual, layer.mixer_norm.weight, layer.mixer_norm.eps)
-        torch.testing.assert_close(y, short_conv(normed, weight, bias, plain, residual=True))
+        norm = ResidualNorm(residual, layer.mixer_norm.weight, layer.mixer_norm.eps)
+        normed, expected_total = add_rms_norm(x, norm)
+        torch.testing.assert_close(y, short_conv(normed, ConvWeights(weight, bias, residual=True), plain))
         torch.testing.assert_close(total, expected_total)
 
     def test_nothing_is_computed_once_there_are_blocks(self, unfilled: Any) -> None:
@@ -441,8 +443,7 @@ class TestWindows:
             lengths = [rng.randint(1, 1 + spare) if drafting[request] else rng.randint(1, 6) for request in order]
             x = torch.randn(sum(lengths), channels, generator=generator)
             found, index = advance_window(
-                rows,
-                torch.tensor([slots[request] for request in order]),
+                ConvState(rows, torch.tensor([slots[request] for request in order])),
                 size,
                 x,
                 starts_of(lengths),
@@ -467,8 +468,7 @@ class TestWindows:
         before, x = rows.clone(), -torch.arange(6.0).view(2, 3)
         accepted = torch.tensor([2, 1, 1])
         history, _ = advance_window(
-            rows,
-            torch.tensor([2, 0, 0]),
+            ConvState(rows, torch.tensor([2, 0, 0])),
             3,
             x,
             torch.tensor([0, 2, 2, 2]),

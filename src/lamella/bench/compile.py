@@ -24,7 +24,8 @@ from torch import Tensor
 from lamella.checkpoint.files import open_checkpoint
 from lamella.config import ModelConfig, placed, read_placement
 from lamella.errors import EngineError
-from lamella.layers.compiled.model import MIN_TOKENS, CompiledModel, make_opaque
+from lamella.layers.compiled.model import MIN_TOKENS, CompiledModel
+from lamella.layers.compiled.opaque import make_opaque
 from lamella.layers.context import ForwardBatch, forward_batch
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.local_kit import LocalKit

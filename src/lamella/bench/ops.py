@@ -23,6 +23,7 @@ from lamella.layers.supernet.placing import idle_mixers
 from lamella.ops.attention import reference as attention_reference
 from lamella.ops.backend import portable_only
 from lamella.ops.linear import reference as linear_reference
+from lamella.ops.operands import ConvState, ResidualNorm
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.rms_norm import reference as norm_reference
 from lamella.ops.short_conv import reference as conv_reference
@@ -109,7 +110,8 @@ def _cases(llm: LLM, rows: int, context: int) -> Iterator[_Case]:
             yield _Case(name, [partial(m, x) for m in same], expected, nbytes)
         elif isinstance(first, RMSNorm):
             x, residual = random(rows, first.weight.shape[0]), random(rows, first.weight.shape[0])
-            expected = partial(_first, norm_reference.add_rms_norm, x, residual, first.weight, first.eps)
+            norm = ResidualNorm(residual, first.weight, first.eps)
+            expected = partial(_first, norm_reference.add_rms_norm, x, norm)
             yield _Case(name, [partial(_first, m, x, residual) for m in same], expected, 4 * x.nbytes)
         elif isinstance(first, Canon):
             x = random(rows, first.weight.shape[0])
@@ -188,24 +190,22 @@ def _within(batch: ForwardBatch, function: Callable[[Tensor], Tensor], x: Tensor
 
 def _convolved(batch: ForwardBatch, canon: Canon, x: Tensor) -> Tensor:
     with forward_batch(batch):
-        weight, bias, ragged, history, slots, activation, residual = canon.operands()
-    assert history is not None
-    return conv_reference.short_conv(
-        x, weight, bias, ragged, history.clone(), slots, activation=activation, residual=residual
-    )
+        step = canon.step()
+    state = ConvState(step.state.history.clone(), step.state.slots)
+    return conv_reference.short_conv(x, step.weights, batch.ragged, state)
 
 
 def _attended(batch: ForwardBatch, attention: PagedAttention, q: Tensor) -> Tensor:
-    assert batch.pages is not None and attention.k_cache is not None and attention.v_cache is not None
-    table, spec = batch.pages[attention.spec].page_table, attention.spec
-    return attention_reference.paged_attention(
-        q, attention.k_cache, attention.v_cache, table, batch.ragged, attention.scale, spec.window, spec.chunk
-    )
+    with forward_batch(batch):
+        cache = attention.cache()
+    spec = attention.spec
+    return attention_reference.paged_attention(q, cache, batch.ragged, attention.scale, spec.window, spec.chunk)
 
 
 def _seconds(passes: Sequence[Callable[[], Tensor]], device: torch.device) -> float:
-    """Of one of the passes, which run one after the other, by the median of many rounds; on a GPU within a graph, as
-    the engine runs them.
+    """Return the seconds of one of the passes, which run one after the other: the median of many rounds.
+
+    On a GPU they run within a graph, as in the engine.
     """
     if device.type != "cuda":
         return _median(lambda: _timed(passes)) / len(passes)

@@ -13,10 +13,12 @@ from lamella.bench.card import CostCard, measure_bandwidth
 from lamella.bench.ops import time_ops
 from lamella.bench.workloads import Workload, check, measure
 from lamella.cli.common import load_llm, print_json, size
+from lamella.ops import catalogue
 from lamella.serve.llm import LLM
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run a workload and print its figures; returns the exit status."""
     llm = load_llm(args)
     requests = args.requests or (16 if args.workload == "offline" else 1)
     workload = Workload(requests, args.input_len, args.output_len)
@@ -72,6 +74,10 @@ def _ops(llm: LLM, rows: int, context: int, bandwidth: float) -> int:
             f"{timing.op:22} {timing.microseconds:8.2f}  floor {timing.floor:8.2f} ({share:4.0%})  "
             f"error {timing.error:.1e}  x {timing.calls}"
         )
+    print("backends, in the order in which they are asked")
+    backends = [entry._asdict() for entry in catalogue.entries()]
+    for each in backends:
+        print(f"{each['op']:22} {each['backend']:10} {each['missing'] or 'available'}")
     print_json(
         {
             "workload": "ops",
@@ -80,6 +86,7 @@ def _ops(llm: LLM, rows: int, context: int, bandwidth: float) -> int:
             "device": str(llm.engine.device),
             "bandwidth_gb_s": round(bandwidth / 1e9, 1),
             "ops": [asdict(timing) for timing in timings],
+            "backends": backends,
             "lamella": lamella.__version__,
             "torch": torch.__version__,
         }

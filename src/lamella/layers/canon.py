@@ -11,8 +11,8 @@ from lamella.layers.kit import Kit
 from lamella.layers.norm import LayerNorm, RMSNorm
 from lamella.layers.short_conv import ConvHistory, ShortConv
 from lamella.ops.backend import use_fused
+from lamella.ops.operands import ConvStep, ResidualNorm
 from lamella.ops.short_conv import norm_short_conv, short_conv, short_conv_swiglu
-from lamella.ops.short_conv.reference import ConvStep
 from lamella.ops.swiglu import swiglu
 from lamella.parallel.sharding import Split
 
@@ -20,7 +20,7 @@ from lamella.parallel.sharding import Split
 class Canon(ShortConv):
     """A canon convolution of the rank's channels, computed by itself, as a part of a projection, or behind a norm.
 
-    `part` is what it is called among those that share the layer's history.
+    `part` names it among those that share the layer's history.
     """
 
     def __init__(self, config: CanonConfig, channels: Split, kit: Kit, history: ConvHistory, part: str) -> None:
@@ -31,46 +31,48 @@ class Canon(ShortConv):
         self.part = part
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (T, channels) -> (T, channels)."""
+        """Return the convolution of x (T, channels): (T, channels)."""
         return self.history.holder.run(self.part, (x,), self.size)
 
     def swiglu(self, x: Tensor) -> Tensor:
-        """`silu(gate) * up` of the convolved x (T, channels) = [gate | up]."""
+        """Return `silu(gate) * up` of the convolved x (T, channels) = [gate | up]."""
         if self.history.holder.inline and not use_fused(x):
             return swiglu(self(x))
         return self.history.holder.run(f"{self.part}.swiglu", (x,), self.size // 2)
 
     def after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm | LayerNorm) -> tuple[Tensor, Tensor]:
-        """The convolution of `norm(x, residual)`, and the new residual."""
+        """Return the convolution of `norm(x, residual)`, and the new residual."""
         holder = self.history.holder
         if isinstance(norm, RMSNorm):
             if not holder.inline:
                 return holder.run_after_norm(self.part, x, residual, norm.weight, norm.eps)
             if use_fused(x) and not norm.round_twice:
                 # Slots and positions are a step's first tensors, long before any layer's.
-                return norm_short_conv(x, residual, norm.weight, norm.eps, *self.operands(), early=True)
+                step = ResidualNorm(residual, norm.weight, norm.eps)
+                return norm_short_conv(x, step, self.weights(), require_batch().ragged, self.state(), early=True)
         normed, total = norm(x, residual)
         return self(normed), total
 
     @property
     def is_step(self) -> bool:
-        """Whether every request in flight has one new token, and a history."""
+        """Whether every request of the current batch has one new token, and a history."""
         batch = require_batch()
         return batch.slots is not None and batch.ragged.num_decodes == batch.ragged.num_requests
 
     def step(self) -> ConvStep:
-        """The operands where `is_step`."""
-        weight, bias, _, history, slots, activation, residual = self.operands()
-        assert history is not None and slots is not None
-        return ConvStep(weight, bias, history, slots, activation, residual)
+        """Return the convolution as a step of a larger kernel, where `is_step`."""
+        state = self.state()
+        assert state is not None
+        return ConvStep(self.weights(), state, require_batch().ragged.positions)
 
     def _convolve(self, x: Tensor, out: Tensor | None) -> Tensor:
-        return short_conv(x, *self.operands(x), out)
+        return short_conv(x, self.weights(), require_batch().ragged, self.state(x), out)
 
     def _convolve_and_gate(self, x: Tensor, out: Tensor | None) -> Tensor:
-        return short_conv_swiglu(x, *self.operands(x), out)
+        return short_conv_swiglu(x, self.weights(), require_batch().ragged, self.state(x), out)
 
     def _after_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor, total: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return norm_short_conv(x, residual, weight, eps, *self.operands(), out, total)
+        norm = ResidualNorm(residual, weight, eps)
+        return norm_short_conv(x, norm, self.weights(), require_batch().ragged, self.state(), out, total)

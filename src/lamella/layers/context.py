@@ -1,4 +1,4 @@
-"""The batch in flight: what layers may know of the step beyond their input tensors."""
+"""The batch of the current step: all that layers know of it beyond their input tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ P = TypeVar("P")
 
 @dataclass(frozen=True)
 class PageView:
-    """Where the pages of one state group lie in this step."""
+    """Where the blocks of one state group lie in this step."""
 
     page_table: Tensor  # (R, P) int32; entries outside what a request can see are pages that it does not hold
     new_rows: Tensor  # (T,) int64, flat cache row of each new token
@@ -53,15 +53,21 @@ class ForwardBatch:
     given: GivenEmbeddings | None = None  # where there are any
     _shared: dict[Any, Any] = field(default_factory=dict)
 
+    def blocks_of(self, spec: PagedState) -> PageView:
+        """Return where the blocks of a state group lie."""
+        assert self.pages is not None, "a plain forward has no blocks"
+        return self.pages[spec]
+
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """What many layers need and one can compute, such as the cos/sin of the positions."""
+        """Return what `compute` returned for this key in the first layer that asked."""
         if key not in self._shared:
             self._shared[key] = compute()
         return self._shared[key]
 
     def part(self, key: Any, make: Callable[[AttentionSpace | None], P]) -> P:
-        """What one of several mixers computes of the batch, once for all layers that divide it alike. It is made with
-        memory of its own for attention's plans.
+        """Return the share of one of several mixers in the batch, made once for all layers that divide it alike.
+
+        `make` is given memory of its own for attention's plans.
         """
         parts = self.once("parts", dict)
         if key not in parts:
@@ -84,17 +90,17 @@ def forward_batch(batch: ForwardBatch) -> Iterator[ForwardBatch]:
 
 
 def leave_batch() -> None:
-    """Be outside of any batch, whatever an interrupted `forward_batch` has left."""
+    """Leave any batch that an interrupted `forward_batch` has left behind."""
     _current.set(None)
 
 
 def current_batch() -> ForwardBatch | None:
-    """The batch in flight in this thread, if any."""
+    """Return the current batch of this thread, if any."""
     return _current.get()
 
 
 def require_batch() -> ForwardBatch:
-    """The batch in flight; layers are only called inside one."""
+    """Return the current batch; layers are only called inside one."""
     batch = _current.get()
     assert batch is not None, "a layer was called outside forward_batch()"
     return batch

@@ -57,10 +57,12 @@ class GatedDeltaNet(RecurrentMixer):
 
     @property
     def output(self) -> nn.Module:
+        """The projection behind `core`."""
         return self.out_proj
 
     @property
     def widths(self) -> tuple[int, ...]:
+        """Widths of the inputs of `core`, on the rank."""
         return (sum(self.sizes),)
 
     def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
@@ -68,6 +70,7 @@ class GatedDeltaNet(RecurrentMixer):
         return self.out_proj(self.run((entry.project(self.qkvzba_proj),), self.sizes[1]))
 
     def core(self, projected: Tensor, out: Tensor | None) -> Tensor:  # type: ignore[override]
+        """Return the convolution and recurrence of the projections, gated: (T, width)."""
         qkv, z, beta, decay = projected.split(self.sizes, -1)
         q, k, v = self.convolution(qkv).split(self.qkv_sizes, -1)
         key_dim, value_dim = self.config.key_head_dim, self.config.value_head_dim
@@ -80,7 +83,7 @@ class GatedDeltaNet(RecurrentMixer):
             self.A_log,
             self.dt_bias,
             require_batch().ragged,
-            *self.matrix(),
+            self.state(),
         )
         y = gated_rms_norm(mixed, z.unflatten(-1, (-1, value_dim)), self.norm.weight, self.norm.eps, "silu").flatten(1)
         return y if out is None else out.copy_(y)

@@ -21,7 +21,9 @@ from lamella.ops.gated_rms_norm import gated_rms_norm
 
 
 class KimiDelta(RecurrentMixer):
-    """Projection to [q | k | v | beta], decay and gate by low-rank projections, convolution of [q | k | v], delta rule
+    """Kimi delta attention.
+
+    Projection to [q | k | v | beta], decay and gate by low-rank projections, convolution of [q | k | v], delta rule
     with a decay for each key channel, gated norm, projection.
     """
 
@@ -53,10 +55,12 @@ class KimiDelta(RecurrentMixer):
 
     @property
     def output(self) -> nn.Module:
+        """The projection behind `core`."""
         return self.o_proj
 
     @property
     def widths(self) -> tuple[int, ...]:
+        """Widths of the inputs of `core`, on the rank."""
         return (sum(self.sizes), self.sizes[0] // 3, self.sizes[0] // 3)
 
     def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
@@ -67,12 +71,14 @@ class KimiDelta(RecurrentMixer):
         return self.o_proj(self.run(inputs, self.sizes[0] // 3))
 
     def core(self, projected: Tensor, decay: Tensor, gate: Tensor, out: Tensor | None) -> Tensor:  # type: ignore[override]
+        """Return the convolution and recurrence of the projections, gated: (T, width)."""
+
         def by_head(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.config.head_dim))
 
         qkv, beta = projected.split(self.sizes, -1)
         q, k, v = map(by_head, self.convolution(qkv).chunk(3, -1))
         bias = by_head(self.dt_bias)
-        mixed = delta_rule(q, k, v, by_head(decay), beta, self.A_log, bias, require_batch().ragged, *self.matrix())
+        mixed = delta_rule(q, k, v, by_head(decay), beta, self.A_log, bias, require_batch().ragged, self.state())
         y = gated_rms_norm(mixed, by_head(gate), self.norm.weight, self.norm.eps, self.config.gate).flatten(1)
         return y if out is None else out.copy_(y)

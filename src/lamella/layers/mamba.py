@@ -19,8 +19,10 @@ from lamella.ops.selective_scan import selective_scan
 
 
 class Mamba(RecurrentMixer):
-    """Projection to [z | x | B | C], convolution of x, a scan of step sizes from a low-rank projection, gate,
-    projection. Heads of x and B are repeated like keys and values.
+    """Mamba mixer.
+
+    Projection to [z | x | B | C], convolution of x, a scan of step sizes from a low-rank projection, gate, projection.
+    Heads of x and B are repeated like keys and values.
     """
 
     def __init__(self, config: MambaConfig, kit: Kit, hidden_size: int, prefix: str) -> None:
@@ -52,10 +54,12 @@ class Mamba(RecurrentMixer):
 
     @property
     def output(self) -> nn.Module:
+        """The projection behind `core`."""
         return self.out_proj
 
     @property
     def widths(self) -> tuple[int, ...]:
+        """Widths of the inputs of `core`, on the rank."""
         return (sum(self.sizes), self.sizes[0])
 
     def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
@@ -65,6 +69,7 @@ class Mamba(RecurrentMixer):
         return self.out_proj(self.run((self.in_proj(x), steps), self.sizes[0]))
 
     def core(self, projected: Tensor, steps: Tensor, out: Tensor | None) -> Tensor:  # type: ignore[override]
+        """Return the convolution and recurrence of the projections, gated: (T, width)."""
         state, repeats = self.config.state_size, self.config.heads // self.config.kv_heads
 
         def by_head(x: Tensor) -> Tensor:
@@ -85,6 +90,6 @@ class Mamba(RecurrentMixer):
             bias,
             by_head(self.D),
             require_batch().ragged,
-            *self.matrix(),
+            self.state(),
         ).flatten(1)
         return y if out is None else out.copy_(y)

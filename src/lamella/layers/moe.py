@@ -52,8 +52,9 @@ class MoE(nn.Module):
     def custom_routing_function(
         hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """The routing in the form in which vLLM is given one: weights (T, topk) fp32 and experts (T, topk) int32 of the
-        router's logits (T, E). Nothing depends on the hidden states, and weights are not made to add up to one.
+        """Return weights (T, topk) fp32 and experts (T, topk) int32 of the router's logits (T, E), for vLLM.
+
+        The hidden states change nothing, and the weights are not made to add up to one.
         """
         if renormalize:
             raise ValueError("renormalize=True: a weight is the sigmoid of its own logit, whatever the others are")
@@ -62,8 +63,9 @@ class MoE(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts: gate_up_proj (E, hidden, 2 I) with gates first, down_proj (E, I, hidden). Of several ranks
-    each has a part of every expert, or some experts `whole`.
+    """Routed experts: gate_up_proj (E, hidden, 2 I) with gates first, down_proj (E, I, hidden).
+
+    Of several ranks each has a shard of every expert, or some experts `whole`.
 
     These are the shapes of Llama 4's files. In memory inputs lie side by side, as in any projection: the parameters are
     views. Other files have every expert's projections by themselves, as those of an MLP; see `_separate`.
@@ -95,7 +97,7 @@ class Experts(nn.Module):
         }
 
     def forward(self, x: Tensor, logits: Tensor, base: Tensor | None = None) -> Tensor:
-        """What the experts make of x (T, hidden) by the router's logits (T, E), added to base (T, hidden)."""
+        """Return the experts' output of x (T, hidden) by the router's logits (T, E), added to base (T, hidden)."""
         gate_up, down = self.gate_up_proj.transpose(1, 2), self.down_proj.transpose(1, 2)
         return moe.experts(x, logits, self.top_k, gate_up, down, base, self.first)
 

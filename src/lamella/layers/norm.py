@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lamella.config import NormConfig
 from lamella.layers.parameters import ParameterLayout
 from lamella.ops import rms_norm as ops
+from lamella.ops.operands import ResidualNorm
 from lamella.parallel.group import Group
 from lamella.parallel.sharding import Split
 
@@ -30,7 +31,22 @@ class RMSNorm(nn.Module):
         """The norm of x (..., size); with a residual of its shape, (the norm of x + residual, x + residual)."""
         if residual is None:
             return ops.rms_norm(x, self.weight, self.eps, twice=self.round_twice)
-        return ops.add_rms_norm(x, residual, self.weight, self.eps, self.round_twice)
+        return ops.add_rms_norm(x, ResidualNorm(residual, self.weight, self.eps), self.round_twice)
+
+
+class HeadNorm(nn.Module):
+    """RMS norm of each head, without a weight."""
+
+    weight: Tensor
+
+    def __init__(self, size: int, eps: float, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(size, dtype=torch.float32, device=device), persistent=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the norm of x (T, heads, size)."""
+        return ops.rms_norm(x, self.weight, self.eps)
 
 
 class SplitRMSNorm(RMSNorm):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lamella.layers.holders import SlotHolder
 from lamella.layers.kit import Kit
 from lamella.layers.short_conv import ConvHistory
+from lamella.ops.operands import RecurrentState
 from lamella.state.spec import SlotState
 
 _PART = "mixer"
@@ -43,8 +43,9 @@ class RecurrentMixer(nn.Module):
         self.history.declare(kit, prefix, SlotState(tuple(matrix), torch.float32))
 
     def core(self, *inputs: Tensor | None) -> Tensor:
-        """The convolution, the recurrence, and what stands behind them: inputs (T, ...), then where the output (T,
-        width) goes, or None.
+        """Return the convolution, the recurrence, and what follows them, of inputs (T, ...): (T, width).
+
+        The last argument is where the output goes, or None.
         """
         raise NotImplementedError
 
@@ -52,11 +53,10 @@ class RecurrentMixer(nn.Module):
         """`core` of inputs (T, ...), as the engine calls it: (T, width)."""
         return self.history.holder.run(_PART, inputs, width)
 
-    def matrix(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """The matrices (slots, ...) and the slot ids (R,) of the requests in flight; Nones in a plain forward."""
-        holder: SlotHolder = self.history.holder
-        (_, matrix), slots = holder.current()
-        return (None, None) if matrix is None or slots is None else (matrix, slots)
+    def state(self) -> RecurrentState | None:
+        """Return the matrices (slots, ...) and slots of the current batch; None in a plain forward."""
+        current = self.history.holder.current()
+        return None if current is None else RecurrentState(current.tensors[1], current.slots)
 
 
 def wide_parameter(size: int | tuple[int, ...], kit: Kit) -> nn.Parameter:

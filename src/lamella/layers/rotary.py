@@ -6,7 +6,6 @@ The variants follow `transformers`' modeling_rope_utils; everything is fp32, and
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +18,12 @@ from lamella.config import (
     TemperatureConfig,
     YarnScaling,
 )
+from lamella.ops.operands import Rope
 from lamella.ops.rotary import angles, temperature
 
 
 def inverse_frequencies(config: RopeConfig) -> Tensor:
-    """Angle per position of each pair, (dim / 2,) fp32."""
+    """Return the angle per position of each pair of channels, (dim / 2,) fp32."""
     scaling = config.scaling
     if isinstance(scaling, DynamicScaling):
         return _frequencies(config.dim, _dynamic_theta(config, scaling))
@@ -76,61 +76,64 @@ def _yarn(base: Tensor, config: RopeConfig, scaling: YarnScaling) -> Tensor:
 
 
 class Rotary:
-    """By which angles queries and keys are turned: those of their positions, or of these modulo a `period`."""
+    """Angles of a layer's rotation: of the positions, or of the positions modulo a `period`.
+
+    Attributes:
+        key: equal for two layers if their angles are the same.
+        frequencies: (dim / 2,) fp32, the angle per position of each pair of channels.
+        magnitude: factor of cos and sin.
+        interleaved: whether a pair's channels are neighbours.
+    """
 
     def __init__(self, config: RopeConfig, device: torch.device, period: int | None = None) -> None:
         self.period = period
-        self.key = repr((config, period))  # of two with equal keys the angles are the same
+        self.key = repr((config, period))
         scaling = config.scaling
         self.magnitude = scaling.attention_factor if isinstance(scaling, YarnScaling | LongRopeScaling) else 1.0
         self.frequencies = inverse_frequencies(config).to(device)
+        self.interleaved = config.interleaved
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin (T, dim / 2) fp32 of positions (T,)."""
+        """Return cos and sin (T, dim / 2) fp32 of positions (T,)."""
         return angles(positions, self.frequencies, self.magnitude, self.period)
 
 
-class Turn(NamedTuple):
-    """What a step does to the queries and keys of an attention layer by their positions.
+class Temperature:
+    """Factors of the queries by position, see `ops.rotary.temperature`.
 
-    A part that the layer lacks is None, or, where layers with and without it are computed as one, changes nothing.
+    Attributes:
+        key: equal for two layers if their factors are the same.
     """
 
-    cos: Tensor | None  # (T, pairs) fp32
-    sin: Tensor | None
-    scale: Tensor | None  # (T,) fp32, of queries
-    normed: Tensor | None  # () bool: whether the norm without a weight counts; None: it does, where there is one
+    def __init__(self, config: TemperatureConfig) -> None:
+        self.key = self.scale, self.floor_scale = config.scale, config.floor_scale
+
+    def factors(self, positions: Tensor) -> Tensor:
+        """Return the factors (T,) fp32 at positions (T,)."""
+        return temperature(positions, self.scale, self.floor_scale)
 
 
 class Positions:
-    """Where the tokens of a forward stand in their requests, and what follows of it, once for all layers alike."""
+    """Positions of a forward's tokens in their requests, and what layers compute from them, once for all alike."""
 
-    def __init__(self, index: Tensor, turn: Turn | None = None) -> None:
-        """index (T,), absolute; `turn` is the layer's, where that has been computed before."""
-        self.index, self.turn = index, turn
-        self._angles: dict[str, tuple[Tensor, Tensor]] = {}
-        self._identities: dict[int, tuple[Tensor, Tensor]] = {}
-        self._temperatures: dict[TemperatureConfig, Tensor] = {}
+    def __init__(self, index: Tensor) -> None:
+        """Take the absolute positions, index (T,)."""
+        self.index = index
+        self._ropes: dict[str, Rope] = {}
+        self._temperatures: dict[tuple[float, int], Tensor] = {}
 
-    def angles(self, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """cos and sin (T, dim / 2) fp32."""
-        if rotary.key not in self._angles:
-            self._angles[rotary.key] = rotary.angles(self.index)
-        return self._angles[rotary.key]
+    def rope(self, rotary: Rotary) -> Rope:
+        """Return the rotation of the tokens."""
+        if rotary.key not in self._ropes:
+            self._ropes[rotary.key] = Rope(*rotary.angles(self.index), rotary.interleaved)
+        return self._ropes[rotary.key]
 
-    def identity(self, pairs: int) -> tuple[Tensor, Tensor]:
-        """cos and sin (T, pairs) fp32 of turning nothing, which leaves every bit as it is."""
-        if pairs not in self._identities:
-            ones = torch.ones(self.index.shape[0], pairs, device=self.index.device)
-            self._identities[pairs] = ones, torch.zeros_like(ones)
-        return self._identities[pairs]
-
-    def temperature(self, config: TemperatureConfig) -> Tensor:
-        """What queries are multiplied by, (T,) fp32."""
-        if config not in self._temperatures:
-            self._temperatures[config] = temperature(self.index, config.scale, config.floor_scale)
-        return self._temperatures[config]
+    def temperature(self, temperature: Temperature) -> Tensor:
+        """Return the factors of the tokens' queries, (T,) fp32."""
+        if temperature.key not in self._temperatures:
+            self._temperatures[temperature.key] = temperature.factors(self.index)
+        return self._temperatures[temperature.key]
 
     def rows(self, index: Tensor) -> Positions:
-        """Of some of the tokens, index (n,)."""
+        """Return the positions of some of the tokens, index (n,)."""
         return Positions(self.index[index])

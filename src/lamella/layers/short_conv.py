@@ -12,7 +12,7 @@ from lamella.layers.context import require_batch
 from lamella.layers.holders import Computation, SlotHolder
 from lamella.layers.kit import Kit
 from lamella.layers.parameters import ParameterLayout
-from lamella.ops.ragged import RaggedBatch
+from lamella.ops.operands import ConvState, ConvWeights
 from lamella.ops.short_conv import short_conv
 from lamella.parallel.sharding import Split
 from lamella.state.spec import SlotState
@@ -78,25 +78,19 @@ class ShortConv(nn.Module):
         self.channels = history.take(self.size, computations or {})
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (T, channels) -> (T, channels), within a computation over the state."""
-        return short_conv(x, *self.operands(x))
+        """Return the convolution of x (T, channels), within a computation over the state: (T, channels)."""
+        return short_conv(x, self.weights(), require_batch().ragged, self.state(x))
 
-    def operands(
-        self, x: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None, RaggedBatch, Tensor | None, Tensor | None, bool, bool]:
-        """What a convolution is given beside its input: weight (C, W), bias, batch, history, slots, activation,
-        residual. The input is needed where the holder is not `inline`.
-        """
-        history, slots = self.history.holder.window(self.channels, x)
+    def weights(self) -> ConvWeights:
+        """Return the weights as operations take them."""
         weight = self.weight.squeeze(1)
         if self.config.kernel < _LEAST_TAPS:
             weight = torch.cat((torch.zeros_like(weight).T, weight.T)).T  # in the layout of the other taps
-        return (
-            weight,
-            self.bias,
-            require_batch().ragged,
-            history,
-            slots,
-            self.config.activation,
-            self.config.residual,
-        )
+        return ConvWeights(weight, self.bias, self.config.activation, self.config.residual)
+
+    def state(self, x: Tensor | None = None) -> ConvState | None:
+        """Return the state in the current batch; None in a plain forward.
+
+        The input x is needed where the holder is not `inline`.
+        """
+        return self.history.holder.window(self.channels, x)

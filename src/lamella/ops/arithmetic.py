@@ -62,7 +62,7 @@ def sum_three(a, b, c):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """x of fp32, rounded to dtype, in fp32."""
+    """Return x of fp32, rounded to dtype, in fp32."""
     if _INTERPRETED or dtype != tl.bfloat16:
         return x.to(dtype).to(tl.float32)
     # One number takes a slow unit, two take a fast one; beside a zero, the result has fp32's bits at once.

@@ -60,7 +60,7 @@ def _has_dependent_launch(device: torch.device) -> bool:
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """Return a / b, rounded up."""
     return -(-a // b)
 
 

@@ -19,8 +19,12 @@ Result = TypeVar("Result", Tensor, tuple[Tensor, Tensor])
 
 
 def operation(signature: str, compute: Callable[..., Result], shape: Callable[..., Result]) -> Library:
-    """Make an operation of `torch.ops.lamella`, of this name and signature, by what computes it and by what it makes of
-    tensors without data. It goes with the library that is returned.
+    """Make an operation of `torch.ops.lamella`, of this name and signature. It goes with the returned library.
+
+    Args:
+        signature: as torch's schemas are written.
+        compute: the implementation.
+        shape: the fake (meta) kernel, which returns tensors of the right shapes.
     """
     library, name = Library("lamella", "FRAGMENT"), signature.partition("(")[0]
     library.define(signature, tags=(torch.Tag.needs_fixed_stride_order,))
@@ -60,7 +64,7 @@ def _opaque(inputs: Sequence[Tensor], width: int, handle: Tensor, part: str) -> 
 
 
 def _shape(inputs: Sequence[Tensor], width: int, handle: Tensor, part: str) -> Tensor:
-    """What the operation makes of tensors without data."""
+    """Fake (meta) kernel: output shape only."""
     return inputs[0].new_empty(*inputs[0].shape[:-1], width)
 
 

@@ -1,4 +1,4 @@
-"""Requests as ranges of flat tokens: what every operation over time needs to know of a batch."""
+"""Requests as ranges of flat tokens, for operations over time."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 class RaggedBatch:
     """R requests with T new tokens in all, request after request; no padding.
 
-    The first `num_decodes` requests have exactly one new token each. Lengths stand twice, as tensors for kernels and
-    as tuples for host code, so that nobody has to wait for the device.
+    The first `num_decodes` requests have exactly one new token each. Lengths are kept twice, as tensors for kernels
+    and as tuples for host code, so that no operation has to wait for the device.
     """
 
     positions: Tensor  # (T,) int64, absolute position of each new token in its request
@@ -30,7 +30,7 @@ class RaggedBatch:
     def from_lengths(
         cls, query_lens: Sequence[int], context_lens: Sequence[int], device: torch.device | str = "cpu"
     ) -> RaggedBatch:
-        """From host lengths: `query_lens[r]` new tokens at the end of `context_lens[r]` tokens, both >= 1."""
+        """Return the batch of `query_lens[r]` new tokens at the end of `context_lens[r]` tokens, both >= 1."""
         assert len(query_lens) == len(context_lens) and all(
             1 <= new <= total for new, total in zip(query_lens, context_lens, strict=True)
         )
@@ -55,10 +55,27 @@ class RaggedBatch:
             num_decodes=num_decodes,
         )
 
+    @classmethod
+    def from_decodes(cls, positions: Tensor) -> RaggedBatch:
+        """Return the batch of requests with one new token each, at positions (T,); context lengths stay unknown."""
+        tokens = positions.shape[0]
+        index = torch.arange(tokens + 1, device=positions.device)
+        return cls(
+            positions=positions,
+            query_start_loc=index.int(),
+            seq_lens=(positions + 1).int(),
+            token_request=index[:-1],
+            query_lens=(1,) * tokens,
+            context_lens=(),
+            num_decodes=tokens,
+        )
+
     @property
     def num_tokens(self) -> int:
+        """New tokens of all requests."""
         return self.positions.shape[0]
 
     @property
     def num_requests(self) -> int:
+        """Requests R."""
         return self.query_start_loc.shape[0] - 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +14,20 @@ from lamella.ops.delta_rule import reference as delta_reference
 from lamella.ops.gated_rms_norm import reference as gated_reference
 from lamella.ops.linear import reference as linear_reference
 from lamella.ops.moe import reference as moe_reference
+from lamella.ops.operands import (
+    ConvState,
+    ConvWeights,
+    HeadNorms,
+    HeadSizes,
+    PagedCache,
+    QKVSteps,
+    RecurrentState,
+    ResidualNorm,
+    Rope,
+)
 from lamella.ops.qkv import reference as qkv_reference
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.rms_norm import reference as norm_reference
-from lamella.ops.rms_norm.reference import NormStep
 from lamella.ops.rotary import reference as rotary_reference
 from lamella.ops.selective_scan import reference as scan_reference
 from lamella.ops.short_conv import reference as conv_reference
@@ -61,8 +70,9 @@ def _checks(
     width, gate_up = 64, random(3, 128)
     x, residual, weight = random(3, width), random(3, width), random(width).float()
     yield "rms_norm", norm.rms_norm(x, weight, 1e-5), norm_reference.rms_norm(x, weight, 1e-5)
-    normed, _ = norm_reference.add_rms_norm(x, residual, weight, 1e-5)
-    yield "add_rms_norm", norm.add_rms_norm(x, residual, weight, 1e-5)[0], normed
+    step = ResidualNorm(residual, weight, 1e-5)
+    normed, _ = norm_reference.add_rms_norm(x, step)
+    yield "add_rms_norm", norm.add_rms_norm(x, step)[0], normed
     yield "swiglu", swiglu.swiglu(gate_up), swiglu_reference.swiglu(gate_up)
     logits, gates, downs = random(3, 5).float(), random(5, 96, width) / 8, random(5, width, 48) / 8
     for top_k in (1, 2):
@@ -70,10 +80,10 @@ def _checks(
         yield "experts", moe.experts(*mixture), moe_reference.experts(*mixture)
     matrix = random(96, width)
     if linear.serves(x[:1], matrix):
-        step, product = NormStep(residual[:1], weight, 1e-5), linear_reference.linear(normed[:1], matrix, None)
-        yield "linear", linear.linear(normed[:1], matrix, None)[0], product
-        yield "linear behind a norm", linear.linear(x[:1], matrix, None, norm=step)[0], product
-        ours = linear.linear(x[:1], matrix, None, norm=step, gated=True)[0]
+        step, product = ResidualNorm(residual[:1], weight, 1e-5), linear_reference.linear(normed[:1], matrix, None)
+        yield "linear", linear.linear(normed[:1], matrix, None), product
+        yield "linear behind a norm", linear.fused_linear(x[:1], matrix, None, norm=step)[0], product
+        ours = linear.fused_linear(x[:1], matrix, None, gated=True, norm=step)[0]
         yield "linear before swiglu", ours, swiglu_reference.swiglu(product)
 
     taps = random(4, width).T
@@ -81,24 +91,22 @@ def _checks(
         batch = RaggedBatch.from_lengths(query, context, device)
         tokens, slots = batch.num_tokens, torch.tensor([2, 1, 3], device=device)
         x, residual, history = random(tokens, width), random(tokens, width), random(4, 3, width)
-        old, new = history.clone(), history.clone()
-        operands = x, taps, None, batch
-        yield (
-            "short_conv",
-            conv.short_conv(*operands, new, slots, residual=True),
-            conv_reference.short_conv(*operands, old, slots, residual=True),
-        )
-        yield "short_conv (its history)", new, old
-        normed, _ = norm_reference.add_rms_norm(x, residual, weight, 1e-5)
+        old, new = ConvState(history.clone(), slots), ConvState(history.clone(), slots)
+        operands = x, ConvWeights(taps, residual=True), batch
+        yield "short_conv", conv.short_conv(*operands, new), conv_reference.short_conv(*operands, old)
+        yield "short_conv (its history)", new.history, old.history
+        before = [ConvState(history.clone(), slots) for _ in range(4)]
+        behind_norm = x, ResidualNorm(residual, weight, 1e-5), ConvWeights(taps), batch
         yield (
             "norm_short_conv",
-            conv.norm_short_conv(x, residual, weight, 1e-5, taps, None, batch, history.clone(), slots)[0],
-            conv_reference.short_conv(normed, taps, None, batch, history.clone(), slots),
+            conv.norm_short_conv(*behind_norm, before[0])[0],
+            conv_reference.norm_short_conv(*behind_norm, before[1])[0],
         )
+        operands = x, ConvWeights(taps), batch
         yield (
             "short_conv_swiglu",
-            conv.short_conv_swiglu(*operands, history.clone(), slots),
-            swiglu_reference.swiglu(conv_reference.short_conv(*operands, history.clone(), slots)),
+            conv.short_conv_swiglu(*operands, before[2]),
+            conv_reference.short_conv_swiglu(*operands, before[3]),
         )
         yield from _attention_checks(random, batch, dtype, device)
         yield from _recurrence_checks(random, batch, slots)
@@ -108,13 +116,8 @@ def _checks(
 def _attention_checks(
     random: Callable[..., Tensor], batch: RaggedBatch, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    from lamella.ops.attention.paged import (
-        AttentionPlan,
-        AttentionSpace,
-        decode_prepared,
-        few_decodes,
-        paged_attention,
-    )
+    from lamella.ops.attention import triton_few
+    from lamella.ops.attention.paged import AttentionPlan, AttentionSpace, is_few_decodes, paged_attention
     from lamella.ops.qkv import triton as qkv
     from lamella.ops.rotary import triton as rotary
 
@@ -131,17 +134,19 @@ def _attention_checks(
     growth = [function.temperature(batch.positions, 0.5, 2) for function in (rotary, rotary_reference)]
     yield "temperature", *growth
     projected = random(batch.num_tokens, (heads + 2 * kv_heads) * dim)
-    norms: dict[str, Any] = {"q_norm": random(dim).float(), "k_norm": random(dim).float(), "eps": 1e-5}
-    norms["q_scale"] = growth[1]
-    written = [[cache.clone() for cache in caches] for _ in range(2)]
+    steps = QKVSteps(
+        HeadSizes(heads, kv_heads, dim),
+        HeadNorms(random(dim).float(), random(dim).float(), 1e-5),
+        Rope(cos, sin, interleaved=False),
+        growth[1],
+    )
+    written = [PagedCache(caches[0].clone(), caches[1].clone(), pages, rows) for _ in range(2)]
     prepared = [
-        function(
-            projected, heads, kv_heads, dim, **norms, cos=cos, sin=sin, k_cache=some[0], v_cache=some[1], rows=rows
-        )[0]
+        function(projected, steps, some)[0]
         for function, some in zip((qkv.prepare_qkv, qkv_reference.prepare_qkv), written, strict=True)
     ]
     yield "prepare_qkv", prepared[0], prepared[1]
-    yield "prepare_qkv (its cache)", torch.stack(written[0]), torch.stack(written[1])
+    yield "prepare_qkv (its cache)", torch.stack(written[0][:2]), torch.stack(written[1][:2])
     space = AttentionSpace(batch.num_requests, 3 * _PAGE, device)
     listed = torch.cat(
         [
@@ -151,18 +156,17 @@ def _attention_checks(
         or [pages.new_empty(0)]
     )
     for window, chunk in ((None, None), (3, None), (None, 3)):
-        k_cache, v_cache = written[1]
-        truth = attention_reference.paged_attention(prepared[1], k_cache, v_cache, pages, batch, 0.25, window, chunk)
+        expected = attention_reference.paged_attention(prepared[1], written[1], batch, 0.25, window, chunk)
         plan = AttentionPlan(
             space, batch, listed, heads, kv_heads, dim, _PAGE, dtype, 0.25, window, flashinfer=False, chunk=chunk
         )
-        ours = paged_attention(prepared[1], k_cache, v_cache, pages, batch, 0.25, window, plan, chunk)
-        yield "paged attention", ours, truth
-        if few_decodes(batch):
-            fresh = {"k_cache": caches[0].clone(), "v_cache": caches[1].clone()}
-            options = {**norms, "cos": cos, "sin": sin, "interleaved": False, "rows": rows, **fresh}
-            yield "attention of few", decode_prepared(projected, heads, pages, 0.25, window, plan, options), truth
-            yield "attention of few (its cache)", torch.stack(list(fresh.values())), torch.stack(written[1])
+        ours = paged_attention(prepared[1], written[1], batch, 0.25, window, chunk, plan)
+        yield "paged attention", ours, expected
+        if is_few_decodes(batch):
+            fresh = PagedCache(caches[0].clone(), caches[1].clone(), pages, rows)
+            few = triton_few.decode_prepared(projected, steps, fresh, 0.25, window, plan.decode_workspace)
+            yield "attention of few", few, expected
+            yield "attention of few (its cache)", torch.stack(fresh[:2]), torch.stack(written[1][:2])
 
 
 def _recurrence_checks(
@@ -183,19 +187,19 @@ def _recurrence_checks(
         q, k, v = random(tokens, 2, dim), random(tokens, 2, dim), random(tokens, heads, width)
         decay, beta = random(tokens, heads, *channels), random(tokens, heads)
         operands = q, k, v, decay, beta, random(heads).float(), random(heads, *channels).float(), batch
-        old = random(4, heads, dim, width).float()
-        new = old.clone()
-        yield "delta_rule", delta.delta_rule(*operands, new, slots), delta_reference.delta_rule(*operands, old, slots)
-        yield "delta_rule (its state)", new, old
+        old = RecurrentState(random(4, heads, dim, width).float(), slots)
+        new = RecurrentState(old.matrix.clone(), slots)
+        yield "delta_rule", delta.delta_rule(*operands, new), delta_reference.delta_rule(*operands, old)
+        yield "delta_rule (its state)", new.matrix, old.matrix
     x, b, c = random(tokens, 2, dim), random(tokens, 2, width), random(tokens, heads, width)
     rates, bias, d = random(heads, dim, width).float(), random(heads, dim).float(), random(heads, dim).float()
     steps = x, random(tokens, heads, dim), b, c, gate, rates, bias, d, batch
     before = random(4, heads, dim, width).float()
     for chunked in (False, True):
-        old, new = before.clone(), before.clone()
-        ours = scan.selective_scan(*steps, new, slots, chunked=chunked)
-        yield "selective_scan", ours, scan_reference.selective_scan(*steps, old, slots)
-        yield "selective_scan (its state)", new, old
+        old, new = (RecurrentState(before.clone(), slots) for _ in range(2))
+        ours = scan.selective_scan(*steps, new, chunked=chunked)
+        yield "selective_scan", ours, scan_reference.selective_scan(*steps, old)
+        yield "selective_scan (its state)", new.matrix, old.matrix
 
 
 def _sampling_checks(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""States of recurrent mixers in slots: reading, writing, and walking a ragged batch chunk by chunk, in plain torch."""
+"""States of recurrent mixers in slots, and walking a ragged batch chunk by chunk, in plain torch."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
 
 
-def read_states(batch: RaggedBatch, state: Tensor | None, slots: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    """The states before the new tokens, of every request: (R, *shape) fp32, a copy.
+def read_states(batch: RaggedBatch, state: RecurrentState | None, shape: tuple[int, ...]) -> Tensor:
+    """Return a copy of every request's state before its new tokens: (R, *shape) fp32.
 
-    Zero without a state, and for a request whose first token is among the new ones, whatever its slot contains.
+    The state is zero without `state`, and for a request whose first token is among the new ones.
     """
     if state is None:
         return torch.zeros(batch.num_requests, *shape, device=batch.query_start_loc.device)
-    assert slots is not None
     old = batch.seq_lens > batch.query_start_loc.diff()
-    return torch.where(old.view(-1, *(1 for _ in shape)), state[slots], 0.0)
+    return torch.where(old.view(-1, *(1 for _ in shape)), state.matrix[state.slots], 0.0)
 
 
 def decodes_of(batch: RaggedBatch) -> RaggedBatch:
@@ -56,8 +56,11 @@ def prefills_of(batch: RaggedBatch) -> RaggedBatch:
 
 
 def by_kind(batch: RaggedBatch) -> Iterator[tuple[bool, slice, RaggedBatch]]:
-    """The decodes and then the other requests, where there are any: whether they are decodes, the rows of their tokens,
-    which from the first are those of the requests too, and a batch of their own.
+    """Yield the decodes, then the other requests, each where there are any.
+
+    Yields:
+        Whether they are decodes; the rows of their tokens, which from the first are those of the requests too; and a
+        batch of their own.
     """
     if batch.num_decodes:
         yield True, slice(0, batch.num_decodes), decodes_of(batch)
@@ -74,11 +77,11 @@ class Chunk(NamedTuple):
     full: bool  # no pads
 
     def take(self, x: Tensor) -> Tensor:
-        """x (T, heads, ...) of the chunk's tokens: (requests, heads, width, ...) fp32."""
+        """Return x (T, heads, ...) of the chunk's tokens: (requests, heads, width, ...) fp32."""
         return x[self.token].float().transpose(1, 2)
 
     def blank(self, x: Tensor) -> Tensor:
-        """x (requests, heads, width, ...) with zeros for the pads."""
+        """Return x (requests, heads, width, ...) with zeros for the pads."""
         if self.full:
             return x
         return torch.where(self.valid.view(self.requests, 1, -1, *(1 for _ in x.shape[3:])), x, 0.0)

@@ -239,7 +239,6 @@ class _ForcedRunner(ModelRunner):
             page = torch.tensor(pages)[positions // self.state.page_size]
             assert (page != DUMMY).all()
             for name, cache in (("keys", holder.k_cache), ("values", holder.v_cache)):
-                assert cache is not None
                 rows = cache[page.to(cache.device), (positions % self.state.page_size).to(cache.device)]
                 found[f"{holder.prefix}.{name}"] = rows.cpu()
         return found

@@ -21,6 +21,7 @@ from lamella.config.checks import check
 from lamella.config.hf_config import HFConfig
 from lamella.errors import CheckpointError
 from lamella.layers.parameters import ParameterLayout
+from lamella.ops.operands import Rope
 from lamella.ops.rotary import rotate
 
 PARTS = ("vision_model.", "multi_modal_projector.")
@@ -114,7 +115,7 @@ class Attention(nn.Module):
         tiles, count, _ = x.shape
         shape = tiles * count, self.heads, self.head_dim
         q, k, v = (part(x).view(shape) for part in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, k, cos.repeat(tiles, 1), sin.repeat(tiles, 1), interleaved=True)
+        q, k = rotate(q, k, Rope(cos.repeat(tiles, 1), sin.repeat(tiles, 1), interleaved=True))
         q, k, v = (part.unflatten(0, (tiles, count)).transpose(1, 2) for part in (q, k, v))
         return self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 

@@ -30,6 +30,7 @@ from lamella.engine.steps.sampler import (
 from lamella.engine.steps.step_inputs import StepInputs, StepTensors
 from lamella.layers.context import forward_batch, leave_batch
 from lamella.layers.decoder import LanguageModel
+from lamella.layers.kernel_attention import use_attention_kernels
 from lamella.ops.attention.paged import AttentionSpace
 from lamella.ops.backend import has_triton, use_triton
 from lamella.ops.sampling import draw, pending_tokens
@@ -112,6 +113,8 @@ class ModelRunner:
         self.num_replays = 0
         kernels = device.type == "cuda" and has_triton()
         self.attention = AttentionSpace(max_num_seqs, max_model_len, device) if kernels else None
+        if kernels:
+            use_attention_kernels(model)
         # The token that each row of the latest step chose.
         self._tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._rows: dict[Request, int] = {}

@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from lamella.errors import ConfigError
 from lamella.layers.attention import Attention
+from lamella.layers.compiled.attention import GivenPositions, PositionInputs
+from lamella.layers.compiled.kinds import feed_forward_kinds, mixer_kinds
+from lamella.layers.compiled.opaque import make_opaque
 from lamella.layers.context import ForwardBatch, forward_batch, require_batch
 from lamella.layers.decoder import DecoderLayer, LanguageModel
-from lamella.layers.holders import state_holders
-from lamella.layers.kinds import feed_forward_kinds, mixer_kinds
-from lamella.layers.rotary import Positions, Turn
+from lamella.layers.rotary import Positions
 from lamella.layers.supernet.stochastic import Stochastic
-from lamella.ops import opaque
 from lamella.ops.ragged import RaggedBatch
 
 logger = logging.getLogger("lamella")
@@ -78,7 +78,7 @@ class CompiledModel:
         logger.info("compiled %d kinds of blocks (%.1f s)", len(missing), time.perf_counter() - start)
 
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """ids (T,) of the batch in flight -> hidden states (T, hidden_size) after the final norm."""
+        """Return the hidden states (T, hidden_size) after the final norm, of the current batch's ids (T,)."""
         with torch.compiler.set_stance("fail_on_recompile"):
             return self._forward(input_ids)
 
@@ -95,15 +95,9 @@ class CompiledModel:
 
     def _call(self, layer: DecoderLayer, positions: Positions, hidden: Tensor, residual: Tensor) -> Pair:
         mixer = _active(layer)
-        turn = mixer.turn(positions) if isinstance(mixer, Attention) else None
-        hidden, residual = self._mix[mixer](layer, mixer, positions.index, turn, hidden, residual)
+        inputs = PositionInputs.from_layer(mixer, positions) if isinstance(mixer, Attention) else None
+        hidden, residual = self._mix[mixer](layer, mixer, positions.index, inputs, hidden, residual)
         return self._feed[layer](layer, hidden, residual)
-
-
-def make_opaque(model: LanguageModel) -> None:
-    """Have torch.compile take what keeps state, and sums over ranks, as operations that it does not look into."""
-    for holder in (*state_holders(model), model.group):
-        holder.handle = opaque.handle(holder)
 
 
 class _Block:
@@ -132,7 +126,7 @@ class _Block:
 def _tensors(inputs: Iterable[Any]) -> Iterator[Tensor]:
     """Those that have a row for each token."""
     for value in inputs:
-        if isinstance(value, Turn):
+        if isinstance(value, tuple):
             yield from _tensors(value)
         elif isinstance(value, Tensor) and value.dim():
             yield value
@@ -146,9 +140,14 @@ def _blocks(function: Callable[..., Pair], kinds: Mapping[nn.Module, Hashable]) 
 
 
 def _mix(
-    layer: DecoderLayer, mixer: nn.Module, index: Tensor, turn: Turn | None, hidden: Tensor, residual: Tensor
+    layer: DecoderLayer,
+    mixer: nn.Module,
+    index: Tensor,
+    inputs: PositionInputs | None,
+    hidden: Tensor,
+    residual: Tensor,
 ) -> Pair:
-    return layer.mix(mixer, Positions(index, turn), hidden, residual)
+    return layer.mix(mixer, GivenPositions(index, inputs), hidden, residual)
 
 
 def _feed(layer: DecoderLayer, hidden: Tensor, residual: Tensor) -> Pair:

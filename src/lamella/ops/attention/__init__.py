@@ -1,63 +1,157 @@
-"""Causal attention: over the tokens at hand, or over paged keys and values."""
+"""Causal attention: over the tokens of a step, or over keys and values in blocks."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lamella.ops import native
-from lamella.ops.attention import paged, sdpa
-from lamella.ops.attention.paged import AttentionPlan, decode_prepared
-from lamella.ops.backend import use_native, use_triton
+from lamella.ops.attention import paged, reference, sdpa
+from lamella.ops.attention.paged import AttentionPlan
+from lamella.ops.backend import BackendTable
+from lamella.ops.operands import PagedCache, QKVSteps
 from lamella.ops.ragged import RaggedBatch
 
-__all__ = ["causal_attention", "decode_prepared", "paged_attention", "write_kv"]
+_causal = BackendTable("causal_attention", __name__)
+_write = BackendTable("write_kv", __name__)
+_paged = BackendTable("paged_attention", __name__)
+_prepared = BackendTable("decode_prepared", __name__)
 
 
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, scale: float, window: int | None, chunk: int | None = None
 ) -> Tensor:
-    """See `reference.causal_attention`."""
-    if use_triton(q):
-        from lamella.ops.attention import triton_prefill
+    """Return attention of every request over its own new tokens; see `reference.causal_attention`.
 
-        longest = max(batch.query_lens)
-        return triton_prefill.causal_attention(q, k, v, batch.query_start_loc, longest, scale, window, chunk)
-    return sdpa.causal_attention(q, k, v, batch, scale, window, chunk)
+    Args:
+        q: (T, H, D).
+        k: (T, KV, D), H a multiple of KV.
+        v: (T, KV, D).
+        batch: the requests.
+        scale: factor of the scores.
+        window: how many of the last keys a query sees; None for all.
+        chunk: a query sees keys from the last multiple of this position on; None for all.
+    """
+    return _causal.choose(q)(q, k, v, batch, scale, window, chunk)
 
 
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, rows: Tensor) -> None:
-    """Put k and v (T, KV, D) into the flat cache rows (T,) int64 = page * page_size + offset, in place."""
-    if use_native(k):
-        native.write_kv(k, v, k_cache, v_cache, rows)
-        return
-    k_cache.flatten(0, 1).index_copy_(0, rows, k)
-    v_cache.flatten(0, 1).index_copy_(0, rows, v)
+def write_kv(k: Tensor, v: Tensor, cache: PagedCache) -> None:
+    """Write k and v (T, KV, D) to the rows `cache.slot_mapping` of the cache, in place."""
+    _write.choose(k)(k, v, cache)
 
 
 def paged_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
+    cache: PagedCache,
     batch: RaggedBatch,
     scale: float,
     window: int | None,
-    plan: AttentionPlan | None = None,
     chunk: int | None = None,
+    plan: AttentionPlan | None = None,
 ) -> Tensor:
-    """See `reference.paged_attention`; `plan` is the step's, where the engine has an `AttentionSpace`."""
-    if plan is not None and use_triton(q):
-        return paged.paged_attention(q, k_cache, v_cache, page_table, batch, scale, window, plan, chunk)
-    if not use_native(q):
-        return sdpa.paged_attention(q, k_cache, v_cache, page_table, batch, scale, window, chunk)
+    """Return attention (T, H, D) of q (T, H, D) over each request's whole context; see `reference.paged_attention`.
+
+    Args:
+        q: (T, H, D).
+        cache: keys and values, the new tokens' among them.
+        batch: the requests.
+        scale: factor of the scores.
+        window: as for `causal_attention`.
+        chunk: as for `causal_attention`.
+        plan: the step's, where the engine has an `AttentionSpace`.
+    """
+    return _paged.choose(q, plan)(q, cache, batch, scale, window, chunk, plan)
+
+
+def decode_prepared(
+    qkv: Tensor, steps: QKVSteps, cache: PagedCache, batch: RaggedBatch, scale: float, window: int | None,
+    chunk: int | None, plan: AttentionPlan,
+) -> Tensor:  # fmt: skip
+    """Return `prepare_qkv` and `paged_attention` of a step of few decodes, in one kernel on a GPU: (R, H, D).
+
+    Args:
+        qkv: (R, (H + 2 KV) D), one new token of each request.
+        steps: as for `prepare_qkv`.
+        cache: written and read.
+        batch: the requests, of which `paged.is_few_decodes` is true.
+        scale: factor of the scores.
+        window: as for `causal_attention`.
+        chunk: as for `causal_attention`.
+        plan: the step's.
+    """
+    return _prepared.choose(qkv)(qkv, steps, cache, batch, scale, window, chunk, plan)
+
+
+@_causal.lazy("triton")
+def _triton_causal() -> Callable[..., Tensor]:
+    from lamella.ops.attention import triton_prefill
+
+    def causal_attention(
+        q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, scale: float, window: int | None, chunk: int | None = None
+    ) -> Tensor:
+        longest = max(batch.query_lens)
+        return triton_prefill.causal_attention(q, k, v, batch.query_start_loc, longest, scale, window, chunk)
+
+    return causal_attention
+
+
+@_write.backend("native")
+def _native_write(k: Tensor, v: Tensor, cache: PagedCache) -> None:
+    native.write_kv(k, v, cache.k, cache.v, cache.slot_mapping)
+
+
+@_paged.backend("triton", lambda q, plan: plan is not None)
+def _triton_paged(
+    q: Tensor,
+    cache: PagedCache,
+    batch: RaggedBatch,
+    scale: float,
+    window: int | None,
+    chunk: int | None = None,
+    plan: AttentionPlan | None = None,
+) -> Tensor:
+    assert plan is not None
+    return paged.paged_attention(q, cache, batch, scale, window, chunk, plan)
+
+
+@_paged.backend("native")
+def _native_paged(
+    q: Tensor,
+    cache: PagedCache,
+    batch: RaggedBatch,
+    scale: float,
+    window: int | None,
+    chunk: int | None = None,
+    plan: AttentionPlan | None = None,
+) -> Tensor:
     decodes = batch.num_decodes
     outputs = []
     if decodes:
-        outputs.append(
-            native.decode_attention(
-                q[:decodes], k_cache, v_cache, page_table[:decodes], batch.seq_lens[:decodes], scale, window, chunk
-            )
-        )
-    outputs += sdpa.prefill_attention(q, k_cache, v_cache, page_table, batch, scale, window, chunk)
+        table, lengths = cache.block_table[:decodes], batch.seq_lens[:decodes]
+        outputs.append(native.decode_attention(q[:decodes], cache.k, cache.v, table, lengths, scale, window, chunk))
+    outputs += sdpa.prefill_attention(q, cache, batch, scale, window, chunk)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+@_prepared.lazy("triton")
+def _triton_prepared() -> Callable[..., Tensor]:
+    from lamella.ops.attention import triton_few
+
+    def decode_prepared(
+        qkv: Tensor, steps: QKVSteps, cache: PagedCache, batch: RaggedBatch, scale: float, window: int | None,
+        chunk: int | None, plan: AttentionPlan,
+    ) -> Tensor:  # fmt: skip
+        return triton_few.decode_prepared(qkv, steps, cache, scale, window, plan.decode_workspace)
+
+    return decode_prepared
+
+
+_causal.backend("torch")(sdpa.causal_attention)
+_causal.backend("reference")(reference.causal_attention)
+_write.backend("reference")(reference.write_kv)
+_paged.backend("torch")(sdpa.paged_attention)
+_paged.backend("reference")(reference.paged_attention)
+_paged.backend("flashinfer", within="triton")(_triton_paged)
+_prepared.backend("reference")(reference.decode_prepared)

@@ -54,5 +54,5 @@ class Prefill:
         )
 
     def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
-        """q and out (T, H, D); caches (pages, page_size, KV, D)."""
+        """Write attention of q (T, H, D) over the caches (blocks, block_size, KV, D) to out (T, H, D)."""
         self._wrapper.run(q, (k_cache, v_cache), out=out)

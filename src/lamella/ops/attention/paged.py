@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lamella.ops.attention.chunks import pieces, seen_pages
+from lamella.ops.operands import PagedCache
 from lamella.ops.ragged import RaggedBatch
 
 if TYPE_CHECKING:
@@ -44,8 +45,9 @@ class AttentionSpace:
             part.begin_step()
 
     def part(self, index: int) -> AttentionSpace:
-        """The space of one of a step's parts, whose layers' plans must not lie in the whole step's; the same one for
-        each step, so that a graph finds it where it was captured.
+        """Return the space of one of a step's parts, whose layers' plans must not lie in the whole step's.
+
+        It is the same one in each step, so that a graph finds it where it was captured.
         """
         while len(self._parts) <= index:
             self._parts.append(AttentionSpace(self.max_requests, self.max_length, self.device))
@@ -55,6 +57,7 @@ class AttentionSpace:
     def decode_workspace(
         self, heads: int, kv_heads: int, head_dim: int, window: int | None, chunk: int | None = None
     ) -> DecodeWorkspace:
+        """Return the memory for decodes of layers of this shape."""
         from lamella.ops.attention import triton
 
         key = heads, kv_heads, head_dim, window, chunk
@@ -102,7 +105,14 @@ def _flashinfer_has(head_dim: int, dtype: torch.dtype) -> bool:
 
 
 class AttentionPlan:
-    """One step's work for the layers of a state group that have equally many query heads."""
+    """One step's work for the layers of a state group that have equally many query heads.
+
+    Attributes:
+        decode_workspace: of a step that has decodes.
+        prefill: FlashInfer's plan for the other requests, or None where our own kernel serves them.
+    """
+
+    decode_workspace: DecodeWorkspace
 
     def __init__(
         self,
@@ -126,10 +136,9 @@ class AttentionPlan:
         from lamella.ops.attention import triton
 
         decodes = batch.num_decodes
-        self.workspace: DecodeWorkspace | None = None
         if decodes:
-            self.workspace = space.decode_workspace(heads, kv_heads, head_dim, window, chunk)
-            triton.plan_decode(batch.seq_lens[:decodes], window, self.workspace, chunk)
+            self.decode_workspace = space.decode_workspace(heads, kv_heads, head_dim, window, chunk)
+            triton.plan_decode(batch.seq_lens[:decodes], window, self.decode_workspace, chunk)
         self.prefill: Prefill | None = None
         # Beyond a window lie pages that were given back: FlashInfer would read them, if only to weigh them by zero.
         # Chunks are requests of their own to it, where each starts with a page.
@@ -149,55 +158,33 @@ class AttentionPlan:
                 )
 
 
-def few_decodes(batch: RaggedBatch) -> bool:
-    """Whether `decode_prepared` is for this step: a few requests, and all decode."""
+def is_few_decodes(batch: RaggedBatch) -> bool:
+    """Return whether `decode_prepared` is for this step: a few requests, and all decode."""
     from lamella.ops.attention import triton
 
     return batch.num_requests <= triton.FEW_REQUESTS and batch.num_decodes == batch.num_requests
 
 
-def decode_prepared(
-    qkv: Tensor,
-    heads: int,
-    page_table: Tensor,
-    scale: float,
-    window: int | None,
-    plan: AttentionPlan,
-    options: Mapping[str, Any],
-) -> Tensor:
-    """`prepare_qkv` with `options` and `paged_attention` in one kernel: qkv (R, (H + 2 KV) D), returns (R, H, D)."""
-    from lamella.ops.attention import triton_few
-
-    workspace = plan.workspace
-    assert workspace is not None
-    return triton_few.decode_prepared(
-        qkv, heads, workspace.kv_heads, workspace.head_dim, page_table=page_table, scale=scale, window=window,
-        workspace=workspace, **options,
-    )  # fmt: skip
-
-
 def paged_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
+    cache: PagedCache,
     batch: RaggedBatch,
     scale: float,
     window: int | None,
+    chunk: int | None,
     plan: AttentionPlan,
-    chunk: int | None = None,
 ) -> Tensor:
     """See `reference.paged_attention`."""
     from lamella.ops.attention import triton, triton_prefill
 
     decodes = batch.num_decodes
+    k_cache, v_cache, block_table, _ = cache
     if decodes == batch.num_requests:
-        assert plan.workspace is not None
-        return triton.decode_attention(q, k_cache, v_cache, page_table, scale, plan.workspace)
+        return triton.decode_attention(q, k_cache, v_cache, block_table, scale, plan.decode_workspace)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if plan.workspace is not None:
+    if decodes:
         triton.decode_attention(
-            q[:decodes], k_cache, v_cache, page_table[:decodes], scale, plan.workspace, out=out[:decodes]
+            q[:decodes], k_cache, v_cache, block_table[:decodes], scale, plan.decode_workspace, out=out[:decodes]
         )
     if plan.prefill is not None:
         plan.prefill.run(q[decodes:], k_cache, v_cache, out[decodes:])
@@ -206,7 +193,7 @@ def paged_attention(
         q,
         k_cache,
         v_cache,
-        page_table[decodes:],
+        block_table[decodes:],
         batch.query_start_loc[decodes:],
         batch.seq_lens[decodes:],
         max(batch.query_lens[decodes:]),

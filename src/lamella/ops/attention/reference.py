@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lamella.ops.operands import PagedCache, QKVSteps
+from lamella.ops.qkv.reference import prepare_qkv
 from lamella.ops.ragged import RaggedBatch
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, chunk: int | None = None, first: int = 0
 ) -> Tensor:
-    """One request: the last queries of a context. q (n, H, D); k and v (m, KV, D), m >= n; returns (n, H, D).
+    """Attention of one request's last queries: q (n, H, D); k and v (m, KV, D), m >= n; returns (n, H, D).
 
     `first` is the position of the first key. With a `window` of w a query sees the last w keys up to its own, with a
     `chunk` of c those from the last position on that is a multiple of c. Query head h reads key/value head
@@ -41,20 +43,18 @@ def causal_attention(
 
 def paged_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
+    cache: PagedCache,
     batch: RaggedBatch,
     scale: float,
     window: int | None,
     chunk: int | None = None,
+    plan: object = None,
 ) -> Tensor:
-    """Every request sees its whole context, which lies in pages; the new tokens' rows have been written already.
+    """Every request sees its whole context, which lies in blocks; the new tokens' rows have been written already.
 
-    q (T, H, D); caches (pages, page_size, KV, D); page_table (R, P) int32, where the token at position p lies in row
-    `p % page_size` of page `page_table[r, p // page_size]`. Entries of pages that no query sees may be anything.
+    q (T, H, D); returns (T, H, D). A `plan` changes no result.
     """
-    page_size = k_cache.shape[1]
+    block_size = cache.k.shape[1]
     outputs = []
     for request, queries in enumerate(q.split(batch.query_lens)):
         length = batch.context_lens[request]
@@ -63,6 +63,20 @@ def paged_attention(
         if chunk is not None:
             start = position // chunk * chunk
         positions = torch.arange(start, length, device=q.device)
-        pages, rows = page_table[request, positions // page_size].long(), positions % page_size
-        outputs.append(attend(queries, k_cache[pages, rows], v_cache[pages, rows], scale, window, chunk, start))
+        blocks, rows = cache.block_table[request, positions // block_size].long(), positions % block_size
+        outputs.append(attend(queries, cache.k[blocks, rows], cache.v[blocks, rows], scale, window, chunk, start))
     return torch.cat(outputs)
+
+
+def write_kv(k: Tensor, v: Tensor, cache: PagedCache) -> None:
+    """Write k and v (T, KV, D) to the rows `cache.slot_mapping` of the cache, in place."""
+    cache.k.flatten(0, 1).index_copy_(0, cache.slot_mapping, k)
+    cache.v.flatten(0, 1).index_copy_(0, cache.slot_mapping, v)
+
+
+def decode_prepared(
+    qkv: Tensor, steps: QKVSteps, cache: PagedCache, batch: RaggedBatch, scale: float, window: int | None,
+    chunk: int | None, plan: object,
+) -> Tensor:  # fmt: skip
+    """Return `paged_attention` of the queries that `prepare_qkv` makes of qkv, for one new token of each request."""
+    return paged_attention(prepare_qkv(qkv, steps, cache)[0], cache, batch, scale, window, chunk)

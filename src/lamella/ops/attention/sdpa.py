@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from lamella.ops.attention.chunks import pieces
+from lamella.ops.operands import PagedCache
 from lamella.ops.ragged import RaggedBatch
 
 
@@ -28,34 +29,26 @@ def causal_attention(
 
 def paged_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
+    cache: PagedCache,
     batch: RaggedBatch,
     scale: float,
     window: int | None,
     chunk: int | None = None,
+    plan: object = None,
 ) -> Tensor:
     """See `reference.paged_attention`. All decodes are one call, and so are prefills of one shape."""
     outputs = []
     decodes = batch.num_decodes
     if decodes:
-        outputs.append(_decode(q[:decodes], k_cache, v_cache, page_table[:decodes], batch, scale, window, chunk))
-    outputs += prefill_attention(q, k_cache, v_cache, page_table, batch, scale, window, chunk)
+        outputs.append(_decode(q[:decodes], cache, batch, scale, window, chunk))
+    outputs += prefill_attention(q, cache, batch, scale, window, chunk)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def prefill_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    batch: RaggedBatch,
-    scale: float,
-    window: int | None,
-    chunk: int | None = None,
+    q: Tensor, cache: PagedCache, batch: RaggedBatch, scale: float, window: int | None, chunk: int | None = None
 ) -> list[Tensor]:
-    """The outputs of the requests after the decodes. Neighbours of equal shape are one call, chunks among them."""
+    """Return the outputs of the requests after the decodes. Neighbours of equal shape are one call, chunks too."""
     decodes = batch.num_decodes
     query_lens, context_lens = batch.query_lens[decodes:], batch.context_lens[decodes:]
     # What is not cut into chunks is one piece of everything.
@@ -64,37 +57,28 @@ def prefill_attention(
     start = decodes
     for (new, chunk_start, length), run in groupby(cut, key=lambda piece: piece[1:]):
         requests = [decodes + piece.request for piece in run]  # neighbours: two chunks of one start at different places
-        table, count = page_table[requests[0] : requests[-1] + 1], len(requests)
+        table, count = cache.block_table[requests[0] : requests[-1] + 1], len(requests)
         first = chunk_start if window is None else max(0, length - new - window + 1)
         positions = torch.arange(first, chunk_start + length, device=q.device).expand(count, -1)
-        rows = _cache_rows(table, positions, k_cache.shape[1])
-        k, v = (
-            cache.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape) for cache in (k_cache, v_cache)
-        )
+        rows = _cache_rows(table, positions, cache.k.shape[1])
+        k, v = (side.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape) for side in cache[:2])
         queries = q[start : start + count * new].unflatten(0, (count, new))
         outputs.append(_attend(queries, k, v, scale, window).flatten(0, 1))
         start += count * new
     return outputs
 
 
-def _cache_rows(pages: Tensor, positions: Tensor, page_size: int) -> Tensor:
-    """Flat cache rows of positions (..., L) through page tables (..., P)."""
-    return pages.gather(-1, positions // page_size).long() * page_size + positions % page_size
+def _cache_rows(block_table: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    """Return the flat cache rows of positions (..., L) through block tables (..., B)."""
+    return block_table.gather(-1, positions // block_size).long() * block_size + positions % block_size
 
 
 def _decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    batch: RaggedBatch,
-    scale: float,
-    window: int | None,
-    chunk: int | None,
+    q: Tensor, cache: PagedCache, batch: RaggedBatch, scale: float, window: int | None, chunk: int | None
 ) -> Tensor:
-    """One query a request, q (R, H, D), over contexts gathered to the longest one's length."""
+    """Attention of one query a request, q (R, H, D), over contexts gathered to the longest one's length."""
     num_requests, heads, dim = q.shape
-    kv_heads = k_cache.shape[2]
+    kv_heads, block_table = cache.k.shape[2], cache.block_table[: q.shape[0]]
     lengths = batch.context_lens[:num_requests]
     last = batch.seq_lens[:num_requests, None].long() - 1
     seen, behind = max(lengths), last  # keys at most, and how many of them lie before the newest
@@ -105,10 +89,10 @@ def _decode(
     # Counted back from the newest token; a shorter request repeats its oldest row, which the mask then hides, so that
     # nothing outside a request's own rows is ever read.
     back = torch.arange(seen, device=q.device)
-    rows = _cache_rows(page_table, last - torch.minimum(back, behind), k_cache.shape[1])
+    rows = _cache_rows(block_table, last - torch.minimum(back, behind), cache.k.shape[1])
     k, v = (
-        cache.flatten(0, 1).index_select(0, rows.flatten()).view(num_requests, seen, kv_heads, dim).transpose(1, 2)
-        for cache in (k_cache, v_cache)
+        side.flatten(0, 1).index_select(0, rows.flatten()).view(num_requests, seen, kv_heads, dim).transpose(1, 2)
+        for side in cache[:2]
     )
     mask = (back <= behind)[:, None, None, :]
     # The query heads of a group share their keys: as rows of one small matrix they are read once.
@@ -117,7 +101,7 @@ def _decode(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    """q (B, n, H, D); k and v (B, m, KV, D), m >= n; returns (B, n, H, D)."""
+    """Attention of q (B, n, H, D) over k and v (B, m, KV, D), m >= n: (B, n, H, D)."""
     new, length = q.shape[1], k.shape[1]
     mask = None
     if new != length or window is not None:

@@ -137,10 +137,10 @@ def decode_attention(
     out: Tensor | None = None,
     settings: Settings | None = None,
 ) -> Tensor:
-    """One query token a request: q (R, H, D), returns (R, H, D), which is `out` if given; the requests are those of
-    `plan_decode`.
+    """Attention of one query token a request: q (R, H, D), returns (R, H, D), which is `out` if given.
 
-    Caches and page_table (R, P) int32 as in `reference.paged_attention`; the workspace is overwritten.
+    The requests are those of `plan_decode`. Caches and page_table (R, P) int32 as in `PagedCache`; the workspace is
+    overwritten.
     """
     requests, heads, dim = q.shape
     page_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
@@ -168,6 +168,7 @@ def decode_attention(
 
 
 def padded_dim(dim: int) -> int:
+    """Return the number of channels that a kernel works on for a head of `dim`."""
     return max(16, next_power_of_2(dim))
 
 
@@ -225,6 +226,7 @@ def _plan_kernel(
 
 @triton.jit
 def load_item(items_ptr, max_items, item):
+    """Return the fields of an item of the plan, see `_FIELDS`."""
     item_ptr = items_ptr + item
     return (
         tl.load(item_ptr),
@@ -301,8 +303,9 @@ def _decode_kernel(
 
 @triton.jit
 def _next_unit(unit, units, arrived_ptr):
-    """What follows `unit` for its program, at least `units` if nothing does. The first units go by number; if there are
-    more, whoever has time takes the next.
+    """Return the unit that follows `unit` for its program, at least `units` if there is none.
+
+    The first units go by number; if there are more, whichever program is done first takes the next.
     """
     programs = tl.num_programs(0)
     unit += programs

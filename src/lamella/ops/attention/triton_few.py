@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lamella.ops.attention.triton import LOG2_E, MAX_CHUNKS, DecodeWorkspace, finish, load_item, padded_dim
 from lamella.ops.launch import dependent_launch, next_power_of_2, wait_for_predecessor
+from lamella.ops.operands import PagedCache, QKVSteps
 from lamella.ops.rms_norm.triton import row_scale
 
 
@@ -44,41 +45,34 @@ _SETTINGS = {
 
 def decode_prepared(
     qkv: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    *,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    q_scale: Tensor | None = None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    rows: Tensor,
-    page_table: Tensor,
+    steps: QKVSteps,
+    cache: PagedCache,
     scale: float,
     window: int | None,
     workspace: DecodeWorkspace,
+    *,
     settings: Settings | None = None,
 ) -> Tensor:
     """`prepare_qkv` and `decode_attention` of one token a request: qkv (R, (H + 2 KV) D), returns (R, H, D).
 
-    Norms, angles, `q_scale`, caches and `rows` as in ops/qkv/reference.py, page_table (R, P) int32 as in
-    reference.paged_attention; the requests are those of `plan_decode`, with this `window`. The rows `rows` of the
-    caches are replaced in place: v as it is, k as `prepare_qkv` would, but that a norm may be rounded the other way.
-    The workspace is overwritten. Read before the wait (see `lamella.ops.launch`): the plan, the slot mapping `rows`,
-    page_table, the norms' weights, and the keys and values of older tokens.
+    The requests are those of `plan_decode`, with this `window`. The rows `cache.slot_mapping` are replaced in place: v
+    as it is, k as `prepare_qkv` would, but that a norm may be rounded the other way. The workspace is overwritten.
+    Read before the wait (see `lamella.ops.launch`): the plan, the slot mapping, the block table, the norms' weights,
+    and the keys and values of older tokens.
     """
-    requests, pairs = qkv.shape[0], 0 if cos is None else cos.shape[1]
+    (num_heads, num_kv_heads, head_dim), norms, rope, q_scale = steps
+    k_cache, v_cache, block_table, rows = cache
+    requests = qkv.shape[0]
     assert qkv.shape == (requests, (num_heads + 2 * num_kv_heads) * head_dim) and qkv.stride(1) == 1
     assert (num_heads, num_kv_heads, head_dim) == (workspace.heads, workspace.kv_heads, workspace.head_dim)
-    assert all(norm is None or (norm.shape == (head_dim,) and norm.is_contiguous()) for norm in (q_norm, k_norm))
-    if cos is not None:
-        assert sin is not None and cos.dtype == sin.dtype == torch.float32 and cos.shape == sin.shape
-        assert cos.shape[0] == requests and 2 * pairs <= head_dim and cos.is_contiguous() and sin.is_contiguous()
+    q_norm, k_norm, eps = norms or (None, None, 0.0)
+    assert norms is None or all(norm.shape == (head_dim,) and norm.is_contiguous() for norm in norms[:2])
+    cos, sin, interleaved = rope or (None, None, False)
+    pairs = 0 if rope is None else rope.cos.shape[1]
+    if rope is not None:
+        assert rope.cos.dtype == rope.sin.dtype == torch.float32 and rope.cos.shape == rope.sin.shape
+        assert rope.cos.shape[0] == requests and 2 * pairs <= head_dim
+        assert rope.cos.is_contiguous() and rope.sin.is_contiguous()
     assert q_scale is None or (q_scale.shape == (requests,) and q_scale.is_contiguous())
     page_size = k_cache.shape[1]
     assert k_cache.shape == v_cache.shape and k_cache.shape[2:] == (num_kv_heads, head_dim)
@@ -86,7 +80,7 @@ def decode_prepared(
     assert k_cache.stride(0) == page_size * k_cache.stride(1) and page_size & (page_size - 1) == 0
     assert qkv.dtype == k_cache.dtype == v_cache.dtype
     assert rows.shape == (requests,) and rows.dtype == torch.int64 and rows.is_contiguous()
-    assert page_table.dtype == torch.int32 and page_table.stride(1) == 1
+    assert block_table.dtype == torch.int32 and block_table.stride(1) == 1
     group, padded = num_heads // num_kv_heads, padded_dim(head_dim)
     padded_group = next_power_of_2(group)
     settings = settings or _SETTINGS[padded, qkv.itemsize]
@@ -95,7 +89,7 @@ def decode_prepared(
     _decode_prepared[(items * num_kv_heads,)](
         qkv, qkv.stride(0), q_norm, k_norm, cos, sin, q_scale, rows,
         k_cache, v_cache, k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
-        page_table, page_table.stride(0), workspace.items, workspace.items.shape[1], workspace.num_items,
+        block_table, block_table.stride(0), workspace.items, workspace.items.shape[1], workspace.num_items,
         workspace.arrived, workspace.parts, workspace.maxima, workspace.sums, out, scale * LOG2_E, eps,
         KV_HEADS=num_kv_heads, GROUP=group, DIM=head_dim, PAIRS=pairs, INTERLEAVED=interleaved, PAGE_SIZE=page_size,
         ROWS=max(16, padded_group), PADDED_GROUP=padded_group, PADDED=padded, BLOCK=settings.block,

@@ -106,7 +106,7 @@ def _launch(
     settings: Settings | None,
     out: Tensor,
 ) -> None:
-    """k and v (pages, page_size, KV, D); without a page table every page is one token, in the order of q."""
+    """Launch over k and v (blocks, block_size, KV, D); without a table every block is one token, in the order of q."""
     _, heads, dim = q.shape
     kv_heads = k.shape[2]
     assert q.stride(2) == 1 and q.stride(1) == dim and k.stride(3) == 1

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lamella.ops.delta_rule.reference import l2_norm, log_decay
+from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.slots import by_kind, longest_first, read_states, walk
 
@@ -27,8 +28,7 @@ def delta_rule(
     a_log: Tensor,
     dt_bias: Tensor,
     batch: RaggedBatch,
-    state: Tensor | None = None,
-    slots: Tensor | None = None,
+    state: RecurrentState | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """See `reference.delta_rule`; the result is in `out` (T, HV, DV) where that is given.
@@ -37,8 +37,8 @@ def delta_rule(
     """
     out = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
     for decode, rows, part in by_kind(batch):
-        some = None if slots is None else slots[rows]
-        operands = q[rows], k[rows], v[rows], decay[rows], beta[rows], a_log, dt_bias, part, state, some, out[rows]
+        some = None if state is None else state.of_requests(rows)
+        operands = q[rows], k[rows], v[rows], decay[rows], beta[rows], a_log, dt_bias, part, some, out[rows]
         _step(*operands) if decode else _prefill(*operands)
     return out
 
@@ -52,8 +52,7 @@ def _step(
     a_log: Tensor,
     dt_bias: Tensor,
     batch: RaggedBatch,
-    state: Tensor | None,
-    slots: Tensor | None,
+    state: RecurrentState | None,
     out: Tensor,
 ) -> None:
     """One new token of each request."""
@@ -63,16 +62,15 @@ def _step(
     queries, keys = queries.repeat_interleave(group, 1), keys.repeat_interleave(group, 1)
     factor = log_decay(decay, a_log, dt_bias).exp()
     factor = factor[..., None] if decay.dim() == 2 else factor
-    memory = read_states(batch, state, slots, (v.shape[1], q.shape[2], v.shape[2]))
+    memory = read_states(batch, state, (v.shape[1], q.shape[2], v.shape[2]))
     # What the key and the query find in the old memory, decayed, in one pass over it.
     found = torch.stack((keys * factor, queries * factor), 2) @ memory
     update = beta.float().sigmoid()[..., None] * (v.float() - found[:, :, 0])
     out.copy_(found[:, :, 1] + product * update)
     if state is not None:
-        assert slots is not None
         memory = memory.mul_(factor[..., None]).flatten(0, 1)
         memory.baddbmm_(keys.flatten(0, 1)[..., None], update.flatten(0, 1)[:, None])
-        state[slots] = memory.unflatten(0, (batch.num_requests, -1))
+        state.matrix[state.slots] = memory.unflatten(0, (batch.num_requests, -1))
 
 
 def _prefill(
@@ -84,14 +82,13 @@ def _prefill(
     a_log: Tensor,
     dt_bias: Tensor,
     batch: RaggedBatch,
-    state: Tensor | None,
-    slots: Tensor | None,
+    state: RecurrentState | None,
     out: Tensor,
 ) -> None:
     """All requests and heads at once, chunk after chunk."""
     group = v.shape[1] // q.shape[1]
     order = longest_first(batch)
-    memory = read_states(batch, state, slots, (v.shape[1], q.shape[2], v.shape[2]))[order]
+    memory = read_states(batch, state, (v.shape[1], q.shape[2], v.shape[2]))[order]
     by_channel = decay.dim() == 3
     weigh = _weigh_by_channel if by_channel else _weigh_by_head
     for chunk in walk(batch, order, CHUNK, BLOCK if by_channel else 1):
@@ -111,8 +108,7 @@ def _prefill(
         now *= since_start[:, :, -1, :, None]
         now += (keys * until_end).transpose(-1, -2) @ update
     if state is not None:
-        assert slots is not None
-        state[slots[order]] = memory
+        state.matrix[state.slots[order]] = memory
 
 
 def _unit(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
+from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.slots import prefills_of, read_states
 
@@ -28,8 +29,10 @@ Chunked = Callable[..., tuple[Tensor, Tensor]]
 
 
 def serves(v: Tensor, key_dim: int, tokens: int, requests: int) -> bool:
-    """Whether these kernels take `tokens` tokens of prompts of so many requests: many, in a narrow dtype (they would
-    round fp32 to tf32), and outside of a graph, whose replays have other lengths. v (T, HV, DV).
+    """Return whether these kernels take `tokens` tokens of prompts of so many requests, v (T, HV, DV).
+
+    They take many tokens, in a narrow dtype (they would round fp32 to tf32), and outside of a graph, whose replays have
+    other lengths.
     """
     if tokens * v.shape[1] * key_dim * v.shape[2] < MIN_WORK and tokens < MIN_LENGTH * requests:
         return False
@@ -45,8 +48,7 @@ def delta_rule(
     logs: Tensor,
     rates: Tensor,
     batch: RaggedBatch,
-    state: Tensor | None,
-    slots: Tensor | None,
+    state: RecurrentState | None,
     out: Tensor,
 ) -> None:
     """See `reference.delta_rule`, for the requests of `batch` after its decodes.
@@ -58,9 +60,9 @@ def delta_rule(
     kernels = _kernels()
     assert kernels is not None
     some, bounds, bounds_on_host = _prompts(batch)
-    if slots is not None:
-        slots = slots[batch.num_decodes :]
-    initial = None if state is None else read_states(some, state, slots, (v.shape[1], q.shape[2], v.shape[2]))
+    if state is not None:
+        state = state.of_requests(slice(batch.num_decodes, None))
+    initial = None if state is None else read_states(some, state, (v.shape[1], q.shape[2], v.shape[2]))
     y, final = kernels[logs.dim() == 3](
         q[None],
         k[None],
@@ -75,8 +77,7 @@ def delta_rule(
     )
     out.copy_(y[0])
     if state is not None:
-        assert slots is not None
-        state[slots] = final
+        state.matrix[state.slots] = final
 
 
 @cache

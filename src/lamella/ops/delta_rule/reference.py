@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.slots import read_states
 
@@ -36,8 +37,8 @@ def delta_rule(
     a_log: Tensor,
     dt_bias: Tensor,
     batch: RaggedBatch,
-    state: Tensor | None = None,
-    slots: Tensor | None = None,
+    state: RecurrentState | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Each value head's memory S (DK, DV), continued from what its request saw before.
 
@@ -59,8 +60,8 @@ def delta_rule(
     factor = log_decay(decay, a_log, dt_bias).exp()
     factor = factor[..., None, None] if decay.dim() == 2 else factor[..., None]
     rate = beta.float().sigmoid()[..., None]
-    memory = read_states(batch, state, slots, (v.shape[1], q.shape[2], v.shape[2]))
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    memory = read_states(batch, state, (v.shape[1], q.shape[2], v.shape[2]))
+    out = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
     starts, lengths = batch.query_start_loc[:-1], batch.query_start_loc.diff()
     for step in range(int(lengths.max())):
         active = (lengths > step).nonzero()[:, 0]
@@ -72,6 +73,5 @@ def delta_rule(
         out[token] = torch.einsum("rhkv,rhk->rhv", now, wide_q[token]).to(v.dtype)
         memory[active] = now
     if state is not None:
-        assert slots is not None
-        state[slots] = memory
+        state.matrix[state.slots] = memory
     return out

@@ -16,6 +16,7 @@ from lamella.ops.arithmetic import sigmoid, softplus, sum_three, sum_two
 from lamella.ops.delta_rule import fla
 from lamella.ops.delta_rule.reference import L2_EPS
 from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, wait_for_predecessor
+from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
 
 MAX_KEY_DIM = 256
@@ -35,13 +36,15 @@ def delta_rule(
     a_log: Tensor,
     dt_bias: Tensor,
     batch: RaggedBatch,
-    state: Tensor | None = None,
-    slots: Tensor | None = None,
+    state: RecurrentState | None = None,
     out: Tensor | None = None,
+    *,
+    chunked: bool | None = None,
 ) -> Tensor:
     """See `reference.delta_rule`; DK <= 256. Tokens of the operands may lie apart; `out` is contiguous.
 
-    Decodes have a launch of their own, so that their bits do not depend on the prompts beside them.
+    Decodes have a launch of their own, so that their bits do not depend on the prompts beside them. Prompts go through
+    the chunked kernels of `fla` if `chunked`; by default where these serve and are faster.
     """
     tokens, heads, value_dim = v.shape
     key_heads, key_dim = q.shape[1:]
@@ -51,19 +54,21 @@ def delta_rule(
     assert a_log.is_contiguous() and dt_bias.is_contiguous()
     assert tokens == batch.num_tokens and all(x[:1].is_contiguous() for x in (q, k, v, decay, beta))
     if state is not None:
-        assert state.dtype == torch.float32 and state.shape[1:] == (heads, key_dim, value_dim)
-        assert state[:1].is_contiguous()
-        assert slots is not None and slots.shape == (batch.num_requests,) and slots.is_contiguous()
+        matrix, slots = state
+        assert matrix.dtype == torch.float32 and matrix.shape[1:] == (heads, key_dim, value_dim)
+        assert matrix[:1].is_contiguous() and slots.shape == (batch.num_requests,) and slots.is_contiguous()
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device) if out is None else out
     assert y.shape == v.shape and y.dtype == v.dtype and y.is_contiguous()
-    operands = q, k, v, decay, beta, a_log, dt_bias, batch, state, slots, y
+    operands = q, k, v, decay, beta, a_log, dt_bias, batch, state, y
     decodes = batch.num_decodes
     if decodes:
         _launch(*operands, 0, decodes, decode=True)
     if decodes < batch.num_requests:
-        if fla.serves(v, key_dim, tokens - decodes, batch.num_requests - decodes):
+        if chunked is None:
+            chunked = fla.serves(v, key_dim, tokens - decodes, batch.num_requests - decodes)
+        if chunked:
             logs, rates = gates(decay[decodes:], beta[decodes:], a_log, dt_bias)
-            fla.delta_rule(q[decodes:], k[decodes:], v[decodes:], logs, rates, batch, state, slots, y[decodes:])
+            fla.delta_rule(q[decodes:], k[decodes:], v[decodes:], logs, rates, batch, state, y[decodes:])
         else:
             _launch(*operands, decodes, batch.num_requests - decodes, decode=False)
     return y
@@ -103,8 +108,7 @@ def _launch(
     a_log: Tensor,
     dt_bias: Tensor,
     batch: RaggedBatch,
-    state: Tensor | None,
-    slots: Tensor | None,
+    state: RecurrentState | None,
     out: Tensor,
     first: int,
     count: int,
@@ -115,6 +119,7 @@ def _launch(
     (_, heads, value_dim), (_, key_heads, key_dim) = v.shape, q.shape
     rows, columns = next_power_of_2(key_dim), min(COLUMNS, next_power_of_2(value_dim))
     blocks = cdiv(value_dim, columns)
+    matrix, slots = state or (None, None)
     _delta_rule[(heads * blocks, count)](
         q,
         k,
@@ -123,7 +128,7 @@ def _launch(
         beta,
         a_log,
         dt_bias,
-        state,
+        matrix,
         slots,
         batch.query_start_loc,
         batch.seq_lens,
@@ -134,7 +139,7 @@ def _launch(
         v.stride(0),
         decay.stride(0),
         beta.stride(0),
-        0 if state is None else state.stride(0),
+        0 if matrix is None else matrix.stride(0),
         key_dim**-0.5,
         L2_EPS,
         HEADS=heads,

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from lamella.ops.backend import use_triton
+from lamella.ops.backend import BackendTable
 from lamella.ops.gated_rms_norm import reference
 from lamella.ops.gated_rms_norm.reference import Activation
+from lamella.ops.rms_norm import MAX_WIDTH
 
-_MAX_WIDTH = 16384  # of a row that one program of our Triton kernel holds
+_table = BackendTable("gated_rms_norm", __name__)
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Activation = "silu") -> Tensor:
-    """See `reference.gated_rms_norm`."""
-    if use_triton(x) and x.shape[-1] <= _MAX_WIDTH:
-        from lamella.ops.gated_rms_norm import triton
+    """Return `rms_norm(x) * act(gate)` of each head, x and gate (T, H, D); see `reference.gated_rms_norm`."""
+    return _table.choose(x)(x, gate, weight, eps, activation)
 
-        return triton.gated_rms_norm(x, gate, weight, eps, activation)
-    return reference.gated_rms_norm(x, gate, weight, eps, activation)
+
+@_table.lazy("triton", lambda x: x.shape[-1] <= MAX_WIDTH)
+def _triton() -> Callable[..., Tensor]:
+    from lamella.ops.gated_rms_norm import triton
+
+    return triton.gated_rms_norm
+
+
+_table.backend("reference")(reference.gated_rms_norm)

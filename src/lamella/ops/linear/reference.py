@@ -1,17 +1,44 @@
-"""The product with a weight matrix, in fp32."""
+"""The product with a weight matrix, and what stands around it in a layer, in fp32."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from lamella.ops.operands import ConvStep, ResidualNorm
+from lamella.ops.ragged import RaggedBatch
+from lamella.ops.rms_norm.reference import add_rms_norm
+from lamella.ops.short_conv.reference import short_conv
+from lamella.ops.swiglu.reference import swiglu
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W^T + b` for x (..., in), weight (out, in), bias (out,) or None; in fp32, rounded once to the dtype of x."""
+    """Return `x W^T + b` for x (..., in), weight (out, in), bias (out,) or None, in fp32, rounded once."""
     wide = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
     return wide.to(x.dtype)
 
 
 def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x W^T` in fp32."""
+    """Return `x W^T` in fp32."""
     return torch.nn.functional.linear(x.float(), weight.float())
+
+
+def fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gated: bool = False,
+    norm: ResidualNorm | None = None,
+    conv: ConvStep | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return `add_rms_norm`, `linear`, `short_conv` and `swiglu` one after the other, and the new residual.
+
+    Parts that are None or not asked for are left out; each rounds to the dtype of x.
+    """
+    total = None
+    if norm is not None:
+        x, total = add_rms_norm(x, norm)
+    y = linear(x, weight, bias)
+    if conv is not None:
+        y = short_conv(y, conv.weights, RaggedBatch.from_decodes(conv.positions), conv.state)
+    return swiglu(y) if gated else y, total

@@ -13,49 +13,49 @@ import triton.language as tl
 from torch import Tensor
 
 from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, start_successor, wait
-from lamella.ops.rms_norm.reference import NormStep
-from lamella.ops.short_conv.reference import ConvStep
+from lamella.ops.linear.limits import serves
+from lamella.ops.operands import ConvStep, ResidualNorm
 from lamella.ops.short_conv.triton import convolve, load_history, load_taps, store_history
 from lamella.ops.swiglu.triton import silu
 
-MAX_ROWS = 2
-_LARGE = 1 << 25  # weight elements from which on two rows are a library's
-_MAX_INPUT = 1 << 14  # elements: the longest weight row that fits into a program's registers
+__all__ = ["fused_linear", "linear", "serves", "wide_linear"]
+
+_NO_NORM = (None, None, 0.0)
+_NO_CONV = ((None, None, False, False), (None, None), None)
 
 
-def serves(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` and its fused forms take x (T, in) and weight (out, in)."""
-    rows, size = x.shape
-    return (
-        1 <= rows <= (MAX_ROWS if weight.numel() < _LARGE else 1)
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and weight.dtype == x.dtype
-        and size % 8 == 0
-        and size <= _MAX_INPUT
-        and x.stride(1) == 1
-        and weight.is_contiguous()
-    )
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See `reference.linear`. Rows do not depend on one another."""
+    return _launch(x, weight, bias, False, False, None, None)[0]
 
 
-def linear(
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """See `reference.wide_linear`."""
+    return _launch(x, weight, None, True, False, None, None)[0]
+
+
+def fused_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    *,
-    wide: bool = False,
     gated: bool = False,
-    norm: NormStep | None = None,
+    norm: ResidualNorm | None = None,
     conv: ConvStep | None = None,
-    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`x W^T + b`, see `reference.linear`, and what stands around it in a block: (y, new residual).
+    """See `reference.fused_linear`, with fewer roundings: only the new residual and what is convolved are rounded."""
+    return _launch(x, weight, bias, False, gated, norm, conv)
 
-    Rows do not depend on one another. In this order:
-    norm: the product is that of `add_rms_norm(x, norm.residual, ...)`, whose sum is the second result.
-    wide: the unrounded sums are given, in fp32.
-    conv: the product is rounded, and convolved for one new token a request, at `positions` (T,) int64.
-    gated: of the result [gate | up] (T, 2 I), `silu(gate) * up` (T, I).
-    """
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    wide: bool,
+    gated: bool,
+    norm: ResidualNorm | None,
+    conv: ConvStep | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Launch the kernel: (y, new residual). With `wide` y are the unrounded sums, in fp32."""
     rows, size = x.shape
     outputs = weight.shape[0] // (2 if gated else 1)
     y = torch.empty((rows, outputs), dtype=torch.float32 if wide else x.dtype, device=x.device)
@@ -63,13 +63,13 @@ def linear(
     tile, num_warps = _tile(weight, rows == 1 and gated, conv is not None)
     padded = next_power_of_2(size)
     block = max(1, tile // padded // (2 if gated else 1))
-    residual, norm_weight, eps = (None, None, 0.0) if norm is None else norm
-    taps, conv_bias, history, slots, activation, skip = (None, None, None, None, False, False) if conv is None else conv
+    residual, norm_weight, eps = norm or _NO_NORM
+    (taps, conv_bias, activation, skip), (history, slots), positions = conv or _NO_CONV
     _kernel[(cdiv(outputs, block),)](
         x, x.stride(0), residual, 0 if residual is None else residual.stride(0), norm_weight, eps, weight, bias,
         taps, 0 if taps is None else taps.stride(0), 0 if taps is None else taps.stride(1), conv_bias,
         history, 0 if history is None else history.stride(0), 0 if history is None else history.stride(1),
-        slots, positions if conv is not None else None, y, total,
+        slots, positions, y, total,
         ROWS=rows, OUTPUTS=outputs, SIZE=size, PADDED=padded, BLOCK=block, GATED=gated,
         WIDTH=0 if taps is None else taps.shape[1], ACTIVATION=activation, SKIP=skip,
         num_warps=num_warps, **dependent_launch(x),

@@ -1,19 +1,35 @@
-"""A mixture of experts: which of them each token goes to, and what they make of it."""
+"""A mixture of experts: routing, and the experts' feed-forwards."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from lamella.ops.backend import use_triton
-from lamella.ops.moe import segments
+from lamella.ops.backend import BackendTable
+from lamella.ops.moe import reference, segments
 from lamella.ops.opaque import operation
+
+_table = BackendTable("experts", __name__)
 
 
 def experts(
     x: Tensor, logits: Tensor, top_k: int, gate_up: Tensor, down: Tensor, base: Tensor | None = None, first: int = 0
 ) -> Tensor:
-    """See `reference.experts`. To torch.compile it is one opaque operation: what is computed depends on the routing."""
+    """Return `base` plus what each token's experts compute of it; see `reference.experts`.
+
+    To torch.compile it is one opaque operation: what is computed depends on the routing.
+
+    Args:
+        x: (T, H).
+        logits: (T, E) fp32, of the router.
+        top_k: experts of a token.
+        gate_up: (L, 2 I, H), of the L experts at hand, gates first.
+        down: (L, H, I).
+        base: (T, H), or None.
+        first: the first of the experts at hand.
+    """
     if torch.compiler.is_compiling():
         return torch.ops.lamella.experts(x, logits, top_k, gate_up, down, base, first)
     return _experts(x, logits, top_k, gate_up, down, base, first)
@@ -22,15 +38,22 @@ def experts(
 def _experts(
     x: Tensor, logits: Tensor, top_k: int, gate_up: Tensor, down: Tensor, base: Tensor | None, first: int
 ) -> Tensor:
-    if use_triton(x):
-        from lamella.ops.moe import triton
+    return _table.choose(x)(x, logits, top_k, gate_up, down, base, first)
 
-        return triton.experts(x, logits, top_k, gate_up, down, base, first)
-    return segments.experts(x, logits, top_k, gate_up, down, base, first)
+
+@_table.lazy("triton")
+def _triton() -> Callable[..., Tensor]:
+    from lamella.ops.moe import triton
+
+    return triton.experts
+
+
+_table.backend("torch")(segments.experts)
+_table.backend("reference")(reference.experts)
 
 
 def _shape(x: Tensor, *_: object) -> Tensor:
-    """What the operation makes of tensors without data."""
+    """Fake (meta) kernel: output shape only."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

@@ -1,32 +1,19 @@
-"""Native CPU kernels: one small C++ library, compiled on first use for the machine it runs on, called through ctypes.
+"""Native CPU kernels: functions on tensors over a small C++ library.
 
-Ask :func:`available` before calling anything else here; where it says no, the portable torch code is the one to use.
-Every kernel takes float32 or bfloat16 CPU tensors (all of one dtype), computes in float32 and rounds once at the end.
-Unless a docstring says otherwise nothing is mutated and results are new contiguous tensors. What the asserts check are
-the callers' invariants; index tensors (page tables, slots, lengths) are trusted.
+Ask :func:`available` before calling anything else here; if it returns False, use the portable torch code. Every kernel
+takes float32 or bfloat16 CPU tensors (all of one dtype), computes in float32 and rounds once at the end. Unless a
+docstring says otherwise nothing is mutated and results are new contiguous tensors. The asserts check the callers'
+invariants; index tensors (block tables, slots, lengths) are trusted.
+
+`build.py` compiles the library, `bindings.py` loads it and declares the kernels' signatures.
 """
 
-import ctypes
-import functools
-import hashlib
-import logging
-import os
-import platform
-import re
-import shlex
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # not on this system: two processes may compile the same, and either result serves
-    fcntl = None  # type: ignore[assignment]
+from lamella.ops.native.bindings import available, has_tiles, kernels, why_unavailable
 
 __all__ = [
     "add_rms_norm",
@@ -35,140 +22,21 @@ __all__ = [
     "delta_rule",
     "linear",
     "linear_rows",
+    "rms_norm",
     "rotary",
     "selective_scan",
     "short_conv",
     "silu_mul",
+    "why_unavailable",
     "write_kv",
 ]
-
-logger = logging.getLogger("lamella")
-
-_SOURCE = Path(__file__).with_name("kernels.cpp")
-
-_P, _I, _F, _B, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_bool, ctypes.c_int
-_SIGNATURES: dict[str, list[type]] = {
-    "decode_attention": [_P, _I, _P, _P, _P, _I, _P, _P, _I, _I, _I, _I, _I, _F, _I, _I, _N],
-    "short_conv": [_P, _I, _P, _I, _I, _P, _P, _I, _I, _P, _P, _P, _P, _I, _I, _I, _B, _B, _N],
-    "add_rms_norm": [_P, _I, _I, _P, _I, _P, _F, _P, _P, _I, _I, _I, _N],
-    "silu_mul": [_P, _I, _P, _I, _I, _N],
-    "linear": [_P, _I, _P, _P, _P, _I, _I, _I, _N],
-    "wide_linear": [_P, _I, _P, _P, _P, _I, _I, _I, _N],
-    "rotary": [_P, _I, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _B, _N],
-    "write_kv": [_P, _I, _P, _I, _P, _P, _P, _I, _I, _N],
-    "delta_rule": [*[_P, _I] * 5, _P, _P, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _B, _N],
-    "selective_scan": [*[_P, _I] * 5, _P, _P, _P, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _N],
-}
-
-
-class _Kernel(ctypes.Structure):
-    """An entry of the library's table ``lamella_kernels``."""
-
-    _fields_ = (("name", ctypes.c_char_p), ("float32", _P), ("bfloat16", _P))
-
-
-_kernels: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
-_has_tiles = False  # whether bf16 products run on AMX
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def _cpu() -> str:
-    """What -march=native depends on: the model and the features that this (virtual) machine shows of it."""
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    return "\n".join(re.findall(r"^(?:model name|flags|CPU part|Features)\s*:.*$", info.split("\n\n")[0], re.MULTILINE))
-
-
-def _build() -> Path:
-    """The compiled library, from the cache where it is there already."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    march = os.environ.get("LAMELLA_NATIVE_MARCH", "native")
-    flags = ["-std=c++17", "-O3", f"-march={march}", "-fno-math-errno", "-fopenmp", "-fPIC"]
-    source = _SOURCE.read_bytes()
-    version = _run(*compiler, "--version")
-    key = hashlib.sha256(b"\0".join([source, *(part.encode() for part in (*compiler, *flags, version, _cpu()))]))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamella"
-    library = cache / f"native-{key.hexdigest()[:16]}" / "kernels.so"
-    if library.exists():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    # Of several processes that start at once, one compiles and the others wait for it.
-    with _locked(library.parent / "lock"):
-        if library.exists():
-            return library
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            compiled, linked = f"{scratch}/kernels.o", f"{scratch}/kernels.so"
-            _run(*compiler, *flags, "-c", str(_SOURCE), "-o", compiled)
-            # Linked without -fopenmp: the OpenMP runtime has to be the one torch brought, see _load.
-            _run(*compiler, "-shared", compiled, "-o", linked)
-            os.replace(linked, library)
-    return library
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file, released by the system when the process ends."""
-    with path.open("w") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _load(library: Path) -> ctypes.CDLL:
-    """Load the library against torch's own OpenMP runtime.
-
-    torch's wheel brings a private copy under a name of its choice. A second runtime in the process would mean a second
-    pool of spinning threads, so the library names none, and finds its symbols in the copy that is mapped already.
-    """
-    mapped = re.findall(r"\s(/.*/lib(?:gomp|iomp5|omp)\b[^/\n]*\.so[^/\n]*)$", _maps(), re.MULTILINE)
-    ctypes.CDLL(mapped[0] if mapped else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
-    return ctypes.CDLL(str(library))
-
-
-def _maps() -> str:
-    try:
-        return Path("/proc/self/maps").read_text()
-    except OSError:
-        return ""
-
-
-@functools.cache
-def available() -> bool:
-    """Whether the kernels can be called: builds and loads the library on the first call, and remembers the answer.
-
-    ``LAMELLA_NATIVE=0`` switches them off; ``CXX`` names the compiler; ``LAMELLA_NATIVE_MARCH`` replaces the
-    instruction set "native".
-    """
-    if os.environ.get("LAMELLA_NATIVE") == "0":
-        logger.info("native CPU kernels are off (LAMELLA_NATIVE=0): using the portable torch path")
-        return False
-    try:
-        library = _load(_build())
-        for entry in (_Kernel * len(_SIGNATURES)).in_dll(library, "lamella_kernels"):
-            name = entry.name.decode()
-            prototype = ctypes.CFUNCTYPE(None, *_SIGNATURES[name])
-            _kernels[name, torch.float32] = prototype(entry.float32)
-            _kernels[name, torch.bfloat16] = prototype(entry.bfloat16)
-        global _has_tiles
-        _has_tiles = bool(library.lamella_has_tiles())
-    except (OSError, subprocess.CalledProcessError) as error:
-        output = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
-        reason = next((line for line in output.splitlines() if "error" in line), str(error))
-        logger.warning("native CPU kernels are off (%s): using the portable torch path", reason)
-        return False
-    return True
 
 
 def linear_rows(dtype: torch.dtype, width: int) -> int:
     """Up to how many rows of `width` elements :func:`linear` is the faster choice (measured against oneDNN's)."""
     if dtype == torch.float32:
         return 16
-    return 256 if _has_tiles and width % 32 == 0 else 1
+    return 256 if has_tiles() and width % 32 == 0 else 1
 
 
 def _dense_rows(x: Tensor) -> bool:
@@ -208,7 +76,7 @@ def decode_attention(
     assert page_table.shape[0] == R == seq_lens.shape[0] and scale > 0
     assert (window is None or window > 0) and (chunk is None or (chunk > 0 and window is None))
     out = q.new_empty((R, H, D))
-    _kernels["decode_attention", q.dtype](
+    kernels["decode_attention", q.dtype](
         q.data_ptr(), q.stride(0), k_cache.data_ptr(), v_cache.data_ptr(), page_table.data_ptr(), page_table.shape[1],
         seq_lens.data_ptr(), out.data_ptr(), R, H, KV, D, page, scale, -1 if window is None else window,
         -1 if chunk is None else chunk, torch.get_num_threads(),
@@ -248,7 +116,7 @@ def short_conv(
     if state is not None:
         assert state.dtype == x.dtype and state.shape[1:] == (W - 1, D) and (D == 1 or state.stride(2) == 1)
     y = x.new_empty((T, D))
-    _kernels["short_conv", x.dtype](
+    kernels["short_conv", x.dtype](
         x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0), weight.stride(1), _pointer(bias),
         _pointer(state), 0 if state is None else state.stride(0), 0 if state is None else state.stride(1),
         _pointer(slots), query_start_loc.data_ptr(), positions.data_ptr(), y.data_ptr(), R, D, W, activation, residual,
@@ -257,26 +125,40 @@ def short_conv(
     return y
 
 
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
-    """RMS norm of ``x + residual``: (normed, new_residual), the latter None without a residual.
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm: a tensor of the shape of ``x``.
 
-    x (T, N), or (T, heads, N) for a norm per head, last dim contiguous, others of any stride; residual of x's shape,
-    each token contiguous (2-D x only); weight (N,) float32. The sum is rounded to the dtype before it is normed, so
-    that the norm is of what was kept.
+    x (T, N), or (T, heads, N) for a norm per head, last dim contiguous, others of any stride; weight (N,) float32.
     """
+    normed = x.new_empty(x.shape)
+    _run_norm(x, None, weight, eps, normed, None)
+    return normed
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """RMS norm of ``x + residual``: (normed, new_residual).
+
+    x (T, N), last dim contiguous; residual of x's shape, each token contiguous; weight (N,) float32. The sum is rounded
+    to the dtype before it is normed, so that the norm is of what was kept.
+    """
+    assert residual.dtype == x.dtype and residual.shape == x.shape and x.dim() == 2 and _dense_rows(residual)
+    normed = x.new_empty(x.shape)
+    new_residual = torch.empty_like(normed)
+    _run_norm(x, residual, weight, eps, normed, new_residual)
+    return normed, new_residual
+
+
+def _run_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, normed: Tensor, new_residual: Tensor | None
+) -> None:
     N, heads = x.shape[-1], 1 if x.dim() == 2 else x.shape[1]
     assert x.is_cpu and x.dim() in (2, 3) and (N == 1 or x.stride(-1) == 1)
     assert weight.dtype == torch.float32 and weight.shape == (N,) and weight.is_contiguous()
-    normed, new_residual = x.new_empty(x.shape), None
-    if residual is not None:
-        assert residual.dtype == x.dtype and residual.shape == x.shape and x.dim() == 2 and _dense_rows(residual)
-        new_residual = torch.empty_like(normed)
-    _kernels["add_rms_norm", x.dtype](
+    kernels["add_rms_norm", x.dtype](
         x.data_ptr(), x.stride(0), 0 if heads == 1 else x.stride(1), _pointer(residual),
         0 if residual is None else residual.stride(0), weight.data_ptr(), eps, normed.data_ptr(),
         _pointer(new_residual), x.shape[0] * heads, heads, N, torch.get_num_threads(),
     )  # fmt: skip
-    return normed, new_residual
 
 
 def silu_mul(x: Tensor) -> Tensor:
@@ -284,7 +166,7 @@ def silu_mul(x: Tensor) -> Tensor:
     T, width = x.shape
     assert x.is_cpu and width % 2 == 0 and _dense_rows(x)
     y = x.new_empty((T, width // 2))
-    _kernels["silu_mul", x.dtype](
+    kernels["silu_mul", x.dtype](
         x.data_ptr(), x.stride(0), y.data_ptr(), T, width // 2, torch.get_num_threads()
     )  # fmt: skip
     return y
@@ -302,7 +184,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool = F
     assert weight.shape[1] == K and weight.is_contiguous()
     assert bias is None or (bias.dtype == x.dtype and bias.shape == (N,) and bias.is_contiguous())
     y = x.new_empty((M, N), dtype=torch.float32 if wide else x.dtype)
-    _kernels["wide_linear" if wide else "linear", x.dtype](
+    kernels["wide_linear" if wide else "linear", x.dtype](
         x.data_ptr(), x.stride(0), weight.data_ptr(), _pointer(bias), y.data_ptr(), M, K, N, torch.get_num_threads()
     )
     return y
@@ -319,7 +201,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) ->
     assert k.shape == (T, KV, D) and cos.shape == sin.shape == (T, half) and 2 * half <= D
     assert cos.dtype == sin.dtype == torch.float32 and cos.is_contiguous() and sin.is_contiguous()
     q_out, k_out = q.new_empty((T, H, D)), k.new_empty((T, KV, D))
-    _kernels["rotary", q.dtype](
+    kernels["rotary", q.dtype](
         q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), cos.data_ptr(), sin.data_ptr(), q_out.data_ptr(),
         k_out.data_ptr(), T, H, KV, D, half, interleaved, torch.get_num_threads(),
     )  # fmt: skip
@@ -338,7 +220,7 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     assert k_cache.shape == v_cache.shape and k_cache.shape[2:] == (KV, D)
     assert k_cache.is_contiguous() and v_cache.is_contiguous()
     assert slot_mapping.dtype == torch.int64 and slot_mapping.shape == (T,) and slot_mapping.is_contiguous()
-    _kernels["write_kv", k.dtype](
+    kernels["write_kv", k.dtype](
         k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), k_cache.data_ptr(), v_cache.data_ptr(),
         slot_mapping.data_ptr(), T, KV * D, torch.get_num_threads(),
     )  # fmt: skip
@@ -371,7 +253,7 @@ def delta_rule(
     assert decay.shape[:2] == beta.shape == (T, HV) and decay.shape[2:] in ((), (DK,))
     _check_states((a_log, dt_bias), ((HV,), decay.shape[1:]), state, (HV, DK, DV), slots, query_start_loc, seq_lens)
     out = v.new_empty((T, HV, DV))
-    _kernels["delta_rule", v.dtype](
+    kernels["delta_rule", v.dtype](
         *(part for x in rows for part in (x.data_ptr(), x.stride(0))), a_log.data_ptr(), dt_bias.data_ptr(),
         _pointer(state), 0 if state is None else state.stride(0), _pointer(slots), query_start_loc.data_ptr(),
         seq_lens.data_ptr(), out.data_ptr(), R, HK, HV, DK, DV, decay.dim() == 3, torch.get_num_threads(),
@@ -407,7 +289,7 @@ def selective_scan(
     constants = (a_log, d) if dt_bias is None else (a_log, d, dt_bias)
     _check_states(constants, ((H, P, N), (H, P), (H, P)), state, (H, P, N), slots, query_start_loc, seq_lens)
     out = x.new_empty((T, H, P))
-    _kernels["selective_scan", x.dtype](
+    kernels["selective_scan", x.dtype](
         *(part for t in rows for part in (t.data_ptr(), t.stride(0))), a_log.data_ptr(), _pointer(dt_bias),
         d.data_ptr(), _pointer(state), 0 if state is None else state.stride(0), _pointer(slots),
         query_start_loc.data_ptr(), seq_lens.data_ptr(), out.data_ptr(), R, X, G, H, P, N, torch.get_num_threads(),

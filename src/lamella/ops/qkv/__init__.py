@@ -1,21 +1,40 @@
-"""What lies between the fused query/key/value projection and attention: norm, canon, rotation, cache."""
+"""Steps between the fused query/key/value projection and attention: norm, canon, rotation, cache write."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 from torch import Tensor
 
-from lamella.ops.backend import use_triton
+from lamella.ops.backend import BackendTable
+from lamella.ops.operands import ConvStep, PagedCache, QKVSteps
 from lamella.ops.qkv import reference
+
+_table = BackendTable("prepare_qkv", __name__)
 
 
 def prepare_qkv(
-    qkv: Tensor, num_heads: int, num_kv_heads: int, head_dim: int, **options: Any
+    qkv: Tensor, steps: QKVSteps, cache: PagedCache | None = None, canon: ConvStep | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See `reference.prepare_qkv`."""
-    if use_triton(qkv):
-        from lamella.ops.qkv import triton
+    """Prepare the projected [q | k | v] for attention; see `reference.prepare_qkv`.
 
-        return triton.prepare_qkv(qkv, num_heads, num_kv_heads, head_dim, **options)
-    return reference.prepare_qkv(qkv, num_heads, num_kv_heads, head_dim, **options)
+    Args:
+        qkv: (T, (H + 2 KV) D).
+        steps: the projection's sizes, norms, rotation and scaling.
+        cache: where keys and values go, written in place; None returns them.
+        canon: the convolution of [q | k | v] between norms and rotation.
+
+    Returns:
+        q (T, H, D), and k and v (T, KV, D) without a cache, None with one.
+    """
+    return _table.choose(qkv)(qkv, steps, cache, canon)
+
+
+@_table.lazy("triton")
+def _triton() -> Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]:
+    from lamella.ops.qkv import triton
+
+    return triton.prepare_qkv
+
+
+_table.backend("reference")(reference.prepare_qkv)

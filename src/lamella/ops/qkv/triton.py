@@ -8,63 +8,59 @@ import triton.language as tl
 from torch import Tensor
 
 from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, wait_for_predecessor
+from lamella.ops.operands import ConvStep, PagedCache, QKVSteps
 from lamella.ops.rms_norm.triton import row_scale
-from lamella.ops.short_conv.reference import ConvStep
 from lamella.ops.short_conv.triton import convolve, load_history, load_taps, store_history
 
 WARPS = 2  # the norm has the bits of its own kernel if a warp has at least 512 channels
+_NO_NORMS, _NO_ROPE = (None, None, 0.0), (None, None, False)
 
 
 def prepare_qkv(
-    qkv: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    *,
-    q_norm: Tensor | None = None,
-    k_norm: Tensor | None = None,
-    eps: float = 0.0,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    interleaved: bool = False,
-    q_scale: Tensor | None = None,
-    k_cache: Tensor | None = None,
-    v_cache: Tensor | None = None,
-    rows: Tensor | None = None,
-    canon: ConvStep | None = None,
-    positions: Tensor | None = None,
+    qkv: Tensor, steps: QKVSteps, cache: PagedCache | None = None, canon: ConvStep | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See `reference.prepare_qkv`. Rows of qkv and heads in a row of a cache may be of any stride. With `canon`, the
-    launch directly ahead in the stream may write qkv, and none of positions, slots and the history.
+    """See `reference.prepare_qkv`. Rows of qkv and heads in a row of a cache may be of any stride.
+
+    With `canon`, the launch directly ahead in the stream may write qkv, and none of positions, slots and the history.
 
     The same bits as rms_norm and short_conv in Triton, then rotation and write (the norm: where D is a multiple of 8,
     and the stride of qkv's rows one of 16). Returns new contiguous tensors.
     """
-    tokens, pairs = qkv.shape[0], 0 if cos is None else cos.shape[1]
+    (num_heads, num_kv_heads, head_dim), norms, rope, q_scale = steps
+    tokens = qkv.shape[0]
     assert qkv.shape == (tokens, (num_heads + 2 * num_kv_heads) * head_dim) and qkv.stride(1) == 1
-    assert head_dim <= 256 and 2 * pairs <= head_dim
-    assert all(norm is None or (norm.shape == (head_dim,) and norm.is_contiguous()) for norm in (q_norm, k_norm))
-    if cos is not None:
-        assert sin is not None and cos.dtype == sin.dtype == torch.float32 and cos.shape == sin.shape == (tokens, pairs)
-        assert cos.is_contiguous() and sin.is_contiguous()
+    assert head_dim <= 256
+    q_norm, k_norm, eps = norms or _NO_NORMS
+    assert norms is None or all(norm.shape == (head_dim,) and norm.is_contiguous() for norm in norms[:2])
+    cos, sin, interleaved = rope or _NO_ROPE
+    pairs = 0 if rope is None else rope.cos.shape[1]
+    if rope is not None:
+        assert rope.cos.dtype == rope.sin.dtype == torch.float32 and 2 * pairs <= head_dim
+        assert rope.cos.shape == rope.sin.shape == (tokens, pairs)
+        assert rope.cos.is_contiguous() and rope.sin.is_contiguous()
     assert q_scale is None or (q_scale.shape == (tokens,) and q_scale.is_contiguous())
     q = torch.empty((tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
-    k = v = None
-    if k_cache is None:
+    k = v = rows = None
+    cache_strides: tuple[int, ...] = (0, 0, 0, 0)
+    if cache is None:
         k, v = (torch.empty((tokens, num_kv_heads, head_dim), dtype=q.dtype, device=q.device) for _ in range(2))
     else:
-        assert v_cache is not None and rows is not None and rows.shape == (tokens,) and rows.is_contiguous()
-        for cache in (k_cache, v_cache):
-            assert cache.shape[2:] == (num_kv_heads, head_dim) and cache.dtype == qkv.dtype
-            assert cache.stride(3) == 1 and cache.stride(0) == cache.shape[1] * cache.stride(1)
-    weight = bias = history = slots = None
+        rows = cache.slot_mapping
+        assert rows.shape == (tokens,) and rows.is_contiguous()
+        for side in cache[:2]:
+            assert side.shape[2:] == (num_kv_heads, head_dim) and side.dtype == qkv.dtype
+            assert side.stride(3) == 1 and side.stride(0) == side.shape[1] * side.stride(1)
+        cache_strides = *cache.k.stride()[1:3], *cache.v.stride()[1:3]
+    weight = bias = history = slots = positions = None
     activation = residual = False
+    conv_strides: tuple[int, ...] = (0, 0, 0, 0)
     if canon is not None:
-        weight, bias, history, slots, activation, residual = canon
-        assert positions is not None and positions.shape == slots.shape == (tokens,) and slots.is_contiguous()
+        (weight, bias, activation, residual), (history, slots), positions = canon
+        assert positions.shape == slots.shape == (tokens,) and slots.is_contiguous()
         assert weight.shape[0] == qkv.shape[1] and (bias is None or bias.is_contiguous())
         assert history.shape[1:] == (weight.shape[1] - 1, qkv.shape[1]) and history.dtype == qkv.dtype
         assert history.stride(2) == 1
+        conv_strides = *weight.stride(), *history.stride()[:2]
     columns = next_power_of_2(head_dim)
     block = 512 * WARPS // columns
     programs = cdiv(tokens * num_heads, block) + 2 * cdiv(tokens * num_kv_heads, block)
@@ -82,14 +78,12 @@ def prepare_qkv(
         q_scale,
         rows,
         q,
-        k if k_cache is None else k_cache,
-        v if v_cache is None else v_cache,
+        k if cache is None else cache.k,
+        v if cache is None else cache.v,
         tokens,
         qkv.stride(0),
-        *((0, 0) if weight is None else weight.stride()),
-        *((0, 0) if history is None else history.stride()[:2]),
-        *((0, 0) if k_cache is None else k_cache.stride()[1:3]),
-        *((0, 0) if v_cache is None else v_cache.stride()[1:3]),
+        *conv_strides,
+        *cache_strides,
         eps,
         HEADS=num_heads,
         KV_HEADS=num_kv_heads,
@@ -153,7 +147,7 @@ def _turn(first, second, cos, sin):
 
 @triton.jit
 def _times(x, factor):
-    """x times a factor, if there is one, rounded to its dtype."""
+    """Return x times a factor, if there is one, rounded to its dtype."""
     if factor is not None:
         x = (x.to(tl.float32) * factor).to(x.dtype)
     return x

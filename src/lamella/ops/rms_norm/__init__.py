@@ -2,36 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from lamella.ops import native
-from lamella.ops.backend import use_native, use_triton
+from lamella.ops.backend import BackendTable
+from lamella.ops.operands import ResidualNorm
 from lamella.ops.rms_norm import reference
 
-_MAX_WIDTH = 16384  # of a row that one program of our Triton kernel holds
+MAX_WIDTH = 16384  # of a row that one program of our Triton kernel holds
+
+_norm = BackendTable("rms_norm", __name__)
+_add_norm = BackendTable("add_rms_norm", __name__)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, where: Tensor | None = None, twice: bool = False) -> Tensor:
-    """See `reference.rms_norm`."""
-    if where is not None:
-        return reference.rms_norm(x, weight, eps, where, twice)
-    if use_native(x) and not twice:
-        return native.add_rms_norm(x, None, weight, eps)[0]
-    if use_triton(x) and x.shape[-1] <= _MAX_WIDTH:
-        from lamella.ops.rms_norm import triton
+def rms_norm(x: Tensor, weight: Tensor, eps: float, twice: bool = False) -> Tensor:
+    """Return `x / sqrt(mean(x^2) + eps) * weight` over the last dimension, see `reference.rms_norm`.
 
-        return triton.rms_norm(x, weight, eps, twice)
-    return reference.rms_norm(x, weight, eps, twice=twice)
+    Args:
+        x: (..., N).
+        weight: (N,) fp32.
+        eps: added to the mean square.
+        twice: round before the weight too.
+
+    Returns:
+        A new tensor of the shape and dtype of x.
+    """
+    return _norm.choose(x, twice)(x, weight, eps, twice)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, twice: bool = False) -> tuple[Tensor, Tensor]:
-    """See `reference.add_rms_norm`."""
-    if use_native(x) and not twice:
-        normed, total = native.add_rms_norm(x, residual, weight, eps)
-        assert total is not None
-        return normed, total
-    if use_triton(x) and x.shape[-1] <= _MAX_WIDTH:
-        from lamella.ops.rms_norm import triton
+def add_rms_norm(x: Tensor, norm: ResidualNorm, twice: bool = False) -> tuple[Tensor, Tensor]:
+    """Return `rms_norm` of x (T, N) + `norm.residual`, and that sum, rounded to the dtype of x."""
+    return _add_norm.choose(x, twice)(x, norm, twice)
 
-        return triton.add_rms_norm(x, residual, weight, eps, twice=twice)
-    return reference.add_rms_norm(x, residual, weight, eps, twice)
+
+def _fits(x: Tensor, twice: bool) -> bool:
+    return x.shape[-1] <= MAX_WIDTH
+
+
+def _rounds_once(x: Tensor, twice: bool) -> bool:
+    return not twice
+
+
+@_norm.lazy("triton", _fits)
+def _triton() -> Callable[..., Tensor]:
+    from lamella.ops.rms_norm import triton
+
+    return triton.rms_norm
+
+
+@_norm.backend("native", _rounds_once)
+def _native(x: Tensor, weight: Tensor, eps: float, twice: bool = False) -> Tensor:
+    return native.rms_norm(x, weight, eps)
+
+
+@_add_norm.lazy("triton", _fits)
+def _triton_add() -> Callable[..., tuple[Tensor, Tensor]]:
+    from lamella.ops.rms_norm import triton
+
+    return triton.add_rms_norm
+
+
+@_add_norm.backend("native", _rounds_once)
+def _native_add(x: Tensor, norm: ResidualNorm, twice: bool = False) -> tuple[Tensor, Tensor]:
+    return native.add_rms_norm(x, *norm)
+
+
+_norm.backend("reference")(reference.rms_norm)
+_add_norm.backend("reference")(reference.add_rms_norm)

@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-class NormStep(NamedTuple):
-    """What `add_rms_norm` is given beside its input."""
-
-    residual: Tensor
-    weight: Tensor
-    eps: float
+from lamella.ops.operands import ResidualNorm
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, where: Tensor | None = None, twice: bool = False) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, in fp32, rounded once to the dtype of `x`; or
-    `twice`, before the weight too, as `transformers` does.
+def rms_norm(x: Tensor, weight: Tensor, eps: float, twice: bool = False) -> Tensor:
+    """Return `x / sqrt(mean(x^2) + eps) * weight` over the last dimension, in fp32, rounded to the dtype of x.
 
-    x (..., N), weight (N,). Where `where`, () bool, is false, it is `x * weight`.
+    With `twice` the normalised x is rounded before it is multiplied by the weight too, as `transformers` does.
+
+    Args:
+        x: (..., N).
+        weight: (N,).
+        eps: added to the mean square.
+        twice: whether to round twice.
     """
     wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    if where is not None:
-        scale = scale.where(where, 1.0)
-    normed = wide * scale
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if twice:
         normed = normed.to(x.dtype).float()
     return (normed * weight.float()).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, twice: bool = False) -> tuple[Tensor, Tensor]:
-    """The new residual `x + residual`, rounded to its dtype, and the norm of what was kept.
+def add_rms_norm(x: Tensor, norm: ResidualNorm, twice: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the norm of the new residual, and the new residual: x + `norm.residual`, rounded to their dtype.
 
-    x and residual (..., N) of one dtype; returns (normed, residual).
+    The norm is of the rounded sum. x and the residual are (..., N).
     """
-    total = (x.float() + residual.float()).to(x.dtype)
-    return rms_norm(total, weight, eps, twice=twice), total
+    total = (x.float() + norm.residual.float()).to(x.dtype)
+    return rms_norm(total, norm.weight, norm.eps, twice), total

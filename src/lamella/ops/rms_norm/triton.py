@@ -8,30 +8,33 @@ import triton.language as tl
 from torch import Tensor
 
 from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, wait_for_predecessor
-
-MAX_WIDTH = 16384
+from lamella.ops.operands import ResidualNorm
+from lamella.ops.rms_norm import MAX_WIDTH
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, twice: bool = False) -> Tensor:
     """See `reference.rms_norm`. x (T, N) or (T, heads, N), weight (N,) fp32; returns a new contiguous tensor."""
     assert x.dim() in (2, 3)
-    return _normalize(x, None, weight, eps, twice=twice)[0]
+    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x, None, weight, eps, normed, None, twice)
+    return normed
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, total: Tensor | None = None, twice: bool = False
+    x: Tensor, norm: ResidualNorm, twice: bool = False, *, total: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.add_rms_norm`. x and residual (T, N), weight (N,) fp32; returns two new contiguous tensors, but
-    that the sum is in `total` where that is given.
-    """
+    """See `reference.add_rms_norm`. x (T, N), weight fp32; returns new contiguous tensors, or the sum in `total`."""
+    residual, weight, eps = norm
     assert x.dim() == 2 and residual.shape == x.shape and residual.dtype == x.dtype and residual.stride(1) == 1
-    normed, total = _normalize(x, residual, weight, eps, total, twice)
-    assert total is not None
+    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = torch.empty_like(normed) if total is None else total
+    assert total.shape == x.shape and total.dtype == x.dtype and total.is_contiguous()
+    _launch(x, residual, weight, eps, normed, total, twice)
     return normed, total
 
 
 def row_block(width: int) -> tuple[int, int, int]:
-    """How rows of `width` are cut: rows a program, columns with padding, warps.
+    """Return how rows of `width` are divided: rows per program, columns with padding, warps.
 
     The order of a row's sum follows from the last two, so every kernel whose norm must have the same bits asks here.
     """
@@ -42,20 +45,16 @@ def row_block(width: int) -> tuple[int, int, int]:
 
 @triton.jit
 def row_scale(x, N: tl.constexpr, eps):
-    """1 / sqrt(mean(x^2) + eps) of each row of x (rows, columns) fp32, zero beyond column N: (rows, 1)."""
+    """Return 1 / sqrt(mean(x^2) + eps) of each row of x (rows, columns) fp32, zero beyond column N: (rows, 1)."""
     return tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / N + eps)
 
 
-def _normalize(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, total: Tensor | None = None, twice: bool = False
-) -> tuple[Tensor, Tensor | None]:
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, normed: Tensor, total: Tensor | None, twice: bool
+) -> None:
     tokens, heads, width = x.shape if x.dim() == 3 else (x.shape[0], 1, x.shape[1])
     assert x.stride(-1) == 1 and weight.is_contiguous() and weight.shape == (width,)
     rows, columns, warps = row_block(width)
-    normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if residual is not None:
-        total = torch.empty_like(normed) if total is None else total
-        assert total.shape == x.shape and total.dtype == x.dtype and total.is_contiguous()
     _rms_norm[(cdiv(tokens * heads, rows),)](
         x,
         residual,
@@ -76,7 +75,6 @@ def _normalize(
         enable_fp_fusion=False,  # what is fused depends on the code around: other kernels must get the same bits
         **dependent_launch(x),
     )
-    return normed, total
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -1,57 +1,80 @@
-"""What queries and keys are told of their positions: the rotation, and the temperature of queries.
+"""Rotary position embedding of queries and keys, its angles, and the temperature of queries.
 
-Angles and temperatures are opaque operations to torch.compile: they are a step's, and it would compute sines and
-logarithms anew in each layer and for each head, in longer than it takes to turn queries and keys.
+Angles and temperatures are opaque operations to torch.compile. They belong to the step, and the compiler would compute
+sines and logarithms again in each layer and for each head, which takes longer than the rotation itself.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lamella.ops import native
-from lamella.ops.backend import use_native, use_triton
+from lamella.ops.backend import BackendTable
 from lamella.ops.opaque import operation
+from lamella.ops.operands import Rope
 from lamella.ops.rotary import reference
 
+_rotate = BackendTable("rotate", __name__)
+_angles = BackendTable("angles", __name__)
+_temperature = BackendTable("temperature", __name__)
 
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Both of q (T, H, D) and k (T, KV, D) turned, as new tensors; see `reference.rotate`."""
-    if use_native(q):
-        return native.rotary(q, k, cos, sin, interleaved)
-    return reference.rotate(q, cos, sin, interleaved), reference.rotate(k, cos, sin, interleaved)
+
+def rotate(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    """Return q (T, H, D) and k (T, KV, D) rotated, as new tensors; see `reference.rotate_heads`."""
+    return _rotate.choose(q)(q, k, rope)
 
 
 def angles(
     positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.angles`."""
+    """Return cos and sin (T, P) fp32 of positions (T,) int64 times frequencies (P,) fp32; see `reference.angles`."""
     if torch.compiler.is_compiling():
         return torch.ops.lamella.angles(positions, frequencies, magnitude, period)
-    return _angles(positions, frequencies, magnitude, period)
+    return _choose_angles(positions, frequencies, magnitude, period)
 
 
 def temperature(positions: Tensor, scale: float, floor_scale: int) -> Tensor:
-    """See `reference.temperature`."""
+    """Return the factors (T,) fp32 of queries at positions (T,) int64; see `reference.temperature`."""
     if torch.compiler.is_compiling():
         return torch.ops.lamella.temperature(positions, scale, floor_scale)
-    return _temperature(positions, scale, floor_scale)
+    return _choose_temperature(positions, scale, floor_scale)
 
 
-def _angles(positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None) -> tuple[Tensor, Tensor]:
-    if use_triton(positions):
-        from lamella.ops.rotary import triton
-
-        return triton.angles(positions, frequencies, magnitude, period)
-    return reference.angles(positions, frequencies, magnitude, period)
+def _choose_angles(
+    positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None
+) -> tuple[Tensor, Tensor]:
+    return _angles.choose(positions)(positions, frequencies, magnitude, period)
 
 
-def _temperature(positions: Tensor, scale: float, floor_scale: int) -> Tensor:
-    if use_triton(positions):
-        from lamella.ops.rotary import triton
+def _choose_temperature(positions: Tensor, scale: float, floor_scale: int) -> Tensor:
+    return _temperature.choose(positions)(positions, scale, floor_scale)
 
-        return triton.temperature(positions, scale, floor_scale)
-    return reference.temperature(positions, scale, floor_scale)
+
+@_rotate.backend("native")
+def _native_rotate(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    return native.rotary(q, k, *rope)
+
+
+@_angles.lazy("triton")
+def _triton_angles() -> Callable[..., tuple[Tensor, Tensor]]:
+    from lamella.ops.rotary import triton
+
+    return triton.angles
+
+
+@_temperature.lazy("triton")
+def _triton_temperature() -> Callable[..., Tensor]:
+    from lamella.ops.rotary import triton
+
+    return triton.temperature
+
+
+_rotate.backend("reference")(reference.rotate_heads)
+_angles.backend("reference")(reference.angles)
+_temperature.backend("reference")(reference.temperature)
 
 
 def _shapes_of_angles(
@@ -68,10 +91,12 @@ def _shape_of_temperature(positions: Tensor, scale: float, floor_scale: int) -> 
 _libraries = (
     operation(
         "angles(Tensor positions, Tensor frequencies, float magnitude, int? period) -> (Tensor, Tensor)",
-        _angles,
+        _choose_angles,
         _shapes_of_angles,
     ),
     operation(
-        "temperature(Tensor positions, float scale, int floor_scale) -> Tensor", _temperature, _shape_of_temperature
+        "temperature(Tensor positions, float scale, int floor_scale) -> Tensor",
+        _choose_temperature,
+        _shape_of_temperature,
     ),
 )

@@ -5,13 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lamella.ops.operands import Rope
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """The first 2 P channels of each head turned by the angles of cos/sin (T, P) fp32; the others as they are.
 
-    x (T, heads, D) with D >= 2 P. The pairs are (2i, 2i+1) when `interleaved`, else (i, i + P). In fp32, rounded once.
+def rotate_heads(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    """Return `rotate` of queries (T, H, D) and of keys (T, KV, D)."""
+    return rotate(q, rope), rotate(k, rope)
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Return x with the first 2 P channels of each head rotated, in fp32, rounded once; the others as they are.
+
+    x is (T, heads, D) with D >= 2 P.
     """
-    pairs = cos.shape[-1]
+    (cos, sin, interleaved), pairs = rope, rope.cos.shape[-1]
     turned, rest = x[..., : 2 * pairs].float(), x[..., 2 * pairs :]
     cos, sin = cos[:, None, :], sin[:, None, :]
     if interleaved:

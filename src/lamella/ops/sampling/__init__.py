@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from lamella.ops.backend import use_triton
+from lamella.ops.backend import BackendTable
+from lamella.ops.sampling import reference
+
+_pending = BackendTable("pending_tokens", __name__)
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this count as 0: dividing by them would only reproduce the argmax, at a loss of range."""
@@ -18,23 +21,28 @@ NO_TOKEN = -1
 
 
 def pending_tokens(input_ids: Tensor, tokens: Tensor) -> Tensor:
-    """input_ids (T,) int64 in which -1 - r stands for tokens[r] (R,) int64, with these in their places.
+    """Return input_ids (T,) int64 with tokens[r] (R,) int64 in place of each -1 - r.
 
-    Where that is `NO_TOKEN` there is token 0: the request has ended, and what the step gives it is dropped.
+    In place of `NO_TOKEN` there is token 0: the request has ended, and the step's result for it is dropped.
     """
-    if use_triton(input_ids):
-        from lamella.ops.sampling import triton_pending
+    return _pending.choose(input_ids)(input_ids, tokens)
 
-        return triton_pending.pending_tokens(input_ids, tokens)
-    return torch.where(input_ids < 0, tokens[(-1 - input_ids).clamp(min=0)].clamp(min=0), input_ids)
+
+@_pending.lazy("triton")
+def _triton_pending() -> Callable[..., Tensor]:
+    from lamella.ops.sampling import triton_pending
+
+    return triton_pending.pending_tokens
+
+
+_pending.backend("reference")(reference.pending_tokens)
 
 
 def draw(logits: Tensor, sampling: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
-    """Choose a token for each row of logits (R, V) fp32 on a GPU, into `out` (R,) int64 if given; `NO_TOKEN` where none
-    can be chosen.
+    """Choose a token for each row of logits (R, V) fp32 on a GPU, into `out` (R,) int64 if given.
 
-    `sampling` has seed and step (R,) int64, top_k int32, temperature, top_p and min_p fp32, as `SamplingParams` means
-    them. See `engine.sampler` for the rules.
+    A row gets `NO_TOKEN` if none can be chosen. `sampling` has seed and step (R,) int64, top_k int32, temperature,
+    top_p and min_p fp32, with the meanings of `SamplingParams`. The reference is `engine.steps.sampler`.
     """
     from lamella.ops.sampling import triton
 

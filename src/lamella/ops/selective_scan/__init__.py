@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from lamella.ops import native
-from lamella.ops.backend import use_native, use_triton
+from lamella.ops.backend import BackendTable
+from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
-from lamella.ops.selective_scan import cpu
+from lamella.ops.selective_scan import cpu, reference
 
 _MAX_WIDTH = 256  # of a state that a program of our Triton kernel holds
+
+_table = BackendTable("selective_scan", __name__)
 
 
 def selective_scan(
@@ -22,18 +27,52 @@ def selective_scan(
     dt_bias: Tensor | None,
     d: Tensor,
     batch: RaggedBatch,
-    state: Tensor | None = None,
-    slots: Tensor | None = None,
+    state: RecurrentState | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See `reference.selective_scan`; the result is in `out` (T, H, P), contiguous, where that is given."""
-    if use_triton(x) and b.shape[-1] <= _MAX_WIDTH:
-        from lamella.ops.selective_scan import triton
+    """Apply the selective scan token by token, continued from each request's state; see `reference.selective_scan`.
 
-        return triton.selective_scan(x, dt, b, c, z, a_log, dt_bias, d, batch, state, slots, out)
-    if use_native(x):
-        y = native.selective_scan(
-            x, dt, b, c, z, a_log, dt_bias, d, state, slots, batch.query_start_loc, batch.seq_lens
-        )
-        return y if out is None else out.copy_(y)
-    return cpu.selective_scan(x, dt, b, c, z, a_log, dt_bias, d, batch, state, slots, out)
+    Args:
+        x: (T, X, P), H a multiple of X.
+        dt: (T, H, P).
+        b: (T, G, N), H a multiple of G.
+        c: (T, H, N).
+        z: (T, H, P).
+        a_log: (H, P, N) fp32.
+        dt_bias: (H, P) fp32, or None.
+        d: (H, P) fp32.
+        batch: the requests.
+        state: matrices (slots, H, P, N), updated in place; None starts every request from zero.
+        out: (T, H, P) contiguous, where the result goes; None makes a new tensor.
+    """
+    return _table.choose(x, b)(x, dt, b, c, z, a_log, dt_bias, d, batch, state, out)
+
+
+@_table.lazy("triton", lambda x, b: b.shape[-1] <= _MAX_WIDTH)
+def _triton() -> Callable[..., Tensor]:
+    from lamella.ops.selective_scan import triton
+
+    return triton.selective_scan
+
+
+@_table.backend("native")
+def _native(
+    x: Tensor,
+    dt: Tensor,
+    b: Tensor,
+    c: Tensor,
+    z: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor | None,
+    d: Tensor,
+    batch: RaggedBatch,
+    state: RecurrentState | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    matrix, slots = state or (None, None)
+    y = native.selective_scan(x, dt, b, c, z, a_log, dt_bias, d, matrix, slots, batch.query_start_loc, batch.seq_lens)
+    return y if out is None else out.copy_(y)
+
+
+_table.backend("torch")(cpu.selective_scan)
+_table.backend("reference")(reference.selective_scan)

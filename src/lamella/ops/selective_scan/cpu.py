@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.selective_scan.reference import step_size
 from lamella.ops.slots import by_kind, longest_first, read_states, walk
@@ -28,8 +29,7 @@ def selective_scan(
     dt_bias: Tensor | None,
     d: Tensor,
     batch: RaggedBatch,
-    state: Tensor | None = None,
-    slots: Tensor | None = None,
+    state: RecurrentState | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """See `reference.selective_scan`; the result is in `out` (T, H, P) where that is given.
@@ -38,9 +38,9 @@ def selective_scan(
     """
     out = torch.empty(dt.shape, dtype=x.dtype, device=x.device) if out is None else out
     for decode, rows, part in by_kind(batch):
-        some = None if slots is None else slots[rows]
+        some = None if state is None else state.of_requests(rows)
         of_tokens = x[rows], dt[rows], b[rows], c[rows], z[rows]
-        operands = *of_tokens, a_log, dt_bias, d, part, state, some, out[rows]
+        operands = *of_tokens, a_log, dt_bias, d, part, some, out[rows]
         _step(*operands) if decode else _prefill(*operands)
     return out
 
@@ -55,8 +55,7 @@ def _step(
     dt_bias: Tensor | None,
     d: Tensor,
     batch: RaggedBatch,
-    state: Tensor | None,
-    slots: Tensor | None,
+    state: RecurrentState | None,
     out: Tensor,
 ) -> None:
     """One new token of each request."""
@@ -64,14 +63,13 @@ def _step(
     wide = x.float().repeat_interleave(heads // x.shape[1], 1)
     delta = step_size(dt, dt_bias)
     inputs = b.float().repeat_interleave(heads // b.shape[1], 1)[:, :, None]
-    memory = read_states(batch, state, slots, tuple(a_log.shape))
+    memory = read_states(batch, state, tuple(a_log.shape))
     memory *= (delta[..., None] * -a_log.float().exp()).exp_()
     memory.addcmul_((delta * wide)[..., None], inputs)
     y = (memory @ c.float()[..., None])[..., 0] + d.float() * wide
     out.copy_(y * silu(z.float()))
     if state is not None:
-        assert slots is not None
-        state[slots] = memory
+        state.matrix[state.slots] = memory
 
 
 def _prefill(
@@ -84,14 +82,13 @@ def _prefill(
     dt_bias: Tensor | None,
     d: Tensor,
     batch: RaggedBatch,
-    state: Tensor | None,
-    slots: Tensor | None,
+    state: RecurrentState | None,
     out: Tensor,
 ) -> None:
     """All requests and heads at once, token after token."""
     heads, rate = dt.shape[1], -a_log.float().exp()
     order = longest_first(batch)
-    memory = read_states(batch, state, slots, tuple(a_log.shape))[order]
+    memory = read_states(batch, state, tuple(a_log.shape))[order]
     for chunk in walk(batch, order, max(1, min(CHUNK, CHUNK_ENTRIES // memory.numel()))):
         wide = chunk.take(x).repeat_interleave(heads // x.shape[1], 1)
         bias = None if dt_bias is None else dt_bias[:, None]
@@ -107,8 +104,7 @@ def _prefill(
         y = (states @ _tokens_first(chunk.take(c))[..., None])[..., 0].movedim(0, 2) + d.float()[:, None] * wide
         chunk.put(out, y * silu(chunk.take(z)))
     if state is not None:
-        assert slots is not None
-        state[slots[order]] = memory
+        state.matrix[state.slots[order]] = memory
 
 
 def _tokens_first(x: Tensor) -> Tensor:

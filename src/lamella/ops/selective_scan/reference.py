@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
+from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.slots import read_states
 
@@ -25,8 +26,8 @@ def selective_scan(
     dt_bias: Tensor | None,
     d: Tensor,
     batch: RaggedBatch,
-    state: Tensor | None = None,
-    slots: Tensor | None = None,
+    state: RecurrentState | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Each head's state S (P, N), continued from what its request saw before.
 
@@ -46,8 +47,8 @@ def selective_scan(
     delta = step_size(dt, dt_bias)
     rate = -a_log.float().exp()
     inputs, outputs = b.float().repeat_interleave(heads // b.shape[1], 1), c.float()
-    memory = read_states(batch, state, slots, tuple(a_log.shape))
-    out = torch.empty(dt.shape, dtype=x.dtype, device=x.device)
+    memory = read_states(batch, state, tuple(a_log.shape))
+    out = torch.empty(dt.shape, dtype=x.dtype, device=x.device) if out is None else out
     starts, lengths = batch.query_start_loc[:-1], batch.query_start_loc.diff()
     for step in range(int(lengths.max())):
         active = (lengths > step).nonzero()[:, 0]
@@ -58,6 +59,5 @@ def selective_scan(
         out[token] = (y * silu(z[token].float())).to(x.dtype)
         memory[active] = now
     if state is not None:
-        assert slots is not None
-        state[slots] = memory
+        state.matrix[state.slots] = memory
     return out

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lamella.ops.arithmetic import sigmoid, softplus
 from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, wait_for_predecessor
+from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
 
 ENTRIES = 1024  # of the state a program
@@ -38,8 +39,7 @@ def selective_scan(
     dt_bias: Tensor | None,
     d: Tensor,
     batch: RaggedBatch,
-    state: Tensor | None = None,
-    slots: Tensor | None = None,
+    state: RecurrentState | None = None,
     out: Tensor | None = None,
     *,
     chunked: bool | None = None,
@@ -56,9 +56,11 @@ def selective_scan(
     assert a_log.shape == (heads, channels, width) and a_log.is_contiguous()
     assert d.shape == (heads, channels) and d.is_contiguous()
     assert dt_bias is None or (dt_bias.shape == (heads, channels) and dt_bias.is_contiguous())
+    matrix, slots = state or (None, None)
     if state is not None:
-        assert state.dtype == torch.float32 and state.shape[1:] == a_log.shape and state[:1].is_contiguous()
-        assert slots is not None and slots.shape == (batch.num_requests,) and slots.is_contiguous()
+        assert state.matrix.dtype == torch.float32 and state.matrix.shape[1:] == a_log.shape
+        assert state.matrix[:1].is_contiguous()
+        assert state.slots.shape == (batch.num_requests,) and state.slots.is_contiguous()
     y = torch.empty(dt.shape, dtype=x.dtype, device=x.device) if out is None else out
     assert y.shape == dt.shape and y.dtype == x.dtype and y.is_contiguous()
 
@@ -66,8 +68,8 @@ def selective_scan(
     rows = min(max(1, ENTRIES // columns), next_power_of_2(heads * channels))
     blocks = cdiv(heads * channels, rows)
     operands = (x, dt, b, c, z, a_log, dt_bias, d)
-    memory = (state, slots, batch.query_start_loc, batch.seq_lens, y)
-    strides = (*(t.stride(0) for t in (x, dt, b, c, z)), 0 if state is None else state.stride(0))
+    memory = (matrix, slots, batch.query_start_loc, batch.seq_lens, y)
+    strides = (*(t.stride(0) for t in (x, dt, b, c, z)), 0 if matrix is None else matrix.stride(0))
     sizes = {
         "CHANNELS": heads * channels,
         "PER_HEAD": channels,
@@ -126,9 +128,7 @@ def _load_constants(
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The rates of decay in powers of two (rows, columns), and of each channel the bias of its step and the factor of
-    its input: fp32.
-    """
+    """Return the rates of decay in powers of two (rows, columns), and each channel's step bias and factor, fp32."""
     inside = channel < CHANNELS
     mask = inside[:, None] & (column < WIDTH)[None, :]
     entry = channel[:, None] * WIDTH + column[None, :]
@@ -361,8 +361,9 @@ def _chunk(
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """OUTPUTS: those of a chunk, from the state before it, in `states`. Else what the chunk would leave of nothing,
-    into `states`, and the sum of its steps, into `totals`.
+    """Compute the outputs of a chunk from the state before it, in `states`, if OUTPUTS.
+
+    Otherwise the state that the chunk leaves of a zero state goes to `states`, and the sum of its steps to `totals`.
     """
     channel, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     number = tl.program_id(1)

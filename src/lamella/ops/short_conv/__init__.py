@@ -2,92 +2,124 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from lamella.ops import native
-from lamella.ops.backend import use_native, use_triton
+from lamella.ops.backend import BackendTable
+from lamella.ops.operands import ConvState, ConvWeights, ResidualNorm
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.rms_norm import add_rms_norm
 from lamella.ops.short_conv import reference
 from lamella.ops.swiglu import swiglu
 
+_conv = BackendTable("short_conv", __name__)
+_conv_swiglu = BackendTable("short_conv_swiglu", __name__)
+_norm_conv = BackendTable("norm_short_conv", __name__)
+
 
 def short_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    batch: RaggedBatch,
-    history: Tensor | None = None,
-    slots: Tensor | None = None,
-    activation: bool = False,
-    residual: bool = False,
-    out: Tensor | None = None,
+    x: Tensor, conv: ConvWeights, batch: RaggedBatch, state: ConvState | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """See `reference.short_conv`; the result is in `out` (T, C), contiguous, where that is given."""
-    if use_triton(x):
-        from lamella.ops.short_conv import triton
+    """Convolve x (T, C) over time, continued from each request's history; see `reference.short_conv`.
 
-        return triton.short_conv(
-            x, weight, bias, batch, history, slots, activation=activation, residual=residual, out=out
-        )
-    if use_native(x):
-        y = native.short_conv(
-            x, weight, bias, history, slots, batch.query_start_loc, batch.positions, activation, residual
-        )
-    else:
-        y = reference.short_conv(x, weight, bias, batch, history, slots, activation=activation, residual=residual)
-    return y if out is None else out.copy_(y)
+    Args:
+        x: (T, C), tokens of `batch`.
+        conv: weights of C channels.
+        batch: the requests.
+        state: their histories, updated in place; None starts every request from nothing.
+        out: (T, C) contiguous, where the result goes; None makes a new tensor.
+    """
+    return _conv.choose(x)(x, conv, batch, state, out)
 
 
 def short_conv_swiglu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    batch: RaggedBatch,
-    history: Tensor | None = None,
-    slots: Tensor | None = None,
-    activation: bool = False,
-    residual: bool = False,
-    out: Tensor | None = None,
+    x: Tensor, conv: ConvWeights, batch: RaggedBatch, state: ConvState | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """`swiglu` of the convolved x (T, 2 I), in one kernel on a GPU; in `out` (T, I), contiguous, where given."""
-    if use_triton(x):
-        from lamella.ops.short_conv import triton
-
-        return triton.short_conv_swiglu(
-            x, weight, bias, batch, history, slots, activation=activation, residual=residual, out=out
-        )
-    y = swiglu(short_conv(x, weight, bias, batch, history, slots, activation, residual))
-    return y if out is None else out.copy_(y)
+    """Return `swiglu` of the convolved x (T, 2 I), in one kernel on a GPU: (T, I). Arguments as for `short_conv`."""
+    return _conv_swiglu.choose(x)(x, conv, batch, state, out)
 
 
 def norm_short_conv(
     x: Tensor,
-    residual: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None,
+    norm: ResidualNorm,
+    conv: ConvWeights,
     batch: RaggedBatch,
-    history: Tensor | None,
-    slots: Tensor | None,
-    activation: bool,
-    skip: bool,
+    state: ConvState | None = None,
     out: Tensor | None = None,
     total: Tensor | None = None,
     early: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The convolution of `add_rms_norm(x, residual, ...)`, and the new residual, in one kernel on a GPU; with `skip`,
-    `y = x + c`. The results are in `out` and `total`, both (T, C) and contiguous, where those are given. With `early`
-    that kernel may read history, slots and positions while what was launched directly ahead still runs.
-    """
-    if use_triton(x):
-        from lamella.ops.short_conv import triton
+    """Return the convolution of `add_rms_norm(x, norm)` and the new residual, in one kernel on a GPU.
 
-        return triton.norm_short_conv(
-            x, residual, norm_weight, eps, weight, bias, batch, history, slots,
-            activation=activation, residual_connection=skip, out=out, total=total, early=early,
-        )  # fmt: skip
-    normed, new_residual = add_rms_norm(x, residual, norm_weight, eps)
-    y = short_conv(normed, weight, bias, batch, history, slots, activation, skip, out)
+    Args:
+        x: (T, C), as the residual.
+        norm: applied first.
+        conv: weights of C channels.
+        batch: the requests.
+        state: their histories, updated in place, or None.
+        out: (T, C) contiguous, where the convolution goes, or None.
+        total: (T, C) contiguous, where the new residual goes, or None.
+        early: whether the kernel may read history, slots and positions while the launch directly ahead still runs.
+    """
+    return _norm_conv.choose(x)(x, norm, conv, batch, state, out, total, early)
+
+
+@_conv.lazy("triton")
+def _triton() -> Callable[..., Tensor]:
+    from lamella.ops.short_conv import triton
+
+    return triton.short_conv
+
+
+@_conv.backend("native")
+def _native(
+    x: Tensor, conv: ConvWeights, batch: RaggedBatch, state: ConvState | None = None, out: Tensor | None = None
+) -> Tensor:
+    (weight, bias, activation, residual), (history, slots) = conv, state or (None, None)
+    y = native.short_conv(x, weight, bias, history, slots, batch.query_start_loc, batch.positions, activation, residual)
+    return y if out is None else out.copy_(y)
+
+
+@_conv_swiglu.lazy("triton")
+def _triton_swiglu() -> Callable[..., Tensor]:
+    from lamella.ops.short_conv import triton
+
+    return triton.short_conv_swiglu
+
+
+@_conv_swiglu.backend("composed")
+def _composed_swiglu(
+    x: Tensor, conv: ConvWeights, batch: RaggedBatch, state: ConvState | None = None, out: Tensor | None = None
+) -> Tensor:
+    y = swiglu(short_conv(x, conv, batch, state))
+    return y if out is None else out.copy_(y)
+
+
+@_norm_conv.lazy("triton")
+def _triton_norm() -> Callable[..., tuple[Tensor, Tensor]]:
+    from lamella.ops.short_conv import triton
+
+    return triton.norm_short_conv
+
+
+@_norm_conv.backend("composed")
+def _composed_norm(
+    x: Tensor,
+    norm: ResidualNorm,
+    conv: ConvWeights,
+    batch: RaggedBatch,
+    state: ConvState | None = None,
+    out: Tensor | None = None,
+    total: Tensor | None = None,
+    early: bool = False,
+) -> tuple[Tensor, Tensor]:
+    normed, new_residual = add_rms_norm(x, norm)
+    y = short_conv(normed, conv, batch, state, out)
     return y, new_residual if total is None else total.copy_(new_residual)
+
+
+_conv.backend("reference")(reference.short_conv)
+_conv_swiglu.backend("reference")(reference.short_conv_swiglu)
+_norm_conv.backend("reference")(reference.norm_short_conv)

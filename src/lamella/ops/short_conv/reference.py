@@ -2,48 +2,29 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from lamella.ops.operands import ConvState, ConvWeights, ResidualNorm
 from lamella.ops.ragged import RaggedBatch
-
-
-class ConvStep(NamedTuple):
-    """What the convolution of a step is given beside its input, where every request has one new token."""
-
-    weight: Tensor  # (C, W)
-    bias: Tensor | None  # (C,)
-    history: Tensor  # (slots, W-1, C), of which the rows `slots` take up x
-    slots: Tensor  # (T,) int64
-    activation: bool
-    residual: bool
+from lamella.ops.rms_norm.reference import add_rms_norm
+from lamella.ops.swiglu.reference import swiglu
 
 
 def short_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    batch: RaggedBatch,
-    history: Tensor | None = None,
-    slots: Tensor | None = None,
-    *,
-    activation: bool = False,
-    residual: bool = False,
+    x: Tensor, conv: ConvWeights, batch: RaggedBatch, state: ConvState | None = None, out: Tensor | None = None
 ) -> Tensor:
     """Depthwise causal convolution, continued from what each request saw before.
 
     `c_t = bias + sum_o weight[:, W-1-o] * x_{t-o}` with taps o = 0..W-1, where a tap counts only if o <= the token's
-    absolute position: whatever an old request left in a slot can never be seen. Then `silu(c)` if `activation`, and
-    `x + c` if `residual`. Arithmetic in fp32, rounded once.
+    absolute position: inputs that an earlier request left in a slot are never read. Then `silu(c)` with
+    `conv.activation`, and `x + c` with `conv.residual`. Arithmetic in fp32, rounded once.
 
-    x (T, C); weight (C, W); bias (C,) or None; history (slots, W-1, C), any strides, of which the rows `slots` (R,)
-    int64 are the requests': rings of their latest inputs, that at position p in row p % (W-1). The call writes what it
-    is given there, and zeros for what stands before a request's first token. Without a history every request starts
-    from nothing. Returns (T, C) in the dtype of x.
+    The call writes the new inputs to the slots of `state`, and zeros for positions before a request's first token.
+    Without a state every request starts from nothing. Returns (T, C) in the dtype of x, or `out` if given.
     """
-    width, num_tokens = weight.shape[1], x.shape[0]
+    (weight, bias, activation, residual), num_tokens = conv, x.shape[0]
+    width = weight.shape[1]
     taps, wide = weight.float(), x.float()
     index = torch.arange(num_tokens, device=x.device)
     local = index - batch.query_start_loc[batch.token_request]
@@ -52,12 +33,11 @@ def short_conv(
         tap = wide[(index - offset).clamp(min=0)]
         inside = (local >= offset)[:, None]
         seen = (batch.positions >= offset)[:, None]
-        if history is None:
+        if state is None:
             seen = seen & inside
         else:
-            assert slots is not None
             row = (batch.positions - offset) % (width - 1)
-            tap = torch.where(inside, tap, history[slots[batch.token_request], row].float())
+            tap = torch.where(inside, tap, state.history[state.slots[batch.token_request], row].float())
         total = total + torch.where(seen, tap * taps[:, width - 1 - offset], 0.0)
     if bias is not None:
         total = total + bias.float()
@@ -65,14 +45,38 @@ def short_conv(
         total = torch.nn.functional.silu(total)
     if residual:
         total = total + wide
-    if history is not None:
-        assert slots is not None
-        history[slots] = _next_history(x, batch, history[slots])
-    return total.to(x.dtype)
+    if state is not None:
+        state.history[state.slots] = _next_history(x, batch, state.history[state.slots])
+    y = total.to(x.dtype)
+    return y if out is None else out.copy_(y)
+
+
+def short_conv_swiglu(
+    x: Tensor, conv: ConvWeights, batch: RaggedBatch, state: ConvState | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Return `swiglu` of the convolved x (T, 2 I): (T, I)."""
+    y = swiglu(short_conv(x, conv, batch, state))
+    return y if out is None else out.copy_(y)
+
+
+def norm_short_conv(
+    x: Tensor,
+    norm: ResidualNorm,
+    conv: ConvWeights,
+    batch: RaggedBatch,
+    state: ConvState | None = None,
+    out: Tensor | None = None,
+    total: Tensor | None = None,
+    early: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return the convolution of `add_rms_norm(x, norm)`, and the new residual. `early` changes no result."""
+    normed, new_residual = add_rms_norm(x, norm)
+    y = short_conv(normed, conv, batch, state, out)
+    return y, new_residual if total is None else total.copy_(new_residual)
 
 
 def _next_history(x: Tensor, batch: RaggedBatch, old: Tensor) -> Tensor:
-    """The rings `old` (R, W-1, C) with each request's new tokens."""
+    """Return the rings `old` (R, W-1, C) with each request's new tokens."""
     rows = old.shape[1]
     row = torch.arange(rows, device=x.device)
     bounds = batch.query_start_loc

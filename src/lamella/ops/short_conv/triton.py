@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lamella.ops.arithmetic import rounded, widened
 from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, start_successor, wait, wait_for_predecessor
+from lamella.ops.operands import ConvState, ConvWeights, ResidualNorm
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.rms_norm.triton import add_rms_norm, row_block, row_scale
 from lamella.ops.swiglu.triton import silu
@@ -23,78 +24,55 @@ BLOCK = 512  # channels a program
 MAX_TOKENS = 32  # a program: a bit of an integer each
 CHUNK = 4  # tokens whose inputs are on their way at once; twice as many, a program's fewest, reach over W - 1
 PROGRAMS = 1024  # so many are wanted before a program gets more tokens than it must have
+_NO_STATE = (None, None)
 
 
 def short_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    batch: RaggedBatch,
-    history: Tensor | None = None,
-    slots: Tensor | None = None,
-    *,
-    activation: bool = False,
-    residual: bool = False,
-    out: Tensor | None = None,
+    x: Tensor, conv: ConvWeights, batch: RaggedBatch, state: ConvState | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """See `reference.short_conv`; the channels of `history` are contiguous. A weight whose taps lie apart
-    (stride 1 over channels) is read faster.
+    """See `reference.short_conv`; the channels of a history are contiguous.
+
+    A weight whose taps lie apart (stride 1 over channels) is read faster.
     """
-    return _convolve(x, weight, bias, batch, history, slots, activation, residual, out, gated=False)
+    return _convolve(x, conv, batch, state, out, gated=False)
 
 
 def short_conv_swiglu(
-    gate_up: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    batch: RaggedBatch,
-    history: Tensor | None = None,
-    slots: Tensor | None = None,
-    *,
-    activation: bool = False,
-    residual: bool = False,
-    out: Tensor | None = None,
+    x: Tensor, conv: ConvWeights, batch: RaggedBatch, state: ConvState | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """`swiglu(short_conv(gate_up, ...))` with the same bits. gate_up (T, 2 I); returns (T, I)."""
-    return _convolve(gate_up, weight, bias, batch, history, slots, activation, residual, out, gated=True)
+    """Return `swiglu(short_conv(x, ...))` with the same bits. x (T, 2 I); returns (T, I)."""
+    return _convolve(x, conv, batch, state, out, gated=True)
 
 
 def norm_short_conv(
     x: Tensor,
-    residual: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None,
+    norm: ResidualNorm,
+    conv: ConvWeights,
     batch: RaggedBatch,
-    history: Tensor | None = None,
-    slots: Tensor | None = None,
-    *,
-    activation: bool = False,
-    residual_connection: bool = False,
+    state: ConvState | None = None,
     out: Tensor | None = None,
     total: Tensor | None = None,
     early: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm(x, residual, ...)`, then `short_conv` of the norm, with the same bits: (convolved, x + residual).
+    """`add_rms_norm(x, norm)`, then `short_conv` of the norm, with the same bits: (convolved, new residual).
 
     One launch where every request has one new token, and rows are wide and aligned enough for the sum of the norm to
-    have its own kernel's order. x and residual (T, C); norm_weight (C,) fp32. With `early` the launch directly ahead in
-    the stream may write x, and none of history, slots and positions; and the one behind starts as `start_successor`
-    says of one that comes before the wait.
+    have its own kernel's order. x and residual (T, C); the norm's weight (C,) fp32. With `early` the launch directly
+    ahead in the stream may write x, and none of history, slots and positions; and the one behind starts as
+    `start_successor` says of one that comes before the wait.
     """
+    residual, norm_weight, eps = norm
     rows, columns, warps = row_block(x.shape[1])
     aligned = all(side.stride(0) % 16 == 0 and side.data_ptr() % 16 == 0 for side in (x, residual))
     if batch.num_decodes < batch.num_requests or rows > 1 or not aligned:
-        normed, total = add_rms_norm(x, residual, norm_weight, eps, total)
-        y = short_conv(
-            normed, weight, bias, batch, history, slots, activation=activation, residual=residual_connection, out=out
-        )
-        return y, total
+        normed, total = add_rms_norm(x, norm, total=total)
+        return short_conv(normed, conv, batch, state, out), total
     tokens, channels = x.shape
     assert x.stride(1) == residual.stride(1) == 1 and residual.shape == x.shape and residual.dtype == x.dtype
     assert norm_weight.is_contiguous() and norm_weight.shape == (channels,)
-    _check(x, weight, bias, batch, history, slots)
+    _check(x, conv, batch, state)
+    weight, bias, activation, skip = conv
+    history, slots = state or _NO_STATE
     block = min(columns, 256 * warps)
     y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) if t is None else t for t in (out, total))
     assert all(side.shape == x.shape and side.dtype == x.dtype and side.is_contiguous() for side in (y, total))
@@ -117,7 +95,7 @@ def norm_short_conv(
         N=channels,
         WIDTH=weight.shape[1],
         ACTIVATION=activation,
-        RESIDUAL=residual_connection,
+        RESIDUAL=skip,
         COLUMNS=columns,
         BLOCK=block,
         EARLY=early,
@@ -129,20 +107,13 @@ def norm_short_conv(
 
 
 def _convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    batch: RaggedBatch,
-    history: Tensor | None,
-    slots: Tensor | None,
-    activation: bool,
-    residual: bool,
-    out: Tensor | None,
-    gated: bool,
+    x: Tensor, conv: ConvWeights, batch: RaggedBatch, state: ConvState | None, out: Tensor | None, gated: bool
 ) -> Tensor:
     tokens, channels = x.shape
     assert x.stride(1) == 1 and channels % (1 + gated) == 0
-    _check(x, weight, bias, batch, history, slots)
+    _check(x, conv, batch, state)
+    weight, bias, activation, residual = conv
+    history, slots = state or _NO_STATE
     width = channels // (1 + gated)
     decode = batch.num_decodes == batch.num_requests
     blocks = cdiv(width, BLOCK)
@@ -188,15 +159,14 @@ def _warps(gated: bool, width: int, element_size: int) -> int:
     return 4 if (1 + gated) * width * element_size <= 16 else 8
 
 
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, batch: RaggedBatch, history: Tensor | None, slots: Tensor | None
-) -> None:
-    channels, width = weight.shape
+def _check(x: Tensor, conv: ConvWeights, batch: RaggedBatch, state: ConvState | None) -> None:
+    (channels, width), bias = conv.weight.shape, conv.bias
     assert x.shape == (batch.num_tokens, channels) and 2 <= width <= 8
     assert bias is None or (bias.shape == (channels,) and bias.is_contiguous())
-    if history is not None:
+    if state is not None:
+        history, slots = state
         assert history.shape[1:] == (width - 1, channels) and history.stride(2) == 1 and history.dtype == x.dtype
-        assert slots is not None and slots.shape == (batch.num_requests,) and slots.is_contiguous()
+        assert slots.shape == (batch.num_requests,) and slots.is_contiguous()
 
 
 def _history_strides(history: Tensor | None) -> tuple[int, int]:
@@ -585,7 +555,7 @@ def _norm_step(
 
 @triton.jit
 def _sum(x, residual, column, mask):
-    """x + residual, rounded to their dtype."""
+    """Return x + residual, rounded to their dtype."""
     value = tl.load(x + column, mask=mask, other=0.0).to(tl.float32)
     value += tl.load(residual + column, mask=mask, other=0.0).to(tl.float32)
     return value.to(x.dtype.element_ty)

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from lamella.ops import native
-from lamella.ops.backend import use_native, use_triton
+from lamella.ops.backend import BackendTable
 from lamella.ops.swiglu import reference
+
+_table = BackendTable("swiglu", __name__)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """See `reference.swiglu`."""
-    if use_native(gate_up):
-        return native.silu_mul(gate_up)
-    if use_triton(gate_up):
-        from lamella.ops.swiglu import triton
+    """Return `silu(gate) * up` of gate_up (..., 2 I) = [gate | up]: (..., I), see `reference.swiglu`."""
+    return _table.choose(gate_up)(gate_up)
 
-        return triton.swiglu(gate_up)
-    return reference.swiglu(gate_up)
+
+@_table.lazy("triton")
+def _triton() -> Callable[..., Tensor]:
+    from lamella.ops.swiglu import triton
+
+    return triton.swiglu
+
+
+@_table.backend("native")
+def _native(gate_up: Tensor) -> Tensor:
+    return native.silu_mul(gate_up)
+
+
+_table.backend("reference")(reference.swiglu)

@@ -33,7 +33,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 @triton.jit
 def silu(x):
-    """x * sigmoid(x) of fp32."""
+    """Return x * sigmoid(x) of fp32."""
     return x * sigmoid(x)
 
 

@@ -32,10 +32,11 @@ from lamella.config import ModelConfig
 from lamella.layers.block_input import BlockInput
 from lamella.layers.context import ForwardBatch, forward_batch, require_batch
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.holders import SlotHolder, state_holders
+from lamella.layers.holders import SlotHolder, SlotRows, state_holders
 from lamella.layers.local_kit import LocalKit
 from lamella.layers.rotary import Positions
 from lamella.layers.supernet.stochastic import Stochastic
+from lamella.ops.operands import ConvState, ResidualNorm
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.rms_norm import add_rms_norm
 from lamella.parallel.group import Group
@@ -201,7 +202,7 @@ class VllmHolder(SlotHolder):
         self, part: str, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         if self.layer.spare_rows:  # what is normed must be kept row by row
-            normed, total = add_rms_norm(x, residual, weight, eps)
+            normed, total = add_rms_norm(x, ResidualNorm(residual, weight, eps))
             return self.run(part, (normed,), x.shape[1]), total
         out, total = torch.empty_like(x), torch.empty_like(x)
         torch.ops.lamella.stateful_after_norm(
@@ -209,48 +210,48 @@ class VllmHolder(SlotHolder):
         )
         return out, total
 
-    def current(self) -> tuple[Sequence[Tensor], Tensor] | tuple[Sequence[None], None]:
+    def current(self) -> SlotRows | None:
         slots = require_batch().slots
         if slots is None:
-            return (None,) * len(self.specs), None
+            return None
         rows = self.layer.slots(slots)
         if self.layer.layout.offsets is None:
-            return (rows,), slots
+            return SlotRows((rows,), slots)
         views, start = [], self.layer.layout.offsets[self.prefix]
         for spec in self.specs:
             part = rows[:, start : start + spec.bytes_per_request]
             views.append(part.view(spec.dtype).unflatten(1, spec.shape))
             start += _room(spec)
-        return views, slots
+        return SlotRows(views, slots)
 
-    def window(self, channels: slice, x: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        (rows, *_), slots = self.current()
-        if rows is None or slots is None:
-            return None, None
-        rows, size = rows[:, :, channels], self.specs[0].shape[0]
+    def window(self, channels: slice, x: Tensor | None) -> ConvState | None:
+        current = self.current()
+        if current is None:
+            return None
+        rows, slots, size = current.tensors[0][:, :, channels], current.slots, self.specs[0].shape[0]
         if not self.layer.spare_rows:
-            return rows[:, :size], slots
+            return ConvState(rows[:, :size], slots)
         assert x is not None
         ragged, metadata = require_batch().ragged, self.layer.metadata()
-        return advance_window(rows, slots, size, x, ragged.query_start_loc, ragged.positions, metadata)
+        return advance_window(ConvState(rows, slots), size, x, ragged.query_start_loc, ragged.positions, metadata)
 
 
 def advance_window(
-    rows: Tensor,
-    slots: Tensor,
+    state: ConvState,
     size: int,
     x: Tensor,
     query_start_loc: Tensor,
     positions: Tensor,
     metadata: StateMetadata,
-) -> tuple[Tensor, Tensor]:
+) -> ConvState:
     """The `size` inputs before each request's new ones as rings (R, size, C), see `short_conv`, with their indices
     (R,), where slots have spare rows; and the slots are made ready for the step after.
 
-    rows (slots, size + spare, C) is written; x (T, C), positions (T,). Slots are no rings but in order, as vLLM expects
-    when it copies them: before the call a slot holds what the step before saw from its second token's window on, of
-    which as many as were accepted count. Nothing waits for the device.
+    The rows of the state (slots, size + spare, C) are written; x (T, C), positions (T,). Slots are no rings but in
+    order, as vLLM expects when it copies them: before the call a slot holds what the step before saw from its second
+    token's window on, of which as many as were accepted count. Nothing waits for the device.
     """
+    rows, slots = state
     requests, device = slots.shape[0], rows.device
     index = torch.arange(rows.shape[1], device=device)
     skipped, first = metadata.skipped_and_first(query_start_loc)
@@ -269,7 +270,7 @@ def advance_window(
     kept = torch.where((entry < size)[:, :, None], old, x[new])
     length = query_start_loc.diff()
     rows[slots] = torch.where((entry < size + length[:, None])[:, :, None], kept, held)
-    return history, torch.arange(requests, device=device)
+    return ConvState(history, torch.arange(requests, device=device))
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Which blocks of a model are alike: those that run the same operations on tensors of the same shapes."""
+"""Kinds of a model's parts: parts of one kind run the same operations on tensors of the same shapes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from torch import nn
 
 from lamella.config import AttentionConfig, LayerConfig
 from lamella.config.placement import every_mixer
-from lamella.layers.attention import Attention, AttentionForm
+from lamella.layers.attention import Attention
+from lamella.layers.compiled.attention import AttentionForm, take_form
 from lamella.layers.decoder import DecoderLayer, LanguageModel
 from lamella.layers.supernet.stochastic import Stochastic
 
 
 def mixer_kinds(model: LanguageModel) -> dict[nn.Module, Hashable]:
-    """The kind of the first block with each mixer of the model.
+    """Return the kind of the attention part with each mixer of the model.
 
     Attention layers that differ in what they do by positions, and in what they see, are made one kind where there is a
-    form for all of them (`Attention.take`), which changes none of their results.
+    form for all of them (`take_form`), which changes none of their results.
     """
     kinds: dict[nn.Module, Hashable] = {}
     similar: dict[Hashable, list[Attention]] = {}
@@ -31,19 +32,19 @@ def mixer_kinds(model: LanguageModel) -> dict[nn.Module, Hashable]:
             else:
                 kinds[mixer] = around, own
     for kind, alike in similar.items():
-        forms = _covering(AttentionForm.of(attention.config) for attention in alike)
+        forms = _covering(AttentionForm.from_config(attention.config) for attention in alike)
         for attention in alike:
-            own_form = AttentionForm.of(attention.config)
+            own_form = AttentionForm.from_config(attention.config)
             index = next(index for index, (form, _) in enumerate(forms) if form.covers(own_form))
             form, several = forms[index]
             if several:
-                attention.take(form)
+                take_form(attention, form)
             kinds[attention] = kind, index
     return kinds
 
 
 def feed_forward_kinds(model: LanguageModel) -> dict[nn.Module, Hashable]:
-    """The kind of the second block of each layer."""
+    """Return the kind of each layer's feed-forward part."""
     return {layer: (config.norm, config.feed_forward_canon, config.feed_forward) for layer, config in _layers(model)}
 
 
@@ -54,17 +55,17 @@ def _layers(model: LanguageModel) -> Iterator[tuple[DecoderLayer, LayerConfig]]:
 
 
 def _without_positions(config: AttentionConfig) -> AttentionConfig:
-    """What is left of an attention layer beside its form, and what only attention itself has to know."""
+    """Return a layer's config without its form, and without what only attention itself has to know."""
     qk_norm = config.qk_norm if config.qk_norm_weight else None
     return replace(config, qk_norm=qk_norm, rope=None, temperature=None, window=None, chunk=None, scale=1.0)
 
 
 def _covering(forms: Iterable[AttentionForm]) -> list[tuple[AttentionForm, bool]]:
-    """Few forms, one of which covers each of these, and whether it stands for several."""
+    """Return few forms, one of which covers each of these, each with whether it stands for several."""
     found: list[tuple[AttentionForm, bool]] = []
     for form in dict.fromkeys(forms):
         for index, (other, _) in enumerate(found):
-            if (both := form.joined(other)) is not None:
+            if (both := form.join(other)) is not None:
                 found[index] = both, True
                 break
         else:

@@ -1,0 +1,100 @@
+"""Calling the C++ kernels through ctypes.
+
+`SIGNATURES` is the Python side of every kernel's signature; a test compares it with the C++ templates.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lamella.ops.native.build import build
+
+logger = logging.getLogger("lamella")
+
+_P, _I, _F, _B, _N = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_bool, ctypes.c_int
+
+SIGNATURES: dict[str, list[type]] = {
+    "decode_attention": [_P, _I, _P, _P, _P, _I, _P, _P, _I, _I, _I, _I, _I, _F, _I, _I, _N],
+    "short_conv": [_P, _I, _P, _I, _I, _P, _P, _I, _I, _P, _P, _P, _P, _I, _I, _I, _B, _B, _N],
+    "add_rms_norm": [_P, _I, _I, _P, _I, _P, _F, _P, _P, _I, _I, _I, _N],
+    "silu_mul": [_P, _I, _P, _I, _I, _N],
+    "linear": [_P, _I, _P, _P, _P, _I, _I, _I, _N],
+    "wide_linear": [_P, _I, _P, _P, _P, _I, _I, _I, _N],
+    "rotary": [_P, _I, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _B, _N],
+    "write_kv": [_P, _I, _P, _I, _P, _P, _P, _I, _I, _N],
+    "delta_rule": [*[_P, _I] * 5, _P, _P, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _B, _N],
+    "selective_scan": [*[_P, _I] * 5, _P, _P, _P, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _N],
+}
+"""Argument types of each kernel, by its name in the C++."""
+
+_DTYPES = (torch.float32, torch.bfloat16)  # in the order in which the library exports a kernel
+
+kernels: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
+"""The kernels by name and dtype, once `available` has returned True."""
+
+_has_tiles = False
+
+
+@functools.cache
+def available() -> bool:
+    """Return whether the kernels can be called. The first call builds and loads the library."""
+    return why_unavailable() is None
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """Return why the kernels cannot be called, and log it once; None if they can.
+
+    `LAMELLA_NATIVE=0` switches them off; see also `build`.
+    """
+    if os.environ.get("LAMELLA_NATIVE") == "0":
+        logger.info("native CPU kernels are off (LAMELLA_NATIVE=0): using the portable torch path")
+        return "LAMELLA_NATIVE=0"
+    try:
+        library = load(build())
+        for name, types in SIGNATURES.items():
+            prototype = ctypes.CFUNCTYPE(None, *types)
+            exported = (ctypes.c_void_p * len(_DTYPES)).in_dll(library, f"lamella_{name}")
+            for dtype, address in zip(_DTYPES, exported, strict=True):
+                assert address is not None
+                kernels[name, dtype] = prototype(address)
+        global _has_tiles
+        _has_tiles = bool(library.lamella_has_tiles())
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        output = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
+        reason = next((line for line in output.splitlines() if "error" in line), str(error))
+        logger.warning("native CPU kernels are off (%s): using the portable torch path", reason)
+        return reason
+    return None
+
+
+def has_tiles() -> bool:
+    """Return whether bf16 products run on AMX."""
+    return _has_tiles
+
+
+def load(library: Path) -> ctypes.CDLL:
+    """Load the library against torch's own OpenMP runtime.
+
+    torch's wheel brings a private copy under a name of its choice. A second runtime in the process would mean a second
+    pool of spinning threads, so the library names none, and finds its symbols in the copy that is mapped already.
+    """
+    mapped = re.findall(r"\s(/.*/lib(?:gomp|iomp5|omp)\b[^/\n]*\.so[^/\n]*)$", _maps(), re.MULTILINE)
+    ctypes.CDLL(mapped[0] if mapped else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(library))
+
+
+def _maps() -> str:
+    try:
+        return Path("/proc/self/maps").read_text()
+    except OSError:
+        return ""
