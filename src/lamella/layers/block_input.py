@@ -56,7 +56,8 @@ class BlockInput:
 
     def fuses(self, linear: nn.Module, canon: Canon | None = None) -> bool:
         """Whether `project` is one kernel."""
-        if not isinstance(linear, Linear) or not fuses(self._source, linear.weight):
+        weight = linear.dense_weight if isinstance(linear, Linear) else None
+        if weight is None or not fuses(self._source, weight):
             return False
         if self._norms_within and not (isinstance(self._norm, RMSNorm) and not self._norm.round_twice):
             return False
