@@ -63,7 +63,7 @@ class LinearMethod(Protocol):
         """
         ...
 
-    def apply(self, linear: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    def apply(self, linear: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return `x W^T + b`.
 
         Args:
@@ -89,9 +89,8 @@ class DenseMethod:
         """See `LinearMethod.load`; converts the dtype."""
         place.copy_(tensors.load(name, splits))
 
-    def apply(self, linear: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+    def apply(self, linear: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
         """See `LinearMethod.apply`."""
-        assert isinstance(linear.weight, Tensor)
         return dense_linear(x, linear.weight, bias)
 
 
