@@ -447,15 +447,17 @@ def mixed_engine(run: str, sizes: Sizes, args: argparse.Namespace, folder: Path)
 def mixed_floors(llm: Any, both: Sequence[list[str]], sizes: Sizes) -> Values:
     """Of a step of all requests, in ms, under each placement, and with half of the requests under each."""
     from lamella.bench.card import CostCard, measure_bandwidth
+    from lamella.config import read_placement
+    from lamella.layers.supernet.placing import activate, active_placement, idle_parameters
 
     model, bandwidth = llm.engine.model, measure_bandwidth(llm.engine.device)
-    before, context = model.placement, sizes.prompt + sizes.decode // 2
+    before, context = active_placement(model), sizes.prompt + sizes.decode // 2
     cards, idle = [], []
     for placement in both:
-        model.set_placement(placement)
+        activate(model, read_placement(placement, model.config))
         cards.append(CostCard.of(model, bandwidth))
-        idle.append({parameter: parameter.nbytes for parameter in model.idle_parameters()})
-    model.activate(before)
+        idle.append({parameter: parameter.nbytes for parameter in idle_parameters(model)})
+    activate(model, before)
     alone = [card.floor_seconds(sizes.most, context) for card in cards]
     more = sum(nbytes for parameter, nbytes in idle[0].items() if parameter not in idle[1])
     state = sum(card.decode_bytes(sizes.most, context) - card.step_bytes for card in cards) / 2

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers import VOCAB, poisoned_llm, random_prompts
 from lamella import LLM, SamplingParams
-from lamella.engine import graphs
+from lamella.engine.steps import graphs
 
 A, B, C = "all-gdn", "mamba,attention,kda", "swa,attention,sliding_window"
 

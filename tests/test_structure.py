@@ -158,11 +158,11 @@ PUBLIC = {
     "lamella.parity": "ParityOptions assert_parity bisect check compare paths score",
 }
 LLM_OPTIONS = """
-    model tokenizer revision tokenizer_revision skip_tokenizer_init dtype device max_model_len max_num_seqs
-    max_num_batched_tokens enable_prefix_caching tensor_parallel_size enable_expert_parallel enforce_eager
-    enable_compile round_norms_twice seed load_format block_size num_blocks gpu_memory_utilization max_logprobs
-    snapshot_bytes snapshot_interval snapshot_prompts hf_overrides limit_mm_per_prompt placement mixed_placements
-    deterministic
+    model tokenizer revision tokenizer_revision skip_tokenizer_init dtype load_format hf_overrides generation_config
+    override_generation_config limit_mm_per_prompt seed max_model_len max_num_seqs max_num_batched_tokens max_logprobs
+    gpu_memory_utilization block_size num_blocks enable_prefix_caching snapshot_bytes snapshot_interval
+    snapshot_prompts device enforce_eager enable_compile round_norms_twice deterministic tensor_parallel_size
+    enable_expert_parallel placement mixed_placements
 """
 
 
@@ -192,3 +192,33 @@ def test_defaults_of_llm_are_those_of_the_engine():
 def test_former_import_paths_lead_to_the_same_classes(old):
     module, name = old.split(".")
     assert getattr(import_module(f"lamella.engine.{module}"), name) is getattr(lamella, name)
+
+
+SPINE = [
+    "engine.scheduler",
+    "engine.engine",
+    "engine.steps.runner",
+    "engine.steps.step_inputs",
+    "layers.decoder",
+]
+FEATURES = (
+    r"placement|image|adapter|lora|grammar|stochastic|supernet|\bvision|torch\.compile|enable_compile|CompiledModel"
+)
+
+
+@pytest.mark.parametrize("module", SPINE)
+def test_the_spine_names_no_feature(module):
+    lines = MODULES[f"lamella.{module}"].read_text().splitlines()
+    assert [line for line in lines if re.search(FEATURES, line, re.IGNORECASE)] == []
+
+
+LONGEST = 500  # lines of a source file
+LONG_FILES = {  # kernels, which are one piece
+    "ops/short_conv/triton.py",
+}
+
+
+def test_no_source_file_is_too_long():
+    lengths = {str(path.relative_to(SOURCE)): path.read_text().count("\n") for path in MODULES.values()}
+    assert {name for name, length in lengths.items() if length > LONGEST} == LONG_FILES
+    assert lengths["engine/engine.py"] <= 300

@@ -290,7 +290,7 @@ def test_a_tokenizers_panic_ends_its_own_request(folder, expected):
             raise Panic("decoder")
 
     async def scenario(llm):
-        llm.engine.tokenizer = tokenizer = object.__new__(Tokenizer)
+        llm.engine.admission.tokenizer = tokenizer = object.__new__(Tokenizer)
         tokenizer._tokenizer, tokenizer.vocab_size, tokenizer.special_ids = Library(), 128, frozenset()
         plain = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
         good = asyncio.create_task(collect(llm, PROMPTS[0], plain))

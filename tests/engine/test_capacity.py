@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lamella.engine.capacity import Capacity
+from lamella.engine.memory import Capacity
 from lamella.engine.options import EngineOptions
 from lamella.errors import ConfigError
 from lamella.state.memory import StateCost

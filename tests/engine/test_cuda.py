@@ -13,7 +13,7 @@ from helpers import canon_checkpoint, hf_checkpoint, random_prompts
 from image_models import expected as expected_of_images
 from image_models import image, image_checkpoint, image_prompt
 from lamella import LLM, SamplingParams
-from lamella.engine import runner
+from lamella.engine.steps import runner
 from lamella.errors import KernelError
 from lamella.ops.self_check import self_check
 from models.test_llama4 import SHAPE as LLAMA4

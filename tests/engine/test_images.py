@@ -169,7 +169,7 @@ def test_other_images_are_other_answers(checkpoint):
 
 def test_the_tower_runs_once_for_each_image_and_its_rows_go_with_the_last_request(checkpoint, monkeypatch):
     llm = load(checkpoint, max_num_batched_tokens=8)
-    reader, runs = llm.engine._images, []
+    reader, runs = llm.engine.admission._images, []
     rows = reader.model.rows
     monkeypatch.setattr(reader.model, "rows", lambda tiles: (runs.append(len(tiles)), rows(tiles))[1])
     ours, other = image("2 x 2", 1), image("one tile", 2)
@@ -280,7 +280,7 @@ def test_as_many_images_as_the_limit_allows_are_read(checkpoint, limited):
 
 
 def test_room_is_kept_for_the_image_of_most_tiles(checkpoint):
-    model = load(checkpoint).engine._images.model
+    model = load(checkpoint).engine.admission._images.model
     side, most = model.tiling.tile, model.tiling.max_tiles
     tiles, _ = model.cut(torch.zeros((3, side, most * side), dtype=torch.uint8))
     assert most > 1 and tiles.shape == model.largest

@@ -252,7 +252,7 @@ def test_generation_config_adds_ends_of_text(folder, tmp_path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 9]}))
-    assert LLM(tmp_path, device="cpu").engine.eos_token_ids == (3, 4, 9)
+    assert LLM(tmp_path, device="cpu").engine.admission.eos_token_ids == (3, 4, 9)
 
 
 def test_dummy_weights_need_only_a_config(folder, tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from apriel2_models import ATTENTION, MIXERS, SUPERNET, checkpoint, fixed, pattern
 from helpers import random_prompts
 from lamella import LLM
-from lamella.engine import graphs, runner
+from lamella.engine.steps import graphs, runner
 from lamella.layers.context import ForwardBatch, PageView
 from lamella.layers.supernet.batches import CutPlacements, SelectedPart, SelectedPlacements, unite
 from lamella.ops.backend import portable_only

@@ -20,6 +20,7 @@ from lamella.config import describe_placement, placed, read_placement
 from lamella.config.hf_config import HFConfig
 from lamella.errors import ConfigError, ParameterError
 from lamella.layers.holders import PagedAttention
+from lamella.layers.supernet.placing import active_holders
 from lamella.models import Apriel2ForCausalLM
 
 PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=VOCAB)
@@ -74,7 +75,7 @@ def test_layers_compute_in_the_memory_of_the_placement_in_force(supernet):
     for placement in (C, B, C, A, B):
         llm.set_placement(placement)
         bound = []
-        for holder in llm.engine.model.active_holders(llm.placement):
+        for holder in active_holders(llm.engine.model, llm.placement):
             bound += [holder.k_cache, holder.v_cache] if isinstance(holder, PagedAttention) else holder.rows
         own = llm.engine.memory.tensors
         assert [(x.data_ptr(), x.shape) for x in bound] == [(x.data_ptr(), x.shape) for x in own]

@@ -269,7 +269,7 @@ def test_bad_settings_are_one_line(canon):
     with pytest.raises(ConfigError, match="snapshot_prompts='sometimes': must be always, never or busy"):
         LLM(canon, device="cpu", snapshot_prompts="sometimes")
     for value in (-1, True, "1G"):
-        with pytest.raises(ConfigError, match=r"snapshot_bytes=.*: must be a whole number of bytes"):
+        with pytest.raises(ConfigError, match=r"snapshot_bytes=.*: must be a whole number of at least 0"):
             LLM(canon, device="cpu", snapshot_bytes=value)
 
 

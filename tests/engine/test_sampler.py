@@ -5,8 +5,8 @@ from unittest import mock
 import pytest
 import torch
 
-from lamella.engine import sampler
 from lamella.engine.requests.sampling_params import SamplingParams
+from lamella.engine.steps import sampler
 from lamella.engine.steps.sampler import SamplingRow, edit, prompt_logprobs, sample, uniform
 from lamella.ops.sampling import NO_TOKEN
 

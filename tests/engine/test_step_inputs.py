@@ -9,6 +9,7 @@ import torch
 from lamella.engine.requests.request import Request
 from lamella.engine.requests.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduled
+from lamella.engine.steps.features import StepFeature, StepFeatures
 from lamella.engine.steps.step_inputs import Layout, StepInputs
 from lamella.ops.attention.paged import AttentionSpace
 from lamella.state.manager import StateManager
@@ -31,28 +32,46 @@ def request_of(state, name, length, computed=0, **params):
     return request
 
 
-def filled(state, shares, pads, latest=None, mixers=(), tables=0, listed=0):
+class PromptLengths(StepFeature):
+    """A feature with an array of its own: the length of each request's prompt plus the step's form."""
+
+    def form(self, chunks, replay):
+        return 100
+
+    def fields(self, form, requests):
+        return {"lengths": (np.int32, (requests,))}
+
+    def fill(self, form, arrays, chunks):
+        arrays["lengths"][:] = 0
+        arrays["lengths"][: len(chunks)] = [form + len(chunk.request.prompt_token_ids) for chunk in chunks]
+
+    def context(self, form, tensors, chunks):
+        return {"given": tensors["lengths"]}
+
+
+def filled(state, shares, pads, latest=None, features=(), listed=0):
     """A block that held something else before."""
-    inputs = StepInputs(state, 64, torch.device("cpu"), None)
-    tokens = sum(share.count for share in shares) + pads
-    layout = Layout(len(shares) + pads, tokens, len(GROUPS), pages=6, tables=tables, listed=listed)
+    features = StepFeatures(features)
+    inputs, forms = StepInputs(state, 64, torch.device("cpu"), None, features), features.forms(shares, replay=False)
+    tokens, rows = sum(share.count for share in shares) + pads, len(shares) + pads
+    layout = Layout(rows, tokens, len(GROUPS), pages=6, extra=inputs.extra(forms, rows), listed=listed)
     block = np.full(layout.spans()[1], 0x7B, np.uint8)
     arrays = layout.arrays(block)
-    inputs.fill(arrays, shares, latest or {}, mixers)
+    inputs.fill(arrays, shares, latest or {}, forms)
     return arrays
 
 
 def test_padding_rows_are_requests_of_one_token_on_the_dummies(state):
     first, second = (request_of(state, name, length, length - 1) for name, length in (("a", 5), ("b", 9)))
     shares = [Scheduled.of(first, 4, 1), Scheduled.of(second, 8, 1)]
-    arrays = filled(state, shares, pads=2, mixers=[(1,), (2,)], tables=1)
+    arrays = filled(state, shares, pads=2, features=[PromptLengths()])
     assert arrays["slots"].tolist() == [state.holdings[first].slot, state.holdings[second].slot, 0, 0]
     assert arrays["positions"].tolist() == [4, 8, 0, 0]
     assert arrays["seq_lens"].tolist() == [5, 9, 1, 1]
     assert arrays["token_request"].tolist() == [0, 1, 2, 3]
     assert arrays["query_start_loc"].tolist() == [0, 1, 2, 3, 4]
     assert arrays["input_ids"].tolist() == [54, 98, 0, 0]
-    assert arrays["mixers"].tolist() == [[1, 2, 0, 0]]
+    assert arrays["lengths"].tolist() == [105, 109, 0, 0]
     assert arrays["page_table"][:, 2:, 0].tolist() == [[0, 0], [0, 0]]
     assert arrays["new_rows"][:, 2:].tolist() == [[0, 0], [0, 0]]
     for name in ("seed", "step", "top_k", "temperature", "top_p", "min_p"):
@@ -124,3 +143,11 @@ def test_padding_is_counted_as_decodes(state, pads):
     assert step.batch.ragged.num_decodes == step.batch.ragged.num_requests == 1 + pads
     assert step.batch.ragged.context_lens == (5, *[1] * pads)
     assert step.input_ids.shape == (1 + pads,)
+
+
+def test_a_features_arrays_reach_the_batch(state):
+    features = StepFeatures([StepFeature(), PromptLengths()])
+    chunks = [Scheduled.of(request_of(state, "a", 5, 4), 4, 1), Scheduled.of(request_of(state, "b", 9, 2), 2, 3)]
+    forms = features.forms(chunks, replay=False)
+    step = StepInputs(state, 64, torch.device("cpu"), None, features).build(chunks, {}, forms=forms)
+    assert forms == (None, 100) and step.batch.given.tolist() == [105, 109]

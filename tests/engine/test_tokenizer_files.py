@@ -164,7 +164,7 @@ def test_another_folders_tokenizer_is_used(model, tmp_path):
     other = write_tokenizer(tmp_path / "other", "<a>", "<b>", tokenizer_config={"eos_token": "<b>"})
     llm = LLM(model, tokenizer=str(other), num_blocks=8)
     assert llm.get_tokenizer().name_or_path == str(other) and llm.get_tokenizer().eos_token_id == 257
-    assert llm.engine.eos_token_ids == (256, 258, 257)
+    assert llm.engine.admission.eos_token_ids == (256, 258, 257)
     with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
         LLM(model, tokenizer=str(tmp_path), num_blocks=8)
     with pytest.raises(CheckpointError, match="no such folder"):

@@ -15,8 +15,8 @@ from transformers import LlamaConfig
 
 from helpers import hf_checkpoint
 from lamella import LLM, AsyncLLM, SamplingParams
-from lamella.engine import sampler
 from lamella.engine.options import EngineOptions
+from lamella.engine.steps import sampler
 from lamella.engine.steps.sampler import SamplingRow
 from lamella.errors import ConfigError, ParameterError
 from lamella.models import LlamaForCausalLM
@@ -115,10 +115,10 @@ class TestEngineArguments:
             LLM(folder, gpu_memory_utilization=value)
 
     def test_a_share_of_memory_that_is_in_use_already(self, folder, monkeypatch):
-        from lamella.engine import capacity
+        from lamella.engine import memory
 
-        monkeypatch.setattr(capacity, "_total_memory", lambda device: 100 << 20)
-        monkeypatch.setattr(capacity, "_free_memory", lambda device: 50 << 20)
+        monkeypatch.setattr(memory, "_total_memory", lambda device: 100 << 20)
+        monkeypatch.setattr(memory, "_free_memory", lambda device: 50 << 20)
         with pytest.raises(ConfigError, match=r"0\.50 of the memory of cpu is in use already: raise it"):
             LLM(folder, gpu_memory_utilization=0.4)
         one = LLM(folder, gpu_memory_utilization=0.52, max_num_seqs=256).stats()["state_bytes"]
@@ -262,7 +262,7 @@ class TestConstructedModels:
         expected = generate(LLM(folder, num_blocks=8), [5, 6, 7]).outputs[0].token_ids
         llm = LLM(model=module, num_blocks=8, tokenizer=str(folder))
         assert generate(llm, [5, 6, 7]).outputs[0].token_ids == expected
-        assert llm.engine.model is module and llm.engine.eos_token_ids == (256,)
+        assert llm.engine.model is module and llm.engine.admission.eos_token_ids == (256,)
         assert generate(llm, "hi").outputs[0].text
 
     def test_its_dtype_is_kept_or_changed_as_asked(self, folder):

@@ -20,7 +20,7 @@ import torch
 from covering import mostly_slow
 from helpers import canon_checkpoint, hf_checkpoint, random_prompts
 from lamella import LLM, AsyncLLM, SamplingParams
-from lamella.engine.engine import Engine
+from lamella.engine.loading import load_engine
 from lamella.engine.options import EngineOptions
 from lamella.errors import CheckpointError, ConfigError, ParameterError, WorkerError
 
@@ -311,9 +311,9 @@ def test_a_worker_that_cannot_load_says_why(canon_folder, tmp_path, monkeypatch)
         LLM(broken, device="cpu", tensor_parallel_size=2)
 
     model = LLM(canon_folder, device="cpu", num_blocks=8).engine.model
-    monkeypatch.setattr("lamella.engine.engine.load_part", lambda *_: model)
+    monkeypatch.setattr("lamella.engine.loading.load_shard", lambda *_: model)
     with pytest.raises(WorkerError, match=r"^tensor-parallel rank 1 ended with exit code 1: CheckpointError: .*read"):
-        Engine.load(EngineOptions(model=broken, tensor_parallel_size=2, **OPTIONS))
+        load_engine(EngineOptions(model=broken, tensor_parallel_size=2, **OPTIONS))
 
 
 def test_a_request_that_cannot_be_told_to_other_ranks_harms_nobody(pair):

@@ -11,8 +11,9 @@ from helpers import canon_checkpoint, hf_checkpoint
 from lamella.errors import ParameterError
 from lamella.layers.context import require_batch
 from lamella.parity import paths
+from lamella.parity.catalogue import catalogue
 from lamella.parity.forcing import ForcedEngine
-from lamella.parity.path_matrix import Laboratory, NotExercised, catalogue
+from lamella.parity.laboratory import Laboratory, NotExercised
 from lamella.parity.subject import Subject
 from models.test_llama4 import CONFIGS as LLAMA4
 from parity.test_bisection import SHAPE, change_history, forgot_the_history, layer, load

@@ -10,6 +10,7 @@ import torch
 
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.moe import Experts
+from lamella.layers.supernet.placing import active_holders, idle_parameters
 from lamella.state.memory import StateCost
 
 _PROBE_BYTES = {"cpu": 1 << 29, "cuda": 1 << 32}  # well beyond any cache's share of one process
@@ -52,8 +53,8 @@ class CostCard:
             step_bytes=weight_bytes
             - looked_up
             - sum(nbytes for nbytes, _, _ in experts)
-            - sum(p.nbytes for p in model.idle_parameters()),
-            state=StateCost.of(model.active_holders()),
+            - sum(p.nbytes for p in idle_parameters(model)),
+            state=StateCost.of(active_holders(model)),
             bandwidth=bandwidth,
             experts=tuple(experts),
         )

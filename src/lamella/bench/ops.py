@@ -19,6 +19,7 @@ from lamella.layers.holders import PagedAttention
 from lamella.layers.linear import Head, Linear
 from lamella.layers.norm import RMSNorm
 from lamella.layers.recurrent import RecurrentMixer
+from lamella.layers.supernet.placing import idle_mixers
 from lamella.ops.attention import reference as attention_reference
 from lamella.ops.backend import portable_only
 from lamella.ops.linear import reference as linear_reference
@@ -86,7 +87,7 @@ def _cases(llm: LLM, rows: int, context: int) -> Iterator[_Case]:
     batch = _decode_batch(llm, rows, context)
     dtype = _dtype(llm)
     modules: dict[str, list[Any]] = defaultdict(list)
-    aside = {module for mixer in model.idle_mixers() for module in mixer.modules()}
+    aside = {module for mixer in idle_mixers(model) for module in mixer.modules()}
     # What is computed within a recurrence is a part of that.
     aside |= {part for module in model.modules() if isinstance(module, RecurrentMixer) for part in _norms(module)}
     for path, module in model.named_modules():

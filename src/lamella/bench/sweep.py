@@ -12,6 +12,7 @@ from torch import Tensor
 from lamella.bench.workloads import Timing, Workload, measure
 from lamella.config import ModelConfig, Placement, main_placement, mixer_names, read_placement
 from lamella.errors import ConfigError
+from lamella.layers.supernet.placing import activate
 from lamella.parity import score
 from lamella.parity.scores import Scores
 from lamella.serve.llm import LLM
@@ -73,7 +74,7 @@ def sweep(
     for each in written:
         placements.setdefault(read_placement(each, config), each)
     for placement in placements:
-        llm.engine.check_placement(placement)
+        llm.engine.variants.check(placement)
     truth = _scores(llm, model, main_placement(config), inputs)
     for placement, name in placements.items():
         found = _scores(llm, model, placement, inputs)
@@ -109,12 +110,12 @@ def front(swept: Sequence[Swept]) -> list[bool]:
 def _scores(llm: LLM, model: str, placement: Placement, inputs: dict[str, Any]) -> list[Scores]:
     """Log-probabilities of the text, by an engine of its own over the same weights."""
     loaded = llm.engine.model
-    loaded.activate(placement)
+    activate(loaded, placement)
     try:
         options = {"enforce_eager": True}  # graphs of an engine that lives this long would not pay
         return score(model, candidate=loaded, placement=placement, engine_options=options, **inputs)[1]
     finally:
-        loaded.activate(llm.placement)
+        activate(loaded, llm.placement)
         llm.engine.memory.bind()  # the other engine had its own state bound
 
 

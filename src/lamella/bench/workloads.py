@@ -28,7 +28,7 @@ class Workload:
 
     def prompts(self, engine: Engine) -> list[dict[str, list[int]]]:
         """Any tokens but those of images."""
-        rng, images = random.Random(self.seed), engine.image_token_ids
+        rng, images = random.Random(self.seed), engine.admission.reserved_token_ids
         tokens = [token for token in range(engine.model.config.vocab_size) if token not in images]
         return [{"prompt_token_ids": [rng.choice(tokens) for _ in range(self.input_len)]} for _ in range(self.requests)]
 

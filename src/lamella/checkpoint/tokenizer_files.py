@@ -201,16 +201,35 @@ def _converted(folder: Path) -> LoadedTokenizer | None:
     return LoadedTokenizer(own, special, extra, folder)
 
 
-def chat_template_of(folder: Path) -> str | None:
-    """Return the chat template of a folder, None where there is none; of several, the default."""
-    file = folder / "chat_template.jinja"
-    if is_present(file):
-        return file.read_text(encoding="utf-8")
+def chat_templates_of(folder: Path) -> str | dict[str, str] | None:
+    """Return the chat template of a folder, several by name, or None if there is none.
+
+    As transformers does, `chat_template.jinja` with `additional_chat_templates/NAME.jinja` comes before
+    `chat_template.json`, and that before `tokenizer_config.json`.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    file, more = folder / "chat_template.jinja", sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    if is_present(file) or more:
+        named = {each.stem: _read_text(each) for each in more}
+        if is_present(file):
+            named["default"] = _read_text(file)
+        return named["default"] if set(named) == {"default"} else named
     for name in ("chat_template.json", "tokenizer_config.json"):
         template = _optional(folder / name).get("chat_template")
         if isinstance(template, list):
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
-            template = named.get("default")
+            pairs = [(entry.get("name"), entry.get("template")) for entry in template if isinstance(entry, Mapping)]
+            named = {key: text for key, text in pairs if isinstance(key, str) and isinstance(text, str)}
+            if named:
+                return named
         if isinstance(template, str):
             return template
     return None
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error}): download it again") from error

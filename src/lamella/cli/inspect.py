@@ -36,10 +36,12 @@ from lamella.config import (
     PlacementLike,
     RopeConfig,
     StochasticConfig,
+    read_placement,
 )
 from lamella.errors import ParameterError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.local_kit import LocalKit
+from lamella.layers.supernet.placing import activate
 
 BATCHES = (1, 16, 64)
 
@@ -102,7 +104,7 @@ def cost_card(
     """The card of a checkpoint's model, from its config alone; of a supernet, under a placement."""
     kit = LocalKit(resolve_dtype(checkpoint, dtype), "meta")
     model: LanguageModel = checkpoint.allocate(checkpoint.read_config(), kit)
-    model.set_placement(placement)
+    activate(model, read_placement(placement, model.config))
     return CostCard.of(model, bandwidth)
 
 

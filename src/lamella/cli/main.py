@@ -6,12 +6,13 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
 import lamella
 from lamella.cli.limits import check_numbers
+from lamella.engine.options import declared_options
 from lamella.errors import LamellaError
 
 
@@ -52,6 +53,28 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--stop", action="append", help="a string that ends the text; may be given several times")
     _engine(generate)
     _json(generate)
+
+    chat = _command(
+        commands,
+        "chat",
+        "talk to a model in the terminal",
+        "Talk to a model in the terminal, by its chat template and its default sampling parameters. Messages come from "
+        "the terminal, or one a line from standard input. In the chat, /help lists the commands.",
+    )
+    _model(chat)
+    chat.add_argument("--system", metavar="TEXT", help="system prompt")
+    chat.add_argument("--max-tokens", type=int, help="most tokens of an answer; default: as many as fit")
+    for name, kind in (("temperature", float), ("top-p", float), ("top-k", int), ("min-p", float)):
+        chat.add_argument(f"--{name}", type=kind, help="default: the model's")
+    chat.add_argument("--sampling-seed", dest="sampling_seed", type=int, help="seed of the answers' draws")
+    chat.add_argument(
+        "--chat-template-kwargs",
+        type=_json_object,
+        metavar="JSON",
+        help='more names for the template, such as {"enable_thinking": false}',
+    )
+    _engine(chat)
+    _json(chat)
 
     inspect = _command(
         commands,
@@ -194,35 +217,26 @@ def _overrides(command: argparse.ArgumentParser) -> None:
     )
 
 
+_KINDS: dict[str | None, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "json": _json_object}
+
+
 def _engine(command: argparse.ArgumentParser) -> None:
-    """Settings of the engine, named as in `LLM`; only those that are given are passed on."""
-    group = command.add_argument_group("engine")
-    for name, kind in (
-        ("dtype", str),
-        ("device", str),
-        ("load-format", str),
-        ("max-model-len", int),
-        ("max-num-seqs", int),
-        ("max-num-batched-tokens", int),
-        ("tensor-parallel-size", int),
-        ("block-size", int),
-        ("num-blocks", int),
-        ("snapshot-bytes", int),
-        ("snapshot-interval", int),
-        ("snapshot-prompts", str),
-        ("seed", int),
-        ("placement", str),
-        ("hf-overrides", _json_object),
-        ("tokenizer", str),
-        ("revision", str),
-        ("gpu-memory-utilization", float),
-        ("limit-mm-per-prompt", _json_object),
-    ):
-        group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
-    flag = argparse.BooleanOptionalAction
-    group.add_argument("--enable-prefix-caching", action=flag, default=argparse.SUPPRESS)
-    group.add_argument("--enable-expert-parallel", action=flag, default=argparse.SUPPRESS)
-    group.add_argument("--enforce-eager", action=flag, default=argparse.SUPPRESS)
-    group.add_argument("--round-norms-twice", action=flag, default=argparse.SUPPRESS)
-    group.add_argument("--enable-compile", action=flag, default=argparse.SUPPRESS)
-    group.set_defaults(engine_options=[action.dest for action in group._group_actions])
+    """Add the options of the engine; only those that are given are passed on."""
+    names = []
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name, option in declared_options().items():
+        if not option.is_argument:
+            continue
+        group = groups.setdefault(option.group, command.add_argument_group(f"engine: {option.group.lower()}"))
+        settings: dict[str, Any] = {
+            "default": argparse.SUPPRESS,
+            "help": option.help.replace("`", "").replace("%", "%%"),
+        }
+        if option.kind == "flag":
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            settings["type"] = _KINDS[option.kind]
+            settings["metavar"] = "JSON" if option.kind == "json" else None
+        group.add_argument(f"--{name.replace('_', '-')}", **settings)
+        names.append(name)
+    command.set_defaults(engine_options=names)

@@ -1,22 +1,42 @@
-"""Loading the parts of an engine: a rank's part of the model, and what reads images."""
+"""Make an engine: load its parts, plan its memory, attach its features."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pkgutil import resolve_name
+from typing import Any
 
 import torch
 
-from lamella.checkpoint import load_model
+from lamella.checkpoint import load_model, open_checkpoint
 from lamella.checkpoint.files import Checkpoint
-from lamella.checkpoint.loader import resolve_dtype
-from lamella.config import MoEConfig
+from lamella.checkpoint.loader import named_dtype, resolve_dtype
+from lamella.config import MoEConfig, Placement, read_placement
+from lamella.config.placement import covering_placements
+from lamella.engine.engine import Engine
+from lamella.engine.images.embeddings import ImageEmbeddings
+from lamella.engine.images.reader import ImageReader
+from lamella.engine.memory import measure_steps, memory_budget, run_largest_step, warn_if_no_prefix_can_hit
 from lamella.engine.options import EngineOptions
-from lamella.engine.requests.tokenizer import Tokenizer
+from lamella.engine.placements.pools import PoolSet
+from lamella.engine.placements.step import PlacementStep
+from lamella.engine.placements.switching import Placements
+from lamella.engine.ranks.workers import WorkerProcesses, Workers
+from lamella.engine.requests.admission import Admission
+from lamella.engine.requests.defaults import read_defaults
+from lamella.engine.requests.jobs import Jobs
+from lamella.engine.requests.tokenizer import Tokenizer, load_tokenizer
+from lamella.engine.scheduler import Scheduler
+from lamella.engine.steps.features import StepFeature, StepFeatures
+from lamella.engine.steps.runner import ModelRunner
 from lamella.errors import ConfigError
+from lamella.layers.compiled.model import CompiledModel
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.local_kit import LocalKit
 from lamella.layers.norm import RMSNorm
+from lamella.layers.supernet.placing import activate, active_placement, has_choice
 from lamella.parallel.group import Group
 from lamella.parallel.sharding import Share
 from lamella.vision.image_model import ImageModel
@@ -24,8 +44,137 @@ from lamella.vision.image_model import ImageModel
 logger = logging.getLogger("lamella")
 
 
+def load_engine(options: EngineOptions, features: Sequence[StepFeature] = ()) -> Engine:
+    """Make the engine of a checkpoint, or of a model that the caller constructed.
+
+    Args:
+        options: of the engine.
+        features: more features of steps, see docs/adding_an_engine_feature.md; with one rank only.
+
+    Raises:
+        ConfigError: an option or the checkpoint's config is not supported.
+        CheckpointError: the checkpoint's tensors do not fit.
+    """
+    device = options.resolve_device()
+    if isinstance(options.model, LanguageModel):
+        model, tokenizer, eos = prepare_module(options.model, options, device)
+        defaults = read_defaults(options, None)
+        return build_engine(model, options, device, tokenizer, eos, features=features, defaults=defaults)
+    if features and options.tensor_parallel_size > 1:
+        raise ConfigError("features: only with tensor_parallel_size=1: other ranks would not have them")
+    checkpoint = open_checkpoint(options.model, options.hf_overrides, options.revision)
+    defaults = read_defaults(options, checkpoint.path)
+    check_split(checkpoint, options)
+    workers = WorkerProcesses(options, device) if options.tensor_parallel_size > 1 else Workers()
+    with workers.guard():
+        tokenizer = load_tokenizer(options, checkpoint.path)
+        images = load_images(checkpoint, options, device, tokenizer)
+        model = load_shard(checkpoint, options, device, workers.group)
+        workers.connect(device)
+        eos = checkpoint.eos_token_ids(model.config, None if tokenizer is None else tokenizer.eos_token_id)
+        return build_engine(
+            model, options, device, tokenizer, eos, workers, images=images, features=features, defaults=defaults
+        )
+
+
+def build_engine(
+    model: LanguageModel,
+    options: EngineOptions,
+    device: torch.device,
+    tokenizer: Tokenizer | None = None,
+    eos_token_ids: tuple[int, ...] = (),
+    workers: Workers | None = None,
+    make_runner: Callable[..., ModelRunner] = ModelRunner,
+    images: ImageModel | None = None,
+    features: Sequence[StepFeature] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> Engine:
+    """Make an engine around a loaded model.
+
+    Args:
+        model: this rank's shard of it.
+        options: of the engine.
+        device: of the model.
+        tokenizer: of prompts and outputs; None without one.
+        eos_token_ids: tokens that end an answer.
+        workers: the other ranks, which make the same engine of their shards.
+        make_runner: called as `ModelRunner` is.
+        images: vision encoder, on rank 0; None accepts no images.
+        features: more features of steps.
+        defaults: fields of `SamplingParams` for requests that give none.
+    """
+    workers = workers or Workers()
+    max_model_len = options.resolve_length(model.config)
+    if options.placement is not None:
+        activate(model, read_placement(options.placement, model.config))
+    if options.mixed_placements and not has_choice(model):
+        raise ConfigError("mixed_placements=True: no layer of the model has a choice of mixers")
+    dtype = model.get_parameter("model.embed_tokens.weight").dtype
+    if options.round_norms_twice:
+        round_norms_twice(model, dtype)
+    embeddings = ImageEmbeddings(model.config.hidden_size, dtype, device, workers.group, images)
+    budget = _memory_budget(model, options, max_model_len, device, workers.group, embeddings)
+    pools = PoolSet(model, options, max_model_len, device, budget)
+    current = pools.find(active_placement(model))
+    pools.bind(current)
+    warn_if_no_prefix_can_hit(options, current.cost, current.plan, max_model_len)
+    scheduler = Scheduler(
+        current.state,
+        options.max_num_seqs,
+        options.max_num_batched_tokens,
+        options.snapshot_interval,
+        options.snapshot_prompts,
+    )
+    placements_of_step = PlacementStep(model)
+    own: list[StepFeature] = [placements_of_step, embeddings] if has_choice(model) else [embeddings]
+    forward = CompiledModel(model) if options.enable_compile else None
+    runner = make_runner(
+        model, current.state, device, max_model_len, options.max_num_seqs, StepFeatures([*own, *features]), forward
+    )
+    if options.enforce_eager and device.type != "cuda":
+        logger.info("enforce_eager: without effect, since there are no graphs on this device")
+    runner.warm_up(graphs=not options.enforce_eager)
+    workers.before_stop(runner.drop_graphs)
+    workers.follow(current.state)
+    jobs = Jobs()
+    variants = Placements(model, options, pools, current, placements_of_step, jobs, scheduler, runner, workers)
+    reader = None if images is None else ImageReader(images, options.max_images)
+    admission = Admission(
+        model.config.vocab_size, options, tokenizer, eos_token_ids, max_model_len, jobs, variants, reader, defaults
+    )
+    return Engine(model, options, device, admission, variants, scheduler, runner, workers)
+
+
+def _memory_budget(
+    model: LanguageModel,
+    options: EngineOptions,
+    max_model_len: int,
+    device: torch.device,
+    group: Group,
+    embeddings: ImageEmbeddings,
+) -> int:
+    """Return the bytes for state, after measuring the largest step of every placement."""
+
+    def run(placement: Placement) -> None:
+        activate(model, placement)
+        run_largest_step(model, options, max_model_len, device)
+
+    active = active_placement(model)
+    runs: list[Callable[[], None]] = [
+        embeddings.run_largest,
+        *(partial(run, placement) for placement in covering_placements(model.config)),
+    ]
+    reserved = measure_steps(runs, embeddings.dtype, device)
+    activate(model, active)
+    return memory_budget(device, reserved, group, options.gpu_memory_utilization)
+
+
 def check_split(checkpoint: Checkpoint, options: EngineOptions) -> None:
-    """Raises `ConfigError` where the model cannot be divided among so many ranks. Nothing is loaded."""
+    """Check that the model can be sharded among the ranks. Nothing is loaded.
+
+    Raises:
+        ConfigError: it cannot.
+    """
     size, architecture = options.tensor_parallel_size, checkpoint.architecture
     path = architecture.import_path
     if size > 1 and (path is None or path.startswith("__main__:")):
@@ -39,8 +188,8 @@ def check_split(checkpoint: Checkpoint, options: EngineOptions) -> None:
     checkpoint.allocate(config, LocalKit(device="meta", group=Group(Share(0, size)), expert_parallel=whole_experts))
 
 
-def load_part(checkpoint: Checkpoint, options: EngineOptions, device: torch.device, group: Group) -> LanguageModel:
-    """Return a rank's part of the model."""
+def load_shard(checkpoint: Checkpoint, options: EngineOptions, device: torch.device, group: Group) -> LanguageModel:
+    """Return a rank's shard of the model."""
     max_length = options.resolve_length(checkpoint.read_config())
     return load_model(
         checkpoint,
@@ -73,7 +222,7 @@ def find_image_model(checkpoint: Checkpoint, load_format: str) -> type[ImageMode
 def load_images(
     checkpoint: Checkpoint, options: EngineOptions, device: torch.device, tokenizer: Tokenizer | None
 ) -> ImageModel | None:
-    """Return the part that reads the images of prompts; None where none are read."""
+    """Return the vision encoder; None if the model or the options read no images."""
     loader, limit = find_image_model(checkpoint, options.load_format), options.limit_mm_per_prompt
     if loader is None:
         if limit is not None:
@@ -94,3 +243,18 @@ def round_norms_twice(model: LanguageModel, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.round_twice = True
+
+
+def prepare_module(
+    model: LanguageModel, options: EngineOptions, device: torch.device
+) -> tuple[LanguageModel, Tokenizer | None, tuple[int, ...]]:
+    """Return the model ready to run, the tokenizer that the options name, and the ids that end a text.
+
+    The model itself is moved to `device`, converted to `dtype` unless that is "auto", and set to evaluate.
+    """
+    model.to(device=device, dtype=None if options.dtype == "auto" else named_dtype(options.dtype))
+    model.eval().requires_grad_(False)
+    tokenizer = load_tokenizer(options, None)
+    named = () if tokenizer is None or tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    known = (token for token in (*model.config.eos_token_ids, *named) if token < model.config.vocab_size)
+    return model, tokenizer, tuple(dict.fromkeys(known))

@@ -1,185 +1,323 @@
-"""The engine's settings, checked before anything is loaded."""
+"""The engine's options: declared once, read by `LLM`, `AsyncLLM`, the command line and docs/options.md.
+
+Importing this module imports no torch, so that `lamella --help` is quick.
+"""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lamella.config import AttentionConfig, DynamicScaling, LinearScaling, ModelConfig, PlacementLike, YarnScaling
 from lamella.config.placement import every_mixer
 from lamella.errors import ConfigError
-from lamella.layers.decoder import LanguageModel
-from lamella.validation import INT64, checked_int, shown, whole
+from lamella.validation import INT64, checked_int, finite, shown, whole
 
-# Bounds of whole numbers. The upper ones are far beyond what any machine can run: they keep a slip of the keyboard from
-# taking all memory, or from overflowing a step's 32-bit positions.
-_LIMITS = {
-    "max_model_len": (1, 1 << 24),
-    "max_num_seqs": (1, 1 << 16),
-    "max_num_batched_tokens": (1, 1 << 24),
-    "tensor_parallel_size": (1, 1 << 10),
-    "block_size": (1, 1 << 16),
-    "num_blocks": (1, 1 << 40),
-    "snapshot_interval": (1, 1 << 40),
-    "max_logprobs": (-1, 1 << 40),
-    "seed": INT64,
-}
-_OPTIONAL = frozenset({"max_model_len", "num_blocks", "snapshot_interval", "max_logprobs"})
+if TYPE_CHECKING:
+    import torch
+
+    from lamella.layers.decoder import LanguageModel
+
+Bounds: TypeAlias = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Option:
+    """Declaration of an option, beside its name, type and default.
+
+    Attributes:
+        group: heading under which it is listed.
+        help: what it does.
+        kind: how it is checked and written on the command line: int, float, str, flag or json; None checks nothing.
+        bounds: smallest and largest value of an int.
+        choices: allowed texts.
+        is_argument: True if the command line has it.
+    """
+
+    group: str
+    help: str
+    kind: str | None
+    bounds: Bounds | None = None
+    choices: Sequence[str] = ()
+    is_argument: bool = True
+
+
+def _option(default: Any, group: str, kind: str | None, help: str, **more: Any) -> Any:
+    return field(default=default, metadata={"option": Option(group, help, kind, **more)})
+
+
+# Upper bounds are far beyond what any machine can run: they keep a slip of the keyboard from taking all memory, or from
+# overflowing a step's 32-bit positions.
+_TOKENS = (1, 1 << 24)
+_MANY = (1, 1 << 40)
+MODEL, SCHEDULING, MEMORY, CACHE, RANKS, EXECUTION, OTHER = (
+    "Model and files",
+    "Requests and steps",
+    "Memory for state",
+    "Prefix cache",
+    "Several devices",
+    "Execution",
+    "Only in lamella",
+)
+
+
+_MODEL = Option(
+    MODEL, "A folder, `demo`, a Hub id, or a constructed model of `lamella.models`.", None, is_argument=False
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """Names, meanings and defaults as in vLLM, whose users need no manual.
+    """Options of an engine, with vLLM's names, meanings and defaults where vLLM has them; see docs/options.md."""
 
-    Attributes:
-        model: a folder, `demo`, a Hub id, or a constructed model of lamella.models.
-        tokenizer: a folder or Hub id whose tokenizer is used in place of the model's.
-        revision: branch, tag or commit of a Hub id.
-        tokenizer_revision: of the tokenizer's Hub id; None is `revision` where both are one repository.
-        skip_tokenizer_init: load no tokenizer: prompts are token ids, and outputs have no text.
-        dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16".
-        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1".
-        max_model_len: longest prompt and output together, in tokens; None is what the model supports.
-        max_num_seqs: requests that are computed at a time.
-        max_num_batched_tokens: tokens computed in a step; longer prompts are computed in chunks.
-        enable_prefix_caching: share the state of equal beginnings of prompts, and of finished conversations.
-        tensor_parallel_size: devices of this host (on a CPU: processes) that hold a part of the model each.
-        enable_expert_parallel: give each of these devices some of a layer's experts whole, in place of a part of each.
-        hf_overrides: values in the place of config.json's, those of a nested mapping by themselves, such as
-            `{"text_config": {"attn_temperature_tuning": False}}`.
-        limit_mm_per_prompt: of a model that reads images, the most that a prompt may have, `{"image": 4}`; 0 leaves the
-            part that reads them in the files; None is no limit.
-        placement: of a supernet, which mixer is active in each layer, see `lamella.config.read_placement`; None is the
-            checkpoint's own.
-        mixed_placements: keep state for all mixers, so that requests may have placements of their own.
-        deterministic: only the default is possible yet, True is an error.
-        enforce_eager: on a GPU, no graphs of the decode steps: quicker to start, slower to run; no effect on a CPU.
-        enable_compile: on a CPU, compile the blocks of the layers by torch.compile at the start, one program for each
-            kind of block; afterwards a step that would need another one is an error.
-        round_norms_twice: of a 16-bit model, let the RMS norms in front of blocks, of queries and keys and at the end
-            round before their weight too, as `transformers` does: to compare with it, since once is more exact, and
-            faster on a GPU, where these norms then are kernels of their own.
-        seed: of the draws of requests without a seed, and of dummy weights; None draws one at each start.
-        load_format: "auto", or "dummy" for random weights.
-        block_size: tokens in a page.
-        num_blocks: pages in each pool; None takes a share of the free memory.
-        gpu_memory_utilization: fraction of the device's whole memory that the engine may fill, weights included (on a
-            CPU, of the host's memory); None takes a share of what is free.
-        max_logprobs: most log-probabilities that a request may ask for; None is 1000, -1 no limit.
-        snapshot_bytes: memory for copies of slot state that the prefix cache keeps, where a model has such state; None
-            takes a tenth of the share, at most four copies for each request that can run.
-        snapshot_interval: a prompt's slot state is copied at every so many pages; None copies it only where its prefill
-            pauses, where it branches off from an earlier prompt (in models with paged state too), and, of an answer,
-            at its latest page.
-        snapshot_prompts: whether it is copied at a prompt's last full page too, for whoever has the very same prompt,
-            at the cost of a step more before the first token: "never", "always", or "busy", only beside other
-            requests, whose steps the prompt's rest can join.
-    """
-
-    model: str | Path | LanguageModel
-    tokenizer: str | Path | None = None
-    revision: str | None = None
-    tokenizer_revision: str | None = None
-    skip_tokenizer_init: bool = False
-    dtype: str | torch.dtype = "auto"
-    device: str | torch.device = "auto"
-    max_model_len: int | None = None
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-    enable_prefix_caching: bool = True
-    tensor_parallel_size: int = 1
-    enable_expert_parallel: bool = False
-    enforce_eager: bool = False
-    enable_compile: bool = False
-    round_norms_twice: bool = False
-    seed: int | None = 0  # a number once the options are made
-    load_format: str = "auto"
-    block_size: int = 16
-    num_blocks: int | None = None
-    gpu_memory_utilization: float | None = None
-    max_logprobs: int | None = None
-    snapshot_bytes: int | None = None
-    snapshot_interval: int | None = None
-    snapshot_prompts: str = "never"
-    hf_overrides: Mapping[str, Any] | None = None
-    limit_mm_per_prompt: Mapping[str, int] | None = None
-    placement: PlacementLike | None = None
-    mixed_placements: bool = False
-    deterministic: bool = False
+    model: str | Path | LanguageModel = field(metadata={"option": _MODEL})
+    tokenizer: str | Path | None = _option(
+        None, MODEL, "str", "Folder or Hub id whose tokenizer is used in place of the model's."
+    )
+    revision: str | None = _option(None, MODEL, "str", "Branch, tag or commit of a Hub id.")
+    tokenizer_revision: str | None = _option(
+        None,
+        MODEL,
+        "str",
+        "Branch, tag or commit of the tokenizer's Hub id; by default `revision` if both are one repository.",
+        is_argument=False,
+    )
+    skip_tokenizer_init: bool = _option(
+        False,
+        MODEL,
+        "flag",
+        "Load no tokenizer: prompts are token ids, and outputs have no text.",
+        is_argument=False,
+    )
+    dtype: str | torch.dtype = _option(
+        "auto", MODEL, "str", '`"auto"` (the checkpoint\'s), `"float32"`, `"bfloat16"` or `"float16"`.'
+    )
+    load_format: str = _option("auto", MODEL, "str", '`"auto"`, or `"dummy"` for random weights.')
+    hf_overrides: Mapping[str, Any] | None = _option(
+        None,
+        MODEL,
+        "json",
+        "Values that replace config.json's; None removes a key. A nested mapping replaces its own keys only, such as "
+        '`{"text_config": {"attn_temperature_tuning": False}}`.',
+    )
+    generation_config: str = _option(
+        "auto",
+        MODEL,
+        "str",
+        'Where default sampling parameters come from: `"auto"` (the model\'s generation_config.json), `"vllm"` (none), '
+        "or a folder or Hub id with such a file.",
+    )
+    override_generation_config: Mapping[str, Any] | None = _option(
+        None, MODEL, "json", 'Values that replace those of generation_config.json, `{"temperature": 0.5}`.'
+    )
+    limit_mm_per_prompt: Mapping[str, int] | None = _option(
+        None,
+        MODEL,
+        "json",
+        'Most images of a prompt, `{"image": 4}`; 0 leaves the vision encoder in the files; None is no limit.',
+    )
+    seed: int | None = _option(  # a number once the options are made
+        0,
+        MODEL,
+        "int",
+        "Seed of the draws of requests without a seed, and of dummy weights; None draws one at each start.",
+        bounds=INT64,
+    )
+    max_model_len: int | None = _option(
+        None,
+        SCHEDULING,
+        "int",
+        "Longest prompt and output together, in tokens; None is what the model supports.",
+        bounds=_TOKENS,
+    )
+    max_num_seqs: int = _option(256, SCHEDULING, "int", "Requests that are computed at a time.", bounds=(1, 1 << 16))
+    max_num_batched_tokens: int = _option(
+        2048, SCHEDULING, "int", "Tokens computed in a step; longer prompts are computed in chunks.", bounds=_TOKENS
+    )
+    max_logprobs: int | None = _option(
+        None,
+        SCHEDULING,
+        "int",
+        "Most log-probabilities that a request may ask for; None is 1000, -1 no limit.",
+        bounds=(-1, 1 << 40),
+        is_argument=False,
+    )
+    gpu_memory_utilization: float | None = _option(
+        None,
+        MEMORY,
+        "float",
+        "Fraction of the device's whole memory that the engine may fill, weights included (on a CPU, of the host's "
+        "memory); None takes 85 % of the free memory of a GPU, 25 % of a CPU's.",
+    )
+    block_size: int = _option(16, MEMORY, "int", "Tokens in a block of the KV cache.", bounds=(1, 1 << 16))
+    num_blocks: int | None = _option(
+        None,
+        MEMORY,
+        "int",
+        "Blocks in each pool (vLLM: `num_gpu_blocks_override`); None fills the memory.",
+        bounds=_MANY,
+    )
+    enable_prefix_caching: bool = _option(
+        True, CACHE, "flag", "Share the state of equal beginnings of prompts, and of finished conversations."
+    )
+    snapshot_bytes: int | None = _option(
+        None,
+        CACHE,
+        "int",
+        "Memory for snapshots of slot state, for models that have it; None takes a tenth of the memory for state, at "
+        "most four snapshots for each request that can run.",
+        bounds=(0, 1 << 48),
+    )
+    snapshot_interval: int | None = _option(
+        None,
+        CACHE,
+        "int",
+        "Take a snapshot of a prompt's slot state at every so many blocks. None takes one only where its prefill "
+        "pauses, where it branches off from an earlier prompt (in models with paged state too), and, of an answer, at "
+        "its latest block.",
+        bounds=_MANY,
+    )
+    snapshot_prompts: str = _option(
+        "never",
+        CACHE,
+        "str",
+        "Take a snapshot at a prompt's last full block too, for requests with the very same prompt, at the cost of one "
+        'more step before the first token: `"never"`, `"always"`, or `"busy"`, only beside other requests, whose steps '
+        "the rest of the prompt can join.",
+        choices=("always", "never", "busy"),
+    )
+    device: str | torch.device = _option(
+        "auto", EXECUTION, "str", '`"auto"` (CUDA if there is one), `"cpu"`, `"cuda"`, `"cuda:1"`.'
+    )
+    enforce_eager: bool = _option(
+        False,
+        EXECUTION,
+        "flag",
+        "On a GPU, capture no CUDA graphs of decode steps: quicker to start, slower to run; no effect on a CPU.",
+    )
+    enable_compile: bool = _option(
+        False,
+        EXECUTION,
+        "flag",
+        "On a CPU, compile the parts of the layers by torch.compile at the start, one program for each kind of part; "
+        "afterwards a step that would need another one is an error.",
+    )
+    round_norms_twice: bool = _option(
+        False,
+        EXECUTION,
+        "flag",
+        "For 16-bit models: RMS norms round before their weight, too, as `transformers` does. To compare with it: once "
+        "is more exact, and faster on a GPU.",
+    )
+    deterministic: bool = _option(
+        False, EXECUTION, "flag", "Only False is possible yet; True is an error.", is_argument=False
+    )
+    tensor_parallel_size: int = _option(
+        1,
+        RANKS,
+        "int",
+        "Devices of this host (on a CPU: processes) that hold a shard of the model each.",
+        bounds=(1, 1 << 10),
+    )
+    enable_expert_parallel: bool = _option(
+        False, RANKS, "flag", "Each device holds some of a layer's experts whole, in place of a shard of each."
+    )
+    placement: PlacementLike | None = _option(
+        None,
+        OTHER,
+        "str",
+        "For a supernet: the active mixer of each layer, see docs/supernets.md; None is the checkpoint's own.",
+    )
+    mixed_placements: bool = _option(
+        False,
+        OTHER,
+        "flag",
+        "Keep state for all mixers of a supernet, so that requests may have placements of their own.",
+        is_argument=False,
+    )
 
     def __post_init__(self) -> None:
-        for option in fields(self):  # None is vLLM's word for the default
-            plain = isinstance(option.default, bool | int | str) and option.name != "seed"
-            if plain and getattr(self, option.name) is None:
-                object.__setattr__(self, option.name, option.default)
         if self.seed is None:
-            object.__setattr__(self, "seed", secrets.randbelow(2**31))
-        for field, (low, high) in _LIMITS.items():
-            value = getattr(self, field)
-            if value is not None or field not in _OPTIONAL:
-                object.__setattr__(self, field, checked_int(field, value, low, high))
-        if not (isinstance(self.snapshot_prompts, str) and self.snapshot_prompts in ("always", "never", "busy")):
-            raise ConfigError(f"snapshot_prompts={shown(self.snapshot_prompts)}: must be always, never or busy")
-        if self.snapshot_bytes is not None and (whole(self.snapshot_bytes) is None or self.snapshot_bytes < 0):
-            raise ConfigError(f"snapshot_bytes={shown(self.snapshot_bytes)}: must be a whole number of bytes")
-        if self.snapshot_bytes is not None:
-            object.__setattr__(self, "snapshot_bytes", checked_int("snapshot_bytes", self.snapshot_bytes, 0, 1 << 48))
-        if self.hf_overrides is not None and not _has_string_keys(self.hf_overrides):
-            raise ConfigError(f"hf_overrides={shown(self.hf_overrides)}: must be a mapping of config.json's keys")
-        if self.limit_mm_per_prompt is not None and not _is_limit(self.limit_mm_per_prompt):
-            raise ConfigError(
-                f'limit_mm_per_prompt={shown(self.limit_mm_per_prompt)}: must be {{"image": N}}, N a whole number of '
-                "images"
-            )
+            self._set("seed", secrets.randbelow(2**31))
+        for each in fields(self):
+            declared: Option = each.metadata["option"]
+            if getattr(self, each.name) is None and isinstance(each.default, bool | int | str):
+                self._set(each.name, each.default)  # None is vLLM's word for the default
+            self._check(each.name, declared)
         self._check_sources()
-        for field in (
-            "enable_prefix_caching",
-            "enable_expert_parallel",
-            "enforce_eager",
-            "enable_compile",
-            "round_norms_twice",
-            "deterministic",
-            "mixed_placements",
-        ):
-            if not isinstance(getattr(self, field), bool):
-                raise ConfigError(f"{field}={shown(getattr(self, field))}: must be True or False")
         if self.enable_expert_parallel and self.tensor_parallel_size == 1:
             raise ConfigError("enable_expert_parallel=True: without effect with tensor_parallel_size=1")
         if self.enable_compile and self.enforce_eager:
             raise ConfigError("enable_compile=True: contradicts enforce_eager=True")
         if self.enable_compile and self.mixed_placements:
             raise ConfigError(
-                "enable_compile=True: not with mixed_placements=True, where requests enter the middle of a block"
+                "enable_compile=True: not with mixed_placements=True, where requests enter the middle of a layer"
             )
-        unsupported = {
-            "deterministic": (False, "this version does not fix the order of sums across batch shapes"),
-        }
-        for field, (only, why) in unsupported.items():
-            if getattr(self, field) != only:
-                raise ConfigError(f"{field}={getattr(self, field)!r}: must be {only}: {why}")
+        if self.deterministic:
+            raise ConfigError(
+                "deterministic=True: must be False: this version does not fix the order of sums across batch shapes"
+            )
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check(self, name: str, declared: Option) -> None:
+        """Check one option by its declaration."""
+        value = getattr(self, name)
+        if value is None:
+            return
+        if declared.bounds is not None:
+            self._set(name, checked_int(name, value, *declared.bounds))
+        elif declared.kind == "flag" and not isinstance(value, bool):
+            raise ConfigError(f"{name}={shown(value)}: must be True or False")
+        elif declared.choices and not (isinstance(value, str) and value in declared.choices):
+            *first, last = declared.choices
+            raise ConfigError(f"{name}={shown(value)}: must be {', '.join(first)} or {last}")
 
     def _check_sources(self) -> None:
-        """Check where files come from, and what may be asked of memory and requests."""
-        if not isinstance(self.model, str | Path | LanguageModel):
+        """Check what no declaration states: where files come from, mappings, the share of memory."""
+        if not isinstance(self.model, str | Path) and not self.is_constructed:
             raise ConfigError(
                 f"model={type(self.model).__name__}: must be a folder, `demo`, a Hub id or a model of lamella.models"
             )
-        for field in ("tokenizer", "revision", "tokenizer_revision"):
-            value = getattr(self, field)
-            if not (value is None or (isinstance(value, str) and value) or (field == "tokenizer" and value)):
-                raise ConfigError(f"{field}={value!r}: must be a name, or None")
-        if not isinstance(self.skip_tokenizer_init, bool):
-            raise ConfigError(f"skip_tokenizer_init={self.skip_tokenizer_init!r}: must be True or False")
+        for name in ("tokenizer", "revision", "tokenizer_revision"):
+            value = getattr(self, name)
+            if not (value is None or (isinstance(value, str) and value) or (name == "tokenizer" and value)):
+                raise ConfigError(f"{name}={value!r}: must be a name, or None")
+        for name, file in (("hf_overrides", "config.json"), ("override_generation_config", "generation_config.json")):
+            value = getattr(self, name)
+            if value is not None and not _has_string_keys(value):
+                raise ConfigError(f"{name}={shown(value)}: must be a mapping of {file}'s keys")
+        if not (isinstance(self.generation_config, str | Path) and str(self.generation_config)):
+            raise ConfigError(f"generation_config={shown(self.generation_config)}: must be auto, vllm or a folder")
+        if self.limit_mm_per_prompt is not None and not _is_limit(self.limit_mm_per_prompt):
+            raise ConfigError(
+                f'limit_mm_per_prompt={shown(self.limit_mm_per_prompt)}: must be {{"image": N}}, N a whole number of '
+                "images"
+            )
         share = self.gpu_memory_utilization
-        if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1):
-            raise ConfigError(f"gpu_memory_utilization={share!r}: must be a fraction, more than 0 and at most 1")
-        if isinstance(self.model, LanguageModel) and (self.tensor_parallel_size > 1 or self.load_format != "auto"):
+        if share is not None:
+            number = None if isinstance(share, bool) else finite(share)
+            if number is None or not 0 < number <= 1:
+                raise ConfigError(
+                    f"gpu_memory_utilization={shown(share)}: must be a fraction, more than 0 and at most 1"
+                )
+            self._set("gpu_memory_utilization", number)
+        if self.is_constructed and (self.tensor_parallel_size > 1 or self.load_format != "auto"):
             raise ConfigError("model: a constructed model is used as it is: tensor_parallel_size=1, load_format='auto'")
+
+    @property
+    def is_constructed(self) -> bool:
+        """True if `model` is a model and not the name of one."""
+        if isinstance(self.model, str | Path):
+            return False
+        from lamella.layers.decoder import LanguageModel  # here, since it imports torch
+
+        return isinstance(self.model, LanguageModel)
 
     @property
     def seed_number(self) -> int:
@@ -190,7 +328,7 @@ class EngineOptions:
     @property
     def name(self) -> str:
         """The model's name in logs and keys."""
-        return type(self.model).__name__ if isinstance(self.model, LanguageModel) else str(self.model)
+        return type(self.model).__name__ if self.is_constructed else str(self.model)
 
     @property
     def max_images(self) -> int | None:
@@ -198,7 +336,11 @@ class EngineOptions:
         return None if self.limit_mm_per_prompt is None else self.limit_mm_per_prompt["image"]
 
     def resolve_device(self) -> torch.device:
-        """The device to run on, rank 0's where there are several."""
+        """Return the device to run on, rank 0's if there are several.
+
+        Raises:
+            ConfigError: the machine does not have it, or it contradicts other options.
+        """
         device = self._named_device()
         if self.enable_compile and device.type != "cpu":
             raise ConfigError(
@@ -207,17 +349,21 @@ class EngineOptions:
         return device
 
     def _named_device(self) -> torch.device:
+        import torch
+
         if self.device == "auto":
-            return self._device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+            return self._rank_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         try:
             device = torch.device(self.device)
         except RuntimeError as error:
             raise ConfigError(f"device={self.device!r}: {str(error).splitlines()[0]}") from error
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device={self.device!r}: torch sees no CUDA device")
-        return self._device(device)
+        return self._rank_device(device)
 
-    def _device(self, device: torch.device) -> torch.device:
+    def _rank_device(self, device: torch.device) -> torch.device:
+        import torch
+
         size = self.tensor_parallel_size
         if size == 1 or device.type == "cpu":
             return device
@@ -228,13 +374,33 @@ class EngineOptions:
         return torch.device("cuda", 0)
 
     def resolve_length(self, config: ModelConfig) -> int:
-        """The longest request in tokens; more than the model supports is an error."""
+        """Return the longest request in tokens.
+
+        Raises:
+            ConfigError: `max_model_len` is more than the model supports.
+        """
         longest = supported_length(config)
         if self.max_model_len is None:
             return config.max_position_embeddings if longest is None else longest
         if longest is not None and self.max_model_len > longest:
             raise ConfigError(f"max_model_len={self.max_model_len}: the model supports at most {longest}")
         return self.max_model_len
+
+
+def declared_options() -> dict[str, Option]:
+    """Return the declaration of each option, in order."""
+    return {each.name: each.metadata["option"] for each in fields(EngineOptions)}
+
+
+def with_options(first: Sequence[str], rest: str) -> Signature:
+    """Return the signature of a constructor: itself, `first` options by position, the others by name, then `**rest`."""
+    parameters = [Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)]
+    for each in fields(EngineOptions):
+        kind = Parameter.POSITIONAL_OR_KEYWORD if each.name in first else Parameter.KEYWORD_ONLY
+        default = Parameter.empty if each.name == "model" else each.default
+        parameters.append(Parameter(each.name, kind, default=default, annotation=each.type))
+    parameters.append(Parameter(rest, Parameter.VAR_KEYWORD, annotation="Any"))
+    return Signature(parameters, return_annotation=None)
 
 
 def _has_string_keys(value: object) -> bool:
@@ -249,7 +415,7 @@ def _is_limit(value: object) -> bool:
 
 
 def supported_length(config: ModelConfig) -> int | None:
-    """The longest context that the model's rotation is made for; None where it adapts to any length."""
+    """Return the longest context that the model's RoPE is made for; None if it adapts to any length."""
     if not config.length_is_known:
         return None
     lengths: list[int] = []

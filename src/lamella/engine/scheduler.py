@@ -177,7 +177,7 @@ class Scheduler:
             self.waiting.appendleft(request)
         self.state.release(request)
         request.num_computed = request.num_pending = 0
-        request.place(request.placement, None)
+        request.leave_prefix_cache()
         request.num_preemptions += 1
         self.num_preemptions += 1
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lamella.config import describe_placement
-
 if TYPE_CHECKING:
     from lamella.engine.engine import Engine
 
@@ -35,7 +33,7 @@ def usage(engine: Engine) -> dict[str, Any]:
         "slots": engine.options.max_num_seqs,
         "slots_used": slots.num_held,
         "state_bytes": engine.memory.nbytes,
-        "placement": describe_placement(engine.placement) if engine.model.has_choice else None,
+        **engine.variants.stats(),
         "prefix_hit_tokens": cached,
         "prefix_hit_rate": cached / started if engine.options.enable_prefix_caching and started else None,
         "prefix_cached_pages": sum(pool.num_cached for pool in pools),

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from lamella.config import CanonConfig, LayerConfig, ModelConfig, Placement, PlacementLike, read_placement
+from lamella.config import CanonConfig, LayerConfig, ModelConfig
 from lamella.layers.block_input import BlockInput
 from lamella.layers.build import build
 from lamella.layers.canon import Canon
 from lamella.layers.context import ForwardBatch, GivenEmbeddings, current_batch, forward_batch
-from lamella.layers.holders import PagedAttention, SlotHolder, state_holders
 from lamella.layers.kit import Kit
 from lamella.layers.norm import RMSNorm, build_norm
 from lamella.layers.rotary import Positions
 from lamella.layers.short_conv import ConvHistory
-from lamella.layers.supernet.stochastic import Stochastic
 from lamella.ops.ragged import RaggedBatch
 from lamella.parallel.sharding import Split
 
@@ -32,8 +30,6 @@ class DecoderLayer(nn.Module):
         self.mixer_norm = build_norm(config.norm, hidden_size, kit.device)
         self.mixer_canon = self._canon(config.mixer_canon, hidden_size, kit, "mixer_canon")
         self.mixer = build(config.mixer, kit, hidden_size, f"{prefix}.mixer", self.history)
-        if isinstance(self.mixer, Stochastic):
-            self.mixer.index = int(prefix.rpartition(".")[2])
         self.feed_forward_norm = build_norm(config.norm, hidden_size, kit.device)
         self.feed_forward_canon = self._canon(config.feed_forward_canon, hidden_size, kit, "feed_forward_canon")
         self.feed_forward = build(config.feed_forward, kit, hidden_size, f"{prefix}.feed_forward", self.history)
@@ -52,12 +48,12 @@ class DecoderLayer(nn.Module):
         return self.feed(hidden, residual)
 
     def mix(self, mixer: nn.Module, positions: Positions, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The pair after the first block, with the layer's mixer or one of its mixers."""
+        """Return hidden and residual after the attention part, computed by `mixer`."""
         entry = BlockInput(hidden, residual, self.mixer_norm, self.mixer_canon)
         return mixer(positions, entry), entry.residual
 
     def feed(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """The pair after the second block."""
+        """Return hidden and residual after the feed-forward part."""
         entry = BlockInput(hidden, residual, self.feed_forward_norm, self.feed_forward_canon)
         return self.feed_forward(entry), entry.residual
 
@@ -87,7 +83,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """ids and positions (T,) -> (T, hidden_size), each layer by way of `call`.
 
-        What is `given` goes before the ids.
+        The rows of `given` replace the embeddings of its tokens.
         """
         residual = self.embed_tokens(input_ids)
         if given is not None:
@@ -119,49 +115,6 @@ class LanguageModel(nn.Module):
     def is_heterogeneous(self) -> bool:
         """Whether any two layers differ."""
         return len(set(self.config.layers)) > 1
-
-    @property
-    def has_choice(self) -> bool:
-        """Whether any layer has several mixers."""
-        return any(True for _ in self._stochastic())
-
-    @property
-    def placement(self) -> Placement:
-        """Of a supernet, which mixer is active in each layer; None where a layer has no choice."""
-        active = {index: mixer.active for index, mixer in self._stochastic()}
-        return tuple(active.get(index) for index in range(len(self.model.layers)))
-
-    def set_placement(self, placement: PlacementLike | None) -> None:
-        """Activate a placement, see `read_placement`; all or nothing. Raises `ConfigError`."""
-        self.activate(read_placement(placement, self.config))
-
-    def activate(self, placement: Placement) -> None:
-        """The same of one that has been read."""
-        for index, mixer in self._stochastic():
-            name = placement[index]
-            assert name is not None
-            mixer.active = name
-
-    def active_holders(self, placement: Placement | None = None) -> list[PagedAttention | SlotHolder]:
-        """The modules that keep state under a placement, by default the active one, in layer order."""
-        idle = {module for mixer in self.idle_mixers(placement) for module in mixer.modules()}
-        return [holder for holder in state_holders(self) if holder not in idle]
-
-    def idle_parameters(self) -> Iterator[nn.Parameter]:
-        """Those that compute nothing under the active placement."""
-        return (parameter for mixer in self.idle_mixers() for parameter in mixer.parameters())
-
-    def idle_mixers(self, placement: Placement | None = None) -> Iterator[nn.Module]:
-        """The mixers that a placement, by default the active one, leaves out."""
-        placement = placement or self.placement
-        for index, stochastic in self._stochastic():
-            yield from (mixer for name, mixer in stochastic.mixers.items() if name != placement[index])
-
-    def _stochastic(self) -> Iterator[tuple[int, Stochastic]]:
-        for index, layer in enumerate(self.model.layers):
-            assert isinstance(layer, DecoderLayer)
-            if isinstance(layer.mixer, Stochastic):
-                yield index, layer.mixer
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm.

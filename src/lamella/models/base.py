@@ -18,6 +18,7 @@ from lamella.layers.decoder import LanguageModel
 from lamella.layers.kit import Kit
 from lamella.layers.local_kit import LocalKit
 from lamella.layers.parameters import initialize as initialize
+from lamella.layers.supernet.placing import SupernetModel
 from lamella.models.architecture import Architecture, keep_name, no_leftovers, no_placements
 from lamella.models.names import LLAMA_NAMES, PACKED_MODULES, rename, shard_ids
 from lamella.models.weight_loaders import attach_weight_loaders
@@ -28,7 +29,7 @@ _LOADER = "lamella.checkpoint.pretrained:load_pretrained"
 _classes: dict[Architecture, type[CausalLM]] = {}
 
 
-class CausalLM(LanguageModel):
+class CausalLM(SupernetModel):
     """Decoder and head of an architecture, with the constructors and loaders that callers know from other libraries.
 
     A subclass names its description: `class LlamaForCausalLM(CausalLM, description=LLAMA)`. Its class attributes are

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from lamella.config import PlacementLike
-from lamella.engine.engine import Engine
-from lamella.engine.images.embeddings import ImageRows
+from lamella.engine.loading import build_engine
 from lamella.engine.options import EngineOptions
 from lamella.engine.requests.request import Request
 from lamella.engine.requests.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduled
-from lamella.engine.steps.runner import Flight, ModelRunner
+from lamella.engine.steps.features import StepFeatures
+from lamella.engine.steps.runner import Forward, InFlightStep, ModelRunner
 from lamella.engine.steps.sampler import Choice, TokenLogprobs
 from lamella.engine.steps.step_inputs import StepTensors
-from lamella.layers.compiled.model import CompiledModel
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.holders import SlotHolder
+from lamella.layers.supernet.placing import active_holders
 from lamella.parity.scores import Scores
 from lamella.parity.sequences import TokenSequence
 from lamella.state.manager import DUMMY, Holding, StateManager
@@ -117,7 +117,7 @@ class ForcedEngine:
         each step that only decodes.
         """
         settings = EngineOptions(model="", **{"enable_prefix_caching": False, **options})
-        self.engine = Engine(model, settings, device, make_runner=partial(_ForcedRunner, top=top, pads=pads))
+        self.engine = build_engine(model, settings, device, make_runner=partial(_ForcedRunner, top=top, pads=pads))
         assert isinstance(self.engine.runner, _ForcedRunner)
         self._runner = self.engine.runner
         self.engine.memory.poison()
@@ -173,62 +173,62 @@ class _ForcedRunner(ModelRunner):
         device: torch.device,
         max_model_len: int,
         max_num_seqs: int,
-        images: ImageRows,
-        compiled: CompiledModel | None,
+        features: StepFeatures,
+        forward: Forward | None,
         top: int | None,
         pads: int,
     ) -> None:
-        super().__init__(model, state, device, max_model_len, max_num_seqs + pads, images, compiled)
+        super().__init__(model, state, device, max_model_len, max_num_seqs + pads, features, forward)
         self.runs_ahead = False
         self.records: dict[Request, Record] = {}
         self._top = top
         self._pads = [Request(f"padding {index}", [0], SamplingParams()) for index in range(pads)]
 
-    def launch(self, step: Sequence[Scheduled]) -> Flight:
+    def launch(self, step: Sequence[Scheduled]) -> InFlightStep:
         """A step that only decodes is padded, as a graph of fixed size would be: the dummy page, the dummy slot."""
-        pads = self._pads if all(share.count == 1 for share in step) else []
+        pads = self._pads if all(chunk.count == 1 for chunk in step) else []
         for pad in pads:
             self.state.holdings[pad] = Holding(DUMMY, [[DUMMY] for _ in self.state.groups])
-        known = [(share.request.token_ids(0, share.start + share.count), share.start, share.count) for share in step]
+        known = [(chunk.request.token_ids(0, chunk.start + chunk.count), chunk.start, chunk.count) for chunk in step]
         with computing(known):
-            flight = super().launch([*step, *(Scheduled(pad, 0, 1, False) for pad in pads)])
+            launched = super().launch([*step, *(Scheduled(pad, 0, 1, False) for pad in pads)])
         for pad in pads:
             del self.state.holdings[pad]
-        return replace(flight, shares=[share for share in flight.shares if share.request not in pads])
+        return replace(launched, chunks=[chunk for chunk in launched.chunks if chunk.request not in pads])
 
-    def _prompt_logprobs(self, shares: Sequence[Scheduled], hidden: Tensor) -> dict[Request, list[TokenLogprobs]]:
+    def _prompt_logprobs(self, chunks: Sequence[Scheduled], hidden: Tensor) -> dict[Request, list[TokenLogprobs]]:
         return {}
 
     def _choose(
-        self, shares: Sequence[Scheduled], hidden: Tensor, tensors: StepTensors, chosen: bool = False
+        self, chunks: Sequence[Scheduled], hidden: Tensor, tensors: StepTensors, chosen: bool = False
     ) -> Choice | None:
         tokens: list[int] = []
-        counts = [share.count for share in shares]  # the engine's own padding stands behind them
+        counts = [chunk.count for chunk in chunks]  # the engine's own padding stands behind them
         every = torch.cat([self.model.compute_logits(part) for part in hidden[: sum(counts)].split(_LOGITS_ROWS)])
-        for share, logits in zip(shares, every.split(counts), strict=True):
-            request = share.request
+        for chunk, logits in zip(chunks, every.split(counts), strict=True):
+            request = chunk.request
             if (record := self.records.get(request)) is None:
                 continue  # padding
-            record.steps.append(share.count)
-            known = request.token_ids(share.start + 1, share.start + share.count + 1)
-            if share.samples:
+            record.steps.append(chunk.count)
+            known = request.token_ids(chunk.start + 1, chunk.start + chunk.count + 1)
+            if chunk.samples:
                 step = len(request.output_token_ids)
                 token = int(logits[-1].argmax()) if record.forced is None else record.forced[step]
                 tokens.append(token)
                 known = [*known, token]
             scores = Scores.of(logits, known, self._top)
-            for row in range(share.count):
+            for row in range(chunk.count):
                 ids = None if scores.ids is None else scores.ids[row : row + 1]
                 part = Scores(scores.target[row : row + 1], scores.logprobs[row : row + 1], ids)
-                record.parts[share.start + row] = part
-            if share.start + share.count == record.num_predictions:
+                record.parts[chunk.start + row] = part
+            if chunk.start + chunk.count == record.num_predictions:
                 record.state = self._snapshot(request, record.num_predictions)
         return Choice(torch.tensor(tokens)) if tokens else None
 
     def _snapshot(self, request: Request, length: int) -> dict[str, Tensor]:
         """A request's state, wherever it lies, in the order of its positions."""
         holding, found = self.state.holdings[request], {}
-        for holder in self.model.active_holders(request.placement or None):
+        for holder in active_holders(self.model, request.variant.placement or None):
             if isinstance(holder, SlotHolder):
                 for index, rows in enumerate(holder.rows):
                     found[f"{holder.prefix}.{index}" if index else holder.prefix] = rows[holding.slot].clone().cpu()

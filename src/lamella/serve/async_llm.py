@@ -7,19 +7,20 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lamella.config import PlacementLike
-from lamella.engine.engine import Engine
-from lamella.engine.options import EngineOptions
+from lamella.engine.loading import load_engine
+from lamella.engine.options import EngineOptions, with_options
 from lamella.engine.requests.completion import Job
 from lamella.engine.requests.outputs import RequestOutput
 from lamella.engine.requests.prompt import Prompt
 from lamella.engine.requests.sampling_params import SamplingParams
 from lamella.engine.requests.tokenizer import Tokenizer
 from lamella.errors import ClosedError, LamellaError
+from lamella.serve.chat import chat_prompts
 from lamella.serve.llm import get_tokenizer, with_tokenization
 from lamella.serve.vllm_arguments import engine_options
 
@@ -81,15 +82,15 @@ class _OutputQueue:
 class AsyncLLM:
     """Many callers of event loops share one engine, which steps in a thread of its own while there is work.
 
-    Settings: see `EngineOptions`, and `engine.vllm_arguments` for vLLM's others. Close it with `shutdown`, or use it as
-    an async context manager.
+    Options: see docs/options.md, and `lamella.serve.vllm_arguments` for other arguments of vLLM. Close it with
+    `shutdown`, or use it as an async context manager.
 
     A step that fails ends the requests of that time with its error, and the engine goes on. What ends the engine's
     thread (a `SystemExit`, say) ends every call with `ClosedError`, and so every later one.
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
-        self.engine = Engine.load(EngineOptions(model=model, **engine_options(options)))
+        self.engine = load_engine(EngineOptions(model=model, **engine_options(options)))
         self._ids = itertools.count()
         self._orders: deque[_Order] = deque()
         self._wake = threading.Condition()
@@ -98,6 +99,8 @@ class AsyncLLM:
         self._failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="lamella-engine", daemon=True)
         self._thread.start()
+
+    __init__.__signature__ = with_options(("model",), "vllm_arguments")  # type: ignore[attr-defined]
 
     async def generate(
         self,
@@ -119,7 +122,7 @@ class AsyncLLM:
         """
         prompt = with_tokenization(prompt, lora_request, priority, tokenization_kwargs)
         name = request_id if request_id is not None else f"request-{next(self._ids)}"
-        params = sampling_params or SamplingParams()
+        params = sampling_params or self.get_default_sampling_params()
         reader = _OutputQueue()
 
         def start() -> None:
@@ -164,8 +167,16 @@ class AsyncLLM:
         """See `Engine.reset_prefix_cache`; done between two steps."""
         self._order(self.engine.reset_prefix_cache)
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """See `LLM.get_default_sampling_params`."""
+        return self.engine.admission.default_params()
+
+    def preprocess_chat(self, messages: Sequence[Any], **arguments: Any) -> list[dict[str, Any]]:
+        """See `LLM.preprocess_chat`."""
+        return chat_prompts(self.engine, messages, **arguments)
+
     async def set_placement(self, placement: PlacementLike | None, running: str = "finish") -> None:
-        """See `Engine.set_placement`; returns once it is accepted, which may be before it is in force."""
+        """See `LLM.set_placement`; returns once it is accepted, which may be before it is in force."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[None] = loop.create_future()
 
@@ -181,7 +192,7 @@ class AsyncLLM:
 
         def change() -> None:
             try:
-                self.engine.set_placement(placement, running)
+                self.engine.switch(placement, running)
             except LamellaError as error:
                 reply(error)
             else:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from lamella.config import Placement, PlacementLike, mixer_names
 from lamella.engine.engine import Engine
-from lamella.engine.options import EngineOptions
+from lamella.engine.loading import load_engine
+from lamella.engine.options import EngineOptions, with_options
+from lamella.engine.requests.chat import is_chat
 from lamella.engine.requests.completion import Job
 from lamella.engine.requests.outputs import RequestOutput
 from lamella.engine.requests.prompt import Prompt, is_token_ids
@@ -21,14 +22,16 @@ from lamella.engine.requests.sampling_params import SamplingParams
 from lamella.engine.requests.tokenizer import Tokenizer, read_tokenization
 from lamella.errors import ConfigError, ParameterError
 from lamella.layers.decoder import LanguageModel
+from lamella.serve.chat import chat_prompts
 from lamella.serve.sharing import SharedEngine
 from lamella.serve.vllm_arguments import engine_options
 
 
 class LLM:
-    """A model ready to generate. Settings: see `EngineOptions`, and `engine.vllm_arguments` for vLLM's others.
+    """A model ready to generate.
 
-    An argument that neither knows is a `TypeError`.
+    Options: see docs/options.md, and `lamella.serve.vllm_arguments` for other arguments of vLLM. An unknown argument is
+    a `TypeError`.
 
     Safe to use from several threads: calls that run at the same time share batches. A lock is held for one step at a
     time and never while an iterator waits for its reader. A callback inside a step, such as a module's forward hook,
@@ -37,78 +40,13 @@ class LLM:
     Raises `ConfigError` or `CheckpointError`, each with one line that names the setting, file or tensor.
     """
 
-    def __init__(
-        self,
-        model: str | Path | LanguageModel,
-        *,
-        tokenizer: str | Path | None = None,
-        revision: str | None = None,
-        tokenizer_revision: str | None = None,
-        skip_tokenizer_init: bool = False,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "auto",
-        max_model_len: int | None = None,
-        max_num_seqs: int = 256,
-        max_num_batched_tokens: int = 2048,
-        enable_prefix_caching: bool = True,
-        tensor_parallel_size: int = 1,
-        enable_expert_parallel: bool = False,
-        enforce_eager: bool = False,
-        enable_compile: bool = False,
-        round_norms_twice: bool = False,
-        seed: int | None = 0,
-        load_format: str = "auto",
-        block_size: int = 16,
-        num_blocks: int | None = None,
-        gpu_memory_utilization: float | None = None,
-        max_logprobs: int | None = None,
-        snapshot_bytes: int | None = None,
-        snapshot_interval: int | None = None,
-        snapshot_prompts: str = "never",
-        hf_overrides: Mapping[str, Any] | None = None,
-        limit_mm_per_prompt: Mapping[str, int] | None = None,
-        placement: PlacementLike | None = None,
-        mixed_placements: bool = False,
-        deterministic: bool = False,
-        **vllm_arguments: Any,
-    ) -> None:
-        num_blocks = engine_options({**vllm_arguments, "num_blocks": num_blocks})["num_blocks"]
-        self.engine = Engine.load(
-            EngineOptions(
-                model=model,
-                tokenizer=tokenizer,
-                revision=revision,
-                tokenizer_revision=tokenizer_revision,
-                skip_tokenizer_init=skip_tokenizer_init,
-                dtype=dtype,
-                device=device,
-                max_model_len=max_model_len,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                enable_prefix_caching=enable_prefix_caching,
-                tensor_parallel_size=tensor_parallel_size,
-                enable_expert_parallel=enable_expert_parallel,
-                enforce_eager=enforce_eager,
-                enable_compile=enable_compile,
-                round_norms_twice=round_norms_twice,
-                seed=seed,
-                load_format=load_format,
-                block_size=block_size,
-                num_blocks=num_blocks,
-                gpu_memory_utilization=gpu_memory_utilization,
-                max_logprobs=max_logprobs,
-                snapshot_bytes=snapshot_bytes,
-                snapshot_interval=snapshot_interval,
-                snapshot_prompts=snapshot_prompts,
-                hf_overrides=hf_overrides,
-                limit_mm_per_prompt=limit_mm_per_prompt,
-                placement=placement,
-                mixed_placements=mixed_placements,
-                deterministic=deterministic,
-            )
-        )
+    def __init__(self, model: str | Path | LanguageModel, **options: Any) -> None:
+        """Load a model; the options are those of `EngineOptions`, see docs/options.md."""
+        self.engine = load_engine(EngineOptions(model=model, **engine_options(options)))
         self._shared = SharedEngine(self.engine)
         self._ids = itertools.count()
+
+    __init__.__signature__ = with_options(("model",), "vllm_arguments")  # type: ignore[attr-defined]
 
     def generate(
         self,
@@ -123,7 +61,7 @@ class LLM:
 
         Args:
             prompts: one prompt or several, see `read_prompt`: texts, token ids, or mappings.
-            sampling_params: one for all, or one for each prompt.
+            sampling_params: one for all, or one for each prompt; by default `get_default_sampling_params()`.
             use_tqdm: show a progress bar.
             lora_request: only None; merge an adapter into the model.
             priority: only None or 0; requests start in the order in which they come.
@@ -134,9 +72,11 @@ class LLM:
         """
         single = isinstance(prompts, str | Mapping) or is_token_ids(prompts)
         given: list[Any] = [prompts] if single else _listed("prompts", prompts)
+        if any(is_chat(prompt) or (isinstance(prompt, Mapping) and "role" in prompt) for prompt in given):
+            raise ParameterError("prompts: these are messages of a chat: call chat(messages) instead of generate")
         prompts = [with_tokenization(prompt, lora_request, priority, tokenization_kwargs) for prompt in given]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(prompts)
+            params = [sampling_params or self.get_default_sampling_params()] * len(prompts)
         else:
             params = _listed("sampling_params", sampling_params)
         if len(params) != len(prompts):
@@ -156,15 +96,79 @@ class LLM:
                     bar.set_postfix_str(self._progress(jobs, time.perf_counter() - start), refresh=False)
         return [job.output() for job in jobs]
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        lora_request: None = None,
+        priority: int | Sequence[int] | None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer chats; arguments as in vLLM.
+
+        Args:
+            messages: a chat, or a list of chats. A chat is a list of OpenAI's messages: `role` and `content`, a text
+                or a list of parts (`{"type": "text", "text": ...}`, `{"type": "image_url", "image_url": {"url":
+                "data:..."}}`, `{"type": "image", "image": ...}`).
+            sampling_params: one for all, or one for each chat; by default `get_default_sampling_params()`.
+            use_tqdm: show a progress bar.
+            lora_request: only None; merge an adapter into the model.
+            priority: only None or 0.
+            chat_template: a template's text, or the name of one of the model's; by default the model's.
+            chat_template_content_format: "string" joins the parts of a content, "openai" gives them to the template as
+                they are; "auto" finds out which the template takes.
+            add_generation_prompt: end the prompt with what stands before an answer.
+            continue_final_message: continue the final message instead; needs `add_generation_prompt=False`.
+            tools: JSON schemas of the functions that the model may call.
+            chat_template_kwargs: more names for the template, such as `{"enable_thinking": False}`.
+            tokenization_kwargs: `{"add_special_tokens": True}` adds the tokenizer's special tokens to the template's.
+            mm_processor_kwargs: only None; images are tiled as the checkpoint's files say.
+
+        Raises:
+            ParameterError: the model has no chat template, the template does not take the messages, or a request cannot
+                run.
+        """
+        if mm_processor_kwargs:
+            raise ParameterError("mm_processor_kwargs: not supported: images are tiled as the checkpoint's files say")
+        prompts = self.preprocess_chat(
+            messages,
+            chat_template=chat_template,
+            chat_template_content_format=chat_template_content_format,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            tokenization_kwargs=_special_only(tokenization_kwargs),
+        )
+        return self.generate(prompts, sampling_params, use_tqdm, lora_request, priority)
+
+    def preprocess_chat(self, messages: Sequence[Any], **arguments: Any) -> list[dict[str, Any]]:
+        """Return the prompts of chats as `generate` and `stream` take them; arguments as of `chat`."""
+        return chat_prompts(self.engine, messages, **arguments)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Generator[RequestOutput, None, None]:
         """Complete one prompt, giving the whole output so far after each new token.
 
         Closing the iterator early cancels the request. A bad prompt or parameter is an error of this call, not of the
         first `next`. The request is queued by the first `next`, and computed with the placement in force then, or with
         its own; if `set_placement` has since taken that away, the first `next` raises `ParameterError`.
         """
-        job = self._make_job(prompt, sampling_params or SamplingParams())
+        job = self._make_job(prompt, sampling_params or self.get_default_sampling_params())
         return (output for _, output in self._run([job]) if output is not None)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return the sampling parameters of requests that give none: generation_config.json's, see docs/options.md."""
+        return self.engine.admission.default_params()
 
     def get_tokenizer(self) -> Tokenizer:
         """Return the tokenizer; raises `ConfigError` where there is none."""
@@ -185,16 +189,25 @@ class LLM:
     @property
     def placement(self) -> Placement:
         """Of a supernet, the mixer of each layer for requests that ask for no other; None where there is no choice."""
-        return self.engine.placement
+        return self.engine.variants.current.placement
 
     def mixer_names(self) -> tuple[str, ...]:
         """The mixers that a placement may name; empty where no layer has a choice."""
         return mixer_names(self.engine.model.config)
 
     def set_placement(self, placement: PlacementLike | None, running: str = "finish") -> None:
-        """See `Engine.set_placement`."""
+        """Compute with another placement of a supernet, see `lamella.config.read_placement`.
+
+        If nothing runs, it is in force from the next step on. Otherwise requests that are queued or running finish
+        under the old placement, and later ones wait; with `running="recompute"` all are computed again under the new
+        one and keep their output. With `mixed_placements` nothing waits: running requests keep their placement.
+
+        Raises:
+            ConfigError: a name is wrong, the state does not fit, or a request that would be computed under the new
+                placement does not fit or asked for another. Nothing has changed.
+        """
         with self._shared.exclusive():
-            self.engine.set_placement(placement, running)
+            self.engine.switch(placement, running)
 
     def _make_job(self, prompt: Prompt, params: SamplingParams) -> Job:
         with self._shared.exclusive():
@@ -275,6 +288,11 @@ def with_tokenization(
     if isinstance(prompt, str):
         return {"prompt": prompt, "add_special_tokens": special}
     return {"add_special_tokens": special, **prompt} if isinstance(prompt, Mapping) else prompt
+
+
+def _special_only(tokenization_kwargs: Mapping[str, Any] | None) -> dict[str, bool]:
+    special = read_tokenization(tokenization_kwargs)
+    return {} if special is None else {"add_special_tokens": special}
 
 
 def _listed(name: str, given: Any) -> list[Any]:

@@ -1,6 +1,6 @@
-"""What an engine has for the requests of one placement: pools of the right kinds and sizes, and the memory behind them.
+"""State pools of a placement: block pools and slots of the right kinds and sizes, and the memory behind them.
 
-Models without a choice of mixers have one placement, and so one residence.
+A model without a choice of mixers has one placement, and so one set of pools.
 """
 
 from __future__ import annotations
@@ -10,28 +10,30 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lamella.config import Placement, PlacementLike, describe_placement, read_placement
-from lamella.engine.capacity import Capacity, available_memory
+from lamella.config import Placement
+from lamella.engine.memory import Capacity, available_memory
 from lamella.engine.options import EngineOptions
-from lamella.engine.requests.completion import Job
-from lamella.errors import ConfigError, ParameterError
+from lamella.errors import ConfigError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.holders import PagedAttention, SlotHolder, state_holders
+from lamella.layers.supernet.placing import active_holders, has_choice
 from lamella.state.manager import StateManager
 from lamella.state.memory import StateCost, StateMemory
 
-_KEPT = 4  # placements whose graphs are kept, the current one included
+_KEPT = 4  # placements whose pools and graphs are kept, the current one included
 
 
 @dataclass(eq=False)
-class Residence:
-    """Pools for a placement, or for all of them at once.
+class Pools:
+    """State pools for the requests of a placement, or of all placements at once.
 
     Attributes:
         placement: of the requests; with `mixed_placements`, of those that ask for none of their own.
-        cost: of the state of the layers that compute something.
-        state: who holds what; empty of requests while another residence is the engine's.
-        memory: None until the engine has moved in.
+        holders: modules that keep the state.
+        cost: bytes of the state of the layers that compute something.
+        plan: sizes of the pools.
+        state: which request holds what; empty unless these are the engine's current pools.
+        memory: tensors of the state; None until the pools are first bound.
     """
 
     placement: Placement
@@ -42,47 +44,32 @@ class Residence:
     memory: StateMemory | None = None
 
 
-@dataclass
-class Switch:
-    """A change of placement that waits for what is running.
-
-    Attributes:
-        held: the jobs that came after.
-        begun: whether the change was started, and interrupted if it is still there: then no request holds state, and
-            the change is completed before the next step.
-    """
-
-    residence: Residence
-    recompute: bool
-    held: list[Job]
-    begun: bool = False
-
-
-class Residences:
-    """Plans residences within one budget of bytes and one block of memory, and keeps the latest, which share it."""
+class PoolSet:
+    """Plans pools within one budget of bytes, and keeps the latest ones, which share one block of memory."""
 
     def __init__(
         self, model: LanguageModel, options: EngineOptions, max_model_len: int, device: torch.device, budget: int
     ) -> None:
         self.model, self.options, self.max_model_len, self.device = model, options, max_model_len, device
         self.budget = budget
-        self._kept: OrderedDict[Placement, Residence] = OrderedDict()
+        self._kept: OrderedDict[Placement, Pools] = OrderedDict()
         self._block: torch.Tensor | None = None
-        self._available = available_memory(device)  # before the block
-        self._own: dict[Placement, Placement] = {}  # of requests, so that equal ones are one object
+        self._available = available_memory(device)  # before the block is allocated
 
-    def find(self, placement: Placement) -> Residence:
-        """The residence of a placement, a new one where none is kept; the one and only, under another name, where
-        placements share it. Changes nothing.
+    def find(self, placement: Placement) -> Pools:
+        """Return the pools of a placement, new ones if none are kept. Changes nothing.
 
-        Raises `ConfigError` where the state of so many requests does not fit.
+        With `mixed_placements` all placements share the pools, which are returned under this placement's name.
+
+        Raises:
+            ConfigError: the state of so many requests does not fit.
         """
         options, kept = self.options, self._kept.get(placement)
-        if options.mixed_placements and self._kept:  # first: the one residence has been renamed since it was kept
+        if options.mixed_placements and self._kept:  # first: the shared pools have been renamed since they were kept
             return replace(next(iter(self._kept.values())), placement=placement)
         if kept is not None:
             return kept
-        holders = state_holders(self.model) if options.mixed_placements else self.model.active_holders(placement)
+        holders = state_holders(self.model) if options.mixed_placements else active_holders(self.model, placement)
         cost = StateCost.of(holders)
         plan = Capacity.plan(options, cost, self.max_model_len, self.budget)
         nbytes = StateMemory.size(holders, plan.pages, options.block_size, plan.num_slots)
@@ -93,26 +80,12 @@ class Residences:
             )
         groups, pages = list(plan.pages), list(plan.pages.values())
         state = StateManager(groups, pages, plan.num_slots, options.block_size, bool(cost.slots))
-        return Residence(placement, holders, cost, plan, state)
+        return Pools(placement, holders, cost, plan, state)
 
-    def placement_of(self, asked: PlacementLike | None, usual: Placement) -> Placement:
-        """A request's own placement, or the engine's `usual` one. Raises `ParameterError` where it is not served."""
-        if asked is None:
-            return usual
-        try:
-            own = read_placement(asked, self.model.config)
-        except ConfigError as error:
-            raise ParameterError(str(error)) from error
-        if own != usual and not self.options.mixed_placements:
-            raise ParameterError(
-                f"placement={describe_placement(own)!r}: the engine keeps state for {describe_placement(usual)!r} "
-                "only; LLM(mixed_placements=True) keeps it for every mixer"
-            )
-        return self._own.setdefault(own, own)
+    def _largest(self) -> int:
+        """Return the bytes that the pools of any placement can take.
 
-    def _most(self) -> int:
-        """Bytes that any placement can need: where the number of pages is given, what all mixers need together; else
-        all there are.
+        That is what all mixers take together if the number of blocks is given, else the budget.
         """
         if self.options.num_blocks is None:
             return self.budget
@@ -120,16 +93,17 @@ class Residences:
         plan = Capacity.plan(self.options, StateCost.of(holders), self.max_model_len, self.budget)
         return StateMemory.size(holders, plan.pages, self.options.block_size, plan.num_slots)
 
-    def move_in(self, residence: Residence) -> list[Residence]:
-        """Give the layers the residence's memory; nobody may hold anything in another one. Nothing that was computed
-        before can be found. Returns the residences that are kept no more, of whose memory no graph may be replayed.
+    def bind(self, pools: Pools) -> list[Pools]:
+        """Give the layers the memory of these pools. No request may hold state; cached prefixes are forgotten.
+
+        Returns the pools that are no longer kept: no graph over their memory may be replayed.
         """
         options, dropped = self.options, []
-        if residence.memory is None:
-            arguments = (residence.holders, residence.plan.pages, options.block_size, residence.plan.num_slots)
+        if pools.memory is None:
+            arguments = (pools.holders, pools.plan.pages, options.block_size, pools.plan.num_slots)
             nbytes = StateMemory.size(*arguments)
-            if self.device.type == "cuda" and self.model.has_choice:
-                nbytes = max(nbytes, self._most())  # so that no later placement needs another block
+            if self.device.type == "cuda" and has_choice(self.model):
+                nbytes = max(nbytes, self._largest())  # so that no later placement needs another block
             if self._block is None or self._block.numel() < nbytes:
                 dropped = list(self._kept.values())
                 self._kept.clear()
@@ -137,12 +111,12 @@ class Residences:
                     old.memory = None
                 self._block = None
                 self._block = _allocate(nbytes, self.device)
-            residence.memory = StateMemory(*arguments, self._block)
+            pools.memory = StateMemory(*arguments, self._block)
         else:
-            residence.memory.bind()
-            residence.state.reset_prefix_cache()
-        self._kept[residence.placement] = residence
-        self._kept.move_to_end(residence.placement)
+            pools.memory.bind()
+            pools.state.reset_prefix_cache()
+        self._kept[pools.placement] = pools
+        self._kept.move_to_end(pools.placement)
         while len(self._kept) > _KEPT:
             dropped.append(self._kept.popitem(last=False)[1])
         return dropped

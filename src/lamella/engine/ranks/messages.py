@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from lamella.engine.requests.sampling_params import SamplingParams
+from lamella.engine.requests.variant import Variant
 
 
 class Start(msgspec.Struct, tag=True):
@@ -46,7 +47,7 @@ class NewRequest(msgspec.Struct, array_like=True):
     seed: int
     eos_token_ids: list[int]
     slot: int
-    placement: list[str | None]
+    variant: Variant
     images: list[list[int]]
 
 
@@ -74,10 +75,10 @@ class Step(msgspec.Struct, tag=True):
     pages: list[tuple[int, int, list[int]]]
 
 
-class Move(msgspec.Struct, tag=True):
-    """From now on the engine's placement is this one; unless all share one state, no request holds anything."""
+class Switch(msgspec.Struct, tag=True):
+    """Run this variant of the model from now on. Unless variants share the pools, no request holds state."""
 
-    placement: list[str | None]
+    variant: Variant
 
 
 class Ready(msgspec.Struct, tag=True):
@@ -91,7 +92,7 @@ class Failed(msgspec.Struct, tag=True):
 
 
 _LENGTH = struct.Struct("<Q")
-Message = Start | Step | Move | Ready | Failed
+Message = Start | Step | Switch | Ready | Failed
 
 
 class Channel:

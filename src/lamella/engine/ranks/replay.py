@@ -15,6 +15,7 @@ import numpy as np
 from lamella.engine.images.reader import PlacedImage
 from lamella.engine.ranks.messages import NewRequest, Step
 from lamella.engine.requests.request import Request
+from lamella.engine.requests.variant import Variant
 from lamella.engine.scheduler import Scheduled
 from lamella.state.manager import Holding, StateManager
 
@@ -62,10 +63,9 @@ class Recorder:
         # The draws depend on the seed's low 64 bits, and a message holds no more.
         seed = request.seed & (1 << 64) - 1
         eos = list(request.eos_token_ids)
-        placement = list(request.placement)
-        images = [image.places.tolist() for image in request.images]
+        images = [each.places.tolist() for each in request.attachments if isinstance(each, PlacedImage)]
         params = replace(request.params, placement=None)  # as the caller wrote it: any type, and not needed
-        return NewRequest(told.id, request.prompt_token_ids, params, seed, eos, holding.slot, placement, images)
+        return NewRequest(told.id, request.prompt_token_ids, params, seed, eos, holding.slot, request.variant, images)
 
     @staticmethod
     def _tokens(request: Request, told: _Told) -> list[int]:
@@ -87,6 +87,7 @@ class Replayer:
     def __init__(self, state: StateManager) -> None:
         self._state = state
         self._requests: dict[int, Request] = {}
+        self._variants: dict[Variant, Variant] = {}  # so that equal variants are one object
 
     def end_all(self) -> None:
         """No request is any more, of which rank 0 would tell with its next step."""
@@ -105,8 +106,8 @@ class Replayer:
                 params=new.params,
                 seed=new.seed,
                 eos_token_ids=tuple(new.eos_token_ids),
-                placement=tuple(new.placement),
-                images=tuple(PlacedImage(np.array(places)) for places in new.images),
+                variant=self._variants.setdefault(new.variant, new.variant),
+                attachments=tuple(PlacedImage(np.array(places)) for places in new.images),
             )
             self._requests[new.id] = request
             holdings[request] = Holding(new.slot, [[] for _ in self._state.groups])

@@ -18,10 +18,9 @@ from pathlib import Path
 import torch
 
 from lamella.checkpoint import open_checkpoint
-from lamella.engine.engine import Engine
-from lamella.engine.loading import load_part
+from lamella.engine.loading import build_engine, load_shard
 from lamella.engine.options import EngineOptions
-from lamella.engine.ranks.messages import Channel, Failed, Move, Ready, Start, Step, wait_for_hang_up
+from lamella.engine.ranks.messages import Channel, Failed, Ready, Start, Step, Switch, wait_for_hang_up
 from lamella.engine.ranks.replay import Replayer
 from lamella.engine.ranks.workers import Workers
 from lamella.models.registry import register_architecture
@@ -62,19 +61,19 @@ def run(start: Start, channel: Channel) -> None:
         device = torch.device("cuda", start.rank)
         torch.cuda.set_device(device)
     group = TensorParallelGroup(Share(start.rank, start.size))
-    model = load_part(
+    model = load_shard(
         open_checkpoint(str(options.model), options.hf_overrides, options.revision), options, device, group
     )
     channel.send(Ready())
     group.connect(Path(start.folder), device)
-    engine = Engine(model, options, device, workers=Workers(group))
+    engine = build_engine(model, options, device, workers=Workers(group))
     replayer = Replayer(engine.state)
     while True:
         step = channel.receive()
-        if isinstance(step, Move):
+        if isinstance(step, Switch):
             if not options.mixed_placements:
                 replayer.end_all()
-            engine.move(tuple(step.placement))
+            engine.variants.apply(step.variant)
             if not options.mixed_placements:
                 replayer = Replayer(engine.state)
             continue

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lamella.config import Placement
-from lamella.engine.ranks.messages import Channel, Failed, Move, Ready, Start, wait_for_hang_up
+from lamella.engine.ranks.messages import Channel, Failed, Ready, Start, Switch, wait_for_hang_up
 from lamella.engine.ranks.replay import Recorder
+from lamella.engine.requests.variant import Variant
 from lamella.engine.scheduler import Scheduled
 from lamella.errors import WorkerError
 from lamella.models.registry import registered
@@ -50,8 +50,8 @@ class Workers:
     def follow(self, state: StateManager) -> None:
         """Run the steps of this state's requests from now on."""
 
-    def move(self, placement: Placement) -> None:
-        """Give every rank a placement; `follow` what it has then."""
+    def apply(self, variant: Variant) -> None:
+        """Switch every rank to a variant of the model; `follow` the state that it has then."""
 
     def before_stop(self, release: Callable[[], None]) -> None:
         """Have a method called before the group is given up: NCCL waits until no graph holds its operations."""
@@ -123,9 +123,9 @@ class WorkerProcesses(Workers):
     def follow(self, state: StateManager) -> None:
         self._recorder = Recorder(state)
 
-    def move(self, placement: Placement) -> None:
+    def apply(self, variant: Variant) -> None:
         for rank in self._ranks:
-            rank.channel.send(Move(list(placement)))
+            rank.channel.send(Switch(variant))
 
     def before_stop(self, release: Callable[[], None]) -> None:
         self._releases.append(weakref.WeakMethod(release))  # which must not keep the engine alive

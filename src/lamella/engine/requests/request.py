@@ -5,13 +5,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from lamella.config import Placement
-from lamella.engine.images.reader import PlacedImage
 from lamella.engine.requests.sampling_params import SamplingParams, is_restricted, looks_back
+from lamella.engine.requests.variant import PLAIN, Variant
 from lamella.state.prefix import page_key
 
 _SEED_MASK = (1 << 64) - 1
@@ -39,6 +38,24 @@ def sampling_values(params: SamplingParams, seed: int) -> dict[str, np.generic]:
     return {name: kind(values[name]) for name, kind in SAMPLING_FIELDS.items()}
 
 
+class Attachment(Protocol):
+    """Content of a prompt that its token ids do not tell, such as an image.
+
+    Attributes:
+        first, last: positions of the first and last token that stand for it.
+        digest: hash of the content.
+    """
+
+    @property
+    def first(self) -> int: ...
+
+    @property
+    def last(self) -> int: ...
+
+    @property
+    def digest(self) -> bytes: ...
+
+
 @dataclass(eq=False)
 class Request:
     """One sequence being generated. Compared by identity."""
@@ -57,8 +74,8 @@ class Request:
     num_reused: int = 0  # leading tokens whose state it took from the prefix cache when it last started
     branch: int = 0  # where it leaves the tokens that others had before it
     prefix_root: bytes | None = None  # see `page_keys`; None keeps the request out of the prefix cache
-    placement: Placement = ()  # of a supernet; see `Engine`
-    images: tuple[PlacedImage, ...] = ()  # of the prompt, in its order
+    variant: Variant = PLAIN  # of the model
+    attachments: tuple[Attachment, ...] = ()  # of the prompt, in order
     _page_keys: list[bytes] = field(default_factory=list)
     looks_back: bool = field(init=False)  # whether the choice of a token depends on the ones before
     plain: bool = field(init=False)  # whether nothing is done to its logits, nor wanted of them, but the choice
@@ -71,11 +88,15 @@ class Request:
         edited = self.looks_back or is_restricted(params) or params.logit_bias or params.min_tokens
         self.plain = not (edited or params.logprobs is not None)
 
-    def place(self, placement: Placement, prefix_root: bytes | None) -> None:
-        """Compute it with this placement, from the first token; it holds no state."""
+    def set_variant(self, variant: Variant, prefix_root: bytes | None) -> None:
+        """Compute the request as this variant of the model, from its first token; it must hold no state."""
         assert not self.num_computed
-        self.placement, self.prefix_root = placement, prefix_root
+        self.variant, self.prefix_root = variant, prefix_root
         self._page_keys.clear()
+
+    def leave_prefix_cache(self) -> None:
+        """Find and keep nothing in the prefix cache from now on; the request must hold no state."""
+        self.set_variant(self.variant, None)
 
     @property
     def num_tokens(self) -> int:
@@ -105,11 +126,11 @@ class Request:
         return self._page_keys[:count]
 
     def _content(self, start: int, stop: int) -> bytes:
-        """Which images tokens [start, stop) are of, and where these begin: the same tokens may stand for others."""
+        """Return what tokens [start, stop) stand for besides themselves: equal tokens may stand for other contents."""
         return b"".join(
-            array("q", [image.first - start]).tobytes() + image.digest
-            for image in self.images
-            if image.first < stop and image.last >= start
+            array("q", [each.first - start]).tobytes() + each.digest
+            for each in self.attachments
+            if each.first < stop and each.last >= start
         )
 
     @property

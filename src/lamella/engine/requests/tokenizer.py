@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from lamella.checkpoint import tokenizer_files
 from lamella.checkpoint.files import find_folder
-from lamella.checkpoint.tokenizer_files import SPECIAL, LoadedTokenizer, chat_template_of
+from lamella.checkpoint.tokenizer_files import SPECIAL, LoadedTokenizer, chat_templates_of
+from lamella.engine.requests.chat import Message, Templates, read_messages, render_chat, select_template
 from lamella.errors import CheckpointError, ParameterError
 from lamella.validation import is_text, shown
 
@@ -43,7 +44,7 @@ class Tokenizer:
         special_ids: ids of the special tokens.
         bos_token, eos_token, unk_token, pad_token: texts of these tokens, None where the files name none.
         bos_token_id, eos_token_id, unk_token_id, pad_token_id: their ids, likewise.
-        chat_template: the template of the files, None where there is none.
+        chat_template: the template of the files, several by name, or None; may be replaced.
         name_or_path: the folder of the files; "" where there is none.
     """
 
@@ -59,7 +60,7 @@ class Tokenizer:
         added = library.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.name_or_path = "" if loaded.folder is None else str(loaded.folder)
-        self.chat_template = None if loaded.folder is None else chat_template_of(loaded.folder)
+        self.chat_template: Templates = None if loaded.folder is None else chat_templates_of(loaded.folder)
         self.bos_token, self.eos_token = self._special.get("bos_token"), self._special.get("eos_token")
         self.unk_token, self.pad_token = self._special.get("unk_token"), self._special.get("pad_token")
         self.bos_token_id, self.eos_token_id = loaded.token_id("bos_token"), loaded.token_id("eos_token")
@@ -140,6 +141,42 @@ class Tokenizer:
             self._said_double = True
             logger.info("a prompt begins with %r: no second one is added to such prompts", self.decode(ids[:1]))
         return ids[1:]
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        **variables: Any,
+    ) -> str | list[int]:
+        """Return the text of a chat, or its token ids with `tokenize`; arguments as in transformers.
+
+        Args:
+            conversation: messages with `role` and `content`.
+            tools: JSON schemas of functions.
+            chat_template: a template's text, or the name of one of several; by default the model's.
+            add_generation_prompt: end with what stands before an answer.
+            continue_final_message: end within the final message.
+            tokenize: return token ids.
+            variables: more names for the template, such as `enable_thinking`.
+
+        Raises:
+            ParameterError: there is no template, or it does not take these messages.
+        """
+        template = select_template(self.chat_template, chat_template, tools is not None)
+        messages, _ = read_messages(conversation, "openai", wraps_text=False, placeholder="")
+        text = render_chat(
+            template,
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables={**self.special_tokens_map, **variables},
+        )
+        return self.encode(text, add_special_tokens=False) if tokenize else text
 
     def decode(self, ids: Sequence[int] | int | Any, skip_special_tokens: bool = False) -> str:
         """Return the text of token ids (a list, array, tensor or one id).

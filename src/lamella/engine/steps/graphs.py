@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from lamella.engine.requests.request import Request
 from lamella.engine.scheduler import Scheduled
+from lamella.engine.steps.features import Forms
 from lamella.engine.steps.step_inputs import Layout, StepInputs, StepTensors
 from lamella.layers.context import forward_batch
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.supernet.batches import MixerUnion, SelectedPlacements
 from lamella.ops.sampling import draw, pending_tokens
 
 logger = logging.getLogger("lamella")
@@ -51,11 +51,9 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """Steps in which every request has one token, by the number of rows. Rows without a request have the dummy page and
-    the dummy slot.
+    """Captured steps in which every request has one token, by the number of rows.
 
-    Requests may have any placements that need no other mixers than those of a union: rows are selected, see
-    `SelectedPlacements`.
+    Rows without a request have the dummy page and the dummy slot. The graphs serve steps of one form of each feature.
     """
 
     def __init__(
@@ -64,15 +62,20 @@ class DecodeGraphs:
         inputs: StepInputs,
         tokens: Tensor,
         sizes: Sequence[int],
-        union: MixerUnion,
+        forms: Forms,
         pool: Any,
     ) -> None:
-        """For steps of each of `sizes` rows.
+        """Capture nothing yet.
 
-        `tokens` (rows,) int64 holds what each row of the latest step has chosen; a replay reads and replaces it.
-        `pool` is the memory that graphs have in common; all of them are to be replayed on one stream.
+        Args:
+            model: computes the steps.
+            inputs: builds their tensors.
+            tokens: (rows,) int64, the tokens that the latest step chose; a replay reads and replaces them.
+            sizes: numbers of rows for which a graph is captured.
+            forms: of the features of every step.
+            pool: memory pool that graphs share; all of them must be replayed on one stream.
         """
-        self.model, self.inputs, self._tokens, self._union, self.pool = model, inputs, tokens, union, pool
+        self.model, self.inputs, self._tokens, self._forms, self.pool = model, inputs, tokens, forms, pool
         size, pinned = self._layout(max(sizes)).spans()[1], inputs.device.type == "cuda"
         self._blocks = [torch.zeros(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(_BUFFERS)]
         self._device_block = torch.zeros(size, dtype=torch.uint8, device=inputs.device)
@@ -86,7 +89,7 @@ class DecodeGraphs:
             tokens=rows,
             groups=len(self.inputs.state.groups),
             pages=self.inputs.max_pages,
-            tables=self._union.num_tables,
+            extra=self.inputs.extra(self._forms, rows),
         )
 
     def capture(self, progress: bool = True) -> None:
@@ -113,10 +116,10 @@ class DecodeGraphs:
         fields["query_start_loc"].copy_(torch.arange(rows + 1))
 
         def step() -> StepTensors:
-            # How long the contexts are is unknown to the host at a replay: nothing may ask for it.
-            state, placements = self.inputs.state, SelectedPlacements(self._union, fields["mixers"])
-            space = self.inputs.attention
-            return StepTensors.of(fields, state.groups, (1,) * rows, (), state.page_size, space, placements)
+            # Context lengths are not known on the host during graph replay, so nothing may read them.
+            state, space = self.inputs.state, self.inputs.attention
+            context = self.inputs.features.context(self._forms, fields, None)
+            return StepTensors.of(fields, state.groups, (1,) * rows, (), state.page_size, space, context)
 
         def forward() -> Tensor:
             tensors = step()
@@ -133,32 +136,24 @@ class DecodeGraphs:
         return _Graph(graph, layout, arrays, step(), hidden)
 
     def replay(
-        self,
-        rows: int,
-        shares: Sequence[Scheduled],
-        latest: Mapping[Request, int],
-        mixers: Sequence[tuple[int, ...]],
+        self, rows: int, chunks: Sequence[Scheduled], latest: Mapping[Request, int]
     ) -> tuple[Tensor, StepTensors]:
-        """Launch a step in which all requests decode, with padding up to `rows`; where no such step has been captured
-        yet, that comes first.
+        """Launch a step in which all requests decode, with padding up to `rows`, and capture it first if needed.
 
-        `mixers` is what the union's tables say of each share. Returns the hidden states of the shares (R, hidden_size),
-        and the step's tensors. The tokens are where the constructor was told.
+        Returns the hidden states of the chunks (R, hidden_size), and the step's tensors. The sampled tokens are in the
+        constructor's `tokens`.
         """
         if rows not in self._graphs:
             start = time.perf_counter()
             self._graphs[rows] = self._capture(rows)
-            most = max(map(len, self._union.names))
-            logger.info(
-                "captured a step of %d rows, up to %d mixers a layer (%.1f s)", rows, most, time.perf_counter() - start
-            )
+            logger.info("captured a step of %d rows (%.1f s)", rows, time.perf_counter() - start)
         graph = self._graphs[rows]
         self._turn = (self._turn + 1) % _BUFFERS
-        self.inputs.fill(graph.arrays[self._turn], shares, latest, mixers)
+        self.inputs.fill(graph.arrays[self._turn], chunks, latest, self._forms)
         size = graph.layout.spans()[1]
         self._device_block[:size].copy_(self._blocks[self._turn][:size], non_blocking=True)
         graph.graph.replay()
-        return graph.hidden[: len(shares)], graph.tensors
+        return graph.hidden[: len(chunks)], graph.tensors
 
 
 def record(forward: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:

@@ -1,22 +1,22 @@
-"""One step on the device: from the scheduler's shares to sampled tokens."""
+"""One step on the device: from scheduled chunks of requests to sampled tokens."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lamella.config import Placement
-from lamella.engine.images.embeddings import ImageRows
 from lamella.engine.requests.request import Request
 from lamella.engine.requests.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduled
+from lamella.engine.steps.features import NO_FEATURES, Forms, StepFeatures
 from lamella.engine.steps.graphs import DecodeGraphs, bucket_sizes
 from lamella.engine.steps.sampler import (
     Choice,
@@ -28,52 +28,68 @@ from lamella.engine.steps.sampler import (
     scored,
 )
 from lamella.engine.steps.step_inputs import StepInputs, StepTensors
-from lamella.layers.compiled.model import MIN_TOKENS, CompiledModel
 from lamella.layers.context import forward_batch, leave_batch
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.supernet.batches import CutPlacements, MixerUnion, unite
 from lamella.ops.attention.paged import AttentionSpace
 from lamella.ops.backend import has_triton, use_triton
 from lamella.ops.sampling import draw, pending_tokens
 from lamella.state.manager import DUMMY, Holding, StateManager
 
-_KEPT_GRAPHS = 8  # unions of placements whose graphs are kept
+_KEPT_GRAPHS = 8  # forms of steps whose graphs are kept
 _LOGITS_ROWS = 256  # rows of the vocabulary's width at a time, where a prompt's logprobs are wanted
+
+
+class Forward(Protocol):
+    """Computes the hidden states of a step in place of the model.
+
+    Attributes:
+        min_tokens: the smallest step that it can compute.
+    """
+
+    min_tokens: int
+
+    def warm_up(self) -> None:
+        """Prepare for every step to come."""
+        ...
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """Return hidden states (T, hidden_size) of ids (T,) of the current batch."""
+        ...
 
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step gave one request."""
+    """Result of a step for one request."""
 
     request: Request
-    token_id: int | None = None  # None while the prompt is not through
+    token_id: int | None = None  # None if the step did not reach the prompt's end
     logprobs: TokenLogprobs | None = None
-    prompt_logprobs: Sequence[TokenLogprobs] = ()  # of the prompt tokens after this share's, in order
+    prompt_logprobs: Sequence[TokenLogprobs] = ()  # of the prompt tokens after the chunk's, in order
 
 
 @dataclass(frozen=True)
-class Flight:
-    """A step that the device has been given.
+class InFlightStep:
+    """A step that the device was given.
 
     Attributes:
-        shares: what it computes, in the order of its rows.
+        chunks: what it computes, in the order of its rows.
         sampled: the requests that get a token, in the order of `choice`.
-        choice: their tokens; None where there are none.
-        prompt_logprobs: those of the prompts that want them.
+        choice: their tokens; None if there are none.
+        prompt_logprobs: of the prompts that want them.
     """
 
-    shares: Sequence[Scheduled]
+    chunks: Sequence[Scheduled]
     sampled: Sequence[Request] = ()
     choice: Choice | None = None
     prompt_logprobs: Mapping[Request, list[TokenLogprobs]] = field(default_factory=dict)
 
 
 class ModelRunner:
-    """Runs a model's steps over the state that its requests hold.
+    """Runs a model's steps over the state of its requests.
 
     Attributes:
         num_replays: steps that were replays of a graph.
-        runs_ahead: whether a step is to be launched before the one ahead of it has been collected, so that the device
+        runs_ahead: True if a step should be launched before the step before it has been collected, so that the device
             never waits for the host.
     """
 
@@ -84,55 +100,59 @@ class ModelRunner:
         device: torch.device,
         max_model_len: int,
         max_num_seqs: int,
-        images: ImageRows,
-        compiled: CompiledModel | None = None,
+        features: StepFeatures = NO_FEATURES,
+        forward: Forward | None = None,
     ) -> None:
-        """`images` gives steps the rows of their images; with `compiled`, that is what computes the steps."""
-        self.images = images
+        """`features` add arrays to steps; `forward` computes them in place of the model."""
         self.model, self.state, self.device, self.max_model_len = model, state, device, max_model_len
-        self.compiled = compiled
+        self.features, self._forward = features, forward
+        self._compute: Callable[[Tensor], Tensor] = model if forward is None else forward
+        self._min_tokens = 1 if forward is None else forward.min_tokens
         self.runs_ahead = device.type == "cuda"
         self.num_replays = 0
         kernels = device.type == "cuda" and has_triton()
         self.attention = AttentionSpace(max_num_seqs, max_model_len, device) if kernels else None
-        self.inputs = StepInputs(state, max_model_len, device, self.attention)
-        # Of the latest step, what each of its rows has chosen.
+        # The token that each row of the latest step chose.
         self._tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._rows: dict[Request, int] = {}
         # On a GPU a step that only decodes has one of these numbers of rows, in a graph or not: the kernels of a
         # library, and with them the order of sums, may differ from number to number.
         self._sizes = bucket_sizes(max_num_seqs) if device.type == "cuda" else []
-        # By the state whose memory a graph has captured, and the mixers in it; the latest last.
-        self._graphs: OrderedDict[tuple[StateManager, MixerUnion], DecodeGraphs] = OrderedDict()
+        # By the state whose memory a graph has captured, and the forms of its steps; the latest last.
+        self._graphs: OrderedDict[tuple[StateManager, Forms], DecodeGraphs] = OrderedDict()
         self._captures = False
-        self._inputs = {state: self.inputs}
-        self._active = model.placement
+        self._inputs: dict[StateManager, StepInputs] = {}
+        self.inputs = self._inputs_of(state)
 
-    def move(self, state: StateManager, graphs: bool) -> None:
-        """Run the steps of another state's requests, under the model's placement; with `graphs`, decode steps are
-        captured where they have not been yet. Nothing may be in flight.
+    def bind(self, state: StateManager, graphs: bool) -> None:
+        """Run the steps of another state's requests; nothing may be in flight.
+
+        With `graphs`, decode steps are captured unless they have been before.
         """
-        self.state, self._active, self._rows = state, self.model.placement, {}
-        if state not in self._inputs:
-            self._inputs[state] = StepInputs(state, self.max_model_len, self.device, self.attention)
-        self.inputs = self._inputs[state]
-        if (state, unite(frozenset([self._active]))[0]) not in self._graphs:
+        self.state, self._rows = state, {}
+        self.inputs = self._inputs_of(state)
+        if (state, self.features.forms((), replay=True)) not in self._graphs:
             self.warm_up(graphs)
 
+    def _inputs_of(self, state: StateManager) -> StepInputs:
+        if state not in self._inputs:
+            inputs = StepInputs(state, self.max_model_len, self.device, self.attention, self.features)
+            self._inputs[state] = inputs
+        return self._inputs[state]
+
     def forget(self, state: StateManager) -> None:
-        """Let go of what was captured over a state's memory, which is gone."""
+        """Release what was captured over a state's memory, which is gone."""
         for key in [key for key in self._graphs if key[0] is state]:
             self._graphs.pop(key).release()
         self._inputs.pop(state, None)
 
     def warm_up(self, graphs: bool) -> None:
-        """Compile the model, where steps are computed so. On a GPU, compile what a step of prompts needs and, with
-        `graphs`, capture the decode steps.
+        """Prepare for the steps to come: kernels, and with `graphs` the captured decode steps on a GPU.
 
         Only the dummy page and the dummy slot are written to.
         """
-        if self.compiled is not None:
-            self.compiled.warm_up()
+        if self._forward is not None:
+            self._forward.warm_up()
         if self.device.type != "cuda":
             return
         pads = [
@@ -150,54 +170,52 @@ class ModelRunner:
         self._rows = {}
         if graphs and self.attention is not None:
             self._captures = True
-            self._graphs_of(unite(frozenset([self._active]))[0]).capture()
+            self._graphs_of(self.features.forms((), replay=True)).capture()
 
-    def _graphs_of(self, union: MixerUnion) -> DecodeGraphs:
-        """The graphs of some mixers; new ones where there are none, of which nothing is captured yet."""
-        key = self.state, union
+    def _graphs_of(self, forms: Forms) -> DecodeGraphs:
+        """Return the graphs of steps of these forms; new ones, not captured yet, if there are none."""
+        key = self.state, forms
         if key not in self._graphs:
-            # Of graphs that live: a pool ends with the last of its own.
+            # A memory pool ends with the last of its graphs, so it is taken from a graph that is still there.
             pool = next((graphs.pool for graphs in self._graphs.values()), None) or torch.cuda.graph_pool_handle()
-            self._graphs[key] = DecodeGraphs(self.model, self.inputs, self._tokens, self._sizes, union, pool)
+            self._graphs[key] = DecodeGraphs(self.model, self.inputs, self._tokens, self._sizes, forms, pool)
             while len(self._graphs) > _KEPT_GRAPHS:
                 self._graphs.popitem(last=False)[1].release()
         self._graphs.move_to_end(key)
         return self._graphs[key]
 
     def drop_graphs(self) -> None:
-        """Let go of what the captured steps hold. The runner goes on without them."""
+        """Release all captured steps. The runner goes on without them."""
         self._captures = False
         while self._graphs:
             self._graphs.popitem()[1].release()
 
     @torch.inference_mode()
-    def launch(self, step: Sequence[Scheduled]) -> Flight:
-        """Give the device a step, without waiting for it where it is a GPU."""
-        shares = sorted(step, key=lambda share: share.count != 1)  # decodes first, see RaggedBatch
+    def launch(self, step: Sequence[Scheduled]) -> InFlightStep:
+        """Give the device a step; on a GPU, without waiting for it."""
+        chunks = sorted(step, key=lambda chunk: chunk.count != 1)  # decodes first, see RaggedBatch
         if self.attention is not None:
             self.attention.begin_step()
-        pads, own = 0, self._placements(shares)
-        if self._sizes and shares[-1].count == 1:
-            rows = min(size for size in self._sizes if size >= len(shares))
-            if self._captures and all(share.samples for share in shares):
-                union, tables = unite(frozenset(own or [self._active]))
-                mixers = [tables[placement] for placement in own]
-                hidden, tensors = self._graphs_of(union).replay(rows, shares, self._rows, mixers)
-                self.num_replays += 1
-                return self._flight(shares, self._choose(shares, hidden, tensors, chosen=True), {})
-            pads = 0 if own else rows - len(shares)
-        if self.compiled is not None and sum(share.count for share in shares) < MIN_TOKENS:
-            pads = MIN_TOKENS - len(shares)
-        placements = CutPlacements(own) if own else None
-        tensors = self.inputs.build(shares, self._rows, pads, placements, self.images.of(shares))
+        decodes = bool(self._sizes) and chunks[-1].count == 1
+        rows = min(size for size in self._sizes if size >= len(chunks)) if decodes else 0
+        replays = decodes and self._captures and all(chunk.samples for chunk in chunks)
+        replays = replays and self.features.can_replay(chunks)
+        forms = self.features.forms(chunks, replays)
+        if replays:
+            hidden, tensors = self._graphs_of(forms).replay(rows, chunks, self._rows)
+            self.num_replays += 1
+            return self._launched(chunks, self._choose(chunks, hidden, tensors, chosen=True), {})
+        pads = rows - len(chunks) if decodes and self.features.can_pad(forms) else 0
+        if sum(chunk.count for chunk in chunks) < self._min_tokens:
+            pads = self._min_tokens - len(chunks)
+        tensors = self.inputs.build(chunks, self._rows, pads, forms)
         with forward_batch(tensors.batch):
-            forward = self.model if self.compiled is None else self.compiled
-            hidden = forward(self._resolve(tensors.input_ids, shares))
-            prompts = self._prompt_logprobs(shares, hidden)
-            return self._flight(shares, self._choose(shares, hidden, tensors), prompts)
+            hidden = self._compute(self._resolve(tensors.input_ids, chunks))
+            prompts = self._prompt_logprobs(chunks, hidden)
+            return self._launched(chunks, self._choose(chunks, hidden, tensors), prompts)
 
     def reset(self) -> None:
-        """Forget the steps in flight, whose results nobody will collect; the next step starts from tokens of the host.
+        """Forget the steps in flight, whose results nobody will collect; the next step starts from the host's tokens.
 
         Waits for the device, which may still read what the host has written for these steps.
         """
@@ -206,64 +224,52 @@ class ModelRunner:
                 torch.cuda.synchronize(self.device)
         leave_batch()
         self._rows = {}
-        self.model.activate(self._active)  # an exception may have interrupted a change of it
+        self.features.reset()
 
-    def _placements(self, shares: Sequence[Scheduled]) -> tuple[Placement, ...]:
-        """Of each request of a step, where they have several; where they have one, it becomes the model's."""
-        own = [share.request.placement for share in shares if share.request.placement]
-        if not own:
-            return ()
-        if any(placement is not own[0] and placement != own[0] for placement in own):
-            return tuple(share.request.placement or self._active for share in shares)
-        if own[0] is not self._active and own[0] != self._active:
-            self.model.activate(own[0])
-        self._active = own[0]
-        return ()
-
-    def collect(self, flight: Flight) -> list[StepResult]:
-        """The results of a step, in the order of its rows; waits for them."""
+    def collect(self, step: InFlightStep) -> list[StepResult]:
+        """Wait for a step, and return its results in the order of its rows."""
         tokens: dict[Request, tuple[int, TokenLogprobs | None]] = {}
-        if flight.choice is not None:
-            chosen = flight.choice.read()
-            tokens = dict(zip(flight.sampled, zip(chosen.token_ids, chosen.logprobs, strict=True), strict=True))
+        if step.choice is not None:
+            chosen = step.choice.read()
+            tokens = dict(zip(step.sampled, zip(chosen.token_ids, chosen.logprobs, strict=True), strict=True))
         results = []
-        for share in flight.shares:
-            token_id, logprobs = tokens.get(share.request, (None, None))
-            prompt = flight.prompt_logprobs.get(share.request, ())
-            results.append(StepResult(share.request, token_id, logprobs, prompt))
+        for chunk in step.chunks:
+            token_id, logprobs = tokens.get(chunk.request, (None, None))
+            prompt = step.prompt_logprobs.get(chunk.request, ())
+            results.append(StepResult(chunk.request, token_id, logprobs, prompt))
         return results
 
-    def _flight(
-        self, shares: Sequence[Scheduled], choice: Choice | None, prompts: Mapping[Request, list[TokenLogprobs]]
-    ) -> Flight:
-        sampled = [share.request for share in shares if share.samples] if choice is not None else []
+    def _launched(
+        self, chunks: Sequence[Scheduled], choice: Choice | None, prompts: Mapping[Request, list[TokenLogprobs]]
+    ) -> InFlightStep:
+        sampled = [chunk.request for chunk in chunks if chunk.samples] if choice is not None else []
         if choice is not None:
             if choice.tokens.data_ptr() != self._tokens.data_ptr():  # a graph leaves them there by itself
                 self._tokens[: len(sampled)] = choice.tokens
             self._rows = {request: row for row, request in enumerate(sampled)}
-        return Flight(shares, sampled, choice, prompts)
+        return InFlightStep(chunks, sampled, choice, prompts)
 
-    def _resolve(self, input_ids: Tensor, shares: Sequence[Scheduled]) -> Tensor:
-        """Token ids with those of the step before, which the host may not know, in their places."""
-        if not any(share.request.num_pending for share in shares):
+    def _resolve(self, input_ids: Tensor, chunks: Sequence[Scheduled]) -> Tensor:
+        """Return token ids, with those that the step before chose and the host may not know yet."""
+        if not any(chunk.request.num_pending for chunk in chunks):
             return input_ids
         return pending_tokens(input_ids, self._tokens)
 
     def _choose(
-        self, shares: Sequence[Scheduled], hidden: Tensor, tensors: StepTensors, chosen: bool = False
+        self, chunks: Sequence[Scheduled], hidden: Tensor, tensors: StepTensors, chosen: bool = False
     ) -> Choice | None:
-        """The next token of each request whose share ends with its last token.
+        """Return the next token of each request whose chunk ends with its last token.
 
         With `chosen`, a graph has chosen for every row already, with nothing done to the logits before.
         """
-        indices = [index for index, share in enumerate(shares) if share.samples]
+        indices = [index for index, chunk in enumerate(chunks) if chunk.samples]
         if not indices:
             return None
-        if chosen and all(share.request.plain for share in shares):
-            return Choice(self._tokens[: len(shares)])
-        rows = [sampling_row(shares[index].request) for index in indices]
+        if chosen and all(chunk.request.plain for chunk in chunks):
+            return Choice(self._tokens[: len(chunks)])
+        rows = [sampling_row(chunks[index].request) for index in indices]
         sampling = tensors.sampling
-        if len(indices) < len(shares) or not chosen:
+        if len(indices) < len(chunks) or not chosen:
             wanted = torch.tensor(indices).to(self.device, non_blocking=True)
             hidden = hidden[tensors.batch.ragged.query_start_loc[1:].long()[wanted] - 1]
             sampling = {name: values[wanted] for name, values in sampling.items()}
@@ -272,14 +278,14 @@ class ModelRunner:
             return scored(logits, self._tokens[: len(rows)], rows)
         return choose(logits, rows, partial(draw, sampling=sampling) if use_triton(logits) else None)
 
-    def _prompt_logprobs(self, shares: Sequence[Scheduled], hidden: Tensor) -> dict[Request, list[TokenLogprobs]]:
+    def _prompt_logprobs(self, chunks: Sequence[Scheduled], hidden: Tensor) -> dict[Request, list[TokenLogprobs]]:
         found: dict[Request, list[TokenLogprobs]] = {}
         start = 0
-        for share in shares:
-            request, first = share.request, start
-            start += share.count
+        for chunk in chunks:
+            request, first = chunk.request, start
+            start += chunk.count
             wanted = request.params.prompt_logprobs
-            targets = request.prompt_token_ids[share.start + 1 : share.start + share.count + 1]
+            targets = request.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.count + 1]
             if wanted is None or not targets:
                 continue
             ids = torch.tensor(targets).to(self.device)
@@ -293,7 +299,7 @@ class ModelRunner:
 
 
 def sampling_row(request: Request) -> SamplingRow:
-    """What the sampler must know of a request."""
+    """Return the sampler's view of a request."""
     return SamplingRow(
         params=request.params,
         seed=request.seed,

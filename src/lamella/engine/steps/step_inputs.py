@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lamella.engine.requests.request import SAMPLING_FIELDS, Request
 from lamella.engine.scheduler import Scheduled
-from lamella.layers.context import ForwardBatch, GivenEmbeddings, PageView
-from lamella.layers.supernet.batches import Placements
+from lamella.engine.steps.features import NO_FEATURES, Forms, StepFeatures
+from lamella.layers.context import ForwardBatch, PageView
 from lamella.ops.attention.paged import AttentionSpace
 from lamella.ops.ragged import RaggedBatch
 from lamella.state.manager import Holding, StateManager
@@ -32,7 +32,7 @@ class Layout:
         groups: paged state groups.
         pages: columns of their page tables.
         listed: pages of the requests after the decodes.
-        tables: of which mixer computes which row, see `MixerUnion`.
+        extra: arrays of features, see `StepFeature`: name, dtype and shape of each.
     """
 
     requests: int
@@ -40,9 +40,10 @@ class Layout:
     groups: int
     pages: int
     listed: int = 0
-    tables: int = 0
+    extra: tuple[tuple[str, type, tuple[int, ...]], ...] = ()
 
     def fields(self) -> dict[str, tuple[type, tuple[int, ...]]]:
+        """Return dtype and shape of each array."""
         requests, tokens = (self.requests,), (self.tokens,)
         return {
             "input_ids": (np.int64, tokens),
@@ -60,22 +61,22 @@ class Layout:
             "min_p": (np.float32, requests),
             "page_table": (np.int32, (self.groups, self.requests, self.pages)),
             "page_list": (np.int32, (self.groups, self.listed)),
-            "mixers": (np.int32, (self.tables, self.requests)),
+            **{name: (dtype, shape) for name, dtype, shape in self.extra},
         }
 
     def spans(self) -> tuple[dict[str, tuple[int, int, type, tuple[int, ...]]], int]:
-        """(start, stop, dtype, shape) of each field in bytes, and the size of the whole block."""
+        """Return (start, stop, dtype, shape) of each field in bytes, and the size of the whole block."""
         return _spans(self)
 
     def arrays(self, block: np.ndarray) -> dict[str, np.ndarray]:
-        """The block's fields on the host."""
+        """Return the fields of a block on the host."""
         return {
             name: block[start:stop].view(dtype).reshape(shape)
             for name, (start, stop, dtype, shape) in self.spans()[0].items()
         }
 
     def tensors(self, block: Tensor) -> dict[str, Tensor]:
-        """The same of a block in torch."""
+        """Return the fields of a block in torch."""
         return {
             name: block[start:stop].view(_TORCH[dtype]).view(shape)
             for name, (start, stop, dtype, shape) in self.spans()[0].items()
@@ -118,9 +119,9 @@ class StepTensors:
         context_lens: tuple[int, ...],
         page_size: int,
         attention: AttentionSpace | None = None,
-        placements: Placements | None = None,
-        given: GivenEmbeddings | None = None,
+        context: Mapping[str, Any] | None = None,
     ) -> StepTensors:
+        """Return views of a block's fields; `context` is what features add to the batch."""
         num_decodes = next((i for i, n in enumerate(query_lens) if n != 1), len(query_lens))
         ragged = RaggedBatch(
             positions=tensors["positions"],
@@ -138,14 +139,14 @@ class StepTensors:
             for index, group in enumerate(groups)
         }
         sampling = {name: tensors[name] for name in ("seed", "step", "top_k", "temperature", "top_p", "min_p")}
-        batch = ForwardBatch(ragged, pages, tensors["slots"], attention, placements, given)
+        batch = ForwardBatch(ragged, pages, tensors["slots"], attention, **(context or {}))
         return cls(batch, tensors["input_ids"], sampling)
 
 
-def prefills(shares: Sequence[Scheduled]) -> Sequence[Scheduled]:
-    """The shares from the first with several tokens on; decodes stand before them, see RaggedBatch."""
-    first = next((index for index, share in enumerate(shares) if share.count != 1), len(shares))
-    return shares[first:]
+def prefills(chunks: Sequence[Scheduled]) -> Sequence[Scheduled]:
+    """Return the chunks from the first with several tokens on; decodes stand before them, see RaggedBatch."""
+    first = next((index for index, chunk in enumerate(chunks) if chunk.count != 1), len(chunks))
+    return chunks[first:]
 
 
 class RequestRows:
@@ -180,75 +181,86 @@ class StepInputs:
     """Builds the tensors of steps."""
 
     def __init__(
-        self, state: StateManager, max_model_len: int, device: torch.device, attention: AttentionSpace | None
+        self,
+        state: StateManager,
+        max_model_len: int,
+        device: torch.device,
+        attention: AttentionSpace | None,
+        features: StepFeatures = NO_FEATURES,
     ) -> None:
-        self.state, self.device, self.attention = state, device, attention
+        self.state, self.device, self.attention, self.features = state, device, attention, features
         self.max_pages = state.pages_for(max_model_len)
         self._rows = RequestRows(state, self.max_pages)
 
     def build(
         self,
-        shares: Sequence[Scheduled],
+        chunks: Sequence[Scheduled],
         latest: Mapping[Request, int],
         pads: int = 0,
-        placements: Placements | None = None,
-        given: GivenEmbeddings | None = None,
+        forms: Forms = (),
     ) -> StepTensors:
-        """The step's tensors, new ones, with so many rows of padding behind a step that only decodes.
+        """Return new tensors of a step.
 
-        `latest` gives the rows in which pending tokens were chosen, and `given` the embeddings of tokens of images.
+        Args:
+            chunks: what the step computes, decodes first.
+            latest: row of the step before in which each pending token was chosen.
+            pads: padding rows behind a step that only decodes.
+            forms: of the step's features.
         """
-        lengths, size = [share.start + share.count for share in shares] + [1] * pads, self.state.page_size
-        listed = 0 if self.attention is None else sum(self.state.pages_for(s.start + s.count) for s in prefills(shares))
+        lengths, size = [chunk.start + chunk.count for chunk in chunks] + [1] * pads, self.state.page_size
+        listed = 0 if self.attention is None else sum(self.state.pages_for(c.start + c.count) for c in prefills(chunks))
         layout = Layout(
-            requests=len(shares) + pads,
-            tokens=sum(share.count for share in shares) + pads,
+            requests=len(chunks) + pads,
+            tokens=sum(chunk.count for chunk in chunks) + pads,
             groups=len(self.state.groups),
             pages=self.state.pages_for(max(lengths)),
             listed=listed,
+            extra=self.extra(forms, len(chunks) + pads),
         )
         assert not pads or layout.tokens == layout.requests
         block = torch.empty(layout.spans()[1], dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        self.fill(layout.arrays(block.numpy()), shares, latest)
+        self.fill(layout.arrays(block.numpy()), chunks, latest, forms)
         on_device = block.to(self.device, non_blocking=True)
+        tensors = layout.tensors(on_device)
         return StepTensors.of(
-            layout.tensors(on_device),
+            tensors,
             self.state.groups,
-            (*(share.count for share in shares), *(1,) * pads),
+            (*(chunk.count for chunk in chunks), *(1,) * pads),
             tuple(lengths),
             size,
             self.attention,
-            placements,
-            given,
+            self.features.context(forms, tensors, chunks),
         )
+
+    def extra(self, forms: Forms, requests: int) -> tuple[tuple[str, type, tuple[int, ...]], ...]:
+        """Return the arrays of the features for a step of so many rows, as a `Layout` takes them."""
+        fields = self.features.fields(forms, requests)
+        return tuple((name, dtype, shape) for name, (dtype, shape) in fields.items())
 
     def fill(
         self,
         arrays: Mapping[str, np.ndarray],
-        shares: Sequence[Scheduled],
+        chunks: Sequence[Scheduled],
         latest: Mapping[Request, int],
-        mixers: Sequence[tuple[int, ...]] = (),
+        forms: Forms = (),
     ) -> None:
-        """Write a step into a block's arrays; rows beyond the shares become padding, each a request of its own.
-
-        `mixers` is what the tables say of each share, where there are tables.
-        """
-        used = len(shares)
-        starts = np.array([share.start for share in shares])
-        counts = np.array([share.count for share in shares])
-        slots = np.array([self._rows.slot(share.request) for share in shares])
+        """Write a step into a block's arrays; rows after the chunks become padding, each a request of its own."""
+        used = len(chunks)
+        starts = np.array([chunk.start for chunk in chunks])
+        counts = np.array([chunk.count for chunk in chunks])
+        slots = np.array([self._rows.slot(chunk.request) for chunk in chunks])
         bounds = np.cumsum(counts)
         tokens = int(bounds[-1])
         token_request = np.repeat(np.arange(used), counts)
         positions = np.arange(tokens) + (starts + counts - bounds)[token_request]
         ids: list[int] = []
-        for share in shares:
-            request = share.request
+        for chunk in chunks:
+            request = chunk.request
             if request.num_pending:
-                assert share.count == 1
+                assert chunk.count == 1
                 ids.append(-1 - latest[request])
             else:
-                ids += request.token_ids(share.start, share.start + share.count)
+                ids += request.token_ids(chunk.start, chunk.start + chunk.count)
         size = self.state.page_size
         arrays["input_ids"][:tokens], arrays["input_ids"][tokens:] = ids, 0
         arrays["positions"][:tokens], arrays["positions"][tokens:] = positions, 0
@@ -268,13 +280,12 @@ class StepInputs:
             np.take(table[:, :columns], slots, axis=0, out=arrays["page_table"][group, :used])
             arrays["page_table"][group, used:, :1] = 0
             if arrays["page_list"].shape[1]:
-                first = used - len(prefills(shares))
+                first = used - len(prefills(chunks))
                 counts_of = -(-(starts + counts)[first:] // size)
                 rows = [table[slot, :count] for slot, count in zip(slots[first:], counts_of, strict=True)]
                 np.concatenate(rows, out=arrays["page_list"][group])
-        if mixers:
-            arrays["mixers"][:, :used], arrays["mixers"][:, used:] = np.array(mixers).T, 0
+        self.features.fill(forms, arrays, chunks)
         for name, values in self._rows.sampling.items():
             arrays[name][:used], arrays[name][used:] = values[slots], 0
-        arrays["step"][:used] = [share.request.num_sampled for share in shares]
+        arrays["step"][:used] = [chunk.request.num_sampled for chunk in chunks]
         arrays["step"][used:] = 0

@@ -43,6 +43,8 @@ class CompiledModel:
     From then on nothing is compiled any more: whatever would need another program is a RuntimeError that says why.
     """
 
+    min_tokens = MIN_TOKENS
+
     def __init__(self, model: LanguageModel) -> None:
         """Nothing is compiled yet. The model's layers are made alike where that changes none of their results."""
         self._model = model

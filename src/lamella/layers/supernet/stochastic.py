@@ -1,4 +1,4 @@
-"""A layer of a supernet: several mixers, of which a placement says which computes a request."""
+"""A layer of a supernet: several mixers, of which the placement of a request selects one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from lamella.layers.short_conv import ConvHistory
 
 
 class Stochastic(nn.Module):
-    """All mixers, built and loaded. The `active` one computes, unless the batch has `placements`, which then say who
-    computes what.
-    """
+    """All mixers of a layer. The `active` one computes, unless the batch has `placements`."""
 
     def __init__(
         self,
@@ -41,7 +39,7 @@ class Stochastic(nn.Module):
         )
         self.active = config.main
         self._caller = kit.caller(self, prefix)
-        self.index = -1  # of the decoder layer, which whoever builds the stack says
+        self.index = layer_index(prefix)
 
     def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
         """(T, hidden_size) -> (T, hidden_size)."""
@@ -63,3 +61,9 @@ class Stochastic(nn.Module):
                 out = part.put(self.mixers[name](part.positions(positions), BlockInput.ready(part.take(x))), out)
         assert out is not None
         return out
+
+
+def layer_index(prefix: str) -> int:
+    """Return the layer index in a mixer's dotted path, `model.layers.INDEX.mixer`; -1 for other paths."""
+    index = prefix.rpartition(".")[0].rpartition(".")[2]
+    return int(index) if index.isdecimal() else -1

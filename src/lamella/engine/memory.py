@@ -1,16 +1,24 @@
-"""How much state there is room for: pages of each group, slots of requests, and snapshots of the prefix cache."""
+"""Memory of an engine: what a step takes, and how much is left for state.
+
+State is pages of each group, slots of requests, and snapshots of the prefix cache.
+"""
 
 from __future__ import annotations
 
 import bisect
 import logging
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from lamella.engine.options import EngineOptions
 from lamella.errors import ConfigError, ParameterError
+from lamella.layers.context import ForwardBatch, forward_batch
+from lamella.layers.decoder import LanguageModel
+from lamella.ops.ragged import RaggedBatch
+from lamella.ops.self_check import self_check
 from lamella.parallel.group import Group
 from lamella.state.manager import StateManager
 from lamella.state.memory import StateCost
@@ -94,8 +102,8 @@ def _peaks(tokens: int, state: StateManager, options: EngineOptions) -> Iterator
         yield state.peak_pages(index, tokens, chunk), pool.capacity
 
 
-def say_what_cannot_hit(options: EngineOptions, cost: StateCost, plan: Capacity, max_model_len: int) -> None:
-    """Where the prefix cache is on and can hit nothing, the log says why."""
+def warn_if_no_prefix_can_hit(options: EngineOptions, cost: StateCost, plan: Capacity, max_model_len: int) -> None:
+    """Log a warning if the settings make prefix hits impossible."""
     if not options.enable_prefix_caching:
         logger.info("prefix caching is off: every prompt is computed whole")
     elif options.block_size >= max_model_len:
@@ -213,3 +221,41 @@ def _meminfo(field: str) -> int | None:
 def _free_memory(device: torch.device) -> int:
     available = available_memory(device)
     return 4 << 30 if available is None else available  # systems without procfs; num_blocks says better
+
+
+def measure_steps(runs: Iterable[Callable[[], None]], dtype: torch.dtype, device: torch.device) -> int:
+    """Check the kernels, and return the most bytes that any of the `runs` takes; 0 on the CPU, where none is run.
+
+    Raises:
+        KernelError: a kernel of ours does not work on this machine.
+    """
+    if device.type != "cuda":
+        return 0
+    start = time.perf_counter()
+    self_check(dtype, device)
+    checked = time.perf_counter()
+    nbytes = max(_peak_bytes(run, device) for run in runs)
+    logger.info("kernels agree with their references (%.1f s); a step takes %d MiB", checked - start, nbytes >> 20)
+    return nbytes
+
+
+@torch.inference_mode()
+def _peak_bytes(run: Callable[[], None], device: torch.device) -> int:
+    """Return the most memory that a run allocates beyond what is allocated before."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    return peak
+
+
+def run_largest_step(model: LanguageModel, options: EngineOptions, max_model_len: int, device: torch.device) -> None:
+    """Compute a step with as many tokens as the options allow, without state."""
+    whole, rest = divmod(options.max_num_batched_tokens, max_model_len)
+    lengths = [max_model_len] * whole + [rest] * (rest > 0)
+    with forward_batch(ForwardBatch(RaggedBatch.from_lengths(lengths, lengths, device))):
+        hidden = model(torch.zeros(sum(lengths), dtype=torch.int64, device=device))
+        model.compute_logits(hidden[: options.max_num_seqs])

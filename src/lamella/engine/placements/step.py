@@ -1,0 +1,81 @@
+"""Placements as a feature of a step: which mixers compute which request."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lamella.config import Placement
+from lamella.engine.scheduler import Scheduled
+from lamella.engine.steps.features import Fields, StepFeature
+from lamella.layers.decoder import LanguageModel
+from lamella.layers.supernet.batches import CutPlacements, MixerUnion, SelectedPlacements, unite
+from lamella.layers.supernet.placing import activate, active_placement
+
+
+class PlacementStep(StepFeature):
+    """Keeps the model's active placement, and divides steps whose requests have several.
+
+    The form of an eager step is the placement of each request, or None if all have one, which is then the active one.
+    The form of a graph is the union of the mixers that its requests need.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._active = active_placement(model)
+        self._tables: Sequence[tuple[int, ...]] = ()  # of the latest graph: what its tables say of each request
+
+    def use(self, placement: Placement) -> None:
+        """Make this the active placement."""
+        activate(self._model, placement)
+        self._active = placement
+
+    def can_pad(self, form: Hashable) -> bool:
+        """Only steps with one placement have padding rows."""
+        return form is None
+
+    def form(self, chunks: Sequence[Scheduled], replay: bool) -> Hashable:
+        """Return the placement of each request, None, or the union of mixers; see the class."""
+        own = self._placements(chunks)
+        if not replay:
+            return own or None
+        union, tables = unite(frozenset(own or [self._active]))
+        self._tables = [tables[placement] for placement in own]
+        return union
+
+    def fields(self, form: Hashable, requests: int) -> Fields:
+        """Return the table that selects the mixer of each row."""
+        return {"mixers": (np.int32, (form.num_tables, requests))} if isinstance(form, MixerUnion) else {}
+
+    def fill(self, form: Hashable, arrays: Mapping[str, np.ndarray], chunks: Sequence[Scheduled]) -> None:
+        """Write the table; padding rows take the first mixer."""
+        if self._tables and "mixers" in arrays:
+            used, table = len(chunks), arrays["mixers"]
+            table[:, :used], table[:, used:] = np.array(self._tables).T, 0
+
+    def context(
+        self, form: Hashable, tensors: Mapping[str, Tensor], chunks: Sequence[Scheduled] | None
+    ) -> Mapping[str, Any]:
+        """Return how the batch is divided among mixers."""
+        if isinstance(form, MixerUnion):
+            return {"placements": SelectedPlacements(form, tensors["mixers"])}
+        return {"placements": CutPlacements(form)} if isinstance(form, tuple) else {}
+
+    def reset(self) -> None:
+        """Activate the active placement again: an exception may have interrupted a change of it."""
+        activate(self._model, self._active)
+
+    def _placements(self, chunks: Sequence[Scheduled]) -> tuple[Placement, ...]:
+        """Return the placement of each request if there are several; a single one becomes the active one."""
+        own = [placement for chunk in chunks if (placement := chunk.request.variant.placement)]
+        if not own:
+            return ()
+        if any(placement is not own[0] and placement != own[0] for placement in own):
+            return tuple(chunk.request.variant.placement or self._active for chunk in chunks)
+        if own[0] is not self._active and own[0] != self._active:
+            activate(self._model, own[0])
+        self._active = own[0]
+        return ()

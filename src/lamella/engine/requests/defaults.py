@@ -1,0 +1,74 @@
+"""Default sampling parameters, from the `generation_config.json` of a model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lamella.checkpoint.files import find_folder
+from lamella.checkpoint.json_file import read_json
+from lamella.engine.requests.sampling_params import SamplingParams
+from lamella.errors import CheckpointError, ConfigError, ParameterError
+
+if TYPE_CHECKING:
+    from lamella.engine.options import EngineOptions
+
+logger = logging.getLogger("lamella")
+
+NAME = "generation_config.json"
+# The file's key -> field of `SamplingParams`; vLLM reads the same ones.
+_FIELDS = {
+    "repetition_penalty": "repetition_penalty",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "max_new_tokens": "max_tokens",
+}
+
+
+def read_defaults(options: EngineOptions, folder: Path | None) -> dict[str, Any]:
+    """Return the fields of `SamplingParams` that the options or the model's file set by default.
+
+    Args:
+        options: `generation_config` names the file, `override_generation_config` replaces its keys.
+        folder: of the model; None without one.
+
+    Raises:
+        ConfigError: a value is none that `SamplingParams` accepts.
+        CheckpointError: a folder is named and has no such file.
+    """
+    asked, values = options.generation_config, dict[str, Any]()
+    if asked == "auto":
+        file = None if folder is None else folder / NAME
+        if file is not None and file.is_file():
+            values = read_json(file)
+    elif asked != "vllm":
+        file = find_folder(asked, options.revision) / NAME
+        if not file.is_file():
+            raise CheckpointError(f"generation_config={asked!r}: {file} does not exist; give another folder, or 'vllm'")
+        values = read_json(file)
+    else:
+        file = None
+    overrides = options.override_generation_config or {}
+    found = {}
+    for key, field in _FIELDS.items():
+        value = overrides.get(key, values.get(key))
+        if value is None:
+            continue
+        where = f"override_generation_config: {key}" if key in overrides else f"{file}: {key}"
+        try:
+            SamplingParams(**{field: value})
+        except ParameterError as error:
+            raise ConfigError(f"{where}={value!r}: {error}; or give generation_config='vllm'") from error
+        found[field] = value
+    unknown = sorted(set(overrides) - set(_FIELDS))
+    if unknown:
+        raise ConfigError(
+            f"override_generation_config: {unknown[0]!r} is not supported: it may have {', '.join(_FIELDS)}"
+        )
+    if found:
+        listed = ", ".join(f"{name}={value!r}" for name, value in found.items())
+        logger.info("sampling parameters by default: %s (of %s)", listed, file or "override_generation_config")
+    return found

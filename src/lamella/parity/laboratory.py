@@ -1,0 +1,92 @@
+"""What the paths of the path matrix work with: one loaded model, one sequence, engines as each path needs them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lamella.engine.engine import Engine
+from lamella.engine.loading import load_engine
+from lamella.engine.options import EngineOptions
+from lamella.layers.decoder import LanguageModel
+from lamella.layers.supernet.placing import active_holders
+from lamella.parity.forcing import ForcedEngine, Record
+from lamella.parity.routing import HeldRouting
+from lamella.parity.sequences import TokenSequence, split
+from lamella.state.memory import StateCost
+
+PAGE_SIZE = 16
+SMALL_PAGE = 4  # where a page has to be short of the sequence
+
+
+class NotExercised(Exception):
+    """The engine did not do what the path is meant to test."""
+
+
+class Laboratory:
+    """One loaded model, one sequence, and engines as each path needs them."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        device: torch.device,
+        token_ids: Sequence[int],
+        seed: int,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`options` of an engine that loads the same model, for paths that take a process more."""
+        self.model, self.device, self.token_ids = model, device, tuple(token_ids)
+        self.options = options or {}
+        self.routing = HeldRouting(model, token_ids[:-1])  # the last is only predicted
+        self._random = random.Random(f"strangers {seed}")  # other tokens than a random sequence of the same seed has
+
+    def engine(self, pads: int = 0, **options: Any) -> ForcedEngine:
+        """Return a new engine over the model; decode steps get `pads` padding rows."""
+        usual = {
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 4096,
+            "block_size": PAGE_SIZE,
+            "num_blocks": 1024,
+            "enforce_eager": True,
+        }
+        return ForcedEngine(self.model, usual | options, self.device, pads=pads)
+
+    def divided(self, size: int) -> Engine:
+        """An engine of so many tensor-parallel ranks."""
+        usual = {"max_num_seqs": 1, "block_size": PAGE_SIZE, "num_blocks": 1024, "enforce_eager": True}
+        chunk = len(self.token_ids) * 2 // 3  # one chunk and a rest
+        return load_engine(
+            EngineOptions(**{**usual, **self.options}, max_num_batched_tokens=chunk, tensor_parallel_size=size)
+        )
+
+    @property
+    def grows(self) -> bool:
+        """Whether any state grows with the sequence, so that a pool can run out."""
+        return any(spec.reach is None for spec in StateCost.of(active_holders(self.model)).paged)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of one request's slot state."""
+        return StateCost.of(active_holders(self.model)).bytes_per_request
+
+    def sequence(self, prompt_len: int | None = None) -> TokenSequence:
+        """The sequence, all but the last token of it a prompt unless said otherwise."""
+        return split(self.token_ids, len(self.token_ids) - (prompt_len or len(self.token_ids) - 1))
+
+    def stranger(self, prompt_len: int, count: int) -> TokenSequence:
+        """Random tokens of somebody else."""
+        vocab = self.model.config.vocab_size
+        ids = [self._random.randrange(vocab) for _ in range(prompt_len + count)]
+        return split(ids, count)
+
+    def sharing(self, length: int) -> TokenSequence:
+        """Somebody else's tokens whose first `length` are ours, a token longer as a prompt than what is shared."""
+        other = (self.token_ids[length] + 1) % self.model.config.vocab_size
+        return TokenSequence((*self.token_ids[:length], other), self.stranger(1, 6).continuation)
+
+    def full(self) -> Record:
+        """Return the record of one full forward."""
+        return self.engine().score([self.sequence()])[0]

@@ -1,0 +1,65 @@
+"""Requests, keys and a naive search, for tests of the prefix cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from lamella.engine.requests.request import Request
+from lamella.engine.requests.sampling_params import SamplingParams
+from lamella.state.manager import StateManager
+from lamella.state.prefix import Hit, root_key
+from lamella.state.spec import PagedState
+
+pytestmark = pytest.mark.unit
+
+PAGE = 4
+ROOT = root_key("model", "cpu", None)
+TOKEN_IDS = st.lists(st.integers(0, 1), max_size=14)
+
+
+def group(window: int | None = None) -> PagedState:
+    """One of a window, or of a chunk where that is written as a negative number."""
+    if window is not None and window < 0:
+        return PagedState(1, 8, torch.float32, chunk=-window)
+    return PagedState(1, 8, torch.float32, window=window)
+
+
+def sees(spec: PagedState, position: int, other: int) -> bool:
+    """Whether a token at `position` sees the earlier one at `other`."""
+    if spec.chunk is not None:
+        return position // spec.chunk == other // spec.chunk
+    return spec.window is None or position - other < spec.window
+
+
+def make_request(name: str, prompt: Sequence[int], output: int = 1, root: bytes | None = ROOT) -> Request:
+    return Request(name, list(prompt), SamplingParams(temperature=0), max_tokens=output, prefix_root=root)
+
+
+def keys_of(token_ids: Sequence[int], root: bytes = ROOT) -> list[bytes]:
+    return make_request("", token_ids, root=root).page_keys(PAGE, len(token_ids))
+
+
+def brute_force(state: StateManager, keys: Sequence[bytes]) -> Hit:
+    """The longest prefix for which every page that its next token sees can be found, and a snapshot where needed."""
+    there = [[pool.find(key) is not None for key in keys] + [False] for pool in state.page_pools]
+    known = max((each.index(False) * PAGE for each in there), default=0)
+    for length in range(len(keys) * PAGE, 0, -PAGE):
+        snapshot = state.slot_pool.find(keys[length // PAGE - 1]) if state.has_slot_state else None
+        if (snapshot is not None or not state.has_slot_state) and all(
+            each[position // PAGE]
+            for spec, each in zip(state.groups, there, strict=True)
+            for position in range(length)
+            if sees(spec, length, position)
+        ):
+            return Hit(length, snapshot, known)
+    return Hit(known=known)
+
+
+def bookkeeping(state: StateManager) -> str:
+    """All that the manager and its pools know, the order of places included."""
+    pools = [vars(pool) for pool in (*state.page_pools, state.slot_pool)]
+    return repr((pools, {str(id(request)): held for request, held in state.holdings.items()}, state._copies))

@@ -1,0 +1,100 @@
+"""Keys of the prefix cache: equal just where all tokens so far, and what they stand for, are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lamella.engine.images.reader import Image, PlacedImage
+from lamella.engine.requests.request import Request
+from lamella.state.prefix import page_key, root_key
+from prefix_cases import PAGE, ROOT, TOKEN_IDS, keys_of, make_request
+
+pytestmark = pytest.mark.unit
+
+pytestmark = pytest.mark.unit
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(TOKEN_IDS, TOKEN_IDS, st.sampled_from([ROOT, root_key("m", "cpu", "salt")]))
+def test_keys_are_equal_just_where_all_tokens_so_far_and_the_root_are(first, second, root):
+    ours, theirs = keys_of(first), keys_of(second, root)
+    assert len(ours) == len(first) // PAGE
+    for index, key in enumerate(ours):
+        for other, their in enumerate(theirs):
+            same = root == ROOT and first[: (index + 1) * PAGE] == second[: (other + 1) * PAGE]
+            assert (key == their) == same
+    assert len(set(ours)) == len(ours)
+
+
+def test_the_roots_of_different_models_placements_and_salts_differ():
+    parts = [
+        (m, p, s) for m in ("a", "b", "ab", "") for p in ("cpu", "cuda:0", "") for s in (None, "", "None", "a", "b")
+    ]
+    assert len({root_key(*some) for some in parts}) == len(parts)
+    assert [root_key(*some) for some in parts] == [root_key(*some) for some in parts]
+    assert root_key("a", "b") != root_key("ab") != root_key("a, b")
+
+
+def test_page_keys_tell_large_tokens_and_page_limits_apart():
+    keys = {page_key(ROOT, ids) for ids in ([1], [256], [65536], [2**31], [2**40], [0, 1], [1, 0], [0], [1, 0, 0], [])}
+    assert len(keys) == 10
+    assert page_key(page_key(ROOT, [1]), [2]) != page_key(ROOT, [1, 2])
+
+
+@given(st.integers(1, 11), st.lists(st.integers(0, 16), min_size=1, max_size=6))
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_keys_of_a_growing_request_are_those_of_its_tokens(prompt, grown):
+    request = make_request("r", range(prompt))
+    for count in grown:
+        request.output_token_ids += range(100, 100 + count)
+        everything = request.prompt_token_ids + request.output_token_ids
+        whole = keys_of(everything)
+        for tokens in (0, 3, 4, prompt, len(everything)):
+            assert (
+                request.page_keys(PAGE, min(tokens, len(everything))) == whole[: min(tokens, len(everything)) // PAGE]
+            )
+
+
+# Of a prompt with images: how much text stands before each, and which it is; None is the same tokens without an image.
+IMAGES = st.lists(st.tuples(st.integers(0, 5), st.sampled_from([0, 1, 2, None])), max_size=3)
+PATCHES = {0: 5, 1: 5, 2: 9, None: 5}
+
+
+def with_images(parts: Sequence[tuple[int, int | None]], after: int) -> tuple[Request, list[object]]:
+    """A request, and what each of its tokens stands for: itself, or a row of an image."""
+    token_ids: list[int] = []
+    meaning: list[object] = []
+    placed = []
+    for before, which in parts:
+        count = PATCHES[which]
+        token_ids += [1] * before
+        meaning += [1] * before
+        if which is not None:
+            image = Image(bytes([which]) * 32, [], np.arange(count), None)
+            placed.append(PlacedImage(image.places + len(token_ids), image))
+        token_ids += [2] * count
+        meaning += [2 if which is None else (which, row) for row in range(count)]
+    request = make_request("", [*token_ids, *[1] * after])
+    request.attachments = tuple(placed)
+    return request, [*meaning, *[1] * after]
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(IMAGES, IMAGES, st.integers(0, 5))
+def test_keys_are_equal_just_where_all_tokens_stand_for_the_same(first, second, after):
+    (ours, meant), (theirs, others) = with_images(first, after), with_images(second, after)
+    pairs = zip(ours.page_keys(PAGE, len(meant)), theirs.page_keys(PAGE, len(others)), strict=False)
+    for stop, (key, other) in enumerate(pairs, 1):
+        stop *= PAGE
+        assert (key == other) == (meant[:stop] == others[:stop])
+        (*_, text) = keys_of(ours.token_ids(0, stop))
+        assert (key == text) == (meant[:stop] == ours.token_ids(0, stop))
+
+
+def test_a_request_without_a_root_has_no_keys():
+    assert make_request("r", range(20), root=None).page_keys(PAGE, 20) == []

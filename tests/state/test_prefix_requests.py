@@ -1,0 +1,392 @@
+"""Requests that share prefixes, through the scheduler, on a fake memory."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+import pytest
+
+from lamella.engine.requests.request import Request
+from lamella.engine.requests.sampling_params import SamplingParams
+from lamella.engine.scheduler import Scheduler
+from lamella.state.manager import DUMMY, StateManager
+from lamella.state.prefix import MISS, Hit
+from prefix_cases import PAGE, ROOT, bookkeeping, brute_force, group, make_request, sees
+
+pytestmark = pytest.mark.unit
+
+pytestmark = pytest.mark.unit
+
+
+class Checked(StateManager):
+    """Looks at each `grow` from outside."""
+
+    started: dict[Hashable, Hit]
+
+    def grow(self, request: Hashable, tokens: int, hit: Hit = MISS, keys: Sequence[bytes] = ()) -> bool:
+        before, copies = bookkeeping(self), list(self._copies)
+        mine = self.holdings.get(request)
+        had = [list(pages) for pages in mine.pages] if mine else [[] for _ in self.groups]
+        held = [{page for other in self.holdings.values() for page in other.pages[i]} for i in range(len(self.groups))]
+        slots = {other.slot for other in self.holdings.values()}
+        evictions = [pool.num_evictions for pool in self.page_pools]
+        found, short = [], not mine and len(slots) == self.slot_pool.capacity
+        for index, (spec, pool) in enumerate(zip(self.groups, self.page_pools, strict=True)):
+            live = [
+                any(sees(spec, hit.length, position) for position in range(page * PAGE, (page + 1) * PAGE))
+                for page in range(hit.length // PAGE)
+            ]
+            found.append(had[index] or [pool.find(keys[page]) if seen else DUMMY for page, seen in enumerate(live)])
+            taken = -(-tokens // PAGE) - len(found[-1]) + len({*found[-1]} - held[index] - {DUMMY})
+            short |= taken > pool.capacity - len(held[index] - {DUMMY})
+        if not super().grow(request, tokens, hit, keys):
+            assert short, "there was room"
+            assert bookkeeping(self) == before
+            return False
+        assert not short
+        mine = self.holdings[request]
+        for pages, known, others, pool, evicted in zip(
+            mine.pages, found, held, self.page_pools, evictions, strict=True
+        ):
+            new = pages[len(known) :]
+            assert pages[: len(known)] == known
+            assert len(pages) == max(len(known), -(-tokens // PAGE))
+            assert len(set(new)) == len(new) and not set(new) & {*known, *others, DUMMY}
+            assert pool.num_evictions - evicted <= len(new)
+        if request not in self.started:
+            self.started[request] = hit
+            assert mine.slot not in slots
+            move = hit.snapshot is not None and hit.snapshot != mine.slot
+            assert self._copies == copies + ([(hit.snapshot, mine.slot)] if move else [])
+        else:
+            assert self._copies == copies
+        return True
+
+
+class World:
+    """A scheduler with a model whose state at a position says all the tokens up to it, as the number of a trie's node.
+
+    What was never written reads as None. With `roomy` pools nothing is ever evicted, so that each hit can be foretold.
+    """
+
+    def __init__(self, seed: int, windows: Sequence[int | None], slots: bool, roomy: bool = False) -> None:
+        self.rng = rng = random.Random(seed)
+        groups = [group(window) for window in windows]
+        budget, seqs, self.longest = rng.randint(1, 14), rng.randint(1, 5), rng.randint(6, 40)
+        probe = StateManager(groups, [1] * len(groups), 1, PAGE)
+        spare = rng.choice([0, 1, 2, 4, 20])
+        capacities = [
+            400 if roomy else probe.peak_pages(index, self.longest, min(budget, self.longest)) + rng.randint(0, spare)
+            for index in range(len(groups))
+        ]
+        self.state = Checked(groups, capacities, 300 if roomy else seqs + rng.choice([0, 0, 1, 2, 6]), PAGE, slots)
+        self.state.started = {}
+        self.scheduler = Scheduler(self.state, seqs, budget, rng.choice([None, None, 1, 2, 3]), "always")
+        self.roomy, self.rate = roomy, rng.choice([0.1, 0.3, 0.6])
+        self.trie: dict[object, int] = {}
+        self.nodes: dict[Request, list[int]] = {}
+        self.texts: list[list[int]] = [[]]
+        self.pages: list[dict[tuple[int, int], int]] = [{} for _ in groups]
+        self.slots: dict[int, int | None] = {}
+        self.counts: Counter[str] = Counter()
+        # Of a roomy world: nodes that were computed, those with a snapshot, and each request's latest generated one.
+        self.known: set[int] = set()
+        self.snapshots: set[int] = set()
+        self.latest: dict[Request, int] = {}
+
+    def step(self) -> None:
+        rng, state = self.rng, self.state
+        alive = [*self.scheduler.running, *self.scheduler.waiting]
+        if len(alive) < 8 and (not alive or rng.random() < self.rate):
+            self._arrive()
+        elif alive and rng.random() < 0.02:
+            self.scheduler.finish(request := rng.choice(alive))
+            state.started.pop(request, None)
+            self.counts["cancelled"] += 1
+        elif rng.random() < 0.005 and not self.roomy:
+            state.reset_prefix_cache()
+        if not self.scheduler.has_work:
+            return
+        hits = {}
+        for request in self.scheduler.waiting:
+            keys = request.page_keys(PAGE, request.num_tokens - 1) if request.params.prompt_logprobs is None else []
+            assert state.match(keys) == brute_force(state, keys)
+            hits[request] = self._foretold(request)
+        preempted = self.scheduler.num_preemptions
+        shares = self.scheduler.schedule()
+        for request in self.scheduler.waiting:
+            state.started.pop(request, None)  # preempted
+        self.counts["preempted"] += self.scheduler.num_preemptions - preempted
+        self._check_pools()
+        for source, target in state.take_copies():
+            assert source != target
+            self.slots[target] = self.slots.get(source)
+            self.counts["copies"] += 1
+        for share in shares:
+            request, nodes = share.request, self._nodes(share.request)
+            holding, stop = state.holdings[request], share.start + share.count
+            hit = state.started[request]
+            if request in hits:
+                assert share.start == hit.length
+                assert request.params.prompt_logprobs is None or not hit.length
+                assert hits[request] in (None, hit.length)
+                self.counts["hits"] += hit.length > 0
+                self.counts["moved in"] += hit.snapshot == holding.slot
+                self.counts["started again"] += request.num_preemptions > 0 and hit.length > 0
+            if state.has_slot_state:
+                assert not share.start or self.slots[holding.slot] == nodes[share.start], "not its own past"
+                self.slots[holding.slot] = nodes[stop]
+            for pages, memory in zip(holding.pages, self.pages, strict=True):
+                for position in range(share.start, stop):
+                    assert pages[position // PAGE] != DUMMY
+                    memory[pages[position // PAGE], position % PAGE] = nodes[position + 1]
+        for share in shares:
+            nodes, holding = self._nodes(share.request), state.holdings[share.request]
+            for spec, pages, memory in zip(state.groups, holding.pages, self.pages, strict=True):
+                for position in range(share.start + share.count):
+                    if sees(spec, share.start, position):
+                        place = pages[position // PAGE]
+                        assert place != DUMMY
+                        assert memory.get((place, position % PAGE)) == nodes[position + 1], "a token that it never saw"
+        self.scheduler.computed(shares)
+        for share in shares:
+            self._computed(share.request)
+            if share.samples:
+                self._sample(share.request)
+        self._check_pools()
+        self.counts["steps"] += 1
+
+    def _arrive(self) -> None:
+        rng = self.rng
+        prompt = rng.choice(self.texts)[: rng.choice([rng.randint(0, self.longest), self.longest])]
+        prompt = prompt + rng.choices([0, 1], k=rng.randint(not prompt, rng.choice([2, 6, self.longest])))
+        prompt = prompt[: self.longest]
+        output = min(rng.choice([1, rng.randint(1, 12), self.longest]), self.longest + 1 - len(prompt))
+        root = rng.choices([ROOT, b"salted", None], [8, 1, 1])[0]
+        request = make_request("", prompt, output, root)
+        if rng.random() < 0.1:
+            request.params = SamplingParams(prompt_logprobs=0)
+        self.scheduler.add(request)
+        self.texts = [*self.texts[-6:], prompt]
+
+    def _nodes(self, request: Request) -> list[int]:
+        """For each count of leading tokens, the node that says them."""
+        nodes = self.nodes.setdefault(request, [self.trie.setdefault(request.prefix_root, len(self.trie))])
+        for token in request.token_ids(len(nodes) - 1, request.num_tokens):
+            nodes.append(self.trie.setdefault((nodes[-1], token), len(self.trie)))
+        return nodes
+
+    def _sample(self, request: Request) -> None:
+        request.output_token_ids.append(self.rng.randint(0, 1))
+        if len(request.output_token_ids) == request.max_tokens:
+            self.scheduler.finish(request)
+            del self.state.started[request], self.nodes[request]
+            self.texts = [*self.texts[-6:], request.prompt_token_ids + request.output_token_ids]
+            self.counts["done"] += 1
+
+    def _foretold(self, request: Request) -> int | None:
+        if not self.roomy:
+            return None
+        if request.prefix_root is None or request.params.prompt_logprobs is not None:
+            return 0
+        at_hand = self.snapshots if self.state.has_slot_state else self.known
+        nodes = self._nodes(request)
+        return max((n for n in range(PAGE, request.num_tokens, PAGE) if nodes[n] in at_hand), default=0)
+
+    def _computed(self, request: Request) -> None:
+        """Of a roomy world: what is at hand now."""
+        if not self.roomy or request.prefix_root is None:
+            return
+        nodes, count = self._nodes(request), request.num_computed
+        self.known.update(nodes[PAGE : count + 1 : PAGE])
+        if count % PAGE == 0:
+            generated = count > len(request.prompt_token_ids)
+            if generated:
+                self.snapshots.discard(self.latest.pop(request, -1))
+            if nodes[count] not in self.snapshots:
+                self.snapshots.add(nodes[count])
+                if generated:
+                    self.latest[request] = nodes[count]
+
+    def _check_pools(self) -> None:
+        state = self.state
+        state.check_integrity()
+        for index, pool in enumerate((*state.page_pools, state.slot_pool)):
+            held = {
+                place
+                for holding in state.holdings.values()
+                for place in (holding.pages[index] if index < len(state.groups) else [holding.slot])
+            } - {DUMMY}
+            blank = sum(not pool.is_cached(place) and place not in held for place in range(1, pool.capacity + 1))
+            assert len(held) == pool.num_held
+            assert len(held) + pool.num_cached + blank == pool.capacity
+            assert pool.num_free == pool.num_cached + blank
+
+
+KINDS = [
+    ([None], False),
+    ([None, 6], False),
+    ([1, 3, 4, 9], False),
+    ([None, -8], False),
+    ([-1, -4, -6, -10], False),
+    ([], True),
+    ([None], True),
+    ([6], True),
+    ([None, 1, 3, 4, 9], True),
+    ([None, -8, -6, 3], True),
+]
+
+
+@pytest.mark.parametrize(("windows", "slots"), KINDS)
+def test_every_request_finds_just_its_own_past_in_pages_and_slot(windows, slots):
+    counts: Counter[str] = Counter()
+    for seed in range(18 if slots else 12):
+        world = World(seed, windows, slots)
+        for _ in range(110):
+            world.step()
+        counts += world.counts
+        counts["evicted"] += sum(pool.num_evictions for pool in (*world.state.page_pools, world.state.slot_pool))
+    assert min(counts[what] for what in ("hits", "done")) > 70
+    assert counts["evicted"] > 400 and counts["cancelled"] > 10
+    assert not windows or min(counts["preempted"], counts["started again"]) > 8
+
+
+@pytest.mark.parametrize(("windows", "slots"), KINDS)
+def test_with_room_for_everything_all_that_was_computed_is_hit(windows, slots):
+    counts: Counter[str] = Counter()
+    for seed in range(4):
+        world = World(seed, windows, slots, roomy=True)
+        for _ in range(60):
+            world.step()
+        assert not any(pool.num_evictions for pool in (*world.state.page_pools, world.state.slot_pool))
+        counts += world.counts
+    assert counts["hits"] > 30
+
+
+# Conversations
+
+
+def roomy_scheduler(windows: Sequence[int | None], slots: bool, budget: int, interval: int | None = None) -> Scheduler:
+    state = StateManager([group(window) for window in windows], [99] * len(windows), 40, PAGE, slots)
+    return Scheduler(state, 4, budget, interval, "always")
+
+
+def run(scheduler: Scheduler, *requests: Request, steps: int = 1000) -> None:
+    """Let them get tokens that nobody else has, to their end or for so many steps."""
+    for request in requests:
+        scheduler.add(request)
+    while scheduler.has_work and steps:
+        shares = scheduler.schedule()
+        scheduler.computed(shares)
+        for share in shares:
+            if share.samples:
+                share.request.output_token_ids.append(1000 * (id(share.request) % 10**9) + share.request.num_tokens)
+                if len(share.request.output_token_ids) == share.request.max_tokens:
+                    scheduler.finish(share.request)
+        scheduler.state.check_integrity()
+        steps -= 1
+
+
+def snapshots(scheduler: Scheduler, request: Request) -> list[int]:
+    """The lengths of the request's prefixes that have one."""
+    keys = request.page_keys(PAGE, request.num_tokens)
+    return [PAGE * n for n, key in enumerate(keys, 1) if scheduler.state.slot_pool.find(key) is not None]
+
+
+@pytest.mark.parametrize(("windows", "slots"), KINDS)
+@pytest.mark.parametrize("budget", [1, 3, 4, 7, 100])
+@pytest.mark.parametrize(("prompt", "output"), [(10, 9), (8, 5), (11, 2), (12, 1), (9, 12), (1, 16), (13, 3)])
+def test_the_next_turn_starts_at_the_last_full_page_of_what_was_computed(windows, slots, budget, prompt, output):
+    scheduler = roomy_scheduler(windows, slots, budget)
+    turns = [make_request("0", range(prompt), output)]
+    run(scheduler, turns[0])
+    for turn in (1, 2):
+        before = turns[-1].prompt_token_ids + turns[-1].output_token_ids
+        turns.append(make_request(str(turn), [*before, 5, 6, 7], output))
+        computed = len(before) - 1  # the last token was sampled and never computed
+        run(scheduler, turns[-1], steps=1)
+        assert turns[-1].num_cached_tokens == computed // PAGE * PAGE
+        run(scheduler)
+    assert scheduler.num_cached_tokens == sum(turn.num_cached_tokens for turn in turns)
+    assert scheduler.num_started_tokens == sum(len(turn.prompt_token_ids) for turn in turns)
+
+
+@pytest.mark.parametrize("budget", [3, 7, 100])
+def test_of_a_requests_snapshots_are_kept_the_prompts_and_the_latest_generated_one(budget):
+    scheduler = roomy_scheduler([None, 6], True, budget)
+    request = make_request("r", range(10), 30)
+    scheduler.add(request)
+    while scheduler.has_work:
+        run(scheduler, steps=1)
+        latest = request.num_computed // PAGE * PAGE
+        generated = [length for length in snapshots(scheduler, request) if length > 10]
+        assert generated == ([latest] if latest > 10 else [])
+    ours = snapshots(scheduler, request)
+    assert ours[-2:] == [8, 36]
+    if budget == 100:
+        assert ours == [8, 36]
+    assert len(ours) == scheduler.state.slot_pool.num_cached
+
+
+def test_a_preemption_may_leave_one_more_generated_snapshot():
+    scheduler = roomy_scheduler([None], True, 100)
+    request = make_request("r", range(10), 30)
+    run(scheduler, request, steps=9)
+    assert snapshots(scheduler, request) == [8, 16]
+    scheduler._preempt_youngest()
+    run(scheduler)
+    assert snapshots(scheduler, request) == [8, 16, 36]
+
+
+@pytest.mark.parametrize(("interval", "kept"), [(None, [28]), (1, [4, 8, 12, 16, 20, 24, 28]), (3, [12, 24, 28])])
+def test_a_long_prompt_leaves_snapshots_at_every_so_many_pages_and_at_its_last(interval, kept):
+    scheduler = roomy_scheduler([None], True, 100, interval)
+    request = make_request("r", range(30))
+    run(scheduler, request)
+    assert snapshots(scheduler, request) == kept
+
+
+@pytest.mark.parametrize("budget", [5, 100])
+@pytest.mark.parametrize("windows", [[None], [None, 6], [6], [None, -8], [-6]])
+def test_whoever_branches_off_where_another_did_starts_there(windows, budget):
+    scheduler = roomy_scheduler(windows, True, budget)
+    requests = [make_request(str(index), [*range(22), *[50 + index] * 20], 3) for index in range(3)]
+    for request in requests:
+        run(scheduler, request)
+    assert [request.num_cached_tokens for request in requests][::2] == [0, 20]
+    assert requests[1].num_cached_tokens == (0 if budget == 100 else 20)
+
+
+def test_a_prompt_whose_logprobs_are_wanted_is_computed_whole_and_of_use_to_others():
+    scheduler = roomy_scheduler([None, 6], True, 100)
+    wanted = make_request("wanted", range(18), 2)
+    wanted.params = SamplingParams(prompt_logprobs=1)
+    for expected in (0, 0):
+        run(scheduler, wanted)
+        assert wanted.num_cached_tokens == expected
+        wanted = make_request("again", range(18), 2)
+        wanted.params = SamplingParams(prompt_logprobs=1)
+    run(scheduler, other := make_request("other", range(18), 2))
+    assert other.num_cached_tokens == 16
+
+
+def test_nobody_hits_what_another_root_or_no_root_computed():
+    scheduler = roomy_scheduler([None], True, 100)
+    for root in (ROOT, b"salt", None, None):
+        run(scheduler, request := make_request(str(root), range(18), 2, root))
+        assert request.num_cached_tokens == 0
+    run(scheduler, request := make_request("again", range(18), 2, b"salt"))
+    assert request.num_cached_tokens == 16
+
+
+def test_requests_that_start_in_the_same_step_do_not_share_what_is_not_yet_computed():
+    scheduler = roomy_scheduler([None], False, 100)
+    first, second = make_request("a", range(18), 2), make_request("b", range(18), 2)
+    run(scheduler, first, second, steps=1)
+    assert second.num_cached_tokens == 0
+    held = [scheduler.state.holdings[request].pages[0] for request in (first, second)]
+    assert not set(held[0]) & set(held[1])
+    run(scheduler)
+    assert scheduler.state.page_pools[0].num_cached == 4  # one of each content
