@@ -124,6 +124,8 @@ LISTED = (
     Fault("check_shape", "shape != target.shape", "False"),
     Fault("Scales._spread", "index // block", "index % block"),
     Fault("Scales.dequantize", "value -= ", "value += "),
+    Fault("Linear.dense_weight", "type(method).apply is DenseMethod.apply", "True"),
+    Fault("MethodChooser.choose", "if any(name not in", "if all(name not in"),
     Fault("SafetensorsFolder.opened", "if name in handles", "if False"),
     Fault("_is_newer", "changed > max(others)", "changed < min(others)"),
     Fault("KeyRules.why_ignored", "if _is_one_of(value, values)", "if True"),

@@ -15,6 +15,7 @@ from torch import nn
 from checkpoint.test_quantized_files import compressed, narrow
 from helpers import canon_checkpoint, hf_checkpoint, plain_logits, random_prompts
 from lamella import LLM, SamplingParams
+from lamella.bench.ops import time_ops
 from lamella.checkpoint import linear_methods, load_model, open_checkpoint
 from lamella.checkpoint.linear_methods import register_linear_method
 from lamella.errors import CheckpointError
@@ -121,6 +122,13 @@ def test_an_engine_generates_what_the_dequantized_model_does(folder, registered,
 def test_parity_takes_what_the_numbers_stand_for(folder, registered):
     result = compare(folder, device="cpu", prompts="random", count=2, prompt_len=12, decode_len=4)
     assert result.engine.rms < 1e-5
+
+
+def test_operations_are_timed_that_have_no_dense_weight(folder, registered):
+    llm = LLM(folder, device="cpu", num_blocks=20)
+    timed = {timing.op.rpartition(".")[2]: timing for timing in time_ops(llm, 2, 8, 10.0)}
+    assert {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"} <= set(timed)
+    assert all(timing.error < 1e-4 for timing in timed.values())
 
 
 def test_the_log_says_what_is_dequantized_and_what_is_not(folder, monkeypatch, caplog):

@@ -101,6 +101,7 @@ class Linear(nn.Module):
     """`x W^T + b`; what stands for W is its method's affair.
 
     Attributes:
+        shape: what the rank holds of the projection.
         method: how the weight is stored, filled and multiplied by.
         weight: (outputs, inputs) in the model's dtype if `dense_weight` is not None; else what the method makes it.
         layouts: see `lamella.layers.parameters`.
@@ -119,9 +120,8 @@ class Linear(nn.Module):
         parts: Mapping[str, Split] | None = None,
     ) -> None:
         super().__init__()
-        shape = LinearShape(inputs, outputs, parts or {}, dtype, device)
-        self.method = method
-        created = method.create(shape)
+        self.shape, self.method = LinearShape(inputs, outputs, parts or {}, dtype, device), method
+        created = method.create(self.shape)
         for name, (parameter, _) in created.items():
             self.register_parameter(name, parameter)
         # Without a function of its own, a parameter is copied from what the file's tensors stand for, with checks.
@@ -129,7 +129,7 @@ class Linear(nn.Module):
         load = None if is_copied else method.load
         self.layouts = {name: replace(layout, load=load) for name, (_, layout) in created.items()}
         self.bias = nn.Parameter(torch.empty(outputs.size, dtype=dtype, device=device)) if bias else None
-        self.layouts["bias"] = ParameterLayout((outputs,), shape.parts)
+        self.layouts["bias"] = ParameterLayout((outputs,), self.shape.parts)
 
     @property
     def dense_weight(self) -> Tensor | None:
