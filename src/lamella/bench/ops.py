@@ -101,12 +101,15 @@ def _cases(llm: LLM, rows: int, context: int) -> Iterator[_Case]:
     for name, same in modules.items():
         first = same[0]
         if isinstance(first, Linear):
-            x = random(rows, first.weight.shape[1])
+            x, weight = random(rows, first.shape.inputs.size), first.dense_weight
             if isinstance(first, Head):
                 expected = partial(linear_reference.wide_linear, x, first.weight)
+            elif weight is not None:
+                expected = partial(linear_reference.linear, x, weight, first.bias)
             else:
-                expected = partial(linear_reference.linear, x, first.weight, first.bias)
-            nbytes = first.weight.nbytes + x.nbytes + rows * first.weight.shape[0] * x.itemsize
+                expected = partial(_applied, first, x)
+            stored = sum(tensor.nbytes for name, tensor in first.named_parameters() if name != "bias")
+            nbytes = stored + x.nbytes + rows * first.shape.outputs.size * x.itemsize
             yield _Case(name, [partial(m, x) for m in same], expected, nbytes)
         elif isinstance(first, RMSNorm):
             x, residual = random(rows, first.weight.shape[0]), random(rows, first.weight.shape[0])
@@ -177,6 +180,12 @@ def _recurred_plainly(batch: ForwardBatch, mixer: RecurrentMixer, inputs: Sequen
     for tensor, old in zip(rows, before, strict=True):
         tensor.copy_(old)
     return y
+
+
+def _applied(linear: Linear, x: Tensor) -> Tensor:
+    """The product by the linear method itself, in fp32: what weights that are not dense stand for, only it knows."""
+    bias = None if linear.bias is None else linear.bias.float()
+    return linear.method.apply(linear, x.float(), bias).to(x.dtype)
 
 
 def _first(function: Callable[..., tuple[Tensor, Tensor]], *operands: object) -> Tensor:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from lamella.checkpoint.file_kinds import why_no_weights
 from lamella.checkpoint.files import Checkpoint
+from lamella.checkpoint.linear_methods import MethodChooser
 from lamella.checkpoint.names import Target, targets
+from lamella.checkpoint.quantization import DequantizedTensors, DequantizedView
 from lamella.checkpoint.tensors import OpenTensors
 from lamella.errors import CheckpointError, ConfigError
 from lamella.layers.local_kit import LocalKit
@@ -80,14 +82,24 @@ def load_model(
     if load_format not in LOAD_FORMATS:
         raise ConfigError(f"load_format={load_format!r}: must be one of {', '.join(LOAD_FORMATS)}")
     config = checkpoint.read_config(max_length)
-    kit = LocalKit(resolve_dtype(checkpoint, dtype), device, group, expert_parallel)
-    model = checkpoint.allocate(config, kit)
+    dtype = resolve_dtype(checkpoint, dtype)
     if load_format == "dummy":
+        model = checkpoint.allocate(config, LocalKit(dtype, device, group, expert_parallel))
         initialize(model, torch.Generator(device).manual_seed(seed))
     else:
         with checkpoint.tensors.opened() as tensors:
-            fill(model, checkpoint, tensors)
+            chooser = MethodChooser(tensors, checkpoint.names)
+            model = checkpoint.allocate(config, LocalKit(dtype, device, group, expert_parallel, chooser.choose))
+            view = chooser.view(model)
+            log_dequantization(checkpoint, view)
+            fill(model, checkpoint, view)
     return model.eval().requires_grad_(False)
+
+
+def log_dequantization(checkpoint: Checkpoint, view: OpenTensors) -> None:
+    """Log, once per checkpoint, what of a quantized one is dequantized."""
+    if isinstance(checkpoint.tensors, DequantizedTensors) and isinstance(view, DequantizedView):
+        checkpoint.tensors.log(view)
 
 
 @torch.no_grad()
@@ -98,6 +110,9 @@ def fill(model: CausalLM, checkpoint: Checkpoint, tensors: OpenTensors) -> None:
         if not target.place.numel():  # another rank's
             continue
         for piece in target.pieces(_PIECE_BYTES):
+            if piece.load is not None:
+                piece.load(name, piece.place, piece.splits, tensors)
+                continue
             tensor = tensors.load(name, piece.splits)
             check_dtype(checkpoint.path, name, tensor)
             piece.place.copy_(tensor)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lamella.layers.parameters import SeparateTensor, layout_of
+from lamella.layers.parameters import LoadFunction, SeparateTensor, layout_of
 from lamella.models.names import rename
 from lamella.parallel.sharding import Split
 
@@ -17,7 +17,7 @@ class Target:
     """Where one tensor of a file goes: rows [start, stop) of a parameter, all of it where they are None.
 
     `parameter` may be a part of one. `splits` say of its leading dimensions what of the tensor goes there; the others
-    go whole.
+    go whole. `load` is the parameter's own way to be filled, see `ParameterLayout`.
     """
 
     parameter: Tensor
@@ -25,6 +25,7 @@ class Target:
     splits: tuple[Split, ...] = ()
     start: int | None = None
     stop: int | None = None
+    load: LoadFunction | None = None
 
     @property
     def place(self) -> Tensor:
@@ -48,7 +49,7 @@ class Target:
         for index in range(0, first.size, step):
             stop = min(index + step, first.size)
             split = Split(first.full, ((start + index, start + stop),))
-            yield Target(place[index:stop], self.path, (split, *others))
+            yield Target(place[index:stop], self.path, (split, *others), load=self.load)
 
 
 def targets(model: nn.Module, names: Mapping[str, str], present: Collection[str] = ()) -> dict[str, Target]:
@@ -73,7 +74,7 @@ def targets(model: nn.Module, names: Mapping[str, str], present: Collection[str]
         parent = owner.rpartition(".")[0]
         for part, splits, start, stop in layout.tensors():
             own = path if part is None else f"{parent}.{part}.{leaf}"
-            found[rename(own, names)] = Target(parameter, own, splits, start, stop)
+            found[rename(own, names)] = Target(parameter, own, splits, start, stop, layout.load)
     return found
 
 

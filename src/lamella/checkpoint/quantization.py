@@ -1,14 +1,14 @@
-"""Quantised files, whose weights are multiplied by their scales while they are read.
+"""Quantized files: their forms, and the weights that their numbers and scales stand for.
 
 Forms: compressed-tensors (one number an element: "float-", "int-" and "naive-quantized"), FBGEMM's FP8 as transformers
-writes it, ModelOpt's FP8, and FP8 in blocks ("fp8"). What they say of activations is not followed: these stay wide.
+writes it, ModelOpt's FP8, and FP8 in blocks ("fp8"). Activations are not quantized, whatever the files say of them.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ from torch import Tensor
 from lamella.checkpoint.json_file import read_json
 from lamella.checkpoint.tensors import OpenTensors, TensorSource
 from lamella.errors import CheckpointError, ConfigError
+from lamella.layers.linear import DenseMethod
+from lamella.layers.parameters import TensorReader
 from lamella.parallel.sharding import Split
 
 logger = logging.getLogger("lamella")
@@ -34,11 +36,11 @@ _MODELOPT_FILE = "hf_quant_config.json"
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a file's weights are quantised.
+    """How a file's weights are quantized.
 
     Attributes:
         method: as the file calls it.
-        blocks: places that share a scale, along any dimension, where that is neither one nor all of them.
+        blocks: numbers of places that share a scale, along any dimension, other than one and all of them.
     """
 
     method: str
@@ -46,9 +48,14 @@ class Quantization:
 
     @classmethod
     def read(cls, values: Mapping[str, Any], config_file: Path) -> Quantization | None:
-        """What the values of a config.json say, or a ModelOpt file beside it; None where nothing is quantised.
+        """Return what a config.json states, or a ModelOpt file beside it; None if nothing is quantized.
 
-        Raises `ConfigError` for another form.
+        Args:
+            values: of the config.json.
+            config_file: its path.
+
+        Raises:
+            ConfigError: the form is none of those above.
         """
         stated, source = values.get("quantization_config"), config_file
         own_file = config_file.parent / _MODELOPT_FILE
@@ -114,71 +121,69 @@ def _read_compressed(stated: Mapping[str, Any], source: Path) -> frozenset[int]:
     return blocks
 
 
-class DequantizedTensors:
-    """A source whose quantised tensors come as what they stand for, in fp32; scales have no names of their own."""
+@dataclass(frozen=True)
+class Scales:
+    """The quantized tensors of a file, and what turns their numbers into weights.
 
-    def __init__(self, source: TensorSource, quantization: Quantization, path: Path) -> None:
-        self._source, self._quantization, self._path, self._said = source, quantization, path, False
+    Attributes:
+        quantization: of the file.
+        path: the checkpoint, for errors.
+        scales: a tensor -> its scale.
+        offsets: a tensor -> its zero points, for those that have some.
+    """
 
-    @contextmanager
-    def opened(self) -> Iterator[OpenTensors]:
-        with self._source.opened() as tensors:
-            opened = _Dequantized(tensors, self._quantization, self._path)
-            if not self._said:
-                self._said = True
-                logger.info(
-                    "%s: %d tensors (%s) are dequantised on loading; activations and the cache are not quantised, and "
-                    "%d scales of theirs are not read",
-                    self._path,
-                    len(opened.scales),
-                    self._quantization.method,
-                    opened.num_unread,
-                )
-            yield opened
+    quantization: Quantization
+    path: Path
+    scales: Mapping[str, str]
+    offsets: Mapping[str, str]
 
+    @classmethod
+    def find(cls, names: Collection[str], quantization: Quantization, path: Path) -> Scales:
+        """Return the scales among the tensors of a file.
 
-class _Dequantized:
-    def __init__(self, tensors: OpenTensors, quantization: Quantization, path: Path) -> None:
-        self._tensors, self._quantization, self._path = tensors, quantization, path
-        present = set(tensors.names())
+        Raises:
+            CheckpointError: a tensor has several scales.
+        """
+        present = set(names)
         found = {name: [name + suffix for suffix in _SCALES if name + suffix in present] for name in present}
         for name, scales in found.items():
             if len(scales) > 1:
                 raise CheckpointError(f"{path}: tensor {name} has several scales: {', '.join(scales)}")
-        self.scales = {name: scale for name, (scale,) in ((n, s) for n, s in found.items() if s)}
-        self._offsets = {name: name + _OFFSET for name in self.scales if name + _OFFSET in present}
-        others = present - set(self.scales.values()) - set(self._offsets.values())
-        self._names = [name for name in tensors.names() if name in others and not _OF_ACTIVATIONS.search(name)]
-        self.num_unread = len(others) - len(self._names)
+        scales_by_name = {name: scale for name, (scale,) in ((n, s) for n, s in found.items() if s)}
+        offsets = {name: name + _OFFSET for name in scales_by_name if name + _OFFSET in present}
+        return cls(quantization, path, scales_by_name, offsets)
 
-    def names(self) -> list[str]:
-        return self._names
+    def dequantize(self, name: str, splits: Sequence[Split], tensors: TensorReader) -> Tensor:
+        """Read a part of a tensor that has a scale, and return the weights in fp32.
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensors.shape(name)
+        Args:
+            name: the tensor.
+            splits: the places of its leading dimensions to read.
+            tensors: the file's tensors, as they are stored.
 
-    def load(self, name: str, splits: Sequence[Split] = ()) -> Tensor:
-        tensor = self._tensors.load(name, splits)
-        scale = self.scales.get(name)
-        if scale is None:
-            return tensor
+        Raises:
+            CheckpointError: the tensor is not quantized, is packed, or its scale has the wrong shape.
+        """
+        tensor = tensors.load(name, splits)
         if tensor.dtype.itemsize > 1:
-            raise CheckpointError(f"{self._path}: tensor {name} is {tensor.dtype}, which {scale} is no scale of")
+            raise CheckpointError(
+                f"{self.path}: tensor {name} is {tensor.dtype}, which {self.scales[name]} is no scale of"
+            )
         if tensor.dtype == torch.uint8:
-            raise CheckpointError(f"{self._path}: tensor {name} is {tensor.dtype}: packed weights are not read")
+            raise CheckpointError(f"{self.path}: tensor {name} is {tensor.dtype}: packed weights are not read")
         value = tensor.float()
-        if name in self._offsets:
-            value -= self._spread(self._offsets[name], name, splits)
-        return value.mul_(self._spread(scale, name, splits))
+        if name in self.offsets:
+            value -= self._spread(self.offsets[name], name, splits, tensors)
+        return value.mul_(self._spread(self.scales[name], name, splits, tensors))
 
-    def _spread(self, factor: str, name: str, splits: Sequence[Split]) -> Tensor:
-        """A scale, or an offset, in fp32, of a shape that broadcasts to the tensor's part."""
-        full, found = self._tensors.shape(name), self._tensors.load(factor).float()
-        misfit = CheckpointError(f"{self._path}: {factor} has shape {tuple(found.shape)}, and {name} has {full}")
+    def _spread(self, factor: str, name: str, splits: Sequence[Split], tensors: TensorReader) -> Tensor:
+        """Return a scale, or zero points, in fp32, in a shape that broadcasts to the part of the tensor."""
+        full, found = tensors.shape(name), tensors.load(factor).float()
+        misfit = CheckpointError(f"{self.path}: {factor} has shape {tuple(found.shape)}, and {name} has {full}")
         if found.dim() > len(full):
             raise misfit
-        if self._quantization.method == "fbgemm_fp8" and found.dim() == 3 and found.shape[-1] == 1:
-            found = found.transpose(1, 2)  # of experts (E, in, out): the scales of outputs stand in a column
+        if self.quantization.method == "fbgemm_fp8" and found.dim() == 3 and found.shape[-1] == 1:
+            found = found.transpose(1, 2)  # of experts (E, in, out): the scales of outputs are in a column
         found = found[(...,) + (None,) * (len(full) - found.dim())]
         for dim, places in enumerate(full):
             if found.shape[dim] == 1:
@@ -192,8 +197,99 @@ class _Dequantized:
         return found
 
     def _block(self, places: int, scales: int) -> int | None:
-        """So many places share a scale; None where that is not sure."""
+        """Return the number of places that share a scale; None if it is ambiguous."""
         if places == scales:
             return 1
-        fitting = [size for size in self._quantization.blocks if -(-places // size) == scales]
+        fitting = [size for size in self.quantization.blocks if -(-places // size) == scales]
         return fitting[0] if len(fitting) == 1 else None
+
+
+@dataclass(frozen=True)
+class DequantizingMethod(DenseMethod):
+    """A `LinearMethod` for files of any known quantization: dense weights, dequantized when they are loaded."""
+
+    scales: Scales
+
+    def load(self, name: str, place: Tensor, splits: Sequence[Split], tensors: TensorReader) -> None:
+        """See `LinearMethod.load`."""
+        place.copy_(self.scales.dequantize(name, splits, tensors))
+
+
+class DequantizedTensors:
+    """A source of quantized files, whose tensors are read as the weights that they stand for."""
+
+    def __init__(self, source: TensorSource, quantization: Quantization, path: Path) -> None:
+        """Wrap the source of the tensors as they are stored."""
+        self._source, self._quantization, self._path, self._said = source, quantization, path, False
+
+    @contextmanager
+    def opened(self) -> Iterator[DequantizedView]:
+        """Open the files."""
+        with self._source.opened() as tensors:
+            yield DequantizedView(tensors, Scales.find(tensors.names(), self._quantization, self._path))
+
+    def log(self, view: DequantizedView) -> None:
+        """Log, once, how many tensors are dequantized on loading, and how many are computed with as they are."""
+        if self._said:
+            return
+        self._said = True
+        kept = len(view.stored_as_is)
+        logger.info(
+            "%s: %d tensors (%s) are dequantised on loading%s; activations and the cache are not quantised, and "
+            "%d scales of theirs are not read",
+            self._path,
+            len(view.scales.scales) - kept,
+            self._quantization.method,
+            f", and {kept} are computed with in their format" if kept else "",
+            view.num_unread,
+        )
+
+
+class DequantizedView:
+    """The tensors of an opened quantized file, dequantized in fp32; scales are not among the names.
+
+    Attributes:
+        stored: the tensors as they are in the file.
+        scales: which of them are quantized.
+        num_unread: scales of activations and caches, which are left out.
+        stored_as_is: quantized tensors that a linear method computes with in the file's format.
+    """
+
+    def __init__(
+        self,
+        stored: OpenTensors,
+        scales: Scales,
+        loaded_by_methods: Collection[str] = (),
+        claimed: Collection[str] = (),
+        stored_as_is: Collection[str] = (),
+    ) -> None:
+        """Wrap opened files.
+
+        Args:
+            stored: see the class.
+            scales: see the class.
+            loaded_by_methods: tensors that `load` returns as they are stored, since a linear method reads them.
+            claimed: scales and zero points that have a parameter of their own, and so are among the names.
+            stored_as_is: see the class.
+        """
+        self.stored, self.scales, self.stored_as_is = stored, scales, frozenset(stored_as_is)
+        factors = {*scales.scales.values(), *scales.offsets.values()}
+        hidden = factors - set(claimed)
+        others = [name for name in stored.names() if name not in hidden]
+        self._names = [name for name in others if name in factors or not _OF_ACTIVATIONS.search(name)]
+        self._dequantized = set(scales.scales) - set(loaded_by_methods)
+        self.num_unread = len(others) - len(self._names)
+
+    def names(self) -> list[str]:
+        """Return the names of the tensors that parameters may be filled from."""
+        return self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a whole tensor."""
+        return self.stored.shape(name)
+
+    def load(self, name: str, splits: Sequence[Split] = ()) -> Tensor:
+        """Read a tensor or a part of it, dequantized in fp32 unless a linear method reads it as it is stored."""
+        if name in self._dequantized:
+            return self.scales.dequantize(name, splits, self.stored)
+        return self.stored.load(name, splits)

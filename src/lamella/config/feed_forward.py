@@ -34,10 +34,12 @@ class MLPConfig:
 
     @property
     def canons(self) -> tuple[CanonConfig, ...]:
+        """Canon convolutions inside the part."""
         return () if self.canon is None else (self.canon,)
 
     @property
     def is_swiglu(self) -> bool:
+        """True for `silu(gate) * up`, which has kernels of its own."""
         return self.gated and self.activation == "silu"
 
 

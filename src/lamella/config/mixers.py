@@ -75,14 +75,17 @@ class AttentionConfig:
 
     @property
     def canons(self) -> tuple[CanonConfig, ...]:
+        """Canon convolutions inside the part."""
         return () if self.canon is None else (self.canon,)
 
     @property
     def query_size(self) -> int:
+        """Channels of all query heads."""
         return self.num_heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
+        """Channels of all key heads; values have as many."""
         return self.num_kv_heads * self.head_dim
 
 
@@ -113,14 +116,17 @@ class GatedDeltaNetConfig:
 
     @property
     def canons(self) -> tuple[CanonConfig, ...]:
+        """Canon convolutions inside the part."""
         return ()
 
     @property
     def key_size(self) -> int:
+        """Channels of all key heads."""
         return self.key_heads * self.key_head_dim
 
     @property
     def value_size(self) -> int:
+        """Channels of all value heads."""
         return self.value_heads * self.value_head_dim
 
 
@@ -145,17 +151,18 @@ class KimiDeltaConfig:
 
     @property
     def canons(self) -> tuple[CanonConfig, ...]:
+        """Canon convolutions inside the part."""
         return ()
 
     @property
     def size(self) -> int:
+        """Channels of all heads."""
         return self.num_heads * self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
 class MambaConfig:
-    """The selective scan with grouped inputs that attention can be distilled into ("Mamba in the Llama", arXiv
-    2408.15237).
+    """Selective scan with grouped inputs, for attention to be distilled into ("Mamba in the Llama", arXiv 2408.15237).
 
     Heads of `state_size` channels, each channel with `state_size` numbers of state. `inner_size` channels come out;
     what is scanned and what is written (x and B) have `kv_size` channels, whose heads are repeated like keys and
@@ -188,14 +195,17 @@ class MambaConfig:
 
     @property
     def canons(self) -> tuple[CanonConfig, ...]:
+        """Canon convolutions inside the part."""
         return ()
 
     @property
     def heads(self) -> int:
+        """Number of heads."""
         return self.inner_size // self.state_size
 
     @property
     def kv_heads(self) -> int:
+        """Number of heads of x and B."""
         return self.kv_size // self.state_size
 
 
@@ -216,10 +226,12 @@ class StochasticConfig:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Names of the mixers, in order."""
         return tuple(name for name, _ in self.mixers)
 
     @property
     def canons(self) -> tuple[CanonConfig, ...]:
+        """Canon convolutions inside the part."""
         return tuple(canon for _, mixer in self.mixers for canon in mixer.canons)
 
 

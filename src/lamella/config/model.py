@@ -26,6 +26,7 @@ class LayerConfig:
 
     @property
     def canons(self) -> tuple[CanonConfig, ...]:
+        """Canon convolutions of the layer, those inside its parts included."""
         around = (self.mixer_canon, self.feed_forward_canon)
         inside = (canon for part in (self.mixer, self.feed_forward) for canon in getattr(part, "canons", ()))
         return (*(canon for canon in around if canon is not None), *inside)

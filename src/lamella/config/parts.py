@@ -1,4 +1,4 @@
-"""What stands in several places of a layer: norms and short convolutions."""
+"""Parts that a layer has in several places: norms and short convolutions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from lamella.config.checks import check
 
 @dataclass(frozen=True, kw_only=True)
 class NormConfig:
-    """Normalisation with a learned weight: by the root mean square ("rms"), or by mean and variance ("layer"), which
-    has a bias too.
+    """Normalisation with a learned weight.
+
+    The `kind` is "rms", by the root mean square, or "layer", by mean and variance, which has a bias too.
     """
 
     eps: float

@@ -44,7 +44,9 @@ def mixer_names(config: ModelConfig) -> tuple[str, ...]:
 
 
 def read_placement(written: PlacementLike | None, config: ModelConfig) -> Placement:
-    """The placement that is `written`: None for the main one, or
+    """Return a placement from one of the forms in which users write it.
+
+    None is the main placement. Other forms:
 
     * a string: `all-X`; `everyNth-X` (X in each Nth stochastic layer, attention in the others); `bookend-attn-X`
       (attention in the first and last two); or names separated by commas. "swa" is short for sliding_window, "attn" for
@@ -53,7 +55,8 @@ def read_placement(written: PlacementLike | None, config: ModelConfig) -> Placem
       not count);
     * a mapping from layers, by their index in the model, to names; other layers keep their main mixer.
 
-    Raises `ConfigError` naming the layer or the name that does not exist.
+    Raises:
+        ConfigError: a layer or a name does not exist; the error names it.
     """
     main = main_placement(config)
     if written is None:

@@ -68,7 +68,8 @@ class BlockInput:
 
     def fuses(self, linear: nn.Module, canon: Canon | None = None) -> bool:
         """Return whether `project` is one kernel."""
-        if not isinstance(linear, Linear) or not fuses(self.source, linear.weight):
+        weight = linear.dense_weight if isinstance(linear, Linear) else None
+        if weight is None or not fuses(self.source, weight):
             return False
         norm = self._inner_norm()
         if norm is not None and not (isinstance(norm, RMSNorm) and not norm.round_twice):

@@ -1,16 +1,17 @@
-"""Projections and the embedding of the local engine, each with what its rank holds."""
+"""Projections and the embedding of the local engine, of which each rank holds its shard."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from lamella.layers.parameters import ParameterLayout
-from lamella.ops.linear import linear, wide_linear
+from lamella.layers.parameters import ParameterLayout, TensorReader
+from lamella.ops.linear import linear as dense_linear
+from lamella.ops.linear import wide_linear
 from lamella.parallel.group import Group
 from lamella.parallel.sharding import Split
 
@@ -18,68 +19,188 @@ from lamella.parallel.sharding import Split
 Biases: TypeAlias = bool | tuple[str, ...]
 
 
-class Linear(nn.Module):
-    """`x W^T + b`, weight (out, in).
+@dataclass(frozen=True)
+class LinearShape:
+    """What a rank holds of a projection, or of several projections of one input.
 
     Attributes:
+        inputs: input channels.
+        outputs: output channels, those of all `parts` side by side.
+        parts: output channels of each of a file's projections, by name, in order; empty if there is one, which has the
+            module's own name.
+        dtype: of inputs and outputs.
+        device: where the weights go.
+    """
+
+    inputs: Split
+    outputs: Split
+    parts: Mapping[str, Split]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class LinearMethod(Protocol):
+    """How a projection stores its weight, fills it from files, and computes with it.
+
+    One method may serve many projections. The bias is no part of it: it has the dtype of the inputs.
+    """
+
+    def create(self, shape: LinearShape) -> Mapping[str, tuple[nn.Parameter, ParameterLayout]]:
+        """Return the parameters that stand for the weight, not filled, by name, with their layouts.
+
+        The names are those of the file's tensors below a projection: `weight`, `weight_scale`.
+        """
+        ...
+
+    def load(self, name: str, place: Tensor, splits: Sequence[Split], tensors: TensorReader) -> None:
+        """Fill a part of a parameter.
+
+        Args:
+            name: the tensor in the file; others, such as a scale, may be read as well.
+            place: the part of the parameter. Of a large parameter it may be some of the rows of a file's tensor.
+            splits: the places of the tensor's leading dimensions that belong in `place`.
+            tensors: the file's tensors, as they are stored.
+        """
+        ...
+
+    def apply(self, linear: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return `x W^T + b`.
+
+        Args:
+            linear: the module with the parameters that `create` has made.
+            x: (..., inputs).
+            bias: (outputs,), or None.
+
+        Returns:
+            (..., outputs), in the dtype of x.
+        """
+        ...
+
+
+class DenseMethod:
+    """The weight (outputs, inputs) in the model's dtype."""
+
+    def create(self, shape: LinearShape) -> Mapping[str, tuple[nn.Parameter, ParameterLayout]]:
+        """See `LinearMethod.create`."""
+        weight = torch.empty(shape.outputs.size, shape.inputs.size, dtype=shape.dtype, device=shape.device)
+        return {"weight": (nn.Parameter(weight), ParameterLayout((shape.outputs, shape.inputs), shape.parts))}
+
+    def load(self, name: str, place: Tensor, splits: Sequence[Split], tensors: TensorReader) -> None:
+        """See `LinearMethod.load`; converts the dtype."""
+        place.copy_(tensors.load(name, splits))
+
+    def apply(self, linear: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See `LinearMethod.apply`."""
+        return dense_linear(x, linear.weight, bias)
+
+
+DENSE = DenseMethod()
+
+
+class Linear(nn.Module):
+    """`x W^T + b`; what stands for W is its method's affair.
+
+    Attributes:
+        shape: what the rank holds of the projection.
+        method: how the weight is stored, filled and multiplied by.
+        weight: (outputs, inputs) in the model's dtype if `dense_weight` is not None; else what the method makes it.
         layouts: see `lamella.layers.parameters`.
     """
 
-    def __init__(self, inputs: Split, outputs: Split, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        inputs: Split,
+        outputs: Split,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        method: LinearMethod = DENSE,
+        parts: Mapping[str, Split] | None = None,
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs.size, inputs.size, dtype=dtype, device=device))
+        self.shape, self.method = LinearShape(inputs, outputs, parts or {}, dtype, device), method
+        created = method.create(self.shape)
+        for name, (parameter, _) in created.items():
+            self.register_parameter(name, parameter)
+        # Without a function of its own, a parameter is copied from what the file's tensors stand for, with checks.
+        is_copied = isinstance(method, DenseMethod) and type(method).load is DenseMethod.load
+        load = None if is_copied else method.load
+        self.layouts = {name: replace(layout, load=load) for name, (_, layout) in created.items()}
         self.bias = nn.Parameter(torch.empty(outputs.size, dtype=dtype, device=device)) if bias else None
-        self.layouts = {"weight": ParameterLayout((outputs, inputs)), "bias": ParameterLayout((outputs,))}
+        self.layouts["bias"] = ParameterLayout((outputs,), self.shape.parts)
+
+    @property
+    def dense_weight(self) -> Tensor | None:
+        """The weight for kernels that read it in place of calling `forward`; None if they must not.
+
+        A method that derives from `DenseMethod` and multiplies in another way, such as one with adapters, has none.
+        """
+        method = self.method
+        return self.weight if isinstance(method, DenseMethod) and type(method).apply is DenseMethod.apply else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        """Return the projection (..., outputs) of x (..., inputs)."""
+        return self.method.apply(self, x, self.bias)
 
 
 class MergedLinear(Linear):
     """Several projections of one input as one product; a checkpoint holds them apart, under the names in `parts`.
 
-    Where only some have a bias, that of the others is zero and stands in no file.
+    If only some have a bias, the bias of the others is zero and in no file.
     """
 
     def __init__(
-        self, inputs: Split, parts: Mapping[str, Split], bias: Biases, dtype: torch.dtype, device: torch.device
+        self,
+        inputs: Split,
+        parts: Mapping[str, Split],
+        bias: Biases,
+        dtype: torch.dtype,
+        device: torch.device,
+        method: LinearMethod = DENSE,
     ) -> None:
-        super().__init__(inputs, Split.join(parts.values()), bool(bias), dtype, device)
         self.parts, unbiased = dict(parts), without_bias(parts, bias)
-        weight, biases = self.layouts["weight"], self.layouts["bias"]
-        self.layouts = {
-            "weight": replace(weight, parts=self.parts),
-            "bias": replace(biases, parts=self.parts, unstored=unbiased),
-        }
+        super().__init__(inputs, Split.join(parts.values()), bool(bias), dtype, device, method, self.parts)
         if unbiased:
+            self.layouts["bias"] = replace(self.layouts["bias"], unstored=unbiased)
             assert self.bias is not None
             with torch.no_grad():
                 self.bias.zero_()
 
 
 def without_bias(parts: Iterable[str], bias: Biases) -> tuple[str, ...]:
-    """The parts that have no bias beside others that have one."""
+    """Return the parts that have no bias, if others have one."""
     return () if isinstance(bias, bool) else tuple(part for part in parts if part not in bias)
 
 
 class RowLinear(Linear):
-    """A projection whose input is spread over the ranks: the sum of what each makes of its part."""
+    """A projection whose input is divided over the ranks: the sum of their products."""
 
     def __init__(
-        self, inputs: Split, outputs: Split, bias: bool, dtype: torch.dtype, device: torch.device, group: Group
+        self,
+        inputs: Split,
+        outputs: Split,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: Group,
+        method: LinearMethod = DENSE,
     ) -> None:
-        super().__init__(inputs, outputs, bias, dtype, device)
+        super().__init__(inputs, outputs, bias, dtype, device, method)
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the sum (..., outputs) over the ranks of the products with their x (..., inputs)."""
         bias = self.bias if self.group.share.rank == 0 else None  # which the sum must hold once
-        return self.group.all_reduce(linear(x, self.weight, bias))
+        return self.group.all_reduce(self.method.apply(self, x, bias))
 
 
 class WideLinear(Linear):
-    """A projection without bias whose result is fp32 whatever the model's dtype, since something is decided by it."""
+    """A dense projection without bias whose result is fp32 whatever the model's dtype: router scores, logits."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the projection (..., outputs) fp32 of x (..., inputs)."""
         return wide_linear(x, self.weight)
 
 
@@ -88,13 +209,14 @@ class Head(WideLinear):
 
 
 class SplitHead(Head):
-    """The same where each rank has a part of the vocabulary; all of them get all logits."""
+    """`Head` with a shard of the vocabulary on each rank; all of them get all logits."""
 
     def __init__(self, inputs: Split, outputs: Split, dtype: torch.dtype, device: torch.device, group: Group) -> None:
         super().__init__(inputs, outputs, False, dtype, device)
         self.vocab_size, self.group = outputs.full, group
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (..., vocab) of x (..., inputs)."""
         part = super().forward(x)
         missing = self.group.share.vocabulary_part(self.vocab_size) - part.shape[-1]
         if missing:
@@ -111,11 +233,12 @@ class Embedding(nn.Module):
         self.layouts = {"weight": ParameterLayout((tokens,))}
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        """Return the rows (..., hidden) of ids (...)."""
         return nn.functional.embedding(input_ids, self.weight)
 
 
 class SplitEmbedding(Embedding):
-    """The same where each rank has a part of the vocabulary: its own tokens' rows, zeros for others, and the sum."""
+    """`Embedding` with a shard of the vocabulary on each rank: rows of its tokens, zeros for others, and the sum."""
 
     def __init__(self, tokens: Split, hidden_size: int, dtype: torch.dtype, device: torch.device, group: Group) -> None:
         super().__init__(tokens, hidden_size, dtype, device)
@@ -123,6 +246,7 @@ class SplitEmbedding(Embedding):
         self.group = group
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        """Return the rows (..., hidden) of ids (...)."""
         others = (input_ids < self.start) | (input_ids >= self.stop)
         rows = super().forward((input_ids - self.start).masked_fill(others, 0))
         return self.group.all_reduce(rows.masked_fill(others[..., None], 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +10,18 @@ from torch import nn
 
 from lamella.layers.holders import PagedAttention, SlotHolder
 from lamella.layers.kit import Widths, sections
-from lamella.layers.linear import Biases, Embedding, Head, Linear, MergedLinear, RowLinear, SplitEmbedding, SplitHead
+from lamella.layers.linear import (
+    DENSE,
+    Biases,
+    Embedding,
+    Head,
+    Linear,
+    LinearMethod,
+    MergedLinear,
+    RowLinear,
+    SplitEmbedding,
+    SplitHead,
+)
 from lamella.layers.norm import RMSNorm, SplitRMSNorm
 from lamella.parallel.group import Group
 from lamella.parallel.sharding import Split
@@ -29,11 +40,21 @@ class LocalKit:
         device: torch.device | str = "cpu",
         group: Group | None = None,
         expert_parallel: bool = False,
+        linear_method: Callable[[Sequence[str]], LinearMethod] = lambda projections: DENSE,
     ) -> None:
-        """With `expert_parallel` a rank has some experts whole, in place of a part of each."""
+        """Allocate on one device.
+
+        Args:
+            dtype: of weights and activations.
+            device: where the weights go; "meta" allocates nothing.
+            group: the tensor-parallel group; a rank alone by default.
+            expert_parallel: a rank holds some experts whole, instead of a shard of each.
+            linear_method: returns the method of the projections that one module holds, given their dotted paths.
+        """
         self.dtype, self.device = dtype, torch.device(device)
         self.group = group or Group()
         self.share, self.expert_parallel = self.group.share, expert_parallel
+        self._linear_method = linear_method
 
     @property
     def _is_split(self) -> bool:
@@ -44,25 +65,28 @@ class LocalKit:
             name: Split.join(self.share.even(width, f"{prefix}.{name}") for width in sections(widths))
             for name, widths in parts.items()
         }
-        return MergedLinear(Split.whole(in_size), splits, bias, self.dtype, self.device)
+        return self._merged(in_size, splits, bias, prefix)
 
     def replicated_linear(self, in_size: int, parts: Mapping[str, int], bias: bool, prefix: str) -> nn.Module:
-        splits = {name: Split.whole(width) for name, width in parts.items()}
-        return MergedLinear(Split.whole(in_size), splits, bias, self.dtype, self.device)
+        return self._merged(in_size, {name: Split.whole(width) for name, width in parts.items()}, bias, prefix)
+
+    def _merged(self, in_size: int, parts: Mapping[str, Split], bias: Biases, prefix: str) -> MergedLinear:
+        parent = prefix.rpartition(".")[0]
+        method = self._linear_method([f"{parent}.{part}" for part in parts])
+        return MergedLinear(Split.whole(in_size), parts, bias, self.dtype, self.device, method)
 
     def qkv_linear(
         self, in_size: int, heads: int, kv_heads: int, head_dim: int, bias: Biases, prefix: str
     ) -> nn.Module:
         queries, keys = self.share.heads(heads).times(head_dim), self.share.kv_heads(kv_heads).times(head_dim)
-        parts = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-        return MergedLinear(Split.whole(in_size), parts, bias, self.dtype, self.device)
+        return self._merged(in_size, {"q_proj": queries, "k_proj": keys, "v_proj": keys}, bias, prefix)
 
     def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str, reduce: bool = True) -> nn.Module:
         assert reduce or not bias
-        inputs, outputs = self.share.even(in_size, prefix), Split.whole(out_size)
+        inputs, outputs, method = self.share.even(in_size, prefix), Split.whole(out_size), self._linear_method([prefix])
         if self._is_split and reduce:
-            return RowLinear(inputs, outputs, bias, self.dtype, self.device, self.group)
-        return Linear(inputs, outputs, bias, self.dtype, self.device)
+            return RowLinear(inputs, outputs, bias, self.dtype, self.device, self.group, method)
+        return Linear(inputs, outputs, bias, self.dtype, self.device, method)
 
     def column_norm(self, channels: Split, eps: float) -> RMSNorm:
         if self._is_split:

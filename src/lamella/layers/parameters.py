@@ -8,12 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from lamella.parallel.sharding import Split, cut
+
+
+class TensorReader(Protocol):
+    """The tensors of a file, by their names in it. A source of `lamella.checkpoint` is one."""
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a whole tensor."""
+        ...
+
+    def load(self, name: str, splits: Sequence[Split] = ()) -> Tensor:
+        """Read a tensor, or the places of its leading dimensions that `splits` hold."""
+        ...
+
+
+# Fills a part of a parameter from a file: (tensor's name, the part, its splits, the file's tensors).
+LoadFunction: TypeAlias = Callable[[str, Tensor, Sequence[Split], TensorReader], None]
 
 
 class SeparateTensor(NamedTuple):
@@ -49,6 +69,7 @@ class ParameterLayout:
         parts: for a parameter that holds the rows of several tensors of a file: their names and rows, in order.
         unstored: those of `parts` that no file has. Their rows stay as the module has made them.
         separate: returns the tensors that some files hold in place of the parameter, by their paths below the module.
+        load: fills a part of the parameter from a file as it stores it; None if its tensors, made dense, are copied.
         initial: bounds of the uniform distribution at the start of training; equal bounds are a constant. None for
             N(0, 0.02), or zero if the parameter is called "bias".
     """
@@ -57,6 +78,7 @@ class ParameterLayout:
     parts: Mapping[str, Split] = field(default_factory=dict)
     unstored: tuple[str, ...] = ()
     separate: Callable[[Tensor], Mapping[str, SeparateTensor]] | None = None
+    load: LoadFunction | None = None
     initial: tuple[float, float] | None = None
 
     def tensors(self) -> Iterator[StoredTensor]:

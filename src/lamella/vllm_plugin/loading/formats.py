@@ -15,6 +15,7 @@ from vllm.transformers_utils.config import register_config_parser
 from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
 from lamella.checkpoint.files import open_checkpoint
+from lamella.checkpoint.loader import log_dequantization
 from lamella.errors import ConfigError
 from lamella.models.registry import model_types
 from lamella.vllm_plugin.hf_config import config_class
@@ -52,6 +53,7 @@ class Loader(BaseModelLoader):
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         checkpoint = open_checkpoint(model_config.model)
         with checkpoint.tensors.opened() as tensors:
+            log_dequantization(checkpoint, tensors)
             leftovers = checkpoint.architecture.leftovers
             filler = WeightFiller(model, checkpoint.names, tied_head=checkpoint.tied_head, leftovers=leftovers)
             filler.fill((name, torch.as_tensor(tensors.load(name))) for name in tensors.names())
