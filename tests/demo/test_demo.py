@@ -7,6 +7,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from lamella.checkpoint.files import DEMO, DEMO_FOLDER, find_folder
 from lamella.demo import CHECKPOINT
 from lamella.demo.questions import (
     END,
@@ -165,3 +166,8 @@ def test_training_batches_hold_nothing_that_is_held_out():
         assert not is_held_out(question)
         assert question.answer.split() == solve(question)
         assert answer.endswith(END)
+
+
+def test_the_model_called_demo_is_the_bundled_one():
+    """The checkpoint package knows the folder by itself, since it cannot import the demo's."""
+    assert find_folder(DEMO) == DEMO_FOLDER == CHECKPOINT and (CHECKPOINT / "config.json").is_file()

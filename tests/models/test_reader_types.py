@@ -6,7 +6,6 @@ import re
 
 import pytest
 
-pytestmark = pytest.mark.unit
 CODE = """
 from typing import Literal
 from lamella.config.hf_config import HFConfig

@@ -34,6 +34,7 @@ from lamella.parallel.sharding import Split
 logger = logging.getLogger("lamella")
 
 DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "checkpoint"  # `lamella.demo.CHECKPOINT`, whose package is above
 
 
 @dataclass(frozen=True)
@@ -181,9 +182,7 @@ def find_folder(model: str | Path, revision: str | None = None) -> Path:
         CheckpointError: there is none, and what to do.
     """
     if str(model) == DEMO:
-        from lamella.demo import CHECKPOINT
-
-        return CHECKPOINT
+        return DEMO_FOLDER
     path = Path(model).expanduser()
     if path.is_dir():
         return path

@@ -22,6 +22,7 @@ from lamella.layers.linear import (
     SplitEmbedding,
     SplitHead,
 )
+from lamella.layers.moe import Experts
 from lamella.layers.norm import RMSNorm, SplitRMSNorm
 from lamella.parallel.group import Group
 from lamella.parallel.sharding import Split
@@ -115,8 +116,6 @@ class LocalKit:
         return PagedAttention(heads, scale, spec, prefix)
 
     def experts(self, config: MoEConfig, hidden_size: int, prefix: str) -> nn.Module:
-        from lamella.layers.moe import Experts
-
         return Experts(config, self, hidden_size, self.expert_parallel)
 
     def slot_state(self, specs: Sequence[SlotState], prefix: str) -> SlotHolder:
