@@ -200,6 +200,7 @@ SPINE = [
     "engine.steps.runner",
     "engine.steps.step_inputs",
     "layers.decoder",
+    "layers.attention",
 ]
 FEATURES = (
     r"placement|image|adapter|lora|grammar|stochastic|supernet|\bvision|torch\.compile|enable_compile|CompiledModel"
