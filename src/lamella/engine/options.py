@@ -177,16 +177,16 @@ class EngineOptions:
         CACHE,
         "int",
         "Take a snapshot of a prompt's slot state at every so many blocks, too. Without it there is one where its "
-        "prefill pauses, where it branches off from an earlier prompt, where `snapshot_prompts` says, and, of an answer, "
-        "at its latest block.",
+        "prefill pauses, where it branches off from an earlier prompt, where `snapshot_prompts` says, and, of an "
+        "answer, at its latest block.",
         bounds=_MANY,
     )
     snapshot_prompts: str = _option(
         "always",
         CACHE,
         "str",
-        "Take snapshots of a prompt's slot state at its last full block and at growing distances before it, so that the "
-        'second request with the same beginning finds one: `"always"`, `"never"`, or `"busy"`, only beside other '
+        "Take snapshots of a prompt's slot state at its last full block and at growing distances before it, so that "
+        'the second request with the same beginning finds one: `"always"`, `"never"`, or `"busy"`, only beside other '
         "requests.",
         choices=("always", "never", "busy"),
     )

@@ -45,8 +45,13 @@ class Scheduler:
         max_num_batched_tokens: int,
         snapshot_interval: int | None = None,
         snapshot_prompts: str = "always",
+        snapshots_inside: bool = True,
     ) -> None:
-        """`snapshot_interval` in pages, and `snapshot_prompts`: see `EngineOptions`."""
+        """`snapshot_interval` in pages, and `snapshot_prompts`: see `EngineOptions`.
+
+        Without `snapshots_inside` slot state can be kept at the ends of chunks only.
+        """
+        self.snapshots_inside = snapshots_inside
         self.state, self.max_num_seqs, self.max_num_batched_tokens = state, max_num_seqs, max_num_batched_tokens
         self.snapshot_interval, self.snapshot_prompts = snapshot_interval, snapshot_prompts
         self.waiting: deque[Request] = deque()  # in order of arrival
@@ -147,7 +152,7 @@ class Scheduler:
     def _chunk(self, request: Request, start: int, count: int) -> Scheduled:
         """Return a request's chunk of the step, with the snapshots of slot state that are taken in the middle of it."""
         chunk = Scheduled.of(request, start, count)
-        if count == 1 or not self._keeps_snapshots(request):
+        if count == 1 or not (self.snapshots_inside and self._keeps_snapshots(request)):
             return chunk
         positions = sorted(
             {p for p in self._snapshot_positions(request, start, start + count) if start < p < start + count}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -68,6 +68,6 @@ def _divide(batch: ForwardBatch) -> list[Segment]:
 
 
 def _tokens(spans: Sequence[range], device: torch.device) -> slice | Tensor:
-    if all(one.stop == other.start for one, other in zip(spans, spans[1:], strict=False)):
+    if all(one.stop == other.start for one, other in pairwise(spans)):
         return slice(spans[0].start, spans[-1].stop)
     return torch.tensor([token for span in spans for token in span]).to(device, non_blocking=True)
