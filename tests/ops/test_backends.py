@@ -125,9 +125,8 @@ class Inputs:
     def of_fused_linear(self) -> Arguments:
         norm = ResidualNorm(self.random(2, 64), self.wide(64), 1e-5)
         conv = ConvWeights(self.random(24, 4), None, activation=False, residual=True)
-        step = ConvStep(
-            conv, ConvState(self.random(4, 3, 24), self.slots[:2]), torch.tensor([4, 0], device=self.device)
-        )
+        state = ConvState(self.random(4, 3, 24), self.slots[:2])
+        step = ConvStep(conv, state, torch.tensor([4, 0], device=self.device))
         return self.random(2, 64), self.random(24, 64) / 8, self.random(24), True, norm, step
 
     def of_delta_rule(self) -> Arguments:
