@@ -46,9 +46,7 @@ LISTED = (
     Fault("_decode_prepared", "newest = index == first + count - 1", "newest = index == first", "triton_few"),
     Fault("_plan_kernel", "whole = tl.maximum(counts - 1, 0)", "whole = tl.maximum(counts, 0)"),
     # layers
-    Fault(
-        "Attention.forward", "q.float() * positions.temperature(self.temperature)[:, None, None]", "q.float()"
-    ),
+    Fault("Attention.forward", "q.float() * positions.temperature(self.temperature)[:, None, None]", "q.float()"),
     Fault(
         "Attention.normalize",
         "self.q_norm(q).flatten(-2), self.k_norm(k).flatten(-2)",
