@@ -31,7 +31,7 @@ test: setup lint
 
 # A real model of 135 million parameters, downloaded from the package registry; skipped, and said, where there is none.
 test-real: setup
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/real_model -m real $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/real_model -m real $(PYTEST_ARGS)
 
 # The plugin, inside vLLM's CPU build, which has an environment of its own.
 test-vllm: $(VLLM_READY)
@@ -40,7 +40,7 @@ test-vllm: $(VLLM_READY)
 # Everything, with what is marked slow.
 test-all: setup lint $(VLLM_READY)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not real" $(PYTEST_ARGS)
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/real_model -m real $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/real_model -m real $(PYTEST_ARGS)
 	scripts/test_vllm.sh $(VLLM_VENV)/bin/python $(PARALLEL) $(PYTEST_ARGS)
 
 # Do the tests notice faults? See docs/testing.md.

@@ -100,6 +100,13 @@ def test_the_readmes_command_answers(file):
     assert done.returncode == 0 and "Paris" in done.stdout, done.stderr
 
 
+def test_the_example_of_the_docs_answers(file, capsys):
+    example = (ROOT / "docs" / "chat.md").read_text().split("```python\n")[1].split("```")[0]
+    assert '"MODEL"' in example
+    exec(compile(example.replace('"MODEL"', repr(str(file))), "chat.md", "exec"), {})
+    assert "lamella" in capsys.readouterr().out.lower()
+
+
 def test_every_path_is_right(file):
     command = [sys.executable, "-m", "lamella", "parity", str(file), "paths", "--dtype", "float32", "--device", "cpu"]
     done = subprocess.run(
