@@ -46,9 +46,7 @@ LISTED = (
     Fault("_decode_prepared", "newest = index == first + count - 1", "newest = index == first", "triton_few"),
     Fault("_plan_kernel", "whole = tl.maximum(counts - 1, 0)", "whole = tl.maximum(counts, 0)"),
     # layers
-    Fault(
-        "Attention.forward", "q.float() * positions.temperature(self.temperature)[:, None, None]", "q.float()"
-    ),
+    Fault("Attention.forward", "q.float() * positions.temperature(self.temperature)[:, None, None]", "q.float()"),
     Fault(
         "Attention.normalize",
         "self.q_norm(q).flatten(-2), self.k_norm(k).flatten(-2)",
@@ -168,6 +166,9 @@ LISTED = (
 
 # The plugin's own files run by these, in this order, until one notices the fault.
 VLLM_TESTS = (
+    "tests/vllm_plugin/test_plugin_state.py",
+    "tests/vllm_plugin/test_plugin_loading.py",
+    "tests/vllm_plugin/test_plugin_checks.py",
     "tests/vllm_plugin/test_plugin_contract.py",
     "tests/vllm_plugin/test_plugin_registration.py",
     "tests/vllm_plugin/test_plugin_engine.py::test_prompts_in_one_batch_however_they_are_cut",
