@@ -52,7 +52,8 @@ def report(rows: list[dict[str, Any]], gaps: dict[str, dict[str, float]]) -> dic
         peer = by_key.get((model, workload, "vllm", variant))
         if engine == "lamella" and peer:
             ttft, total = row["ttft_ms"] / peer["ttft_ms"], row["total_s"] / peer["total_s"]
-            ratios.append({**where, "variant": variant, "ttft": round(ttft, 3), "total": round(total, 3)})
+            where = {"model": model, "workload": workload, "variant": variant}
+            ratios.append({**where, "ttft": round(ttft, 3), "total": round(total, 3)})
             print(f"lamella / vllm, {model} {workload} {variant}: ttft {ttft:.2f}, total {total:.2f}")
     for model, some in gaps.items():
         for name, gap in some.items():
