@@ -157,7 +157,7 @@ LISTED = (
     ),
     Fault("StateMetadata._make_batch", "right=True", "right=False"),
     Fault("StateLayer.compute", "out[count:].zero_()", "pass"),
-    Fault("VllmHolder.current", "start += _room(spec)", "start += spec.bytes_per_request + 16"),
+    Fault("VllmHolder.current", "start += padded_bytes(spec)", "start += spec.bytes_per_request + 16"),
     Fault("VllmKit.merged_linear", "start += width", "start += 0"),
     Fault("WeightFiller.fill", "expected - seen", "set()"),
     Fault("WeightFiller.fill", "if name in seen", "if False"),

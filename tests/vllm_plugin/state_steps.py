@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lamella.ops.ragged import RaggedBatch
-from lamella.vllm_plugin.state.state_layer import StateMetadata, StateMetadataBuilder
+from lamella.vllm_plugin.state.metadata import StateMetadata
+from lamella.vllm_plugin.state.metadata_builder import StateMetadataBuilder
 
 
 def assert_same_tensors(made: RaggedBatch, expected: RaggedBatch) -> None:

@@ -22,7 +22,9 @@ from lamella.parity.subject import Subject
 from lamella.vllm_plugin import PREFIX, compat
 from lamella.vllm_plugin.model import model_class
 from lamella.vllm_plugin.registration import OPERATIONS, register_all, served_names
-from lamella.vllm_plugin.state.state_layer import StateLayer, StateLayout, StateMetadataBuilder
+from lamella.vllm_plugin.state.layer import StateLayer
+from lamella.vllm_plugin.state.layout import StateLayout
+from lamella.vllm_plugin.state.metadata_builder import StateMetadataBuilder
 from vllm_plugin.plugin_helpers import DEVICE, NGRAM, ON_CPU, running, scheduler_of
 
 register_all()
@@ -72,7 +74,7 @@ class TestClasses:
         }
         values = canon_config(**sizes)
         config = resolve_architecture("LlamaCanonForCausalLM").read_config(HFConfig(values))
-        layout = StateLayout.of(config, Share(), torch.bfloat16)
+        layout = StateLayout.from_model(config, Share(), torch.bfloat16)
         assert layout is not None and layout.dtype == torch.bfloat16
         size = math.prod(layout.shape) * 2
         assert 32 * size == 8_257_536

@@ -21,8 +21,9 @@ from lamella.ops.ragged import RaggedBatch
 from lamella.ops.rms_norm.reference import add_rms_norm
 from lamella.ops.short_conv.reference import short_conv
 from lamella.vllm_plugin.registration import register_all
+from lamella.vllm_plugin.state.metadata_builder import _first_blocks
 from lamella.vllm_plugin.state.state_blocks import StateManager, StateSpec
-from lamella.vllm_plugin.state.state_layer import _first_blocks, advance_window
+from lamella.vllm_plugin.state.windows import advance_window
 from vllm_plugin.plugin_helpers import DEVICE, running, scheduler_of
 from vllm_plugin.state_steps import assert_same_tensors, described, drafted, metadata, starts_of
 
