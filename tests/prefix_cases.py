@@ -46,7 +46,9 @@ def keys_of(token_ids: Sequence[int], root: bytes = ROOT) -> list[bytes]:
 def brute_force(state: StateManager, keys: Sequence[bytes]) -> Hit:
     """The longest prefix for which every page that its next token sees can be found, and a snapshot where needed."""
     there = [[pool.find(key) is not None for key in keys] + [False] for pool in state.page_pools]
-    known = max((each.index(False) * PAGE for each in there), default=0)
+    if not there:  # without paged state, prefixes that were computed are remembered
+        there_before = [key in state._seen for key in keys] + [False]
+    known = max((each.index(False) * PAGE for each in there or [there_before]), default=0)
     for length in range(len(keys) * PAGE, 0, -PAGE):
         snapshot = state.slot_pool.find(keys[length // PAGE - 1]) if state.has_slot_state else None
         if (snapshot is not None or not state.has_slot_state) and all(

@@ -53,11 +53,15 @@ class Recurrent(nn.Module):
         self.qkv_proj = kit.qkv_linear(hidden_size, heads, heads, dim, False, f"{prefix}.qkv_proj")
         self.o_proj = kit.row_linear(heads * dim, hidden_size, False, f"{prefix}.o_proj")
         self.state = kit.slot_state((SlotState((heads, dim, dim), torch.float32),), f"{prefix}.state")
+        self.state.parts = {"mix": self.mix}
 
     def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
+        qkv = entry.project(self.qkv_proj)
+        return self.o_proj(self.state.run("mix", (qkv,), qkv.shape[1] // 3))
+
+    def mix(self, qkv: Tensor, out: Tensor | None) -> Tensor:
         batch = require_batch().ragged
         (rows,), slots = self.state.current() or ((None,), None)
-        qkv = entry.project(self.qkv_proj)
         parts = [part.split(batch.query_lens) for part in qkv.chunk(3, -1)]
         outputs = []
         for index, (new, total) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
@@ -68,7 +72,8 @@ class Recurrent(nn.Module):
             if rows is not None:
                 rows[slots[index]] = state
             outputs.append(output.to(qkv.dtype))
-        return self.o_proj(torch.cat(outputs))
+        y = torch.cat(outputs)
+        return y if out is None else out.copy_(y)
 
 
 def plain(oracle: Oracle, config: RecurrentConfig, x: Tensor, name: str, tap: Tap) -> Tensor:

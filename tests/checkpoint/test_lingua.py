@@ -439,6 +439,6 @@ class TestConvert:
             vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
         )
         hf_checkpoint(tmp_path / "llama", config)
-        with pytest.raises(CheckpointError, match="only LlamaCanon"):
+        with pytest.raises(CheckpointError, match="only GGUF files and LlamaCanon"):
             convert(tmp_path / "llama", tmp_path / "converted")
         assert not (tmp_path / "converted").exists()

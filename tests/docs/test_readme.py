@@ -27,5 +27,5 @@ def test_every_command_that_is_shown_exists():
 
     commands = set(re.findall(r"^lamella (\w+)", README.read_text(), re.MULTILINE))
     shown = parser().format_help()
-    assert commands == {"generate", "inspect", "parity", "convert", "placement", "bench", "doctor", "demo"}
+    assert commands == {"generate", "chat", "inspect", "parity", "convert", "placement", "bench", "doctor", "demo"}
     assert all(command in shown for command in commands)

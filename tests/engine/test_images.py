@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gc
+import io
 import json
 import logging
 
@@ -207,6 +209,30 @@ def test_text_pillow_arrays_and_tensors_are_the_same(checkpoint):
     (output,) = generate(llm, ids | {"multi_modal_data": {"image": gray}})
     given = ids | {"multi_modal_data": {"image": [pixels[:1].expand(3, -1, -1)]}}
     assert_as_expected(checkpoint, given, output)
+
+
+@pytest.mark.parametrize("form", ["parts", "text"])
+def test_images_of_messages(checkpoint, form):
+    pixels = [image("one tile", 5), image("2 x 2", 6)]
+    pictures = [Image.fromarray(each.permute(1, 2, 0).numpy()) for each in pixels]
+    file = io.BytesIO()
+    pictures[0].save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    first = [{"type": "text", "text": "w10"}, {"type": "image_url", "image_url": {"url": url}}]
+    chat = [
+        {"role": "user", "content": [*first, {"type": "text", "text": "w11"}]},
+        {"role": "assistant", "content": "w12"},
+        {"role": "user", "content": [{"type": "image", "image": pictures[1]}, {"type": "text", "text": "w13"}]},
+    ]
+    templates = {
+        "parts": "{% for m in messages %} {% if m['content'] is string %}{{ m['content'] }}{% else %}"
+        "{% for p in m['content'] %} {{ p['text'] if p['type'] == 'text' else '<|image|>' }}{% endfor %}{% endif %}"
+        "{% endfor %} w20",
+        "text": "{% for m in messages %} {{ m['content'] }}{% endfor %} w20",
+    }
+    outputs = load(checkpoint).chat(chat, GREEDY, use_tqdm=False, chat_template=templates[form])
+    ids = [10, TOKENS.image, 11, 12, TOKENS.image, 13, 20]
+    assert_as_expected(checkpoint, {"prompt_token_ids": ids, "multi_modal_data": {"image": pixels}}, outputs[0])
 
 
 def test_the_caller_may_change_the_pixels_afterwards(checkpoint):

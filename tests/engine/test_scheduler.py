@@ -193,7 +193,9 @@ class Fuzz:
         holdings = self.state.holdings.values()
         held = [{page for h in holdings for page in h.pages[index]} - {0} for index in range(len(self.state.groups))]
         pools = [*self.state.page_pools, self.state.slot_pool]
-        return list(zip(pools, [*held, {h.slot for h in holdings}], strict=True))
+        return list(
+            zip(pools, [*held, {slot for h in holdings for slot in (h.slot, *(s for s, _ in h.planned))}], strict=True)
+        )
 
     def _check(self, step: list[Scheduled], known: list[Request], before: tuple[int, int]) -> None:
         scheduler, state, left = self.scheduler, self.state, self.scheduler.max_num_batched_tokens
@@ -219,14 +221,18 @@ class Fuzz:
                 last_page = (len(request.prompt_token_ids) - 1) // PAGE * PAGE
                 in_prompt = start < len(request.prompt_token_ids) and scheduler.snapshot_interval is not None
                 every = PAGE * scheduler.snapshot_interval if in_prompt else 10**9
-                cuts = {last_page, request.branch, (start // every + 1) * every}
-                assert not any(start < cut < stop for cut in cuts), "a snapshot's place passed"
+                wanted = {last_page, request.branch, (start // every + 1) * every}
+                planned = [position for position, _ in share.snapshots]
+                inside = {cut for cut in wanted if start < cut < stop}
+                keys = request.page_keys(PAGE, stop)
+                for cut in inside - set(planned):
+                    there = state.slot_pool.find(keys[cut // PAGE - 1]) is not None
+                    assert there or state.slot_pool.num_free <= scheduler.max_num_seqs, "a snapshot's place passed"
+                assert planned == sorted(set(planned)) and all(start < p < stop and p % PAGE == 0 for p in planned)
                 assert stop == request.num_tokens or stop % PAGE == 0 or stop // PAGE * PAGE <= start, (
                     "a page's end passed"
                 )
-                assert stop in cuts or stop == full or (full < request.num_tokens and full - stop < PAGE), (
-                    "cut for nothing"
-                )
+                assert stop == full or (full < request.num_tokens and full - stop < PAGE), "cut for nothing"
             left -= share.count
             holding = state.holdings[request]
             for group, pages in zip(state.groups, holding.pages, strict=True):

@@ -37,18 +37,19 @@ Arguments = tuple[object, ...]
 class Inputs:
     """Random arguments of each operation, the same at every call, so that what one backend writes no other reads."""
 
-    def __init__(self, dtype: torch.dtype, decodes: bool = False, flashinfer: bool = False) -> None:
+    def __init__(self, dtype: torch.dtype, decodes: bool, backend: str) -> None:
+        flashinfer, self.device = backend == "flashinfer", torch.device("cpu") if backend == "native" else DEVICE
         self.dtype, self.generator = dtype, torch.Generator().manual_seed(0)
         self.flashinfer, self.dim = flashinfer, 64 if flashinfer else 16
         self.lengths = ([1, 1, 1], [5, 1, 9]) if decodes else ([1, 1, 7], [5, 1, 9])
-        self.batch = RaggedBatch.from_lengths(*self.lengths, DEVICE)
-        self.slots = torch.tensor([2, 0, 3], device=DEVICE)
+        self.batch = RaggedBatch.from_lengths(*self.lengths, self.device)
+        self.slots = torch.tensor([2, 0, 3], device=self.device)
 
     def random(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(DEVICE, self.dtype)
+        return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
 
     def wide(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(DEVICE)
+        return torch.randn(shape, generator=self.generator).to(self.device)
 
     def conv(self, channels: int) -> tuple[Tensor, ConvWeights, RaggedBatch, ConvState]:
         state = ConvState(self.random(4, 3, channels), self.slots)
@@ -59,7 +60,7 @@ class Inputs:
         return ResidualNorm(self.random(self.batch.num_tokens, width), self.wide(width), 1e-5)
 
     def cache(self) -> PagedCache:
-        table = torch.tensor([[3, 1, 5], [2, 0, 0], [4, 6, 7]], dtype=torch.int32, device=DEVICE)
+        table = torch.tensor([[3, 1, 5], [2, 0, 0], [4, 6, 7]], dtype=torch.int32, device=self.device)
         blocks = table[self.batch.token_request, self.batch.positions // 4].long()
         return PagedCache(
             self.random(8, 4, 2, 16), self.random(8, 4, 2, 16), table, blocks * 4 + self.batch.positions % 4
@@ -72,8 +73,8 @@ class Inputs:
 
     def plan(self) -> AttentionPlan:
         pytest.importorskip("triton")
-        space = AttentionSpace(3, 12, DEVICE)
-        listed = torch.tensor([4, 6, 7], dtype=torch.int32, device=DEVICE)
+        space = AttentionSpace(3, 12, self.device)
+        listed = torch.tensor([4, 6, 7], dtype=torch.int32, device=self.device)
         listed = listed[: 0 if self.batch.num_decodes == 3 else 3]
         return AttentionPlan(space, self.batch, listed, 4, 2, self.dim, 4, self.dtype, 0.25, None, self.flashinfer)
 
@@ -97,10 +98,10 @@ class Inputs:
         return self.random(3, 4, 16), self.random(3, 2, 16), Rope(self.wide(3, 6), self.wide(3, 6), True)
 
     def of_angles(self) -> Arguments:
-        return torch.arange(9, device=DEVICE), self.wide(5), 1.5, 4
+        return torch.arange(9, device=self.device), self.wide(5), 1.5, 4
 
     def of_temperature(self) -> Arguments:
-        return torch.arange(9, device=DEVICE), 0.5, 2
+        return torch.arange(9, device=self.device), 0.5, 2
 
     def of_short_conv(self) -> Arguments:
         return self.conv(40)
@@ -124,7 +125,8 @@ class Inputs:
     def of_fused_linear(self) -> Arguments:
         norm = ResidualNorm(self.random(2, 64), self.wide(64), 1e-5)
         conv = ConvWeights(self.random(24, 4), None, activation=False, residual=True)
-        step = ConvStep(conv, ConvState(self.random(4, 3, 24), self.slots[:2]), torch.tensor([4, 0], device=DEVICE))
+        state = ConvState(self.random(4, 3, 24), self.slots[:2])
+        step = ConvStep(conv, state, torch.tensor([4, 0], device=self.device))
         return self.random(2, 64), self.random(24, 64) / 8, self.random(24), True, norm, step
 
     def of_delta_rule(self) -> Arguments:
@@ -144,7 +146,7 @@ class Inputs:
         return self.random(6, 16), self.wide(6, 5), 2, gate_up, down, self.random(6, 16)
 
     def of_causal_attention(self) -> Arguments:
-        batch = RaggedBatch.from_lengths([2, 7], [2, 7], DEVICE)
+        batch = RaggedBatch.from_lengths([2, 7], [2, 7], self.device)
         return self.random(9, 4, 16), self.random(9, 2, 16), self.random(9, 2, 16), batch, 0.25, 3
 
     def of_write_kv(self) -> Arguments:
@@ -159,7 +161,7 @@ class Inputs:
         return qkv, self.steps(), self.cache(), self.batch, 0.25, None, None, self.plan()
 
     def of_pending_tokens(self) -> Arguments:
-        return torch.tensor([5, -1, 7, -3, -2], device=DEVICE), torch.tensor([8, 9, -1], device=DEVICE)
+        return torch.tensor([5, -1, 7, -3, -2], device=self.device), torch.tensor([8, 9, -1], device=self.device)
 
 
 def tensors(value: object) -> Iterator[Tensor]:
@@ -205,7 +207,7 @@ def test_every_backend_computes_what_its_reference_computes(op, name):
     dtype, decodes = torch.bfloat16 if narrow else torch.float32, op == "decode_prepared"
     results = []
     for run in (TABLES[op].get(name), TABLES[op].reference):
-        arguments = Inputs(dtype, decodes, name == "flashinfer").arguments(op)
+        arguments = Inputs(dtype, decodes, name).arguments(op)
         with torch.inference_mode():
             results.append((run(*arguments), [each for each in arguments if not isinstance(each, AttentionPlan)]))
     ours, expected = (list(tensors(result)) for result in results)

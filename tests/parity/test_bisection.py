@@ -132,13 +132,17 @@ def wrote_no_keys_on_a_new_page(model):
 
 def turned_one_position_further_in_decodes(model):
     mixer = layer(model, 0).mixer
-    inner = mixer.turn
-    mixer.turn = lambda at: inner(Positions(at.index + 1) if require_batch().ragged.num_decodes else at)
+    inner = mixer.forward
+
+    def forward(at, entry):
+        return inner(Positions(at.index + 1) if require_batch().ragged.num_decodes else at, entry)
+
+    mixer.forward = forward
 
 
 def lost_its_norm(model):
-    mixer = layer(model).mixer
-    mixer.form = replace(mixer.form, eps=None)
+    assert layer(model).mixer.head_norm is not None
+    layer(model).mixer.head_norm = None
 
 
 def forgot_the_residual(model):
@@ -247,7 +251,7 @@ FAULTS = {
     "gate and up exchanged": ("qwen3", gate_and_up_exchanged, 1, "gate_proj", 0),
     "pairs of halves": ("llama4", rope(interleaved=False), 1, "rotary", 1),
     "a rotation without its norm": ("llama4", lost_its_norm, 1, "rotary", 0),
-    "no temperature": ("llama4", config("model.layers.3.mixer", temperature=None), 3, "rotary", 23),
+    "no temperature": ("llama4", set_to("model.layers.3.mixer", temperature=None), 3, "rotary", 23),
     "another chunk": ("llama4", as_in_another_chunk, 1, "attention", 41),
     "a router off by one": ("llama4", first_expert_for_all, 1, "experts", 0),
     "weights of experts": ("llama4", scaled(L1 + "feed_forward.experts.down_proj", 1.01), 1, "experts", 0),

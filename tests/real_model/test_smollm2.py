@@ -87,6 +87,19 @@ def test_lamella_chat_talks_in_the_terminal(file):
     assert "Paris" in done.stdout and "Rome" in done.stdout and "tok/s" in done.stderr
 
 
+def test_the_readmes_command_answers(file):
+    """`make chat`, from a set-up clone."""
+    arguments = "--device cpu --temperature 0 --max-tokens 20 --max-model-len 512"
+    done = subprocess.run(
+        ["make", "-s", "chat", f"CHAT_ARGS={arguments}", f"BIN={Path(sys.executable).parent}"],
+        cwd=ROOT,
+        input="What is the capital of France?\n",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "Paris" in done.stdout, done.stderr
+
+
 def test_every_path_is_right(file):
     command = [sys.executable, "-m", "lamella", "parity", str(file), "paths", "--dtype", "float32", "--device", "cpu"]
     done = subprocess.run(

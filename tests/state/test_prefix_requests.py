@@ -10,7 +10,7 @@ import pytest
 
 from lamella.engine.requests.request import Request
 from lamella.engine.requests.sampling_params import SamplingParams
-from lamella.engine.scheduler import Scheduler
+from lamella.engine.scheduler import Scheduled, Scheduler
 from lamella.state.manager import DUMMY, StateManager
 from lamella.state.prefix import MISS, Hit
 from prefix_cases import PAGE, ROOT, bookkeeping, brute_force, group, make_request, sees
@@ -30,7 +30,7 @@ class Checked(StateManager):
         mine = self.holdings.get(request)
         had = [list(pages) for pages in mine.pages] if mine else [[] for _ in self.groups]
         held = [{page for other in self.holdings.values() for page in other.pages[i]} for i in range(len(self.groups))]
-        slots = {other.slot for other in self.holdings.values()}
+        slots = {slot for other in self.holdings.values() for slot in (other.slot, *(s for s, _ in other.planned))}
         evictions = [pool.num_evictions for pool in self.page_pools]
         found, short = [], not mine and len(slots) == self.slot_pool.capacity
         for index, (spec, pool) in enumerate(zip(self.groups, self.page_pools, strict=True)):
@@ -138,6 +138,11 @@ class World:
             if state.has_slot_state:
                 assert not share.start or self.slots[holding.slot] == nodes[share.start], "not its own past"
                 self.slots[holding.slot] = nodes[stop]
+                assert [slot for _, slot in share.snapshots] == [slot for slot, _ in holding.planned]
+                for position, slot in share.snapshots:
+                    assert share.start < position < stop and position % PAGE == 0
+                    self.slots[slot] = nodes[position]
+                    self.counts["inside"] += 1
             for pages, memory in zip(holding.pages, self.pages, strict=True):
                 for position in range(share.start, stop):
                     assert pages[position // PAGE] != DUMMY
@@ -152,7 +157,7 @@ class World:
                         assert memory.get((place, position % PAGE)) == nodes[position + 1], "a token that it never saw"
         self.scheduler.computed(shares)
         for share in shares:
-            self._computed(share.request)
+            self._computed(share)
             if share.samples:
                 self._sample(share.request)
         self._check_pools()
@@ -195,12 +200,14 @@ class World:
         nodes = self._nodes(request)
         return max((n for n in range(PAGE, request.num_tokens, PAGE) if nodes[n] in at_hand), default=0)
 
-    def _computed(self, request: Request) -> None:
+    def _computed(self, share: Scheduled) -> None:
         """Of a roomy world: what is at hand now."""
+        request = share.request
         if not self.roomy or request.prefix_root is None:
             return
         nodes, count = self._nodes(request), request.num_computed
         self.known.update(nodes[PAGE : count + 1 : PAGE])
+        self.snapshots.update(nodes[position] for position, _ in share.snapshots)
         if count % PAGE == 0:
             generated = count > len(request.prompt_token_ids)
             if generated:
@@ -217,7 +224,11 @@ class World:
             held = {
                 place
                 for holding in state.holdings.values()
-                for place in (holding.pages[index] if index < len(state.groups) else [holding.slot])
+                for place in (
+                    holding.pages[index]
+                    if index < len(state.groups)
+                    else [holding.slot, *(slot for slot, _ in holding.planned)]
+                )
             } - {DUMMY}
             blank = sum(not pool.is_cached(place) and place not in held for place in range(1, pool.capacity + 1))
             assert len(held) == pool.num_held
@@ -251,6 +262,7 @@ def test_every_request_finds_just_its_own_past_in_pages_and_slot(windows, slots)
     assert min(counts[what] for what in ("hits", "done")) > 70
     assert counts["evicted"] > 400 and counts["cancelled"] > 10
     assert not windows or min(counts["preempted"], counts["started again"]) > 8
+    assert not slots or counts["inside"] > 30
 
 
 @pytest.mark.parametrize(("windows", "slots"), KINDS)
@@ -340,7 +352,9 @@ def test_a_preemption_may_leave_one_more_generated_snapshot():
     assert snapshots(scheduler, request) == [8, 16, 36]
 
 
-@pytest.mark.parametrize(("interval", "kept"), [(None, [28]), (1, [4, 8, 12, 16, 20, 24, 28]), (3, [12, 24, 28])])
+@pytest.mark.parametrize(
+    ("interval", "kept"), [(None, [16, 28]), (1, [4, 8, 12, 16, 20, 24, 28]), (3, [12, 16, 24, 28])]
+)
 def test_a_long_prompt_leaves_snapshots_at_every_so_many_pages_and_at_its_last(interval, kept):
     scheduler = roomy_scheduler([None], True, 100, interval)
     request = make_request("r", range(30))
@@ -356,6 +370,7 @@ def test_whoever_branches_off_where_another_did_starts_there(windows, budget):
     for request in requests:
         run(scheduler, request)
     assert [request.num_cached_tokens for request in requests][::2] == [0, 20]
+    # In one chunk of 42 tokens the first leaves snapshots at 40 and 28; its beginning is found where it was chunked.
     assert requests[1].num_cached_tokens == (0 if budget == 100 else 20)
 
 

@@ -34,6 +34,7 @@ from lamella.engine.steps.runner import ModelRunner
 from lamella.errors import ConfigError
 from lamella.layers.compiled.model import CompiledModel
 from lamella.layers.decoder import LanguageModel
+from lamella.layers.holders import SlotHolder, state_holders
 from lamella.layers.local_kit import LocalKit
 from lamella.layers.norm import RMSNorm
 from lamella.layers.supernet.placing import activate, active_placement, has_choice
@@ -124,6 +125,7 @@ def build_engine(
         options.max_num_batched_tokens,
         options.snapshot_interval,
         options.snapshot_prompts,
+        _keeps_inside(model),
     )
     placements_of_step = PlacementStep(model)
     own: list[StepFeature] = [placements_of_step, embeddings] if has_choice(model) else [embeddings]
@@ -143,6 +145,19 @@ def build_engine(
         model.config.vocab_size, options, tokenizer, eos_token_ids, max_model_len, jobs, variants, reader, defaults
     )
     return Engine(model, options, device, admission, variants, scheduler, runner, workers)
+
+
+def _keeps_inside(model: LanguageModel) -> bool:
+    """Return True if slot state can be kept in the middle of a chunk: all that reads or writes it is a part."""
+    holders = [holder for holder in state_holders(model) if isinstance(holder, SlotHolder)]
+    without = [holder.prefix for holder in holders if not holder.parts]
+    if without:
+        logger.warning(
+            "prefix cache: %s reads its state outside of its parts, so that slot state is kept at the ends of chunks "
+            "only; see docs/adding_a_mixer.md",
+            without[0],
+        )
+    return not without
 
 
 def _memory_budget(

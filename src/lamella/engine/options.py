@@ -176,18 +176,18 @@ class EngineOptions:
         None,
         CACHE,
         "int",
-        "Take a snapshot of a prompt's slot state at every so many blocks. None takes one only where its prefill "
-        "pauses, where it branches off from an earlier prompt (in models with paged state too), and, of an answer, at "
-        "its latest block.",
+        "Take a snapshot of a prompt's slot state at every so many blocks, too. Without it there is one where its "
+        "prefill pauses, where it branches off from an earlier prompt, where `snapshot_prompts` says, and, of an "
+        "answer, at its latest block.",
         bounds=_MANY,
     )
     snapshot_prompts: str = _option(
-        "never",
+        "always",
         CACHE,
         "str",
-        "Take a snapshot at a prompt's last full block too, for requests with the very same prompt, at the cost of one "
-        'more step before the first token: `"never"`, `"always"`, or `"busy"`, only beside other requests, whose steps '
-        "the rest of the prompt can join.",
+        "Take snapshots of a prompt's slot state at its last full block and at growing distances before it, so that "
+        'the second request with the same beginning finds one: `"always"`, `"never"`, or `"busy"`, only beside other '
+        "requests.",
         choices=("always", "never", "busy"),
     )
     device: str | torch.device = _option(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lamella.engine.requests.request import Request
@@ -16,12 +16,14 @@ class Scheduled:
 
     Attributes:
         samples: whether the share ends with the request's last token, so that the next one can be sampled.
+        snapshots: positions inside the share whose slot state is kept, ascending, and the slots for it.
     """
 
     request: Request
     start: int
     count: int
     samples: bool
+    snapshots: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, request: Request, start: int, count: int) -> Scheduled:
@@ -42,9 +44,14 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         snapshot_interval: int | None = None,
-        snapshot_prompts: str = "never",
+        snapshot_prompts: str = "always",
+        snapshots_inside: bool = True,
     ) -> None:
-        """`snapshot_interval` in pages, and `snapshot_prompts`: see `EngineOptions`."""
+        """`snapshot_interval` in pages, and `snapshot_prompts`: see `EngineOptions`.
+
+        Without `snapshots_inside` slot state can be kept at the ends of chunks only.
+        """
+        self.snapshots_inside = snapshots_inside
         self.state, self.max_num_seqs, self.max_num_batched_tokens = state, max_num_seqs, max_num_batched_tokens
         self.snapshot_interval, self.snapshot_prompts = snapshot_interval, snapshot_prompts
         self.waiting: deque[Request] = deque()  # in order of arrival
@@ -89,7 +96,7 @@ class Scheduler:
                 if self._preempt_youngest() is request:
                     break
             else:
-                step.append(Scheduled.of(request, request.num_computed, count))
+                step.append(self._chunk(request, request.num_computed, count))
                 budget -= count
         # Whoever was just preempted would only take the pages back.
         while self.waiting and budget and not preempted and len(self.running) < self.max_num_seqs:
@@ -102,7 +109,7 @@ class Scheduler:
                 break
             self.running.append(self.waiting.popleft())
             self._started(request, hit.length)
-            step.append(Scheduled.of(request, hit.length, count))
+            step.append(self._chunk(request, hit.length, count))
             budget -= count
         assert step or not self.has_work or any(r.num_pending for r in self.running), (
             "a request does not fit into empty pools"
@@ -133,27 +140,56 @@ class Scheduler:
         return request.page_keys(self.state.page_size, request.num_tokens - 1)
 
     def _share(self, request: Request, start: int, budget: int) -> int:
-        """How many tokens a request gets of the budget, from `start` on.
+        """Return how many tokens a request gets of the budget, from `start` on.
 
-        Slot state can be kept for others only where a chunk ends with a page. So chunks end with pages, and a prompt's
-        is cut where it branches off from tokens that were there before, since whoever comes third is likely to branch
-        off there too; at its last page, for whoever has the same prompt (the rest then wants a step, which costs
-        little where other requests have steps too, and much where none has); and at every so many pages, if asked.
+        A chunk that does not reach the request's last token ends with a page, where its slot state can be kept.
         """
         stop, size = min(request.num_tokens, start + budget), self.state.page_size
-        if stop == start + 1:
-            return 1
-        if not self.state.has_slot_state or request.prefix_root is None:
-            return stop - start
-        cuts = [request.branch]
+        if stop < request.num_tokens and stop // size * size > start and self._keeps_snapshots(request):
+            stop = stop // size * size
+        return stop - start
+
+    def _chunk(self, request: Request, start: int, count: int) -> Scheduled:
+        """Return a request's chunk of the step, with the snapshots of slot state that are taken in the middle of it."""
+        chunk = Scheduled.of(request, start, count)
+        if count == 1 or not (self.snapshots_inside and self._keeps_snapshots(request)):
+            return chunk
+        positions = sorted(
+            {p for p in self._snapshot_positions(request, start, start + count) if start < p < start + count}
+        )
+        if positions:
+            keys = request.page_keys(self.state.page_size, positions[-1])
+            reserve, planned = self.max_num_seqs - len(self.running), []
+            for position in positions:
+                key = keys[position // self.state.page_size - 1]
+                slot = self.state.plan_snapshot(request, key, reserve)
+                if slot is not None:
+                    planned.append((position, slot))
+            chunk.snapshots = tuple(planned)
+        return chunk
+
+    def _keeps_snapshots(self, request: Request) -> bool:
+        return self.state.has_slot_state and request.prefix_root is not None
+
+    def _snapshot_positions(self, request: Request, start: int, stop: int) -> Iterator[int]:
+        """Yield where a prompt's slot state is worth keeping: ends of pages, in any order, maybe outside [start, stop].
+
+        They are: where it branches off from tokens that were there before, since a third request is likely to branch
+        off there, too; every so many pages, if asked; and some at growing distances from the prompt's end. Of these, a
+        prompt with the same beginning and an end of its own of n tokens finds one that is at most 4 n tokens too short.
+        """
+        size, prompt = self.state.page_size, len(request.prompt_token_ids)
+        if request.branch:
+            yield request.branch
+        if self.snapshot_interval is not None:
+            step = self.snapshot_interval * size
+            yield from range((start // step + 1) * step, min(stop, prompt), step)
         busy = len(self.running) + len(self.waiting) > 1
         if self.snapshot_prompts == "always" or (self.snapshot_prompts == "busy" and busy):
-            cuts.append((len(request.prompt_token_ids) - 1) // size * size)
-        if self.snapshot_interval is not None and start < len(request.prompt_token_ids):
-            cuts.append((start // size // self.snapshot_interval + 1) * self.snapshot_interval * size)
-        if stop < request.num_tokens:
-            cuts.append(stop // size * size)
-        return min([stop, *(cut for cut in cuts if cut > start)]) - start
+            last, distance = (prompt - 1) // size, 0
+            while distance < last:
+                yield (last - distance) * size
+                distance = 4 * distance + 3
 
     def _started(self, request: Request, cached: int) -> None:
         request.num_computed = request.num_reused = cached

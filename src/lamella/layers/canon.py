@@ -46,7 +46,7 @@ class Canon(ShortConv):
         if isinstance(norm, RMSNorm):
             if not holder.inline:
                 return holder.run_after_norm(self.part, x, residual, norm.weight, norm.eps)
-            if use_fused(x) and not norm.round_twice:
+            if use_fused(x) and not norm.round_twice and not require_batch().cuts:
                 # Slots and positions are a step's first tensors, long before any layer's.
                 step = ResidualNorm(residual, norm.weight, norm.eps)
                 return norm_short_conv(x, step, self.weights(), require_batch().ragged, self.state(), early=True)

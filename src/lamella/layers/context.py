@@ -51,6 +51,8 @@ class ForwardBatch:
     attention: AttentionSpace | None = None  # on a GPU
     placements: Placements | None = None  # which mixers compute it; None: the active ones
     given: GivenEmbeddings | None = None  # where there are any
+    # Of each request, tokens of the step after which its slot state is copied, and the slots that it is copied to.
+    cuts: tuple[tuple[tuple[int, int], ...], ...] = ()
     _shared: dict[Any, Any] = field(default_factory=dict)
 
     def blocks_of(self, spec: PagedState) -> PageView:

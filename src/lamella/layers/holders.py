@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
-from lamella.layers.context import ForwardBatch, require_batch
+from lamella.layers.context import ForwardBatch, forward_batch, require_batch
+from lamella.layers.segments import segments
 from lamella.ops import attention
 from lamella.ops.attention.paged import AttentionPlan
 from lamella.ops.operands import ConvState, PagedCache, QKVSteps
@@ -106,6 +107,7 @@ class SlotHolder(nn.Module):
 
     Attributes:
         parts: the computations over the state, by names that are the layer's own.
+        channels: of parts that read and write only some channels of the first tensor, which.
         inline: whether what is computed over the state may be a part of a larger kernel, in place of `run`.
     """
 
@@ -116,6 +118,7 @@ class SlotHolder(nn.Module):
         self.specs, self.prefix = tuple(specs), prefix
         self.rows: tuple[Tensor, ...] = ()
         self.parts: dict[str, Computation] = {}
+        self.channels: dict[str, slice] = {}
 
     def bind(self, *tensors: Tensor) -> None:
         """The slots (slots, *shape), a tensor for each spec."""
@@ -123,8 +126,23 @@ class SlotHolder(nn.Module):
 
     def run(self, part: str, inputs: Sequence[Tensor], width: int) -> Tensor:
         """Return one of the `parts` of inputs (T, ...): (T, width)."""
-        result: Tensor = self.parts[part](*inputs, None)
-        return result
+        batch = require_batch()
+        if not batch.cuts:
+            result: Tensor = self.parts[part](*inputs, None)
+            return result
+        out = inputs[0].new_empty(inputs[0].shape[0], width)
+        for segment in segments(batch):
+            with forward_batch(segment.batch):
+                out[segment.tokens] = self.parts[part](*(x[segment.tokens] for x in inputs), None)
+            if segment.copies is not None:
+                self._copy(part, *segment.copies)
+        return out
+
+    def _copy(self, part: str, sources: Tensor, targets: Tensor) -> None:
+        """Copy slots, as far as a part reads and writes them: others of the layer stand at other tokens."""
+        channels = self.channels.get(part)
+        for rows in self.rows if channels is None else (self.rows[0][..., channels],):
+            rows[targets] = rows[sources]
 
     def run_after_norm(
         self, part: str, x: Tensor, residual: Tensor, weight: Tensor, eps: float

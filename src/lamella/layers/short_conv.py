@@ -34,17 +34,21 @@ class ConvHistory(nn.Module):
         # The operations keep at least one input; a convolution of width 1 has a first tap of zeros, see `ShortConv`.
         self.kernel, self._taken = max(kernel, _LEAST_TAPS), 0
         self._parts: dict[str, Computation] = {}
+        self._channels: dict[str, slice] = {}
 
     def take(self, channels: int, parts: Mapping[str, Computation]) -> slice:
         """Room for one convolution's channels; `parts` are what reads and writes them."""
         start, self._taken = self._taken, self._taken + channels
         self._parts |= parts
+        if channels:
+            self._channels |= dict.fromkeys(parts, slice(start, self._taken))
         return slice(start, self._taken)
 
     def declare(self, kit: Kit, prefix: str, *more: SlotState) -> None:
         """Ask for the state, once every convolution has taken its channels."""
         self.holder = kit.slot_state((SlotState((self.kernel - 1, self._taken), kit.dtype), *more), prefix)
         self.holder.parts |= self._parts
+        self.holder.channels |= self._channels
 
 
 class ShortConv(nn.Module):

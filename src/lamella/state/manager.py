@@ -11,6 +11,7 @@ from lamella.state.prefix import MISS, Hit
 from lamella.state.spec import PagedState
 
 DUMMY = 0
+_MOST_SEEN = 1 << 16  # keys of computed prefixes that are remembered without their state
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Holding:
     named: int = 0  # leading pages that have their keys
     latest: bytes | None = None  # key of the snapshot that the next one of this request replaces
     room: int = 0  # tokens that the pages have room for
+    planned: list[tuple[int, bytes]] = field(default_factory=list)  # snapshots of the next step: slot and key
 
 
 class StateManager:
@@ -56,6 +58,7 @@ class StateManager:
         self._copies: list[tuple[int, int]] = []  # planned
         self._copying: list[tuple[int, int]] = []  # taken by `take_copies`, and not confirmed by `copied`
         self._uncommitted: list[tuple[Pool, bytes]] = []  # keys given since the last `commit`
+        self._seen: dict[bytes, None] = {}  # keys of prefixes that were computed, without paged state to find them by
         pairs = enumerate(zip(self.groups, self.page_pools, strict=True))
         self._local = [(index, group, pool) for index, (group, pool) in pairs if group.reach is not None]
 
@@ -75,6 +78,8 @@ class StateManager:
         runs = [self._runs([pool.find(key) is not None for key in keys]) for pool in self.page_pools]
         # A run that starts at the first page is as long as its index; windows lose their first pages.
         known = max((run for each in runs for index, run in enumerate(each, 1) if run == index), default=0)
+        if not self.groups:
+            known = next((index for index, key in enumerate(keys) if key not in self._seen), len(keys))
         known *= self.page_size
         for count in range(len(keys), 0, -1):
             length = count * self.page_size
@@ -156,6 +161,11 @@ class StateManager:
                 for index in range(max(holding.named, freed), full):
                     self._name(pool, pages[index], keys[index])
             holding.named = full
+            for slot, key in holding.planned:
+                self._name(self.slot_pool, slot, key)
+            self._release_planned(holding)
+            if not self.groups:
+                self._remember(keys[:full])
             if self.has_slot_state and tokens % self.page_size == 0:
                 self._snapshot(holding, keys[full - 1], generated)
         for index, group, pool in self._local:
@@ -164,6 +174,32 @@ class StateManager:
                 pool.free(pages[holding.freed[index] : dead])
                 pages[holding.freed[index] : dead] = [DUMMY] * (dead - holding.freed[index])
                 holding.freed[index] = dead
+
+    def plan_snapshot(self, request: Hashable, key: bytes, reserve: int = 0) -> int | None:
+        """Reserve a slot for a snapshot that the next step takes in the middle of a request's chunk.
+
+        `computed` makes it findable by `key`, of the prefix. None if it is findable already, or if no slot is left
+        beside `reserve` ones for requests to come.
+        """
+        known = self.slot_pool.find(key)
+        if known is not None:
+            self.slot_pool.touch(known)
+            return None
+        if self.slot_pool.num_free <= reserve:
+            return None
+        (slot,) = self.slot_pool.allocate()
+        self.holdings[request].planned.append((slot, key))
+        return slot
+
+    def _release_planned(self, holding: Holding) -> None:
+        self.slot_pool.free([slot for slot, _ in holding.planned])
+        holding.planned.clear()
+
+    def _remember(self, keys: Sequence[bytes]) -> None:
+        """Note that prefixes with these keys were computed, so that `match` finds where requests branch off."""
+        self._seen.update(dict.fromkeys(keys))
+        while len(self._seen) > _MOST_SEEN:
+            del self._seen[next(iter(self._seen))]
 
     def _snapshot(self, holding: Holding, key: bytes, generated: bool) -> None:
         if generated and holding.latest is not None:
@@ -226,12 +262,14 @@ class StateManager:
         holding = self.holdings.pop(request, None)
         if holding is None:
             return
+        self._release_planned(holding)
         self.slot_pool.free([holding.slot])
         for pages, freed, pool in zip(holding.pages, holding.freed, self.page_pools, strict=True):
             pool.free(reversed(pages[freed:]))
 
     def reset_prefix_cache(self) -> None:
         """Nothing computed so far will be shared."""
+        self._seen.clear()
         for pool in (*self.page_pools, self.slot_pool):
             pool.reset()
 
@@ -247,4 +285,6 @@ class StateManager:
             held = Counter(page for h in self.holdings.values() for page in h.pages[index][h.freed[index] :])
             assert DUMMY not in held
             pool.check_integrity(held)
-        self.slot_pool.check_integrity(Counter(holding.slot for holding in self.holdings.values()))
+        slots = Counter(holding.slot for holding in self.holdings.values())
+        slots.update(slot for holding in self.holdings.values() for slot, _ in holding.planned)
+        self.slot_pool.check_integrity(slots)

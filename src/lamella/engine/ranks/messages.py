@@ -62,6 +62,7 @@ class Step(msgspec.Struct, tag=True):
         pending: by share, tokens that the devices have chosen, or are about to, and no host has seen.
         tokens: by share, the request's new output.
         pages: (share, group, pages), for the shares that have new ones.
+        snapshots: by share, positions inside it whose slot state is kept, and the slots for it; empty without any.
     """
 
     copies: list[tuple[int, int]]
@@ -73,6 +74,7 @@ class Step(msgspec.Struct, tag=True):
     pending: list[int]
     tokens: list[list[int]]
     pages: list[tuple[int, int, list[int]]]
+    snapshots: list[list[tuple[int, int]]]
 
 
 class Switch(msgspec.Struct, tag=True):

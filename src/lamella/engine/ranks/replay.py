@@ -55,6 +55,7 @@ class Recorder:
             pending=[share.request.num_pending for share in shares],
             tokens=[self._tokens(share.request, each) for share, each in zip(shares, told, strict=True)],
             pages=[entry for index, each in enumerate(told) for entry in self._pages(index, each)],
+            snapshots=[list(share.snapshots) for share in shares] if any(s.snapshots for s in shares) else [],
         )
 
     def _introduce(self, request: Request) -> NewRequest:
@@ -117,7 +118,10 @@ class Replayer:
             request.num_pending = pending
         for index, group, pages in step.pages:
             holdings[requests[index]].pages[group] += pages
-        return [
+        shares = [
             Scheduled.of(request, start, count)
             for request, start, count in zip(requests, step.starts, step.counts, strict=True)
         ]
+        for share, snapshots in zip(shares, step.snapshots, strict=False):
+            share.snapshots = tuple(snapshots)
+        return shares

@@ -120,8 +120,9 @@ class StepTensors:
         page_size: int,
         attention: AttentionSpace | None = None,
         context: Mapping[str, Any] | None = None,
+        cuts: tuple[tuple[tuple[int, int], ...], ...] = (),
     ) -> StepTensors:
-        """Return views of a block's fields; `context` is what features add to the batch."""
+        """Return views of a block's fields; `context` is what features add to the batch, `cuts` see `ForwardBatch`."""
         num_decodes = next((i for i, n in enumerate(query_lens) if n != 1), len(query_lens))
         ragged = RaggedBatch(
             positions=tensors["positions"],
@@ -139,7 +140,7 @@ class StepTensors:
             for index, group in enumerate(groups)
         }
         sampling = {name: tensors[name] for name in ("seed", "step", "top_k", "temperature", "top_p", "min_p")}
-        batch = ForwardBatch(ragged, pages, tensors["slots"], attention, **(context or {}))
+        batch = ForwardBatch(ragged, pages, tensors["slots"], attention, cuts=cuts, **(context or {}))
         return cls(batch, tensors["input_ids"], sampling)
 
 
@@ -147,6 +148,13 @@ def prefills(chunks: Sequence[Scheduled]) -> Sequence[Scheduled]:
     """Return the chunks from the first with several tokens on; decodes stand before them, see RaggedBatch."""
     first = next((index for index, chunk in enumerate(chunks) if chunk.count != 1), len(chunks))
     return chunks[first:]
+
+
+def _cuts(chunks: Sequence[Scheduled]) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Return the snapshots of a step as `ForwardBatch.cuts`; none if no chunk has any."""
+    if not any(chunk.snapshots for chunk in chunks):
+        return ()
+    return tuple(tuple((position - chunk.start, slot) for position, slot in chunk.snapshots) for chunk in chunks)
 
 
 class RequestRows:
@@ -230,6 +238,7 @@ class StepInputs:
             size,
             self.attention,
             self.features.context(forms, tensors, chunks),
+            _cuts(chunks),
         )
 
     def extra(self, forms: Forms, requests: int) -> tuple[tuple[str, type, tuple[int, ...]], ...]:

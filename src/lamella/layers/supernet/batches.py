@@ -85,7 +85,8 @@ class CutPart(BatchPart):
 
         pages = None if batch.pages is None else {spec: cut(view) for spec, view in batch.pages.items()}
         slots = None if batch.slots is None else batch.slots[index]
-        return cls(ForwardBatch(ragged, pages, slots, space), tokens, whole.num_tokens)
+        cuts = tuple(batch.cuts[r] for r in requests) if batch.cuts else ()
+        return cls(ForwardBatch(ragged, pages, slots, space, cuts=cuts), tokens, whole.num_tokens)
 
     def positions(self, whole: Positions) -> Positions:
         # One object for all layers that share the part, so that each kind of angles is computed once.
