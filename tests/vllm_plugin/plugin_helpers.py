@@ -98,7 +98,8 @@ def running(model: Path, **options: Any) -> Iterator[Any]:
         settings |= {"attention_backend": "TRITON_ATTN", "block_size": 32}
     gc.freeze()  # vLLM collects garbage many times over
     try:
-        llm = LLM(model=str(model), **(settings | options))
+        with numba_hidden():
+            llm = LLM(model=str(model), **(settings | options))
         try:
             yield llm
         finally:
