@@ -87,7 +87,7 @@ LISTED = (
     Fault("Scheduler._readable_keys", "if request.needs_prompt_logprobs", "if False"),
     Fault("Scheduler._preempt_youngest", "request.num_computed = 0", "pass"),
     Fault("Scheduler._preempt_youngest", "self.waiting.appendleft(request)", "self.waiting.append(request)"),
-    Fault("Scheduler._share", "stop // size * size", "stop"),
+    Fault("Scheduler._share", "stop = stop // size * size", "pass"),
     Fault("StepInputs.fill", 'arrays["query_start_loc"][used + 1 :] = tokens + 1 + np.arange(pads)', "pass"),
     Fault("StepInputs.fill", "pages * size + positions % size", "pages * size + (positions + 1) % size"),
     Fault("StepInputs.fill", 'arrays["slots"][used:] = slots, 0', 'arrays["slots"][used:] = slots, 1'),
