@@ -93,6 +93,7 @@ STACKS: dict[str, dict[str, Any]] = {
 
 
 def main() -> int:
+    """Compile each stack, print the costs, and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[12, 48])
     parser.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS))

@@ -18,12 +18,13 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from cpu_vs_peers import BATCHES, OUTPUT_LEN, Worker, make_checkpoint, roofline
+from cpu_vs_peers import BATCHES, OUTPUT_LEN, make_checkpoint, roofline, start_worker, time_batch
 
 SOURCES = {"after": str(Path(__file__).resolve().parents[1] / "src")}
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", required=True, help="the `src` folder of the version to compare with")
     parser.add_argument("--rounds", type=int, default=12)
@@ -33,13 +34,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder))
         floors = roofline(folder)
-        workers = {name: Worker(sys.executable, "lamella", folder, source) for name, source in sources.items()}
+        workers = {name: start_worker(sys.executable, "lamella", folder, source) for name, source in sources.items()}
         for number in range(args.rounds):
             for batch in BATCHES:
                 for count in (1, OUTPUT_LEN):
                     tokens = []
                     for name in sorted(sources, reverse=number % 2 == 1):
-                        answer = workers[name].time(batch, count)
+                        answer = time_batch(workers[name], batch, count)
                         seconds.setdefault((name, batch, count), []).append(answer["seconds"])
                         tokens.append(answer["tokens"])
                     if tokens[0] != tokens[1]:

@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +23,14 @@ from itertools import product
 from math import inf
 from pathlib import Path
 from typing import Any
+
+from common.checkpoints import write_checkpoint
+from common.environment import prepare_vllm
+from common.prompts import random_prompts
+from common.roofline import read_cost_card
+from common.timing import SETTLE_SECONDS
+from common.token_check import worst_gap
+from common.workers import Worker, open_answers
 
 SHAPE = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -45,47 +51,45 @@ SHAPE = {
 }
 BATCHES = (1, 16)
 INPUT_LEN, OUTPUT_LEN = 128, 64
-SETTLE_SECONDS = 0.5  # until the last engine's threads have gone to sleep
 ENGINES = ("lamella", "transformers", "vllm")
 
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 
 
 def prompts(count: int) -> list[list[int]]:
-    rng = random.Random(0)
-    return [[rng.randrange(SHAPE["vocab_size"]) for _ in range(INPUT_LEN)] for _ in range(count)]
+    """Return random prompts; fewer of them are the first ones of more."""
+    return random_prompts(0, count, INPUT_LEN, SHAPE["vocab_size"])
 
 
-def make_lamella(path: str) -> Generate:
-    from lamella import LLM, SamplingParams
-
-    llm = LLM(path, device="cpu", enable_prefix_caching=False)
+def greedy(llm: Any, params_class: type) -> Generate:
+    """Return the function that completes prompts by an `LLM`, lamella's or vLLM's."""
 
     def generate(token_ids: list[list[int]], count: int) -> list[list[int]]:
-        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in token_ids], params, use_tqdm=False)
-        return [output.outputs[0].token_ids for output in outputs]
-
-    return generate
-
-
-def make_vllm(path: str) -> Generate:
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import LLM, SamplingParams
-
-    llm = LLM(path, skip_tokenizer_init=True, enable_prefix_caching=False, enforce_eager=False)
-
-    def generate(token_ids: list[list[int]], count: int) -> list[list[int]]:
-        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
+        params = params_class(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in token_ids], params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     return generate
 
 
+def make_lamella(path: str) -> Generate:
+    """Start lamella."""
+    from lamella import LLM, SamplingParams
+
+    return greedy(LLM(path, device="cpu", enable_prefix_caching=False), SamplingParams)
+
+
+def make_vllm(path: str) -> Generate:
+    """Start vLLM."""
+    prepare_vllm()
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(path, skip_tokenizer_init=True, enable_prefix_caching=False, enforce_eager=False)
+    return greedy(llm, SamplingParams)
+
+
 def make_transformers(path: str) -> Generate:
+    """Load the model of `transformers`."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -105,53 +109,42 @@ def make_transformers(path: str) -> Generate:
 
 
 def worker(engine: str, path: str) -> None:
-    """Load one engine, then time what each line of stdin asks for, a batch and a number of tokens; JSON lines back."""
-    # Engines talk on stdout; the answers go to the real one, everything else to stderr.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    """Run in a worker process: start an engine, then time the batch that each line of stdin asks for, and answer."""
+    answer = open_answers()
     generate = {"lamella": make_lamella, "transformers": make_transformers, "vllm": make_vllm}[engine](path)
     generate(prompts(2), 3)
-    print(json.dumps({"ready": engine}), file=answers, flush=True)
+    answer({"ready": engine})
     for line in sys.stdin:
-        batch, count = map(int, line.split())
+        batch, count = json.loads(line)
         some = prompts(batch)
         start = time.perf_counter()
         tokens = generate(some, count)
-        print(json.dumps({"seconds": time.perf_counter() - start, "tokens": tokens[0]}), file=answers, flush=True)
+        answer({"seconds": time.perf_counter() - start, "tokens": tokens[0]})
 
 
-class Worker:
-    """An engine in a process of its own, which waits while others are timed."""
+def start_worker(python: str, engine: str, path: str, source: str | None = None) -> Worker:
+    """Start an engine in a process of its own, and wait until it is ready.
 
-    def __init__(self, python: str, engine: str, path: str, source: str | None = None) -> None:
-        """Start it; `source` is put in front of the module path (another version's `src` folder)."""
-        command = [python, __file__, "--worker", engine, path]
-        environment = {**os.environ, "PYTHONPATH": source} if source else None
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
-        self._answer()
+    Args:
+        python: the interpreter.
+        engine: one of `ENGINES`.
+        path: the checkpoint.
+        source: a `src` folder to import lamella from; None for the installed version.
+    """
+    environment = {**os.environ, "PYTHONPATH": source} if source else None
+    worker = Worker(engine, [python, str(Path(__file__)), "--worker", engine, path], environment)
+    worker.read()
+    return worker
 
-    def time(self, batch: int, count: int) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        time.sleep(SETTLE_SECONDS)
-        print(batch, count, file=self.process.stdin, flush=True)
-        return self._answer()
 
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.process.args}: ended with status {self.process.wait()}")
-        return json.loads(line)
+def time_batch(worker: Worker, batch: int, count: int) -> dict[str, Any]:
+    """Let a worker complete a batch of prompts by `count` tokens; return seconds, and the first prompt's tokens."""
+    time.sleep(SETTLE_SECONDS)
+    return worker.ask([batch, count])
 
 
 def score(path: str, chosen: dict[str, list[int]]) -> dict[str, float]:
-    """The worst gap, in logprob, between each engine's tokens and `transformers`' best ones in one full forward."""
+    """Return the worst gap of log-probability between each engine's tokens and the best ones of `transformers`."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -160,41 +153,30 @@ def score(path: str, chosen: dict[str, list[int]]) -> dict[str, float]:
     for engine, tokens in chosen.items():
         with torch.inference_mode():
             logits = model(torch.tensor([prompts(1)[0] + tokens])).logits[0, INPUT_LEN - 1 : -1]
-        logprobs = logits.float().log_softmax(-1)
-        picked = logprobs.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        gaps[engine] = float((logprobs.amax(-1) - picked).max())
+        gaps[engine] = worst_gap(logits, tokens)
     return gaps
 
 
 def make_checkpoint(folder: Path) -> None:
-    """The shape's config and seeded random weights."""
+    """Write the config and random weights from a fixed seed."""
     import torch
-    from safetensors.torch import save_file
 
-    from lamella.checkpoint.names import targets
     from lamella.models import Qwen3ForCausalLM
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     model = Qwen3ForCausalLM.from_config(SHAPE)
     torch.set_default_dtype(torch.float32)
-    named = targets(model, Qwen3ForCausalLM.checkpoint_names).items()
-    tensors = {name: t.parameter[t.start : t.stop].detach().to(torch.bfloat16).clone() for name, t in named}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(SHAPE))
+    write_checkpoint(folder, model, SHAPE, torch.bfloat16)
 
 
 def roofline(path: str) -> dict[int, float]:
-    """Milliseconds that a decode step of each batch takes at the measured memory bandwidth."""
+    """Print and return the time of a decode step of each batch at the measured memory bandwidth, in ms."""
     import torch
 
-    from lamella.bench.card import CostCard, measure_bandwidth
-    from lamella.checkpoint import open_checkpoint
-    from lamella.layers.local_kit import LocalKit
+    from lamella.bench.card import measure_bandwidth
 
-    checkpoint = open_checkpoint(path)
-    model = checkpoint.allocate(checkpoint.read_config(), LocalKit(torch.bfloat16, "meta"))
-    card = CostCard.of(model, measure_bandwidth(torch.device("cpu")))
+    card = read_cost_card(path, measure_bandwidth(torch.device("cpu")))
     floors = {batch: card.floor_seconds(batch, INPUT_LEN + OUTPUT_LEN // 2) * 1e3 for batch in BATCHES}
     print(f"weights read by a step: {card.step_bytes / 1e9:.3f} GB; measured bandwidth {card.bandwidth / 1e9:.1f} GB/s")
     for batch, floor in floors.items():
@@ -203,6 +185,7 @@ def roofline(path: str) -> dict[int, float]:
 
 
 def main() -> None:
+    """Run the benchmark, or be one of its worker processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm-python", help="a Python that has vLLM's CPU build; without it vLLM is left out")
     parser.add_argument("--rounds", type=int, default=6)
@@ -216,7 +199,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder))
         floors = roofline(folder)
-        workers = {engine: Worker(pythons[engine], engine, folder) for engine in engines}
+        workers = {engine: start_worker(pythons[engine], engine, folder) for engine in engines}
         best: dict[str, dict[int, dict[str, float]]] = {
             engine: {batch: {"total_s": inf, "prefill_s": inf} for batch in BATCHES} for engine in engines
         }
@@ -224,7 +207,7 @@ def main() -> None:
         for number in range(args.rounds):
             for batch, engine in product(BATCHES, engines):
                 for key, count in (("prefill_s", 1), ("total_s", OUTPUT_LEN)):
-                    answer = workers[engine].time(batch, count)
+                    answer = time_batch(workers[engine], batch, count)
                     best[engine][batch][key] = min(best[engine][batch][key], answer["seconds"])
                 if batch == 1:
                     chosen[engine] = answer["tokens"]
@@ -238,6 +221,7 @@ def main() -> None:
 def report(
     engines: list[str], best: dict[str, dict[int, dict[str, float]]], floors: dict[int, float], gaps: dict[str, float]
 ) -> None:
+    """Print the table and the summary."""
     summary: dict[str, Any] = {"shape": "qwen3-0.6b bf16", "input_len": INPUT_LEN, "output_len": OUTPUT_LEN, "runs": []}
     print(
         f"{'batch':>5} {'engine':<14}{'total s':>9}{'prefill s':>11}{'decode ms':>11}{'of floor':>10}{'out tok/s':>11}"

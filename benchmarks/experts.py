@@ -24,9 +24,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from recurrent_ops import seconds
 from torch import Tensor
 
+from common.timing import seconds
 from lamella.bench.card import measure_bandwidth
 from lamella.ops.moe import experts, reference
 from lamella.ops.swiglu import swiglu
@@ -36,6 +36,8 @@ TOLERANCE = 2e-2  # of the largest value; bf16
 
 
 class Shape(NamedTuple):
+    """Sizes of a layer of experts."""
+
     experts: int
     top_k: int
     size: int
@@ -49,6 +51,8 @@ Operands = dict[str, Any]
 
 
 def make(shape: Shape, rows: int, device: torch.device) -> Operands:
+    """Return random operands."""
+
     def narrow(*sizes: int) -> Tensor:
         return (torch.randn(sizes, device=device) / sizes[-1] ** 0.5).bfloat16()
 
@@ -62,6 +66,7 @@ def make(shape: Shape, rows: int, device: torch.device) -> Operands:
 
 
 def with_grouped_mm(x: Tensor, logits: Tensor, top_k: int, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Compute the layer by torch's `grouped_mm`. See `lamella.ops.moe.experts`."""
     from lamella.ops.moe.triton import make_plan
 
     order, weights, bounds = make_plan(logits, top_k)
@@ -75,6 +80,7 @@ def with_grouped_mm(x: Tensor, logits: Tensor, top_k: int, gate_up: Tensor, down
 
 
 def check(name: str, way: Callable[..., Tensor], operands: Operands) -> None:
+    """Compare some rows with the reference."""
     some = operands | {key: operands[key][:CHECKED] for key in ("x", "logits")}
     expected = reference.experts(**some).float()
     # All rows at once, as in the timing: how many there are decides how the products run.
@@ -89,6 +95,7 @@ def cublas_speed() -> float:
 
 
 def floor(shape: Shape, operands: Operands, bandwidth: float, speed: float) -> float:
+    """Return the least time of the layer, in seconds."""
     used = reference.route(operands["logits"], shape.top_k)[0].unique().numel()
     weights = used * 3 * shape.size * shape.width
     work = 2 * operands["x"].shape[0] * shape.top_k * 3 * shape.size * shape.width
@@ -97,6 +104,7 @@ def floor(shape: Shape, operands: Operands, bandwidth: float, speed: float) -> f
 
 @torch.inference_mode()
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=tuple(SHAPES))
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)

@@ -15,125 +15,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000,
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-    "hidden_act": "silu",
-    "torch_dtype": "bfloat16",
-}
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-1b": LLAMA
-    | {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-    },
-    "qwen3-0.6b": {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": 151936,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 40960,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000,
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-        "hidden_act": "silu",
-        "torch_dtype": "bfloat16",
-    },
-    "llama-8b": LLAMA
-    | {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "tie_word_embeddings": False,
-    },
-}
-CANON = {"architectures": ["LlamaCanonForCausalLM"], "model_type": "LlamaCanon", "canon_set": "ABCD"}
-MAX_MODEL_LEN = 4096
-DECODE_TOKENS = 256
-PROMPT_TOKENS = 128
-
-# Seconds to complete prompts with so many tokens each.
-Run = Callable[[Sequence[Sequence[int]], Sequence[int]], float]
-
-
-def config(name: str) -> dict[str, Any]:
-    """The shape of a name; with "+canon" at its end, with all four convolutions (and without Qwen3's norm)."""
-    base = SHAPES[name.removesuffix("+canon")]
-    return base | CANON if name.endswith("+canon") else base
-
-
-def workloads(run: Run) -> dict[str, float]:
-    """What both engines do."""
-    rng = random.Random(0)
-
-    def tokens(count: int) -> list[int]:
-        return [rng.randrange(10000) for _ in range(count)]
-
-    run([[1, 2, 3]], [8])
-    prompt = [tokens(PROMPT_TOKENS)]
-    # Each by itself: the prompt's time varies by more than what is to be seen in the steps.
-    times = [(run(prompt, [1 + DECODE_TOKENS]), run(prompt, [1])) for _ in range(7)]
-    decode = (
-        statistics.median(long for long, _ in times) - statistics.median(short for _, short in times)
-    ) / DECODE_TOKENS
-    prompts = [tokens(rng.randint(100, 1024)) for _ in range(256)]
-    lengths = [rng.randint(100, 1024) for _ in range(256)]
-    offline = sum(lengths) / run(prompts, lengths)
-    prompts = [tokens(2048) for _ in range(32)]
-    prefill = max(32 * 2048 / run(prompts, [1] * 32) for _ in range(2))
-    return {
-        "decode_b1_ms": round(decode * 1e3, 4),
-        "offline_tok_s": round(offline),
-        "prefill_tok_s": round(prefill),
-    }
-
-
-def timed(llm: Any, params_class: Any) -> Run:
-    """How long an `LLM`, lamella's or vLLM's, needs."""
-
-    def run(prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
-        common = {"temperature": 0.6, "ignore_eos": True, "detokenize": False}
-        params = [params_class(max_tokens=length, **common) for length in lengths]
-        start = time.perf_counter()
-        llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], params, use_tqdm=False)
-        return time.perf_counter() - start
-
-    return run
+from common.checkpoints import write_config
+from common.dense_models import DECODE_TOKENS, MAX_MODEL_LEN, PROMPT_TOKENS, SHAPES, config, workloads
+from common.timing import timed
+from common.workers import Worker, WorkerEnded, open_answers
 
 
 def run_vllm(path: str) -> dict[str, Any]:
+    """Start vLLM and return its figures."""
     import vllm
 
     llm = vllm.LLM(
@@ -149,6 +44,7 @@ def run_vllm(path: str) -> dict[str, Any]:
 
 
 def run_lamella(path: str) -> dict[str, Any]:
+    """Start lamella, check its tokens, and return its figures with the floor of a decode step."""
     import lamella
     from lamella import LLM, SamplingParams
     from lamella.bench.card import CostCard, measure_bandwidth
@@ -181,18 +77,23 @@ def run_lamella(path: str) -> dict[str, Any]:
 
 
 def in_process(engine: str, name: str, python: str) -> dict[str, Any]:
-    """One engine's figures for a shape, from a process of its own."""
+    """Return the figures of an engine for a shape. The engine runs in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config(name)))
+        write_config(Path(folder), config(name))
         environment = os.environ | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
         command = [python, __file__, "--worker", engine, folder]
-        output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-    if output.returncode:
-        sys.exit(f"{engine} on {name} ended with status {output.returncode}")
-    return json.loads(output.stdout.strip().splitlines()[-1])
+        worker = Worker(f"{engine} on {name}", command, environment)
+        try:
+            result = worker.read()
+        except WorkerEnded as error:
+            sys.exit(str(error))
+        if status := worker.close():
+            sys.exit(f"{worker.name} ended with status {status}")
+    return result
 
 
 def main() -> None:
+    """Run the benchmark, or be one of its worker processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--canon", action="store_true", help="also the same shapes with canon layers")
@@ -202,7 +103,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         engine, path = args.worker
-        print(json.dumps({"lamella": run_lamella, "vllm": run_vllm}[engine](path)))
+        answer = open_answers(os.devnull)
+        answer({"lamella": run_lamella, "vllm": run_vllm}[engine](path))
         return
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for name in args.shapes:
@@ -219,6 +121,7 @@ def main() -> None:
 
 
 def print_shape(name: str, runs: dict[str, dict[str, Any]]) -> None:
+    """Print the figures of a shape's engines."""
     first = runs.get("lamella")
     floor = f"floor {first['floor_ms']:.3f} ms a decode step at {first['bandwidth_gb_s']} GB/s" if first else ""
     print(f"\n{name}: {floor}")

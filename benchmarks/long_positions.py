@@ -21,10 +21,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lamella.checkpoint.names import targets
+from common.checkpoints import enlarge_weights, write_checkpoint
 from lamella.layers.rotary import Rotary, inverse_frequencies
 from lamella.models import Llama4ForCausalLM
 from lamella.ops.rotary import temperature
@@ -55,16 +54,11 @@ VALUES: dict[str, Any] = {
 
 
 def make(folder: Path) -> None:
-    """A checkpoint, each part of which matters to the output."""
+    """Write a random checkpoint, each part of which matters to the output."""
     torch.manual_seed(0)
     model = Llama4ForCausalLM.from_config(VALUES)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.uniform_(0.5, 1.5) if "norm" in name else parameter.mul_(3)
-    named = targets(model, model.checkpoint_names).items()
-    tensors = {name: target.place.detach().contiguous().clone() for name, target in named}
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(VALUES))
+    enlarge_weights(model, dims=(2, 3))
+    write_checkpoint(folder, model, VALUES)
 
 
 def truth(subject: Subject, ids: Tensor, start: int) -> Tensor:
@@ -89,6 +83,7 @@ def angle_error(rotary: Rotary, positions: Tensor) -> float:
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=256)
     args = parser.parse_args()

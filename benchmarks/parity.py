@@ -15,9 +15,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from lamella.checkpoint.names import targets
+from common.checkpoints import write_checkpoint
 from lamella.models import LlamaCanonForCausalLM
 from lamella.parity import check
 from lamella.parity.report.report import versions
@@ -51,14 +50,14 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
 
 
 def make_canon(folder: Path, seed: int) -> None:
+    """Write a random LlamaCanon."""
     model = LlamaCanonForCausalLM.from_config(SHAPE | CANON)
     randomize(model, seed)
-    named = targets(model, model.checkpoint_names).items()
-    save_file({name: t.parameter[t.start : t.stop].clone() for name, t in named}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(SHAPE | CANON))
+    write_checkpoint(folder, model, SHAPE | CANON)
 
 
 def make_hf(kind: str, folder: Path, seed: int) -> None:
+    """Write a random model of `transformers`."""
     import transformers
 
     config = getattr(transformers, f"{kind}Config")(**SHAPE)
@@ -68,6 +67,7 @@ def make_hf(kind: str, folder: Path, seed: int) -> None:
 
 
 def make(architecture: str, folder: Path, seed: int) -> None:
+    """Write a random model of an architecture."""
     if architecture == "LlamaCanon":
         make_canon(folder, seed)
     else:
@@ -75,6 +75,7 @@ def make(architecture: str, folder: Path, seed: int) -> None:
 
 
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architectures", nargs="+", default=["Llama", "Qwen3", "LlamaCanon"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])

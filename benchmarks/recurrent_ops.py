@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.timing import seconds
 from lamella.ops import native
 from lamella.ops.delta_rule import cpu as delta_cpu
 from lamella.ops.delta_rule import reference as delta_reference
@@ -37,7 +37,6 @@ from lamella.ops.selective_scan import reference as scan_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
-ROUNDS = 5
 STATE_BYTES = 1 << (29 if GPU else 26)  # of all layers' states in a timing of steps
 DECODES = (1, 4, 16, 64, 256) if GPU else (1, 8)
 PREFILLS = (16, 64, 256, 512, 1024, 4096, 8192) if GPU else (16, 128, 512)
@@ -79,11 +78,13 @@ def make(
 
 
 def on_cpu(kernel: Operation, batch: RaggedBatch, state: RecurrentState, **operands: Any) -> Tensor:
+    """Call a C++ kernel with the arguments of an operation."""
     operands |= {"state": state.matrix, "slots": state.slots}
     return kernel(**operands, query_start_loc=batch.query_start_loc, seq_lens=batch.seq_lens)
 
 
 def with_fla(wanted: bool, **operands: Any) -> Tensor:
+    """Call the delta rule with or without fla-core."""
     from lamella.ops.delta_rule import fla, triton
 
     before, fla.MIN_WORK = fla.MIN_WORK, 0 if wanted else 1 << 62
@@ -95,6 +96,7 @@ def with_fla(wanted: bool, **operands: Any) -> Tensor:
 
 
 def ways(name: str, decode: bool, dtype: torch.dtype) -> dict[str, Operation]:
+    """Return the implementations of an operation by name."""
     scan = name == "scan"
     if not GPU:
         portable = scan_cpu.selective_scan if scan else delta_cpu.delta_rule
@@ -112,6 +114,7 @@ def ways(name: str, decode: bool, dtype: torch.dtype) -> dict[str, Operation]:
 
 
 def check(name: str, shape: tuple[int, ...], way: Operation, label: str, dtype: torch.dtype) -> None:
+    """Compare an implementation with the reference."""
     lengths, contexts = [1, 1, 70, 3], [1, 5, 70, 9]
     batch = RaggedBatch.from_lengths(lengths, contexts, DEVICE)
     operands, of_state = make(name, shape, batch.num_tokens, dtype)
@@ -125,35 +128,8 @@ def check(name: str, shape: tuple[int, ...], way: Operation, label: str, dtype: 
         assert error < tolerance, f"{name} {shape} {label}: off by {error:.1e}"
 
 
-def seconds(call: Callable[[], object], graph: bool) -> float:
-    call()
-    if not GPU:
-        best = float("inf")
-        for _ in range(ROUNDS):
-            begin = time.perf_counter()
-            call()
-            best = min(best, time.perf_counter() - begin)
-        return best
-    call()
-    run: Callable[[], object] = call
-    if graph:
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            call()
-        run = captured.replay
-    best = float("inf")
-    for _ in range(ROUNDS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        best = min(best, begin.elapsed_time(end) / 1e3)
-    return best
-
-
 def decode(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Time steps, one row each."""
     for label, way in ways(name, True, dtype).items():
         check(name, shape, way, label, dtype)
         for requests in DECODES:
@@ -178,6 +154,7 @@ def decode(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[di
 
 
 def prefill(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Time prompts, one row each."""
     for label, way in ways(name, False, dtype).items():
         check(name, shape, way, label, dtype)
         for requests in (1, 8):
@@ -196,6 +173,7 @@ def prefill(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[d
 
 @torch.inference_mode()
 def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--only", nargs="*", choices=tuple(SHAPES), default=tuple(SHAPES))

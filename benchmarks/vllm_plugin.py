@@ -20,14 +20,16 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_vs_vllm import MAX_MODEL_LEN, SHAPES, config, timed, workloads
+from common.checkpoints import write_config
+from common.dense_models import MAX_MODEL_LEN, SHAPES, config, workloads
+from common.timing import timed
+from common.workers import Worker, WorkerEnded, open_answers
 
 RUNS = ("vllm", "vllm-v1", "control", "canon", "canon-v2", "canon-eager")
 KEYS = {"decode_b1_ms": -1, "offline_tok_s": 1, "prefill_tok_s": 1}  # whether more is better
@@ -35,7 +37,7 @@ CACHED_TOKENS = 240_000  # in an engine's cache: more than 256 requests have at 
 
 
 def engine(path: str, cache_bytes: int, **options: Any) -> Any:
-    """Without a look at the device's free memory, which others are taking at the same time."""
+    """Start vLLM without a check of free GPU memory, which other engines are using at the same time."""
     import vllm
 
     settings = {"load_format": "dummy", "skip_tokenizer_init": True, "gpu_memory_utilization": 0.1}
@@ -44,7 +46,7 @@ def engine(path: str, cache_bytes: int, **options: Any) -> Any:
 
 
 def check_demo() -> dict[str, Any]:
-    """Right answers of the trained demo, of 300; they must be nearly all."""
+    """Count the right answers of the trained demo to 300 questions; nearly all must be right."""
     import vllm
 
     from lamella.demo import CHECKPOINT
@@ -60,7 +62,8 @@ def check_demo() -> dict[str, Any]:
 
 
 def serve(run: str, shape: str) -> None:
-    """An engine that says when it stands, and does the workloads for each line that it reads."""
+    """Run in a worker process: start an engine, then run the workloads for each line on stdin, and answer."""
+    answer = open_answers(os.devnull)
     import torch
     import vllm
 
@@ -69,19 +72,19 @@ def serve(run: str, shape: str) -> None:
         values["architectures"] = [f"Lamella{values['architectures'][0]}"]
     token = 4 * values["num_hidden_layers"] * values["num_key_value_heads"] * values["head_dim"]  # bytes of K and V
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(values))
+        write_config(Path(folder), values)
         eager = run == "canon-eager"
         llm = engine(folder, CACHED_TOKENS * token, max_model_len=MAX_MODEL_LEN, enforce_eager=eager)
 
     from lamella.bench.card import measure_bandwidth
 
-    print(json.dumps({"bandwidth_gb_s": round(measure_bandwidth(torch.device("cuda")) / 1e9)}), flush=True)
+    answer({"bandwidth_gb_s": round(measure_bandwidth(torch.device("cuda")) / 1e9)})
     for _ in sys.stdin:
-        print(json.dumps(workloads(timed(llm, vllm.SamplingParams))), flush=True)
+        answer(workloads(timed(llm, vllm.SamplingParams)))
 
 
 def floor_ms(shape: str, bandwidth: float) -> float:
-    """The time to read the weights once, with bandwidth in GB/s."""
+    """Return the time to read the weights once at a bandwidth in GB/s."""
     import torch
 
     from lamella.config.hf_config import HFConfig
@@ -96,46 +99,36 @@ def floor_ms(shape: str, bandwidth: float) -> float:
     return (sum(p.nbytes for p in model.parameters()) - embedding) / bandwidth / 1e6
 
 
-class Worker:
-    """A process of this script for a run, which answers in lines of JSON."""
+def start(run: str, *arguments: str) -> Worker:
+    """Start a worker process of a run."""
+    environment = os.environ | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    if (runner := run.rpartition("-v")[2]) in ("1", "2"):
+        environment["VLLM_USE_V2_MODEL_RUNNER"] = str(int(runner) - 1)
+    command = [sys.executable, __file__, "--worker", run, *arguments]
+    return Worker(" ".join((run, *arguments)), command, environment)
 
-    def __init__(self, run: str, *arguments: str) -> None:
-        self.name = " ".join((run, *arguments))
-        environment = os.environ | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
-        if (runner := run.rpartition("-v")[2]) in ("1", "2"):
-            environment["VLLM_USE_V2_MODEL_RUNNER"] = str(int(runner) - 1)
-        command = [sys.executable, __file__, "--worker", run, *arguments]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
 
-    def answer(self) -> dict[str, Any]:
-        """The next; vLLM's log lines between are left out."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                print(self.name, line, end="", file=sys.stderr, flush=True)  # the table comes minutes later
-                return json.loads(line)
-        sys.exit(f"{self.name} ended with status {self._process.wait()}")
-
-    def turn(self) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return self.answer()
-
-    def end(self) -> None:
-        self._process.communicate()
+def answer_of(worker: Worker) -> dict[str, Any]:
+    """Return the next answer, and print it to stderr, since the table comes minutes later."""
+    try:
+        answer = worker.read()
+    except WorkerEnded as error:
+        sys.exit(str(error))
+    print(worker.name, json.dumps(answer), file=sys.stderr, flush=True)
+    return answer
 
 
 def measure(shape: str, runs: Sequence[str], rounds: int) -> dict[str, dict[str, Any]]:
-    workers = {run: Worker(run, shape) for run in runs}
-    results = {run: worker.answer() | {"rounds": []} for run, worker in workers.items()}
+    """Start all engines of a shape, run the workloads in rounds, and return the medians of each run."""
+    workers = {run: start(run, shape) for run in runs}
+    results = {run: answer_of(worker) | {"rounds": []} for run, worker in workers.items()}
     for turn in range(rounds):
         for run, worker in workers.items():
             if turn == 0 or run != "canon-eager":
-                results[run]["rounds"].append(worker.turn())
+                worker.send()
+                results[run]["rounds"].append(answer_of(worker))
     for worker in workers.values():
-        worker.end()
+        worker.close()
     for result in results.values():
         for key, sign in KEYS.items():
             result[key] = round(statistics.median(turn[key] for turn in result["rounds"]), 3)
@@ -146,6 +139,7 @@ def measure(shape: str, runs: Sequence[str], rounds: int) -> dict[str, dict[str,
 
 
 def main() -> None:
+    """Run the benchmark, or be one of its worker processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["llama-1b"])
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
@@ -157,12 +151,13 @@ def main() -> None:
         if shapes:
             serve(run, *shapes)
         else:
-            print(json.dumps(check_demo()))
+            answer = open_answers(os.devnull)
+            answer(check_demo())
         return
-    demos = {run: Worker(run) for run in ("demo-v1", "demo-v2")}
-    checked = {run: demo.answer() for run, demo in demos.items()}
+    demos = {run: start(run) for run in ("demo-v1", "demo-v2")}
+    checked = {run: answer_of(demo) for run, demo in demos.items()}
     for run, demo in checked.items():
-        demos[run].end()
+        demos[run].close()
         print(f"vLLM {demo['vllm']}, {run}: {demo['right']} of {demo['questions']} questions answered rightly")
     results = {shape: measure(shape, args.runs, args.rounds) for shape in args.shapes}
     for shape, runs in results.items():

@@ -87,7 +87,7 @@ LISTED = (
     Fault("Scheduler._readable_keys", "if request.needs_prompt_logprobs", "if False"),
     Fault("Scheduler._preempt_youngest", "request.num_computed = 0", "pass"),
     Fault("Scheduler._preempt_youngest", "self.waiting.appendleft(request)", "self.waiting.append(request)"),
-    Fault("Scheduler._share", "stop // size * size", "stop"),
+    Fault("Scheduler._share", "stop = stop // size * size", "pass"),
     Fault("StepInputs.fill", 'arrays["query_start_loc"][used + 1 :] = tokens + 1 + np.arange(pads)', "pass"),
     Fault("StepInputs.fill", "pages * size + positions % size", "pages * size + (positions + 1) % size"),
     Fault("StepInputs.fill", 'arrays["slots"][used:] = slots, 0', 'arrays["slots"][used:] = slots, 1'),
@@ -157,7 +157,7 @@ LISTED = (
     ),
     Fault("StateMetadata._make_batch", "right=True", "right=False"),
     Fault("StateLayer.compute", "out[count:].zero_()", "pass"),
-    Fault("VllmHolder.current", "start += _room(spec)", "start += spec.bytes_per_request + 16"),
+    Fault("VllmHolder.current", "start += padded_bytes(spec)", "start += spec.bytes_per_request + 16"),
     Fault("VllmKit.merged_linear", "start += width", "start += 0"),
     Fault("WeightFiller.fill", "expected - seen", "set()"),
     Fault("WeightFiller.fill", "if name in seen", "if False"),
@@ -166,6 +166,9 @@ LISTED = (
 
 # The plugin's own files run by these, in this order, until one notices the fault.
 VLLM_TESTS = (
+    "tests/vllm_plugin/test_plugin_state.py",
+    "tests/vllm_plugin/test_plugin_loading.py",
+    "tests/vllm_plugin/test_plugin_checks.py",
     "tests/vllm_plugin/test_plugin_contract.py",
     "tests/vllm_plugin/test_plugin_registration.py",
     "tests/vllm_plugin/test_plugin_engine.py::test_prompts_in_one_batch_however_they_are_cut",

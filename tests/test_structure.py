@@ -20,7 +20,8 @@ from lamella.serve.llm import LLM
 
 pytestmark = pytest.mark.unit
 SOURCE = Path(lamella.__file__).parent
-PAGE = Path(__file__).parents[1] / "docs" / "structures.md"
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "structures.md"
 
 
 def module_name(path: Path) -> str:
@@ -223,3 +224,10 @@ def test_no_source_file_is_too_long():
     lengths = {str(path.relative_to(SOURCE)): path.read_text().count("\n") for path in MODULES.values()}
     assert {name for name, length in lengths.items() if length > LONGEST} == LONG_FILES
     assert lengths["engine/engine.py"] <= 300
+
+
+@pytest.mark.parametrize(("folder", "longest"), [("tests", 700), ("benchmarks", 500)])
+def test_no_test_or_benchmark_is_too_long(folder, longest):
+    lengths = {path: path.read_text().count("\n") for path in (ROOT / folder).rglob("*.py")}
+    assert lengths
+    assert [str(path) for path, length in lengths.items() if length > longest] == []

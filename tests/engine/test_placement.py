@@ -18,6 +18,7 @@ from lamella import LLM, AsyncLLM, SamplingParams
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.config import describe_placement, placed, read_placement
 from lamella.config.hf_config import HFConfig
+from lamella.config.placement import chosen_mixer
 from lamella.errors import ConfigError, ParameterError
 from lamella.layers.holders import PagedAttention
 from lamella.layers.supernet.placing import active_holders
@@ -264,6 +265,11 @@ def test_the_small_language():
     assert read_placement("all-gdn", model)[1] is None
     assert describe_placement(read_placement("every2nd-gdn", model)) == "attention,gdn,attention,gdn,attention"
     assert all(layer.mixer.canons == () for layer in placed(model, read_placement("all-gdn", model)).layers)
+
+
+def test_a_layer_with_a_choice_and_no_mixer_is_named():
+    with pytest.raises(ConfigError, match=r"^placement: layer 1 has several mixers"):
+        chosen_mixer(("gdn", None), 1)
 
 
 def test_behind_an_event_loop(supernet, alone):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from vllm_plugin.plugin_helpers import ENVIRONMENT, numba_hidden
+from vllm_plugin.plugin_helpers import ENVIRONMENT, built, canon, configured, numba_hidden
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,3 +43,16 @@ def plugin_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(module, "logger", logging.getLogger("lamella"))
     caplog.set_level(logging.WARNING, "lamella")
     return caplog
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LlamaCanon with everything on."""
+    return canon(tmp_path_factory.mktemp("canon"))
+
+
+@pytest.fixture(scope="class")
+def unfilled(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The model of `folder` inside vLLM, before its weights are loaded."""
+    with built(configured(folder), tmp_path_factory.mktemp("group")) as model:
+        yield model

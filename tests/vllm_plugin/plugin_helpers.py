@@ -98,7 +98,8 @@ def running(model: Path, **options: Any) -> Iterator[Any]:
         settings |= {"attention_backend": "TRITON_ATTN", "block_size": 32}
     gc.freeze()  # vLLM collects garbage many times over
     try:
-        llm = LLM(model=str(model), **(settings | options))
+        with numba_hidden():
+            llm = LLM(model=str(model), **(settings | options))
         try:
             yield llm
         finally:
@@ -127,6 +128,19 @@ def built(config: Any, folder: Path) -> Iterator[Any]:
             yield model
         finally:
             cleanup_dist_env_and_memory()
+
+
+def configured(folder: Path, **options: Any) -> Any:
+    """Return vLLM's config of an engine, without building the engine."""
+    from vllm import EngineArgs
+
+    settings = {"dtype": "float32", "max_model_len": 128, "skip_tokenizer_init": True}
+    return EngineArgs(model=str(folder), **(settings | options)).create_engine_config()
+
+
+def refused(message: str) -> Any:
+    """Expect an error: vLLM's config classes raise one with the text of our `ConfigError`."""
+    return pytest.raises(ValueError, match=message)
 
 
 def generate(llm: Any, prompts: Sequence[Sequence[int]], count: int | Sequence[int] = 24) -> list[Any]:

@@ -25,13 +25,14 @@ from vllm_plugin.plugin_helpers import (
     NGRAM,
     ON_CPU,
     assert_right,
+    configured,
     generate,
     metric,
     oracle,
     prompts_of,
+    refused,
     running,
 )
-from vllm_plugin.test_plugin_contract import configured, refused
 from vllm_plugin.test_plugin_parallel import TRACED
 
 pytest.importorskip("vllm", reason="vLLM is not installed")

@@ -28,12 +28,13 @@ from vllm_plugin.plugin_helpers import (
     ON_CPU,
     assert_right,
     built,
+    configured,
     generate,
     needs_exact_int8,
     oracle,
     prompts_of,
+    refused,
 )
-from vllm_plugin.test_plugin_contract import configured, refused
 from vllm_plugin.test_plugin_llama4 import (
     CASES,
     LENGTHS,

@@ -80,12 +80,10 @@ def _with_images(prompts: Sequence[Prompt], files: Sequence[str]) -> Prompt:
 def _stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> RequestOutput:
     """Print text as it comes; a model without a tokenizer gives token ids at the end. Returns the whole output."""
     shown = ""
-    output = None
     for output in llm.stream(prompt, params):
         text = output.outputs[0].text
         print(text[len(shown) :], end="", flush=True)
         shown = text
-    assert output is not None
     print("" if llm.engine.tokenizer else _completion_text(output))
     return output
 

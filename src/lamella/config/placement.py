@@ -124,6 +124,18 @@ def covering_placements(config: ModelConfig) -> list[Placement]:
     return [tuple(name(layer, turn) for layer in range(len(config.layers))) for turn in range(count)]
 
 
+def chosen_mixer(placement: Placement, layer: int) -> str:
+    """Return the name of the mixer of a layer with a choice.
+
+    Raises:
+        ConfigError: the placement has no mixer for the layer.
+    """
+    name = placement[layer]
+    if name is None:
+        raise ConfigError(f"placement: layer {layer} has several mixers, and none is named")
+    return name
+
+
 def placed(config: ModelConfig, placement: Placement) -> ModelConfig:
     """The model without a choice: what a supernet with this placement computes."""
 
@@ -141,9 +153,8 @@ def restricted(config: ModelConfig, placement: Placement) -> ModelConfig:
     def restrict(layer: LayerConfig, name: str | None) -> LayerConfig:
         if not isinstance(layer.mixer, StochasticConfig):
             return layer
-        assert name is not None
-        only = tuple((own, mixer) for own, mixer in layer.mixer.mixers if own == name)
-        return replace(layer, mixer=replace(layer.mixer, mixers=only, main=name))
+        ((main, mixer),) = (pair for pair in layer.mixer.mixers if pair[0] == name)
+        return replace(layer, mixer=replace(layer.mixer, mixers=((main, mixer),), main=main))
 
     return replace(config, layers=tuple(map(restrict, config.layers, placement)))
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lamella.config import AttentionConfig
 from lamella.layers.block_input import BlockInput
-from lamella.layers.canon import Canon
+from lamella.layers.canon import build_canon
 from lamella.layers.kit import Kit
 from lamella.layers.norm import HeadNorm, RMSNorm
 from lamella.layers.rotary import Positions, Rotary, Temperature
@@ -56,10 +56,7 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (kit.column_norm(split, config.qk_norm.eps) for split in (queries, keys))
         elif config.qk_norm:
             self.q_norm, self.k_norm = (RMSNorm(dim, config.qk_norm.eps, kit.device) for _ in "qk")
-        self.canon: Canon | None = None
-        if config.canon:
-            assert history is not None
-            self.canon = Canon(config.canon, Split.join((queries, keys, keys)), kit, history, "mixer")
+        self.canon = build_canon(config.canon, Split.join((queries, keys, keys)), kit, history, "mixer")
         self.rotary = Rotary(config.rope, kit.device, config.chunk) if config.rope else None
         self.temperature = Temperature(config.temperature) if config.temperature else None
         spec = PagedState(kv_heads.size, dim, kit.dtype, config.window, config.chunk)

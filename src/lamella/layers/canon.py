@@ -76,3 +76,21 @@ class Canon(ShortConv):
     ) -> tuple[Tensor, Tensor]:
         norm = ResidualNorm(residual, weight, eps)
         return norm_short_conv(x, norm, self.weights(), require_batch().ragged, self.state(), out, total)
+
+
+def build_canon(
+    config: CanonConfig | None, channels: Split, kit: Kit, history: ConvHistory | None, part: str
+) -> Canon | None:
+    """Return the canon of a part of a layer; None if the part has none.
+
+    Args:
+        config: of the part; None if it has no canon.
+        channels: of the part's tensor.
+        kit: builds the slot state.
+        history: of the layer, which has one if any of its parts has a canon.
+        part: name of the part.
+    """
+    if config is None:
+        return None
+    assert history is not None, "a layer with a canon has a history"
+    return Canon(config, channels, kit, history, part)

@@ -8,10 +8,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lamella.config import CanonConfig, LayerConfig, ModelConfig
+from lamella.config import LayerConfig, ModelConfig
 from lamella.layers.block_input import BlockInput
 from lamella.layers.build import build
-from lamella.layers.canon import Canon
+from lamella.layers.canon import build_canon
 from lamella.layers.context import ForwardBatch, GivenEmbeddings, current_batch, forward_batch
 from lamella.layers.kit import Kit
 from lamella.layers.norm import RMSNorm, build_norm
@@ -27,20 +27,17 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: LayerConfig, kit: Kit, hidden_size: int, prefix: str) -> None:
         super().__init__()
         self.history = ConvHistory(config.canons[0].kernel) if config.canons else None
+        channels = Split.whole(hidden_size)
         self.mixer_norm = build_norm(config.norm, hidden_size, kit.device)
-        self.mixer_canon = self._canon(config.mixer_canon, hidden_size, kit, "mixer_canon")
+        self.mixer_canon = build_canon(config.mixer_canon, channels, kit, self.history, "mixer_canon")
         self.mixer = build(config.mixer, kit, hidden_size, f"{prefix}.mixer", self.history)
         self.feed_forward_norm = build_norm(config.norm, hidden_size, kit.device)
-        self.feed_forward_canon = self._canon(config.feed_forward_canon, hidden_size, kit, "feed_forward_canon")
+        self.feed_forward_canon = build_canon(
+            config.feed_forward_canon, channels, kit, self.history, "feed_forward_canon"
+        )
         self.feed_forward = build(config.feed_forward, kit, hidden_size, f"{prefix}.feed_forward", self.history)
         if self.history is not None:
             self.history.declare(kit, f"{prefix}.history")
-
-    def _canon(self, config: CanonConfig | None, hidden_size: int, kit: Kit, part: str) -> Canon | None:
-        if config is None:
-            return None
-        assert self.history is not None
-        return Canon(config, Split.whole(hidden_size), kit, self.history, part)
 
     def forward(self, positions: Positions, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """hidden and residual (T, hidden_size) -> the same pair after the layer."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lamella.config import MLPConfig
 from lamella.layers.block_input import BlockInput
-from lamella.layers.canon import Canon
+from lamella.layers.canon import build_canon
 from lamella.layers.kit import Kit
 from lamella.layers.short_conv import ConvHistory
 from lamella.ops.activation import activate
@@ -33,10 +33,8 @@ class MLP(nn.Module):
         parts = {"gate_proj": size, "up_proj": size} if config.gated else {"up_proj": size}
         self.gate_up_proj = kit.merged_linear(hidden_size, parts, config.gate_up_bias, f"{prefix}.gate_up_proj")
         self.down_proj = kit.row_linear(size, hidden_size, config.down_bias, f"{prefix}.down_proj", reduce)
-        self.canon = None
-        if config.canon:
-            assert history is not None
-            self.canon = Canon(config.canon, Split.join([channels] * len(parts)), kit, history, "feed_forward")
+        canon_channels = Split.join([channels] * len(parts))
+        self.canon = build_canon(config.canon, canon_channels, kit, history, "feed_forward")
 
     def forward(self, entry: BlockInput) -> Tensor:
         """(T, hidden_size) -> (T, hidden_size)."""

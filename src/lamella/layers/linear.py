@@ -162,9 +162,8 @@ class MergedLinear(Linear):
     ) -> None:
         self.parts, unbiased = dict(parts), without_bias(parts, bias)
         super().__init__(inputs, Split.join(parts.values()), bool(bias), dtype, device, method, self.parts)
-        if unbiased:
+        if unbiased and self.bias is not None:
             self.layouts["bias"] = replace(self.layouts["bias"], unstored=unbiased)
-            assert self.bias is not None
             with torch.no_grad():
                 self.bias.zero_()
 

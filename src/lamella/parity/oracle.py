@@ -95,7 +95,6 @@ class Oracle:
     def norm(self, x: Tensor, config: NormConfig, name: str | None) -> Tensor:
         """The norm whose weight has this name, or none."""
         if config.kind == "layer":
-            assert name is not None
             weight, bias = (self.wide(f"{name}.{part}") for part in ("weight", "bias"))
             return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, config.eps).to(x.dtype)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -140,14 +140,13 @@ def _why_undivided(subject: Subject, device: torch.device) -> str | None:
     return None
 
 
-def _why(path: Path, cell: Cell, limits: dict[str, float]) -> str | None:
-    """Why a cell fails. Comparisons are written so that a NaN fails."""
+def _why(path: Path, cell: Cell, logprob_rms: float, limits: dict[str, float]) -> str | None:
+    """Return why a cell fails. Comparisons are written so that a NaN fails."""
     if path.bitwise and not cell.bitwise:
         return "must be bitwise equal, and is not"
-    assert cell.logprob_rms is not None
     logprobs, state = limits["logprob_rms"], limits["state"]
-    if not cell.logprob_rms <= logprobs:
-        return f"log-probabilities differ by {cell.logprob_rms:.2g} rms at one position, allowed are {logprobs:.2g}"
+    if not logprob_rms <= logprobs:
+        return f"log-probabilities differ by {logprob_rms:.2g} rms at one position, allowed are {logprobs:.2g}"
     if cell.state_max is not None and not cell.state_max <= state:
         return f"the state of {cell.state_worst} differs by {cell.state_max:.2g} of its size, allowed are {state:.2g}"
     return None
@@ -182,15 +181,16 @@ def _cell(path: Path, lab: Laboratory, full: Record, limits: dict[str, float]) -
         states[f"{name}.router"] = _relative(logits[there], lab.routing.truth[name][there])
     worst = max(states, key=lambda name: states[name], default=None)
     bitwise = torch.equal(ours, expected) and all(value == 0 for value in states.values())
+    logprob_rms = _worst_row(difference)
     cell = Cell(
         path=path.name,
         status="pass",
         bitwise=bitwise,
         logprob_max=float(difference.abs().max()),
-        logprob_rms=_worst_row(difference),
+        logprob_rms=logprob_rms,
         agreement=float((ours.argmax(-1) == expected.argmax(-1)).double().mean()),
         state_max=None if worst is None else states[worst],
         state_worst=worst,
     )
-    why = _why(path, cell, limits)
+    why = _why(path, cell, logprob_rms, limits)
     return cell if why is None else replace(cell, status="fail", why=why)

@@ -194,10 +194,9 @@ def likeliest(scores: Scores) -> Tensor:
 
 def divergence(truth: Scores, engine: Scores) -> Tensor:
     """KL(truth || engine), (N,) nats."""
-    if truth.ids is None and engine.ids is None:
-        return _kl(truth.logprobs.double(), engine.logprobs.double())
     ids = truth.ids if truth.ids is not None else engine.ids
-    assert ids is not None
+    if ids is None:
+        return _kl(truth.logprobs.double(), engine.logprobs.double())
     (p, in_truth), (q, in_engine) = _of_tokens(truth, ids), _of_tokens(engine, ids)
     rest = ~(in_truth & in_engine)
     return _kl(_with_rest(p.masked_fill(rest, -torch.inf)), _with_rest(q.masked_fill(rest, -torch.inf)))

@@ -164,11 +164,11 @@ def _check_speculation(vllm_config: VllmConfig, on_cpu: bool) -> None:
     method = vllm_config.speculative_config.method
     if method not in _DRAFTS:
         raise ConfigError(f"speculative_config: method {method!r} is not supported; there are {', '.join(_DRAFTS)}")
-    from lamella.vllm_plugin.state.state_layer import StateLayout
+    from lamella.vllm_plugin.state.layout import StateLayout
 
     model, dtype = vllm_config.model_config, vllm_config.model_config.dtype
     share = Share(0, vllm_config.parallel_config.tensor_parallel_size)
-    layout = StateLayout.of(read_model_config(model.hf_config, model.architecture), share, dtype)
+    layout = StateLayout.from_model(read_model_config(model.hf_config, model.architecture), share, dtype)
     if layout is not None and layout.offsets is not None:
         raise ConfigError(
             "speculative_config: recurrent state cannot go back to before a rejected draft; only models whose slot "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +15,10 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
     tensor_model_parallel_all_reduce,
 )
-from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from lamella.config import ModelConfig, MoEConfig
-from lamella.errors import ConfigError
 from lamella.layers.kit import Widths, sections
 from lamella.layers.linear import Biases, MergedLinear, without_bias
 from lamella.layers.moe import Experts
@@ -32,8 +29,13 @@ from lamella.parallel.group import Group
 from lamella.parallel.sharding import Share, Split
 from lamella.state.spec import PagedState, SlotState
 from lamella.vllm_plugin import compat
+from lamella.vllm_plugin.attention import VllmAttention
+from lamella.vllm_plugin.chooser import Chooser
 from lamella.vllm_plugin.experts import VllmExperts
-from lamella.vllm_plugin.state.state_layer import Chooser, StateLayer, StateLayout, VllmHolder, decoder_layer
+from lamella.vllm_plugin.packed import PackedProjections, Shard
+from lamella.vllm_plugin.state.holder import VllmHolder
+from lamella.vllm_plugin.state.layer import StateLayer
+from lamella.vllm_plugin.state.layout import StateLayout, decoder_layer
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -41,87 +43,43 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.lamella")  # whose lines stand among vLLM's own
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A part of a checkpoint's tensor, rows [start, stop) or all of it, and what vLLM's weight loader calls it in a
-    projection that holds several.
-    """
-
-    name: str | int
-    start: int | None = None
-    stop: int | None = None
-
-
-@dataclass(frozen=True)
-class PackedProjections:
-    """The projections of a checkpoint that one module of vLLM's holds.
-
-    Attributes:
-        shards: what of each goes where, by the projections' names.
-        unbiased: projections without a bias, beside others that have one.
-    """
-
-    shards: Mapping[str, Sequence[Shard]]
-    unbiased: tuple[str, ...] = ()
-
-
 class VllmGroup(Group):
     """vLLM's tensor-parallel group."""
 
     def __init__(self) -> None:
+        """Take the rank and size from vLLM."""
         super().__init__(Share(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()))
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        """See `Group`."""
         return tensor_model_parallel_all_reduce(x)
 
     def all_gather(self, x: Tensor) -> Tensor:
+        """See `Group`."""
         return tensor_model_parallel_all_gather(x)
 
 
-class VllmAttention(nn.Module):
-    """vLLM's attention, with our shapes; that in chunks only where a request may be longer than one."""
-
-    def __init__(self, heads: int, scale: float, spec: PagedState, config: VllmConfig, prefix: str) -> None:
-        super().__init__()
-        self.heads, self.head_dim = heads, spec.head_dim
-        common: dict[str, Any] = {
-            "num_kv_heads": spec.kv_heads,
-            "cache_config": config.cache_config,
-            "quant_config": config.quant_config,
-            "prefix": f"{prefix}.attn",
-        }
-        if spec.chunk is None or spec.chunk >= config.model_config.max_model_len:
-            window = spec.window
-            self.attn = Attention(heads, spec.head_dim, scale, per_layer_sliding_window=window, **common)
-        else:
-            block_size = config.cache_config.block_size
-            if block_size and spec.chunk % block_size:
-                raise ConfigError(
-                    f"{prefix}: a chunk of {spec.chunk} tokens ends within a block of {block_size}, which vLLM cannot "
-                    "compute; give a block_size that divides it"
-                )
-            self.attn = ChunkedLocalAttention(heads, spec.head_dim, scale, spec.chunk, **common)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(T, H, D), (T, KV, D), (T, KV, D) -> (T, H, D)."""
-        return self.attn(q.flatten(1), k.flatten(1), v.flatten(1)).view(-1, self.heads, self.head_dim)
-
-
 class VllmKit:
-    """vLLM's projections, embeddings and attention, with its quantisation and its tensor parallelism.
+    """vLLM's projections, embeddings and attention, with its quantization and its tensor parallelism. See `Kit`.
 
     Attributes:
-        packed: the modules that hold several of a checkpoint's projections, and which.
+        packed: the modules that hold several projections of a checkpoint, and which ones.
     """
 
     def __init__(self, config: VllmConfig, model: ModelConfig, names: Mapping[str, str]) -> None:
-        """`names` as in `Architecture.checkpoint_names`."""
+        """Plan the slot state.
+
+        Args:
+            config: vLLM's.
+            model: the model to build.
+            names: see `Architecture.checkpoint_names`.
+        """
         self.config, self._names = config, names
         self.dtype, self.device = config.model_config.dtype, torch.empty(0).device  # where vLLM builds models
         self.group: Group = VllmGroup()
         self.share = self.group.share
         # All layers get slots of one shape, so that they are one group with small pages.
-        self._layout = StateLayout.of(model, self.share, self.dtype)
+        self._layout = StateLayout.from_model(model, self.share, self.dtype)
         self._spare_rows = compat.num_speculative_tokens(config)
         self._state_layers: dict[str, StateLayer] = {}
         self.packed: dict[nn.Module, PackedProjections] = {}

@@ -36,7 +36,7 @@ from lamella.vllm_plugin import PREFIX, compat
 from lamella.vllm_plugin.hf_config import read_model_config
 from lamella.vllm_plugin.kit import VllmKit
 from lamella.vllm_plugin.loading.weights import WeightFiller, untie_own_head
-from lamella.vllm_plugin.state.state_layer import StateLayout
+from lamella.vllm_plugin.state.layout import StateLayout
 
 
 def model_config(vllm_config: VllmConfig, architecture: str) -> ModelConfig:
@@ -174,7 +174,7 @@ class HybridModel(Model, HasInnerState, IsHybrid):
     def _layout(cls, vllm_config: VllmConfig) -> StateLayout:
         share = Share(0, vllm_config.parallel_config.tensor_parallel_size)
         config = model_config(vllm_config, cls.architecture)
-        layout = StateLayout.of(config, share, vllm_config.model_config.dtype)
+        layout = StateLayout.from_model(config, share, vllm_config.model_config.dtype)
         if layout is None:
             raise ConfigError(
                 f"{cls.architecture}: no layer keeps slot state; its description must say has_slot_state=False"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lamella.config import Placement, PlacementLike, mixer_names, read_placement
+from lamella.config.placement import chosen_mixer
 from lamella.errors import ConfigError
 
 
@@ -55,9 +56,7 @@ class PlacementWorker:
 
     def _activate(self, placement: Placement) -> None:
         for index, mixer in self._model().stochastic.items():
-            name = placement[index]
-            assert name is not None
-            mixer.active = name
+            mixer.active = chosen_mixer(placement, index)
 
     def _model(self) -> Any:
         model = self.model_runner.get_model()

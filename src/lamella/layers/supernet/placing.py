@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from lamella.config import Placement, PlacementLike, read_placement
+from lamella.config.placement import chosen_mixer
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.holders import PagedAttention, SlotHolder, state_holders
 from lamella.layers.supernet.stochastic import Stochastic
@@ -33,9 +34,7 @@ def active_placement(model: LanguageModel) -> Placement:
 def activate(model: LanguageModel, placement: Placement) -> None:
     """Activate a placement that `read_placement` returned."""
     for index, mixer in choices(model):
-        name = placement[index]
-        assert name is not None
-        mixer.active = name
+        mixer.active = chosen_mixer(placement, index)
 
 
 def idle_mixers(model: LanguageModel, placement: Placement | None = None) -> Iterator[nn.Module]:

@@ -38,7 +38,7 @@ def serves(v: Tensor, key_dim: int, tokens: int, requests: int) -> bool:
         return False
     if v.dtype not in (torch.bfloat16, torch.float16) or not v.is_cuda:
         return False
-    return not torch.cuda.is_current_stream_capturing() and _kernels() is not None
+    return not torch.cuda.is_current_stream_capturing() and bool(_kernels())
 
 
 def delta_rule(
@@ -58,7 +58,6 @@ def delta_rule(
     waits for the device once a batch, where that does not know its lengths on the host.
     """
     kernels = _kernels()
-    assert kernels is not None
     some, bounds, bounds_on_host = _prompts(batch)
     if state is not None:
         state = state.of_requests(slice(batch.num_decodes, None))
@@ -81,8 +80,8 @@ def delta_rule(
 
 
 @cache
-def _kernels() -> tuple[Chunked, Chunked] | None:
-    """The function for a decay a head, and that for one a key channel."""
+def _kernels() -> tuple[Chunked, ...]:
+    """Return the functions for a decay per head and for a decay per key channel; none without fla-core."""
     try:
         found = tuple(int(part) for part in version("fla-core").split(".")[:2])
         if found < _OLDEST:
@@ -91,7 +90,7 @@ def _kernels() -> tuple[Chunked, Chunked] | None:
         from fla.ops.kda import chunk_kda
     except Exception as error:  # whatever the import of a package with kernels raises: there is another way
         logger.warning("fla-core is not used (%s): long prompts of delta rule layers take much longer", error)
-        return None
+        return ()
     return chunk_gated_delta_rule, chunk_kda
 
 

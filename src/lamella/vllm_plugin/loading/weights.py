@@ -26,7 +26,7 @@ from lamella.layers.local_kit import LocalKit
 from lamella.models.names import rename
 from lamella.parallel.sharding import cut
 from lamella.vllm_plugin.experts import VllmExperts
-from lamella.vllm_plugin.kit import Shard
+from lamella.vllm_plugin.packed import Shard
 
 logger = logging.getLogger("vllm.lamella")  # whose lines stand among vLLM's own
 

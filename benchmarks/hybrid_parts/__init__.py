@@ -1,0 +1,1 @@
+"""Parts of the benchmark `hybrids.py`: models, engines, worker processes, tables."""

@@ -1,0 +1,1 @@
+"""Parts of the benchmark `prefix.py`: models, workloads, engines, checks, costs, timing, tables."""

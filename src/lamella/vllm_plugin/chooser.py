@@ -1,0 +1,37 @@
+"""The choice of a stochastic layer's mixer inside vLLM."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+
+from lamella.layers.block_input import BlockInput
+from lamella.layers.rotary import Positions
+from lamella.layers.supernet.stochastic import Stochastic
+from lamella.vllm_plugin import operations  # noqa: F401 - registers torch.ops.lamella
+
+
+class Chooser:
+    """Calls the active mixer of a stochastic layer inside a custom operation.
+
+    The active mixer can change after compilation and capture, so neither may see which one it is.
+    """
+
+    def __init__(self, stochastic: Stochastic, prefix: str) -> None:
+        """Register the layer with vLLM under the name `prefix`."""
+        self._stochastic, self._prefix = stochastic, prefix
+        layers = get_current_vllm_config().compilation_config.static_forward_context
+        assert prefix not in layers
+        layers[prefix] = self
+
+    def __call__(self, positions: Positions, entry: BlockInput) -> Tensor:
+        """Compute the layer. See `Stochastic.forward`."""
+        x = entry.tensor()
+        out = torch.empty_like(x)
+        torch.ops.lamella.chosen_mixer(x, positions.index, out, self._prefix)
+        return out
+
+    def choose(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Return the output of the active mixer for x (T, C) at positions (T,). Called by the operation."""
+        return self._stochastic.mixers[self._stochastic.active](Positions(positions), BlockInput.ready(x))

@@ -1,0 +1,56 @@
+"""Custom operations that torch.compile and CUDA graphs do not look into.
+
+Each finds its layer by name in vLLM's forward context.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.library import Library
+from vllm.forward_context import get_forward_context
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from lamella.vllm_plugin.registration import OPERATIONS
+
+
+def _stateful(inputs: list[Tensor], out: Tensor, layer: str, holder: str, part: str) -> None:
+    """Run a computation of a holder in the state layer `layer`: inputs (T, ...) into out (T, ...)."""
+    get_forward_context().no_compile_layers[layer].compute(holder, part, inputs, (out,))
+
+
+def _stateful_after_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor,
+    total: Tensor,
+    layer: str,
+    holder: str,
+    part: str,
+) -> None:
+    """Like `_stateful`, of the weighted RMS norm of x + residual; this sum goes into total."""
+    get_forward_context().no_compile_layers[layer].compute(holder, part, (x, residual), (out, total), weight, eps)
+
+
+def _chosen_mixer(x: Tensor, positions: Tensor, out: Tensor, layer: str) -> None:
+    """Run the active mixer of the stochastic layer `layer`: x (T, C) at positions (T,) into out (T, C)."""
+    out.copy_(get_forward_context().no_compile_layers[layer].choose(x, positions))
+
+
+def _fake(*_: Any) -> None:
+    """Fake (meta) kernel: outputs are arguments, so nothing is to be done."""
+
+
+_library = Library("lamella", "FRAGMENT")  # the operations are removed with it
+for _operation, _function, _outputs in (
+    ("stateful", _stateful, ["out"]),
+    ("stateful_after_norm", _stateful_after_norm, ["out", "total"]),
+    ("chosen_mixer", _chosen_mixer, ["out"]),
+):
+    assert f"lamella::{_operation}" in OPERATIONS
+    direct_register_custom_op(
+        op_name=_operation, op_func=_function, mutates_args=_outputs, fake_impl=_fake, target_lib=_library
+    )

@@ -1,0 +1,86 @@
+"""Access of mixers and convolutions to their slot state in vLLM's blocks.
+
+Everything that reads or writes state is one custom operation, opaque to torch.compile and CUDA graphs. Inside of it,
+the layers compute as in lamella's own engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lamella.layers.context import require_batch
+from lamella.layers.holders import SlotHolder, SlotRows
+from lamella.ops.operands import ConvState, ResidualNorm
+from lamella.ops.rms_norm import add_rms_norm
+from lamella.state.spec import SlotState
+from lamella.vllm_plugin import operations  # noqa: F401 - registers torch.ops.lamella
+from lamella.vllm_plugin.state.layer import StateLayer
+from lamella.vllm_plugin.state.layout import padded_bytes
+from lamella.vllm_plugin.state.windows import advance_window
+
+
+class VllmHolder(SlotHolder):
+    """A holder whose state is a part of the blocks of a `StateLayer`. Mixers of a stochastic layer share this part."""
+
+    inline = False
+
+    def __init__(self, specs: Sequence[SlotState], layer: StateLayer, prefix: str) -> None:
+        """Register the holder with the layer.
+
+        Args:
+            specs: its states.
+            layer: has the blocks.
+            prefix: name of the holder.
+        """
+        super().__init__(specs, prefix)
+        self.layer = layer
+        layer.holders[prefix] = self
+
+    def run(self, part: str, inputs: Sequence[Tensor], width: int) -> Tensor:
+        """See `SlotHolder.run`."""
+        out = inputs[0].new_empty(inputs[0].shape[0], width)
+        torch.ops.lamella.stateful(list(inputs), out, self.layer.prefix, self.prefix, part)
+        return out
+
+    def run_after_norm(
+        self, part: str, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `SlotHolder.run_after_norm`."""
+        if self.layer.spare_rows:  # the rows after the norm must be stored
+            normed, total = add_rms_norm(x, ResidualNorm(residual, weight, eps))
+            return self.run(part, (normed,), x.shape[1]), total
+        out, total = torch.empty_like(x), torch.empty_like(x)
+        torch.ops.lamella.stateful_after_norm(
+            x, residual, weight, eps, out, total, self.layer.prefix, self.prefix, f"{part}.after_norm"
+        )
+        return out, total
+
+    def current(self) -> SlotRows | None:
+        """See `SlotHolder.current`."""
+        slots = require_batch().slots
+        if slots is None:
+            return None
+        rows = self.layer.slots(slots)
+        if self.layer.layout.offsets is None:
+            return SlotRows((rows,), slots)
+        views, start = [], self.layer.layout.offsets[self.prefix]
+        for spec in self.specs:
+            part = rows[:, start : start + spec.bytes_per_request]
+            views.append(part.view(spec.dtype).unflatten(1, spec.shape))
+            start += padded_bytes(spec)
+        return SlotRows(views, slots)
+
+    def window(self, channels: slice, x: Tensor | None) -> ConvState | None:
+        """See `SlotHolder.window`."""
+        current = self.current()
+        if current is None:
+            return None
+        rows, slots, size = current.tensors[0][:, :, channels], current.slots, self.specs[0].shape[0]
+        if not self.layer.spare_rows:
+            return ConvState(rows[:, :size], slots)
+        assert x is not None
+        ragged, metadata = require_batch().ragged, self.layer.metadata()
+        return advance_window(ConvState(rows, slots), size, x, ragged.query_start_loc, ragged.positions, metadata)
