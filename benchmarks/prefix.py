@@ -1,8 +1,9 @@
 """The prefix cache: what a hit gains, what the cache costs where nothing hits, and vLLM beside it.
 
 Two workloads, random tokens, greedy: `system` (requests that share a system prompt, one after another, and as one
-batch, `system-batch`) and `chat` (conversations whose every prompt is the history with the answers), on a dense model
-and on a Canon model, whose hits need copies of slot state besides blocks. Random bf16 weights, written once.
+batch, `system-batch`) and `chat` (conversations whose every prompt is the history with the answers), on a dense model,
+and on a canon model and a hybrid with gated delta nets, whose hits need copies of slot state besides blocks. Random
+bf16 weights, written once.
 
     off      without the cache
     cold     with it, just emptied, and prompts that share nothing: what keeping it costs
@@ -33,7 +34,7 @@ from prefix_parts.checks import Seen, check_tokens, score
 from prefix_parts.costs import costs, measure_rates
 from prefix_parts.engines import PrefixWorker, worker
 from prefix_parts.load import Load
-from prefix_parts.models import MODELS, SHAPE, SMALL, make_checkpoint
+from prefix_parts.models import MODELS, SHAPE, SMALL, make_checkpoint, model_config
 from prefix_parts.tables import report
 from prefix_parts.timing import measure, rows_of
 
@@ -42,7 +43,7 @@ def main() -> None:
     """Run the benchmark, or be one of its worker processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm-python", help="a Python that has vLLM; without it vLLM is left out")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     for size, value in asdict(Load()).items():
@@ -59,10 +60,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         for model in args.models:
             small = str(Path(name, f"{model}-small"))
-            make_checkpoint(Path(small), {**SHAPE, **MODELS[model], **SMALL, "torch_dtype": "float32"}, 0.06)
+            make_checkpoint(Path(small), model_config(model, **SMALL, torch_dtype="float32"), 0.06)
             equal[model] = check_tokens(small, args.device)
             print(f"{model}: float32 tokens with the cache equal those without; hits, in tokens: {equal[model]}")
-            make_checkpoint(Path(name, model), {**SHAPE, **MODELS[model]})
+            make_checkpoint(Path(name, model), model_config(model))
         rates = measure_rates(args.device)
         for model in args.models:
             print(f"{model}:")
@@ -70,7 +71,7 @@ def main() -> None:
         for model in args.models:
             path = str(Path(name, model))
             workers = [PrefixWorker(sys.executable, "lamella", path, args.device, "off,on")]
-            if args.vllm_python and model == "dense":  # vLLM has no Canon layers
+            if args.vllm_python and model == "dense":  # vLLM has no canon layers, and not this hybrid
                 workers += [PrefixWorker(args.vllm_python, "vllm", path, args.device, mode) for mode in ("off", "on")]
             seen: Seen = {}
             best = measure(workers, load, args.rounds, seen)

@@ -23,15 +23,64 @@ SHAPE = {
     "torch_dtype": "bfloat16",
 }
 SMALL = {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "head_dim": 32}
-MODELS: dict[str, dict[str, Any]] = {
-    "dense": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
-    "canon": {
-        "architectures": ["LlamaCanonForCausalLM"],
-        "model_type": "LlamaCanon",
-        "canon_set": "ABCD",
-        "qk_norm": True,
-    },
-}
+MODELS = ("dense", "canon", "hybrid")
+
+
+def model_config(model: str, **sizes: Any) -> dict[str, Any]:
+    """Return the values of `config.json`.
+
+    Args:
+        model: of `MODELS`: "dense" is Qwen3, "canon" a Llama with canons A to D, and "hybrid" has three gated delta
+            nets to one attention.
+        sizes: in the place of those of `SHAPE`.
+    """
+    shape = {**SHAPE, **sizes}
+    if model == "dense":
+        return {**shape, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    if model == "canon":
+        return {
+            **shape,
+            "architectures": ["LlamaCanonForCausalLM"],
+            "model_type": "LlamaCanon",
+            "canon_set": "ABCD",
+            "qk_norm": True,
+        }
+    heads, groups, size = (shape[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    attention = {
+        "type": "attention",
+        "heads": heads,
+        "head_groups": groups,
+        "head_size": size,
+        "rotary": {"type": "mistral_1d", "theta": shape["rope_theta"]},
+    }
+    delta_net = {
+        "type": "gdn",
+        "value_heads": heads,
+        "key_heads": groups,
+        "key_head_dim": size,
+        "value_head_dim": size,
+        "convolution_layer": {"kernel_size": 4},
+    }
+    mlp = {"type": "mlp", "intermediate_size": shape["intermediate_size"], "activation": "silu", "gated": True}
+    norm = {"type": "rms_norm", "epsilon": shape["rms_norm_eps"]}
+    blocks = {
+        name: {"mixer": mixer, "mlp": mlp, "normalization": norm}
+        for name, mixer in (("delta_net", delta_net), ("attention", attention))
+    }
+    depth = shape["num_hidden_layers"]
+    return {
+        **{name: shape[name] for name in ("vocab_size", "hidden_size", "max_position_embeddings", "torch_dtype")},
+        "tie_word_embeddings": shape["tie_word_embeddings"],
+        "architectures": ["Apriel2ForCausalLM"],
+        "model_type": "apriel2",
+        "decoder": {
+            "type": "pattern",
+            "num_blocks": depth,
+            "pattern": ["attention" if index % 4 == 3 or index == depth - 1 else "delta_net" for index in range(depth)],
+            "blocks": blocks,
+        },
+        "head": {"normalization": norm},
+    }
 
 
 def make_checkpoint(folder: Path, config: dict[str, Any], matrix_std: float | None = None) -> None:

@@ -341,6 +341,11 @@ class TestLength:
         with pytest.raises(ConfigError, match=r"^max_model_len=4097: the model supports at most 4096$"):
             EngineOptions(model="x", max_model_len=4097).resolve_length(model)
 
+    def test_a_length_at_the_top_counts_where_embeddings_have_none(self):
+        assert read(fixed(ATTENTION) | {"max_position_embeddings": 4096}).max_position_embeddings == 4096
+        both = {"max_position_embeddings": 8192, "embeddings": {"max_position_embeddings": 4096}}
+        assert read(fixed(ATTENTION) | both).max_position_embeddings == 4096
+
     def test_positions_behind_2048_are_computed(self, tmp_path):
         values = config(fixed(ATTENTION)["decoder"], embeddings={"max_position_embeddings": 2048})
         folder = checkpoint(tmp_path, values)

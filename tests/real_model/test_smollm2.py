@@ -49,7 +49,7 @@ def test_logits_and_tokens_are_those_of_transformers(file):
     reference = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **where)
     model = LlamaForCausalLM.from_pretrained(file, dtype="float32")
-    text = "The lamella is thin.\n\n  It's 12345 caf\u00e9s at 7pm, \u6771\u4eac: <|im_start|>user\nhi<|im_end|>\n"
+    text = "The lamella is thin.\n\n  It's 12345 \u00e9clairs at 7pm, \u6771\u4eac: <|im_start|>user\nhi<|im_end|>\n"
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     from lamella.engine.requests.tokenizer import Tokenizer
 
