@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from transformers import Llama4TextConfig, LlamaConfig, Qwen3Config
 from covering import covering
 from helpers import canon_checkpoint, hf_checkpoint, poisoned_llm, random_prompts
 from lamella import LLM, SamplingParams
+from lamella.engine.loading import _snapshot_prompts
+from lamella.engine.options import EngineOptions
 from lamella.errors import ConfigError, ParameterError
 from lamella.models import registry
 from lamella.parity import bisect, paths
@@ -265,8 +268,27 @@ def test_the_last_page_of_a_prompt_costs_no_step(canon):
         assert {output.num_cached_tokens for output in generate(llm, prompts)} == {cached}
 
 
+def test_a_second_request_hits_by_default(folder):
+    llm = LLM(folder, device="cpu", num_blocks=64, max_num_seqs=4, block_size=PAGE, max_model_len=200)
+    for number in (1, 2):
+        (output,) = generate(llm, [ids(words(0, 60), words(number, 9))])
+        assert output.num_cached_tokens == 0 if number == 1 else output.num_cached_tokens >= 40
+
+
+def test_the_default_depends_on_the_device(caplog):
+    options, gpu = EngineOptions(model="x"), torch.device("cuda")
+    with caplog.at_level("INFO", "lamella"):
+        assert _snapshot_prompts(options, torch.device("cpu"), True) == "always"
+        assert _snapshot_prompts(replace(options, enable_prefix_caching=False), gpu, True) == "never"
+        assert _snapshot_prompts(options, gpu, False) == "never"
+        assert not caplog.records
+        assert _snapshot_prompts(options, gpu, True) == "never"
+    assert "found from the third request on; snapshot_prompts='always' makes it the second" in caplog.text
+    assert _snapshot_prompts(replace(options, snapshot_prompts="always"), gpu, True) == "always"
+
+
 def test_bad_settings_are_one_line(canon):
-    with pytest.raises(ConfigError, match="snapshot_prompts='sometimes': must be always, never or busy"):
+    with pytest.raises(ConfigError, match="snapshot_prompts='sometimes': must be auto, always, never or busy"):
         LLM(canon, device="cpu", snapshot_prompts="sometimes")
     for value in (-1, True, "1G"):
         with pytest.raises(ConfigError, match=r"snapshot_bytes=.*: must be a whole number of at least 0"):

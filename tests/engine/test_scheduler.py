@@ -27,7 +27,7 @@ WINDOWED = PagedState(1, 8, torch.float32, window=6)
 
 def make_scheduler(pages: int, seqs: int, budget: int, groups: tuple[PagedState, ...] = (FULL, WINDOWED)) -> Scheduler:
     state = StateManager(groups, [pages] * len(groups), seqs, PAGE)
-    return Scheduler(state, seqs, budget)
+    return Scheduler(state, seqs, budget, None, "always")
 
 
 def make_request(name: str, prompt: int, output: int) -> Request:

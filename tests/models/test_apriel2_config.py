@@ -342,7 +342,9 @@ class TestLength:
             EngineOptions(model="x", max_model_len=4097).resolve_length(model)
 
     def test_a_length_at_the_top_counts_where_embeddings_have_none(self):
-        assert read(fixed(ATTENTION) | {"max_position_embeddings": 4096}).max_position_embeddings == 4096
+        for embeddings in (None, {}, {"type": "absolute"}):
+            values = fixed(ATTENTION) | {"max_position_embeddings": 4096, "embeddings": embeddings}
+            assert read(values).max_position_embeddings == 4096
         both = {"max_position_embeddings": 8192, "embeddings": {"max_position_embeddings": 4096}}
         assert read(fixed(ATTENTION) | both).max_position_embeddings == 4096
 

@@ -38,7 +38,8 @@ class Inputs:
     """Random arguments of each operation, the same at every call, so that what one backend writes no other reads."""
 
     def __init__(self, dtype: torch.dtype, decodes: bool, backend: str) -> None:
-        flashinfer, self.device = backend == "flashinfer", torch.device("cpu") if backend == "native" else DEVICE
+        flashinfer, self.native = backend == "flashinfer", backend == "native"
+        self.device = torch.device("cpu") if self.native else DEVICE
         self.dtype, self.generator = dtype, torch.Generator().manual_seed(0)
         self.flashinfer, self.dim = flashinfer, 64 if flashinfer else 16
         self.lengths = ([1, 1, 1], [5, 1, 9]) if decodes else ([1, 1, 7], [5, 1, 9])
@@ -71,7 +72,9 @@ class Inputs:
         norms = HeadNorms(self.wide(16), self.wide(16), 1e-5)
         return QKVSteps(HeadSizes(4, 2, 16), norms, Rope(self.wide(tokens, 8), self.wide(tokens, 8), False))
 
-    def plan(self) -> AttentionPlan:
+    def plan(self) -> AttentionPlan | None:
+        if self.native:
+            return None
         pytest.importorskip("triton")
         space = AttentionSpace(3, 12, self.device)
         listed = torch.tensor([4, 6, 7], dtype=torch.int32, device=self.device)

@@ -31,6 +31,7 @@ from lamella.layers.decoder import LanguageModel
 from lamella.layers.local_kit import LocalKit
 from lamella.models.base import initialize
 from lamella.ops.ragged import RaggedBatch
+from lamella.processes import module_command
 
 SIZES = (64, 33, 1, 128, 7, 2)
 LIMIT = 1e-4  # of what a form may differ from eager: the rounding of values of about one
@@ -90,7 +91,7 @@ def compile_costs(
                 "placement": placement,
                 "overrides": None if overrides is None else dict(overrides),
             }
-            command = [sys.executable, "-m", "lamella.bench.compile", json.dumps(task)]
+            command = module_command("lamella.bench.compile", json.dumps(task))
             done = subprocess.run(command, env=os.environ | _ALONE, capture_output=True, text=True, check=False)
             if done.returncode:
                 last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]

@@ -124,7 +124,7 @@ def build_engine(
         options.max_num_seqs,
         options.max_num_batched_tokens,
         options.snapshot_interval,
-        options.snapshot_prompts,
+        _snapshot_prompts(options, device, current.state.has_slot_state),
         _keeps_inside(model),
     )
     placements_of_step = PlacementStep(model)
@@ -145,6 +145,20 @@ def build_engine(
         model.config.vocab_size, options, tokenizer, eos_token_ids, max_model_len, jobs, variants, reader, defaults
     )
     return Engine(model, options, device, admission, variants, scheduler, runner, workers)
+
+
+def _snapshot_prompts(options: EngineOptions, device: torch.device, has_slot_state: bool) -> str:
+    """Return what `snapshot_prompts` means on this device: "always", "never" or "busy"."""
+    if options.snapshot_prompts != "auto":
+        return options.snapshot_prompts
+    if device.type != "cuda":
+        return "always"
+    if has_slot_state and options.enable_prefix_caching:
+        logger.info(
+            "prefix cache: a prompt's beginning is found from the third request on; snapshot_prompts='always' makes it "
+            "the second, and prefill of short prompts takes up to three times as long on a GPU"
+        )
+    return "never"
 
 
 def _keeps_inside(model: LanguageModel) -> bool:

@@ -182,13 +182,14 @@ class EngineOptions:
         bounds=_MANY,
     )
     snapshot_prompts: str = _option(
-        "always",
+        "auto",
         CACHE,
         "str",
         "Take snapshots of a prompt's slot state at its last full block and at growing distances before it, so that "
-        'the second request with the same beginning finds one: `"always"`, `"never"`, or `"busy"`, only beside other '
-        "requests.",
-        choices=("always", "never", "busy"),
+        'the second request with the same beginning finds one: `"always"`, `"never"` (the third request does), or '
+        '`"busy"`, only beside other requests. `"auto"` is `"always"` on CPUs, where they cost little, and `"never"` '
+        "on GPUs.",
+        choices=("auto", "always", "never", "busy"),
     )
     device: str | torch.device = _option(
         "auto", EXECUTION, "str", '`"auto"` (CUDA if there is one), `"cpu"`, `"cuda"`, `"cuda:1"`.'

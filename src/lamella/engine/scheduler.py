@@ -43,11 +43,11 @@ class Scheduler:
         state: StateManager,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        snapshot_interval: int | None = None,
-        snapshot_prompts: str = "always",
+        snapshot_interval: int | None,
+        snapshot_prompts: str,
         snapshots_inside: bool = True,
     ) -> None:
-        """`snapshot_interval` in pages, and `snapshot_prompts`: see `EngineOptions`.
+        """`snapshot_interval` in pages, and `snapshot_prompts` ("always", "never" or "busy"): see `EngineOptions`.
 
         Without `snapshots_inside` slot state can be kept at the ends of chunks only.
         """

@@ -76,7 +76,7 @@ def read_config(config: HFConfig) -> ModelConfig:
     if norm.kind != "rms":
         raise head.error("normalization", "layer_norm", "rms_norm for the head")
     head.finish(harmless=("type",))
-    embeddings = _section(config, "embeddings", {"max_position_embeddings": _NO_LENGTH})
+    embeddings = _section(config, "embeddings", {})
     # vLLM looks for the length at the top of the file, so that some files have it there.
     length = embeddings.int("max_position_embeddings", config.int("max_position_embeddings", _NO_LENGTH))
     embeddings.finish(harmless=("type",))

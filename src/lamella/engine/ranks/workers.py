@@ -27,6 +27,7 @@ from lamella.errors import WorkerError
 from lamella.models.registry import registered
 from lamella.parallel.group import Group, TensorParallelGroup
 from lamella.parallel.sharding import Share
+from lamella.processes import module_command
 from lamella.state.manager import StateManager
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ class _Rank:
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "lamella.engine.ranks.worker", str(theirs.fileno())],
+                module_command("lamella.engine.ranks.worker", str(theirs.fileno())),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # what is on rank 0's standard output is rank 0's own
