@@ -18,7 +18,10 @@ from lamella import LLM, SamplingParams
 from lamella.engine.loading import _snapshot_prompts
 from lamella.engine.options import EngineOptions
 from lamella.errors import ConfigError, ParameterError
+from lamella.layers.context import ForwardBatch
+from lamella.layers.segments import windows
 from lamella.models import registry
+from lamella.ops.ragged import RaggedBatch
 from lamella.parity import bisect, paths
 from lamella.parity.forcing import ForcedEngine
 from lamella.parity.sequences import split
@@ -266,6 +269,30 @@ def test_the_last_page_of_a_prompt_costs_no_step(canon):
         llm = make_llm(canon, snapshot_prompts=policy, max_num_batched_tokens=512)
         generate(llm, prompts)
         assert {output.num_cached_tokens for output in generate(llm, prompts)} == {cached}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_convolutions_state_is_copied_from_its_input(canon, whole, monkeypatch):
+    """In place of computing it piece by piece, which is for windows that begin before their chunk."""
+    if whole:
+        monkeypatch.setattr("lamella.layers.holders.segments", lambda batch: pytest.fail("pieces"))
+    else:
+        monkeypatch.setattr("lamella.layers.holders.windows", lambda batch, length: None)
+    llm, plain = make_llm(canon, max_num_batched_tokens=512), make_llm(canon, enable_prefix_caching=False)
+    for number, cached in enumerate((0, 52, 60)):
+        prompts = [ids(words(0, 60), words(number + 2, 5)), ids(words(1, 60), words(number + 2, 7))]
+        outputs = generate(llm, prompts)
+        assert [output.num_cached_tokens for output in outputs] == [cached, cached]
+        assert same(outputs, generate(plain, prompts))
+
+
+def test_a_window_that_begins_before_its_chunk_is_computed_in_pieces():
+    ragged = RaggedBatch.from_lengths([9, 4, 5], [9, 10, 11])
+    slots = torch.tensor([0, 1, 2])
+    tokens, targets = windows(ForwardBatch(ragged, slots=slots, cuts=(((4, 7), (8, 8)), (), ((3, 9),))), 3)
+    # Position p stands in row p % 3: positions 1 to 3 and 5 to 7 of the first request, 6 to 8 of the third.
+    assert tokens.tolist() == [[3, 1, 2], [6, 7, 5], [13, 14, 15]] and targets.tolist() == [7, 8, 9]
+    assert windows(ForwardBatch(ragged, slots=slots, cuts=((), ((2, 7),), ((3, 9),))), 3) is None
 
 
 def test_a_second_request_hits_by_default(folder):

@@ -27,7 +27,7 @@ class Canon(ShortConv):
         computations: dict[str, Computation] = {
             part: self._convolve, f"{part}.swiglu": self._convolve_and_gate, f"{part}.after_norm": self._after_norm
         }  # fmt: skip
-        super().__init__(config, channels, kit, history, computations)
+        super().__init__(config, channels, kit, history, computations, alone=True)
         self.part = part
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor, nn
 
 from lamella.layers.context import ForwardBatch, forward_batch, require_batch
-from lamella.layers.segments import segments
+from lamella.layers.segments import segments, windows
 from lamella.ops import attention
 from lamella.ops.attention.paged import AttentionPlan
 from lamella.ops.operands import ConvState, PagedCache, QKVSteps
@@ -108,6 +108,7 @@ class SlotHolder(nn.Module):
     Attributes:
         parts: the computations over the state, by names that are the layer's own.
         channels: of parts that read and write only some channels of the first tensor, which.
+        convolutions: parts that only keep their first input's latest rows, in the first tensor.
         inline: whether what is computed over the state may be a part of a larger kernel, in place of `run`.
     """
 
@@ -119,6 +120,7 @@ class SlotHolder(nn.Module):
         self.rows: tuple[Tensor, ...] = ()
         self.parts: dict[str, Computation] = {}
         self.channels: dict[str, slice] = {}
+        self.convolutions: set[str] = set()
 
     def bind(self, *tensors: Tensor) -> None:
         """The slots (slots, *shape), a tensor for each spec."""
@@ -129,6 +131,12 @@ class SlotHolder(nn.Module):
         batch = require_batch()
         if not batch.cuts:
             result: Tensor = self.parts[part](*inputs, None)
+            return result
+        kept = windows(batch, self.specs[0].shape[0]) if part in self.convolutions else None
+        if kept is not None:
+            result = self.parts[part](*inputs, None)
+            tokens, targets = kept
+            self.rows[0][..., self.channels[part]][targets] = inputs[0][tokens]
             return result
         out = inputs[0].new_empty(inputs[0].shape[0], width)
         for segment in segments(batch):

@@ -1,5 +1,7 @@
 """Steps in which slot state is kept in the middle of a chunk: what reads or writes it is computed piece by piece.
 
+A convolution alone needs no pieces: its state at a token is its latest inputs there, which are copied from its input.
+
 Everything else of the step, projections and attention, is computed for whole chunks.
 """
 
@@ -34,6 +36,35 @@ class Segment:
 def segments(batch: ForwardBatch) -> Sequence[Segment]:
     """Return the segments of a batch with `cuts`, made once for all layers."""
     return batch.once("segments", lambda: _divide(batch))
+
+
+def windows(batch: ForwardBatch, length: int) -> tuple[Tensor, Tensor] | None:
+    """Return where a convolution's inputs before each of the batch's `cuts` are, made once for all layers.
+
+    Args:
+        batch: with `cuts`.
+        length: inputs that a slot keeps; that of position p is in row `p % length`.
+
+    Returns:
+        Indices of the inputs in the whole batch (k, length) int64, and the slots (k,) int64 that they are copied to;
+        None if a window begins before its chunk.
+    """
+    return batch.once(("windows", length), lambda: _find_windows(batch, length))
+
+
+def _find_windows(batch: ForwardBatch, length: int) -> tuple[Tensor, Tensor] | None:
+    whole, tokens, slots = batch.ragged, [], []
+    starts = accumulate(whole.query_lens, initial=0)
+    for start, new, context, cuts in zip(starts, whole.query_lens, whole.context_lens, batch.cuts, strict=False):
+        first = start - (context - new)  # index of position 0, if it were in the batch
+        for offset, slot in cuts:
+            if offset < length:
+                return None
+            last = context - new + offset - 1
+            tokens.append([first + last - (last - row) % length for row in range(length)])
+            slots.append(slot)
+    device = whole.positions.device
+    return tuple(torch.tensor(each).to(device, non_blocking=True) for each in (tokens, slots))  # type: ignore[return-value]
 
 
 def _divide(batch: ForwardBatch) -> list[Segment]:

@@ -35,9 +35,21 @@ class ConvHistory(nn.Module):
         self.kernel, self._taken = max(kernel, _LEAST_TAPS), 0
         self._parts: dict[str, Computation] = {}
         self._channels: dict[str, slice] = {}
+        self._convolutions: set[str] = set()
 
-    def take(self, channels: int, parts: Mapping[str, Computation]) -> slice:
-        """Room for one convolution's channels; `parts` are what reads and writes them."""
+    def take(self, channels: int, parts: Mapping[str, Computation], alone: bool = False) -> slice:
+        """Reserve one convolution's channels.
+
+        Args:
+            channels: of the convolution.
+            parts: what reads and writes them, by name.
+            alone: whether the convolution of their first input is all the state that these parts have.
+
+        Returns:
+            The channels in the slot tensor.
+        """
+        if alone and channels:
+            self._convolutions |= set(parts)
         start, self._taken = self._taken, self._taken + channels
         self._parts |= parts
         if channels:
@@ -49,6 +61,7 @@ class ConvHistory(nn.Module):
         self.holder = kit.slot_state((SlotState((self.kernel - 1, self._taken), kit.dtype), *more), prefix)
         self.holder.parts |= self._parts
         self.holder.channels |= self._channels
+        self.holder.convolutions |= self._convolutions
 
 
 class ShortConv(nn.Module):
@@ -64,6 +77,7 @@ class ShortConv(nn.Module):
         kit: Kit,
         history: ConvHistory,
         computations: Mapping[str, Computation] | None = None,
+        alone: bool = False,
     ) -> None:
         super().__init__()
         assert max(config.kernel, _LEAST_TAPS) == history.kernel
@@ -79,7 +93,7 @@ class ShortConv(nn.Module):
         layout = ParameterLayout((channels,), parts, initial=(-bound, bound))
         self.layouts = {"weight": layout, "bias": layout}
         self.history = history
-        self.channels = history.take(self.size, computations or {})
+        self.channels = history.take(self.size, computations or {}, alone)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of x (T, channels), within a computation over the state: (T, channels)."""
