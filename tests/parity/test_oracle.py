@@ -10,7 +10,7 @@ from lamella.config import AttentionConfig
 from lamella.errors import ConfigError
 from lamella.parity.oracle import ATTENTION, MIXERS, Oracle
 from lamella.parity.scorers.hf import HFModel
-from lamella.parity.scorers.settings import Settings
+from lamella.parity.scores import Settings
 from lamella.parity.subject import Subject
 from models.canon_oracle import CanonOracle, read_hf
 from models.test_canon_parity import OPTIONS as CANON

@@ -17,8 +17,8 @@ from helpers import canon_checkpoint, change_config, greedy, hf_checkpoint, logp
 from lamella.errors import ConfigError, ParameterError
 from lamella.parity import score
 from lamella.parity.scorers import vllm as module
-from lamella.parity.scorers.settings import Settings
 from lamella.parity.scorers.vllm import VllmScorer, open_scorer
+from lamella.parity.scores import Settings
 from lamella.parity.sequences import TokenSequence
 from lamella.parity.subject import Subject
 from vllm_plugin.plugin_helpers import numba_hidden

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from lamella.checkpoint.file_kinds import is_present, why_no_weights
+from lamella.checkpoint.file_kinds import is_present, read_json, why_no_weights
 from lamella.checkpoint.gguf.config import read_values, tensor_names
 from lamella.checkpoint.gguf.file import find_gguf, is_gguf, open_gguf
-from lamella.checkpoint.json_file import read_json
 from lamella.checkpoint.lingua import LINGUA_NAMES, TIED_HEAD, find_lingua, read_params
 from lamella.checkpoint.overrides import apply_overrides
 from lamella.checkpoint.quantization import DequantizedTensors, Quantization

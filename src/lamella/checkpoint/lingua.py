@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lamella.checkpoint.json_file import read_json
+from lamella.checkpoint.file_kinds import read_json
 from lamella.checkpoint.overrides import apply_overrides
 from lamella.config.config_keys import IgnoredKeys
 from lamella.config.hf_config import HFConfig

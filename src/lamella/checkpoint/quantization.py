@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamella.checkpoint.json_file import read_json
+from lamella.checkpoint.file_kinds import read_json
 from lamella.checkpoint.tensors import OpenTensors, TensorSource
 from lamella.errors import CheckpointError, ConfigError
 from lamella.layers.linear import DenseMethod

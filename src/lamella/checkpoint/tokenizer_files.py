@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lamella.checkpoint.file_kinds import is_present, what_it_is
+from lamella.checkpoint.file_kinds import is_present, read_json, what_it_is
 from lamella.checkpoint.gguf.file import GgufFile, find_gguf, open_gguf
 from lamella.checkpoint.gguf.tokenizer import chat_templates, read_tokenizer, special_tokens
-from lamella.checkpoint.json_file import read_json
 from lamella.errors import CheckpointError
 
 if TYPE_CHECKING:

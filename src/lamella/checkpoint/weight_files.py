@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lamella.checkpoint.file_kinds import data_offsets, is_present, unreadable_safetensors, what_it_is
-from lamella.checkpoint.json_file import read_json
+from lamella.checkpoint.file_kinds import data_offsets, is_present, read_json, unreadable_safetensors, what_it_is
 from lamella.errors import CheckpointError
 from lamella.validation import listed
 

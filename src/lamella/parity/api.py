@@ -21,8 +21,7 @@ from lamella.parity.oracle import ATTENTION
 from lamella.parity.path_matrix import PathMatrix, run_paths
 from lamella.parity.report.report import Report
 from lamella.parity.scorers import open_scorer, resolve_oracle
-from lamella.parity.scorers.settings import Settings
-from lamella.parity.scores import Generation, Scores
+from lamella.parity.scores import Generation, Scores, Settings
 from lamella.parity.sequences import Inputs, TokenSequence, make_inputs
 from lamella.parity.stats import Comparison, compare_scores
 from lamella.parity.subject import Subject

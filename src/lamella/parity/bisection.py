@@ -21,7 +21,7 @@ from lamella.parity.forcing import ForcedEngine
 from lamella.parity.oracle import Oracle
 from lamella.parity.probe import tapped
 from lamella.parity.scorers import resolve_oracle
-from lamella.parity.scorers.settings import Settings
+from lamella.parity.scores import Settings
 from lamella.parity.sequences import split
 from lamella.parity.sites import Tap, layer_of, operation
 from lamella.parity.subject import Subject

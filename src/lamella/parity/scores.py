@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from lamella.layers.decoder import LanguageModel
 from lamella.parity.sequences import TokenSequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How an engine computes; told when it is opened.
+
+    Attributes:
+        dtype, device: of weights and activations.
+        attention: "eager" or "sdpa", for engines with a choice: the full forwards of `hf` and `reference`.
+        batch_size: sequences at a time, for engines that batch.
+        options: passed on to the engine, under its own names.
+        candidate: a loaded model to use in the place of the checkpoint's, for the engine lamella.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    attention: str = "eager"
+    batch_size: int = 8
+    options: Mapping[str, Any] = field(default_factory=dict)
+    candidate: LanguageModel | None = None
 
 
 @dataclass(frozen=True)

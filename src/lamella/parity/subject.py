@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lamella.checkpoint import load_model, open_checkpoint
+from lamella.checkpoint.file_kinds import read_json, write_json
 from lamella.checkpoint.files import Checkpoint
-from lamella.checkpoint.json_file import read_json, write_json
 from lamella.checkpoint.loader import match_tensors, resolve_dtype
 from lamella.checkpoint.names import targets
 from lamella.checkpoint.overrides import apply_overrides

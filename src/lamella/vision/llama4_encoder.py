@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lamella.checkpoint.json_file import read_json
+from lamella.checkpoint.file_kinds import read_json
 from lamella.checkpoint.loader import check_dtype
 from lamella.checkpoint.tensors import SafetensorsFolder
 from lamella.config.checks import check

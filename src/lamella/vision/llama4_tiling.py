@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lamella.checkpoint.json_file import read_json
+from lamella.checkpoint.file_kinds import read_json
 from lamella.config.hf_config import HFConfig
 from lamella.errors import ConfigError, ParameterError
 

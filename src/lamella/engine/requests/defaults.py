@@ -6,8 +6,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lamella.checkpoint.file_kinds import read_json
 from lamella.checkpoint.files import find_folder
-from lamella.checkpoint.json_file import read_json
 from lamella.engine.requests.sampling_params import SamplingParams
 from lamella.errors import CheckpointError, ConfigError, ParameterError
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from lamella.errors import ConfigError
-from lamella.parity.scorers.settings import Settings
-from lamella.parity.scores import Scorer
+from lamella.parity.scores import Scorer, Settings
 from lamella.parity.subject import Subject
 
 ENGINES = {name: f"lamella.parity.scorers.{name}" for name in ("lamella", "hf", "reference", "vllm")}

@@ -15,7 +15,7 @@ from lamella.models.names import rename
 from lamella.parity.oracle import tap_turned
 from lamella.parity.probe import FED_BY
 from lamella.parity.scorers.full_forward import FullForward
-from lamella.parity.scorers.settings import Settings
+from lamella.parity.scores import Settings
 from lamella.parity.sites import Tap, untouched
 from lamella.parity.subject import Subject
 from lamella.validation import listed

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lamella.parity.forcing import ForcedEngine, Record
-from lamella.parity.scorers.settings import Settings
-from lamella.parity.scores import Generation, Scores
+from lamella.parity.scores import Generation, Scores, Settings
 from lamella.parity.sequences import TokenSequence
 from lamella.parity.subject import Subject
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lamella.parity.oracle import Oracle
 from lamella.parity.scorers.full_forward import FullForward
-from lamella.parity.scorers.settings import Settings
+from lamella.parity.scores import Settings
 from lamella.parity.subject import Subject
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from lamella.errors import ConfigError, ParameterError
-from lamella.parity.scorers.settings import Settings
-from lamella.parity.scores import Generation, Scores
+from lamella.parity.scores import Generation, Scores, Settings
 from lamella.parity.sequences import TokenSequence
 from lamella.parity.subject import Subject
 
