@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("vllm")
 import torch
 from plugin_helpers import LENGTHS, prompts_of, running
 

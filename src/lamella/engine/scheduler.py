@@ -159,13 +159,11 @@ class Scheduler:
         )
         if positions:
             keys = request.page_keys(self.state.page_size, positions[-1])
-            reserve, planned = self.max_num_seqs - len(self.running), []
-            for position in positions:
-                key = keys[position // self.state.page_size - 1]
-                slot = self.state.plan_snapshot(request, key, reserve)
-                if slot is not None:
-                    planned.append((position, slot))
-            chunk.snapshots = tuple(planned)
+            wanted = [keys[position // self.state.page_size - 1] for position in positions]
+            slots = self.state.plan_snapshots(request, wanted, self.max_num_seqs - len(self.running))
+            chunk.snapshots = tuple(
+                (position, slot) for position, slot in zip(positions, slots, strict=True) if slot is not None
+            )
         return chunk
 
     def _keeps_snapshots(self, request: Request) -> bool:

@@ -175,21 +175,34 @@ class StateManager:
                 pages[holding.freed[index] : dead] = [DUMMY] * (dead - holding.freed[index])
                 holding.freed[index] = dead
 
-    def plan_snapshot(self, request: Hashable, key: bytes, reserve: int = 0) -> int | None:
-        """Reserve a slot for a snapshot that the next step takes in the middle of a request's chunk.
+    def plan_snapshots(self, request: Hashable, keys: Sequence[bytes], reserve: int = 0) -> list[int | None]:
+        """Reserve slots for snapshots that the next step takes in the middle of a request's chunk.
 
-        `computed` makes it findable by `key`, of the prefix. None if it is findable already, or if no slot is left
-        beside `reserve` ones for requests to come.
+        `computed` makes them findable.
+
+        Args:
+            request: whose slot state is copied.
+            keys: of the prefixes, the shortest first.
+            reserve: slots that must be left for requests to come.
+
+        Returns:
+            A slot for each key; None if it is findable already, or if there are not enough, where the longest prefixes
+            get theirs first.
         """
-        known = self.slot_pool.find(key)
-        if known is not None:
-            self.slot_pool.touch(known)
-            return None
-        if self.slot_pool.num_free <= reserve:
-            return None
-        (slot,) = self.slot_pool.allocate()
-        self.holdings[request].planned.append((slot, key))
-        return slot
+        new = []
+        for index, key in enumerate(keys):
+            known = self.slot_pool.find(key)
+            if known is None:
+                new.append(index)
+            else:
+                self.slot_pool.touch(known)
+        slots: list[int | None] = [None] * len(keys)
+        room = max(0, self.slot_pool.num_free - reserve)
+        for index in new[max(0, len(new) - room) :]:
+            (slot,) = self.slot_pool.allocate()
+            self.holdings[request].planned.append((slot, keys[index]))
+            slots[index] = slot
+        return slots
 
     def _release_planned(self, holding: Holding) -> None:
         self.slot_pool.free([slot for slot, _ in holding.planned])
