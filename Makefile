@@ -10,6 +10,8 @@ VLLM_READY := $(VLLM_VENV)/.ready
 
 # Test processes side by side, with one thread each; one file's tests share a process and its models.
 WORKERS ?= auto
+# As in the examples of the model's card; its file says nothing, and at temperature 1 so small a model writes nonsense.
+CHAT_ARGS ?= --temperature 0.2 --top-p 0.9
 PARALLEL := -n $(WORKERS) --dist loadfile
 UNIT = $(shell grep -rl --include='test_*.py' 'pytest.mark.unit' tests)
 export OMP_NUM_THREADS ?= 1

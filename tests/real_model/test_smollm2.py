@@ -87,11 +87,14 @@ def test_lamella_chat_talks_in_the_terminal(file):
     assert "Paris" in done.stdout and "Rome" in done.stdout and "tok/s" in done.stderr
 
 
-def test_the_readmes_command_answers(file):
+GREEDY = "CHAT_ARGS=--device cpu --temperature 0 --max-tokens 20 --max-model-len 512"
+
+
+@pytest.mark.parametrize("arguments", [[], [GREEDY]], ids=["as is", "greedy"])
+def test_the_readmes_command_answers(file, arguments):
     """`make chat`, from a set-up clone."""
-    arguments = "--device cpu --temperature 0 --max-tokens 20 --max-model-len 512"
     done = subprocess.run(
-        ["make", "-s", "chat", f"CHAT_ARGS={arguments}", f"BIN={Path(sys.executable).parent}"],
+        ["make", "-s", "chat", *arguments, f"BIN={Path(sys.executable).parent}"],
         cwd=ROOT,
         input="What is the capital of France?\n",
         capture_output=True,
