@@ -1,4 +1,4 @@
-"""What a hit saves, and the least time to a first token at the measured speeds."""
+"""Costs of the workloads: what a hit saves, and the least time to a first token at the measured speeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which `LinearMethod` each projection of a quantized checkpoint has.
+"""Choice of the `LinearMethod` of each projection of a quantized checkpoint.
 
 A method that computes in a file's format is registered with `register_linear_method`. Without one, weights are
 dequantized when they are loaded, and computed with as dense ones.

@@ -36,7 +36,7 @@ _MODELOPT_FILE = "hf_quant_config.json"
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a file's weights are quantized.
+    """Quantization of a file's weights.
 
     Attributes:
         method: as the file calls it.

@@ -156,7 +156,7 @@ def _snapshot_prompts(options: EngineOptions, device: torch.device, has_slot_sta
     if has_slot_state and options.enable_prefix_caching:
         logger.info(
             "prefix cache: a prompt's beginning is found from the third request on; snapshot_prompts='always' makes it "
-            "the second, and prefill of short prompts takes up to three times as long on a GPU"
+            "the second, and prefill of short prompts slower"
         )
     return "never"
 

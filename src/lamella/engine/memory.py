@@ -96,7 +96,7 @@ def longest_answer(state: StateManager, options: EngineOptions, prompt: int, mos
 
 
 def _peaks(tokens: int, state: StateManager, options: EngineOptions) -> Iterator[tuple[int, int]]:
-    """Of each group, the most pages that a request of `tokens` tokens holds at once, and those that there are."""
+    """Yield for each group the most pages that a request of `tokens` tokens holds at once, and how many there are."""
     chunk = min(tokens, options.max_num_batched_tokens)
     for index, pool in enumerate(state.page_pools):
         yield state.peak_pages(index, tokens, chunk), pool.capacity

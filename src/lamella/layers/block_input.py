@@ -15,7 +15,7 @@ from lamella.ops.swiglu import swiglu
 
 
 class _Unread(NamedTuple):
-    """What the input is computed from, while nothing has read it."""
+    """Tensors that the input is computed from, while nothing has read it."""
 
     hidden: Tensor
     residual: Tensor

@@ -55,7 +55,7 @@ class Canon(ShortConv):
 
     @property
     def is_step(self) -> bool:
-        """Whether every request of the current batch has one new token, and a history."""
+        """True if every request of the current batch has one new token, and a history."""
         batch = require_batch()
         return batch.slots is not None and batch.ragged.num_decodes == batch.ragged.num_requests
 

@@ -22,7 +22,7 @@ P = TypeVar("P")
 
 @dataclass(frozen=True)
 class PageView:
-    """Where the blocks of one state group lie in this step."""
+    """Block tables and cache rows of one state group in this step."""
 
     page_table: Tensor  # (R, P) int32; entries outside what a request can see are pages that it does not hold
     new_rows: Tensor  # (T,) int64, flat cache row of each new token

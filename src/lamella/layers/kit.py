@@ -27,7 +27,10 @@ Widths: TypeAlias = int | Sequence[int]
 
 
 class Kit(Protocol):
-    """What an engine supplies to layers. `prefix` is the module's dotted path, for errors and per-layer lookups."""
+    """Parts that an engine supplies to layers.
+
+    `prefix` is the module's dotted path, for errors and per-layer lookups.
+    """
 
     dtype: torch.dtype
     device: torch.device

@@ -21,7 +21,7 @@ Biases: TypeAlias = bool | tuple[str, ...]
 
 @dataclass(frozen=True)
 class LinearShape:
-    """What a rank holds of a projection, or of several projections of one input.
+    """A rank's shard of a projection, or of several projections of one input.
 
     Attributes:
         inputs: input channels.
@@ -40,7 +40,7 @@ class LinearShape:
 
 
 class LinearMethod(Protocol):
-    """How a projection stores its weight, fills it from files, and computes with it.
+    """A way for a projection to store its weight, fill it from files, and compute with it.
 
     One method may serve many projections. The bias is no part of it: it has the dtype of the inputs.
     """

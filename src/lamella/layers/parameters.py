@@ -1,4 +1,4 @@
-"""What a loader and an initialiser must know about a parameter, beside its shape.
+"""Facts about a parameter that a loader and an initializer must know, beside its shape.
 
 A module states it in its attribute `layouts`, by the names of its own parameters. A parameter that is not in there is
 whole on every rank, is one tensor of the file, and starts from N(0, 0.02), or from zero if it is called "bias".
@@ -62,7 +62,7 @@ class StoredTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """How a parameter is divided over ranks, which tensors of a file fill it, and how it starts.
+    """Layout of a parameter: its division over ranks, the tensors of a file that fill it, and its first values.
 
     Attributes:
         splits: the places of the leading dimensions that this rank holds; the other dimensions are whole.

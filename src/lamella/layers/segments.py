@@ -54,17 +54,17 @@ def windows(batch: ForwardBatch, length: int) -> tuple[Tensor, Tensor] | None:
 
 def _find_windows(batch: ForwardBatch, length: int) -> tuple[Tensor, Tensor] | None:
     whole, tokens, slots = batch.ragged, [], []
-    starts = accumulate(whole.query_lens, initial=0)
-    for start, new, context, cuts in zip(starts, whole.query_lens, whole.context_lens, batch.cuts, strict=False):
-        first = start - (context - new)  # index of position 0, if it were in the batch
+    start, device = 0, whole.positions.device
+    for new, context, cuts in zip(whole.query_lens, whole.context_lens, batch.cuts, strict=True):
+        computed = context - new
         for offset, slot in cuts:
             if offset < length:
                 return None
-            last = context - new + offset - 1
-            tokens.append([first + last - (last - row) % length for row in range(length)])
+            last = computed + offset - 1
+            tokens.append([start + offset - 1 - (last - row) % length for row in range(length)])
             slots.append(slot)
-    device = whole.positions.device
-    return tuple(torch.tensor(each).to(device, non_blocking=True) for each in (tokens, slots))  # type: ignore[return-value]
+        start += new
+    return torch.tensor(tokens).to(device, non_blocking=True), torch.tensor(slots).to(device, non_blocking=True)
 
 
 def _divide(batch: ForwardBatch) -> list[Segment]:

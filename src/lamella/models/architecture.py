@@ -29,7 +29,7 @@ def no_placements(values: Mapping[str, Any], placement: Placement) -> dict[str, 
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
-    """How the checkpoints of an architecture are read. Data and functions only: no module, no weights.
+    """Description of an architecture, for reading its checkpoints. Data and functions only: no module, no weights.
 
     Attributes:
         name: as in `architectures` of a checkpoint's `config.json`.

@@ -1,4 +1,4 @@
-"""Which implementation serves an operation: a table of backends for each, in order of preference.
+"""Choice of the implementation of an operation: a table of backends for each, in order of preference.
 
 A package of `ops` declares an operation as a plain function with the operation's one signature, and a `BackendTable`
 beside it. Every backend has that signature. The declared function asks `BackendTable.choose` for the first backend that

@@ -126,7 +126,7 @@ class Rope(NamedTuple):
 
 
 class QKVSteps(NamedTuple):
-    """What happens to the projected queries and keys before attention. A step that is None is left out.
+    """Steps from projected queries and keys to those of attention. A step that is None is left out.
 
     Attributes:
         sizes: of the projection.

@@ -267,7 +267,7 @@ def _prefix_hit(beyond: int) -> Callable[[Laboratory], Record]:
 
 
 def _chunk_ends(config: ModelConfig, length: int) -> list[int]:
-    """Of each size of attention's chunks, the last end of one that a prefix of `length` tokens can be cut at."""
+    """Return for each size of attention's chunks the last end at which a prefix of `length` tokens can be cut."""
     mixers = [layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionConfig)]
     ends = {(length - 2) // mixer.chunk * mixer.chunk for mixer in mixers if mixer.chunk is not None}
     return sorted(end for end in ends if end and end % SMALL_PAGE == 0)

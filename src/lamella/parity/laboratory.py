@@ -1,4 +1,4 @@
-"""What the paths of the path matrix work with: one loaded model, one sequence, engines as each path needs them."""
+"""Laboratory of the path matrix: one loaded model, one sequence, engines as each path needs them."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ class Laboratory:
 
     @property
     def grows(self) -> bool:
-        """Whether any state grows with the sequence, so that a pool can run out."""
+        """True if any state grows with the sequence, so that a pool can run out."""
         return any(spec.reach is None for spec in StateCost.of(active_holders(self.model)).paged)
 
     @property
     def slot_bytes(self) -> int:
-        """Of one request's slot state."""
+        """Bytes of one request's slot state."""
         return StateCost.of(active_holders(self.model)).bytes_per_request
 
     def sequence(self, prompt_len: int | None = None) -> TokenSequence:

@@ -15,7 +15,7 @@ from lamella.parity.sequences import TokenSequence
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How an engine computes; told when it is opened.
+    """Settings of an engine that scores, given when it is opened.
 
     Attributes:
         dtype, device: of weights and activations.

@@ -52,7 +52,7 @@ class _OutputQueue:
 
     @property
     def is_gone(self) -> bool:
-        """Whether nobody can read any more: the reader has left, or its event loop is closed."""
+        """True if nobody can read any more: the reader has left, or its event loop is closed."""
         return self.has_left or self._loop.is_closed()
 
     def put(self, item: RequestOutput | Exception) -> None:

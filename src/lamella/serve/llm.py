@@ -188,7 +188,7 @@ class LLM:
 
     @property
     def placement(self) -> Placement:
-        """Of a supernet, the mixer of each layer for requests that ask for no other; None where there is no choice."""
+        """The mixer of each layer of a supernet for requests that ask for no other; None where there is no choice."""
         return self.engine.variants.current.placement
 
     def mixer_names(self) -> tuple[str, ...]:

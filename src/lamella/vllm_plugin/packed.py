@@ -1,4 +1,4 @@
-"""Which projections of a checkpoint a module of vLLM holds."""
+"""Projections of a checkpoint that one module of vLLM holds."""
 
 from __future__ import annotations
 

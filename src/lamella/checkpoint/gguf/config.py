@@ -45,7 +45,7 @@ _TABLES = ("rope_freqs",)
 
 @dataclass(frozen=True)
 class GgufArchitecture:
-    """How an architecture of llama.cpp is read.
+    """Rules for reading an architecture of llama.cpp.
 
     Attributes:
         name, model_type: Hugging Face's.

@@ -65,7 +65,7 @@ def _opened(path: Path, changed: int, size: int) -> GgufFile:
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor of the model comes from.
+    """Source of a tensor of the model.
 
     Attributes:
         name: in the GGUF file.

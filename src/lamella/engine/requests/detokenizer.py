@@ -78,7 +78,8 @@ class IncrementalDetokenizer:
         return min((tail[-size:] for size in sizes), key=lambda ids: self._decode_ids(ids).count(_BROKEN))
 
     def _decode_ids(self, ids: Sequence[int]) -> str:
-        return "" if self._tokenizer is None else self._tokenizer.decode(ids, self._skip_special)
+        assert self._tokenizer is not None
+        return self._tokenizer.decode(ids, self._skip_special)
 
     def _text_until(self, end: int) -> str:
         """What the window's tokens from `_read` to `end` add to its text."""

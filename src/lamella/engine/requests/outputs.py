@@ -1,4 +1,4 @@
-"""What the engine returns for a request."""
+"""Outputs of the engine for a request."""
 
 from __future__ import annotations
 

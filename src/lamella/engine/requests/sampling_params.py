@@ -1,4 +1,4 @@
-"""What a caller may ask of the sampling of one request."""
+"""Sampling parameters of one request."""
 
 from __future__ import annotations
 
@@ -231,7 +231,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken rather than one drawn."""
+        """True if the likeliest token is taken rather than one drawn."""
         return self.temperature < GREEDY_BELOW
 
     @property

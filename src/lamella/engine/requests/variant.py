@@ -9,7 +9,7 @@ from lamella.config import Placement
 
 @dataclass(frozen=True)
 class Variant:
-    """What a request changes of the model. It keys the prefix cache; the scheduler never looks into it.
+    """A request's changes to the model. It keys the prefix cache; the scheduler never looks into it.
 
     Attributes:
         placement: mixer of each layer of a supernet; empty for the engine's placement.

@@ -1,1 +1,1 @@
-"""What only torch.compile needs, around the plain layers."""
+"""Forms of the plain layers that only torch.compile needs."""

@@ -91,7 +91,7 @@ def take_form(layer: Attention, form: AttentionForm) -> None:
 
 
 class PositionInputs(NamedTuple):
-    """What an attention layer computes from positions, as inputs of its program."""
+    """Tensors that an attention layer computes from positions, as inputs of its program."""
 
     rope: Rope | None
     temperature: Tensor | None  # (T,) fp32
