@@ -56,24 +56,33 @@ def make(
     """The operands by name, and the shape of a state."""
     few, heads, rows, columns = shape
 
-    def wide(*sizes: int) -> Tensor:
+    def draw_fp32(*sizes: int) -> Tensor:
         return torch.randn(sizes, device=DEVICE)
 
-    def narrow(*sizes: int) -> Tensor:
+    def draw_bf16(*sizes: int) -> Tensor:
         return torch.randn(tokens, *sizes, device=DEVICE).to(dtype)
 
     if name == "scan":
         each = {
-            "x": narrow(few, rows),
-            "dt": narrow(heads, rows),
-            "b": narrow(few, columns),
-            "c": narrow(heads, columns),
+            "x": draw_bf16(few, rows),
+            "dt": draw_bf16(heads, rows),
+            "b": draw_bf16(few, columns),
+            "c": draw_bf16(heads, columns),
         }
-        rest = {"a_log": wide(heads, rows, columns), "dt_bias": wide(heads, rows), "d": wide(heads, rows)}
-        return {**each, "z": narrow(heads, rows), **rest}, (heads, rows, columns)
+        rest = {
+            "a_log": draw_fp32(heads, rows, columns),
+            "dt_bias": draw_fp32(heads, rows),
+            "d": draw_fp32(heads, rows),
+        }
+        return {**each, "z": draw_bf16(heads, rows), **rest}, (heads, rows, columns)
     gates = (heads, rows) if name == "kda" else (heads,)
-    each = {"q": narrow(few, rows), "k": narrow(few, rows), "v": narrow(heads, columns)}
-    rest = {"decay": narrow(*gates), "beta": narrow(heads), "a_log": wide(heads), "dt_bias": wide(*gates)}
+    each = {"q": draw_bf16(few, rows), "k": draw_bf16(few, rows), "v": draw_bf16(heads, columns)}
+    rest = {
+        "decay": draw_bf16(*gates),
+        "beta": draw_bf16(heads),
+        "a_log": draw_fp32(heads),
+        "dt_bias": draw_fp32(*gates),
+    }
     return {**each, **rest}, (heads, rows, columns)
 
 

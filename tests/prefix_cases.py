@@ -16,7 +16,7 @@ from lamella.state.spec import PagedState
 
 pytestmark = pytest.mark.unit
 
-PAGE = 4
+BLOCK = 4
 ROOT = root_key("model", "cpu", None)
 TOKEN_IDS = st.lists(st.integers(0, 1), max_size=14)
 
@@ -40,19 +40,19 @@ def make_request(name: str, prompt: Sequence[int], output: int = 1, root: bytes 
 
 
 def keys_of(token_ids: Sequence[int], root: bytes = ROOT) -> list[bytes]:
-    return make_request("", token_ids, root=root).page_keys(PAGE, len(token_ids))
+    return make_request("", token_ids, root=root).block_keys(BLOCK, len(token_ids))
 
 
 def brute_force(state: StateManager, keys: Sequence[bytes]) -> Hit:
-    """The longest prefix for which every page that its next token sees can be found, and a snapshot where needed."""
-    there = [[pool.find(key) is not None for key in keys] + [False] for pool in state.page_pools]
+    """The longest prefix for which every block that its next token sees can be found, and a snapshot where needed."""
+    there = [[pool.find(key) is not None for key in keys] + [False] for pool in state.block_pools]
     if not there:  # without paged state, prefixes that were computed are remembered
         there_before = [key in state._seen for key in keys] + [False]
-    known = max((each.index(False) * PAGE for each in there or [there_before]), default=0)
-    for length in range(len(keys) * PAGE, 0, -PAGE):
-        snapshot = state.slot_pool.find(keys[length // PAGE - 1]) if state.has_slot_state else None
+    known = max((each.index(False) * BLOCK for each in there or [there_before]), default=0)
+    for length in range(len(keys) * BLOCK, 0, -BLOCK):
+        snapshot = state.slot_pool.find(keys[length // BLOCK - 1]) if state.has_slot_state else None
         if (snapshot is not None or not state.has_slot_state) and all(
-            each[position // PAGE]
+            each[position // BLOCK]
             for spec, each in zip(state.groups, there, strict=True)
             for position in range(length)
             if sees(spec, length, position)
@@ -63,5 +63,5 @@ def brute_force(state: StateManager, keys: Sequence[bytes]) -> Hit:
 
 def bookkeeping(state: StateManager) -> str:
     """All that the manager and its pools know, the order of places included."""
-    pools = [vars(pool) for pool in (*state.page_pools, state.slot_pool)]
-    return repr((pools, {str(id(request)): held for request, held in state.holdings.items()}, state._copies))
+    pools = [vars(pool) for pool in (*state.block_pools, state.slot_pool)]
+    return repr((pools, {str(id(request)): held for request, held in state.allocations.items()}, state._copies))

@@ -18,7 +18,7 @@ from lamella.layers.kit import Kit
 from lamella.layers.rotary import Positions
 from lamella.layers.short_conv import ConvHistory
 from lamella.models.base import CausalLM
-from lamella.parity.oracle import MIXERS, Oracle
+from lamella.parity.reference_model import MIXERS, ReferenceModel
 from lamella.parity.sites import Tap
 from lamella.state.spec import SlotState
 
@@ -76,7 +76,7 @@ class Recurrent(nn.Module):
         return y if out is None else out.copy_(y)
 
 
-def plain(oracle: Oracle, config: RecurrentConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
+def plain(oracle: ReferenceModel, config: RecurrentConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
     q, k, v = (oracle.linear(x, f"{name}.{part}_proj", tap) for part in "qkv")
     state = torch.zeros(
         config.num_heads, config.head_dim, config.head_dim, dtype=torch.promote_types(x.dtype, torch.float32)

@@ -53,8 +53,8 @@ class Core:
         self.mixers: list[Any] = [build(config, kit, 16, f"{index}", None) for index in range(layers)]
         for mixer in self.mixers:
             initialize(mixer)
-            specs = mixer.history.holder.specs
-            mixer.history.holder.bind(
+            specs = mixer.history.state_module.specs
+            mixer.history.state_module.bind(
                 *(torch.randn(batch, *spec.shape, device=device).to(spec.dtype) for spec in specs)
             )
         first = self.mixers[0]
@@ -75,7 +75,7 @@ class Core:
     def nbytes(self) -> int:
         """Bytes that one layer must move: inputs, state in and out, weights, the output."""
         mixer = self.mixers[0]
-        state = sum(spec.bytes_per_request for spec in mixer.history.holder.specs)
+        state = sum(spec.bytes_per_request for spec in mixer.history.state_module.specs)
         weights = (mixer.convolution.weight, mixer.A_log, mixer.dt_bias, mixer.norm.weight)
         out = 2 * self.batch * (mixer.config.value_size if self.name == "gdn" else mixer.config.size)
         return sum(t.nbytes for t in (*self.inputs, *weights)) + 2 * self.batch * state + out
@@ -85,12 +85,12 @@ def check_core(core: Core) -> None:
     """Compare output and state with plain torch."""
     from lamella.ops.backend import portable_only
 
-    holder = core.mixers[0].history.holder
-    before = [rows.clone() for rows in holder.rows]
-    found = [core()[0], *(rows.clone() for rows in holder.rows)]
-    holder.bind(*before)
+    state_module = core.mixers[0].history.state_module
+    before = [rows.clone() for rows in state_module.rows]
+    found = [core()[0], *(rows.clone() for rows in state_module.rows)]
+    state_module.bind(*before)
     with portable_only():
-        expected = [core()[0], *holder.rows]
+        expected = [core()[0], *state_module.rows]
     for ours, right in zip(found, expected, strict=True):
         error = float((ours.float() - right.float()).abs().max() / right.float().abs().max())
         assert error < 5e-2, f"{core.name}: off by {error:.1e}"

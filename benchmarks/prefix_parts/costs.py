@@ -39,12 +39,12 @@ def costs(path: str, load: Load, rates: tuple[float, float]) -> dict[str, Any]:
         return max(2 * multiplied * tokens / flops, card.step_bytes / bandwidth) * 1e3
 
     prompt, saved = load.system_len + load.user_len, load.system_len // BLOCK * BLOCK
-    page, snapshot = card.state.bytes_per_token * BLOCK, card.state.bytes_per_request
+    block, snapshot = card.state.bytes_per_token * BLOCK, card.state.bytes_per_request
     print(f"  weights read by a step {card.step_bytes / 1e6:.0f} MB, {card.step_bytes / bandwidth * 1e3:.1f} ms")
-    print(f"  a page of {BLOCK} tokens {page / 1e3:.0f} kB, a snapshot of slot state {snapshot / 1e3:.0f} kB")
+    print(f"  a block of {BLOCK} tokens {block / 1e3:.0f} kB, a snapshot of slot state {snapshot / 1e3:.0f} kB")
     print(
         f"  system: a hit is {saved} of {prompt} prompt tokens, {2 * multiplied * saved / 1e9:.0f} GFLOP not computed, "
-        f"{saved // BLOCK} pages shared; least ttft {floor_ms(prompt):.0f} ms -> {floor_ms(prompt - saved):.0f} ms"
+        f"{saved // BLOCK} blocks shared; least ttft {floor_ms(prompt):.0f} ms -> {floor_ms(prompt - saved):.0f} ms"
     )
     turn, answer = load.turn_len, load.output_len
     history = (load.turns - 1) * (turn + answer)
@@ -56,7 +56,7 @@ def costs(path: str, load: Load, rates: tuple[float, float]) -> dict[str, Any]:
     return {
         **card.as_dict(),
         "gflops": round(flops / 1e9, 1),
-        "page_bytes": page,
+        "block_bytes": block,
         "snapshot_bytes": snapshot,
         "system_hit_tokens": saved,
         "system_ttft_floor_ms": [round(floor_ms(prompt), 2), round(floor_ms(prompt - saved), 2)],

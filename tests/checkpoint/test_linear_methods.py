@@ -25,7 +25,7 @@ from lamella.layers.linear import DENSE, DenseMethod, Linear, MergedLinear
 from lamella.layers.norm import RMSNorm
 from lamella.layers.parameters import ParameterLayout
 from lamella.parallel.group import Group
-from lamella.parallel.sharding import Share, Split
+from lamella.parallel.sharding import Partition, Split
 from lamella.parity import compare
 
 CPU = torch.device("cpu")
@@ -90,7 +90,7 @@ def linears(model):
 @torch.no_grad()
 @pytest.mark.parametrize("rank", [None, 0, 1])
 def test_weights_in_the_files_format_compute_what_they_stand_for(folder, registered, rank, monkeypatch):
-    group = None if rank is None else Group(Share(rank, 2))
+    group = None if rank is None else Group(Partition(rank, 2))
     model = load_model(open_checkpoint(folder), group=group)
     kept = {path for path, module in linears(model).items() if isinstance(module.method, Int8Rows)}
     assert len(kept) == 2 * 4 and all(path.endswith("_proj") for path in kept)

@@ -19,7 +19,7 @@ from lamella.checkpoint.convert import convert
 from lamella.checkpoint.lingua import read_params
 from lamella.checkpoint.tensors import INDEX
 from lamella.errors import CheckpointError, ConfigError
-from models.canon_oracle import LINGUA, CanonOracle, from_lingua_name, read_hf, read_lingua
+from models.canon_oracle import LINGUA, CanonReferenceModel, from_lingua_name, read_hf, read_lingua
 
 FULL = {"qk_norm": True, "rope_dim": 8, "rope_version": "lingua"}
 IDS = torch.arange(1, 61)[None]
@@ -112,7 +112,7 @@ class TestLoading:
     )
     def test_parity(self, tmp_path, where, changes):
         folder = lingua_checkpoint(tmp_path, where, **changes)
-        oracle = CanonOracle(read_lingua(folder / where), json.loads((tmp_path / "hf/config.json").read_text()))
+        oracle = CanonReferenceModel(read_lingua(folder / where), json.loads((tmp_path / "hf/config.json").read_text()))
         assert_plain_parity(folder, oracle, (1, 5, 200))
         assert_engine_parity(folder, oracle, (1, 5, 200))
 
@@ -182,7 +182,7 @@ class TestLoading:
     def test_the_other_rotation_would_be_wrong(self, sources):
         tensors = read_lingua(sources["lingua"] / "default")
         _, values = read_hf(sources["lingua"].parent / "hf")
-        half_split = CanonOracle(tensors, values | {"rope_version": "huggingface"})(IDS)
+        half_split = CanonReferenceModel(tensors, values | {"rope_version": "huggingface"})(IDS)
         assert (logprobs(half_split) - logprobs(logits(sources["lingua"]))).abs().max() > 0.1
 
     def test_safetensors_beside_it_are_preferred(self, tmp_path):
@@ -332,7 +332,7 @@ class TestConvert:
         stated = open_checkpoint(sources[source]).values.get("rope_version", "huggingface")
         assert values["rope_version"] == (stated if rope == "keep" else rope)
         # The files themselves are what others can read: same names, and an independent model agrees.
-        assert (logprobs(CanonOracle(tensors, values)(IDS)) - logprobs(before)).abs().max() <= 1e-4
+        assert (logprobs(CanonReferenceModel(tensors, values)(IDS)) - logprobs(before)).abs().max() <= 1e-4
 
     @SOURCES
     def test_there_and_back_is_bit_identical(self, sources, tmp_path, source):
@@ -373,13 +373,13 @@ class TestConvert:
             elif kind in kinds:
                 expected = moved(tensor)
             assert torch.equal(new[name], expected), name
-        truth = logprobs(CanonOracle(old, values)(IDS))
-        assert (logprobs(CanonOracle(new, new_values)(IDS)) - truth).abs().max() <= 1e-9
+        truth = logprobs(CanonReferenceModel(old, values)(IDS))
+        assert (logprobs(CanonReferenceModel(new, new_values)(IDS)) - truth).abs().max() <= 1e-9
         for forgotten in ({"q_norm", "k_norm", "canonB"}, {"q_norm", "k_norm"}, {"canonB"}, {"bias"}, kinds | {"bias"}):
             partly = {
                 name: old[name] if forgotten & set(name.split(".")[-2:]) else tensor for name, tensor in new.items()
             }
-            assert (logprobs(CanonOracle(partly, new_values)(IDS)) - truth).abs().max() > 0.1, forgotten
+            assert (logprobs(CanonReferenceModel(partly, new_values)(IDS)) - truth).abs().max() > 0.1, forgotten
 
     @pytest.mark.parametrize("shard_bytes", [1, 20_000])
     def test_shards(self, sources, tmp_path, shard_bytes):

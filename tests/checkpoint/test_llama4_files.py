@@ -16,9 +16,9 @@ from lamella import LLM
 from lamella.checkpoint import load_model, loader, open_checkpoint
 from lamella.errors import CheckpointError, ConfigError
 from lamella.parallel.group import Group
-from lamella.parallel.sharding import Share
-from lamella.parity.oracle import Oracle
-from lamella.parity.subject import Subject
+from lamella.parallel.sharding import Partition
+from lamella.parity.reference_model import ReferenceModel
+from lamella.parity.tested_model import TestedModel
 
 TEXT = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 24, "intermediate_size_mlp": 40, "num_hidden_layers": 4,
@@ -93,7 +93,7 @@ def test_both_layouts_are_the_same_model_on_every_rank(original, layout, size, t
     tensors, values, whole = original
     checkpoint = open_checkpoint(write(tmp_path, layout(tensors), values | {"num_key_value_heads": 2}))
     monkeypatch.setattr(loader, "_PIECE_BYTES", 3000)  # a few experts' at a time, or less than one's
-    parts = [load_model(checkpoint, group=Group(Share(rank, size))) for rank in range(size)]
+    parts = [load_model(checkpoint, group=Group(Partition(rank, size))) for rank in range(size)]
     if size == 1:
         assert same(parts[0], whole)
     for name in (f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"):
@@ -111,7 +111,7 @@ def test_whole_experts_on_every_rank(original, layout, tmp_path, monkeypatch):
     tensors, values, whole = original
     checkpoint = open_checkpoint(write(tmp_path, layout(tensors), values))
     monkeypatch.setattr(loader, "_PIECE_BYTES", 3000)
-    parts = [load_model(checkpoint, group=Group(Share(rank, 2)), expert_parallel=True) for rank in range(2)]
+    parts = [load_model(checkpoint, group=Group(Partition(rank, 2)), expert_parallel=True) for rank in range(2)]
     for name in (f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj"):
         ours = [part.get_parameter(name) for part in parts]
         assert [part.shape[0] for part in ours] == [2, 1]
@@ -120,7 +120,7 @@ def test_whole_experts_on_every_rank(original, layout, tmp_path, monkeypatch):
         tensors = {**apart(tensors), f"{EXPERTS}.2.down_proj.weight": torch.zeros(3, 3)}
         checkpoint = open_checkpoint(write(tmp_path, tensors, values))
         with pytest.raises(CheckpointError, match=r"experts\.2\.down_proj\.weight has shape \(3, 3\)"):
-            load_model(checkpoint, group=Group(Share(0, 2)), expert_parallel=True)
+            load_model(checkpoint, group=Group(Partition(0, 2)), expert_parallel=True)
 
 
 @pytest.mark.parametrize(
@@ -166,9 +166,9 @@ def test_what_transformers_writes_with_images(tmp_path):
 
 def test_the_reference_reads_experts_one_by_one(original, tmp_path):
     tensors, values, whole = original
-    subject = Subject.open(write(tmp_path, apart(tensors), values))
+    tested = TestedModel.open(write(tmp_path, apart(tensors), values))
     ids = list(range(3, 33))
-    oracle = Oracle(subject.config, subject.weights(torch.device("cpu")), torch.float32)
+    oracle = ReferenceModel(tested.config, tested.weights(torch.device("cpu")), torch.float32)
     torch.testing.assert_close(oracle.logits(ids), plain_logits(whole, torch.tensor(ids)), rtol=1e-4, atol=1e-4)
 
 

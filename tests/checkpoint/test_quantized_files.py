@@ -18,7 +18,7 @@ from lamella.checkpoint import load_model, loader, open_checkpoint
 from lamella.checkpoint.convert import convert
 from lamella.errors import CheckpointError, ConfigError
 from lamella.parallel.group import Group
-from lamella.parallel.sharding import Share
+from lamella.parallel.sharding import Partition
 from lamella.parity import compare
 
 FP8 = torch.float8_e4m3fn
@@ -144,7 +144,7 @@ def test_the_model_is_what_the_numbers_stand_for(original, form, size, tmp_path,
     with caplog.at_level(logging.INFO, "lamella"):
         checkpoint = open_checkpoint(write(tmp_path, stored, values))
         for rank in range(size):
-            group = Group(Share(rank, size))
+            group = Group(Partition(rank, size))
             assert same(load_model(checkpoint, group=group), load_model(expected, group=group))
     (line,) = (record.message for record in caplog.records if "dequantised" in record.message)
     scales = sum(name.endswith(("weight_scale", "_scale_inv", "_proj_scale")) for name in stored)

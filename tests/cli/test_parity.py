@@ -18,18 +18,18 @@ SMALL = ["--prompt-len", "24", "--decode-len", "6", "--count", "3", "--device", 
 
 
 def test_the_demo_passes(capsys, tmp_path):
-    page, file = tmp_path / "report.html", tmp_path / "report.json"
-    assert main(["parity", "demo", *SMALL, "--html", str(page), "--json", str(file)]) == 0
+    block, file = tmp_path / "report.html", tmp_path / "report.json"
+    assert main(["parity", "demo", *SMALL, "--html", str(block), "--json", str(file)]) == 0
     shown = capsys.readouterr().out
     assert "noise floor ratio" in shown and "token by token from the first" in shown and "all in line" in shown
     report = json.loads(file.read_text())
     assert report["verdict"] == "pass" and report["noise_floor_ratio"] == report["stats"]["noise_floor_ratio"]
-    assert report["oracle"] == "reference" and report["truth_dtype"] == "float64"
+    assert report["oracle"] == "reference" and report["reference_dtype"] == "float64"
     assert report["versions"]["torch"] == torch.__version__
     assert len(report["config_hash"]) == 12 and report["tolerances"]["ratio"] == 1.0
     assert report["inputs"]["source"].startswith("random tokens (no tokenizer that reads")
     assert len(report["worst_tokens"]) == 20 and report["worst_tokens"][0]["context"]
-    assert page.read_text().startswith("<!doctype html>") and "chunked, cut at 3" in page.read_text()
+    assert block.read_text().startswith("<!doctype html>") and "chunked, cut at 3" in block.read_text()
 
 
 def test_json_is_the_last_line(capsys):
@@ -65,7 +65,7 @@ def test_prompts_from_a_file(capsys, tmp_path):
         (["demo", "demo2"], "'demo demo2': must name one model"),
         (["demo", "--random", "0"], "--random 0: must be at least 1"),
         (["demo", "--random", "2", "--count", "2"], "--count: --random says how many already"),
-        (["demo", "--html", "no/such/folder/page.html"], "no/such/folder/page.html: not a file that can be written"),
+        (["demo", "--html", "no/such/folder/block.html"], "no/such/folder/block.html: not a file that can be written"),
         (["demo", "--prompts", "no-such-file"], "prompts: no-such-file cannot be read"),
         (["demo", "--engine", "tgi"], "engine='tgi': must be one of"),
         (["demo", "--dtype", "int8"], "dtype='int8': must be auto"),

@@ -34,6 +34,6 @@ def test_the_worked_case_finds_what_the_page_says(text, tmp_path):
     assert first.split(": ")[0] == shown[2].split(": ")[0]
 
 
-def test_the_pages_own_test_passes(text, tmp_path):
+def test_the_blocks_own_test_passes(text, tmp_path):
     tested = subprocess.run([sys.executable, "-m", "pytest", "-q", "test_parity.py"], cwd=tmp_path, capture_output=True)
     assert tested.returncode == 0, tested.stdout

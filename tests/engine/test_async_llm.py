@@ -79,7 +79,7 @@ def test_leaving_and_aborting_free_what_was_held(folder, expected):
         assert survivor[-1].outputs[0].token_ids == expected[3]
         for _ in range(100):
             stats = llm.stats()
-            if stats["running"] == stats["waiting"] == stats["pages_used"] == 0:
+            if stats["running"] == stats["waiting"] == stats["blocks_used"] == 0:
                 return
             await asyncio.sleep(0.02)
         raise AssertionError(stats)

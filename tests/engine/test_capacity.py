@@ -1,4 +1,4 @@
-"""The planned pools fill the budget, hold no page that nobody can use, and are refused where they cannot be."""
+"""The planned pools fill the budget, hold no block that nobody can use, and are refused where they cannot be."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ pytestmark = pytest.mark.unit
 
 FULL = PagedState(1, 4, torch.float32)
 WINDOW = PagedState(1, 4, torch.float32, window=8)
-PAGE = 4 * FULL.bytes_per_token  # of one layer, with block_size=4
+BLOCK = 4 * FULL.bytes_per_token  # of one layer, with block_size=4
 
 
 def plan(layers, budget, max_model_len=64, **changes):
     fields = {"block_size": 4, "max_num_seqs": 2, "max_num_batched_tokens": 8, "enable_prefix_caching": False}
     options = EngineOptions(model="unused", **fields | changes)
-    return dict(Capacity.plan(options, StateCost(layers, {}), max_model_len, budget).pages)
+    return dict(Capacity.plan(options, StateCost(layers, {}), max_model_len, budget).blocks)
 
 
 def test_full_attention_takes_what_the_budget_holds_and_requests_can_use():
-    assert plan({FULL: 2}, 10 * 2 * PAGE) == {FULL: 10}
-    assert plan({FULL: 2}, 10 * 2 * PAGE + 1) == {FULL: 10}
-    assert plan({FULL: 2}, 10 * 2 * PAGE - 1) == {FULL: 9}
+    assert plan({FULL: 2}, 10 * 2 * BLOCK) == {FULL: 10}
+    assert plan({FULL: 2}, 10 * 2 * BLOCK + 1) == {FULL: 10}
+    assert plan({FULL: 2}, 10 * 2 * BLOCK - 1) == {FULL: 9}
     assert plan({FULL: 2}, 1 << 30) == {FULL: 2 * 16}  # two requests of 64 tokens
 
 
 def test_windows_take_their_reach_for_every_request_and_one_step():
     assert plan({WINDOW: 1}, 1 << 30) == {WINDOW: 2 * (2 + 2) + 2}
     assert plan({WINDOW: 1}, 1 << 30, max_model_len=8) == {WINDOW: 2 * 2}  # no more than whole requests fill
-    assert plan({FULL: 1, WINDOW: 3}, (10 * 3 + 5) * PAGE) == {FULL: 5, WINDOW: 10}
+    assert plan({FULL: 1, WINDOW: 3}, (10 * 3 + 5) * BLOCK) == {FULL: 5, WINDOW: 10}
 
 
 def test_the_prefix_cache_gets_room_where_there_is_some():
-    assert plan({WINDOW: 1}, 20 * PAGE, enable_prefix_caching=True) == {WINDOW: 20}
-    assert plan({WINDOW: 1}, 20 * PAGE - 1, enable_prefix_caching=True) == {WINDOW: 10}
+    assert plan({WINDOW: 1}, 20 * BLOCK, enable_prefix_caching=True) == {WINDOW: 20}
+    assert plan({WINDOW: 1}, 20 * BLOCK - 1, enable_prefix_caching=True) == {WINDOW: 10}
     assert plan({FULL: 1}, 1 << 30, enable_prefix_caching=True) == {FULL: 2 * 2 * 16}
 
 
@@ -52,7 +52,7 @@ def test_num_blocks_bounds_every_group():
     ("layers", "least"), [({WINDOW: 1}, 10), ({FULL: 1}, 1), ({FULL: 1, WINDOW: 1}, 11), ({FULL: 1, WINDOW: 2}, 21)]
 )
 def test_too_small_a_budget_is_refused(layers, least, prefixes):
-    plan(layers, least * PAGE, enable_prefix_caching=prefixes)
+    plan(layers, least * BLOCK, enable_prefix_caching=prefixes)
     with pytest.raises(ConfigError, match="max_num_seqs=2: the state of so many requests does not fit") as caught:
-        plan(layers, least * PAGE - 1, enable_prefix_caching=prefixes)
+        plan(layers, least * BLOCK - 1, enable_prefix_caching=prefixes)
     assert "give fewer" in str(caught.value) and "\n" not in str(caught.value)

@@ -55,7 +55,7 @@ def checkpoint(request, tmp_path_factory):
 
 
 def engine(folder, **options):
-    # As many pages as any test needs: left to itself an engine takes all memory, and tests could not share a GPU.
+    # As many blocks as any test needs: left to itself an engine takes all memory, and tests could not share a GPU.
     llm = LLM(folder, **{"device": "cuda", "dtype": "bfloat16", "max_num_seqs": 16, "num_blocks": 512, **options})
     llm.engine.memory.poison()
     return llm
@@ -119,7 +119,7 @@ def test_requests_that_need_more_than_the_graph_gives(checkpoint):
     expected = everything(engine(checkpoint, enforce_eager=True).generate(prompts, params, use_tqdm=False))
     llm = engine(checkpoint)
     assert everything(llm.generate(prompts, params, use_tqdm=False)) == expected
-    assert llm.stats()["pages_used"] == 0
+    assert llm.stats()["blocks_used"] == 0
 
 
 def test_preemption_and_prefixes_with_graphs(checkpoint):
@@ -234,7 +234,7 @@ class TestPlacements:
                 assert mine[token].logprob == pytest.approx(theirs[token].logprob, abs=2e-3)
 
     def test_graphs_of_one_set_of_mixers_leave_those_of_another_as_they_are(self, supernet, monkeypatch):
-        """To the bit, in memory that they share, with more sets than are kept."""
+        """To the bit, in memory that they chunk, with more sets than are kept."""
         monkeypatch.setattr(runner, "_KEPT_GRAPHS", 2)
         llm = engine(supernet, mixed_placements=True, enable_prefix_caching=False)
         sets = (MIXED[:2], MIXED[1:], MIXED, MIXED[::2])

@@ -86,7 +86,7 @@ def provoke_races(monkeypatch, rng):
         monkeypatch.setattr(torch, name, filled)
 
 
-class Oracle:
+class ReferenceModel:
     """Greedy answers and log-probabilities of one request at a time, on the CPU."""
 
     def __init__(self, folder):
@@ -168,7 +168,7 @@ def one_round(folder, kind, rng, oracle):
 
 def test_random_requests_with_delays_get_what_they_get_alone(kind, folder, monkeypatch):
     rng = random.Random(f"{kind} {os.environ.get('LAMELLA_FUZZ_SEED', '0')}")
-    oracle, compared, rounds = Oracle(folder), 0, 0
+    oracle, compared, rounds = ReferenceModel(folder), 0, 0
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline or not compared:
         with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Images in prompts: what `transformers` computes of them, on every path; whose rows and pages are whose."""
+"""Images in prompts: what `transformers` computes of them, on every path; whose rows and blocks are whose."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_no_field_of_any_kind_fails_inside_a_step(llm, value):
         fields = {"temperature": 0.7, field: value}
         outputs, error = attempt(lambda fields=fields: complete(llm, **fields), ParameterError)
         assert is_one_line(error) if error else all(output.finish_reason in ("length", "stop") for output in outputs)
-    assert not llm.engine.has_work and not llm.engine.state.holdings
+    assert not llm.engine.has_work and not llm.engine.state.allocations
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_leaving_a_stream_early_cancels_the_request(llm):
     assert llm.stats()["running"] == 1
     stream.close()
     stats = llm.stats()
-    assert stats["running"] == stats["waiting"] == stats["pages_used"] == stats["slots_used"] == 0
+    assert stats["running"] == stats["waiting"] == stats["blocks_used"] == stats["slots_used"] == 0
 
 
 def test_an_error_in_a_step_leaves_the_engine_usable(llm, monkeypatch):
@@ -157,7 +157,7 @@ def test_an_error_in_a_step_leaves_the_engine_usable(llm, monkeypatch):
         patch.setattr(llm.engine.runner, "launch", lambda step: (_ for _ in ()).throw(RuntimeError("device lost")))
         with pytest.raises(RuntimeError, match="device lost"):
             llm.generate([PROMPT] * 3, greedy(), use_tqdm=False)
-    assert llm.stats()["pages_used"] == 0
+    assert llm.stats()["blocks_used"] == 0
     assert llm.generate(PROMPT, greedy(), use_tqdm=False)[0].outputs[0].token_ids == expected
 
 
@@ -199,7 +199,7 @@ def test_a_bad_request_is_one_line_and_nothing_runs(llm, prompt, params, named):
 
 def test_a_request_that_the_pools_can_never_hold_is_refused(folder):
     llm = LLM(folder, device="cpu", num_blocks=4)
-    with pytest.raises(ParameterError, match=r"5 pages of 16 tokens, and num_blocks=4"):
+    with pytest.raises(ParameterError, match=r"5 blocks of 16 tokens, and num_blocks=4"):
         llm.generate({"prompt_token_ids": [1] * 60}, greedy(max_tokens=6), use_tqdm=False)
     assert llm.generate({"prompt_token_ids": [1] * 60}, greedy(max_tokens=5), use_tqdm=False)[0].finished
 

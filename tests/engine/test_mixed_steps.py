@@ -15,7 +15,7 @@ from apriel2_models import ATTENTION, MIXERS, SUPERNET, checkpoint, fixed, patte
 from helpers import random_prompts
 from lamella import LLM
 from lamella.engine.steps import graphs, runner
-from lamella.layers.context import ForwardBatch, PageView
+from lamella.layers.context import BlockView, ForwardBatch
 from lamella.layers.supernet.batches import CutPlacements, SelectedPart, SelectedPlacements, unite
 from lamella.ops.backend import portable_only
 from lamella.ops.ragged import RaggedBatch
@@ -42,15 +42,15 @@ def select_rows(llm: LLM) -> list[int]:
     inputs, counts = llm.engine.runner.inputs, []
     build = inputs.build
 
-    def selecting(shares, *arguments):
-        step = build(shares, *arguments)
+    def selecting(chunks, *arguments):
+        step = build(chunks, *arguments)
         cut = step.batch.placements
-        if cut is None or shares[-1].count != 1:
+        if cut is None or chunks[-1].count != 1:
             return step
         assert isinstance(cut, CutPlacements)
         union, said = unite(frozenset(cut.by_request))
         tables = torch.tensor([said[placement] for placement in cut.by_request], dtype=torch.int32).T
-        counts.append(len(shares))
+        counts.append(len(chunks))
         return replace(step, batch=replace(step.batch, placements=SelectedPlacements(union, tables)))
 
     inputs.build = selecting
@@ -86,13 +86,13 @@ def test_selected_rows_are_those_of_a_batch_that_is_cut(hybrid, placements, leng
 def test_rows_of_others_stand_on_the_dummies():
     """With one token of context, so that they cost next to nothing; one's own rows are as they were."""
     spec = PagedState(2, 16, torch.float32)
-    view = PageView(torch.tensor([[5, 7], [6, 8]]), torch.tensor([73, 66]), torch.empty(0), 8)
+    view = BlockView(torch.tensor([[5, 7], [6, 8]]), torch.tensor([73, 66]), torch.empty(0), 8)
     ragged = RaggedBatch.from_lengths([1, 1], [10, 3])
     part = SelectedPart.of(ForwardBatch(ragged, {spec: view}, torch.tensor([4, 9])), torch.tensor([False, True]), None)
     seen = part.batch
-    assert seen.pages is not None and seen.slots is not None
+    assert seen.blocks is not None and seen.slots is not None
     assert seen.ragged.seq_lens.tolist() == [10, 1] and seen.ragged.positions.tolist() == [9, 0]
-    assert seen.slots.tolist() == [4, 0] and seen.pages[spec].new_rows.tolist() == [73, 0]
+    assert seen.slots.tolist() == [4, 0] and seen.blocks[spec].slot_mapping.tolist() == [73, 0]
 
 
 class TestUnions:

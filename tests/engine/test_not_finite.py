@@ -131,12 +131,12 @@ def test_replayed_steps_see_nan_as_eager_ones_do(tmp_path, monkeypatch):
     real, victims = llm.engine.runner.launch, []
 
     def launch(step):
-        if len(step) == 3 and all(share.count == 1 for share in step) and not victims:
+        if len(step) == 3 and all(chunk.count == 1 for chunk in step) and not victims:
             victims.append(step[0].request)
-            page = llm.engine.state.holdings[step[0].request].pages[0][0]
+            block = llm.engine.state.allocations[step[0].request].blocks[0][0]
             for tensor in llm.engine.memory.tensors:
                 if tensor.shape[1:3] == (4, 2):  # keys and values
-                    tensor[page] = math.nan
+                    tensor[block] = math.nan
         return real(step)
 
     llm.engine.runner.launch = launch

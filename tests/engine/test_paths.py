@@ -46,7 +46,7 @@ def test_budgets_and_batch_sizes(checkpoint, expected, budget, seqs):
     llm = poisoned_llm(checkpoint, max_num_batched_tokens=budget, max_num_seqs=seqs)
     assert tokens(llm.generate(PROMPTS, PARAMS, use_tqdm=False)) == expected
     stats = llm.stats()
-    assert stats["pages_used"] == stats["slots_used"] == stats["preemptions"] == 0
+    assert stats["blocks_used"] == stats["slots_used"] == stats["preemptions"] == 0
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

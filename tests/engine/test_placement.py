@@ -20,8 +20,8 @@ from lamella.config import describe_placement, placed, read_placement
 from lamella.config.hf_config import HFConfig
 from lamella.config.placement import chosen_mixer
 from lamella.errors import ConfigError, ParameterError
-from lamella.layers.holders import PagedAttention
-from lamella.layers.supernet.placing import active_holders
+from lamella.layers.state_modules import PagedAttention
+from lamella.layers.supernet.placing import find_active_state_modules
 from lamella.models import Apriel2ForCausalLM
 
 PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=VOCAB)
@@ -76,8 +76,12 @@ def test_layers_compute_in_the_memory_of_the_placement_in_force(supernet):
     for placement in (C, B, C, A, B):
         llm.set_placement(placement)
         bound = []
-        for holder in active_holders(llm.engine.model, llm.placement):
-            bound += [holder.k_cache, holder.v_cache] if isinstance(holder, PagedAttention) else holder.rows
+        for state_module in find_active_state_modules(llm.engine.model, llm.placement):
+            bound += (
+                [state_module.k_cache, state_module.v_cache]
+                if isinstance(state_module, PagedAttention)
+                else state_module.rows
+            )
         own = llm.engine.memory.tensors
         assert [(x.data_ptr(), x.shape) for x in bound] == [(x.data_ptr(), x.shape) for x in own]
 
@@ -104,11 +108,11 @@ def test_state_is_kept_for_the_active_mixers_only(supernet):
     attention = llm.stats()
     llm.set_placement(A)
     gdn = llm.stats()
-    assert [group["window"] for group in attention["page_groups"]] == [None] and gdn["page_groups"] == []
+    assert [group["window"] for group in attention["block_groups"]] == [None] and gdn["block_groups"] == []
     heads, key_dim, value_dim, channels = 4, 8, 16, 2 * 2 * 8 + 4 * 16
     assert llm.engine.cost.bytes_per_request == 3 * 4 * (heads * key_dim * value_dim + 3 * channels)
     llm.set_placement("all-sliding_window")
-    assert [group["window"] for group in llm.stats()["page_groups"]] == [6]
+    assert [group["window"] for group in llm.stats()["block_groups"]] == [6]
 
 
 @pytest.mark.parametrize("running", ["finish", "recompute"])
@@ -176,7 +180,7 @@ def test_a_placement_that_does_not_fit_changes_nothing(supernet, alone):
     stream = llm.stream(PROMPTS[1], PARAMS)
     next(stream)
     llm.engine.options.__dict__["num_blocks"] = 2
-    with pytest.raises(ConfigError, match="placement: request 0 would not fit: prompt and max_tokens need 3 pages"):
+    with pytest.raises(ConfigError, match="placement: request 0 would not fit: prompt and max_tokens need 3 blocks"):
         llm.set_placement("all-attention", running="recompute")
     assert [output.outputs[0].token_ids for output in stream][-1] == alone[A][1][0]
 
@@ -371,7 +375,7 @@ def test_a_stream_begun_after_a_switch_runs_under_the_placement_in_force(superne
         for stream in own:
             with pytest.raises(ParameterError, match=r"^placement='all-gdn': the engine keeps state for"):
                 next(stream)
-    assert llm.stats()["pages_used"] == 0 and not llm.engine.has_work
+    assert llm.stats()["blocks_used"] == 0 and not llm.engine.has_work
     # Nothing was keyed under the other placement.
     assert tokens_of_all(llm) == tokens(alone[B])
     llm.set_placement(A)
@@ -391,7 +395,7 @@ def test_a_stream_whose_request_no_longer_fits_is_refused_when_it_begins(superne
     llm = engine(supernet, placement="all-gdn")  # no blocks at all
     long = llm.stream(random_prompts([300])[0], PARAMS)
     llm.set_placement("all-attention")
-    llm.engine.state.page_pools[0].capacity = 3
+    llm.engine.state.block_pools[0].capacity = 3
     with pytest.raises(ParameterError, match="num_blocks"):
         next(long)
 

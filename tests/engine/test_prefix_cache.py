@@ -38,8 +38,8 @@ MODELS = {
     "canon": lambda folder: canon_checkpoint(folder, qk_norm=True),
     "hybrid": hybrid_checkpoint,
 }
-PAGE = 4
-DEFAULTS = {"block_size": PAGE, "max_num_seqs": 4, "max_num_batched_tokens": 24, "snapshot_prompts": "always"}
+BLOCK = 4
+DEFAULTS = {"block_size": BLOCK, "max_num_seqs": 4, "max_num_batched_tokens": 24, "snapshot_prompts": "always"}
 GREEDY = {"temperature": 0, "ignore_eos": True}
 
 
@@ -93,7 +93,7 @@ def same(ours, theirs) -> bool:
 
 @covering({"model": list(MODELS), "dtype": ["float32", "bfloat16"]}, strength=1)
 def test_every_path_is_right_with_states(model, dtype, tmp_path):
-    """The kit's matrix: hits at and inside pages, of running requests, evicted, after preemption, in conversations."""
+    """The kit's matrix: hits at and inside blocks, of running requests, evicted, after preemption, in conversations."""
     MODELS[model](tmp_path)
     matrix = paths(tmp_path, dtype=dtype, device="cpu", prompts="random", count=1, prompt_len=40, decode_len=8)
     assert not matrix.failures, matrix.failures
@@ -111,7 +111,7 @@ def test_the_generic_recurrent_mixer_is_right(tmp_path):
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data())
 def test_random_interleavings_of_requests_that_share_beginnings(folder, data):
-    """20 and more requests of a small family, some cancelled, in a pool so small that pages are evicted and requests
+    """20 and more requests of a small family, some cancelled, in a pool so small that blocks are evicted and requests
     preempted."""
     rng = random.Random(data.draw(st.integers(0, 2**32)))
     roots = [words(rng.randrange(3), rng.randrange(1, 60)) for _ in range(3)]
@@ -121,7 +121,7 @@ def test_random_interleavings_of_requests_that_share_beginnings(folder, data):
         prompts.append(ids(root[: rng.randrange(1, len(root) + 1)], words(rng.randrange(50), rng.randrange(1, 20))))
     lengths = [rng.randrange(1, 12) for _ in prompts]
     params = [SamplingParams(**GREEDY, max_tokens=length, logprobs=1) for length in lengths]
-    blocks = max(-(-(len(p["prompt_token_ids"]) + n) // PAGE) for p, n in zip(prompts, lengths, strict=True)) + 3
+    blocks = max(-(-(len(p["prompt_token_ids"]) + n) // BLOCK) for p, n in zip(prompts, lengths, strict=True)) + 3
     options = {"max_num_batched_tokens": rng.choice([3, 7, 16, 64]), "max_num_seqs": rng.choice([1, 3, 6])}
     plain = make_llm(folder, enable_prefix_caching=False).generate(prompts, params, use_tqdm=False)
     llm = make_llm(folder, num_blocks=blocks, snapshot_bytes=rng.choice([0, 20_000, 10**7]), **options)
@@ -131,11 +131,11 @@ def test_random_interleavings_of_requests_that_share_beginnings(folder, data):
     assert same(llm.generate(prompts, params, use_tqdm=False), plain)
     assert same(llm.generate(prompts[::-1], params[::-1], use_tqdm=False), plain[::-1])
     stats = llm.stats()
-    assert stats["pages_used"] == stats["slots_used"] == 0
+    assert stats["blocks_used"] == stats["slots_used"] == 0
 
 
 def test_hits_are_as_long_as_every_kind_of_state_allows(folder):
-    """Of 30 shared tokens 28 fill pages. Slot state is at hand where chunks of 24 end, and at the last page of a
+    """Of 30 shared tokens 28 fill blocks. Slot state is at hand where chunks of 24 end, and at the last block of a
     prompt."""
     llm, system = make_llm(folder), words(1, 30)
     expected = [0, 24, 28, 28] if llm.engine.cost.slots else [0, 28, 28, 28]
@@ -166,7 +166,7 @@ def test_a_conversation_finds_its_own_answers(folder):
         plain = generate(make_llm(folder, enable_prefix_caching=False), [ids(history)], max_tokens=13)
         ours = generate(llm, [ids(history)], max_tokens=13)
         assert same(ours, plain)
-        assert ours[0].num_cached_tokens == computed // PAGE * PAGE
+        assert ours[0].num_cached_tokens == computed // BLOCK * BLOCK
         computed = len(history) + 12  # the last token that came is in no state yet
         history = history + ours[0].outputs[0].token_ids + words(50 + turn, 5)
 
@@ -207,7 +207,7 @@ def test_the_statistics_add_up(folder):
     stats = llm.stats()
     cached = sum(output.num_cached_tokens for output in outputs)
     assert cached == 3 * 28 == stats["prefix_hit_tokens"] and stats["prefix_hit_rate"] == cached / (4 * 32)
-    assert stats["prefix_cached_pages"] == sum(group["cached"] for group in stats["page_groups"]) > 0
+    assert stats["prefix_cached_blocks"] == sum(group["cached"] for group in stats["block_groups"]) > 0
     snapshots = bool(llm.engine.cost.slots)
     assert bool(stats["prefix_snapshots"]) == snapshots
     assert stats["prefix_snapshot_bytes"] == stats["prefix_snapshots"] * llm.engine.cost.bytes_per_request
@@ -225,20 +225,20 @@ def test_snapshots_keep_to_their_budget(canon):
     assert stats["slots"] == 2
 
 
-def test_a_window_gives_pages_back_while_it_runs(tmp_path):
+def test_a_window_gives_blocks_back_while_it_runs(tmp_path):
     MODELS["windowed"](tmp_path)
     llm = make_llm(tmp_path, enable_prefix_caching=False)
     most = {}
     for _ in llm.stream(ids(words(1, 60)), SamplingParams(**GREEDY, max_tokens=60)):
-        for group in llm.stats()["page_groups"]:
+        for group in llm.stats()["block_groups"]:
             most[group["window"]] = max(most.get(group["window"], 0), group["used"])
-    assert most[None] == 30 and most[7] <= (24 + 7) // PAGE + 2
+    assert most[None] == 30 and most[7] <= (24 + 7) // BLOCK + 2
 
 
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"block_size": 512, "max_model_len": 512}, "no prompt of max_model_len=512 fills a page of block_size=512"),
+        ({"block_size": 512, "max_model_len": 512}, "no prompt of max_model_len=512 fills a block of block_size=512"),
         ({"snapshot_bytes": 0}, "no snapshot of the"),
     ],
 )
@@ -250,15 +250,15 @@ def test_a_setting_that_cannot_hit_says_so_once(canon, options, line, caplog):
     assert caplog.text.count(line) == 1
 
 
-def test_prompts_shorter_than_a_page_are_said_once(canon, caplog):
+def test_prompts_shorter_than_a_block_are_said_once(canon, caplog):
     with caplog.at_level(logging.WARNING, logger="lamella"):
         llm = make_llm(canon, block_size=32)
         for i in range(40):
             generate(llm, [ids(words(i, 9))], max_tokens=1)
-    assert caplog.text.count("the first 32 prompts are no longer than a page") == 1
+    assert caplog.text.count("the first 32 prompts are no longer than a block") == 1
 
 
-def test_the_last_page_of_a_prompt_costs_no_step(canon):
+def test_the_last_block_of_a_prompt_costs_no_step(canon):
     prompts = [ids(words(i, 31)) for i in range(2)]
     for policy, steps, cached in (("always", 6, 28), ("busy", 6, 0), ("never", 6, 0)):
         llm = make_llm(canon, snapshot_prompts=policy, max_num_batched_tokens=512)
@@ -275,9 +275,9 @@ def test_the_last_page_of_a_prompt_costs_no_step(canon):
 def test_a_convolutions_state_is_copied_from_its_input(canon, whole, monkeypatch):
     """In place of computing it piece by piece, which is for windows that begin before their chunk."""
     if whole:
-        monkeypatch.setattr("lamella.layers.holders.segments", lambda batch: pytest.fail("pieces"))
+        monkeypatch.setattr("lamella.layers.state_modules.segments", lambda batch: pytest.fail("pieces"))
     else:
-        monkeypatch.setattr("lamella.layers.holders.windows", lambda batch, length: None)
+        monkeypatch.setattr("lamella.layers.state_modules.windows", lambda batch, length: None)
     llm, plain = make_llm(canon, max_num_batched_tokens=512), make_llm(canon, enable_prefix_caching=False)
     for number, cached in enumerate((0, 52, 60)):
         prompts = [ids(words(0, 60), words(number + 2, 5)), ids(words(1, 60), words(number + 2, 7))]
@@ -289,14 +289,14 @@ def test_a_convolutions_state_is_copied_from_its_input(canon, whole, monkeypatch
 def test_a_window_that_begins_before_its_chunk_is_computed_in_pieces():
     ragged = RaggedBatch.from_lengths([9, 4, 5], [9, 10, 11])
     slots = torch.tensor([0, 1, 2])
-    tokens, targets = windows(ForwardBatch(ragged, slots=slots, cuts=(((4, 7), (8, 8)), (), ((3, 9),))), 3)
+    tokens, targets = windows(ForwardBatch(ragged, slots=slots, snapshots=(((4, 7), (8, 8)), (), ((3, 9),))), 3)
     # Position p stands in row p % 3: positions 1 to 3 and 5 to 7 of the first request, 6 to 8 of the third.
     assert tokens.tolist() == [[3, 1, 2], [6, 7, 5], [13, 14, 15]] and targets.tolist() == [7, 8, 9]
-    assert windows(ForwardBatch(ragged, slots=slots, cuts=((), ((2, 7),), ((3, 9),))), 3) is None
+    assert windows(ForwardBatch(ragged, slots=slots, snapshots=((), ((2, 7),), ((3, 9),))), 3) is None
 
 
 def test_a_second_request_hits_by_default(folder):
-    llm = LLM(folder, device="cpu", num_blocks=64, max_num_seqs=4, block_size=PAGE, max_model_len=200)
+    llm = LLM(folder, device="cpu", num_blocks=64, max_num_seqs=4, block_size=BLOCK, max_model_len=200)
     for number in (1, 2):
         (output,) = generate(llm, [ids(words(0, 60), words(number, 9))])
         assert output.num_cached_tokens == 0 if number == 1 else output.num_cached_tokens >= 40
@@ -323,9 +323,9 @@ def test_bad_settings_are_one_line(canon):
 
 
 def test_states_are_those_of_computing(folder):
-    """Not only what comes out: every page and slot of a request that started with a hit."""
+    """Not only what comes out: every block and slot of a request that started with a hit."""
     model = LLM(folder, device="cpu").engine.model
-    options = {"block_size": PAGE, "num_blocks": 64, "max_num_seqs": 2}
+    options = {"block_size": BLOCK, "num_blocks": 64, "max_num_seqs": 2}
     sequence = split(words(9, 50), 3)
     plain = ForcedEngine(model, options, torch.device("cpu")).score([sequence])[0]
     cached = ForcedEngine(model, options | {"enable_prefix_caching": True}, torch.device("cpu"))

@@ -61,7 +61,7 @@ def test_the_same_outputs(checkpoint, options, penalties):
         assert result(outputs) == result(expected)
         assert logprobs(outputs) == pytest.approx(logprobs(expected), abs=1e-4)
         stats = llm.stats()
-        assert stats["pages_used"] == stats["slots_used"] == 0
+        assert stats["blocks_used"] == stats["slots_used"] == 0
         assert not llm.engine.has_work
     if "num_blocks" in options:
         assert stats["preemptions"] > 0
@@ -99,4 +99,4 @@ def test_conversations_find_their_answers_and_cancelling_loses_nothing(checkpoin
     assert result(llm.generate(PROMPTS[:3], params, use_tqdm=False)) == result(
         plain.generate(PROMPTS[:3], params, use_tqdm=False)
     )
-    assert llm.stats()["pages_used"] == 0 and not llm.engine.has_work
+    assert llm.stats()["blocks_used"] == 0 and not llm.engine.has_work

@@ -20,13 +20,13 @@ from lamella.state.spec import PagedState
 
 pytestmark = pytest.mark.unit
 
-PAGE = 4
+BLOCK = 4
 FULL = PagedState(1, 8, torch.float32)
 WINDOWED = PagedState(1, 8, torch.float32, window=6)
 
 
-def make_scheduler(pages: int, seqs: int, budget: int, groups: tuple[PagedState, ...] = (FULL, WINDOWED)) -> Scheduler:
-    state = StateManager(groups, [pages] * len(groups), seqs, PAGE)
+def make_scheduler(blocks: int, seqs: int, budget: int, groups: tuple[PagedState, ...] = (FULL, WINDOWED)) -> Scheduler:
+    state = StateManager(groups, [blocks] * len(groups), seqs, BLOCK)
     return Scheduler(state, seqs, budget, None, "always")
 
 
@@ -38,28 +38,28 @@ def run_step(scheduler: Scheduler) -> list[Request]:
     """One step with a model whose every token is its position; the requests that ended."""
     step = scheduler.schedule()
     seen = set()
-    for share in step:
-        assert share.request not in seen, "a request was scheduled twice in a step"
-        seen.add(share.request)
-        assert share.count >= 1
-        assert share.start == share.request.num_computed
-        holding = scheduler.state.holdings[share.request]
+    for chunk in step:
+        assert chunk.request not in seen, "a request was scheduled twice in a step"
+        seen.add(chunk.request)
+        assert chunk.count >= 1
+        assert chunk.start == chunk.request.num_computed
+        allocation = scheduler.state.allocations[chunk.request]
         for index, group in enumerate(scheduler.state.groups):
-            first = group.first_visible(share.start) // PAGE
-            needed = holding.pages[index][first : scheduler.state.pages_for(share.start + share.count)]
-            assert len(needed) == scheduler.state.pages_for(share.start + share.count) - first
-            assert 0 not in needed, "a page that the step needs has been given back"
-    assert sum(share.count for share in step) <= scheduler.max_num_batched_tokens
+            first = group.first_visible(chunk.start) // BLOCK
+            needed = allocation.blocks[index][first : scheduler.state.blocks_for(chunk.start + chunk.count)]
+            assert len(needed) == scheduler.state.blocks_for(chunk.start + chunk.count) - first
+            assert 0 not in needed, "a block that the step needs has been given back"
+    assert sum(chunk.count for chunk in step) <= scheduler.max_num_batched_tokens
     assert len(scheduler.running) <= scheduler.max_num_seqs
     scheduler.computed(step)
     scheduler.state.check_integrity()
     ended = []
-    for share in step:
-        if share.samples or share.request.num_computed == share.request.num_tokens:
-            share.request.output_token_ids.append(share.request.num_tokens)
-            if len(share.request.output_token_ids) == share.request.max_tokens:
-                scheduler.finish(share.request)
-                ended.append(share.request)
+    for chunk in step:
+        if chunk.samples or chunk.request.num_computed == chunk.request.num_tokens:
+            chunk.request.output_token_ids.append(chunk.request.num_tokens)
+            if len(chunk.request.output_token_ids) == chunk.request.max_tokens:
+                scheduler.finish(chunk.request)
+                ended.append(chunk.request)
     return ended
 
 
@@ -67,8 +67,8 @@ def test_everything_is_free_at_the_end_and_each_request_ended_once():
     rng = random.Random(0)
     steps = 0
     for _ in range(60):
-        seqs, budget, pages = rng.randint(1, 6), rng.randint(1, 20), rng.randint(16, 40)
-        scheduler = make_scheduler(pages, seqs, budget)
+        seqs, budget, blocks = rng.randint(1, 6), rng.randint(1, 20), rng.randint(16, 40)
+        scheduler = make_scheduler(blocks, seqs, budget)
         alive: dict[str, Request] = {}
         outcomes: dict[str, str] = {}
         arrivals = rng.randint(5, 40)
@@ -91,14 +91,14 @@ def test_everything_is_free_at_the_end_and_each_request_ended_once():
                 outcomes[request.request_id] = "done"
                 del alive[request.request_id]
             steps += 1
-        for pool in (*scheduler.state.page_pools, scheduler.state.slot_pool):
+        for pool in (*scheduler.state.block_pools, scheduler.state.slot_pool):
             assert pool.num_free == pool.capacity
-        assert not scheduler.state.holdings
+        assert not scheduler.state.allocations
     assert steps > 5000
 
 
 def test_the_oldest_request_moves_in_every_step():
-    scheduler = make_scheduler(pages=12, seqs=4, budget=7)
+    scheduler = make_scheduler(blocks=12, seqs=4, budget=7)
     for index in range(20):
         scheduler.add(make_request(str(index), 20, 15))
     while scheduler.has_work:
@@ -110,7 +110,7 @@ def test_the_oldest_request_moves_in_every_step():
 
 
 def test_requests_start_in_order_of_arrival():
-    scheduler = make_scheduler(pages=100, seqs=3, budget=8)
+    scheduler = make_scheduler(blocks=100, seqs=3, budget=8)
     requests = [make_request(str(index), 5, 4) for index in range(9)]
     for request in requests:
         scheduler.add(request)
@@ -121,7 +121,7 @@ def test_requests_start_in_order_of_arrival():
 
 
 def test_a_long_prompt_does_not_stop_the_decodes():
-    scheduler = make_scheduler(pages=200, seqs=4, budget=8)
+    scheduler = make_scheduler(blocks=200, seqs=4, budget=8)
     decoding = make_request("decoding", 2, 50)
     scheduler.add(decoding)
     run_step(scheduler)
@@ -143,13 +143,13 @@ class Fuzz:
         groups = [PagedState(1, 8, torch.float32, window=window) for window in windows]
         seqs, budget = rng.randint(1, 5), rng.choice([1, 2, 5, 9, 16, 40])
         self.longest = rng.choice([9, 24, 60])
-        probe = StateManager(groups, [1] * len(groups), 1, PAGE)
+        probe = StateManager(groups, [1] * len(groups), 1, BLOCK)
         spare = rng.choice([0, 1, 3, 8, 30])
-        pages = [
-            probe.peak_pages(index, self.longest, min(self.longest, budget)) + rng.randint(0, spare)
+        blocks = [
+            probe.peak_blocks(index, self.longest, min(self.longest, budget)) + rng.randint(0, spare)
             for index in range(len(groups))
         ]
-        self.state = StateManager(groups, pages, seqs + rng.choice([0, 1, 4]), PAGE, slots)
+        self.state = StateManager(groups, blocks, seqs + rng.choice([0, 1, 4]), BLOCK, slots)
         self.scheduler = Scheduler(self.state, seqs, budget, rng.choice([None, None, 1, 3]), "always")
         self.texts: list[list[int]] = [[]]
         self.alive: dict[Request, int] = {}  # in order of arrival, with the step by which it must have ended
@@ -173,10 +173,10 @@ class Fuzz:
         self.state.take_copies()
         scheduler.computed(step)
         self.steps += 1
-        for share in step:
-            request = share.request
-            assert request.num_computed == share.start + share.count <= request.num_tokens
-            if share.samples:
+        for chunk in step:
+            request = chunk.request
+            assert request.num_computed == chunk.start + chunk.count <= request.num_tokens
+            if chunk.samples:
                 request.output_token_ids.append(rng.randint(0, 1))
                 if len(request.output_token_ids) == request.max_tokens:
                     self._end(request, "done")
@@ -190,26 +190,32 @@ class Fuzz:
             self.state.check_integrity()
 
     def _pools(self) -> list[tuple[Pool, set[int]]]:
-        holdings = self.state.holdings.values()
-        held = [{page for h in holdings for page in h.pages[index]} - {0} for index in range(len(self.state.groups))]
-        pools = [*self.state.page_pools, self.state.slot_pool]
+        allocations = self.state.allocations.values()
+        held = [
+            {block for h in allocations for block in h.blocks[index]} - {0} for index in range(len(self.state.groups))
+        ]
+        pools = [*self.state.block_pools, self.state.slot_pool]
         return list(
-            zip(pools, [*held, {slot for h in holdings for slot in (h.slot, *(s for s, _ in h.planned))}], strict=True)
+            zip(
+                pools,
+                [*held, {slot for h in allocations for slot in (h.slot, *(s for s, _ in h.planned))}],
+                strict=True,
+            )
         )
 
     def _check(self, step: list[Scheduled], known: list[Request], before: tuple[int, int]) -> None:
         scheduler, state, left = self.scheduler, self.state, self.scheduler.max_num_batched_tokens
         assert [*scheduler.running, *scheduler.waiting] == list(self.alive), "not in order of arrival"
-        assert len(scheduler.running) <= scheduler.max_num_seqs and len(state.holdings) == len(scheduler.running)
-        assert [share.request for share in step] == scheduler.running[: len(step)], "a share that skips an older one"
+        assert len(scheduler.running) <= scheduler.max_num_seqs and len(state.allocations) == len(scheduler.running)
+        assert [chunk.request for chunk in step] == scheduler.running[: len(step)], "a share that skips an older one"
         started = 0
-        for share in step:
-            request, start, stop = share.request, share.start, share.start + share.count
+        for chunk in step:
+            request, start, stop = chunk.request, chunk.start, chunk.start + chunk.count
             assert start == request.num_computed < stop <= min(request.num_tokens, start + left)
-            assert share.samples == (stop == request.num_tokens)
+            assert chunk.samples == (stop == request.num_tokens)
             if request not in known:
                 cacheable = self.caching and request.prefix_root is not None and not request.needs_prompt_logprobs
-                assert start % PAGE == 0 and (cacheable or start == 0)
+                assert start % BLOCK == 0 and (cacheable or start == 0)
                 if request.num_preemptions == 0:
                     assert request.num_cached_tokens == start
                     started += start
@@ -218,31 +224,31 @@ class Fuzz:
             if not self.slots or request.prefix_root is None:
                 assert stop == full
             else:
-                last_page = (len(request.prompt_token_ids) - 1) // PAGE * PAGE
+                last_block = (len(request.prompt_token_ids) - 1) // BLOCK * BLOCK
                 in_prompt = start < len(request.prompt_token_ids) and scheduler.snapshot_interval is not None
-                every = PAGE * scheduler.snapshot_interval if in_prompt else 10**9
+                every = BLOCK * scheduler.snapshot_interval if in_prompt else 10**9
                 at_interval = (start // every + 1) * every
                 wanted = {
-                    last_page,
+                    last_block,
                     request.branch,
                     *({at_interval} if at_interval < len(request.prompt_token_ids) else ()),
                 }
-                planned = [position for position, _ in share.snapshots]
+                planned = [position for position, _ in chunk.snapshots]
                 inside = {cut for cut in wanted if start < cut < stop}
-                keys = request.page_keys(PAGE, stop)
+                keys = request.block_keys(BLOCK, stop)
                 for cut in inside - set(planned):
-                    there = state.slot_pool.find(keys[cut // PAGE - 1]) is not None
+                    there = state.slot_pool.find(keys[cut // BLOCK - 1]) is not None
                     assert there or state.slot_pool.num_free <= scheduler.max_num_seqs, "a snapshot's place passed"
-                assert planned == sorted(set(planned)) and all(start < p < stop and p % PAGE == 0 for p in planned)
-                assert stop == request.num_tokens or stop % PAGE == 0 or stop // PAGE * PAGE <= start, (
-                    "a page's end passed"
+                assert planned == sorted(set(planned)) and all(start < p < stop and p % BLOCK == 0 for p in planned)
+                assert stop == request.num_tokens or stop % BLOCK == 0 or stop // BLOCK * BLOCK <= start, (
+                    "a block's end passed"
                 )
-                assert stop == full or (full < request.num_tokens and full - stop < PAGE), "cut for nothing"
-            left -= share.count
-            holding = state.holdings[request]
-            for group, pages in zip(state.groups, holding.pages, strict=True):
-                assert len(pages) == -(-stop // PAGE)
-                assert 0 not in pages[group.first_visible(start) // PAGE :], "a page that the step needs"
+                assert stop == full or (full < request.num_tokens and full - stop < BLOCK), "cut for nothing"
+            left -= chunk.count
+            allocation = state.allocations[request]
+            for group, blocks in zip(state.groups, allocation.blocks, strict=True):
+                assert len(blocks) == -(-stop // BLOCK)
+                assert 0 not in blocks[group.first_visible(start) // BLOCK :], "a block that the step needs"
         if left and scheduler.num_preemptions == before[0]:
             assert len(step) == len(scheduler.running), "somebody got nothing of a budget that is left"
         assert scheduler.num_cached_tokens == before[1] + started
@@ -284,12 +290,12 @@ def test_many_random_steps_lose_nothing_and_let_nobody_wait_for_ever(caching, sl
         while fuzz.alive:
             fuzz.step(arrivals=False)
         assert len(fuzz.ended) == fuzz.arrived
-        assert not fuzz.state.holdings and not fuzz.scheduler.has_work
+        assert not fuzz.state.allocations and not fuzz.scheduler.has_work
         fuzz.state.check_integrity()
         outcomes.update(fuzz.ended.values())
         steps, hits = steps + fuzz.steps, hits + fuzz.hits
         preemptions += fuzz.scheduler.num_preemptions
-        evictions += sum(pool.num_evictions for pool in (*fuzz.state.page_pools, fuzz.state.slot_pool))
+        evictions += sum(pool.num_evictions for pool in (*fuzz.state.block_pools, fuzz.state.slot_pool))
     assert outcomes["done"] > 1000 and outcomes["cancelled"] > 300 and preemptions > 500
     assert (hits > 1000 and evictions > 5000) if caching else (hits == evictions == 0)
 
@@ -297,8 +303,8 @@ def test_many_random_steps_lose_nothing_and_let_nobody_wait_for_ever(caching, sl
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 30)), min_size=1, max_size=12), st.integers(1, 30))
 def test_a_request_that_fits_alone_is_finished(shapes, budget):
-    pages = max(-(-(prompt + output) // PAGE) for prompt, output in shapes)
-    scheduler = make_scheduler(pages, seqs=3, budget=budget, groups=(FULL,))
+    blocks = max(-(-(prompt + output) // BLOCK) for prompt, output in shapes)
+    scheduler = make_scheduler(blocks, seqs=3, budget=budget, groups=(FULL,))
     for index, (prompt, output) in enumerate(shapes):
         scheduler.add(make_request(str(index), prompt, output))
     ended = []
@@ -313,25 +319,25 @@ def test_a_request_that_fits_alone_is_finished(shapes, budget):
 @given(st.integers(1, 200), st.integers(1, 64), st.integers(1, 40), st.sampled_from(["window", "chunk"]))
 def test_what_is_local_never_holds_more_than_its_peak(tokens, chunk, size, kind):
     group = PagedState(1, 8, torch.float32, **{kind: size})
-    state = StateManager([group], [1000], 1, PAGE)
-    peak = state.peak_pages(0, tokens, min(chunk, tokens))
+    state = StateManager([group], [1000], 1, BLOCK)
+    peak = state.peak_blocks(0, tokens, min(chunk, tokens))
     computed = 0
     while computed < tokens:
         target = min(tokens, computed + chunk)
         assert state.grow("r", target)
-        used = state.page_pools[0].capacity - state.page_pools[0].num_free
+        used = state.block_pools[0].capacity - state.block_pools[0].num_free
         assert used <= peak
         computed = target
         state.computed("r", computed)
         state.check_integrity()
     state.release("r")
-    assert state.page_pools[0].num_free == 1000
+    assert state.block_pools[0].num_free == 1000
 
 
 def test_giving_back_a_free_place_is_refused():
-    state = StateManager([FULL], [4], 2, PAGE)
+    state = StateManager([FULL], [4], 2, BLOCK)
     assert state.grow("r", 5)
-    pages = state.holdings["r"].pages[0]
+    blocks = state.allocations["r"].blocks[0]
     state.release("r")
     with pytest.raises(AssertionError, match="is nobody's"):
-        state.page_pools[0].free(pages)
+        state.block_pools[0].free(blocks)

@@ -16,13 +16,13 @@ from lamella.state.manager import StateManager
 from lamella.state.spec import PagedState
 
 pytestmark = pytest.mark.unit
-PAGE = 4
+BLOCK = 4
 GROUPS = (PagedState(1, 8, torch.float32), PagedState(1, 8, torch.float32, window=6))
 
 
 @pytest.fixture
 def state():
-    return StateManager(GROUPS, (40, 40), 6, PAGE, has_slot_state=True)
+    return StateManager(GROUPS, (40, 40), 6, BLOCK, has_slot_state=True)
 
 
 def request_of(state, name, length, computed=0, **params):
@@ -49,41 +49,41 @@ class PromptLengths(StepFeature):
         return {"given": tensors["lengths"]}
 
 
-def filled(state, shares, pads, latest=None, features=(), listed=0):
+def filled(state, chunks, pads, latest=None, features=(), listed=0):
     """A block that held something else before."""
     features = StepFeatures(features)
-    inputs, forms = StepInputs(state, 64, torch.device("cpu"), None, features), features.forms(shares, replay=False)
-    tokens, rows = sum(share.count for share in shares) + pads, len(shares) + pads
-    layout = Layout(rows, tokens, len(GROUPS), pages=6, extra=inputs.extra(forms, rows), listed=listed)
+    inputs, forms = StepInputs(state, 64, torch.device("cpu"), None, features), features.forms(chunks, replay=False)
+    tokens, rows = sum(chunk.count for chunk in chunks) + pads, len(chunks) + pads
+    layout = Layout(rows, tokens, len(GROUPS), blocks=6, extra=inputs.extra(forms, rows), listed=listed)
     block = np.full(layout.spans()[1], 0x7B, np.uint8)
     arrays = layout.arrays(block)
-    inputs.fill(arrays, shares, latest or {}, forms)
+    inputs.fill(arrays, chunks, latest or {}, forms)
     return arrays
 
 
 def test_padding_rows_are_requests_of_one_token_on_the_dummies(state):
     first, second = (request_of(state, name, length, length - 1) for name, length in (("a", 5), ("b", 9)))
-    shares = [Scheduled.of(first, 4, 1), Scheduled.of(second, 8, 1)]
-    arrays = filled(state, shares, pads=2, features=[PromptLengths()])
-    assert arrays["slots"].tolist() == [state.holdings[first].slot, state.holdings[second].slot, 0, 0]
+    chunks = [Scheduled.of(first, 4, 1), Scheduled.of(second, 8, 1)]
+    arrays = filled(state, chunks, pads=2, features=[PromptLengths()])
+    assert arrays["slots"].tolist() == [state.allocations[first].slot, state.allocations[second].slot, 0, 0]
     assert arrays["positions"].tolist() == [4, 8, 0, 0]
     assert arrays["seq_lens"].tolist() == [5, 9, 1, 1]
     assert arrays["token_request"].tolist() == [0, 1, 2, 3]
     assert arrays["query_start_loc"].tolist() == [0, 1, 2, 3, 4]
     assert arrays["input_ids"].tolist() == [54, 98, 0, 0]
     assert arrays["lengths"].tolist() == [105, 109, 0, 0]
-    assert arrays["page_table"][:, 2:, 0].tolist() == [[0, 0], [0, 0]]
-    assert arrays["new_rows"][:, 2:].tolist() == [[0, 0], [0, 0]]
+    assert arrays["block_table"][:, 2:, 0].tolist() == [[0, 0], [0, 0]]
+    assert arrays["slot_mapping"][:, 2:].tolist() == [[0, 0], [0, 0]]
     for name in ("seed", "step", "top_k", "temperature", "top_p", "min_p"):
         assert arrays[name][2:].tolist() == [0, 0], name
 
 
 def test_rows_of_several_tokens_and_pending_ones(state):
     decoding, prompt = request_of(state, "a", 6, 5, top_k=3, seed=5, temperature=0.5), request_of(state, "b", 7)
-    decoding.num_pending = 1
+    decoding.num_in_flight = 1
     assert state.grow(decoding, 7)
-    shares = [Scheduled.of(decoding, 6, 1), Scheduled.of(prompt, 0, 5)]
-    arrays = filled(state, shares, pads=0, latest={decoding: 2})
+    chunks = [Scheduled.of(decoding, 6, 1), Scheduled.of(prompt, 0, 5)]
+    arrays = filled(state, chunks, pads=0, latest={decoding: 2})
     assert arrays["input_ids"].tolist() == [-3, 70, 71, 72, 73, 74]
     assert arrays["positions"].tolist() == [6, 0, 1, 2, 3, 4]
     assert arrays["token_request"].tolist() == [0, 1, 1, 1, 1, 1]
@@ -93,30 +93,30 @@ def test_rows_of_several_tokens_and_pending_ones(state):
     assert arrays["top_k"].tolist() == [3, 0] and arrays["temperature"].tolist() == [0.5, 1.0]
     assert arrays["seed"].tolist() == [-7, -7]
     for group in range(len(GROUPS)):
-        for share, start in zip(shares, (0, 1), strict=True):
-            pages = state.holdings[share.request].pages[group]
-            rows = [pages[p // PAGE] * PAGE + p % PAGE for p in range(share.start, share.start + share.count)]
-            assert arrays["new_rows"][group, start : start + share.count].tolist() == rows
-            index = shares.index(share)
-            assert arrays["page_table"][group, index, : len(pages)].tolist() == pages
+        for chunk, start in zip(chunks, (0, 1), strict=True):
+            blocks = state.allocations[chunk.request].blocks[group]
+            rows = [blocks[p // BLOCK] * BLOCK + p % BLOCK for p in range(chunk.start, chunk.start + chunk.count)]
+            assert arrays["slot_mapping"][group, start : start + chunk.count].tolist() == rows
+            index = chunks.index(chunk)
+            assert arrays["block_table"][group, index, : len(blocks)].tolist() == blocks
 
 
 def test_the_blocks_of_prompts_are_listed_one_prompt_after_the_other(state):
     decoding, short, long = request_of(state, "a", 6, 5), request_of(state, "b", 3), request_of(state, "c", 9)
-    shares = [Scheduled.of(decoding, 5, 1), Scheduled.of(short, 0, 3), Scheduled.of(long, 0, 9)]
-    arrays = filled(state, shares, pads=0, listed=1 + 3)
+    chunks = [Scheduled.of(decoding, 5, 1), Scheduled.of(short, 0, 3), Scheduled.of(long, 0, 9)]
+    arrays = filled(state, chunks, pads=0, listed=1 + 3)
     for group in range(len(GROUPS)):
-        pages = [state.holdings[request].pages[group] for request in (short, long)]
-        assert arrays["page_list"][group].tolist() == [*pages[0], *pages[1]]
+        blocks = [state.allocations[request].blocks[group] for request in (short, long)]
+        assert arrays["block_list"][group].tolist() == [*blocks[0], *blocks[1]]
 
 
 def test_the_step_built_for_attention_kernels_lists_the_blocks_of_prompts_only(state):
     decoding, prompt = request_of(state, "a", 6, 5), request_of(state, "b", 9)
     space = AttentionSpace(4, 64, torch.device("cpu"))
-    shares = [Scheduled.of(decoding, 5, 1), Scheduled.of(prompt, 0, 9)]
+    chunks = [Scheduled.of(decoding, 5, 1), Scheduled.of(prompt, 0, 9)]
     for attention, count in ((None, 0), (space, 3)):
-        step = StepInputs(state, 64, torch.device("cpu"), attention).build(shares, {})
-        assert {view.page_list.numel() for view in step.batch.pages.values()} == {count}
+        step = StepInputs(state, 64, torch.device("cpu"), attention).build(chunks, {})
+        assert {view.block_list.numel() for view in step.batch.blocks.values()} == {count}
         assert step.batch.ragged.num_decodes == 1 and step.batch.ragged.query_lens == (1, 9)
         assert step.batch.ragged.context_lens == (6, 9)
 
@@ -125,15 +125,15 @@ def test_a_slot_that_another_request_takes_over_brings_its_own_blocks_and_parame
     inputs = StepInputs(state, 64, torch.device("cpu"), None)
     first = request_of(state, "a", 9, 8, temperature=0.25)
     inputs.build([Scheduled.of(first, 8, 1)], {})
-    slot = state.holdings[first].slot
+    slot = state.allocations[first].slot
     state.release(first)
     second = request_of(state, "b", 2, 1, temperature=0.75)
-    assert state.holdings[second].slot == slot
+    assert state.allocations[second].slot == slot
     step = inputs.build([Scheduled.of(second, 1, 1)], {})
     assert step.sampling["temperature"].tolist() == [0.75]
-    for index, view in enumerate(step.batch.pages.values()):
-        pages = state.holdings[second].pages[index]
-        assert view.page_table[0, : len(pages)].tolist() == pages
+    for index, view in enumerate(step.batch.blocks.values()):
+        blocks = state.allocations[second].blocks[index]
+        assert view.block_table[0, : len(blocks)].tolist() == blocks
 
 
 @pytest.mark.parametrize("pads", [0, 1, 3])

@@ -131,7 +131,7 @@ def test_a_stream_may_be_read_by_another_thread_and_dropped_anywhere(llm, right)
 
     run_together(read, drop)
     assert found == [right[2]]
-    assert llm.stats()["running"] == llm.stats()["pages_used"] == 0
+    assert llm.stats()["running"] == llm.stats()["blocks_used"] == 0
 
 
 def test_a_stream_dropped_in_the_middle_of_a_step_is_cancelled_after_it(llm, right):
@@ -151,7 +151,7 @@ def test_a_stream_dropped_in_the_middle_of_a_step_is_cancelled_after_it(llm, rig
     finally:
         llm.engine.runner.launch = real
     assert output.outputs[0].token_ids == right[0]
-    assert llm.stats()["running"] == llm.stats()["pages_used"] == 0
+    assert llm.stats()["running"] == llm.stats()["blocks_used"] == 0
 
 
 def test_a_callback_inside_a_step_is_refused_and_harms_nobody(llm, right):

@@ -76,7 +76,7 @@ class TestEngineArguments:
                 engine_options({name: value})
 
     def test_a_number_of_blocks_by_vllms_name(self, folder):
-        assert LLM(folder, num_gpu_blocks_override=7).stats()["pages"] == 7
+        assert LLM(folder, num_gpu_blocks_override=7).stats()["blocks"] == 7
         with pytest.raises(ConfigError, match="contradicts"):
             LLM(folder, num_blocks=6, num_gpu_blocks_override=7)
         for both in ({"num_blocks": None}, {"num_blocks": 7}):

@@ -15,9 +15,9 @@ from lamella.layers.block_input import BlockInput
 from lamella.layers.canon import Canon
 from lamella.layers.context import forward_batch
 from lamella.layers.decoder import DecoderLayer, LanguageModel, plain_batch
-from lamella.layers.holders import PagedAttention
 from lamella.layers.norm import RMSNorm
 from lamella.layers.rotary import Positions
+from lamella.layers.state_modules import PagedAttention
 from lamella.ops.rotary import rotate
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -72,7 +72,7 @@ def watched(monkeypatch):
 def everyone(model: LanguageModel) -> set[object]:
     """The classes that compute something in `model`, and the rotation."""
     classes = {type(module) for module in model.modules() if "forward" in dir(type(module))}
-    return {cls for cls in classes if cls.__name__ not in ("ModuleList", "ConvHistory", "SlotHolder")} | {rotate}
+    return {cls for cls in classes if cls.__name__ not in ("ModuleList", "ConvHistory", "SlotStateModule")} | {rotate}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -96,14 +96,14 @@ def built(config: Mixer, hidden_size: int, dtype: torch.dtype = torch.float32) -
             parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
         elif "norm" in name:
             parameter.uniform_(0.5, 1.5, generator=generator)
-    specs = module.history.holder.specs
-    module.history.holder.bind(*(torch.full((SLOTS, *spec.shape), torch.nan, dtype=spec.dtype) for spec in specs))
+    specs = module.history.state_module.specs
+    module.history.state_module.bind(*(torch.full((SLOTS, *spec.shape), torch.nan, dtype=spec.dtype) for spec in specs))
     return module.eval()
 
 
 def rows(module: RecurrentMixer) -> tuple[Tensor, ...]:
     """The convolution's windows and the matrices of all slots."""
-    return module.history.holder.rows
+    return module.history.state_module.rows
 
 
 def tokens(lengths: Iterable[int], hidden_size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
@@ -124,12 +124,12 @@ def step(module: nn.Module, pieces: Sequence[Tensor], seen: Sequence[int], slots
 def run(module: nn.Module, xs: Sequence[Tensor], bounds: Sequence[Sequence[int]], slots: Sequence[int]) -> list[Tensor]:
     """The outputs of requests that come in pieces, each cut at its own `bounds`; phase after phase."""
     outputs: list[list[Tensor]] = [[] for _ in xs]
-    cuts = [list(pairwise((0, *each))) for each in bounds]
-    for phase in range(max(map(len, cuts))):
-        there = [r for r in range(len(xs)) if phase < len(cuts[r])]
-        there.sort(key=lambda r: cuts[r][phase][1] - cuts[r][phase][0] > 1)
-        pieces = [xs[r][slice(*cuts[r][phase])] for r in there]
-        found = step(module, pieces, [cuts[r][phase][0] for r in there], [slots[r] for r in there])
+    snapshots = [list(pairwise((0, *each))) for each in bounds]
+    for phase in range(max(map(len, snapshots))):
+        there = [r for r in range(len(xs)) if phase < len(snapshots[r])]
+        there.sort(key=lambda r: snapshots[r][phase][1] - snapshots[r][phase][0] > 1)
+        pieces = [xs[r][slice(*snapshots[r][phase])] for r in there]
+        found = step(module, pieces, [snapshots[r][phase][0] for r in there], [slots[r] for r in there])
         for r, piece in zip(there, found, strict=True):
             outputs[r].append(piece)
     return [torch.cat(each) for each in outputs]
@@ -205,12 +205,12 @@ def test_short_prompts_in_every_combination(name):
 def test_every_split(name):
     """Of seven tokens, all 64 ways to cut them; and a longer prompt, cut near the bounds of chunks and windows."""
     module = built(SMALL[name], 256)
-    cuts = [[p for p in range(1, 8) if p == 7 or (mask >> (p - 1)) & 1] for mask in range(64)]
-    cuts += [[p, 70] for p in (1, 2, KERNEL - 1, KERNEL, 17, 31, 32, 33, 47, 62, 63, 64, 65, 66, 67, 68, 69)]
+    snapshots = [[p for p in range(1, 8) if p == 7 or (mask >> (p - 1)) & 1] for mask in range(64)]
+    snapshots += [[p, 70] for p in (1, 2, KERNEL - 1, KERNEL, 17, 31, 32, 33, 47, 62, 63, 64, 65, 66, 67, 68, 69)]
     for length in (7, 70):
         (x,) = tokens([length], 256)
         (expected,) = step(module, [x], [0], [0])
-        for bounds in (each for each in cuts if each[-1] == length):
+        for bounds in (each for each in snapshots if each[-1] == length):
             (found,) = run(module, [x], [bounds], [3])
             same(found, expected, 2e-4)
             for row in rows(module):
@@ -248,8 +248,8 @@ def test_strangers_in_the_batch_change_nothing(name, dtype):
     bounds = phases(20, 3, 17)
     (alone,) = run(module, [x], [bounds], [0])
     strangers = tokens([31, 3, 90], 256, dtype, seed=1)
-    cuts = [[5, 6, 7, 20, 31], [1, 2, 3], [1, 2, 66, 67, 90]]
-    (among, *_) = run(module, [x, *strangers], [bounds, *cuts], [4, 2, 8, 5])
+    snapshots = [[5, 6, 7, 20, 31], [1, 2, 3], [1, 2, 66, 67, 90]]
+    (among, *_) = run(module, [x, *strangers], [bounds, *snapshots], [4, 2, 8, 5])
     same(among, alone, 2e-6 if dtype == torch.float32 else 2e-2)
     for row in rows(module):
         same(row[4], row[0], 2e-6 if dtype == torch.float32 else 2e-2)

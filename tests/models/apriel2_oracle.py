@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-class Apriel2Oracle:
+class Apriel2ReferenceModel:
     """Logits (1, S, V) of ids (1, S). `placement` names the mixer of each stochastic layer, else the main one."""
 
     def __init__(self, folder: Path, placement: list[str] | None = None) -> None:

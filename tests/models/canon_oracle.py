@@ -62,7 +62,7 @@ def from_lingua_name(name: str) -> str:
     return f"model.layers.{index}.{LINGUA[part]}.{leaf}"
 
 
-class CanonOracle:
+class CanonReferenceModel:
     """`oracle(ids (1, S))` gives logits (1, S, V)."""
 
     def __init__(self, tensors: dict[str, Tensor], config: dict) -> None:

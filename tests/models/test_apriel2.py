@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from apriel2_oracle import Apriel2Oracle
+from apriel2_oracle import Apriel2ReferenceModel
 
 from apriel2_models import ATTENTION, MIXERS, SUPERNET, checkpoint, fixed, pattern
 from covering import covering, mostly_slow
@@ -57,13 +57,13 @@ PLACEMENTS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_a_plain_forward_is_the_oracles(tmp_path, name):
     folder = checkpoint(tmp_path, MODELS[name])
-    assert_plain_parity(folder, Apriel2Oracle(folder), LENGTHS)
+    assert_plain_parity(folder, Apriel2ReferenceModel(folder), LENGTHS)
 
 
 @pytest.mark.parametrize("name", ["gdn", "kda", "mamba", "hybrid", "sliding window"])
 def test_the_engine_is_the_oracles(tmp_path, name):
     folder = checkpoint(tmp_path, MODELS[name])
-    assert_engine_parity(folder, Apriel2Oracle(folder), (1, 3, 40, 70), count=4)
+    assert_engine_parity(folder, Apriel2ReferenceModel(folder), (1, 3, 40, 70), count=4)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -72,7 +72,7 @@ def test_a_placement_chooses_the_mixers(tmp_path, placement):
     model = load_model(open_checkpoint(folder), dtype="float32")
     model.set_placement(placement)
     ids = torch.randint(0, 128, (1, 15))
-    expected = Apriel2Oracle(folder, PLACEMENTS[placement])(ids)
+    expected = Apriel2ReferenceModel(folder, PLACEMENTS[placement])(ids)
     assert (logprobs(plain_logits(model, ids)) - logprobs(expected)).abs().max() <= 1e-4
 
 
@@ -80,7 +80,7 @@ def test_the_double_bias_of_mamba_shows(tmp_path):
     """The control of the one formula that looks like a mistake: with a single bias the oracle differs."""
     folder = checkpoint(tmp_path, MODELS["mamba"])
     ids = torch.randint(0, 128, (1, 12))
-    oracle = Apriel2Oracle(folder)
+    oracle = Apriel2ReferenceModel(folder)
     expected = logprobs(oracle(ids))
     for layer in range(2):
         oracle.tensors[f"model.decoder.blocks.{layer}.mixer.dt_proj.bias"] /= 2
@@ -133,4 +133,4 @@ def test_two_thousand_decode_steps_do_not_drift(tmp_path, name):
 @pytest.mark.parametrize("length", [50, 51, 59, 60, 70])
 def test_prompts_at_which_a_published_plugin_strayed(tmp_path, length):
     folder = checkpoint(tmp_path, MODELS["gdn"])
-    assert_engine_parity(folder, Apriel2Oracle(folder), [length], count=4)
+    assert_engine_parity(folder, Apriel2ReferenceModel(folder), [length], count=4)

@@ -62,13 +62,13 @@ class TestRotary:
         for index in range(8):
             frequency = 1e4 ** (-index / 8)
             length = 2 * math.pi / frequency
-            share = (1024 / length - 2.0) / (8.0 - 2.0)
+            partition = (1024 / length - 2.0) / (8.0 - 2.0)
             if length < 1024 / 8.0:
                 expected.append(frequency)
             elif length > 1024 / 2.0:
                 expected.append(frequency / 4.0)
             else:
-                expected.append((1 - share) * frequency / 4.0 + share * frequency)
+                expected.append((1 - partition) * frequency / 4.0 + partition * frequency)
         assert expected[2] == 1e4 ** (-2 / 8) and 4 * expected[7] == 1e4 ** (-7 / 8)
         torch.testing.assert_close(inverse_frequencies(rope), torch.tensor(expected))
         assert self.rope(type="llama3", theta=1e4).scaling == Llama3Scaling(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers import assert_engine_parity, assert_plain_parity, canon_checkpoint, logprobs
-from models.canon_oracle import CanonOracle, read_hf
+from models.canon_oracle import CanonReferenceModel, read_hf
 
 LENGTHS = (1, 2, 5, 70, 300)
 SUBSETS = ["".join(letters) for count in range(5) for letters in combinations("ABCD", count)]
@@ -44,7 +44,7 @@ CASES = {f"set {letters or 'empty'}": {"canon_set": letters} for letters in SUBS
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
     folder = canon_checkpoint(tmp_path_factory.mktemp("canon"), **CASES[request.param])
-    return folder, CanonOracle(*read_hf(folder))
+    return folder, CanonReferenceModel(*read_hf(folder))
 
 
 def test_plain_forward(case):
@@ -72,5 +72,7 @@ def test_the_options_matter(change, tmp_path):
     """An implementation that ignored one of them would not pass the tests above."""
     tensors, config = read_hf(canon_checkpoint(tmp_path, qk_norm=True))
     ids = torch.arange(100)[None]
-    difference = logprobs(CanonOracle(tensors, config | change)(ids)) - logprobs(CanonOracle(tensors, config)(ids))
+    difference = logprobs(CanonReferenceModel(tensors, config | change)(ids)) - logprobs(
+        CanonReferenceModel(tensors, config)(ids)
+    )
     assert difference.abs().max() > 0.1

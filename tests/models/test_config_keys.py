@@ -22,7 +22,7 @@ from lamella.config.hf_config import HFConfig
 from lamella.errors import ConfigError
 from lamella.layers.rotary import Rotary, inverse_frequencies
 from lamella.models import LlamaCanonForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM
-from lamella.parity.oracle import _frequencies
+from lamella.parity.reference_model import _frequencies
 
 BASE = SHAPE | {"head_dim": 16}
 CLASSES = {"llama": LlamaForCausalLM, "qwen3": Qwen3ForCausalLM, "canon": LlamaCanonForCausalLM}

@@ -56,7 +56,7 @@ CASES = {
     "explicit no_rope_layers": {"no_rope_layers": [0, 1, 1, 0]},
     "explicit layer_types": {"layer_types": ["full_attention", "chunked_attention", "chunked_attention"] * 2},
     "chunk beyond the text": {"attention_chunk_size": 4096},
-    "chunk that no page ends with": {"attention_chunk_size": 21},
+    "chunk that no block ends with": {"attention_chunk_size": 21},
     "temperature off": {"attn_temperature_tuning": False},
     "one kv head, tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
 }

@@ -168,16 +168,16 @@ def read_nothing(config):
     raise AssertionError
 
 
-HELD = Architecture("Held", read_nothing)
+PINNED = Architecture("Held", read_nothing)
 
 
 def test_other_processes_get_the_path_of_a_description():
-    register_architecture("Held", HELD)
+    register_architecture("Held", PINNED)
     register_architecture("Stripes", STRIPES)
     register_architecture("Path", "elsewhere:PATH")
     register_architecture("Local", Architecture("Local", read_nothing))
     paths = registry.registered()
-    assert paths["Held"] == f"{__name__}:HELD" and paths["Stripes"] == f"{__name__}:STRIPES"
+    assert paths["Held"] == f"{__name__}:PINNED" and paths["Stripes"] == f"{__name__}:STRIPES"
     assert paths["Path"] == "elsewhere:PATH" and paths["llama"] == "lamella.models.llama:LLAMA"
     assert "Local" not in paths
 
@@ -193,10 +193,10 @@ def test_ranks_of_a_description_that_no_module_holds_are_refused(tmp_path):
 def test_a_description_is_the_same_under_each_of_its_paths():
     for target in (LlamaForCausalLM, LlamaForCausalLM.description, "lamella.models.llama:LLAMA"):
         register_architecture("LlamaForCausalLM", target)
-    register_architecture("Held", HELD)
-    register_architecture("Held", replace(HELD))  # the module was executed again
+    register_architecture("Held", PINNED)
+    register_architecture("Held", replace(PINNED))  # the module was executed again
     with pytest.raises(ConfigError, match="is registered already"):
-        register_architecture("Held", replace(HELD, name="Other"))
+        register_architecture("Held", replace(PINNED, name="Other"))
 
 
 def test_the_same_again_is_harmless():

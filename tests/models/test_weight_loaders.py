@@ -16,7 +16,7 @@ from lamella.errors import CheckpointError, ConfigError
 from lamella.layers.local_kit import LocalKit
 from lamella.models import MODEL_REGISTRY, LlamaForCausalLM, architectures
 from lamella.parallel.group import Group
-from lamella.parallel.sharding import Share
+from lamella.parallel.sharding import Partition
 
 SIZE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 
@@ -48,7 +48,7 @@ def folder(request, tmp_path_factory):
 @pytest.mark.parametrize("rank", [None, 0, 1])
 def test_a_loading_loop_fills_the_model_as_the_loader_does(folder, rank):
     checkpoint = open_checkpoint(folder)
-    group = None if rank is None else Group(Share(rank, 2))
+    group = None if rank is None else Group(Partition(rank, 2))
     model = checkpoint.allocate(checkpoint.read_config(), LocalKit(torch.float32, group=group))
     for parameter in model.parameters():
         parameter.data.fill_(torch.nan)

@@ -41,10 +41,10 @@ class Case:
         self.generator = torch.Generator().manual_seed(seed)
         count, size = self.batch.num_requests, torch.Size(state_shape).numel()
         self.slots = (torch.randperm(count + 2, generator=self.generator)[:count] + 1).to(device)
-        self.pages = torch.full((count + 3, size + 24), torch.nan, device=device)
+        self.blocks = torch.full((count + 3, size + 24), torch.nan, device=device)
         for slot, new, total in zip(self.slots, *batch, strict=True):
             if new < total:
-                self.pages[slot, 8 : 8 + size] = self.random(size)
+                self.blocks[slot, 8 : 8 + size] = self.random(size)
         self.state_shape, self.span = state_shape, slice(8, 8 + size)
         self.operands: dict[str, torch.Tensor] = {}
 
@@ -56,28 +56,28 @@ class Case:
         return rows_apart(self.random(self.batch.num_tokens, *shape).to(self.dtype), 8)
 
     def state(self):
-        """A copy of the pages, and the slots in them."""
-        pages = self.pages.clone()
-        return pages, pages[:, self.span].unflatten(1, self.state_shape)
+        """A copy of the blocks, and the slots in them."""
+        blocks = self.blocks.clone()
+        return blocks, blocks[:, self.span].unflatten(1, self.state_shape)
 
     def run(self, function, remembering=True, **changes):
-        """The outputs, and the pages after them; no operand has changed."""
+        """The outputs, and the blocks after them; no operand has changed."""
         operands = {**self.operands, **changes}
         before = {name: x if x is None else x.clone() for name, x in operands.items()}
-        pages, state = self.state()
+        blocks, state = self.state()
         memory = {"state": RecurrentState(state, self.slots)} if remembering else {}
         with torch.inference_mode():
             y = function(**operands, batch=self.batch, **memory)
         for name, x in operands.items():
             assert x is None or same(x, before[name]), name
-        return y, pages
+        return y, blocks
 
-    def check_pages(self, pages):
+    def check_blocks(self, blocks):
         """Nothing was written beside the slots of the batch, and these are finite."""
-        inside = torch.zeros_like(pages, dtype=torch.bool)
+        inside = torch.zeros_like(blocks, dtype=torch.bool)
         inside[self.slots, self.span] = True
-        assert pages[inside].isfinite().all()
-        assert same(pages[~inside], self.pages[~inside])
+        assert blocks[inside].isfinite().all()
+        assert same(blocks[~inside], self.blocks[~inside])
 
 
 class DeltaCase(Case):
@@ -128,9 +128,9 @@ def close(actual, expected, tolerance=1e-5, ulps=0):
 
 def pieces(case, function, cuts):
     """A batch of requests from their starts, in pieces: `cuts[r]` are the numbers of tokens that r has in each turn
-    (0: it sits the turn out, and decodes come first). Returns the outputs in the order of `case.batch`, and the pages
+    (0: it sits the turn out, and decodes come first). Returns the outputs in the order of `case.batch`, and the blocks
     after them."""
-    pages, state = case.state()
+    blocks, state = case.state()
     starts = case.batch.query_start_loc[:-1].tolist()
     done, outputs = [0] * len(cuts), [[] for _ in cuts]
     tokens = ("q", "k", "v", "decay", "beta", "x", "dt", "b", "c", "z")
@@ -151,4 +151,4 @@ def pieces(case, function, cuts):
         for r, n, part in zip(active, counts, y.split(counts), strict=True):
             outputs[r].append(part)
             done[r] += n
-    return torch.cat([part for parts in outputs for part in parts]), pages
+    return torch.cat([part for parts in outputs for part in parts]), blocks

@@ -1,4 +1,4 @@
-"""Attention over pages against the plain formula: any mixture of decodes and chunks, windows, poisoned pools."""
+"""Attention over blocks against the plain formula: any mixture of decodes and chunks, windows, poisoned pools."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lamella.ops import attention
 from lamella.ops.attention import reference, sdpa
-from lamella.ops.attention.chunks import pieces, seen_pages
+from lamella.ops.attention.chunks import pieces, seen_blocks
 from lamella.ops.operands import PagedCache
 from lamella.ops.ragged import RaggedBatch
 
@@ -26,7 +26,7 @@ def cases(draw):
         "kv_heads": draw(st.sampled_from([1, 2, 3])),
         "group": draw(st.sampled_from([1, 2, 5])),
         "dim": draw(st.sampled_from([8, 16, 24, 64])),
-        "page": draw(st.sampled_from([1, 4, 16])),
+        "block": draw(st.sampled_from([1, 4, 16])),
         **dict(zip(("window", "chunk"), draw(st.sampled_from(SIGHTS)), strict=True)),
         "seed": draw(st.integers(0, 2**31)),
     }
@@ -52,22 +52,22 @@ def truth(q, keys, values, new, scale, window, chunk=None):
 
 
 def paged(case, dtype):
-    """Random requests in pages; whatever no query may see is NaN, or points nowhere."""
+    """Random requests in blocks; whatever no query may see is NaN, or points nowhere."""
     generator = torch.Generator().manual_seed(case["seed"])
-    page, kv_heads, dim = case["page"], case["kv_heads"], case["dim"]
-    counts = [-(-n // page) for n in case["context"]]
+    block, kv_heads, dim = case["block"], case["kv_heads"], case["dim"]
+    counts = [-(-n // block) for n in case["context"]]
     order = (torch.randperm(sum(counts), generator=generator) + 1).tolist()
-    k_cache, v_cache = (torch.full((sum(counts) + 1, page, kv_heads, dim), torch.nan, dtype=dtype) for _ in range(2))
+    k_cache, v_cache = (torch.full((sum(counts) + 1, block, kv_heads, dim), torch.nan, dtype=dtype) for _ in range(2))
     table = torch.zeros(len(counts), max(counts) + 2, dtype=torch.int32)
     queries, keys, values = [], [], []
     for r, (new, length) in enumerate(zip(case["new"], case["context"], strict=True)):
-        pages = [order.pop() for _ in range(counts[r])]
-        table[r, : len(pages)] = torch.tensor(pages)
+        blocks = [order.pop() for _ in range(counts[r])]
+        table[r, : len(blocks)] = torch.tensor(blocks)
         k, v = (torch.randn(length, kv_heads, dim, generator=generator).to(dtype) for _ in range(2))
         visible = first_seen(length - new, case["window"], case["chunk"])
         for p in range(visible, length):
-            k_cache[pages[p // page], p % page], v_cache[pages[p // page], p % page] = k[p], v[p]
-        table[r, : visible // page] = 0
+            k_cache[blocks[p // block], p % block], v_cache[blocks[p // block], p % block] = k[p], v[p]
+        table[r, : visible // block] = 0
         queries.append(torch.randn(new, kv_heads * case["group"], dim, generator=generator).to(dtype))
         keys.append(k)
         values.append(v)
@@ -97,7 +97,7 @@ def test_paged_attention(implementation, case):
 
 @pytest.mark.parametrize(("window", "chunk"), [(None, None), (3, None), (None, 3), (None, 1), (None, 7)])
 @pytest.mark.parametrize("lengths", [[4, 4], [1, 7, 3], [5]])
-def test_causal_attention_without_pages(lengths, window, chunk):
+def test_causal_attention_without_blocks(lengths, window, chunk):
     torch.manual_seed(0)
     q, k, v = torch.randn(sum(lengths), 6, 16), torch.randn(sum(lengths), 2, 16), torch.randn(sum(lengths), 2, 16)
     batch = RaggedBatch.from_lengths(lengths, lengths)
@@ -122,18 +122,18 @@ def test_write_kv_writes_its_rows_and_no_other():
 
 
 @settings(max_examples=60, deadline=None)
-@given(case=cases(), pages=st.integers(1, 4))
+@given(case=cases(), blocks=st.integers(1, 4))
 @torch.inference_mode()
-def test_chunks_are_requests_of_their_own(case, pages):
-    """What a library that knows no chunks is given: every chunk as a request, with the pages that it sees."""
-    page = case["page"]
-    case |= {"window": None, "chunk": page * pages}
+def test_chunks_are_requests_of_their_own(case, blocks):
+    """What a library that knows no chunks is given: every chunk as a request, with the blocks that it sees."""
+    block = case["block"]
+    case |= {"window": None, "chunk": block * blocks}
     queries, _, _, cache, batch = paged(case, torch.float32)
     lengths = case["new"], case["context"]
-    listed = torch.cat([row[: -(-n // page)] for row, n in zip(cache.block_table, case["context"], strict=True)])
-    listed = listed[seen_pages(*lengths, case["chunk"], page)]
+    listed = torch.cat([row[: -(-n // block)] for row, n in zip(cache.block_table, case["context"], strict=True)])
+    listed = listed[seen_blocks(*lengths, case["chunk"], block)]
     cut = pieces(*lengths, case["chunk"])
-    counts = [-(-piece.length // page) for piece in cut]
+    counts = [-(-piece.length // block) for piece in cut]
     rows = torch.nn.utils.rnn.pad_sequence(list(listed.split(counts)), batch_first=True)
     apart = RaggedBatch.from_lengths([piece.new for piece in cut], [piece.length for piece in cut])
     q = torch.cat(queries)

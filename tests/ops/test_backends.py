@@ -49,7 +49,7 @@ class Inputs:
     def random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
 
-    def wide(self, *shape: int) -> Tensor:
+    def draw_fp32(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(self.device)
 
     def conv(self, channels: int) -> tuple[Tensor, ConvWeights, RaggedBatch, ConvState]:
@@ -58,7 +58,7 @@ class Inputs:
         return self.random(self.batch.num_tokens, channels), weights, self.batch, state
 
     def norm(self, width: int) -> ResidualNorm:
-        return ResidualNorm(self.random(self.batch.num_tokens, width), self.wide(width), 1e-5)
+        return ResidualNorm(self.random(self.batch.num_tokens, width), self.draw_fp32(width), 1e-5)
 
     def cache(self) -> PagedCache:
         table = torch.tensor([[3, 1, 5], [2, 0, 0], [4, 6, 7]], dtype=torch.int32, device=self.device)
@@ -69,8 +69,10 @@ class Inputs:
 
     def steps(self) -> QKVSteps:
         tokens = self.batch.num_tokens
-        norms = HeadNorms(self.wide(16), self.wide(16), 1e-5)
-        return QKVSteps(HeadSizes(4, 2, 16), norms, Rope(self.wide(tokens, 8), self.wide(tokens, 8), False))
+        norms = HeadNorms(self.draw_fp32(16), self.draw_fp32(16), 1e-5)
+        return QKVSteps(
+            HeadSizes(4, 2, 16), norms, Rope(self.draw_fp32(tokens, 8), self.draw_fp32(tokens, 8), False)
+        )
 
     def plan(self) -> AttentionPlan | None:
         if self.native:
@@ -89,19 +91,23 @@ class Inputs:
         return (self.random(3, 40),)
 
     def of_rms_norm(self) -> Arguments:
-        return self.random(3, 40), self.wide(40), 1e-5
+        return self.random(3, 40), self.draw_fp32(40), 1e-5
 
     def of_add_rms_norm(self) -> Arguments:
         return self.random(self.batch.num_tokens, 40), self.norm(40)
 
     def of_gated_rms_norm(self) -> Arguments:
-        return self.random(3, 2, 16), self.random(3, 2, 16), self.wide(16), 1e-5, "sigmoid"
+        return self.random(3, 2, 16), self.random(3, 2, 16), self.draw_fp32(16), 1e-5, "sigmoid"
 
     def of_rotate(self) -> Arguments:
-        return self.random(3, 4, 16), self.random(3, 2, 16), Rope(self.wide(3, 6), self.wide(3, 6), True)
+        return (
+            self.random(3, 4, 16),
+            self.random(3, 2, 16),
+            Rope(self.draw_fp32(3, 6), self.draw_fp32(3, 6), True),
+        )
 
     def of_angles(self) -> Arguments:
-        return torch.arange(9, device=self.device), self.wide(5), 1.5, 4
+        return torch.arange(9, device=self.device), self.draw_fp32(5), 1.5, 4
 
     def of_temperature(self) -> Arguments:
         return torch.arange(9, device=self.device), 0.5, 2
@@ -122,31 +128,37 @@ class Inputs:
     def of_linear(self) -> Arguments:
         return self.random(2, 64), self.random(24, 64) / 8, self.random(24)
 
-    def of_wide_linear(self) -> Arguments:
+    def of_fp32_linear(self) -> Arguments:
         return self.random(2, 64), self.random(24, 64) / 8
 
     def of_fused_linear(self) -> Arguments:
-        norm = ResidualNorm(self.random(2, 64), self.wide(64), 1e-5)
+        norm = ResidualNorm(self.random(2, 64), self.draw_fp32(64), 1e-5)
         conv = ConvWeights(self.random(24, 4), None, activation=False, residual=True)
         state = ConvState(self.random(4, 3, 24), self.slots[:2])
         step = ConvStep(conv, state, torch.tensor([4, 0], device=self.device))
         return self.random(2, 64), self.random(24, 64) / 8, self.random(24), True, norm, step
 
     def of_delta_rule(self) -> Arguments:
-        tokens, random, wide = self.batch.num_tokens, self.random, self.wide
+        tokens, random, draw_fp32 = self.batch.num_tokens, self.random, self.draw_fp32
         operands = random(tokens, 2, 16), random(tokens, 2, 16), random(tokens, 4, 8), random(tokens, 4)
-        state = RecurrentState(wide(4, 4, 16, 8), self.slots)
-        return *operands, random(tokens, 4), wide(4), wide(4), self.batch, state
+        state = RecurrentState(draw_fp32(4, 4, 16, 8), self.slots)
+        return *operands, random(tokens, 4), draw_fp32(4), draw_fp32(4), self.batch, state
 
     def of_selective_scan(self) -> Arguments:
-        tokens, random, wide = self.batch.num_tokens, self.random, self.wide
+        tokens, random, draw_fp32 = self.batch.num_tokens, self.random, self.draw_fp32
         inputs = random(tokens, 2, 16), random(tokens, 4, 16), random(tokens, 2, 8), random(tokens, 4, 8)
-        constants = wide(4, 16, 8), wide(4, 16), wide(4, 16)
-        return *inputs, random(tokens, 4, 16), *constants, self.batch, RecurrentState(wide(4, 4, 16, 8), self.slots)
+        constants = draw_fp32(4, 16, 8), draw_fp32(4, 16), draw_fp32(4, 16)
+        return (
+            *inputs,
+            random(tokens, 4, 16),
+            *constants,
+            self.batch,
+            RecurrentState(draw_fp32(4, 4, 16, 8), self.slots),
+        )
 
     def of_experts(self) -> Arguments:
         gate_up, down = self.random(5, 32, 16) / 4, self.random(5, 16, 16) / 4
-        return self.random(6, 16), self.wide(6, 5), 2, gate_up, down, self.random(6, 16)
+        return self.random(6, 16), self.draw_fp32(6, 5), 2, gate_up, down, self.random(6, 16)
 
     def of_causal_attention(self) -> Arguments:
         batch = RaggedBatch.from_lengths([2, 7], [2, 7], self.device)
@@ -163,7 +175,7 @@ class Inputs:
         qkv = self.random(self.batch.num_tokens, 8 * 16)
         return qkv, self.steps(), self.cache(), self.batch, 0.25, None, None, self.plan()
 
-    def of_pending_tokens(self) -> Arguments:
+    def of_placeholder_tokens(self) -> Arguments:
         return torch.tensor([5, -1, 7, -3, -2], device=self.device), torch.tensor([8, 9, -1], device=self.device)
 
 
@@ -250,9 +262,9 @@ X, WIDE = torch.zeros(2, 64, dtype=torch.bfloat16), torch.zeros(1, 20000)
         ("selective_scan", (X, torch.zeros(1, 1, 257)), "native", "native"),
         ("experts", (X,), "native", "torch"),
         ("norm_short_conv", (X,), "native", "composed"),
-        ("wide_linear", (X.float(), X), "native", "torch"),  # fp32 is not widened
-        ("wide_linear", (X[:0], X), "native", "torch"),
-        ("wide_linear", (X, X), "native", "native"),
+        ("fp32_linear", (X.float(), X), "native", "torch"),  # fp32 is not widened
+        ("fp32_linear", (X[:0], X), "native", "torch"),
+        ("fp32_linear", (X, X), "native", "native"),
         ("linear", (X[:0], X), "native", "torch"),
         ("linear", (torch.zeros(3, 64, dtype=torch.bfloat16), X), "triton", "torch"),  # more rows than the kernel takes
     ],

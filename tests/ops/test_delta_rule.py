@@ -49,11 +49,11 @@ def naive(case, state):
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_the_recurrence(form, batch, by_channel):
     case = DeltaCase(BATCHES[batch], (2, 4), (6, 5), by_channel, rate=1.0)
-    y, pages = case.run(FORMS[form])
-    expected_pages, state = case.state()
+    y, blocks = case.run(FORMS[form])
+    expected_blocks, state = case.state()
     close(y, naive(case, state).float())
-    close(pages, expected_pages)
-    case.check_pages(pages)
+    close(blocks, expected_blocks)
+    case.check_blocks(blocks)
 
 
 @GATES
@@ -63,11 +63,11 @@ def test_chunks_are_the_reference(heads, dims, rate, by_channel):
     """Whatever the length, and however fast heads forget: from a little to all at once, side by side."""
     case = DeltaCase(LONG["lengths"], heads, dims, by_channel, rate=rate)
     for remembering in (True, False):
-        (y, pages), (expected, expected_pages) = (case.run(FORMS[f], remembering) for f in ("chunks", "reference"))
+        (y, blocks), (expected, expected_blocks) = (case.run(FORMS[f], remembering) for f in ("chunks", "reference"))
         close(y, expected)
-        close(pages, expected_pages)
+        close(blocks, expected_blocks)
         if remembering:
-            case.check_pages(pages)
+            case.check_blocks(blocks)
 
 
 @GATES
@@ -75,9 +75,9 @@ def test_chunks_are_the_reference(heads, dims, rate, by_channel):
 def test_one_request_of_any_length(length, by_channel):
     for context in (length, length + 5):
         case = DeltaCase(([length], [context]), (1, 3), (10, 12), by_channel, rate=2.0)
-        (y, pages), (expected, expected_pages) = (case.run(FORMS[f]) for f in ("chunks", "reference"))
+        (y, blocks), (expected, expected_blocks) = (case.run(FORMS[f]) for f in ("chunks", "reference"))
         close(y, expected)
-        close(pages, expected_pages)
+        close(blocks, expected_blocks)
 
 
 @GATES
@@ -89,11 +89,11 @@ def test_any_cut_equals_the_whole(form, by_channel, data):
     cuts = [cut if any(cut) else [1] for cut in cuts]
     lengths = [sum(cut) for cut in cuts]
     case = DeltaCase((lengths, lengths), (1, 2), (9, 4), by_channel, rate=1.0)
-    whole, whole_pages = case.run(reference.delta_rule)
-    y, pages = pieces(case, FORMS[form], cuts)
+    whole, whole_blocks = case.run(reference.delta_rule)
+    y, blocks = pieces(case, FORMS[form], cuts)
     close(y, whole)
-    close(pages, whole_pages)
-    case.check_pages(pages)
+    close(blocks, whole_blocks)
+    case.check_blocks(blocks)
 
 
 @GATES
@@ -101,11 +101,11 @@ def test_any_cut_equals_the_whole(form, by_channel, data):
 @pytest.mark.parametrize("batch", BATCHES)
 def test_results_are_rounded_once(batch, dtype, by_channel):
     case = DeltaCase(BATCHES[batch], (2, 4), (16, 24), by_channel, dtype=dtype)
-    (y, pages), (expected, expected_pages) = (case.run(FORMS[f]) for f in ("fast", "reference"))
-    wide, _ = case.run(reference.delta_rule, **{n: x.float() for n, x in case.operands.items()})
-    assert same(expected, wide.to(dtype))
+    (y, blocks), (expected, expected_blocks) = (case.run(FORMS[f]) for f in ("fast", "reference"))
+    x_fp32, _ = case.run(reference.delta_rule, **{n: x.float() for n, x in case.operands.items()})
+    assert same(expected, x_fp32.to(dtype))
     close(y, expected, 1e-5, ulps=1)
-    close(pages, expected_pages)
+    close(blocks, expected_blocks)
 
 
 @GATES
@@ -114,11 +114,11 @@ def test_zero_keys_and_queries(form, by_channel):
     case = DeltaCase(BATCHES["mixed"], (2, 2), (8, 8), by_channel)
     tokens = torch.arange(case.batch.num_tokens)
     q, k = (case.operands[name].masked_fill((tokens % 3 == 0)[:, None, None], 0.0) for name in "qk")
-    y, pages = case.run(FORMS[form], q=q, k=k)
-    expected, expected_pages = case.run(reference.delta_rule, q=q, k=k)
+    y, blocks = case.run(FORMS[form], q=q, k=k)
+    expected, expected_blocks = case.run(reference.delta_rule, q=q, k=k)
     assert (y[::3] == 0).all()
     close(y, expected)
-    close(pages, expected_pages)
+    close(blocks, expected_blocks)
 
 
 @GATES
@@ -126,10 +126,10 @@ def test_zero_keys_and_queries(form, by_channel):
 def test_a_head_that_forgets_at_once_or_never(form, by_channel):
     """exp(a_log) of nearly 0 and of 1e30: each token sees all of the past, or none of it."""
     case = DeltaCase(([70, 70], [70, 90]), (1, 2), (8, 6), by_channel)
-    y, pages = case.run(FORMS[form], a_log=torch.tensor([-80.0, 70.0]))
-    expected, expected_pages = case.run(reference.delta_rule, a_log=torch.tensor([-80.0, 70.0]))
+    y, blocks = case.run(FORMS[form], a_log=torch.tensor([-80.0, 70.0]))
+    expected, expected_blocks = case.run(reference.delta_rule, a_log=torch.tensor([-80.0, 70.0]))
     close(y, expected)
-    close(pages, expected_pages)
+    close(blocks, expected_blocks)
     alone, _ = case.run(reference.delta_rule, a_log=torch.full((2,), -80.0))
     close(y[:, 0], alone[:, 0])
 
@@ -138,13 +138,13 @@ def test_a_head_that_forgets_at_once_or_never(form, by_channel):
 def test_a_request_does_not_notice_its_neighbours(by_channel):
     """A decode's bits are the same beside a prompt, and beside other decodes."""
     case = DeltaCase(BATCHES["mixed"], (2, 4), (16, 8), by_channel)
-    y, pages = case.run(delta_rule)
+    y, blocks = case.run(delta_rule)
     few = DeltaCase(([1, 1], [7, 1]), (2, 4), (16, 8), by_channel)
-    few.slots, few.pages = case.slots[:2], case.pages
+    few.slots, few.blocks = case.slots[:2], case.blocks
     few.operands = {n: x if n in ("a_log", "dt_bias") else x[:2] for n, x in case.operands.items()}
-    alone, alone_pages = few.run(delta_rule)
+    alone, alone_blocks = few.run(delta_rule)
     assert torch.equal(y[:2], alone)
-    assert torch.equal(pages[few.slots, few.span], alone_pages[few.slots, few.span])
+    assert torch.equal(blocks[few.slots, few.span], alone_blocks[few.slots, few.span])
 
 
 def test_out_is_where_the_result_goes():
@@ -158,7 +158,7 @@ def test_out_is_where_the_result_goes():
 def test_a_request_without_a_new_token_keeps_its_state():
     """Steps that are padded to a fixed number of requests have such."""
     case = DeltaCase(([5, 2], [9, 2]), (1, 2), (8, 8), False)
-    y, pages = case.run(cpu.delta_rule)
+    y, blocks = case.run(cpu.delta_rule)
     batch = case.batch
     case.batch = replace(
         batch,
@@ -168,6 +168,6 @@ def test_a_request_without_a_new_token_keeps_its_state():
     )
     case.slots = torch.cat((case.slots, torch.tensor([0])))
     for form in FORMS.values():
-        padded, padded_pages = case.run(form)
+        padded, padded_blocks = case.run(form)
         close(padded, y)
-        close(padded_pages[1:], pages[1:])
+        close(padded_blocks[1:], blocks[1:])

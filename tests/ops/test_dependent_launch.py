@@ -30,8 +30,8 @@ from mixed_steps import mixed_llm, stand_ins, with_graphs
 
 # Every module with kernels, so that all of them are there to be patched.
 for op in (
-    "attention.triton attention.triton_few attention.triton_prefill delta_rule.triton gated_rms_norm.triton "
-    "linear.triton moe.triton qkv.triton rms_norm.triton rotary.triton sampling.triton sampling.triton_pending "
+    "attention.triton attention.triton_decode_few attention.triton_prefill delta_rule.triton gated_rms_norm.triton "
+    "linear.triton moe.triton qkv.triton rms_norm.triton rotary.triton sampling.triton sampling.triton_placeholders "
     "selective_scan.triton short_conv.triton swiglu.triton"
 ).split():
     __import__(f"lamella.ops.{op}")

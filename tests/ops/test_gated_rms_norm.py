@@ -25,8 +25,8 @@ def test_gated_rms_norm(dtype, activation):
     before = x.clone(), gate.clone()
     with torch.inference_mode():
         y = gated_rms_norm(x, gate, weight, 1e-5, activation)
-    wide, opened = x.double(), 1 / (1 + (-gate.double()).exp())
-    expected = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double() * opened
+    x_fp32, opened = x.double(), 1 / (1 + (-gate.double()).exp())
+    expected = x_fp32 / (x_fp32.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double() * opened
     close(y, (expected * gate.double() if activation == "silu" else expected).to(dtype), 1e-6, ulps=1)
     assert torch.equal(x, before[0]) and torch.equal(gate, before[1])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lamella.ops.linear import linear, reference, wide_linear
+from lamella.ops.linear import fp32_linear, linear, reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -26,15 +26,15 @@ def test_linear(dtype, rows, width, outputs, bias):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 64), (3, 5, 64), (300, 64), (2, 33)])
 @torch.inference_mode()
-def test_wide_linear_keeps_the_sums(dtype, shape):
+def test_fp32_linear_keeps_the_sums(dtype, shape):
     torch.manual_seed(0)
     x, weight = torch.randn(shape).to(dtype), torch.randn(50, shape[-1]).to(dtype)
-    actual = wide_linear(x, weight)
+    actual = fp32_linear(x, weight)
     assert actual.dtype == torch.float32
-    torch.testing.assert_close(actual, reference.wide_linear(x, weight), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(actual, reference.fp32_linear(x, weight), rtol=1e-5, atol=1e-4)
 
 
-def test_wide_linear_has_gradients():
+def test_fp32_linear_has_gradients():
     x, weight = torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True), torch.randn(4, 8, dtype=torch.bfloat16)
-    wide_linear(x, weight).sum().backward()
+    fp32_linear(x, weight).sum().backward()
     torch.testing.assert_close(x.grad, weight.sum(0).expand(3, 8), rtol=2e-2, atol=2e-2)

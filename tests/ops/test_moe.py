@@ -32,9 +32,9 @@ class Case:
             return torch.randn(dims, generator=generator)
 
         def apart(values):
-            wide = torch.full((tokens, size + 8), torch.nan, dtype=dtype, device=device)
-            wide[:, :size] = values
-            return wide[:, :size]
+            x_fp32 = torch.full((tokens, size + 8), torch.nan, dtype=dtype, device=device)
+            x_fp32[:, :size] = values
+            return x_fp32[:, :size]
 
         self.x, self.base = apart(random(tokens, size)), apart(random(tokens, size)) if with_base else None
         self.logits = (random(tokens, count) * 2).to(device)

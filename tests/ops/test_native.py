@@ -41,9 +41,9 @@ def pick(g: torch.Generator, *options: int) -> int:
 def randn(g: torch.Generator, *shape: int, dtype: torch.dtype, pad: int = 0) -> Tensor:
     """Random numbers; with pad, a view whose rows lie further apart than they are long, NaN between them."""
     width = math.prod(shape[1:])
-    wide = torch.full((shape[0], width + pad), NAN, dtype=dtype)
-    wide[:, :width] = torch.randn(shape[0], width, generator=g).to(dtype)
-    return wide[:, :width].unflatten(1, shape[1:]) if len(shape) > 2 else wide[:, :width]
+    x_fp32 = torch.full((shape[0], width + pad), NAN, dtype=dtype)
+    x_fp32[:, :width] = torch.randn(shape[0], width, generator=g).to(dtype)
+    return x_fp32[:, :width].unflatten(1, shape[1:]) if len(shape) > 2 else x_fp32[:, :width]
 
 
 def close(actual: Tensor, expected: Tensor, ulps: float = 1.0) -> None:
@@ -74,31 +74,31 @@ class Unchanged:
 # ---- decode_attention ----------------------------------------------------------------------------------------------
 
 
-def flat_rows(pages: Tensor, begin: int, end: int, page: int) -> Tensor:
-    """The rows of the flattened cache that hold the positions [begin, end) of a request with these pages."""
+def flat_rows(blocks: Tensor, begin: int, end: int, block: int) -> Tensor:
+    """The rows of the flattened cache that hold the positions [begin, end) of a request with these blocks."""
     p = torch.arange(begin, end)
-    return pages[p // page] * page + p % page
+    return blocks[p // block] * block + p % block
 
 
-def attention_case(seed: int, dtype: torch.dtype, lens: list[int], heads: tuple[int, int], D: int, page: int):
+def attention_case(seed: int, dtype: torch.dtype, lens: list[int], heads: tuple[int, int], D: int, block: int):
     g = generator(seed)
     H, KV = heads
-    pages = [-(-n // page) for n in lens]
-    P = sum(pages) + 3
-    k_cache, v_cache = (torch.full((P, page, KV, D), NAN, dtype=dtype) for _ in range(2))
-    # Entries past a request's pages are garbage: far outside the pool.
-    page_table = torch.randint(10**8, 2 * 10**9, (len(lens), max(pages) + 2), generator=g, dtype=torch.int32)
+    blocks = [-(-n // block) for n in lens]
+    P = sum(blocks) + 3
+    k_cache, v_cache = (torch.full((P, block, KV, D), NAN, dtype=dtype) for _ in range(2))
+    # Entries past a request's blocks are garbage: far outside the pool.
+    block_table = torch.randint(10**8, 2 * 10**9, (len(lens), max(blocks) + 2), generator=g, dtype=torch.int32)
     free = torch.randperm(P, generator=g).to(torch.int32)
     keys, values = [], []
     for r, n in enumerate(lens):
-        mine, free = free[: pages[r]], free[pages[r] :]
-        page_table[r, : pages[r]] = mine
+        mine, free = free[: blocks[r]], free[blocks[r] :]
+        block_table[r, : blocks[r]] = mine
         k, v = (torch.randn(n, KV, D, generator=g).to(dtype) for _ in range(2))
-        rows = flat_rows(mine, 0, n, page)
+        rows = flat_rows(mine, 0, n, block)
         k_cache.flatten(0, 1)[rows], v_cache.flatten(0, 1)[rows] = k, v
         keys.append(k.float()), values.append(v.float())
     q = randn(g, len(lens), H, D, dtype=dtype, pad=5)
-    return q, k_cache, v_cache, page_table, torch.tensor(lens, dtype=torch.int32), keys, values
+    return q, k_cache, v_cache, block_table, torch.tensor(lens, dtype=torch.int32), keys, values
 
 
 def attention_reference(q: Tensor, keys: list[Tensor], values: list[Tensor], scale: float, window: int | None):
@@ -117,19 +117,19 @@ def test_decode_attention(dtype: torch.dtype, seed: int, window: int | None) -> 
     g = generator(seed + 100)
     lens = [pick(g, 1, 2, 3, 15, 16, 17, 40, 255, 256, 257, 511, 700) for _ in range(pick(g, 1, 2, 5))]
     heads = [(1, 1), (4, 2), (6, 2), (8, 1), (7, 1), (16, 8)][seed]
-    D, page = pick(g, 8, 16, 20, 64, 80, 96, 128, 144, 256), pick(g, 1, 5, 16, 64)
-    q, k_cache, v_cache, page_table, seq_lens, keys, values = attention_case(seed, dtype, lens, heads, D, page)
-    with Unchanged(q, k_cache, v_cache, page_table, seq_lens):
-        out = native.decode_attention(q, k_cache, v_cache, page_table, seq_lens, D**-0.5, window)
+    D, block = pick(g, 8, 16, 20, 64, 80, 96, 128, 144, 256), pick(g, 1, 5, 16, 64)
+    q, k_cache, v_cache, block_table, seq_lens, keys, values = attention_case(seed, dtype, lens, heads, D, block)
+    with Unchanged(q, k_cache, v_cache, block_table, seq_lens):
+        out = native.decode_attention(q, k_cache, v_cache, block_table, seq_lens, D**-0.5, window)
     assert out.dtype == dtype
     assert out.is_contiguous()
     close(out, attention_reference(q, keys, values, D**-0.5, window))
-    if window:  # what the window hides may be anything: not even its pages need to exist
+    if window:  # what the window hides may be anything: not even its blocks need to exist
         for r, n in enumerate(lens):
-            hidden = flat_rows(page_table[r], 0, max(0, n - window), page)
+            hidden = flat_rows(block_table[r], 0, max(0, n - window), block)
             k_cache.flatten(0, 1)[hidden] = v_cache.flatten(0, 1)[hidden] = NAN
-            page_table[r, : max(0, n - window) // page] = 2**31 - 1
-        again = native.decode_attention(q, k_cache, v_cache, page_table, seq_lens, D**-0.5, window)
+            block_table[r, : max(0, n - window) // block] = 2**31 - 1
+        again = native.decode_attention(q, k_cache, v_cache, block_table, seq_lens, D**-0.5, window)
         assert torch.equal(out, again)
 
 
@@ -138,29 +138,29 @@ def test_decode_attention(dtype: torch.dtype, seed: int, window: int | None) -> 
 def test_decode_attention_in_chunks(dtype: torch.dtype, chunk: int) -> None:
     """As if the chunk were all there is; what lies before it may be anything."""
     lens = [1, 6, 7, 8, 64, 65, 256, 257, 511, 700]
-    q, k_cache, v_cache, page_table, seq_lens, keys, values = attention_case(0, dtype, lens, (6, 2), 64, 16)
+    q, k_cache, v_cache, block_table, seq_lens, keys, values = attention_case(0, dtype, lens, (6, 2), 64, 16)
     firsts = [(n - 1) // chunk * chunk for n in lens]
     keys, values = ([x[first:] for x, first in zip(side, firsts, strict=True)] for side in (keys, values))
     for r, first in enumerate(firsts):
-        hidden = flat_rows(page_table[r], 0, first, 16)
+        hidden = flat_rows(block_table[r], 0, first, 16)
         k_cache.flatten(0, 1)[hidden] = v_cache.flatten(0, 1)[hidden] = NAN
-        page_table[r, : first // 16] = 2**31 - 1
-    with Unchanged(q, k_cache, v_cache, page_table, seq_lens):
-        out = native.decode_attention(q, k_cache, v_cache, page_table, seq_lens, 0.125, chunk=chunk)
+        block_table[r, : first // 16] = 2**31 - 1
+    with Unchanged(q, k_cache, v_cache, block_table, seq_lens):
+        out = native.decode_attention(q, k_cache, v_cache, block_table, seq_lens, 0.125, chunk=chunk)
     close(out, attention_reference(q, keys, values, 0.125, None))
 
 
 @DTYPES
 def test_decode_attention_rows_are_independent(dtype: torch.dtype) -> None:
     lens = [300, 1, 700, 64, 256]
-    q, k_cache, v_cache, page_table, seq_lens, *_ = attention_case(0, dtype, lens, (8, 2), 64, 16)
-    together = native.decode_attention(q, k_cache, v_cache, page_table, seq_lens, 0.125)
+    q, k_cache, v_cache, block_table, seq_lens, *_ = attention_case(0, dtype, lens, (8, 2), 64, 16)
+    together = native.decode_attention(q, k_cache, v_cache, block_table, seq_lens, 0.125)
     threads = torch.get_num_threads()
     try:
         for r in range(len(lens)):
             torch.set_num_threads(1 + r % 3)
             one = slice(r, r + 1)
-            alone = native.decode_attention(q[one], k_cache, v_cache, page_table[one], seq_lens[one], 0.125)
+            alone = native.decode_attention(q[one], k_cache, v_cache, block_table[one], seq_lens[one], 0.125)
             assert torch.equal(alone, together[one])
     finally:
         torch.set_num_threads(threads)
@@ -266,12 +266,12 @@ def native_form(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def check_recurrence(case: Case, kernel: Callable[..., Tensor], reference: Callable[..., Tensor]) -> None:
     ulps = 1 if case.dtype == torch.bfloat16 else 0
     for remembering in (True, False):
-        y, pages = case.run(native_form(kernel), remembering)
-        expected, expected_pages = case.run(reference, remembering)
+        y, blocks = case.run(native_form(kernel), remembering)
+        expected, expected_blocks = case.run(reference, remembering)
         recurrences.close(y, expected, ulps=ulps)
-        recurrences.close(pages, expected_pages)
+        recurrences.close(blocks, expected_blocks)
         if remembering:
-            case.check_pages(pages)
+            case.check_blocks(blocks)
 
 
 @DTYPES
@@ -297,11 +297,11 @@ def test_recurrences_are_the_same_however_they_are_cut(dtype: torch.dtype) -> No
     delta = DeltaCase(([13, 9], [13, 9]), (1, 2), (20, 70), True, dtype=dtype)
     scan = ScanCase(([13, 9], [13, 9]), (1, 2, 2), (5, 20), dtype=dtype)
     for case, kernel in ((delta, native.delta_rule), (scan, native.selective_scan)):
-        whole, pages = case.run(native_form(kernel))
+        whole, blocks = case.run(native_form(kernel))
         for cuts in ([[1] * 13, [9]], [[2, 1, 10], [0, 8, 1]]):
             y, other = recurrences.pieces(case, native_form(kernel), cuts)
             assert torch.equal(y, whole)
-            assert recurrences.same(other, pages)
+            assert recurrences.same(other, blocks)
 
 
 @pytest.mark.parametrize("value", [-200.0, -87.0, -20.0, -1e-4, 0.0, 0.8, 0.9, 5.0, 30.0, 1e4])
@@ -434,14 +434,14 @@ def test_rotary(dtype: torch.dtype, seed: int, interleaved: bool) -> None:
 @SEEDS
 def test_write_kv(dtype: torch.dtype, seed: int) -> None:
     g = generator(seed)
-    T, KV, D, P, page = pick(g, 1, 5, 60), pick(g, 1, 3, 8), pick(g, 5, 64, 128), 9, 16
+    T, KV, D, P, block = pick(g, 1, 5, 60), pick(g, 1, 3, 8), pick(g, 5, 64, 128), 9, 16
     k, v = randn(g, T, KV, D, dtype=dtype, pad=7), randn(g, T, KV, D, dtype=dtype)
-    caches = [torch.full((P, page, KV, D), NAN, dtype=dtype) for _ in range(2)]
-    slots = torch.randperm(P * page, generator=g)[:T]
+    caches = [torch.full((P, block, KV, D), NAN, dtype=dtype) for _ in range(2)]
+    slots = torch.randperm(P * block, generator=g)[:T]
     with Unchanged(k, v, slots):
         native.write_kv(k, v, *caches, slots)
     for x, cache in zip((k, v), caches, strict=True):
-        expected = torch.full((P * page, KV, D), NAN, dtype=dtype)
+        expected = torch.full((P * block, KV, D), NAN, dtype=dtype)
         expected[slots] = x
         torch.testing.assert_close(cache.flatten(0, 1), expected, rtol=0, atol=0, equal_nan=True)
 

@@ -37,8 +37,8 @@ def strided(*shape, dtype):
 @torch.inference_mode()
 def test_rms_norm(dtype, rows, width):
     x, weight = strided(rows, width, dtype=dtype), torch.rand(width) + 0.5
-    wide = x.double()
-    expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
+    x_fp32 = x.double()
+    expected = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
     before = x.clone()
     for function in (rms_norm, norm_reference.rms_norm):
         close(function(x, weight, 1e-5), expected, dtype)
@@ -61,8 +61,8 @@ def test_a_norm_that_rounds_twice_has_the_bits_of_transformers(dtype, rows, widt
 @torch.inference_mode()
 def test_rms_norm_of_heads(dtype):
     x, weight = strided(5, 3 * 32, dtype=dtype)[:, :64].unflatten(-1, (2, 32)), torch.rand(32) + 0.5
-    wide = x.double()
-    expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * weight.double()
+    x_fp32 = x.double()
+    expected = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + 1e-6) * weight.double()
     close(rms_norm(x, weight, 1e-6), expected, dtype)
 
 
@@ -77,8 +77,8 @@ def test_add_rms_norm(dtype, rows, width):
     for function in (add_rms_norm, norm_reference.add_rms_norm):
         normed, kept = function(x, ResidualNorm(residual, weight, 1e-5))
         assert torch.equal(kept, total)
-        wide = total.double()
-        close(normed, wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight.double(), dtype)
+        x_fp32 = total.double()
+        close(normed, x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + 1e-5) * weight.double(), dtype)
     assert torch.equal(x, before[0])
     assert torch.equal(residual, before[1])
 

@@ -45,11 +45,11 @@ def naive(case, state):
 @pytest.mark.parametrize("bias", [True, False])
 def test_every_form_is_the_recurrence(form, batch, bias):
     case = ScanCase(BATCHES[batch], (2, 1, 4), (3, 5), bias=bias)
-    y, pages = case.run(FORMS[form])
-    expected_pages, state = case.state()
+    y, blocks = case.run(FORMS[form])
+    expected_blocks, state = case.state()
     close(y, naive(case, state).float())
-    close(pages, expected_pages)
-    case.check_pages(pages)
+    close(blocks, expected_blocks)
+    case.check_blocks(blocks)
 
 
 @pytest.mark.parametrize(("heads", "dims"), SHAPES)
@@ -59,20 +59,20 @@ def test_chunks_are_the_reference(heads, dims, rate, entries, monkeypatch):
     monkeypatch.setattr(cpu, "CHUNK_ENTRIES", entries)
     case = ScanCase(LONG["lengths"], heads, dims, rate=rate)
     for remembering in (True, False):
-        (y, pages), (expected, expected_pages) = (case.run(FORMS[f], remembering) for f in ("chunks", "reference"))
+        (y, blocks), (expected, expected_blocks) = (case.run(FORMS[f], remembering) for f in ("chunks", "reference"))
         close(y, expected)
-        close(pages, expected_pages)
+        close(blocks, expected_blocks)
         if remembering:
-            case.check_pages(pages)
+            case.check_blocks(blocks)
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 200])
 def test_one_request_of_any_length(length):
     for context in (length, length + 5):
         case = ScanCase(([length], [context]), (1, 3, 3), (8, 4), rate=2.0)
-        (y, pages), (expected, expected_pages) = (case.run(FORMS[f]) for f in ("chunks", "reference"))
+        (y, blocks), (expected, expected_blocks) = (case.run(FORMS[f]) for f in ("chunks", "reference"))
         close(y, expected)
-        close(pages, expected_pages)
+        close(blocks, expected_blocks)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -83,44 +83,44 @@ def test_any_cut_equals_the_whole(form, data):
     cuts = [cut if any(cut) else [1] for cut in cuts]
     lengths = [sum(cut) for cut in cuts]
     case = ScanCase((lengths, lengths), (1, 2, 2), (9, 4))
-    whole, whole_pages = case.run(reference.selective_scan)
-    y, pages = pieces(case, FORMS[form], cuts)
+    whole, whole_blocks = case.run(reference.selective_scan)
+    y, blocks = pieces(case, FORMS[form], cuts)
     close(y, whole)
-    close(pages, whole_pages)
-    case.check_pages(pages)
+    close(blocks, whole_blocks)
+    case.check_blocks(blocks)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_results_are_rounded_once(batch, dtype):
     case = ScanCase(BATCHES[batch], (2, 4, 4), (16, 24), dtype=dtype)
-    (y, pages), (expected, expected_pages) = (case.run(FORMS[f]) for f in ("fast", "reference"))
-    wide, _ = case.run(reference.selective_scan, **{n: x.float() for n, x in case.operands.items()})
-    assert same(expected, wide.to(dtype))
+    (y, blocks), (expected, expected_blocks) = (case.run(FORMS[f]) for f in ("fast", "reference"))
+    x_fp32, _ = case.run(reference.selective_scan, **{n: x.float() for n, x in case.operands.items()})
+    assert same(expected, x_fp32.to(dtype))
     close(y, expected, 1e-5, ulps=1)
-    close(pages, expected_pages)
+    close(blocks, expected_blocks)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_channel_that_forgets_at_once_or_never(form):
     case = ScanCase(([70, 70], [70, 90]), (1, 1, 2), (4, 6))
     a_log = torch.tensor([-80.0, 70.0])[:, None, None].expand(2, 4, 6).contiguous()
-    y, pages = case.run(FORMS[form], a_log=a_log)
-    expected, expected_pages = case.run(reference.selective_scan, a_log=a_log)
+    y, blocks = case.run(FORMS[form], a_log=a_log)
+    expected, expected_blocks = case.run(reference.selective_scan, a_log=a_log)
     close(y, expected)
-    close(pages, expected_pages)
+    close(blocks, expected_blocks)
 
 
 def test_a_request_does_not_notice_its_neighbours():
     """A decode's bits are the same beside a prompt, and beside other decodes."""
     case = ScanCase(BATCHES["mixed"], (2, 2, 4), (16, 8))
-    y, pages = case.run(selective_scan)
+    y, blocks = case.run(selective_scan)
     few = ScanCase(([1, 1], [7, 1]), (2, 2, 4), (16, 8))
-    few.slots, few.pages = case.slots[:2], case.pages
+    few.slots, few.blocks = case.slots[:2], case.blocks
     few.operands = {n: x if n in ("a_log", "dt_bias", "d") else x[:2] for n, x in case.operands.items()}
-    alone, alone_pages = few.run(selective_scan)
+    alone, alone_blocks = few.run(selective_scan)
     assert torch.equal(y[:2], alone)
-    assert torch.equal(pages[few.slots, few.span], alone_pages[few.slots, few.span])
+    assert torch.equal(blocks[few.slots, few.span], alone_blocks[few.slots, few.span])
 
 
 def test_out_is_where_the_result_goes():

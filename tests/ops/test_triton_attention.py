@@ -18,25 +18,25 @@ from lamella.ops.ragged import RaggedBatch
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def random_case(new, context, heads, kv_heads, dim, page, window, dtype, seed=0, chunk=None):
-    """q (strided rows), caches, page table and batch; whatever no query may see is NaN, or points nowhere."""
+def random_case(new, context, heads, kv_heads, dim, block, window, dtype, seed=0, chunk=None):
+    """q (strided rows), caches, block table and batch; whatever no query may see is NaN, or points nowhere."""
     generator = torch.Generator().manual_seed(seed)
-    counts = [-(-n // page) for n in context]
+    counts = [-(-n // block) for n in context]
     order = (torch.randperm(sum(counts), generator=generator) + 1).tolist()
-    k_cache, v_cache = (torch.full((sum(counts) + 1, page, kv_heads, dim), torch.nan, dtype=dtype) for _ in range(2))
+    k_cache, v_cache = (torch.full((sum(counts) + 1, block, kv_heads, dim), torch.nan, dtype=dtype) for _ in range(2))
     table = torch.full((len(counts), max(counts) + 2), 2**31 - 1, dtype=torch.int32)
     for r, (n, length) in enumerate(zip(new, context, strict=True)):
-        pages = torch.tensor([order.pop() for _ in range(counts[r])])
+        blocks = torch.tensor([order.pop() for _ in range(counts[r])])
         visible = 0 if window is None else max(0, length - n - window + 1)
         if chunk is not None:
             visible = (length - n) // chunk * chunk
-        table[r, visible // page : counts[r]] = pages[visible // page :]
+        table[r, visible // block : counts[r]] = blocks[visible // block :]
         positions = torch.arange(visible, length)
         for cache in (k_cache, v_cache):
             values = torch.randn(len(positions), kv_heads, dim, generator=generator).to(dtype)
-            cache[pages[positions // page], positions % page] = values
-    wide = torch.full((sum(new), heads * dim + 8), torch.nan, dtype=dtype, device=device)
-    q = wide[:, : heads * dim].unflatten(1, (heads, dim))
+            cache[blocks[positions // block], positions % block] = values
+    x_fp32 = torch.full((sum(new), heads * dim + 8), torch.nan, dtype=dtype, device=device)
+    q = x_fp32[:, : heads * dim].unflatten(1, (heads, dim))
     q.copy_(torch.randn(q.shape, generator=generator) * 2)
     return (
         q,
@@ -69,7 +69,7 @@ def workspace_for(q, k_cache, context, chunk=None, max_items=None):
     return decode.DecodeWorkspace(len(context), max_items, heads, k_cache.shape[2], dim, device, chunk=chunk)
 
 
-SHAPES = [  # heads, kv_heads, head_dim, page_size
+SHAPES = [  # heads, kv_heads, head_dim, block_size
     (4, 1, 64, 16),
     (6, 3, 24, 4),
     (16, 1, 16, 8),
@@ -89,9 +89,9 @@ CASES = [
 
 @pytest.mark.parametrize(("shape", "dtype", "window"), CASES)
 def test_decode(shape, dtype, window):
-    heads, kv_heads, dim, page = shape
+    heads, kv_heads, dim, block = shape
     context = [1, 33, 64, 100]
-    q, k_cache, v_cache, table, batch = random_case([1] * 4, context, heads, kv_heads, dim, page, window, dtype)
+    q, k_cache, v_cache, table, batch = random_case([1] * 4, context, heads, kv_heads, dim, block, window, dtype)
     inputs = (q, k_cache, v_cache, table, batch.seq_lens)
     copies = [x.clone() for x in inputs]
     workspace = workspace_for(q, k_cache, context, chunk=32)
@@ -122,7 +122,7 @@ def test_decode_requests_do_not_depend_on_one_another(window):
 
 
 def test_decode_replays_with_other_lengths():
-    """One workspace serves plans of any lengths, longer and shorter, and pad rows of one token in page 0."""
+    """One workspace serves plans of any lengths, longer and shorter, and pad rows of one token in block 0."""
     workspace = decode.DecodeWorkspace(4, 24, 4, 2, 32, device, chunk=16)
     workspace.processors = 1  # few programs: they must share the work
     for seed, context in enumerate([[5, 70, 17], [100], [1, 1, 1, 16]]):
@@ -206,11 +206,11 @@ RAGGED = [([3, 1, 20], [50, 7, 20]), ([40], [75])]  # new and all tokens
 
 @covering({"shape,dtype,window": CASES, "new,context": RAGGED}, strength=1)
 def test_prefill(new, context, shape, dtype, window):
-    heads, kv_heads, dim, page = shape
-    q, k_cache, v_cache, table, batch = random_case(new, context, heads, kv_heads, dim, page, window, dtype)
+    heads, kv_heads, dim, block = shape
+    q, k_cache, v_cache, table, batch = random_case(new, context, heads, kv_heads, dim, block, window, dtype)
     inputs = (q, k_cache, v_cache, table, batch.seq_lens, batch.query_start_loc)
     copies = [x.clone() for x in inputs]
-    settings = prefill._SETTINGS[decode.padded_dim(dim), q.itemsize]._replace(rows=64, block=16)
+    settings = prefill._SETTINGS[decode.padded_dim(dim), q.itemsize]._replace(rows=64, tile=16)
     expected = reference.paged_attention(q, cache_of(k_cache, v_cache, table), batch, dim**-0.5, window)
     actual = prefill.prefill_attention(
         q, k_cache, v_cache, table, batch.query_start_loc, batch.seq_lens, max(new) + 30, dim**-0.5, window,
@@ -299,8 +299,8 @@ def test_prefill_in_chunks(chunk, dtype):
 
 def test_parts_of_a_step_have_plans_of_their_own():
     """Side by side, in what they share, and in the same place for each step."""
-    context, heads, kv_heads, dim, page = [37, 5, 1, 150], 4, 2, 16, 16
-    q, k_cache, v_cache, table, batch = random_case([1] * 4, context, heads, kv_heads, dim, page, None, torch.float32)
+    context, heads, kv_heads, dim, block = [37, 5, 1, 150], 4, 2, 16, 16
+    q, k_cache, v_cache, table, batch = random_case([1] * 4, context, heads, kv_heads, dim, block, None, torch.float32)
     expected = reference.paged_attention(q, cache_of(k_cache, v_cache, table), batch, 0.3, None)
     space = AttentionSpace(4, 160, device=torch.device(device))
     whole, *parts = (s.decode_workspace(heads, kv_heads, dim, None) for s in (space, space.part(0), space.part(1)))

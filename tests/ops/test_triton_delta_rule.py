@@ -29,12 +29,12 @@ BATCHES = {
 def check(case, function=delta_rule, tolerance=2e-5, **changes):
     ulps = 1 if case.dtype != torch.float32 else 0
     for remembering in (True, False):
-        y, pages = case.run(function, remembering, **changes)
-        expected, expected_pages = case.run(reference.delta_rule, remembering, **changes)
+        y, blocks = case.run(function, remembering, **changes)
+        expected, expected_blocks = case.run(reference.delta_rule, remembering, **changes)
         close(y, expected, tolerance, ulps)
-        close(pages, expected_pages, tolerance)
+        close(blocks, expected_blocks, tolerance)
         if remembering:
-            case.check_pages(pages)
+            case.check_blocks(blocks)
 
 
 @covering(
@@ -72,46 +72,46 @@ def test_zero_keys_and_queries(by_channel):
 @GATES
 def test_any_cut_equals_the_whole(by_channel):
     case = DeltaCase(([9, 7], [9, 7]), (1, 2), (9, 4), by_channel, device=DEVICE)
-    whole, whole_pages = case.run(reference.delta_rule)
+    whole, whole_blocks = case.run(reference.delta_rule)
     for cuts in ([[1] * 9, [3, 0, 1, 2, 1]], [[2, 1, 6], [7]]):
-        y, pages = pieces(case, delta_rule, cuts)
+        y, blocks = pieces(case, delta_rule, cuts)
         close(y, whole, 2e-5)
-        close(pages, whole_pages, 2e-5)
+        close(blocks, whole_blocks, 2e-5)
 
 
 @GATES
 def test_a_request_does_not_notice_its_neighbours(by_channel):
     """A decode's bits are the same beside a prompt, and beside other decodes."""
     case = DeltaCase(BATCHES["mixed"], (1, 2), (16, 24), by_channel, device=DEVICE, dtype=torch.bfloat16)
-    y, pages = case.run(delta_rule)
+    y, blocks = case.run(delta_rule)
     few = DeltaCase(([1, 1], [7, 1]), (1, 2), (16, 24), by_channel, device=DEVICE, dtype=torch.bfloat16)
-    few.slots, few.pages = case.slots[:2], case.pages
+    few.slots, few.blocks = case.slots[:2], case.blocks
     few.operands = {n: x if n in ("a_log", "dt_bias") else x[:2] for n, x in case.operands.items()}
-    alone, alone_pages = few.run(delta_rule)
+    alone, alone_blocks = few.run(delta_rule)
     assert torch.equal(y[:2], alone)
-    assert torch.equal(pages[few.slots, few.span], alone_pages[few.slots, few.span])
+    assert torch.equal(blocks[few.slots, few.span], alone_blocks[few.slots, few.span])
 
 
 def test_pads_may_share_a_slot():
     """Rows of padding write slot 0 in any order; the others do not notice."""
     case = DeltaCase(([1, 1, 1, 1], [5, 2, 3, 4]), (1, 2), (8, 8), False, device=DEVICE)
-    y, pages = case.run(delta_rule)
+    y, blocks = case.run(delta_rule)
     case.slots = torch.cat((case.slots[:2], torch.zeros_like(case.slots[:2])))
-    case.pages[0] = 1.0
-    padded, padded_pages = case.run(delta_rule)
+    case.blocks[0] = 1.0
+    padded, padded_blocks = case.run(delta_rule)
     assert torch.equal(padded[:2], y[:2])
-    assert same(padded_pages[case.slots[:2]], pages[case.slots[:2]])
+    assert same(padded_blocks[case.slots[:2]], blocks[case.slots[:2]])
 
 
 def test_a_request_without_a_new_token_keeps_its_state():
     case = DeltaCase(([5, 2], [9, 2]), (1, 2), (8, 8), False, device=DEVICE)
-    y, pages = case.run(delta_rule)
+    y, blocks = case.run(delta_rule)
     bounds = torch.tensor([0, 5, 7, 7], dtype=torch.int32, device=DEVICE)
     lengths = torch.tensor([9, 2, 0], dtype=torch.int32, device=DEVICE)
     case.batch = replace(case.batch, query_start_loc=bounds, seq_lens=lengths, num_decodes=0)
     case.slots = torch.cat((case.slots, torch.zeros_like(case.slots[:1])))
-    padded, padded_pages = case.run(delta_rule)
-    assert torch.equal(padded, y) and same(padded_pages, pages)
+    padded, padded_blocks = case.run(delta_rule)
+    assert torch.equal(padded, y) and same(padded_blocks, blocks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -166,11 +166,11 @@ def test_what_fla_is_given(known, by_channel, monkeypatch):
 
 def test_fla_is_asked_only_for_long_prompts_in_a_narrow_dtype(monkeypatch):
     monkeypatch.setattr(fla, "_kernels", lambda: pytest.fail("asked"))
-    wide, narrow = (torch.empty(1, 32, 128, device=DEVICE, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    x_fp32, narrow = (torch.empty(1, 32, 128, device=DEVICE, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     many = fla.MIN_WORK // (32 * 128 * 128) + 1
-    assert not fla.serves(narrow, 128, many - 2, 1) and not fla.serves(wide, 128, many, 1)
+    assert not fla.serves(narrow, 128, many - 2, 1) and not fla.serves(x_fp32, 128, many, 1)
     long = fla.MIN_LENGTH
-    assert not fla.serves(narrow, 1, 2 * long - 1, 2) and not fla.serves(wide, 1, 2 * long, 2)
+    assert not fla.serves(narrow, 1, 2 * long - 1, 2) and not fla.serves(x_fp32, 1, 2 * long, 2)
 
 
 def test_without_fla_one_line_says_so(monkeypatch, caplog):
@@ -200,8 +200,8 @@ def test_fla(heads, dims, dtype, by_channel, monkeypatch):
     )
     monkeypatch.setattr(fla, "MIN_LENGTH", 0)
     assert fla.serves(case.operands["v"], dims[0], sum(lengths) - 2, len(lengths) - 2)
-    (y, pages), (expected, expected_pages) = (case.run(f) for f in (delta_rule, reference.delta_rule))
+    (y, blocks), (expected, expected_blocks) = (case.run(f) for f in (delta_rule, reference.delta_rule))
     close(y, expected, 3e-2 if dtype == torch.bfloat16 else 5e-3)
-    close(pages, expected_pages, 3e-2 if dtype == torch.bfloat16 else 5e-3)
-    case.check_pages(pages)
+    close(blocks, expected_blocks, 3e-2 if dtype == torch.bfloat16 else 5e-3)
+    case.check_blocks(blocks)
     close(y[:2], expected[:2], 2e-5, ulps=1)

@@ -25,9 +25,9 @@ def operands(rows, size, outputs, dtype, seed=0):
     def random(*shape, scale=1.0):
         return (torch.randn(*shape, generator=generator) * scale).to(dtype).to(DEVICE)
 
-    wide = random(rows, size + 8)
-    wide[:, size:] = torch.nan  # what lies between the rows must not matter
-    return wide[:, :size], random(outputs, size, scale=size**-0.5), random(outputs)
+    fp32_out = random(rows, size + 8)
+    fp32_out[:, size:] = torch.nan  # what lies between the rows must not matter
+    return fp32_out[:, :size], random(outputs, size, scale=size**-0.5), random(outputs)
 
 
 def close(ours, expected, dtype):
@@ -45,9 +45,9 @@ def test_the_product(shape, dtype, with_bias):
     ours = fast.linear(x, weight, bias if with_bias else None)
     close(ours, reference.linear(x, weight, bias if with_bias else None), dtype)
     assert torch.equal(x, before[0]) and torch.equal(weight, before[1])
-    wide = fast.wide_linear(x, weight)
-    assert wide.dtype == torch.float32
-    close(wide, reference.wide_linear(x, weight), torch.float32)
+    fp32_out = fast.fp32_linear(x, weight)
+    assert fp32_out.dtype == torch.float32
+    close(fp32_out, reference.fp32_linear(x, weight), torch.float32)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -39,8 +39,8 @@ class Case:
         self.dtype, self.caches = dtype, caches
         self.channels = (self.heads + 2 * self.kv_heads) * self.dim
         # Rows apart, each aligned: the order of a norm's sum follows from that.
-        wide = torch.full((tokens, (self.channels + 47) // 16 * 16), torch.nan, device=DEVICE, dtype=dtype)
-        self.qkv = wide[:, 16 : 16 + self.channels]
+        x_fp32 = torch.full((tokens, (self.channels + 47) // 16 * 16), torch.nan, device=DEVICE, dtype=dtype)
+        self.qkv = x_fp32[:, 16 : 16 + self.channels]
         self.qkv.copy_(torch.randn(tokens, self.channels))
         self.steps = QKVSteps(HeadSizes(self.heads, self.kv_heads, self.dim))
         if norm:

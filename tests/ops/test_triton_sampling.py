@@ -41,9 +41,9 @@ def run(logits, settings, seeds, steps, dtype=torch.float64):
     temperature, top_k, top_p, min_p = zip(*settings, strict=True)
     floats = (torch.tensor(values, dtype=dtype, device=device) for values in (temperature, top_p, min_p))
     temperature, top_p, min_p = floats
-    wide = torch.full((logits.shape[0], logits.shape[1] + 3), torch.nan)
-    wide[:, :-3] = logits
-    strided = wide.to(device)[:, :-3]
+    x_fp32 = torch.full((logits.shape[0], logits.shape[1] + 3), torch.nan)
+    x_fp32[:, :-3] = logits
+    strided = x_fp32.to(device)[:, :-3]
     out = torch.full((len(logits),), -7, dtype=torch.int64, device=device)
     sample(
         strided,

@@ -35,12 +35,12 @@ def scan(request, monkeypatch):
 def check(scan, case, tolerance=2e-5, **changes):
     ulps = 1 if case.dtype != torch.float32 else 0
     for remembering in (True, False):
-        y, pages = case.run(scan, remembering, **changes)
-        expected, expected_pages = case.run(reference.selective_scan, remembering, **changes)
+        y, blocks = case.run(scan, remembering, **changes)
+        expected, expected_blocks = case.run(reference.selective_scan, remembering, **changes)
         close(y, expected, tolerance, ulps)
-        close(pages, expected_pages, tolerance)
+        close(blocks, expected_blocks, tolerance)
         if remembering:
-            case.check_pages(pages)
+            case.check_blocks(blocks)
 
 
 @covering(
@@ -76,45 +76,45 @@ def test_chunks_of_any_requests(scan, lengths):
 
 def test_any_cut_equals_the_whole(scan):
     case = ScanCase(([30, 17], [30, 17]), (1, 2, 2), (9, 4), device=DEVICE)
-    whole, whole_pages = case.run(reference.selective_scan)
+    whole, whole_blocks = case.run(reference.selective_scan)
     for cuts in ([[1, 9, 20], [3, 0, 1, 2, 11]], [[2, 1, 8, 19], [17]]):
-        y, pages = pieces(case, scan, cuts)
+        y, blocks = pieces(case, scan, cuts)
         close(y, whole, 2e-5)
-        close(pages, whole_pages, 2e-5)
+        close(blocks, whole_blocks, 2e-5)
 
 
 def test_a_request_does_not_notice_its_neighbours(scan):
     """A decode's bits are the same beside a prompt, and beside other decodes."""
     case = ScanCase(BATCHES["mixed"], (1, 2, 2), (16, 8), device=DEVICE, dtype=torch.bfloat16)
-    y, pages = case.run(scan)
+    y, blocks = case.run(scan)
     few = ScanCase(([1, 1], [7, 1]), (1, 2, 2), (16, 8), device=DEVICE, dtype=torch.bfloat16)
-    few.slots, few.pages = case.slots[:2], case.pages
+    few.slots, few.blocks = case.slots[:2], case.blocks
     few.operands = {n: x if n in ("a_log", "dt_bias", "d") else x[:2] for n, x in case.operands.items()}
-    alone, alone_pages = few.run(scan)
+    alone, alone_blocks = few.run(scan)
     assert torch.equal(y[:2], alone)
-    assert torch.equal(pages[few.slots, few.span], alone_pages[few.slots, few.span])
+    assert torch.equal(blocks[few.slots, few.span], alone_blocks[few.slots, few.span])
 
 
 def test_pads_may_share_a_slot():
     """Rows of padding write slot 0 in any order; the others do not notice."""
     case = ScanCase(([1, 1, 1, 1], [5, 2, 3, 4]), (1, 2, 2), (8, 8), device=DEVICE)
-    y, pages = case.run(selective_scan)
+    y, blocks = case.run(selective_scan)
     case.slots = torch.cat((case.slots[:2], torch.zeros_like(case.slots[:2])))
-    case.pages[0] = 1.0
-    padded, padded_pages = case.run(selective_scan)
+    case.blocks[0] = 1.0
+    padded, padded_blocks = case.run(selective_scan)
     assert torch.equal(padded[:2], y[:2])
-    assert same(padded_pages[case.slots[:2]], pages[case.slots[:2]])
+    assert same(padded_blocks[case.slots[:2]], blocks[case.slots[:2]])
 
 
 def test_a_request_without_a_new_token_keeps_its_state(scan):
     case = ScanCase(([5, 12], [9, 12]), (1, 2, 2), (8, 8), device=DEVICE)
-    y, pages = case.run(scan)
+    y, blocks = case.run(scan)
     bounds = torch.tensor([0, 5, 17, 17], dtype=torch.int32, device=DEVICE)
     lengths = torch.tensor([9, 12, 0], dtype=torch.int32, device=DEVICE)
     case.batch = replace(case.batch, query_start_loc=bounds, seq_lens=lengths, num_decodes=0)
     case.slots = torch.cat((case.slots, torch.zeros_like(case.slots[:1])))
-    padded, padded_pages = case.run(scan)
-    assert torch.equal(padded, y) and same(padded_pages, pages)
+    padded, padded_blocks = case.run(scan)
+    assert torch.equal(padded, y) and same(padded_blocks, blocks)
 
 
 def test_few_long_prompts_are_cut(monkeypatch):

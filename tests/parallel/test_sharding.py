@@ -17,11 +17,11 @@ from lamella.checkpoint.loader import fill
 from lamella.checkpoint.names import targets
 from lamella.engine.options import EngineOptions
 from lamella.errors import ConfigError
-from lamella.layers.holders import state_holders
 from lamella.layers.local_kit import LocalKit
+from lamella.layers.state_modules import find_state_modules
 from lamella.models import resolve_architecture
 from lamella.parallel.group import Group
-from lamella.parallel.sharding import Share, Split, cut
+from lamella.parallel.sharding import Partition, Split, shard_tensor
 
 pytestmark = pytest.mark.unit
 
@@ -43,14 +43,14 @@ class Table:
 
 class ThreadGroup(Group):
     def __init__(self, rank: int, table: Table) -> None:
-        super().__init__(Share(rank, len(table.places)))
+        super().__init__(Partition(rank, len(table.places)))
         self._table = table
 
     def all_reduce(self, x):
-        return torch.stack(self._table.exchange(self.share.rank, x)).sum(0)
+        return torch.stack(self._table.exchange(self.partition.rank, x)).sum(0)
 
     def all_gather(self, x):
-        return torch.cat(self._table.exchange(self.share.rank, x), -1)
+        return torch.cat(self._table.exchange(self.partition.rank, x), -1)
 
 
 def ranks(size: int) -> list[ThreadGroup]:
@@ -110,7 +110,7 @@ class Source:
         return tuple(self.tensors[name].shape)
 
     def load(self, name, splits=()):
-        part = cut(self.tensors[name], splits)
+        part = shard_tensor(self.tensors[name], splits)
         self.read += part.numel()
         return part
 
@@ -192,7 +192,7 @@ def test_ranks_hold_each_number_as_often_as_they_must(case, seed):
         for rank in kept:
             mine = rank[name]
             assert mine.shape == target.shape
-            at = cut(torch.arange(held.numel()).view(held.shape), mine.splits).flatten()
+            at = shard_tensor(torch.arange(held.numel()).view(held.shape), mine.splits).flatten()
             assert torch.equal(mine.place.flatten(), target.place.flatten()[at])
             held.view(-1)[at] += 1
         copies = max(1, size // config["num_key_value_heads"])
@@ -207,7 +207,7 @@ def test_ranks_hold_each_number_as_often_as_they_must(case, seed):
 def test_state_is_divided():
     config = canon_config(num_attention_heads=4, num_key_value_heads=1, qk_norm=True)
     whole, parts = divided(config, 2)
-    for one, first, second in zip(*map(state_holders, (whole, *parts)), strict=True):
+    for one, first, second in zip(*map(find_state_modules, (whole, *parts)), strict=True):
         assert first.specs == second.specs
         (whole_spec,), (spec,) = one.specs, first.specs
         if hasattr(spec, "kv_heads"):
@@ -221,8 +221,8 @@ def test_state_is_divided():
 
 def test_canon_channels_are_gathered_from_all_over():
     (first, second) = (
-        Split.join((share.heads(4).times(2), share.kv_heads(1).times(2), share.kv_heads(1).times(2)))
-        for share in (Share(0, 2), Share(1, 2))
+        Split.join((partition.heads(4).times(2), partition.kv_heads(1).times(2), partition.kv_heads(1).times(2)))
+        for partition in (Partition(0, 2), Partition(1, 2))
     )
     assert (first.spans, second.spans) == (((0, 4), (8, 12)), ((4, 12),))
     assert first.full == second.full == 12 and first.size == second.size == 8
@@ -237,7 +237,7 @@ def test_dummy_weights_are_parts_of_the_same_model(tmp_path, size, changes):
         part = targets(load_model(checkpoint, load_format="dummy", seed=3, group=group), {})
         assert part.keys() == whole.keys()
         for name, target in part.items():
-            assert torch.equal(target.place, cut(whole[name].place, target.splits)), name
+            assert torch.equal(target.place, shard_tensor(whole[name].place, target.splits)), name
 
 
 def test_files_of_both_kinds_are_cut(tmp_path):
@@ -296,7 +296,7 @@ def test_devices_are_checked(monkeypatch):
 
 @pytest.mark.parametrize(("full", "size"), [(5, 3), (7, 4), (8, 4), (9, 4), (11, 5), (5, 5)])
 def test_whole_ones_are_each_held_once_and_evenly(full, size):
-    splits = [Share(rank, size).whole_ones(full, "experts") for rank in range(size)]
+    splits = [Partition(rank, size).whole_ones(full, "experts") for rank in range(size)]
     held = [index for split in splits for start, stop in split.spans for index in range(start, stop)]
     assert held == list(range(full))
     assert {split.size for split in splits} <= {full // size, full // size + 1}

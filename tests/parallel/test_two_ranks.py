@@ -128,7 +128,7 @@ def test_prompts_and_greedy_tokens(engines):
         torch.testing.assert_close(rows(mine), rows(theirs), atol=1e-4, rtol=0)
         for a, b in zip(mine.outputs[0].logprobs, theirs.outputs[0].logprobs, strict=True):
             assert {i: v.logprob for i, v in a.items()} == pytest.approx({i: v.logprob for i, v in b.items()}, abs=1e-4)
-    assert engines[1].stats()["pages_used"] == 0
+    assert engines[1].stats()["blocks_used"] == 0
 
 
 def test_every_way_of_sampling(engines):
@@ -205,7 +205,7 @@ def test_a_killed_worker_is_an_error_and_no_wait(canon_folder):
     with pytest.raises(WorkerError, match="have been stopped: tensor-parallel rank 1 ended"):
         llm.generate(PROMPTS, use_tqdm=False)
     assert time.monotonic() - start < 5
-    assert llm.stats()["pages_used"] == 0
+    assert llm.stats()["blocks_used"] == 0
 
 
 def test_a_killed_worker_in_the_middle_of_a_step(canon_folder):
@@ -243,7 +243,7 @@ def test_every_caller_of_the_event_loop_is_told(canon_folder):
 def test_an_error_on_rank_0_stops_the_others(canon_folder):
     llm = LLM(canon_folder, **OPTIONS, tensor_parallel_size=2)
     process = worker(llm)
-    llm.engine.runner.launch = lambda shares: 1 / 0
+    llm.engine.runner.launch = lambda chunks: 1 / 0
     with pytest.raises(ZeroDivisionError):
         llm.generate(PROMPTS[:1], use_tqdm=False)
     assert process.poll() is not None

@@ -18,7 +18,7 @@ from lamella.errors import CheckpointError, ConfigError, ParameterError
 from lamella.parity import assert_parity, check, compare, score
 from lamella.parity.forcing import ForcedEngine
 from lamella.parity.sequences import split
-from lamella.parity.subject import Subject
+from lamella.parity.tested_model import TestedModel
 from models.test_llama4 import CONFIGS as LLAMA4
 from parity.test_bisection import SHAPE, layer, load
 
@@ -232,14 +232,14 @@ class TestOverrides:
         assert (without[0].logprobs - theirs[0].logprobs).abs().max() > 1e-2
 
     def test_a_folder_for_other_libraries_goes_with_its_subject(self, llama):
-        subject = Subject.open(llama, overrides={"rms_norm_eps": 0.05, "made_up": None})
-        folder = subject.folder
-        assert folder == subject.folder != llama
+        tested = TestedModel.open(llama, overrides={"rms_norm_eps": 0.05, "made_up": None})
+        folder = tested.folder
+        assert folder == tested.folder != llama
         assert json.loads((folder / "config.json").read_text())["rms_norm_eps"] == 0.05
         assert {file.name for file in folder.iterdir()} == {file.name for file in llama.iterdir()}
-        del subject
+        del tested
         assert not folder.exists() and (llama / "model.safetensors").is_file()
-        assert Subject.open(llama).folder == llama
+        assert TestedModel.open(llama).folder == llama
 
     def test_a_head_that_is_in_no_file_is_not_made_up(self, tmp_path):
         hf_checkpoint(tmp_path, LlamaConfig(**SHAPE, tie_word_embeddings=True))

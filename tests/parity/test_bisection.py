@@ -18,12 +18,12 @@ from helpers import VOCAB, canon_checkpoint, hf_checkpoint
 from lamella.config import ModelConfig
 from lamella.errors import ConfigError, ParameterError
 from lamella.layers.context import forward_batch, require_batch
-from lamella.layers.holders import PagedAttention, SlotRows
 from lamella.layers.rotary import Positions, Rotary
+from lamella.layers.state_modules import PagedAttention, SlotRows
 from lamella.models import LlamaForCausalLM, registry
 from lamella.parity import bisect
 from lamella.parity.bisection import CHUNKS, RATIO_LIMIT
-from lamella.parity.subject import Subject
+from lamella.parity.tested_model import TestedModel
 from models.test_llama4 import CONFIGS as LLAMA4
 
 SHAPE = {
@@ -53,7 +53,7 @@ def folders(tmp_path_factory):
 
 
 def load(folder, dtype=torch.float32):
-    return Subject.open(folder).load(dtype, torch.device("cpu"))
+    return TestedModel.open(folder).load(dtype, torch.device("cpu"))
 
 
 def layer(model, index=1):
@@ -80,18 +80,18 @@ def mapped_query_heads_by_remainder(model):
 
 def change_history(canon, change: Callable) -> None:
     """Let one convolution see `change(rows, batch)` in place of the layer's slots."""
-    holder, inner = canon.history.holder, canon.forward
+    state_module, inner = canon.history.state_module, canon.forward
 
     def forward(x):
-        state = holder.current()
+        state = state_module.current()
         if state is None:  # a plain forward
             return inner(x)
         (rows,), slots = state
-        holder.current = lambda: SlotRows((change(rows, require_batch().ragged),), slots)
+        state_module.current = lambda: SlotRows((change(rows, require_batch().ragged),), slots)
         try:
             return inner(x)
         finally:
-            del holder.current
+            del state_module.current
 
     canon.forward = forward
 
@@ -119,7 +119,7 @@ def never_moved_the_history(model):
     change_history(layer(model, 2).feed_forward_canon, lambda rows, batch: rows.clone() if batch.num_decodes else rows)
 
 
-def wrote_no_keys_on_a_new_page(model):
+def wrote_no_keys_on_a_new_block(model):
     attention = layer(model).mixer.attention
     inner = attention.forward
 
@@ -226,12 +226,12 @@ def as_in_another_chunk(model):
     right, inner = attention.read, PagedAttention.read
 
     def read(q):
-        spec, pages = attention.spec, require_batch().pages
+        spec, blocks = attention.spec, require_batch().blocks
         if int(require_batch().ragged.positions[0]) != 41:
             return right(q)
         attention.spec = replace(spec, chunk=8)
-        view = {attention.spec: pages[spec]}
-        with forward_batch(replace(require_batch(), pages=view)):
+        view = {attention.spec: blocks[spec]}
+        with forward_batch(replace(require_batch(), blocks=view)):
             result = inner(attention, q)
         attention.spec = spec
         return result
@@ -266,7 +266,7 @@ FAULTS = {
     "eps of a query norm": ("qwen3", set_to(L1 + "mixer.q_norm", eps=1e-4), 1, "q_norm", 0),
     "norm weight plus one": ("canon", lambda m: layer(m, 2).feed_forward_norm.weight.add_(1), 2, "norm", 0),
     "scale of the scores": ("llama", set_to(L1 + "mixer.attention", scale=0.125), 1, "attention", 1),
-    "keys lost on a new page": ("llama", wrote_no_keys_on_a_new_page, 1, "attention", 16),
+    "keys lost on a new block": ("llama", wrote_no_keys_on_a_new_block, 1, "attention", 16),
     "history forgotten between chunks": ("canon", forgot_the_history, 1, "canon B", CHUNKS[0]),
     "history forgotten in long chunks": ("canon", forgot_the_history_in_long_chunks, 1, "canon B", sum(CHUNKS)),
     "history never moved": ("canon", never_moved_the_history, 2, "canon C", 40),

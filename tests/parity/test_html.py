@@ -123,10 +123,10 @@ def token(delta: float, **given: Any) -> dict[str, Any]:
         "text": " token",
         "context": "a line\nand the next",
         "context_ids": list(range(40, 70)),
-        "truth_logprob": -2.5,
+        "reference_logprob": -2.5,
         "engine_logprob": -2.5 + delta,
         "delta": delta,
-        "truth_top": 501,
+        "reference_top": 501,
         "engine_top": 502,
         **given,
     }
@@ -145,7 +145,7 @@ def full_report() -> dict[str, Any]:
         "engine": "lamella",
         "oracle": "hf",
         "dtype": "bfloat16",
-        "truth_dtype": "float32",
+        "reference_dtype": "float32",
         "device": "cpu",
         "seed": 0,
         "inputs": {

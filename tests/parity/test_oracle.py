@@ -8,11 +8,11 @@ import torch
 from helpers import canon_checkpoint, hf_checkpoint, random_prompts
 from lamella.config import AttentionConfig
 from lamella.errors import ConfigError
-from lamella.parity.oracle import ATTENTION, MIXERS, Oracle
+from lamella.parity.reference_model import ATTENTION, MIXERS, ReferenceModel
 from lamella.parity.scorers.hf import HFModel
 from lamella.parity.scores import Settings
-from lamella.parity.subject import Subject
-from models.canon_oracle import CanonOracle, read_hf
+from lamella.parity.tested_model import TestedModel
+from models.canon_oracle import CanonReferenceModel, read_hf
 from models.test_canon_parity import OPTIONS as CANON
 from models.test_hf_parity import CASES
 from models.test_llama4 import CONFIGS as LLAMA4
@@ -39,33 +39,33 @@ CASES = CASES | {f"llama 4: {name}": config for name, config in LLAMA4.items()}
 
 
 @pytest.fixture(scope="module", params=CASES)
-def subject(request, tmp_path_factory) -> Subject:
+def tested(request, tmp_path_factory) -> TestedModel:
     folder = tmp_path_factory.mktemp("checkpoint")
     hf_checkpoint(folder, CASES[request.param])
-    return Subject.open(folder)
+    return TestedModel.open(folder)
 
 
-def pair(subject: Subject, dtype: torch.dtype, attention: str = "eager") -> tuple[HFModel, Oracle]:
-    hf = HFModel(subject, Settings(dtype=dtype, device=CPU, attention=attention))
-    return hf, Oracle(subject.config, subject.weights(CPU), dtype, CPU, attention)
+def pair(tested: TestedModel, dtype: torch.dtype, attention: str = "eager") -> tuple[HFModel, ReferenceModel]:
+    hf = HFModel(tested, Settings(dtype=dtype, device=CPU, attention=attention))
+    return hf, ReferenceModel(tested.config, tested.weights(CPU), dtype, CPU, attention)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_bit_is_that_of_transformers(subject, dtype):
+def test_every_bit_is_that_of_transformers(tested, dtype):
     for attention in ATTENTION:
-        hf, oracle = pair(subject, dtype, attention)
+        hf, oracle = pair(tested, dtype, attention)
         ids = tokens(90)
         assert torch.equal(hf.logits(ids), oracle.logits(ids))
 
 
-def test_float64_is_that_of_transformers_up_to_its_float32_norms(subject):
-    hf, oracle = pair(subject, torch.float64)
+def test_float64_is_that_of_transformers_up_to_its_float32_norms(tested):
+    hf, oracle = pair(tested, torch.float64)
     ids = tokens(90)
     assert (hf.logits(ids) - oracle.logits(ids)).abs().max() < 1e-4
 
 
-def test_every_site_is_that_of_transformers(subject):
-    hf, oracle = pair(subject, torch.float32)
+def test_every_site_is_that_of_transformers(tested):
+    hf, oracle = pair(tested, torch.float32)
     ids = tokens(40)
     (theirs, their_sites), (ours, our_sites) = recorded(hf.logits, ids), recorded(oracle.logits, ids)
     assert their_sites.keys() == our_sites.keys() and torch.equal(theirs, ours)
@@ -74,8 +74,8 @@ def test_every_site_is_that_of_transformers(subject):
     assert torch.equal(hf.logits(ids), theirs)  # tapping leaves the model as it was
 
 
-def test_a_tap_changes_what_goes_on(subject):
-    hf, oracle = pair(subject, torch.float32)
+def test_a_tap_changes_what_goes_on(tested):
+    hf, oracle = pair(tested, torch.float32)
     ids = tokens(20)
     for model in (hf, oracle):
         plain, sites = recorded(model.logits, ids)
@@ -91,10 +91,10 @@ def test_a_tap_changes_what_goes_on(subject):
 @pytest.mark.parametrize("name", CANON)
 def test_canon_is_that_of_its_formulas(name, tmp_path):
     folder = canon_checkpoint(tmp_path, **CANON[name])
-    subject = Subject.open(folder)
-    expected = CanonOracle(*read_hf(folder))
+    tested = TestedModel.open(folder)
+    expected = CanonReferenceModel(*read_hf(folder))
     ids = tokens(70)
-    ours = Oracle(subject.config, subject.weights(CPU), torch.float64).logits(ids)
+    ours = ReferenceModel(tested.config, tested.weights(CPU), torch.float64).logits(ids)
     # The angles are float32 by definition here, and float64 there.
     assert (ours - expected(torch.tensor([ids]))[0]).abs().max() < 1e-4
 
@@ -102,21 +102,21 @@ def test_canon_is_that_of_its_formulas(name, tmp_path):
 def test_dummy_weights_are_the_engines(tmp_path):
     folder = canon_checkpoint(tmp_path, canon_bias=True, attention_bias=True)
     (folder / "model.safetensors").unlink()
-    subject = Subject.open(folder, load_format="dummy", seed=3)
-    model = subject.load(torch.float32, CPU)
+    tested = TestedModel.open(folder, load_format="dummy", seed=3)
+    model = tested.load(torch.float32, CPU)
     ids = tokens(30)
     expected = model.compute_logits(model(torch.tensor(ids)))
-    assert (Oracle(subject.config, subject.weights(CPU), torch.float32).logits(ids) - expected).abs().max() < 1e-4
+    assert (ReferenceModel(tested.config, tested.weights(CPU), torch.float32).logits(ids) - expected).abs().max() < 1e-4
 
 
 def test_a_mixer_without_a_plain_form_is_named(tmp_path, monkeypatch):
-    subject = Subject.open(canon_checkpoint(tmp_path))
+    tested = TestedModel.open(canon_checkpoint(tmp_path))
     monkeypatch.delitem(MIXERS, AttentionConfig)
     with pytest.raises(ConfigError, match=r"layers\.0\.mixer: .* no plain form of AttentionConfig"):
-        Oracle(subject.config, subject.weights(CPU), torch.float32).logits([1, 2])
+        ReferenceModel(tested.config, tested.weights(CPU), torch.float32).logits([1, 2])
 
 
 def test_transformers_says_why_it_cannot(tmp_path):
-    subject = Subject.open(canon_checkpoint(tmp_path))
+    tested = TestedModel.open(canon_checkpoint(tmp_path))
     with pytest.raises(ConfigError, match=r"hf: transformers does not know the model .*; `reference`"):
-        HFModel(subject, Settings(dtype=torch.float32, device=CPU))
+        HFModel(tested, Settings(dtype=torch.float32, device=CPU))

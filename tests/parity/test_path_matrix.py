@@ -14,7 +14,7 @@ from lamella.parity import paths
 from lamella.parity.catalogue import catalogue
 from lamella.parity.forcing import ForcedEngine
 from lamella.parity.laboratory import Laboratory, NotExercised
-from lamella.parity.subject import Subject
+from lamella.parity.tested_model import TestedModel
 from models.test_llama4 import CONFIGS as LLAMA4
 from parity.test_bisection import SHAPE, change_history, forgot_the_history, layer, load
 
@@ -28,7 +28,9 @@ MODELS = {
     "qwen3, window": lambda folder: hf_checkpoint(folder, Qwen3Config(**SHAPE | WINDOW)),
     "llama 4": lambda folder: hf_checkpoint(folder, LLAMA4["scout"]),
     "llama 4, top 2": lambda folder: hf_checkpoint(folder, LLAMA4["top 2"]),
-    "llama 4, no page ends with a chunk": lambda folder: hf_checkpoint(folder, LLAMA4["chunk that no page ends with"]),
+    "llama 4, no block ends with a chunk": lambda folder: hf_checkpoint(
+        folder, LLAMA4["chunk that no block ends with"]
+    ),
     "canon": lambda folder: canon_checkpoint(folder, num_hidden_layers=3, qk_norm=True),
     "canon, kernel 5": lambda folder: canon_checkpoint(folder, canon_kernel=5, canon_bias=True, canon_activation=True),
     "canon A, lingua": lambda folder: canon_checkpoint(folder, canon_set="A", rope_version="lingua", rope_dim=8),
@@ -57,8 +59,8 @@ def test_every_path_is_right(model, dtype, tmp_path):
 
 
 def test_the_cuts_are_where_state_changes_hands(canon):
-    names = {path.name for path in catalogue(Subject.open(canon).config, 48, CPU)}
-    assert {f"chunked, cut at {cut}" for cut in (1, 2, 3, 4, 5, 15, 16, 17, 46)} <= names  # W is 4, a page is 16
+    names = {path.name for path in catalogue(TestedModel.open(canon).config, 48, CPU)}
+    assert {f"chunked, cut at {cut}" for cut in (1, 2, 3, 4, 5, 15, 16, 17, 46)} <= names  # W is 4, a block is 16
     assert {f"chunked, every {size}" for size in (2, 3, 4, 5, 15, 16, 17)} <= names
 
 
@@ -73,11 +75,11 @@ def failures(folder, inject, dtype="float32"):
 def test_a_history_forgotten_between_chunks_shows_in_the_chunked_paths(canon, dtype):
     failed = failures(canon, forgot_the_history, dtype)
     assert {"chunked, cut at 5", "chunked, every 16"} <= failed.keys()
-    assert not {"full forward, again", "token by token from the first", "recycled pages and slot"} & failed.keys()
+    assert not {"full forward, again", "token by token from the first", "recycled blocks and slot"} & failed.keys()
     assert "differ" in failed["chunked, cut at 5"].why
 
 
-def test_a_key_lost_on_a_new_page_shows(canon):
+def test_a_key_lost_on_a_new_block_shows(canon):
     def inject(model):
         attention = layer(model).mixer.attention
         inner = attention.forward
@@ -111,16 +113,16 @@ def test_memory_that_shines_through_is_not_bitwise(canon):
 
     def inject(model):
         conv = layer(model).mixer_canon
-        holder, inner = conv.history.holder, conv.forward
+        state_module, inner = conv.history.state_module, conv.forward
 
         def forward(x):
-            state = holder.current()
+            state = state_module.current()
             before = 0.0 if state is None else state.tensors[0][state.slots[0], 0, 0].nan_to_num(1.0)
             return inner(x) + 1e-3 * before
 
         conv.forward = forward
 
-    cell = failures(canon, inject)["recycled pages and slot"]
+    cell = failures(canon, inject)["recycled blocks and slot"]
     assert cell.why == "must be bitwise equal, and is not"
 
 
@@ -140,11 +142,11 @@ def test_a_path_that_was_not_taken_fails(canon, monkeypatch):
 
 
 def test_a_preemption_that_did_not_happen_fails(canon, monkeypatch):
-    subject = Subject.open(canon)
-    lab = Laboratory(subject.load(torch.float32, CPU), CPU, range(40), 0)
+    tested = TestedModel.open(canon)
+    lab = Laboratory(tested.load(torch.float32, CPU), CPU, range(40), 0)
     engine = lab.engine
     monkeypatch.setattr(lab, "engine", lambda **options: engine(**options | {"num_blocks": 100}))
-    (preempted,) = (path for path in catalogue(subject.config, 40, CPU) if path.name == "preempted in a small pool")
+    (preempted,) = (path for path in catalogue(tested.config, 40, CPU) if path.name == "preempted in a small pool")
     with pytest.raises(NotExercised, match="nothing was preempted"):
         preempted.run(lab)
 
@@ -162,7 +164,7 @@ def llama4(tmp_path_factory):
 
 
 def test_the_ends_of_chunks_are_cut_and_hit_at(llama4):
-    names = {path.name for path in catalogue(Subject.open(llama4).config, 48, CPU)}
+    names = {path.name for path in catalogue(TestedModel.open(llama4).config, 48, CPU)}
     assert {
         "chunked, cut at 15",
         "chunked, cut at 16",

@@ -38,7 +38,7 @@ def make_sequences(shapes):
     return [TokenSequence(*(tuple(rng.choices(range(VOCAB), k=count)) for count in shape)) for shape in shapes]
 
 
-def make_truth(sequences, top=None):
+def make_reference(sequences, top=None):
     rows = enumerate(sequences)
     return [Scores.of(3 * randn(s.num_predictions, VOCAB, seed=i), s.token_ids[1:], top) for i, s in rows]
 
@@ -65,7 +65,7 @@ def rms(x):
 def case(sigma=1.0, shapes=SHAPES):
     """Sequences, truth, an engine whose noise is `sigma` times the floors', and the two floors."""
     sequences = make_sequences(shapes)
-    truth = make_truth(sequences)
+    truth = make_reference(sequences)
     return (
         sequences,
         truth,
@@ -139,20 +139,20 @@ def coarse_kl(p, q, truth, engine):
     return values
 
 
-@pytest.mark.parametrize("truth_top", [None, 1, 5, 39])
+@pytest.mark.parametrize("reference_top", [None, 1, 5, 39])
 @pytest.mark.parametrize("engine_top", [None, 1, 5, 8, 39])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
-def test_divergence_is_that_of_the_tokens_both_name_and_the_rest(truth_top, engine_top, dtype, error):
+def test_divergence_is_that_of_the_tokens_both_name_and_the_rest(reference_top, engine_top, dtype, error):
     logits = (2 * randn(25, 40)).to(dtype)
     other = logits + randn(25, 40, seed=1).to(dtype)
     p, q = (np.exp(log_softmax(x)) for x in (logits, other))
-    truth, engine = (Scores.of(*x) for x in ((logits, [0] * 25, truth_top), (other, [0] * 25, engine_top)))
+    truth, engine = (Scores.of(*x) for x in ((logits, [0] * 25, reference_top), (other, [0] * 25, engine_top)))
     result = divergence(truth, engine)
     assert result.shape == (25,) and result.dtype == torch.float64
     np.testing.assert_allclose(result, coarse_kl(p, q, truth, engine), atol=error)
     whole = np.array([kl(*pair) for pair in zip(p, q, strict=True)])
     assert ((result.numpy() >= 0) & (result.numpy() <= whole + error)).all()
-    if truth_top is None and engine_top is None:
+    if reference_top is None and engine_top is None:
         np.testing.assert_allclose(result, whole, atol=error)
 
 
@@ -194,19 +194,19 @@ def test_coarsening_never_adds_divergence_where_float32_rounds_the_rest_away():
     assert divergence(truth, Scores.of(other.float(), [0] * 500, 20)).max() < 3e-6
 
 
-@pytest.mark.parametrize("truth_top", [None, 3])
+@pytest.mark.parametrize("reference_top", [None, 3])
 @pytest.mark.parametrize("engine_top", [None, 3])
 @pytest.mark.parametrize("both", [False, True])
-def test_what_the_truth_excludes_counts_nothing(truth_top, engine_top, both):
+def test_what_the_truth_excludes_counts_nothing(reference_top, engine_top, both):
     logits, other = 0.1 * randn(10, 5), 0.1 * randn(10, 5, seed=1)
     logits[:, [1, 4]] = -math.inf
     if both:
         other[:, [1, 4]] = -math.inf
     p, q = (np.exp(log_softmax(x)) for x in (logits, other))
-    result = divergence(Scores.of(logits, [0] * 10, truth_top), Scores.of(other, [0] * 10, engine_top)).numpy()
+    result = divergence(Scores.of(logits, [0] * 10, reference_top), Scores.of(other, [0] * 10, engine_top)).numpy()
     whole = np.array([kl(*pair) for pair in zip(p, q, strict=True)])
     assert ((result >= 0) & (result <= whole + 1e-12)).all()
-    if both or (truth_top is None and engine_top is None):
+    if both or (reference_top is None and engine_top is None):
         np.testing.assert_allclose(result, whole, atol=1e-12)
 
 
@@ -228,7 +228,7 @@ def test_divergence_is_infinite_where_the_engine_excludes_what_the_truth_allows(
 )
 def test_predictions_are_numbered_by_decode_step_and_position(prompt, continuation, steps):
     sequences = make_sequences([(prompt, continuation), (2, 2), (prompt, continuation)])
-    truth = make_truth(sequences)
+    truth = make_reference(sequences)
     result = Differences.of(sequences, truth, truth)
     positions = list(range(len(steps)))
     assert result.step.tolist() == [*steps, 0, 0, 1, *steps]
@@ -236,14 +236,14 @@ def test_predictions_are_numbered_by_decode_step_and_position(prompt, continuati
     assert result.sequence.tolist() == [0] * len(steps) + [1] * 3 + [2] * len(steps)
 
 
-@pytest.mark.parametrize(("truth_top", "engine_top"), [(None, None), (None, 3), (3, 3), (2, None)])
-def test_differences_are_engine_less_truth(truth_top, engine_top):
+@pytest.mark.parametrize(("reference_top", "engine_top"), [(None, None), (None, 3), (3, 3), (2, None)])
+def test_differences_are_engine_less_truth(reference_top, engine_top):
     sequences = make_sequences([(4, 3), (1, 1), (2, 9)])
     logits = [2 * randn(s.num_predictions, VOCAB, seed=i) for i, s in enumerate(sequences)]
     others = [x + randn(len(x), VOCAB, seed=10 + i) for i, x in enumerate(logits)]
     truth, engine = (
         [Scores.of(x, s.token_ids[1:], top) for x, s in zip(rows, sequences, strict=True)]
-        for rows, top in ((logits, truth_top), (others, engine_top))
+        for rows, top in ((logits, reference_top), (others, engine_top))
     )
     result = Differences.of(sequences, truth, engine)
     p, q = (log_softmax(torch.cat(rows)) for rows in (logits, others))
@@ -480,10 +480,10 @@ def test_a_histogram_of_equal_differences_counts_them_all():
 @pytest.mark.parametrize("top", [None, 3])
 def test_worst_are_the_largest_in_order(count, top):
     sequences = make_sequences([(4, 6), (1, 1), (12, 3), (1, 5)])
-    truth = make_truth(sequences, top)
+    truth = make_reference(sequences, top)
     engine = [
         replace(ours, target=expected.target + randn(len(expected.target), seed=90 + i))
-        for i, (ours, expected) in enumerate(zip(make_truth(sequences[::-1], top)[::-1], truth, strict=True))
+        for i, (ours, expected) in enumerate(zip(make_reference(sequences[::-1], top)[::-1], truth, strict=True))
     ]
     engine = [
         replace(e, logprobs=t.logprobs.flip(1), ids=t.ids if top is None else t.ids.flip(1))
@@ -502,10 +502,10 @@ def test_worst_are_the_largest_in_order(count, top):
                     phase=f"decode {step}" if step > 0 else "prefill",
                     token=tokens[at],
                     context_ids=list(tokens[:at][-8:]),
-                    truth_logprob=logprob,
+                    reference_logprob=logprob,
                     engine_logprob=given,
                     delta=given - logprob,
-                    truth_top=likeliest(truth[number])[at - 1].item(),
+                    reference_top=likeliest(truth[number])[at - 1].item(),
                     engine_top=likeliest(engine[number])[at - 1].item(),
                 )
             )
@@ -666,7 +666,9 @@ def test_small_differences_need_no_yardstick_in_fp32_alone(dtype, size, passes):
 
 def test_a_constant_bias_is_a_reason():
     sequences = make_sequences([(1, 1), (1, 1)])
-    truth = [replace(scores, target=torch.full((1,), -1.0, dtype=torch.float64)) for scores in make_truth(sequences)]
+    truth = [
+        replace(scores, target=torch.full((1,), -1.0, dtype=torch.float64)) for scores in make_reference(sequences)
+    ]
     result = compare_scores(sequences, truth, moved(truth, lambda i: -0.5), {"eager": noisy(truth, 0.01, 1)})
     assert result.engine.bias == -0.5 and result.engine.bias_error == 0
     assert any("bias" in reason for reason in judge_stats(result, torch.bfloat16, Tolerances()))

@@ -39,7 +39,7 @@ class Naive:
                 self.evictions += 1
             self.held[place] = 1
 
-    def share(self, place: int) -> None:
+    def add_reference(self, place: int) -> None:
         if place in self.cached:
             self.cached.remove(place)
         self.held[place] += 1
@@ -102,8 +102,8 @@ def test_every_operation_does_what_the_naive_model_does(capacity):
             assert len(places) == count
             naive.allocated(places)
         elif operation == "share" and sharable:
-            pool.share(place := rng.choice(sharable))
-            naive.share(place)
+            pool.add_reference(place := rng.choice(sharable))
+            naive.add_reference(place)
         elif operation == "free" and held:
             places = rng.sample(held, rng.randint(1, len(held)))
             pool.free(iter(places))
@@ -140,7 +140,7 @@ def cached_pool(capacity: int) -> Pool:
 def test_the_place_that_is_longest_nobodys_goes_first():
     pool = cached_pool(5)
     pool.touch(1)
-    pool.share(2)
+    pool.add_reference(2)
     pool.free([2])
     assert pool.allocate(5) == [3, 4, 5, 1, 2]
     assert pool.num_evictions == 5
@@ -158,8 +158,8 @@ def test_a_place_without_content_is_used_before_any_goes():
 
 def test_a_held_place_never_goes_and_is_held_until_the_last_holder_gives_it_back():
     pool = cached_pool(3)
-    pool.share(1)
-    pool.share(1)
+    pool.add_reference(1)
+    pool.add_reference(1)
     assert pool.allocate(2) == [2, 3]
     assert pool.num_free == 0 and pool.find(KEYS[1]) == 1
     pool.touch(1)  # held: nothing to do
@@ -219,8 +219,8 @@ def test_what_is_dropped_or_reset_while_held_is_blank_once_freed():
         lambda pool: pool.name(2, b"nobody's"),
         lambda pool: pool.name(0, b"the dummy"),
         lambda pool: (pool.name(1, b"once"), pool.name(1, b"twice")),
-        lambda pool: pool.share(2),
-        lambda pool: pool.share(0),
+        lambda pool: pool.add_reference(2),
+        lambda pool: pool.add_reference(0),
         lambda pool: (pool.name(1, b"cached"), pool.free([1]), pool.name(1, b"again")),
         lambda pool: (pool.name(1, b"cached"), pool.free([1]), pool.free([1])),
         lambda pool: Pool(0),

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from lamella.engine.images.reader import Image, PlacedImage
 from lamella.engine.requests.request import Request
-from lamella.state.prefix import page_key, root_key
-from prefix_cases import PAGE, ROOT, TOKEN_IDS, keys_of, make_request
+from lamella.state.prefix import block_key, root_key
+from prefix_cases import BLOCK, ROOT, TOKEN_IDS, keys_of, make_request
 
 pytestmark = pytest.mark.unit
 
@@ -23,10 +23,10 @@ pytestmark = pytest.mark.unit
 @given(TOKEN_IDS, TOKEN_IDS, st.sampled_from([ROOT, root_key("m", "cpu", "salt")]))
 def test_keys_are_equal_just_where_all_tokens_so_far_and_the_root_are(first, second, root):
     ours, theirs = keys_of(first), keys_of(second, root)
-    assert len(ours) == len(first) // PAGE
+    assert len(ours) == len(first) // BLOCK
     for index, key in enumerate(ours):
         for other, their in enumerate(theirs):
-            same = root == ROOT and first[: (index + 1) * PAGE] == second[: (other + 1) * PAGE]
+            same = root == ROOT and first[: (index + 1) * BLOCK] == second[: (other + 1) * BLOCK]
             assert (key == their) == same
     assert len(set(ours)) == len(ours)
 
@@ -40,10 +40,10 @@ def test_the_roots_of_different_models_placements_and_salts_differ():
     assert root_key("a", "b") != root_key("ab") != root_key("a, b")
 
 
-def test_page_keys_tell_large_tokens_and_page_limits_apart():
-    keys = {page_key(ROOT, ids) for ids in ([1], [256], [65536], [2**31], [2**40], [0, 1], [1, 0], [0], [1, 0, 0], [])}
+def test_block_keys_tell_large_tokens_and_block_limits_apart():
+    keys = {block_key(ROOT, ids) for ids in ([1], [256], [65536], [2**31], [2**40], [0, 1], [1, 0], [0], [1, 0, 0], [])}
     assert len(keys) == 10
-    assert page_key(page_key(ROOT, [1]), [2]) != page_key(ROOT, [1, 2])
+    assert block_key(block_key(ROOT, [1]), [2]) != block_key(ROOT, [1, 2])
 
 
 @given(st.integers(1, 11), st.lists(st.integers(0, 16), min_size=1, max_size=6))
@@ -56,7 +56,8 @@ def test_keys_of_a_growing_request_are_those_of_its_tokens(prompt, grown):
         whole = keys_of(everything)
         for tokens in (0, 3, 4, prompt, len(everything)):
             assert (
-                request.page_keys(PAGE, min(tokens, len(everything))) == whole[: min(tokens, len(everything)) // PAGE]
+                request.block_keys(BLOCK, min(tokens, len(everything)))
+                == whole[: min(tokens, len(everything)) // BLOCK]
             )
 
 
@@ -88,13 +89,13 @@ def with_images(parts: Sequence[tuple[int, int | None]], after: int) -> tuple[Re
 @given(IMAGES, IMAGES, st.integers(0, 5))
 def test_keys_are_equal_just_where_all_tokens_stand_for_the_same(first, second, after):
     (ours, meant), (theirs, others) = with_images(first, after), with_images(second, after)
-    pairs = zip(ours.page_keys(PAGE, len(meant)), theirs.page_keys(PAGE, len(others)), strict=False)
+    pairs = zip(ours.block_keys(BLOCK, len(meant)), theirs.block_keys(BLOCK, len(others)), strict=False)
     for stop, (key, other) in enumerate(pairs, 1):
-        stop *= PAGE
+        stop *= BLOCK
         assert (key == other) == (meant[:stop] == others[:stop])
         (*_, text) = keys_of(ours.token_ids(0, stop))
         assert (key == text) == (meant[:stop] == ours.token_ids(0, stop))
 
 
 def test_a_request_without_a_root_has_no_keys():
-    assert make_request("r", range(20), root=None).page_keys(PAGE, 20) == []
+    assert make_request("r", range(20), root=None).block_keys(BLOCK, 20) == []

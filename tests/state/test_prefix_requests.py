@@ -13,7 +13,7 @@ from lamella.engine.requests.sampling_params import SamplingParams
 from lamella.engine.scheduler import Scheduled, Scheduler
 from lamella.state.manager import DUMMY, StateManager
 from lamella.state.prefix import MISS, Hit
-from prefix_cases import PAGE, ROOT, bookkeeping, brute_force, group, make_request, sees
+from prefix_cases import BLOCK, ROOT, bookkeeping, brute_force, group, make_request, sees
 
 pytestmark = pytest.mark.unit
 
@@ -27,32 +27,34 @@ class Checked(StateManager):
 
     def grow(self, request: Hashable, tokens: int, hit: Hit = MISS, keys: Sequence[bytes] = ()) -> bool:
         before, copies = bookkeeping(self), list(self._copies)
-        mine = self.holdings.get(request)
-        had = [list(pages) for pages in mine.pages] if mine else [[] for _ in self.groups]
-        held = [{page for other in self.holdings.values() for page in other.pages[i]} for i in range(len(self.groups))]
-        slots = {slot for other in self.holdings.values() for slot in (other.slot, *(s for s, _ in other.planned))}
-        evictions = [pool.num_evictions for pool in self.page_pools]
+        mine = self.allocations.get(request)
+        had = [list(blocks) for blocks in mine.blocks] if mine else [[] for _ in self.groups]
+        held = [
+            {block for other in self.allocations.values() for block in other.blocks[i]} for i in range(len(self.groups))
+        ]
+        slots = {slot for other in self.allocations.values() for slot in (other.slot, *(s for s, _ in other.planned))}
+        evictions = [pool.num_evictions for pool in self.block_pools]
         found, short = [], not mine and len(slots) == self.slot_pool.capacity
-        for index, (spec, pool) in enumerate(zip(self.groups, self.page_pools, strict=True)):
+        for index, (spec, pool) in enumerate(zip(self.groups, self.block_pools, strict=True)):
             live = [
-                any(sees(spec, hit.length, position) for position in range(page * PAGE, (page + 1) * PAGE))
-                for page in range(hit.length // PAGE)
+                any(sees(spec, hit.length, position) for position in range(block * BLOCK, (block + 1) * BLOCK))
+                for block in range(hit.length // BLOCK)
             ]
-            found.append(had[index] or [pool.find(keys[page]) if seen else DUMMY for page, seen in enumerate(live)])
-            taken = -(-tokens // PAGE) - len(found[-1]) + len({*found[-1]} - held[index] - {DUMMY})
+            found.append(had[index] or [pool.find(keys[block]) if seen else DUMMY for block, seen in enumerate(live)])
+            taken = -(-tokens // BLOCK) - len(found[-1]) + len({*found[-1]} - held[index] - {DUMMY})
             short |= taken > pool.capacity - len(held[index] - {DUMMY})
         if not super().grow(request, tokens, hit, keys):
             assert short, "there was room"
             assert bookkeeping(self) == before
             return False
         assert not short
-        mine = self.holdings[request]
-        for pages, known, others, pool, evicted in zip(
-            mine.pages, found, held, self.page_pools, evictions, strict=True
+        mine = self.allocations[request]
+        for blocks, known, others, pool, evicted in zip(
+            mine.blocks, found, held, self.block_pools, evictions, strict=True
         ):
-            new = pages[len(known) :]
-            assert pages[: len(known)] == known
-            assert len(pages) == max(len(known), -(-tokens // PAGE))
+            new = blocks[len(known) :]
+            assert blocks[: len(known)] == known
+            assert len(blocks) == max(len(known), -(-tokens // BLOCK))
             assert len(set(new)) == len(new) and not set(new) & {*known, *others, DUMMY}
             assert pool.num_evictions - evicted <= len(new)
         if request not in self.started:
@@ -75,20 +77,20 @@ class World:
         self.rng = rng = random.Random(seed)
         groups = [group(window) for window in windows]
         budget, seqs, self.longest = rng.randint(1, 14), rng.randint(1, 5), rng.randint(6, 40)
-        probe = StateManager(groups, [1] * len(groups), 1, PAGE)
+        probe = StateManager(groups, [1] * len(groups), 1, BLOCK)
         spare = rng.choice([0, 1, 2, 4, 20])
         capacities = [
-            400 if roomy else probe.peak_pages(index, self.longest, min(budget, self.longest)) + rng.randint(0, spare)
+            400 if roomy else probe.peak_blocks(index, self.longest, min(budget, self.longest)) + rng.randint(0, spare)
             for index in range(len(groups))
         ]
-        self.state = Checked(groups, capacities, 300 if roomy else seqs + rng.choice([0, 0, 1, 2, 6]), PAGE, slots)
+        self.state = Checked(groups, capacities, 300 if roomy else seqs + rng.choice([0, 0, 1, 2, 6]), BLOCK, slots)
         self.state.started = {}
         self.scheduler = Scheduler(self.state, seqs, budget, rng.choice([None, None, 1, 2, 3]), "always")
         self.roomy, self.rate = roomy, rng.choice([0.1, 0.3, 0.6])
         self.trie: dict[object, int] = {}
         self.nodes: dict[Request, list[int]] = {}
         self.texts: list[list[int]] = [[]]
-        self.pages: list[dict[tuple[int, int], int]] = [{} for _ in groups]
+        self.blocks: list[dict[tuple[int, int], int]] = [{} for _ in groups]
         self.slots: dict[int, int | None] = {}
         self.counts: Counter[str] = Counter()
         # Of a roomy world: nodes that were computed, those with a snapshot, and each request's latest generated one.
@@ -111,11 +113,11 @@ class World:
             return
         hits = {}
         for request in self.scheduler.waiting:
-            keys = request.page_keys(PAGE, request.num_tokens - 1) if request.params.prompt_logprobs is None else []
+            keys = request.block_keys(BLOCK, request.num_tokens - 1) if request.params.prompt_logprobs is None else []
             assert state.match(keys) == brute_force(state, keys)
             hits[request] = self._foretold(request)
         preempted = self.scheduler.num_preemptions
-        shares = self.scheduler.schedule()
+        chunks = self.scheduler.schedule()
         for request in self.scheduler.waiting:
             state.started.pop(request, None)  # preempted
         self.counts["preempted"] += self.scheduler.num_preemptions - preempted
@@ -124,42 +126,42 @@ class World:
             assert source != target
             self.slots[target] = self.slots.get(source)
             self.counts["copies"] += 1
-        for share in shares:
-            request, nodes = share.request, self._nodes(share.request)
-            holding, stop = state.holdings[request], share.start + share.count
+        for chunk in chunks:
+            request, nodes = chunk.request, self._nodes(chunk.request)
+            allocation, stop = state.allocations[request], chunk.start + chunk.count
             hit = state.started[request]
             if request in hits:
-                assert share.start == hit.length
+                assert chunk.start == hit.length
                 assert request.params.prompt_logprobs is None or not hit.length
                 assert hits[request] in (None, hit.length)
                 self.counts["hits"] += hit.length > 0
-                self.counts["moved in"] += hit.snapshot == holding.slot
+                self.counts["moved in"] += hit.snapshot == allocation.slot
                 self.counts["started again"] += request.num_preemptions > 0 and hit.length > 0
             if state.has_slot_state:
-                assert not share.start or self.slots[holding.slot] == nodes[share.start], "not its own past"
-                self.slots[holding.slot] = nodes[stop]
-                assert [slot for _, slot in share.snapshots] == [slot for slot, _ in holding.planned]
-                for position, slot in share.snapshots:
-                    assert share.start < position < stop and position % PAGE == 0
+                assert not chunk.start or self.slots[allocation.slot] == nodes[chunk.start], "not its own past"
+                self.slots[allocation.slot] = nodes[stop]
+                assert [slot for _, slot in chunk.snapshots] == [slot for slot, _ in allocation.planned]
+                for position, slot in chunk.snapshots:
+                    assert chunk.start < position < stop and position % BLOCK == 0
                     self.slots[slot] = nodes[position]
                     self.counts["inside"] += 1
-            for pages, memory in zip(holding.pages, self.pages, strict=True):
-                for position in range(share.start, stop):
-                    assert pages[position // PAGE] != DUMMY
-                    memory[pages[position // PAGE], position % PAGE] = nodes[position + 1]
-        for share in shares:
-            nodes, holding = self._nodes(share.request), state.holdings[share.request]
-            for spec, pages, memory in zip(state.groups, holding.pages, self.pages, strict=True):
-                for position in range(share.start + share.count):
-                    if sees(spec, share.start, position):
-                        place = pages[position // PAGE]
+            for blocks, memory in zip(allocation.blocks, self.blocks, strict=True):
+                for position in range(chunk.start, stop):
+                    assert blocks[position // BLOCK] != DUMMY
+                    memory[blocks[position // BLOCK], position % BLOCK] = nodes[position + 1]
+        for chunk in chunks:
+            nodes, allocation = self._nodes(chunk.request), state.allocations[chunk.request]
+            for spec, blocks, memory in zip(state.groups, allocation.blocks, self.blocks, strict=True):
+                for position in range(chunk.start + chunk.count):
+                    if sees(spec, chunk.start, position):
+                        place = blocks[position // BLOCK]
                         assert place != DUMMY
-                        assert memory.get((place, position % PAGE)) == nodes[position + 1], "a token that it never saw"
-        self.scheduler.computed(shares)
-        for share in shares:
-            self._computed(share)
-            if share.samples:
-                self._sample(share.request)
+                        assert memory.get((place, position % BLOCK)) == nodes[position + 1], "a token that it never saw"
+        self.scheduler.computed(chunks)
+        for chunk in chunks:
+            self._computed(chunk)
+            if chunk.samples:
+                self._sample(chunk.request)
         self._check_pools()
         self.counts["steps"] += 1
 
@@ -198,17 +200,17 @@ class World:
             return 0
         at_hand = self.snapshots if self.state.has_slot_state else self.known
         nodes = self._nodes(request)
-        return max((n for n in range(PAGE, request.num_tokens, PAGE) if nodes[n] in at_hand), default=0)
+        return max((n for n in range(BLOCK, request.num_tokens, BLOCK) if nodes[n] in at_hand), default=0)
 
-    def _computed(self, share: Scheduled) -> None:
+    def _computed(self, chunk: Scheduled) -> None:
         """Of a roomy world: what is at hand now."""
-        request = share.request
+        request = chunk.request
         if not self.roomy or request.prefix_root is None:
             return
         nodes, count = self._nodes(request), request.num_computed
-        self.known.update(nodes[PAGE : count + 1 : PAGE])
-        self.snapshots.update(nodes[position] for position, _ in share.snapshots)
-        if count % PAGE == 0:
+        self.known.update(nodes[BLOCK : count + 1 : BLOCK])
+        self.snapshots.update(nodes[position] for position, _ in chunk.snapshots)
+        if count % BLOCK == 0:
             generated = count > len(request.prompt_token_ids)
             if generated:
                 self.snapshots.discard(self.latest.pop(request, -1))
@@ -220,14 +222,14 @@ class World:
     def _check_pools(self) -> None:
         state = self.state
         state.check_integrity()
-        for index, pool in enumerate((*state.page_pools, state.slot_pool)):
+        for index, pool in enumerate((*state.block_pools, state.slot_pool)):
             held = {
                 place
-                for holding in state.holdings.values()
+                for allocation in state.allocations.values()
                 for place in (
-                    holding.pages[index]
+                    allocation.blocks[index]
                     if index < len(state.groups)
-                    else [holding.slot, *(slot for slot, _ in holding.planned)]
+                    else [allocation.slot, *(slot for slot, _ in allocation.planned)]
                 )
             } - {DUMMY}
             blank = sum(not pool.is_cached(place) and place not in held for place in range(1, pool.capacity + 1))
@@ -251,14 +253,14 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("windows", "slots"), KINDS)
-def test_every_request_finds_just_its_own_past_in_pages_and_slot(windows, slots):
+def test_every_request_finds_just_its_own_past_in_blocks_and_slot(windows, slots):
     counts: Counter[str] = Counter()
     for seed in range(18 if slots else 12):
         world = World(seed, windows, slots)
         for _ in range(110):
             world.step()
         counts += world.counts
-        counts["evicted"] += sum(pool.num_evictions for pool in (*world.state.page_pools, world.state.slot_pool))
+        counts["evicted"] += sum(pool.num_evictions for pool in (*world.state.block_pools, world.state.slot_pool))
     assert min(counts[what] for what in ("hits", "done")) > 70
     assert counts["evicted"] > 400 and counts["cancelled"] > 10
     assert not windows or min(counts["preempted"], counts["started again"]) > 8
@@ -272,7 +274,7 @@ def test_with_room_for_everything_all_that_was_computed_is_hit(windows, slots):
         world = World(seed, windows, slots, roomy=True)
         for _ in range(60):
             world.step()
-        assert not any(pool.num_evictions for pool in (*world.state.page_pools, world.state.slot_pool))
+        assert not any(pool.num_evictions for pool in (*world.state.block_pools, world.state.slot_pool))
         counts += world.counts
     assert counts["hits"] > 30
 
@@ -281,7 +283,7 @@ def test_with_room_for_everything_all_that_was_computed_is_hit(windows, slots):
 
 
 def roomy_scheduler(windows: Sequence[int | None], slots: bool, budget: int, interval: int | None = None) -> Scheduler:
-    state = StateManager([group(window) for window in windows], [99] * len(windows), 40, PAGE, slots)
+    state = StateManager([group(window) for window in windows], [99] * len(windows), 40, BLOCK, slots)
     return Scheduler(state, 4, budget, interval, "always")
 
 
@@ -290,27 +292,27 @@ def run(scheduler: Scheduler, *requests: Request, steps: int = 1000) -> None:
     for request in requests:
         scheduler.add(request)
     while scheduler.has_work and steps:
-        shares = scheduler.schedule()
-        scheduler.computed(shares)
-        for share in shares:
-            if share.samples:
-                share.request.output_token_ids.append(1000 * (id(share.request) % 10**9) + share.request.num_tokens)
-                if len(share.request.output_token_ids) == share.request.max_tokens:
-                    scheduler.finish(share.request)
+        chunks = scheduler.schedule()
+        scheduler.computed(chunks)
+        for chunk in chunks:
+            if chunk.samples:
+                chunk.request.output_token_ids.append(1000 * (id(chunk.request) % 10**9) + chunk.request.num_tokens)
+                if len(chunk.request.output_token_ids) == chunk.request.max_tokens:
+                    scheduler.finish(chunk.request)
         scheduler.state.check_integrity()
         steps -= 1
 
 
 def snapshots(scheduler: Scheduler, request: Request) -> list[int]:
     """The lengths of the request's prefixes that have one."""
-    keys = request.page_keys(PAGE, request.num_tokens)
-    return [PAGE * n for n, key in enumerate(keys, 1) if scheduler.state.slot_pool.find(key) is not None]
+    keys = request.block_keys(BLOCK, request.num_tokens)
+    return [BLOCK * n for n, key in enumerate(keys, 1) if scheduler.state.slot_pool.find(key) is not None]
 
 
 @pytest.mark.parametrize(("windows", "slots"), KINDS)
 @pytest.mark.parametrize("budget", [1, 3, 4, 7, 100])
 @pytest.mark.parametrize(("prompt", "output"), [(10, 9), (8, 5), (11, 2), (12, 1), (9, 12), (1, 16), (13, 3)])
-def test_the_next_turn_starts_at_the_last_full_page_of_what_was_computed(windows, slots, budget, prompt, output):
+def test_the_next_turn_starts_at_the_last_full_block_of_what_was_computed(windows, slots, budget, prompt, output):
     scheduler = roomy_scheduler(windows, slots, budget)
     turns = [make_request("0", range(prompt), output)]
     run(scheduler, turns[0])
@@ -319,7 +321,7 @@ def test_the_next_turn_starts_at_the_last_full_page_of_what_was_computed(windows
         turns.append(make_request(str(turn), [*before, 5, 6, 7], output))
         computed = len(before) - 1  # the last token was sampled and never computed
         run(scheduler, turns[-1], steps=1)
-        assert turns[-1].num_cached_tokens == computed // PAGE * PAGE
+        assert turns[-1].num_cached_tokens == computed // BLOCK * BLOCK
         run(scheduler)
     assert scheduler.num_cached_tokens == sum(turn.num_cached_tokens for turn in turns)
     assert scheduler.num_started_tokens == sum(len(turn.prompt_token_ids) for turn in turns)
@@ -332,7 +334,7 @@ def test_of_a_requests_snapshots_are_kept_the_prompts_and_the_latest_generated_o
     scheduler.add(request)
     while scheduler.has_work:
         run(scheduler, steps=1)
-        latest = request.num_computed // PAGE * PAGE
+        latest = request.num_computed // BLOCK * BLOCK
         generated = [length for length in snapshots(scheduler, request) if length > 10]
         assert generated == ([latest] if latest > 10 else [])
     ours = snapshots(scheduler, request)
@@ -355,7 +357,7 @@ def test_a_preemption_may_leave_one_more_generated_snapshot():
 @pytest.mark.parametrize(
     ("interval", "kept"), [(None, [16, 28]), (1, [4, 8, 12, 16, 20, 24, 28]), (3, [12, 16, 24, 28])]
 )
-def test_a_long_prompt_leaves_snapshots_at_every_so_many_pages_and_at_its_last(interval, kept):
+def test_a_long_prompt_leaves_snapshots_at_every_so_many_blocks_and_at_its_last(interval, kept):
     scheduler = roomy_scheduler([None], True, 100, interval)
     request = make_request("r", range(30))
     run(scheduler, request)
@@ -401,7 +403,7 @@ def test_requests_that_start_in_the_same_step_do_not_share_what_is_not_yet_compu
     first, second = make_request("a", range(18), 2), make_request("b", range(18), 2)
     run(scheduler, first, second, steps=1)
     assert second.num_cached_tokens == 0
-    held = [scheduler.state.holdings[request].pages[0] for request in (first, second)]
+    held = [scheduler.state.allocations[request].blocks[0] for request in (first, second)]
     assert not set(held[0]) & set(held[1])
     run(scheduler)
-    assert scheduler.state.page_pools[0].num_cached == 4  # one of each content
+    assert scheduler.state.block_pools[0].num_cached == 4  # one of each content

@@ -1,4 +1,4 @@
-"""Settings of vLLM that these tests share: engines in this process, a small cache, no waiting for compilers."""
+"""Settings of vLLM that these tests partition: engines in this process, a small cache, no waiting for compilers."""
 
 from __future__ import annotations
 

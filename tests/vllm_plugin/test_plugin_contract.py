@@ -1,4 +1,4 @@
-"""What vLLM asks of a model with slot state: flags, pages, groups, what its runner keeps."""
+"""What vLLM asks of a model with slot state: flags, blocks, groups, what its runner keeps."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from helpers import canon_config
 from lamella.config.hf_config import HFConfig
 from lamella.models.registry import architectures, resolve_architecture
-from lamella.parallel.sharding import Share
+from lamella.parallel.sharding import Partition
 from lamella.parity.scorers.hf import why_not
-from lamella.parity.subject import Subject
+from lamella.parity.tested_model import TestedModel
 from lamella.vllm_plugin import PREFIX, compat
 from lamella.vllm_plugin.model import model_class
 from lamella.vllm_plugin.registration import OPERATIONS, register_all, served_names
@@ -62,7 +62,7 @@ class TestClasses:
         assert issubclass(StateMetadataBuilder, wanted)
 
     def test_what_a_request_of_an_8b_model_holds(self) -> None:
-        """One holder a layer fills its pages; one for each convolution would pad every one to the widest's."""
+        """One state_module a layer fills its blocks; one for each convolution would pad every one to the widest's."""
         sizes = {
             "hidden_size": 4096,
             "intermediate_size": 14336,
@@ -74,14 +74,14 @@ class TestClasses:
         }
         values = canon_config(**sizes)
         config = resolve_architecture("LlamaCanonForCausalLM").read_config(HFConfig(values))
-        layout = StateLayout.from_model(config, Share(), torch.bfloat16)
+        layout = StateLayout.from_model(config, Partition(), torch.bfloat16)
         assert layout is not None and layout.dtype == torch.bfloat16
         size = math.prod(layout.shape) * 2
         assert 32 * size == 8_257_536
-        kv_page = 16 * 2 * 8 * 128 * 2  # of the fewest tokens that a block has
+        kv_block = 16 * 2 * 8 * 128 * 2  # of the fewest tokens that a block has
 
-        def held(holders: int, most: int) -> int:
-            return 32 * holders * math.ceil(most / kv_page) * kv_page
+        def held(state_modules: int, most: int) -> int:
+            return 32 * state_modules * math.ceil(most / kv_block) * kv_block
 
         assert held(1, size) == 8_388_608
         assert held(4, 3 * 2 * 14336 * 2) == 25_165_824
@@ -89,7 +89,7 @@ class TestClasses:
 
 def test_a_registered_config_is_no_model_of_transformers(folder: Path) -> None:
     """Parity's truth must come from elsewhere."""
-    assert "no language model for LlamaCanon" in why_not(Subject.open(folder))
+    assert "no language model for LlamaCanon" in why_not(TestedModel.open(folder))
 
 
 @pytest.fixture(
@@ -109,19 +109,19 @@ def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[Any]:
 
 
 class TestEngine:
-    def test_pages_have_the_shape_that_was_announced(self, engine: Any) -> None:
+    def test_blocks_have_the_shape_that_was_announced(self, engine: Any) -> None:
         config = engine.llm_engine.vllm_config
         cls = model_class("LlamaCanonForCausalLM")
         ((rows, channels),) = cls.get_mamba_state_shape_from_config(config)
         assert rows == 3 + compat.num_speculative_tokens(config)
         assert channels == 64 + 8 * 32 + 64 + 2 * 96
-        holders = state_layers(engine)
-        assert len(holders) == 3
-        for holder in holders:
-            assert holder.get_state_shape() == ((rows, channels),)
-            assert holder.get_state_dtype() == cls.get_mamba_state_dtype_from_config(config) == (torch.float32,)
-            assert holder.kv_cache[0].shape[1:] == (rows, channels)
-            assert holder.kv_cache[0].shape[0] >= config.cache_config.num_gpu_blocks
+        state_modules = state_layers(engine)
+        assert len(state_modules) == 3
+        for state_module in state_modules:
+            assert state_module.get_state_shape() == ((rows, channels),)
+            assert state_module.get_state_dtype() == cls.get_mamba_state_dtype_from_config(config) == (torch.float32,)
+            assert state_module.kv_cache[0].shape[1:] == (rows, channels)
+            assert state_module.kv_cache[0].shape[0] >= config.cache_config.num_gpu_blocks
 
     def test_state_is_copied_by_vllms_own_function(self, engine: Any) -> None:
         from vllm.model_executor.layers.mamba.mamba_utils import get_conv_copy_spec

@@ -17,7 +17,7 @@ from helpers import VOCAB
 from lamella.checkpoint import load_model, open_checkpoint
 
 pytestmark = pytest.mark.vllm
-PAGE = Path(__file__).parents[2] / "docs" / "adding_a_mixer.md"
+BLOCK = Path(__file__).parents[2] / "docs" / "adding_a_mixer.md"
 NAME, TYPE = "AveragingForCausalLM", "averaging"
 VALUES = {
     "architectures": [NAME],
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
     from lamella.checkpoint.names import targets
 
     path = tmp_path_factory.mktemp("mixer")
-    code = dict(re.findall(r"```python\n# file: (\S+)\n(.*?)```", PAGE.read_text(), re.DOTALL))["averaging.py"]
+    code = dict(re.findall(r"```python\n# file: (\S+)\n(.*?)```", BLOCK.read_text(), re.DOTALL))["averaging.py"]
     (path / "averaging.py").write_text(code)
     # As an installed package has it: vLLM looks at model classes in a process of its own.
     package = path / "averaging-0.1.dist-info"
@@ -79,11 +79,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def logprobs(folder):
     """Log-probabilities of a sequence by one full forward of the plain form, in float64."""
-    from lamella.parity.oracle import Oracle
-    from lamella.parity.subject import Subject
+    from lamella.parity.reference_model import ReferenceModel
+    from lamella.parity.tested_model import TestedModel
 
-    subject = Subject.open(str(folder))
-    oracle = Oracle(subject.config, subject.weights(torch.device("cpu")), torch.float64)
+    tested = TestedModel.open(str(folder))
+    oracle = ReferenceModel(tested.config, tested.weights(torch.device("cpu")), torch.float64)
     return lambda ids: oracle.logits(ids).log_softmax(-1)
 
 

@@ -52,12 +52,12 @@ class TestRehearsal:
     def test_nothing_is_computed_once_there_are_blocks(self, unfilled: Any) -> None:
         from vllm.forward_context import set_forward_context
 
-        holder = unfilled.model.layers[0].history.holder
-        layer = holder.layer
+        state_module = unfilled.model.layers[0].history.state_module
+        layer = state_module.layer
         blocks = torch.full((2, *layer.shape), torch.nan, device=DEVICE)
         layer.kv_cache, unbound = (blocks,), layer.kv_cache
         with set_forward_context(None, unfilled.vllm_config):
-            assert not holder.run("mixer_canon", (torch.randn(4, 64, device=DEVICE),), 64).any()
+            assert not state_module.run("mixer_canon", (torch.randn(4, 64, device=DEVICE),), 64).any()
         layer.kv_cache = unbound
         assert blocks.isnan().all()
 

@@ -10,7 +10,7 @@ import torch
 
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.moe import Experts
-from lamella.layers.supernet.placing import active_holders, idle_parameters
+from lamella.layers.supernet.placing import find_active_state_modules, idle_parameters
 from lamella.state.memory import StateCost
 
 _PROBE_BYTES = {"cpu": 1 << 29, "cuda": 1 << 32}  # well beyond any cache's share of one process
@@ -54,7 +54,7 @@ class CostCard:
             - looked_up
             - sum(nbytes for nbytes, _, _ in experts)
             - sum(p.nbytes for p in idle_parameters(model)),
-            state=StateCost.of(active_holders(model)),
+            state=StateCost.of(find_active_state_modules(model)),
             bandwidth=bandwidth,
             experts=tuple(experts),
         )

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from lamella.layers.canon import Canon
-from lamella.layers.context import ForwardBatch, PageView, forward_batch
-from lamella.layers.holders import PagedAttention
+from lamella.layers.context import BlockView, ForwardBatch, forward_batch
 from lamella.layers.linear import Head, Linear
 from lamella.layers.norm import RMSNorm
 from lamella.layers.recurrent import RecurrentMixer
+from lamella.layers.state_modules import PagedAttention
 from lamella.layers.supernet.placing import idle_mixers
 from lamella.ops.attention import reference as attention_reference
 from lamella.ops.backend import portable_only
@@ -103,7 +103,7 @@ def _cases(llm: LLM, rows: int, context: int) -> Iterator[_Case]:
         if isinstance(first, Linear):
             x, weight = random(rows, first.shape.inputs.size), first.dense_weight
             if isinstance(first, Head):
-                expected = partial(linear_reference.wide_linear, x, first.weight)
+                expected = partial(linear_reference.fp32_linear, x, first.weight)
             elif weight is not None:
                 expected = partial(linear_reference.linear, x, weight, first.bias)
             else:
@@ -126,7 +126,7 @@ def _cases(llm: LLM, rows: int, context: int) -> Iterator[_Case]:
         elif isinstance(first, RecurrentMixer):
             inputs = [random(rows, width) for width in first.widths]
             passes = [partial(_recurred, batch, m, inputs) for m in same]
-            state = sum(spec.bytes_per_request for spec in first.history.holder.specs)
+            state = sum(spec.bytes_per_request for spec in first.history.state_module.specs)
             nbytes = 2 * rows * state + sum(x.nbytes for x in inputs)
             yield _Case(f"{name}.recurrence", passes, partial(_recurred_plainly, batch, first, inputs), nbytes)
         else:
@@ -142,21 +142,21 @@ def _dtype(llm: LLM) -> torch.dtype:
 
 
 def _decode_batch(llm: LLM, rows: int, context: int) -> ForwardBatch:
-    """A step over random state: every request has pages and a slot of its own, in no order."""
+    """A step over random state: every request has blocks and a slot of its own, in no order."""
     engine, device = llm.engine, llm.engine.device
-    pages = engine.state.pages_for(context)
+    blocks = engine.state.blocks_for(context)
     for tensor in engine.memory.tensors:
         tensor.normal_()
-    views: dict[PagedState, PageView] = {}
-    for group, pool in zip(engine.state.groups, engine.state.page_pools, strict=True):
-        if pool.capacity < rows * pages:
+    views: dict[PagedState, BlockView] = {}
+    for group, pool in zip(engine.state.groups, engine.state.block_pools, strict=True):
+        if pool.capacity < rows * blocks:
             raise ValueError(
-                f"{rows} requests of {context} tokens need {rows * pages} pages; there are {pool.capacity}"
+                f"{rows} requests of {context} tokens need {rows * blocks} blocks; there are {pool.capacity}"
             )
-        order = torch.randperm(pool.capacity, device=device)[: rows * pages] + 1
+        order = torch.randperm(pool.capacity, device=device)[: rows * blocks] + 1
         none = torch.empty(0, dtype=torch.int32, device=device)
-        new_rows = torch.zeros(rows, dtype=torch.int64, device=device)
-        views[group] = PageView(order.view(rows, pages).int(), new_rows, none, engine.state.page_size)
+        slot_mapping = torch.zeros(rows, dtype=torch.int64, device=device)
+        views[group] = BlockView(order.view(rows, blocks).int(), slot_mapping, none, engine.state.block_size)
     ragged = RaggedBatch.from_lengths([1] * rows, [context] * rows, device)
     slots = torch.arange(1, rows + 1, device=device)
     return ForwardBatch(ragged, views, slots, engine.runner.attention)
@@ -173,7 +173,7 @@ def _recurred(batch: ForwardBatch, mixer: RecurrentMixer, inputs: Sequence[Tenso
 
 def _recurred_plainly(batch: ForwardBatch, mixer: RecurrentMixer, inputs: Sequence[Tensor]) -> Tensor:
     """By plain torch, with the state as it was afterwards."""
-    rows = mixer.history.holder.rows
+    rows = mixer.history.state_module.rows
     before = [tensor.clone() for tensor in rows]
     with portable_only():
         y = _recurred(batch, mixer, inputs)

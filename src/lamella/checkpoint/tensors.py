@@ -21,7 +21,7 @@ from lamella.checkpoint.prefixes import canonical_names
 from lamella.checkpoint.weight_files import INDEX as INDEX
 from lamella.checkpoint.weight_files import TORCH, WeightFiles, find_weights, has_weights
 from lamella.errors import CheckpointError
-from lamella.parallel.sharding import Split, cut
+from lamella.parallel.sharding import Split, shard_tensor
 from lamella.validation import listed
 
 logger = logging.getLogger("lamella")
@@ -232,7 +232,7 @@ class _Handles:
         there = self._names[name]
         if all(split == Split.whole(split.full) for split in splits):
             return self._handles[there].get_tensor(there)
-        return cut(self._handles[there].get_slice(there), splits)
+        return shard_tensor(self._handles[there].get_slice(there), splits)
 
 
 class _Tensors:
@@ -246,4 +246,4 @@ class _Tensors:
         return tuple(self._tensors[name].shape)
 
     def load(self, name: str, splits: Sequence[Split] = ()) -> Tensor:
-        return cut(self._tensors[name], splits)
+        return shard_tensor(self._tensors[name], splits)

@@ -132,6 +132,6 @@ def show_result(console: Console, result: TourResult) -> None:
         )
     console.print(table)
     console.print("by task: " + ", ".join(f"{task} {share:.1%}" for task, share in result.by_task.items()))
-    console.print(f"a plain forward without engine, pages or chunks chooses the same token: {result.plain_agrees:.2%}")
+    console.print(f"a plain forward without engine, blocks or chunks chooses the same token: {result.plain_agrees:.2%}")
     verdict = "[green]all as it should be[/green]" if result.passed else "[red]not as it should be[/red]"
     console.print(verdict)

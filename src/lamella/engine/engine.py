@@ -195,7 +195,7 @@ class Engine:
             return self._collect(launched)
         self._in_flight = launched
         changed = [] if before is None else self._collect(before)
-        # Only now are the tokens known that name the pages that the launched step fills.
+        # Only now are the tokens known that name the blocks that the launched step fills.
         self.scheduler.computed(launched.chunks)
         return changed
 
@@ -210,7 +210,7 @@ class Engine:
         launched = self.runner.launch(chunks)
         self._counts["steps"] += 1
         for chunk in chunks:
-            chunk.request.num_pending += chunk.samples
+            chunk.request.num_in_flight += chunk.samples
             prompt = len(chunk.request.prompt_token_ids)
             if chunk.start < prompt:
                 self._counts["prompt_tokens"] += min(chunk.start + chunk.count, prompt) - chunk.start
@@ -222,7 +222,7 @@ class Engine:
             if result.request in self._restarted:
                 self._restarted.discard(result.request)
                 continue
-            result.request.num_pending -= chunk.samples
+            result.request.num_in_flight -= chunk.samples
             entry = self.admission.jobs.find(result.request)
             if entry is None:
                 continue  # it has ended since
@@ -256,7 +256,7 @@ class Engine:
         State that it took from the cache may be the cause. What it has left in the cache is forgotten in any case.
         """
         tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
-        self.state.forget(request.page_keys(self.state.page_size, tokens))
+        self.state.forget(request.block_keys(self.state.block_size, tokens))
         if not request.num_reused:
             return False
         if self._in_flight is not None and any(chunk.request is request for chunk in self._in_flight.chunks):

@@ -34,12 +34,12 @@ from lamella.engine.steps.runner import ModelRunner
 from lamella.errors import ConfigError
 from lamella.layers.compiled.model import CompiledModel
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.holders import SlotHolder, state_holders
 from lamella.layers.local_kit import LocalKit
 from lamella.layers.norm import RMSNorm
+from lamella.layers.state_modules import SlotStateModule, find_state_modules
 from lamella.layers.supernet.placing import activate, active_placement, has_choice
 from lamella.parallel.group import Group
-from lamella.parallel.sharding import Share
+from lamella.parallel.sharding import Partition
 from lamella.vision.image_model import ImageModel
 
 logger = logging.getLogger("lamella")
@@ -163,8 +163,10 @@ def _snapshot_prompts(options: EngineOptions, device: torch.device, has_slot_sta
 
 def _keeps_inside(model: LanguageModel) -> bool:
     """Return True if slot state can be kept in the middle of a chunk: all that reads or writes it is a part."""
-    holders = [holder for holder in state_holders(model) if isinstance(holder, SlotHolder)]
-    without = [holder.prefix for holder in holders if not holder.parts]
+    state_modules = [
+        state_module for state_module in find_state_modules(model) if isinstance(state_module, SlotStateModule)
+    ]
+    without = [state_module.prefix for state_module in state_modules if not state_module.parts]
     if without:
         logger.warning(
             "prefix cache: %s reads its state outside of its parts, so that slot state is kept at the ends of chunks "
@@ -214,7 +216,7 @@ def check_split(checkpoint: Checkpoint, options: EngineOptions) -> None:
     config, whole_experts = checkpoint.read_config(), options.enable_expert_parallel
     if whole_experts and not any(isinstance(layer.feed_forward, MoEConfig) for layer in config.layers):
         raise ConfigError("enable_expert_parallel=True: no layer of the model has experts")
-    checkpoint.allocate(config, LocalKit(device="meta", group=Group(Share(0, size)), expert_parallel=whole_experts))
+    checkpoint.allocate(config, LocalKit(device="meta", group=Group(Partition(0, size)), expert_parallel=whole_experts))
 
 
 def load_shard(checkpoint: Checkpoint, options: EngineOptions, device: torch.device, group: Group) -> LanguageModel:

@@ -1,6 +1,6 @@
 """Memory of an engine: what a step takes, and how much is left for state.
 
-State is pages of each group, slots of requests, and snapshots of the prefix cache.
+State is blocks of each group, slots of requests, and snapshots of the prefix cache.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ logger = logging.getLogger("lamella")
 
 # Of the memory that is free when the pools are made.
 _MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.85}
-# Room for the prefix cache beyond what running requests can fill: snapshots a request, and pages in all.
+# Room for the prefix cache beyond what running requests can fill: snapshots a request, and blocks in all.
 _SNAPSHOTS_PER_REQUEST = 4
-_PAGES_TO_KEEP = 2
-# So many prompts, none of which fills a page, are worth a warning.
+_BLOCKS_TO_KEEP = 2
+# So many prompts, none of which fills a block, are worth a warning.
 _SHORT_PROMPTS = 32
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """Pages of each group, and slots: those of requests and of snapshots."""
+    """Blocks of each group, and slots: those of requests and of snapshots."""
 
-    pages: Mapping[PagedState, int]
+    blocks: Mapping[PagedState, int]
     num_slots: int
 
     @classmethod
@@ -52,11 +52,11 @@ class Capacity:
     ) -> Capacity:
         """As asked, or as much as `budget` bytes hold and requests and cache could fill.
 
-        Raises `ConfigError` where not even one page fits beside the requests' slots.
+        Raises `ConfigError` where not even one block fits beside the requests' slots.
         """
         snapshots = _snapshots(options, cost, budget)
         num_slots = options.max_num_seqs + snapshots
-        return cls(_pages(options, cost, max_model_len, budget - num_slots * cost.bytes_per_request), num_slots)
+        return cls(_blocks(options, cost, max_model_len, budget - num_slots * cost.bytes_per_request), num_slots)
 
 
 def memory_budget(device: torch.device, reserved: int, group: Group, utilization: float | None = None) -> int:
@@ -72,7 +72,7 @@ def memory_budget(device: torch.device, reserved: int, group: Group, utilization
     Raises:
         ConfigError: more than `utilization` is in use already.
     """
-    ranks = group.share.size if device.type == "cpu" else 1  # which have one memory
+    ranks = group.partition.size if device.type == "cpu" else 1  # which have one memory
     free = _free_memory(device) - reserved
     if utilization is None:
         return int(group.smallest(free) * _MEMORY_SHARE[device.type] / ranks)
@@ -90,16 +90,16 @@ def longest_answer(state: StateManager, options: EngineOptions, prompt: int, mos
     """Return the most tokens of an answer, from 1 up to `most`, for which the pools have room behind a prompt."""
 
     def is_too_long(answer: int) -> bool:
-        return any(pages > capacity for pages, capacity in _peaks(prompt + answer - 1, state, options))
+        return any(blocks > capacity for blocks, capacity in _peaks(prompt + answer - 1, state, options))
 
     return max(1, bisect.bisect_left(range(1, most + 1), True, key=is_too_long))
 
 
 def _peaks(tokens: int, state: StateManager, options: EngineOptions) -> Iterator[tuple[int, int]]:
-    """Yield for each group the most pages that a request of `tokens` tokens holds at once, and how many there are."""
+    """Yield for each group the most blocks that a request of `tokens` tokens holds at once, and how many there are."""
     chunk = min(tokens, options.max_num_batched_tokens)
-    for index, pool in enumerate(state.page_pools):
-        yield state.peak_pages(index, tokens, chunk), pool.capacity
+    for index, pool in enumerate(state.block_pools):
+        yield state.peak_blocks(index, tokens, chunk), pool.capacity
 
 
 def warn_if_no_prefix_can_hit(options: EngineOptions, cost: StateCost, plan: Capacity, max_model_len: int) -> None:
@@ -108,7 +108,7 @@ def warn_if_no_prefix_can_hit(options: EngineOptions, cost: StateCost, plan: Cap
         logger.info("prefix caching is off: every prompt is computed whole")
     elif options.block_size >= max_model_len:
         logger.warning(
-            "prefix cache: no prompt of max_model_len=%d fills a page of block_size=%d tokens: nothing can hit",
+            "prefix cache: no prompt of max_model_len=%d fills a block of block_size=%d tokens: nothing can hit",
             max_model_len,
             options.block_size,
         )
@@ -122,10 +122,10 @@ def warn_if_no_prefix_can_hit(options: EngineOptions, cost: StateCost, plan: Cap
 
 def check_pools(tokens: int, state: StateManager, options: EngineOptions) -> None:
     """Raises `ParameterError` where a request of `tokens` tokens does not fit into the empty pools of a state."""
-    for pages, capacity in _peaks(tokens, state, options):
-        if pages > capacity:
+    for blocks, capacity in _peaks(tokens, state, options):
+        if blocks > capacity:
             raise ParameterError(
-                f"prompt and max_tokens need {pages} pages of {state.page_size} tokens, and num_blocks="
+                f"prompt and max_tokens need {blocks} blocks of {state.block_size} tokens, and num_blocks="
                 f"{capacity} is all there are"
             )
 
@@ -144,8 +144,8 @@ class ShortPrompts:
         self._so_far = self._so_far + 1 if length <= self._block_size else None
         if self._so_far == _SHORT_PROMPTS:
             logger.warning(
-                "prefix cache: the first %d prompts are no longer than a page, so that none of them can "
-                "hit; block_size=%d is the page's size in tokens",
+                "prefix cache: the first %d prompts are no longer than a block, so that none of them can "
+                "hit; block_size=%d is the block's size in tokens",
                 _SHORT_PROMPTS,
                 self._block_size,
             )
@@ -166,26 +166,26 @@ def _snapshots(options: EngineOptions, cost: StateCost, budget: int) -> int:
     return min(max(0, budget) // 10 // cost.bytes_per_request, _SNAPSHOTS_PER_REQUEST * options.max_num_seqs)
 
 
-def _pages(options: EngineOptions, cost: StateCost, max_model_len: int, budget: int) -> dict[PagedState, int]:
-    """Pages of each group within `budget` bytes; windowed and chunked groups, which need few, come first."""
+def _blocks(options: EngineOptions, cost: StateCost, max_model_len: int, budget: int) -> dict[PagedState, int]:
+    """Blocks of each group within `budget` bytes; windowed and chunked groups, which need few, come first."""
     seqs, size = options.max_num_seqs, options.block_size
 
     def useful(spec: PagedState) -> int:
-        """More pages than this can never be held at once."""
+        """More blocks than this can never be held at once."""
         whole = seqs * -(-max_model_len // size)
         if spec.reach is None:
             return whole
-        # See StateManager.peak_pages; the chunks of all requests together are one step's tokens.
+        # See StateManager.peak_blocks; the chunks of all requests together are one step's tokens.
         return min(whole, seqs * (-(-spec.reach // size) + 2) + -(-options.max_num_batched_tokens // size))
 
-    page = {spec: spec.bytes_per_token * size * layers for spec, layers in cost.paged.items()}
+    block = {spec: spec.bytes_per_token * size * layers for spec, layers in cost.paged.items()}
     full = [spec for spec in cost.paged if spec.reach is None]
-    for keep in (_PAGES_TO_KEEP, 1) if options.enable_prefix_caching else (1,):
+    for keep in (_BLOCKS_TO_KEEP, 1) if options.enable_prefix_caching else (1,):
         most = {spec: keep * useful(spec) for spec in cost.paged}
         if options.num_blocks is not None:
             return {spec: min(options.num_blocks, count) for spec, count in most.items()}
-        rest = budget - sum(page[spec] * count for spec, count in most.items() if spec.reach is not None)
-        share = rest // max(1, sum(page[spec] for spec in full))
+        rest = budget - sum(block[spec] * count for spec, count in most.items() if spec.reach is not None)
+        share = rest // max(1, sum(block[spec] for spec in full))
         if rest >= 0 and (share >= 1 or not full):
             return {spec: count if spec.reach is not None else min(share, count) for spec, count in most.items()}
     raise ConfigError(

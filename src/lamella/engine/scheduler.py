@@ -34,7 +34,7 @@ class Scheduler:
     """Continuous batching, first come first served, under a budget of tokens a step.
 
     Every request in the batch gets the tokens that it still lacks, one when it is decoding, up to the budget's rest: a
-    long prompt is computed in chunks between other requests' decodes. When pages run out, the youngest request gives
+    long prompt is computed in chunks between other requests' decodes. When blocks run out, the youngest request gives
     its state back and is computed again later (tokens it has generated are kept), so that the oldest always moves on.
     """
 
@@ -47,7 +47,7 @@ class Scheduler:
         snapshot_prompts: str,
         snapshots_inside: bool = True,
     ) -> None:
-        """`snapshot_interval` in pages, and `snapshot_prompts` ("always", "never" or "busy"): see `EngineOptions`.
+        """`snapshot_interval` in blocks, and `snapshot_prompts` ("always", "never" or "busy"): see `EngineOptions`.
 
         Without `snapshots_inside` slot state can be kept at the ends of chunks only.
         """
@@ -61,7 +61,7 @@ class Scheduler:
         self.num_cached_tokens = 0  # of these, found in the prefix cache
 
     def add(self, request: Request) -> None:
-        """Queue a request. Its pages must fit into empty pools."""
+        """Queue a request. Its blocks must fit into empty pools."""
         self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
@@ -77,7 +77,7 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def schedule(self) -> list[Scheduled]:
-        """The next step's shares; the pages that they need are held already.
+        """The next step's chunks; the blocks that they need are held already.
 
         There is at least one while there is work, except where all requests wait for their last token, which is
         pending.
@@ -90,7 +90,7 @@ class Scheduler:
                 break
             if request.num_sampled >= request.max_tokens:
                 continue
-            count = self._share(request, request.num_computed, budget)
+            count = self._chunk_size(request, request.num_computed, budget)
             while not self.state.grow(request, request.num_computed + count):
                 preempted = True
                 if self._preempt_youngest() is request:
@@ -98,37 +98,37 @@ class Scheduler:
             else:
                 step.append(self._chunk(request, request.num_computed, count))
                 budget -= count
-        # Whoever was just preempted would only take the pages back.
+        # Whoever was just preempted would only take the blocks back.
         while self.waiting and budget and not preempted and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             keys = self._readable_keys(request)
             hit = self.state.match(keys)
             request.branch = hit.known
-            count = self._share(request, hit.length, budget)
+            count = self._chunk_size(request, hit.length, budget)
             if not self.state.grow(request, hit.length + count, hit, keys):
                 break
             self.running.append(self.waiting.popleft())
             self._started(request, hit.length)
             step.append(self._chunk(request, hit.length, count))
             budget -= count
-        assert step or not self.has_work or any(r.num_pending for r in self.running), (
+        assert step or not self.has_work or any(r.num_in_flight for r in self.running), (
             "a request does not fit into empty pools"
         )
         return step
 
     def computed(self, step: Sequence[Scheduled]) -> None:
-        """The step's tokens are in the pools now; pages that nobody can see any more are given back.
+        """The step's tokens are in the pools now; blocks that nobody can see any more are given back.
 
         The requests that have ended or were preempted since are passed over.
         """
-        for share in step:
-            request = share.request
-            if request not in self.state.holdings:
+        for chunk in step:
+            request = chunk.request
+            if request not in self.state.allocations:
                 continue
-            request.num_computed += share.count
-            tokens, size = request.num_computed, self.state.page_size
-            # Keys are needed only where a page has become full.
-            keys = request.page_keys(size, tokens) if tokens // size > share.start // size else ()
+            request.num_computed += chunk.count
+            tokens, size = request.num_computed, self.state.block_size
+            # Keys are needed only where a block has become full.
+            keys = request.block_keys(size, tokens) if tokens // size > chunk.start // size else ()
             self.state.computed(request, tokens, keys, tokens > len(request.prompt_token_ids))
 
     def _readable_keys(self, request: Request) -> list[bytes]:
@@ -137,14 +137,14 @@ class Scheduler:
         """
         if request.needs_prompt_logprobs:
             return []
-        return request.page_keys(self.state.page_size, request.num_tokens - 1)
+        return request.block_keys(self.state.block_size, request.num_tokens - 1)
 
-    def _share(self, request: Request, start: int, budget: int) -> int:
+    def _chunk_size(self, request: Request, start: int, budget: int) -> int:
         """Return how many tokens a request gets of the budget, from `start` on.
 
-        A chunk that does not reach the request's last token ends with a page, where its slot state can be kept.
+        A chunk that does not reach the request's last token ends with a block, where its slot state can be kept.
         """
-        stop, size = min(request.num_tokens, start + budget), self.state.page_size
+        stop, size = min(request.num_tokens, start + budget), self.state.block_size
         if stop < request.num_tokens and stop // size * size > start and self._keeps_snapshots(request):
             stop = stop // size * size
         return stop - start
@@ -158,8 +158,8 @@ class Scheduler:
             {p for p in self._snapshot_positions(request, start, start + count) if start < p < start + count}
         )
         if positions:
-            keys = request.page_keys(self.state.page_size, positions[-1])
-            wanted = [keys[position // self.state.page_size - 1] for position in positions]
+            keys = request.block_keys(self.state.block_size, positions[-1])
+            wanted = [keys[position // self.state.block_size - 1] for position in positions]
             slots = self.state.plan_snapshots(request, wanted, self.max_num_seqs - len(self.running))
             chunk.snapshots = tuple(
                 (position, slot) for position, slot in zip(positions, slots, strict=True) if slot is not None
@@ -170,13 +170,13 @@ class Scheduler:
         return self.state.has_slot_state and request.prefix_root is not None
 
     def _snapshot_positions(self, request: Request, start: int, stop: int) -> Iterator[int]:
-        """Yield where a prompt's slot state is worth keeping: ends of pages, in any order, maybe outside [start, stop].
+        """Yield block ends at which to snapshot a prompt's slot state, in any order, maybe outside [start, stop].
 
         They are: where it branches off from tokens that were there before, since a third request is likely to branch
-        off there, too; every so many pages, if asked; and some at growing distances from the prompt's end. Of these, a
+        off there, too; every so many blocks, if asked; and some at growing distances from the prompt's end. Of these, a
         prompt with the same beginning and an end of its own of n tokens finds one that is at most 4 n tokens too short.
         """
-        size, prompt = self.state.page_size, len(request.prompt_token_ids)
+        size, prompt = self.state.block_size, len(request.prompt_token_ids)
         if request.branch:
             yield request.branch
         if self.snapshot_interval is not None:
@@ -210,7 +210,7 @@ class Scheduler:
             self.running.remove(request)
             self.waiting.appendleft(request)
         self.state.release(request)
-        request.num_computed = request.num_pending = 0
+        request.num_computed = request.num_in_flight = 0
         request.leave_prefix_cache()
         request.num_preemptions += 1
         self.num_preemptions += 1
@@ -222,11 +222,11 @@ class Scheduler:
             requests: all requests that have not ended, in order of arrival. Given anew, since the exception may have
                 interrupted a change of the queues.
         """
-        started = [request for request in self.running if request in self.state.holdings]
+        started = [request for request in self.running if request in self.state.allocations]
         self.state.roll_back()
         self.running, self.waiting = [], deque(requests)
         for request in self.waiting:
-            request.num_computed = request.num_pending = 0
+            request.num_computed = request.num_in_flight = 0
         for request in started:
             request.num_preemptions += 1
             self.num_preemptions += 1

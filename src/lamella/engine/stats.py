@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def usage(engine: Engine) -> dict[str, Any]:
     """Return what the scheduler, the pools and the prefix cache of an engine have done and hold now."""
-    pools, slots, scheduler = engine.state.page_pools, engine.state.slot_pool, engine.scheduler
+    pools, slots, scheduler = engine.state.block_pools, engine.state.slot_pool, engine.scheduler
     capacity, free = sum(p.capacity for p in pools), sum(p.num_free for p in pools)
     started, cached = scheduler.num_started_tokens, scheduler.num_cached_tokens
     return {
@@ -18,13 +18,15 @@ def usage(engine: Engine) -> dict[str, Any]:
         "preemptions": engine.scheduler.num_preemptions,
         "running": len(engine.scheduler.running),
         "waiting": len(engine.scheduler.waiting),
-        "pages": capacity,
+        "blocks": capacity,
+        "blocks_used": capacity - free,
+        "pages": capacity,  # earlier names of these two
         "pages_used": capacity - free,
-        "page_groups": [
+        "block_groups": [
             {
                 "window": group.window,
                 "chunk": group.chunk,
-                "pages": pool.capacity,
+                "blocks": pool.capacity,
                 "used": pool.num_held,
                 "cached": pool.num_cached,
             }
@@ -36,7 +38,7 @@ def usage(engine: Engine) -> dict[str, Any]:
         **engine.variants.stats(),
         "prefix_hit_tokens": cached,
         "prefix_hit_rate": cached / started if engine.options.enable_prefix_caching and started else None,
-        "prefix_cached_pages": sum(pool.num_cached for pool in pools),
+        "prefix_cached_blocks": sum(pool.num_cached for pool in pools),
         "prefix_snapshots": slots.num_cached,
         "prefix_snapshot_bytes": slots.num_cached * engine.cost.bytes_per_request,
         "prefix_evictions": slots.num_evictions + sum(pool.num_evictions for pool in pools),

@@ -38,7 +38,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        heads, kv_heads = kit.share.heads(config.num_heads), kit.share.kv_heads(config.num_kv_heads)
+        heads, kv_heads = kit.partition.heads(config.num_heads), kit.partition.kv_heads(config.num_kv_heads)
         dim = config.head_dim
         queries, keys = heads.times(dim), kv_heads.times(dim)
         self.heads, self.kv_heads = heads.size, kv_heads.size

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from lamella.config import CanonConfig
 from lamella.layers.context import require_batch
-from lamella.layers.holders import Computation
 from lamella.layers.kit import Kit
 from lamella.layers.norm import LayerNorm, RMSNorm
 from lamella.layers.short_conv import ConvHistory, ShortConv
+from lamella.layers.state_modules import Computation
 from lamella.ops.backend import use_fused
 from lamella.ops.operands import ConvStep, ResidualNorm
 from lamella.ops.short_conv import norm_short_conv, short_conv, short_conv_swiglu
@@ -32,21 +32,21 @@ class Canon(ShortConv):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of x (T, channels): (T, channels)."""
-        return self.history.holder.run(self.part, (x,), self.size)
+        return self.history.state_module.run(self.part, (x,), self.size)
 
     def swiglu(self, x: Tensor) -> Tensor:
         """Return `silu(gate) * up` of the convolved x (T, channels) = [gate | up]."""
-        if self.history.holder.inline and not use_fused(x):
+        if self.history.state_module.inline and not use_fused(x):
             return swiglu(self(x))
-        return self.history.holder.run(f"{self.part}.swiglu", (x,), self.size // 2)
+        return self.history.state_module.run(f"{self.part}.swiglu", (x,), self.size // 2)
 
     def after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm | LayerNorm) -> tuple[Tensor, Tensor]:
         """Return the convolution of `norm(x, residual)`, and the new residual."""
-        holder = self.history.holder
+        state_module = self.history.state_module
         if isinstance(norm, RMSNorm):
-            if not holder.inline:
-                return holder.run_after_norm(self.part, x, residual, norm.weight, norm.eps)
-            if use_fused(x) and not norm.round_twice and not require_batch().cuts:
+            if not state_module.inline:
+                return state_module.run_after_norm(self.part, x, residual, norm.weight, norm.eps)
+            if use_fused(x) and not norm.round_twice and not require_batch().snapshots:
                 # Slots and positions are a step's first tensors, long before any layer's.
                 step = ResidualNorm(residual, norm.weight, norm.eps)
                 return norm_short_conv(x, step, self.weights(), require_batch().ragged, self.state(), early=True)

@@ -21,13 +21,13 @@ P = TypeVar("P")
 
 
 @dataclass(frozen=True)
-class PageView:
+class BlockView:
     """Block tables and cache rows of one state group in this step."""
 
-    page_table: Tensor  # (R, P) int32; entries outside what a request can see are pages that it does not hold
-    new_rows: Tensor  # (T,) int64, flat cache row of each new token
-    page_list: Tensor  # (N,) int32, the pages of the requests after the decodes, one request's after the other's
-    page_size: int  # tokens
+    block_table: Tensor  # (R, P) int32; entries outside what a request can see are blocks that it does not hold
+    slot_mapping: Tensor  # (T,) int64, flat cache row of each new token
+    block_list: Tensor  # (N,) int32, the blocks of the requests after the decodes, one request's after the other's
+    block_size: int  # tokens
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,23 @@ class GivenEmbeddings:
 class ForwardBatch:
     """One step: its requests, and where their state lies.
 
-    Without `pages` and `slots` it is a plain forward: every request starts from nothing and leaves nothing.
+    Without `blocks` and `slots` it is a plain forward: every request starts from nothing and leaves nothing.
     """
 
     ragged: RaggedBatch
-    pages: Mapping[PagedState, PageView] | None = None
+    blocks: Mapping[PagedState, BlockView] | None = None
     slots: Tensor | None = None  # (R,) int64
     attention: AttentionSpace | None = None  # on a GPU
     placements: Placements | None = None  # which mixers compute it; None: the active ones
     given: GivenEmbeddings | None = None  # where there are any
     # Of each request, tokens of the step after which its slot state is copied, and the slots that it is copied to.
-    cuts: tuple[tuple[tuple[int, int], ...], ...] = ()
+    snapshots: tuple[tuple[tuple[int, int], ...], ...] = ()
     _shared: dict[Any, Any] = field(default_factory=dict)
 
-    def blocks_of(self, spec: PagedState) -> PageView:
+    def blocks_of(self, spec: PagedState) -> BlockView:
         """Return where the blocks of a state group lie."""
-        assert self.pages is not None, "a plain forward has no blocks"
-        return self.pages[spec]
+        assert self.blocks is not None, "a plain forward has no blocks"
+        return self.blocks[spec]
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
         """Return what `compute` returned for this key in the first layer that asked."""

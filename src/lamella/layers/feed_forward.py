@@ -29,7 +29,7 @@ class MLP(nn.Module):
         super().__init__()
         self.config = config
         size = config.intermediate_size
-        channels = kit.share.even(size, "intermediate_size")
+        channels = kit.partition.even(size, "intermediate_size")
         parts = {"gate_proj": size, "up_proj": size} if config.gated else {"up_proj": size}
         self.gate_up_proj = kit.merged_linear(hidden_size, parts, config.gate_up_bias, f"{prefix}.gate_up_proj")
         self.down_proj = kit.row_linear(size, hidden_size, config.down_bias, f"{prefix}.down_proj", reduce)

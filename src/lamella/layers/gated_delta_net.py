@@ -12,7 +12,7 @@ from lamella.layers.context import require_batch
 from lamella.layers.kit import Kit
 from lamella.layers.norm import RMSNorm
 from lamella.layers.parameters import ParameterLayout
-from lamella.layers.recurrent import RecurrentMixer, wide_parameter
+from lamella.layers.recurrent import RecurrentMixer, fp32_parameter
 from lamella.layers.rotary import Positions
 from lamella.layers.short_conv import ShortConv
 from lamella.ops.delta_rule import delta_rule
@@ -29,7 +29,10 @@ class GatedDeltaNet(RecurrentMixer):
     def __init__(self, config: GatedDeltaNetConfig, kit: Kit, hidden_size: int, prefix: str) -> None:
         super().__init__(config.kernel)
         self.config = config
-        keys, values = kit.share.even(config.key_heads, "key_heads"), kit.share.even(config.value_heads, "value_heads")
+        keys, values = (
+            kit.partition.even(config.key_heads, "key_heads"),
+            kit.partition.even(config.value_heads, "value_heads"),
+        )
         key_channels, value_channels = keys.times(config.key_head_dim), values.times(config.value_head_dim)
         self.qkvzba_proj = kit.merged_linear(
             hidden_size,
@@ -44,7 +47,7 @@ class GatedDeltaNet(RecurrentMixer):
         convolved = Split.join((key_channels, key_channels, value_channels))
         shape = CanonConfig(kernel=config.kernel, activation=True, residual=False)
         self.convolution = ShortConv(shape, convolved, kit, self.history)
-        self.A_log, self.dt_bias = (wide_parameter(values.size, kit) for _ in "Ad")
+        self.A_log, self.dt_bias = (fp32_parameter(values.size, kit) for _ in "Ad")
         self.layouts = {
             "A_log": ParameterLayout((values,), initial=(0.0, math.log(16))),
             "dt_bias": ParameterLayout((values,), initial=STEP_BIAS),

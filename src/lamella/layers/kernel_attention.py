@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from lamella.layers.attention import Attention
 from lamella.layers.block_input import BlockInput
 from lamella.layers.context import require_batch
-from lamella.layers.holders import PagedAttention
 from lamella.layers.rotary import Positions
+from lamella.layers.state_modules import PagedAttention
 from lamella.ops.attention.paged import is_few_decodes
 from lamella.ops.backend import use_fused
 from lamella.ops.operands import HeadNorms, HeadSizes, QKVSteps
@@ -36,7 +36,7 @@ class KernelAttention(Attention):
 
     def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
         """(T, hidden_size) -> (T, hidden_size)."""
-        if require_batch().pages is None or not use_fused(entry.source):
+        if require_batch().blocks is None or not use_fused(entry.source):
             return super().forward(positions, entry)
         # Behind a query/key norm the convolution cannot be the projection's own.
         canon, norms = self.canon, self.head_norm is not None or self.q_norm is not None

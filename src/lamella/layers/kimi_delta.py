@@ -13,7 +13,7 @@ from lamella.layers.gated_delta_net import STEP_BIAS
 from lamella.layers.kit import Kit
 from lamella.layers.norm import RMSNorm
 from lamella.layers.parameters import ParameterLayout
-from lamella.layers.recurrent import RecurrentMixer, wide_parameter
+from lamella.layers.recurrent import RecurrentMixer, fp32_parameter
 from lamella.layers.rotary import Positions
 from lamella.layers.short_conv import ShortConv
 from lamella.ops.delta_rule import delta_rule
@@ -30,7 +30,7 @@ class KimiDelta(RecurrentMixer):
     def __init__(self, config: KimiDeltaConfig, kit: Kit, hidden_size: int, prefix: str) -> None:
         super().__init__(config.kernel)
         self.config = config
-        heads = kit.share.even(config.num_heads, "heads")
+        heads = kit.partition.even(config.num_heads, "heads")
         channels, size, dim = heads.times(config.head_dim), config.size, config.head_dim
         qkv = {"q_proj": size, "k_proj": size, "v_proj": size}
         self.qkvb_proj = kit.merged_linear(
@@ -44,7 +44,7 @@ class KimiDelta(RecurrentMixer):
         shape = CanonConfig(kernel=config.kernel, activation=True, residual=False)
         convs = {"q_conv": channels, "k_conv": channels, "v_conv": channels}
         self.convolution = ShortConv(shape, convs, kit, self.history)
-        self.A_log, self.dt_bias = wide_parameter(heads.size, kit), wide_parameter(channels.size, kit)
+        self.A_log, self.dt_bias = fp32_parameter(heads.size, kit), fp32_parameter(channels.size, kit)
         self.layouts = {
             "A_log": ParameterLayout((heads,), initial=(0.0, math.log(16))),
             "dt_bias": ParameterLayout((channels,), initial=STEP_BIAS),

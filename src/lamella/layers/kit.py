@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lamella.layers.holders import SlotHolder
 from lamella.layers.linear import Biases
 from lamella.layers.norm import RMSNorm
+from lamella.layers.state_modules import SlotStateModule
 from lamella.parallel.group import Group
-from lamella.parallel.sharding import Share, Split
+from lamella.parallel.sharding import Partition, Split
 from lamella.state.spec import PagedState, SlotState
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Kit(Protocol):
     dtype: torch.dtype
     device: torch.device
     group: Group  # the tensor-parallel one
-    share: Share  # of it
+    partition: Partition  # of it
 
     def merged_linear(self, in_size: int, parts: Mapping[str, Widths], bias: bool, prefix: str) -> nn.Module:
         """Column-parallel projections of one input, as one product.
@@ -88,7 +88,7 @@ class Kit(Protocol):
         """
         ...
 
-    def slot_state(self, specs: Sequence[SlotState], prefix: str) -> SlotHolder:
+    def slot_state(self, specs: Sequence[SlotState], prefix: str) -> SlotStateModule:
         """Fixed-size states of each request that belong together, the rank's shard; a convolution's window first."""
         ...
 

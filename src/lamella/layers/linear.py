@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lamella.layers.parameters import ParameterLayout, TensorReader
+from lamella.ops.linear import fp32_linear
 from lamella.ops.linear import linear as dense_linear
-from lamella.ops.linear import wide_linear
 from lamella.parallel.group import Group
 from lamella.parallel.sharding import Split
 
@@ -191,19 +191,19 @@ class RowLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the sum (..., outputs) over the ranks of the products with their x (..., inputs)."""
-        bias = self.bias if self.group.share.rank == 0 else None  # which the sum must hold once
+        bias = self.bias if self.group.partition.rank == 0 else None  # which the sum must hold once
         return self.group.all_reduce(self.method.apply(self, x, bias))
 
 
-class WideLinear(Linear):
+class Fp32Linear(Linear):
     """A dense projection without bias whose result is fp32 whatever the model's dtype: router scores, logits."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the projection (..., outputs) fp32 of x (..., inputs)."""
-        return wide_linear(x, self.weight)
+        return fp32_linear(x, self.weight)
 
 
-class Head(WideLinear):
+class Head(Fp32Linear):
     """The last projection, to logits (..., vocab)."""
 
 
@@ -217,7 +217,7 @@ class SplitHead(Head):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (..., vocab) of x (..., inputs)."""
         part = super().forward(x)
-        missing = self.group.share.vocabulary_part(self.vocab_size) - part.shape[-1]
+        missing = self.group.partition.vocabulary_part(self.vocab_size) - part.shape[-1]
         if missing:
             part = nn.functional.pad(part, (0, missing))
         return self.group.all_gather(part)[..., : self.vocab_size].contiguous()

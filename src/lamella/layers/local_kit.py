@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lamella.layers.holders import PagedAttention, SlotHolder
 from lamella.layers.kit import Widths, sections
 from lamella.layers.linear import (
     DENSE,
@@ -24,6 +23,7 @@ from lamella.layers.linear import (
 )
 from lamella.layers.moe import Experts
 from lamella.layers.norm import RMSNorm, SplitRMSNorm
+from lamella.layers.state_modules import PagedAttention, SlotStateModule
 from lamella.parallel.group import Group
 from lamella.parallel.sharding import Split
 from lamella.state.spec import PagedState, SlotState
@@ -54,16 +54,16 @@ class LocalKit:
         """
         self.dtype, self.device = dtype, torch.device(device)
         self.group = group or Group()
-        self.share, self.expert_parallel = self.group.share, expert_parallel
+        self.partition, self.expert_parallel = self.group.partition, expert_parallel
         self._linear_method = linear_method
 
     @property
     def _is_split(self) -> bool:
-        return self.share.size > 1
+        return self.partition.size > 1
 
     def merged_linear(self, in_size: int, parts: Mapping[str, Widths], bias: bool, prefix: str) -> nn.Module:
         splits = {
-            name: Split.join(self.share.even(width, f"{prefix}.{name}") for width in sections(widths))
+            name: Split.join(self.partition.even(width, f"{prefix}.{name}") for width in sections(widths))
             for name, widths in parts.items()
         }
         return self._merged(in_size, splits, bias, prefix)
@@ -79,12 +79,16 @@ class LocalKit:
     def qkv_linear(
         self, in_size: int, heads: int, kv_heads: int, head_dim: int, bias: Biases, prefix: str
     ) -> nn.Module:
-        queries, keys = self.share.heads(heads).times(head_dim), self.share.kv_heads(kv_heads).times(head_dim)
+        queries, keys = self.partition.heads(heads).times(head_dim), self.partition.kv_heads(kv_heads).times(head_dim)
         return self._merged(in_size, {"q_proj": queries, "k_proj": keys, "v_proj": keys}, bias, prefix)
 
     def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str, reduce: bool = True) -> nn.Module:
         assert reduce or not bias
-        inputs, outputs, method = self.share.even(in_size, prefix), Split.whole(out_size), self._linear_method([prefix])
+        inputs, outputs, method = (
+            self.partition.even(in_size, prefix),
+            Split.whole(out_size),
+            self._linear_method([prefix]),
+        )
         if self._is_split and reduce:
             return RowLinear(inputs, outputs, bias, self.dtype, self.device, self.group, method)
         return Linear(inputs, outputs, bias, self.dtype, self.device, method)
@@ -95,13 +99,13 @@ class LocalKit:
         return RMSNorm(channels.size, eps, self.device)
 
     def embedding(self, vocab_size: int, hidden_size: int, prefix: str) -> nn.Module:
-        tokens = self.share.vocabulary(vocab_size)
+        tokens = self.partition.vocabulary(vocab_size)
         if self._is_split:
             return SplitEmbedding(tokens, hidden_size, self.dtype, self.device, self.group)
         return Embedding(tokens, hidden_size, self.dtype, self.device)
 
     def lm_head(self, vocab_size: int, hidden_size: int, tied: nn.Module | None, prefix: str) -> nn.Module:
-        inputs, outputs = Split.whole(hidden_size), self.share.vocabulary(vocab_size)
+        inputs, outputs = Split.whole(hidden_size), self.partition.vocabulary(vocab_size)
         device = self.device if tied is None else torch.device("meta")
         head = (
             SplitHead(inputs, outputs, self.dtype, device, self.group)
@@ -118,8 +122,8 @@ class LocalKit:
     def experts(self, config: MoEConfig, hidden_size: int, prefix: str) -> nn.Module:
         return Experts(config, self, hidden_size, self.expert_parallel)
 
-    def slot_state(self, specs: Sequence[SlotState], prefix: str) -> SlotHolder:
-        return SlotHolder(specs, prefix)
+    def slot_state(self, specs: Sequence[SlotState], prefix: str) -> SlotStateModule:
+        return SlotStateModule(specs, prefix)
 
     def caller(self, stochastic: nn.Module, prefix: str) -> None:
         return None

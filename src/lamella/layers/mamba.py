@@ -12,7 +12,7 @@ from lamella.layers.context import require_batch
 from lamella.layers.gated_delta_net import STEP_BIAS
 from lamella.layers.kit import Kit
 from lamella.layers.parameters import ParameterLayout
-from lamella.layers.recurrent import RecurrentMixer, wide_parameter
+from lamella.layers.recurrent import RecurrentMixer, fp32_parameter
 from lamella.layers.rotary import Positions
 from lamella.layers.short_conv import ShortConv
 from lamella.ops.selective_scan import selective_scan
@@ -29,7 +29,7 @@ class Mamba(RecurrentMixer):
         super().__init__(config.kernel)
         self.config = config
         state, bias = config.state_size, config.linear_bias
-        heads, groups = kit.share.even(config.heads, "heads"), kit.share.even(config.kv_heads, "kv_heads")
+        heads, groups = kit.partition.even(config.heads, "heads"), kit.partition.even(config.kv_heads, "kv_heads")
         inner, narrow = heads.times(state), groups.times(state)
         sections = (config.inner_size, config.kv_size, config.kv_size, config.inner_size)
         self.in_proj = kit.merged_linear(hidden_size, {"in_proj": sections}, bias, f"{prefix}.in_proj")
@@ -42,8 +42,8 @@ class Mamba(RecurrentMixer):
         shape = CanonConfig(kernel=config.kernel, bias=config.conv_bias, activation=True, residual=False)
         convolved = inner if config.repeat_before_conv else narrow
         self.conv1d = ShortConv(shape, convolved, kit, self.history)
-        self.A_log, self.D = wide_parameter((inner.size, state), kit), wide_parameter(inner.size, kit)
-        self.step_bias = wide_parameter(inner.size, kit) if config.dt_bias else None
+        self.A_log, self.D = fp32_parameter((inner.size, state), kit), fp32_parameter(inner.size, kit)
+        self.step_bias = fp32_parameter(inner.size, kit) if config.dt_bias else None
         self.layouts = {
             "A_log": ParameterLayout((inner,), initial=(0.0, math.log(state))),
             "D": ParameterLayout((inner,), initial=(1.0, 1.0)),

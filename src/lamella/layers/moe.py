@@ -1,4 +1,4 @@
-"""Feed-forward by experts, some of which each token goes to, beside one that all share."""
+"""Feed-forward by experts, some of which each token goes to, beside one that all partition."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lamella.config import MLPConfig, MoEConfig
 from lamella.layers.block_input import BlockInput
 from lamella.layers.feed_forward import MLP
 from lamella.layers.kit import Kit
-from lamella.layers.linear import WideLinear
+from lamella.layers.linear import Fp32Linear
 from lamella.layers.parameters import ParameterLayout, SeparateTensor
 from lamella.ops import moe
 from lamella.ops.backend import use_fused
@@ -30,7 +30,7 @@ class MoE(nn.Module):
         super().__init__()
         self.group = kit.group
         whole = Split.whole(hidden_size), Split.whole(config.num_experts)
-        self.router = WideLinear(*whole, False, kit.dtype, kit.device)
+        self.router = Fp32Linear(*whole, False, kit.dtype, kit.device)
         self.experts = kit.experts(config, hidden_size, f"{prefix}.experts")
         self.shared_expert: MLP | None = None
         if config.shared_size is not None:
@@ -75,11 +75,11 @@ class Experts(nn.Module):
         super().__init__()
         self.top_k = config.top_k
         if whole:
-            self.own = kit.share.whole_ones(config.num_experts, "num_local_experts")
+            self.own = kit.partition.whole_ones(config.num_experts, "num_local_experts")
             self.channels = Split.whole(config.intermediate_size)
         else:
             self.own = Split.whole(config.num_experts)
-            self.channels = kit.share.even(config.intermediate_size, "intermediate_size")
+            self.channels = kit.partition.even(config.intermediate_size, "intermediate_size")
         count, inner = self.own.size, self.channels.size
 
         def parameter(outputs: int, inputs: int) -> nn.Parameter:

@@ -62,9 +62,9 @@ class SplitRMSNorm(RMSNorm):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The norm of x (..., size), the rank's channels."""
         assert residual is None, "the residual stream is not split"
-        wide = x.float()
-        mean = self.group.all_reduce(wide.square().mean(-1, keepdim=True)) / self.group.share.size
-        normed = wide * torch.rsqrt(mean + self.eps)
+        x_fp32 = x.float()
+        mean = self.group.all_reduce(x_fp32.square().mean(-1, keepdim=True)) / self.group.partition.size
+        normed = x_fp32 * torch.rsqrt(mean + self.eps)
         if self.round_twice:
             normed = normed.to(x.dtype).float()
         return (normed * self.weight).to(x.dtype)
@@ -87,8 +87,8 @@ class LayerNorm(nn.Module):
         return self._norm(x)
 
     def _norm(self, x: Tensor) -> Tensor:
-        wide = nn.functional.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, self.eps)
-        return wide.to(x.dtype)
+        x_fp32 = nn.functional.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, self.eps)
+        return x_fp32.to(x.dtype)
 
 
 def build_norm(config: NormConfig, size: int, device: torch.device) -> RMSNorm | LayerNorm:

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from lamella.parallel.sharding import Split, cut
+from lamella.parallel.sharding import Split, shard_tensor
 
 
 class TensorReader(Protocol):
@@ -126,7 +126,7 @@ def initialize(model: nn.Module, generator: torch.Generator | None = None) -> No
                 continue
             else:
                 room = _room(parameter, layout.splits).normal_(0.0, 0.02, generator=generator)
-            parameter.copy_(cut(room, layout.splits))
+            parameter.copy_(shard_tensor(room, layout.splits))
 
 
 def _room(parameter: nn.Parameter, splits: Sequence[Split]) -> Tensor:

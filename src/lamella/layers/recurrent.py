@@ -1,4 +1,4 @@
-"""What the recurrent mixers share: a short convolution, a matrix for each head, and one computation over both."""
+"""What the recurrent mixers partition: a short convolution, a matrix for each head, and one computation over both."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ class RecurrentMixer(nn.Module):
 
     def run(self, inputs: Sequence[Tensor], width: int) -> Tensor:
         """`core` of inputs (T, ...), as the engine calls it: (T, width)."""
-        return self.history.holder.run(_PART, inputs, width)
+        return self.history.state_module.run(_PART, inputs, width)
 
     def state(self) -> RecurrentState | None:
         """Return the matrices (slots, ...) and slots of the current batch; None in a plain forward."""
-        current = self.history.holder.current()
+        current = self.history.state_module.current()
         return None if current is None else RecurrentState(current.tensors[1], current.slots)
 
 
-def wide_parameter(size: int | tuple[int, ...], kit: Kit) -> nn.Parameter:
+def fp32_parameter(size: int | tuple[int, ...], kit: Kit) -> nn.Parameter:
     """A parameter that is fp32 whatever the model's dtype, not filled yet."""
     shape = (size,) if isinstance(size, int) else size
     return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=kit.device))

@@ -34,15 +34,15 @@ class Segment:
 
 
 def segments(batch: ForwardBatch) -> Sequence[Segment]:
-    """Return the segments of a batch with `cuts`, made once for all layers."""
+    """Return the segments of a batch with `snapshots`, made once for all layers."""
     return batch.once("segments", lambda: _divide(batch))
 
 
 def windows(batch: ForwardBatch, length: int) -> tuple[Tensor, Tensor] | None:
-    """Return where a convolution's inputs before each of the batch's `cuts` are, made once for all layers.
+    """Return where a convolution's inputs before each of the batch's `snapshots` are, made once for all layers.
 
     Args:
-        batch: with `cuts`.
+        batch: with `snapshots`.
         length: inputs that a slot keeps; that of position p is in row `p % length`.
 
     Returns:
@@ -55,9 +55,9 @@ def windows(batch: ForwardBatch, length: int) -> tuple[Tensor, Tensor] | None:
 def _find_windows(batch: ForwardBatch, length: int) -> tuple[Tensor, Tensor] | None:
     whole, tokens, slots = batch.ragged, [], []
     start, device = 0, whole.positions.device
-    for new, context, cuts in zip(whole.query_lens, whole.context_lens, batch.cuts, strict=True):
+    for new, context, snapshots in zip(whole.query_lens, whole.context_lens, batch.snapshots, strict=True):
         computed = context - new
-        for offset, slot in cuts:
+        for offset, slot in snapshots:
             if offset < length:
                 return None
             last = computed + offset - 1
@@ -72,7 +72,8 @@ def _divide(batch: ForwardBatch) -> list[Segment]:
     whole, device = batch.ragged, batch.ragged.positions.device
     starts = [0, *accumulate(whole.query_lens)]
     bounds = [
-        [0, *(offset for offset, _ in cuts), length] for cuts, length in zip(batch.cuts, whole.query_lens, strict=True)
+        [0, *(offset for offset, _ in snapshots), length]
+        for snapshots, length in zip(batch.snapshots, whole.query_lens, strict=True)
     ]
     found = []
     for number in range(max(map(len, bounds)) - 1):
@@ -88,7 +89,11 @@ def _divide(batch: ForwardBatch) -> list[Segment]:
         )
         spans = [range(starts[r] + start, starts[r] + stop) for r, start, stop in pieces]
         requests = torch.tensor([r for r, _, _ in pieces]).to(device, non_blocking=True)
-        saved = [(row, batch.cuts[r][number][1]) for row, (r, _, _) in enumerate(pieces) if number < len(batch.cuts[r])]
+        saved = [
+            (row, batch.snapshots[r][number][1])
+            for row, (r, _, _) in enumerate(pieces)
+            if number < len(batch.snapshots[r])
+        ]
         slots = batch.slots[requests]
         copies = None
         if saved:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from lamella.config import CanonConfig
 from lamella.layers.context import require_batch
-from lamella.layers.holders import Computation, SlotHolder
 from lamella.layers.kit import Kit
 from lamella.layers.parameters import ParameterLayout
+from lamella.layers.state_modules import Computation, SlotStateModule
 from lamella.ops.operands import ConvState, ConvWeights
 from lamella.ops.short_conv import short_conv
 from lamella.parallel.sharding import Split
@@ -24,10 +24,10 @@ class ConvHistory(nn.Module):
     """The last W-1 inputs of several convolutions, side by side in one slot tensor.
 
     One tensor instead of one per convolution keeps the kinds of state, and so an engine's bookkeeping, few. What else
-    the same computations keep, a recurrent matrix, is declared with it and lies in the same holder.
+    the same computations keep, a recurrent matrix, is declared with it and lies in the same state_module.
     """
 
-    holder: SlotHolder
+    state_module: SlotStateModule
 
     def __init__(self, kernel: int) -> None:
         super().__init__()
@@ -58,10 +58,10 @@ class ConvHistory(nn.Module):
 
     def declare(self, kit: Kit, prefix: str, *more: SlotState) -> None:
         """Ask for the state, once every convolution has taken its channels."""
-        self.holder = kit.slot_state((SlotState((self.kernel - 1, self._taken), kit.dtype), *more), prefix)
-        self.holder.parts |= self._parts
-        self.holder.channels |= self._channels
-        self.holder.convolutions |= self._convolutions
+        self.state_module = kit.slot_state((SlotState((self.kernel - 1, self._taken), kit.dtype), *more), prefix)
+        self.state_module.parts |= self._parts
+        self.state_module.channels |= self._channels
+        self.state_module.convolutions |= self._convolutions
 
 
 class ShortConv(nn.Module):
@@ -109,6 +109,6 @@ class ShortConv(nn.Module):
     def state(self, x: Tensor | None = None) -> ConvState | None:
         """Return the state in the current batch; None in a plain forward.
 
-        The input x is needed where the holder is not `inline`.
+        The input x is needed where the state_module is not `inline`.
         """
-        return self.history.holder.window(self.channels, x)
+        return self.history.state_module.window(self.channels, x)

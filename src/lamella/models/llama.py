@@ -102,7 +102,7 @@ class LlamaForCausalLM(CausalLM, description=LLAMA):
     ) -> None:
         """Build a model with random weights. `rope_scaling` is as in Hugging Face configs, None for unscaled RoPE.
 
-        `block_size` is kept as an attribute for callers that set it; a forward without an engine has no pages.
+        `block_size` is kept as an attribute for callers that set it; a forward without an engine has no blocks.
         """
         config = {
             "vocab_size": vocab_size,

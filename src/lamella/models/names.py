@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-# Our parameter paths -> those of transformers' Llama, which most architectures share.
+# Our parameter paths -> those of transformers' Llama, which most architectures partition.
 LLAMA_NAMES: Mapping[str, str] = {
     "mixer": "self_attn",
     "feed_forward": "mlp",

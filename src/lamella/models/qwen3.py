@@ -82,7 +82,7 @@ class Qwen3ForCausalLM(CausalLM, description=QWEN3):
 
         The defaults are not those of any released Qwen3 (which have base 1e6, eps 1e-6 and no MLP biases): give the
         real ones, or use `from_config`. `block_size` is kept as an attribute for callers that set it; a
-        forward without an engine has no pages.
+        forward without an engine has no blocks.
         """
         head_dim = head_dim or hidden_size // num_heads
         norm = NormConfig(eps=rms_norm_epsilon)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lamella.errors import CheckpointError
 from lamella.layers.parameters import layout_of
-from lamella.parallel.sharding import Split, cut
+from lamella.parallel.sharding import Split, shard_tensor
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class WeightLoader:
         full = (*(split.full for split in shard.splits), *place.shape[len(shard.splits) :])
         if tuple(tensor.shape) != full:
             raise self._misfit(tensor, f"{full}, of {shard.name}")
-        place.copy_(cut(tensor, shard.splits))
+        place.copy_(shard_tensor(tensor, shard.splits))
 
     def _names(self) -> str:
         return ", ".join(shard.name for shard in self.shards)

@@ -33,7 +33,7 @@ def operation(signature: str, compute: Callable[..., Result], shape: Callable[..
     return library
 
 
-class Holder(Protocol):
+class StateModuleKit(Protocol):
     """Whoever computes something that must not be traced."""
 
     def compute(self, part: str, inputs: Sequence[Tensor]) -> Tensor:
@@ -41,24 +41,24 @@ class Holder(Protocol):
         ...
 
 
-_holders: WeakValueDictionary[int, Holder] = WeakValueDictionary()
+_state_modules: WeakValueDictionary[int, StateModuleKit] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def handle(holder: Holder) -> Tensor:
-    """What `call` is given for a holder: () int64 on the CPU. It keeps nothing alive."""
+def handle(state_module: StateModuleKit) -> Tensor:
+    """What `call` is given for a state_module: () int64 on the CPU. It keeps nothing alive."""
     number = next(_numbers)
-    _holders[number] = holder
+    _state_modules[number] = state_module
     return torch.tensor(number, device="cpu")
 
 
 def call(handle: Tensor, part: str, inputs: Sequence[Tensor], width: int) -> Tensor:
-    """What the holder makes of the inputs: of the shape and dtype of the first, but `width` wide."""
+    """What the state_module makes of the inputs: of the shape and dtype of the first, but `width` wide."""
     return torch.ops.lamella.opaque(list(inputs), width, handle, part)
 
 
 def _opaque(inputs: Sequence[Tensor], width: int, handle: Tensor, part: str) -> Tensor:
-    out = _holders[int(handle)].compute(part, inputs).contiguous()
+    out = _state_modules[int(handle)].compute(part, inputs).contiguous()
     assert out.shape == (*inputs[0].shape[:-1], width)
     return out
 

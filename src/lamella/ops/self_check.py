@@ -35,7 +35,7 @@ from lamella.ops.swiglu import reference as swiglu_reference
 
 # How far a result may be from its reference, in units of the reference's root mean square.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-_PAGE = 4
+_BLOCK = 4
 
 
 @torch.inference_mode()
@@ -116,15 +116,15 @@ def _checks(
 def _attention_checks(
     random: Callable[..., Tensor], batch: RaggedBatch, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    from lamella.ops.attention import triton_few
+    from lamella.ops.attention import triton_decode_few
     from lamella.ops.attention.paged import AttentionPlan, AttentionSpace, is_few_decodes, paged_attention
     from lamella.ops.qkv import triton as qkv
     from lamella.ops.rotary import triton as rotary
 
     heads, kv_heads, dim = 4, 2, 16
-    pages = torch.randperm(12, device=device)[:9].view(3, 3).int() + 1
-    rows = pages[batch.token_request, batch.positions // _PAGE].long() * _PAGE + batch.positions % _PAGE
-    caches = [random(13, _PAGE, kv_heads, dim) for _ in range(2)]
+    blocks = torch.randperm(12, device=device)[:9].view(3, 3).int() + 1
+    rows = blocks[batch.token_request, batch.positions // _BLOCK].long() * _BLOCK + batch.positions % _BLOCK
+    caches = [random(13, _BLOCK, kv_heads, dim) for _ in range(2)]
     frequencies = random(dim // 2).float()
     turns = batch.positions.float()[:, None] * frequencies
     cos, sin = rotary.angles(batch.positions, frequencies, 1.0)
@@ -140,31 +140,31 @@ def _attention_checks(
         Rope(cos, sin, interleaved=False),
         growth[1],
     )
-    written = [PagedCache(caches[0].clone(), caches[1].clone(), pages, rows) for _ in range(2)]
+    written = [PagedCache(caches[0].clone(), caches[1].clone(), blocks, rows) for _ in range(2)]
     prepared = [
         function(projected, steps, some)[0]
         for function, some in zip((qkv.prepare_qkv, qkv_reference.prepare_qkv), written, strict=True)
     ]
     yield "prepare_qkv", prepared[0], prepared[1]
     yield "prepare_qkv (its cache)", torch.stack(written[0][:2]), torch.stack(written[1][:2])
-    space = AttentionSpace(batch.num_requests, 3 * _PAGE, device)
+    space = AttentionSpace(batch.num_requests, 3 * _BLOCK, device)
     listed = torch.cat(
         [
-            row[: -(-length // _PAGE)]
-            for row, length in zip(pages[batch.num_decodes :], batch.context_lens[batch.num_decodes :], strict=True)
+            row[: -(-length // _BLOCK)]
+            for row, length in zip(blocks[batch.num_decodes :], batch.context_lens[batch.num_decodes :], strict=True)
         ]
-        or [pages.new_empty(0)]
+        or [blocks.new_empty(0)]
     )
     for window, chunk in ((None, None), (3, None), (None, 3)):
         expected = attention_reference.paged_attention(prepared[1], written[1], batch, 0.25, window, chunk)
         plan = AttentionPlan(
-            space, batch, listed, heads, kv_heads, dim, _PAGE, dtype, 0.25, window, flashinfer=False, chunk=chunk
+            space, batch, listed, heads, kv_heads, dim, _BLOCK, dtype, 0.25, window, flashinfer=False, chunk=chunk
         )
         ours = paged_attention(prepared[1], written[1], batch, 0.25, window, chunk, plan)
         yield "paged attention", ours, expected
         if is_few_decodes(batch):
-            fresh = PagedCache(caches[0].clone(), caches[1].clone(), pages, rows)
-            few = triton_few.decode_prepared(projected, steps, fresh, 0.25, window, plan.decode_workspace)
+            fresh = PagedCache(caches[0].clone(), caches[1].clone(), blocks, rows)
+            few = triton_decode_few.decode_prepared(projected, steps, fresh, 0.25, window, plan.decode_workspace)
             yield "attention of few", few, expected
             yield "attention of few (its cache)", torch.stack(fresh[:2]), torch.stack(written[1][:2])
 
@@ -203,7 +203,7 @@ def _recurrence_checks(
 
 
 def _sampling_checks(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor]]:
-    from lamella.ops.sampling import draw, pending_tokens
+    from lamella.ops.sampling import draw, placeholder_tokens
 
     logits = torch.randn(2, 5000, device=device)
     logits[0, 4321] = logits[1, 7] = 50.0
@@ -218,4 +218,4 @@ def _sampling_checks(device: torch.device) -> Iterator[tuple[str, Tensor, Tensor
     tokens = draw(logits, sampling)
     yield "draw", tokens, torch.tensor([4321, 7], device=device)
     ids = torch.tensor([5, -1, 9, -2], device=device)
-    yield "pending_tokens", pending_tokens(ids, tokens), torch.tensor([5, 4321, 9, 7], device=device)
+    yield "placeholder_tokens", placeholder_tokens(ids, tokens), torch.tensor([5, 4321, 9, 7], device=device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lamella.ops import opaque
-from lamella.parallel.sharding import Share
+from lamella.parallel.sharding import Partition
 
 # How long a rank waits for the others: longer than the slowest compiles a kernel, since nobody waits while idle.
 TIMEOUT = timedelta(minutes=5)
@@ -21,11 +21,11 @@ class Group:
     """A rank alone, which has nothing to wait for.
 
     Attributes:
-        share: what is this rank's of a model.
+        partition: what is this rank's of a model.
     """
 
-    def __init__(self, share: Share | None = None) -> None:
-        self.share = share or Share()
+    def __init__(self, partition: Partition | None = None) -> None:
+        self.partition = partition or Partition()
         self.handle: Tensor | None = None  # of a compiling engine, see ops.opaque
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -56,9 +56,9 @@ class TensorParallelGroup(Group):
     `torch.distributed` for its own ends. Nothing listens outside the host.
     """
 
-    def __init__(self, share: Share) -> None:
+    def __init__(self, partition: Partition) -> None:
         """Knows its share at once; `connect` before anything is summed."""
-        super().__init__(share)
+        super().__init__(partition)
         self._group: Any = None
 
     def connect(self, folder: Path, device: torch.device) -> None:
@@ -67,7 +67,11 @@ class TensorParallelGroup(Group):
         from torch.distributed.distributed_c10d import AllgatherOptions
 
         assert device.type in ("cpu", "cuda")
-        store, rank, size = dist.FileStore(str(folder / "ranks"), self.share.size), self.share.rank, self.share.size
+        store, rank, size = (
+            dist.FileStore(str(folder / "ranks"), self.partition.size),
+            self.partition.rank,
+            self.partition.size,
+        )
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = TIMEOUT
@@ -92,9 +96,9 @@ class TensorParallelGroup(Group):
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        every = x.new_empty(self.share.size * x.numel())
+        every = x.new_empty(self.partition.size * x.numel())
         _wait(self._group._allgather_base(every, x.contiguous().flatten(), self._gather))
-        return every.view(self.share.size, *x.shape).movedim(0, -2).flatten(-2)
+        return every.view(self.partition.size, *x.shape).movedim(0, -2).flatten(-2)
 
     def smallest(self, value: int) -> int:
         least = torch.tensor([value], device=self._device)

@@ -51,7 +51,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Share:
+class Partition:
     """A rank of `size`, and what is its own."""
 
     rank: int = 0
@@ -97,7 +97,7 @@ class Share:
         return -(-full // self.size)
 
 
-def cut(tensor: Any, splits: Sequence[Split], _index: tuple[slice, ...] = ()) -> Tensor:
+def shard_tensor(tensor: Any, splits: Sequence[Split], _index: tuple[slice, ...] = ()) -> Tensor:
     """A rank's part of a full tensor (or of a file's, which reads no more than it is asked for).
 
     `splits` are of the leading dimensions; the others are whole. A view where every dimension has one span.
@@ -105,5 +105,5 @@ def cut(tensor: Any, splits: Sequence[Split], _index: tuple[slice, ...] = ()) ->
     dim = len(_index)
     if dim == len(splits):
         return tensor[_index]
-    parts = [cut(tensor, splits, (*_index, slice(start, stop))) for start, stop in splits[dim].spans]
+    parts = [shard_tensor(tensor, splits, (*_index, slice(start, stop))) for start, stop in splits[dim].spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

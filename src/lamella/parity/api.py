@@ -17,14 +17,14 @@ from lamella.errors import ConfigError
 from lamella.layers.decoder import LanguageModel
 from lamella.parity.bisection import Bisection, run_bisect
 from lamella.parity.free_running import TOP, FreeRunning, compare_generations
-from lamella.parity.oracle import ATTENTION
 from lamella.parity.path_matrix import PathMatrix, run_paths
+from lamella.parity.reference_model import ATTENTION
 from lamella.parity.report.report import Report
-from lamella.parity.scorers import open_scorer, resolve_oracle
+from lamella.parity.scorers import open_scorer, resolve_reference
 from lamella.parity.scores import Generation, Scores, Settings
 from lamella.parity.sequences import Inputs, TokenSequence, make_inputs
 from lamella.parity.stats import Comparison, compare_scores
-from lamella.parity.subject import Subject
+from lamella.parity.tested_model import TestedModel
 from lamella.parity.verdict import Tolerances, judge_bisection, judge_paths, judge_stats
 from lamella.validation import checked_int
 
@@ -157,12 +157,12 @@ class _Run:
         self.options, self._progress = options, progress
         o = options
         checked = EngineOptions(model=model, device=o.device, hf_overrides=o.hf_overrides)
-        self.subject = Subject.open(model, o.load_format, o.seed, o.max_model_len, o.placement, o.hf_overrides)
+        self.tested = TestedModel.open(model, o.load_format, o.seed, o.max_model_len, o.placement, o.hf_overrides)
         self.device = checked.resolve_device()
-        self.dtype = self.subject.dtype(options.dtype)
+        self.dtype = self.tested.dtype(options.dtype)
         if options.candidate is not None:
             self._follow(options.candidate)
-        self.oracle = resolve_oracle(options.oracle, self.subject)
+        self.oracle = resolve_reference(options.oracle, self.tested)
 
     def _follow(self, candidate: LanguageModel) -> None:
         """A loaded model has its dtype and device already."""
@@ -174,16 +174,16 @@ class _Run:
 
     @cached_property
     def inputs(self) -> Inputs:
-        o, subject = self.options, self.subject
-        vocab = subject.config.vocab_size
-        return make_inputs(vocab, subject.tokenizer, o.prompts, o.count, o.prompt_len, o.decode_len, o.seed)
+        o, tested = self.options, self.tested
+        vocab = tested.config.vocab_size
+        return make_inputs(vocab, tested.tokenizer, o.prompts, o.count, o.prompt_len, o.decode_len, o.seed)
 
     @cached_property
     def top(self) -> int | None:
         if self.options.top is not None:
             return self.options.top
         rows = sum(sequence.num_predictions for sequence in self.inputs.sequences)
-        whole = rows * self.subject.config.vocab_size * (3 * 4 + _WIDER[self.dtype].itemsize)
+        whole = rows * self.tested.config.vocab_size * (3 * 4 + _WIDER[self.dtype].itemsize)
         return None if whole <= _WHOLE_BYTES else _TOP
 
     def settings(self, dtype: torch.dtype, attention: str = "eager") -> Settings:
@@ -199,7 +199,7 @@ class _Run:
 
     def score(self, engine: str, dtype: torch.dtype, attention: str = "eager") -> list[Scores]:
         self._progress(f"{engine}, {_name(dtype)}" + ("" if engine == "lamella" else f", {attention}"))
-        scorer = open_scorer(engine, self.subject, self.settings(dtype, attention))
+        scorer = open_scorer(engine, self.tested, self.settings(dtype, attention))
         try:
             return scorer.score(self.inputs.sequences, self.top)
         finally:
@@ -217,7 +217,7 @@ class _Run:
 
     def _generate(self, engine: str, top: int | None) -> list[Generation]:
         self._progress(f"{engine}, free-running")
-        scorer = open_scorer(engine, self.subject, self.settings(self.dtype, "sdpa"))
+        scorer = open_scorer(engine, self.tested, self.settings(self.dtype, "sdpa"))
         try:
             prompts = [sequence.prompt for sequence in self.inputs.sequences]
             return scorer.generate(prompts, self.options.decode_len, top)
@@ -227,7 +227,7 @@ class _Run:
     def paths(self) -> PathMatrix:
         self._only_lamella("paths")
         return run_paths(
-            self.subject,
+            self.tested,
             self._longest(_PATH_TOKENS),
             self.dtype,
             self.device,
@@ -242,7 +242,7 @@ class _Run:
         dtype = self.dtype if given else torch.float32
         self._progress("bisect")
         tokens = self._longest(_BISECT_TOKENS)
-        return run_bisect(self.subject, tokens, dtype, self.device, self.oracle, self.options.candidate)
+        return run_bisect(self.tested, tokens, dtype, self.device, self.oracle, self.options.candidate)
 
     def _only_lamella(self, check: str) -> None:
         if self.options.engine != "lamella":
@@ -268,11 +268,11 @@ class _Run:
             bisection = self.bisect()
             reasons += judge_bisection(bisection)
         return Report(
-            subject=self.subject,
+            tested=self.tested,
             engine=self.options.engine,
             oracle=self.oracle,
             dtype=_name(self.dtype),
-            truth_dtype=_name(_WIDER[self.dtype]),
+            reference_dtype=_name(_WIDER[self.dtype]),
             device=str(self.device),
             seed=self.options.seed,
             inputs=self.inputs,

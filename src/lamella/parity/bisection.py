@@ -1,7 +1,7 @@
 """Which operation is wrong: each is fed the truth's input, in the real engine, and its output is compared.
 
 The truth comes from one full forward in float64. The engine then computes the same tokens in chunks and single steps,
-over its pages and slots, while every operation's result is noted and replaced by the true one; so an operation that is
+over its blocks and slots, while every operation's result is noted and replaced by the true one; so an operation that is
 wrong shows at its own site, and nothing after it inherits the error. What rounding explains is measured the same way,
 with the reference in the engine's dtype against the reference in float64.
 """
@@ -18,19 +18,19 @@ from lamella.errors import ParameterError
 from lamella.layers.context import require_batch
 from lamella.layers.decoder import LanguageModel
 from lamella.parity.forcing import ForcedEngine
-from lamella.parity.oracle import Oracle
 from lamella.parity.probe import tapped
-from lamella.parity.scorers import resolve_oracle
+from lamella.parity.reference_model import ReferenceModel
+from lamella.parity.scorers import resolve_reference
 from lamella.parity.scores import Settings
 from lamella.parity.sequences import split
 from lamella.parity.sites import Tap, layer_of, operation
-from lamella.parity.subject import Subject
+from lamella.parity.tested_model import TestedModel
 
 # Errors beyond so many times what rounding explains are out of line.
 RATIO_LIMIT = 12.0
 MAX_TOKENS = 256
 
-# The first chunks: a cut inside a page, then one shorter than a short convolution's memory, then the prompt's rest.
+# The first chunks: a cut inside a block, then one shorter than a short convolution's memory, then the prompt's rest.
 CHUNKS = (5, 2)
 DECODES = 8
 
@@ -113,7 +113,7 @@ class Bisection:
 
 
 def run_bisect(
-    subject: Subject,
+    tested: TestedModel,
     token_ids: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
@@ -123,26 +123,26 @@ def run_bisect(
     """Feed and compare every operation. `candidate` is tested in place of the one that the checkpoint gives."""
     if not DECODES + 4 <= len(token_ids) <= MAX_TOKENS:
         raise ParameterError(f"bisect takes {DECODES + 4} to {MAX_TOKENS} tokens, not {len(token_ids)}")
-    oracle = resolve_oracle(oracle, subject)
+    oracle = resolve_reference(oracle, tested)
     inputs = token_ids[:-1]
-    weights = subject.weights(device)
-    plain = Oracle(subject.config, weights, torch.float64, device)
+    weights = tested.weights(device)
+    plain = ReferenceModel(tested.config, weights, torch.float64, device)
     truth = _Recording()
     if oracle == "hf":
         from lamella.parity.scorers.hf import HFModel
 
-        HFModel(subject, Settings(dtype=torch.float64, device=device)).logits(inputs, truth)
+        HFModel(tested, Settings(dtype=torch.float64, device=device)).logits(inputs, truth)
     else:
         plain.logits(inputs, truth)
-    wide, narrow = _Feeding(truth.values), _Feeding(truth.values)
-    plain.logits(inputs, wide)
+    x_fp32, narrow = _Feeding(truth.values), _Feeding(truth.values)
+    plain.logits(inputs, x_fp32)
     del plain
-    Oracle(subject.config, weights, dtype, device).logits(inputs, narrow)
+    ReferenceModel(tested.config, weights, dtype, device).logits(inputs, narrow)
     engine = _Feeding(truth.values, lambda: require_batch().ragged.positions)
-    plan = _run_engine(candidate or subject.load(dtype, device), token_ids, device, engine)
+    plan = _run_engine(candidate or tested.load(dtype, device), token_ids, device, engine)
     rows = []
     for site, expected in truth.values.items():
-        rounding = narrow.values[site] - wide.values[site]
+        rounding = narrow.values[site] - x_fp32.values[site]
         rows.append(_row(site, expected, engine.values.get(site), rounding, dtype))
     if oracle == "reference":
         # What the reference does not do, the engine must not do either; `transformers` may just not show it.
@@ -175,13 +175,13 @@ class _Feeding:
     def __init__(self, truth: dict[str, Tensor], positions: Callable[[], Tensor] | None = None) -> None:
         self.values: dict[str, Tensor] = {}
         self.extra: dict[str, None] = {}  # sites, in order, where the truth has nothing
-        self._truth, self._positions = truth, positions
+        self._reference, self._positions = truth, positions
 
     def __call__(self, site: str, value: Tensor) -> Tensor:
-        if site not in self._truth:
+        if site not in self._reference:
             self.extra[site] = None
             return value
-        truth = self._truth[site]
+        truth = self._reference[site]
         at = torch.arange(truth.shape[0], device=truth.device) if self._positions is None else self._positions()
         if value.shape[1:] != truth.shape[1:]:
             return value  # of another width: the engine does not compute what the truth does

@@ -20,7 +20,7 @@ from lamella.layers.supernet.placing import activate, active_placement
 from lamella.ops import native
 from lamella.ops.backend import portable_only
 from lamella.parity.forcing import ForcedEngine, Record, computing, record_of
-from lamella.parity.laboratory import PAGE_SIZE, SMALL_PAGE, Laboratory, NotExercised
+from lamella.parity.laboratory import BLOCK_SIZE, SMALL_BLOCK, Laboratory, NotExercised
 from lamella.parity.scores import Scores
 from lamella.parity.sequences import TokenSequence
 
@@ -64,7 +64,7 @@ def catalogue(
     kernels = on_gpu or native.available()
     return [
         Path("full forward, again", Laboratory.full, bitwise=True),
-        Path("recycled pages and slot", _recycled, bitwise=True),
+        Path("recycled blocks and slot", _recycled, bitwise=True),
         Path("a plain module, no engine", _module),
         Path("portable operations", _portable, unavailable=None if kernels else "nothing but these here"),
         *(Path(f"chunked, cut at {cut}", _cut(cut)) for cut in _cuts(config, length)),
@@ -75,8 +75,8 @@ def catalogue(
         *([Path("beside requests of other placements", _beside_another_placement)] if supernet else []),
         Path("preempted in a small pool", _preempted),
         Path("padded rows", _padded),
-        Path("prefix hit at a page's end", _prefix_hit(0)),
-        Path("prefix hit inside a page", _prefix_hit(2)),
+        Path("prefix hit at a block's end", _prefix_hit(0)),
+        Path("prefix hit inside a block", _prefix_hit(2)),
         *(Path(f"prefix hit at a chunk's end, {end}", _hit_at(end)) for end in _chunk_ends(config, length)),
         Path("prefix of a running request", _prefix_of_a_running_request),
         Path("prefix evicted and found again", _prefix_evicted),
@@ -93,13 +93,13 @@ def catalogue(
 
 
 def _interesting(config: ModelConfig) -> set[int]:
-    """Lengths around which state changes hands: kernel widths, windows, chunks, pages."""
+    """Lengths around which state changes hands: kernel widths, windows, chunks, blocks."""
     widths = {canon.kernel for layer in config.layers for canon in layer.canons}
     widths |= {kernel for layer in config.layers if (kernel := getattr(layer.mixer, "kernel", None)) is not None}
     mixers = [layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionConfig)]
     windows = {size for mixer in mixers for size in (mixer.window, mixer.chunk) if size is not None}
     return {size + step for size in widths for step in (-2, -1, 0, 1)} | {
-        size + step for size in {PAGE_SIZE} | windows for step in (-1, 0, 1)
+        size + step for size in {BLOCK_SIZE} | windows for step in (-1, 0, 1)
     }
 
 
@@ -224,14 +224,14 @@ def _beside_another_placement(lab: Laboratory) -> Record:
 def _preempted(lab: Laboratory, **options: Any) -> Record:
     if not lab.grows:
         # No pool runs out, whatever its size: the requests are told to give up their state.
-        engine = lab.engine(block_size=SMALL_PAGE, **options)
+        engine = lab.engine(block_size=SMALL_BLOCK, **options)
         half = len(lab.token_ids) // 2
-        return engine.run([record_of(lab.sequence(half))], preempt_after=SMALL_PAGE)[0]
+        return engine.run([record_of(lab.sequence(half))], preempt_after=SMALL_BLOCK)[0]
     # Three requests start side by side in a pool that only two can finish in; the youngest is ours.
     half = len(lab.token_ids) // 2
     others = [lab.stranger(half, len(lab.token_ids) - half) for _ in range(2)]
-    pages = 2 * -(-len(lab.token_ids) // SMALL_PAGE)
-    engine = lab.engine(block_size=SMALL_PAGE, num_blocks=pages, **options)
+    blocks = 2 * -(-len(lab.token_ids) // SMALL_BLOCK)
+    engine = lab.engine(block_size=SMALL_BLOCK, num_blocks=blocks, **options)
     record = engine.score([*others, lab.sequence(half)])[2]
     if not record.preemptions:
         raise NotExercised("nothing was preempted")
@@ -243,12 +243,12 @@ def _padded(lab: Laboratory) -> Record:
 
 
 def _caching(lab: Laboratory, **options: Any) -> ForcedEngine:
-    return lab.engine(enable_prefix_caching=True, snapshot_prompts="always", block_size=SMALL_PAGE, **options)
+    return lab.engine(enable_prefix_caching=True, snapshot_prompts="always", block_size=SMALL_BLOCK, **options)
 
 
 def _shared_length(lab: Laboratory) -> int:
-    """About half of the sequence, whole pages."""
-    return len(lab.token_ids) // 2 // SMALL_PAGE * SMALL_PAGE
+    """About half of the sequence, whole blocks."""
+    return len(lab.token_ids) // 2 // SMALL_BLOCK * SMALL_BLOCK
 
 
 def _hit(record: Record, length: int) -> Record:
@@ -270,7 +270,7 @@ def _chunk_ends(config: ModelConfig, length: int) -> list[int]:
     """Return for each size of attention's chunks the last end at which a prefix of `length` tokens can be cut."""
     mixers = [layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionConfig)]
     ends = {(length - 2) // mixer.chunk * mixer.chunk for mixer in mixers if mixer.chunk is not None}
-    return sorted(end for end in ends if end and end % SMALL_PAGE == 0)
+    return sorted(end for end in ends if end and end % SMALL_BLOCK == 0)
 
 
 def _hit_at(length: int) -> Callable[[Laboratory], Record]:
@@ -283,23 +283,23 @@ def _hit_at(length: int) -> Callable[[Laboratory], Record]:
 
 
 def _prefix_of_a_running_request(lab: Laboratory) -> Record:
-    # The first step's budget is used up by the other's shared pages, so that ours starts beside its continuation.
+    # The first step's budget is used up by the other's shared blocks, so that ours starts beside its continuation.
     length = _shared_length(lab)
     return _hit(_caching(lab).score([lab.sharing(length), lab.sequence()], [length])[1], length)
 
 
 def _prefix_evicted(lab: Laboratory) -> Record:
     length = len(lab.token_ids)
-    options: dict[str, Any] = {"num_blocks": -(-length // SMALL_PAGE) + 2}
+    options: dict[str, Any] = {"num_blocks": -(-length // SMALL_BLOCK) + 2}
     if not lab.grows:
-        options["snapshot_bytes"] = lab.slot_bytes  # one snapshot, and no pages that could run out
+        options["snapshot_bytes"] = lab.slot_bytes  # one snapshot, and no blocks that could run out
     engine = _caching(lab, max_num_seqs=1, **options)
     engine.score([lab.sequence()])
     engine.score([lab.stranger(length, 1)])
     engine.score([lab.sequence()])
     if not engine.engine.stats()["prefix_evictions"]:
         raise NotExercised("nothing was evicted")
-    return _hit(engine.score([lab.sequence()])[0], (length - 2) // SMALL_PAGE * SMALL_PAGE)
+    return _hit(engine.score([lab.sequence()])[0], (length - 2) // SMALL_BLOCK * SMALL_BLOCK)
 
 
 def _next_turn(lab: Laboratory) -> Record:

@@ -24,11 +24,11 @@ from lamella.engine.steps.runner import Forward, InFlightStep, ModelRunner
 from lamella.engine.steps.sampler import Choice, TokenLogprobs
 from lamella.engine.steps.step_inputs import StepTensors
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.holders import SlotHolder
-from lamella.layers.supernet.placing import active_holders
+from lamella.layers.state_modules import SlotStateModule
+from lamella.layers.supernet.placing import find_active_state_modules
 from lamella.parity.scores import Scores
 from lamella.parity.sequences import TokenSequence
-from lamella.state.manager import DUMMY, Holding, StateManager
+from lamella.state.manager import DUMMY, Allocation, StateManager
 
 _LOGITS_ROWS = 256  # rows of the vocabulary's width at a time
 
@@ -62,7 +62,7 @@ class Record:
         forced: the tokens that follow whatever the logits say; None lets the likeliest follow.
         count: how many tokens follow.
         parts: by prediction, its scores; where a preempted request computed one twice, of the second time.
-        state: after the last prediction, by the layer's state path: (positions, ...) rows of pages, or the slot.
+        state: after the last prediction, by the layer's state path: (positions, ...) rows of blocks, or the slot.
         steps: tokens of each step that computed some of it.
         preemptions: how often it lost its state.
         cached: tokens that it started with, from the prefix cache; their predictions are in nobody's `parts`.
@@ -185,15 +185,15 @@ class _ForcedRunner(ModelRunner):
         self._pads = [Request(f"padding {index}", [0], SamplingParams()) for index in range(pads)]
 
     def launch(self, step: Sequence[Scheduled]) -> InFlightStep:
-        """A step that only decodes is padded, as a graph of fixed size would be: the dummy page, the dummy slot."""
+        """A step that only decodes is padded, as a graph of fixed size would be: the dummy block, the dummy slot."""
         pads = self._pads if all(chunk.count == 1 for chunk in step) else []
         for pad in pads:
-            self.state.holdings[pad] = Holding(DUMMY, [[DUMMY] for _ in self.state.groups])
+            self.state.allocations[pad] = Allocation(DUMMY, [[DUMMY] for _ in self.state.groups])
         known = [(chunk.request.token_ids(0, chunk.start + chunk.count), chunk.start, chunk.count) for chunk in step]
         with computing(known):
             launched = super().launch([*step, *(Scheduled(pad, 0, 1, False) for pad in pads)])
         for pad in pads:
-            del self.state.holdings[pad]
+            del self.state.allocations[pad]
         return replace(launched, chunks=[chunk for chunk in launched.chunks if chunk.request not in pads])
 
     def _prompt_logprobs(self, chunks: Sequence[Scheduled], hidden: Tensor) -> dict[Request, list[TokenLogprobs]]:
@@ -227,18 +227,20 @@ class _ForcedRunner(ModelRunner):
 
     def _snapshot(self, request: Request, length: int) -> dict[str, Tensor]:
         """A request's state, wherever it lies, in the order of its positions."""
-        holding, found = self.state.holdings[request], {}
-        for holder in active_holders(self.model, request.variant.placement or None):
-            if isinstance(holder, SlotHolder):
-                for index, rows in enumerate(holder.rows):
-                    found[f"{holder.prefix}.{index}" if index else holder.prefix] = rows[holding.slot].clone().cpu()
+        allocation, found = self.state.allocations[request], {}
+        for state_module in find_active_state_modules(self.model, request.variant.placement or None):
+            if isinstance(state_module, SlotStateModule):
+                for index, rows in enumerate(state_module.rows):
+                    found[f"{state_module.prefix}.{index}" if index else state_module.prefix] = (
+                        rows[allocation.slot].clone().cpu()
+                    )
                 continue
-            spec = holder.spec
-            pages = holding.pages[self.state.groups.index(spec)]
+            spec = state_module.spec
+            blocks = allocation.blocks[self.state.groups.index(spec)]
             positions = torch.arange(spec.first_visible(length - 1), length)
-            page = torch.tensor(pages)[positions // self.state.page_size]
-            assert (page != DUMMY).all()
-            for name, cache in (("keys", holder.k_cache), ("values", holder.v_cache)):
-                rows = cache[page.to(cache.device), (positions % self.state.page_size).to(cache.device)]
-                found[f"{holder.prefix}.{name}"] = rows.cpu()
+            block = torch.tensor(blocks)[positions // self.state.block_size]
+            assert (block != DUMMY).all()
+            for name, cache in (("keys", state_module.k_cache), ("values", state_module.v_cache)):
+                rows = cache[block.to(cache.device), (positions % self.state.block_size).to(cache.device)]
+                found[f"{state_module.prefix}.{name}"] = rows.cpu()
         return found

@@ -51,15 +51,15 @@ def compare_generations(engine: Sequence[Generation], reference: Sequence[Genera
     at_risk, parted = int(same_before.sum()), int((same_before & ~match).sum())
     outliers = ~(gaps <= OUTLIER)
     positions = [
-        {"step": step, "n": len(match), "match": _share(match[:, step]), **_quantiles(gaps[:, step], (0.5, 0.95))}
+        {"step": step, "n": len(match), "match": _chunk_size(match[:, step]), **_quantiles(gaps[:, step], (0.5, 0.95))}
         for step in range(match.shape[1])
     ]
     overall = {
-        "match": _share(match),
+        "match": _chunk_size(match),
         **_quantiles(gaps.flatten(), (0.1, 0.5, 0.9, 0.95, 0.99)),
         "std": float(gaps.std()) if gaps.numel() > 1 else 0.0,
         "outliers": int(outliers.sum()),
-        "outlier_share": _share(outliers),
+        "outlier_share": _chunk_size(outliers),
         "outliers_same_text": int((outliers & same_before).sum()),
     }
     return FreeRunning(positions, overall, parted / at_risk)
@@ -74,7 +74,7 @@ def _gaps(engine: Generation, reference: Generation) -> Tensor:
     return (ours[:, :TOP] - reference.scores.logprobs.double().gather(1, ids[:, :TOP])).abs().mean(1)
 
 
-def _share(x: Tensor) -> float:
+def _chunk_size(x: Tensor) -> float:
     return float(x.double().mean())
 
 

@@ -12,14 +12,14 @@ from lamella.engine.engine import Engine
 from lamella.engine.loading import load_engine
 from lamella.engine.options import EngineOptions
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.supernet.placing import active_holders
+from lamella.layers.supernet.placing import find_active_state_modules
 from lamella.parity.forcing import ForcedEngine, Record
-from lamella.parity.routing import HeldRouting
+from lamella.parity.routing import PinnedRouting
 from lamella.parity.sequences import TokenSequence, split
 from lamella.state.memory import StateCost
 
-PAGE_SIZE = 16
-SMALL_PAGE = 4  # where a page has to be short of the sequence
+BLOCK_SIZE = 16
+SMALL_BLOCK = 4  # where a block has to be short of the sequence
 
 
 class NotExercised(Exception):
@@ -40,7 +40,7 @@ class Laboratory:
         """`options` of an engine that loads the same model, for paths that take a process more."""
         self.model, self.device, self.token_ids = model, device, tuple(token_ids)
         self.options = options or {}
-        self.routing = HeldRouting(model, token_ids[:-1])  # the last is only predicted
+        self.routing = PinnedRouting(model, token_ids[:-1])  # the last is only predicted
         self._random = random.Random(f"strangers {seed}")  # other tokens than a random sequence of the same seed has
 
     def engine(self, pads: int = 0, **options: Any) -> ForcedEngine:
@@ -48,7 +48,7 @@ class Laboratory:
         usual = {
             "max_num_seqs": 8,
             "max_num_batched_tokens": 4096,
-            "block_size": PAGE_SIZE,
+            "block_size": BLOCK_SIZE,
             "num_blocks": 1024,
             "enforce_eager": True,
         }
@@ -56,7 +56,7 @@ class Laboratory:
 
     def divided(self, size: int) -> Engine:
         """An engine of so many tensor-parallel ranks."""
-        usual = {"max_num_seqs": 1, "block_size": PAGE_SIZE, "num_blocks": 1024, "enforce_eager": True}
+        usual = {"max_num_seqs": 1, "block_size": BLOCK_SIZE, "num_blocks": 1024, "enforce_eager": True}
         chunk = len(self.token_ids) * 2 // 3  # one chunk and a rest
         return load_engine(
             EngineOptions(**{**usual, **self.options}, max_num_batched_tokens=chunk, tensor_parallel_size=size)
@@ -65,12 +65,12 @@ class Laboratory:
     @property
     def grows(self) -> bool:
         """True if any state grows with the sequence, so that a pool can run out."""
-        return any(spec.reach is None for spec in StateCost.of(active_holders(self.model)).paged)
+        return any(spec.reach is None for spec in StateCost.of(find_active_state_modules(self.model)).paged)
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of one request's slot state."""
-        return StateCost.of(active_holders(self.model)).bytes_per_request
+        return StateCost.of(find_active_state_modules(self.model)).bytes_per_request
 
     def sequence(self, prompt_len: int | None = None) -> TokenSequence:
         """The sequence, all but the last token of it a prompt unless said otherwise."""

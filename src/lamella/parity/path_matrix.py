@@ -19,11 +19,11 @@ from lamella.layers.decoder import LanguageModel
 from lamella.layers.supernet.placing import has_choice
 from lamella.parity.catalogue import Path, catalogue
 from lamella.parity.forcing import Record
-from lamella.parity.laboratory import SMALL_PAGE, Laboratory, NotExercised
-from lamella.parity.oracle import Oracle
-from lamella.parity.subject import Subject
+from lamella.parity.laboratory import SMALL_BLOCK, Laboratory, NotExercised
+from lamella.parity.reference_model import ReferenceModel
+from lamella.parity.tested_model import TestedModel
 
-SHORTEST = 4 * SMALL_PAGE  # tokens; with fewer, nothing need be preempted or evicted
+SHORTEST = 4 * SMALL_BLOCK  # tokens; with fewer, nothing need be preempted or evicted
 
 # What rounding may move: log-probabilities in fp32 and states in each dtype, both as shares of their own size.
 LOGPROB_LIMIT = 1e-4
@@ -79,7 +79,7 @@ class PathMatrix:
 
 
 def run_paths(
-    subject: Subject,
+    tested: TestedModel,
     token_ids: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
@@ -90,24 +90,26 @@ def run_paths(
     """All paths over one sequence. `candidate` is tested in place of the one that the checkpoint gives."""
     if len(token_ids) < SHORTEST:
         raise ParameterError(f"paths need a sequence of at least {SHORTEST} tokens, not {len(token_ids)}")
-    undivided = "the model is given, and no other process can load it" if candidate else _why_undivided(subject, device)
+    undivided = "the model is given, and no other process can load it" if candidate else _why_undivided(tested, device)
     options = {
-        "model": subject.checkpoint.path,
+        "model": tested.checkpoint.path,
         "dtype": dtype,
         "device": device.type,
-        "load_format": subject.load_format,
-        "seed": subject.seed,
-        "max_model_len": subject.max_model_len,
-        "placement": subject.placement,
-        "hf_overrides": subject.overrides,
+        "load_format": tested.load_format,
+        "seed": tested.seed,
+        "max_model_len": tested.max_model_len,
+        "placement": tested.placement,
+        "hf_overrides": tested.overrides,
     }
-    if find_image_model(subject.checkpoint, subject.load_format) is not None:
+    if find_image_model(tested.checkpoint, tested.load_format) is not None:
         options["limit_mm_per_prompt"] = {"image": 0}  # tokens of images are tokens like any others here
-    lab = Laboratory(candidate or subject.load(dtype, device), device, token_ids, seed, options)
+    lab = Laboratory(candidate or tested.load(dtype, device), device, token_ids, seed, options)
     with lab.routing.recorded():
         full = lab.full()
     truth = (
-        Oracle(subject.config, subject.weights(device), torch.float32, device).logits(token_ids[:-1]).log_softmax(-1)
+        ReferenceModel(tested.config, tested.weights(device), torch.float32, device)
+        .logits(token_ids[:-1])
+        .log_softmax(-1)
     )
     own, size = _worst_row(full.scores.logprobs - truth.cpu()), float(truth.square().mean().sqrt())
     limits = {
@@ -117,7 +119,7 @@ def run_paths(
     }
     cells = []
     hold = bool(lab.routing) and dtype != torch.float32
-    for path in catalogue(subject.config, len(token_ids), device, undivided, has_choice(lab.model)):
+    for path in catalogue(tested.config, len(token_ids), device, undivided, has_choice(lab.model)):
         progress(path.name)
         if hold and path.holds_no_routing:
             path = replace(path, unavailable=path.unavailable or _UNHELD)
@@ -126,15 +128,15 @@ def run_paths(
     return PathMatrix(tuple(cells), limits, own)
 
 
-def _why_undivided(subject: Subject, device: torch.device) -> str | None:
+def _why_undivided(tested: TestedModel, device: torch.device) -> str | None:
     """Why two ranks cannot share the model."""
-    kinds = {type(part) for layer in subject.config.layers for part in (layer.mixer, layer.feed_forward)}
+    kinds = {type(part) for layer in tested.config.layers for part in (layer.mixer, layer.feed_forward)}
     if not kinds <= {*get_args(SingleMixerConfig), *get_args(FeedForwardConfig)}:
         return "a layer of a kind that may not know how to be divided"
     try:
-        options = EngineOptions(model=subject.checkpoint.path, device=device.type, tensor_parallel_size=2)
+        options = EngineOptions(model=tested.checkpoint.path, device=device.type, tensor_parallel_size=2)
         options.resolve_device()
-        check_split(subject.checkpoint, options)
+        check_split(tested.checkpoint, options)
     except ConfigError as error:
         return str(error)
     return None

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lamella.layers.canon import Canon
-from lamella.layers.holders import PagedAttention
 from lamella.layers.linear import Embedding, Linear, MergedLinear
 from lamella.layers.moe import Experts
 from lamella.layers.norm import LayerNorm, RMSNorm
 from lamella.layers.recurrent import RecurrentMixer
+from lamella.layers.state_modules import PagedAttention
 from lamella.ops.backend import separate_operations
 from lamella.parity.sites import Tap
 

@@ -17,10 +17,10 @@ from lamella.config import GatedDeltaNetConfig, KimiDeltaConfig, MambaConfig
 from lamella.parity.sites import Tap
 
 if TYPE_CHECKING:
-    from lamella.parity.oracle import Oracle
+    from lamella.parity.reference_model import ReferenceModel
 
 
-def gated_delta_net(oracle: Oracle, config: GatedDeltaNetConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
+def gated_delta_net(oracle: ReferenceModel, config: GatedDeltaNetConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
     key_size, value_size = config.key_size, config.value_size
     qkvz, ba = (oracle.linear(x, f"{name}.in_proj_{part}", tap) for part in ("qkvz", "ba"))
     qkv, z = qkvz.split((2 * key_size + value_size, value_size), -1)
@@ -29,14 +29,16 @@ def gated_delta_net(oracle: Oracle, config: GatedDeltaNetConfig, x: Tensor, name
     q, k, v = qkv.split((key_size, key_size, value_size), -1)
     q, k = (_heads(side, config.key_head_dim) for side in (q, k))
     q, k = (side.repeat_interleave(config.value_heads // config.key_heads, 1) for side in (q, k))
-    decay = -oracle.wide(f"{name}.A_log").exp() * F.softplus(_wide(a) + oracle.wide(f"{name}.dt_bias"))
+    decay = -oracle.fp32_parameter(f"{name}.A_log").exp() * F.softplus(
+        _fp32(a) + oracle.fp32_parameter(f"{name}.dt_bias")
+    )
     mixed = _delta_rule(q, k, _heads(v, config.value_head_dim), decay[..., None], b.sigmoid()).to(x.dtype)
     gate = _heads(z, config.value_head_dim)
-    y = _gated_norm(mixed, gate, oracle.wide(f"{name}.norm.weight"), config.norm.eps, F.silu)
+    y = _gated_norm(mixed, gate, oracle.fp32_parameter(f"{name}.norm.weight"), config.norm.eps, F.silu)
     return oracle.linear(tap(f"{name}.recurrence", y.to(x.dtype).flatten(1)), f"{name}.out_proj", tap)
 
 
-def kimi_delta(oracle: Oracle, config: KimiDeltaConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
+def kimi_delta(oracle: ReferenceModel, config: KimiDeltaConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
     sides = [oracle.linear(x, f"{name}.{part}_proj", tap) for part in "qkv"]
     q, k, v = (
         _heads(_convolve(oracle, side, f"{name}.{part}_conv", config.kernel), config.head_dim)
@@ -47,21 +49,21 @@ def kimi_delta(oracle: Oracle, config: KimiDeltaConfig, x: Tensor, name: str, ta
         _heads(oracle.linear(low, f"{name}.{part}_b_proj", tap), config.head_dim)
         for part, low in zip("fg", narrow, strict=True)
     )
-    beta = _wide(oracle.linear(x, f"{name}.beta_proj", tap)).sigmoid()
-    steps = F.softplus(_wide(f) + _heads(oracle.wide(f"{name}.dt_bias")[None], config.head_dim))
-    mixed = _delta_rule(q, k, v, -oracle.wide(f"{name}.A_log").exp()[:, None] * steps, beta).to(x.dtype)
+    beta = _fp32(oracle.linear(x, f"{name}.beta_proj", tap)).sigmoid()
+    steps = F.softplus(_fp32(f) + _heads(oracle.fp32_parameter(f"{name}.dt_bias")[None], config.head_dim))
+    mixed = _delta_rule(q, k, v, -oracle.fp32_parameter(f"{name}.A_log").exp()[:, None] * steps, beta).to(x.dtype)
     act = F.silu if config.gate == "silu" else torch.sigmoid
-    y = _gated_norm(mixed, z, oracle.wide(f"{name}.norm.weight"), config.norm.eps, act)
+    y = _gated_norm(mixed, z, oracle.fp32_parameter(f"{name}.norm.weight"), config.norm.eps, act)
     return oracle.linear(tap(f"{name}.recurrence", y.to(x.dtype).flatten(1)), f"{name}.o_proj", tap)
 
 
-def mamba(oracle: Oracle, config: MambaConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
+def mamba(oracle: ReferenceModel, config: MambaConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
     size, inner, narrow = config.state_size, config.inner_size, config.kv_size
     z, u, b, c = oracle.linear(x, f"{name}.in_proj", tap).split((inner, narrow, narrow, inner), -1)
     step = oracle.linear(oracle.linear(x, f"{name}.dt_in_proj", tap), f"{name}.dt_proj", tap)
-    bias = oracle.wide(f"{name}.step_bias") if config.dt_bias else torch.zeros(inner, device=x.device)
+    bias = oracle.fp32_parameter(f"{name}.step_bias") if config.dt_bias else torch.zeros(inner, device=x.device)
     # In the projection, rounded with it, and then in the scan, unrounded: the bias counts twice.
-    step = F.softplus(_wide((_wide(step) + bias).to(x.dtype)) + bias)
+    step = F.softplus(_fp32((_fp32(step) + bias).to(x.dtype)) + bias)
 
     def repeated(side: Tensor) -> Tensor:
         return _heads(side, size).repeat_interleave(config.heads // config.kv_heads, 1)
@@ -70,19 +72,19 @@ def mamba(oracle: Oracle, config: MambaConfig, x: Tensor, name: str, tap: Tap) -
         u = _heads(_convolve(oracle, repeated(u).flatten(1), f"{name}.conv1d", config.kernel), size)
     else:
         u = repeated(_convolve(oracle, u, f"{name}.conv1d", config.kernel))
-    b, c, step, u = (_wide(side) for side in (repeated(b), _heads(c, size), _heads(step, size), u))
-    rates = -oracle.wide(f"{name}.A_log").exp().unflatten(0, (-1, size))  # (heads, channels, state)
+    b, c, step, u = (_fp32(side) for side in (repeated(b), _heads(c, size), _heads(step, size), u))
+    rates = -oracle.fp32_parameter(f"{name}.A_log").exp().unflatten(0, (-1, size))  # (heads, channels, state)
     state, outputs = torch.zeros_like(rates), []
     for t in range(x.shape[0]):
         state = (step[t, :, :, None] * rates).exp() * state
         state = state + (step[t] * u[t])[:, :, None] * b[t, :, None, :]
         outputs.append((state * c[t, :, None, :]).sum(-1))
-    y = torch.stack(outputs) + _heads(oracle.wide(f"{name}.D")[None], size) * u
-    y = (y.flatten(1) * F.silu(_wide(z))).to(x.dtype)
+    y = torch.stack(outputs) + _heads(oracle.fp32_parameter(f"{name}.D")[None], size) * u
+    y = (y.flatten(1) * F.silu(_fp32(z))).to(x.dtype)
     return oracle.linear(tap(f"{name}.recurrence", y), f"{name}.out_proj", tap)
 
 
-def _wide(x: Tensor) -> Tensor:
+def _fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -91,17 +93,17 @@ def _heads(x: Tensor, dim: int) -> Tensor:
     return x.unflatten(-1, (-1, dim))
 
 
-def _convolve(oracle: Oracle, x: Tensor, name: str, kernel: int) -> Tensor:
+def _convolve(oracle: ReferenceModel, x: Tensor, name: str, kernel: int) -> Tensor:
     """The causal convolution of x (n, channels) and SiLU, rounded once."""
-    weight, bias = oracle.wide(f"{name}.weight"), oracle.find_wide(f"{name}.bias")
-    windows = F.pad(_wide(x).T, (kernel - 1, 0)).unfold(-1, kernel, 1)  # (channels, n, kernel)
+    weight, bias = oracle.fp32_parameter(f"{name}.weight"), oracle.find_wide(f"{name}.bias")
+    windows = F.pad(_fp32(x).T, (kernel - 1, 0)).unfold(-1, kernel, 1)  # (channels, n, kernel)
     y = (windows * weight).sum(-1)
     return F.silu(y if bias is None else y + bias[:, None]).T.to(x.dtype)
 
 
 def _delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
     """q and k (n, heads, K), v (n, heads, V), log decay (n, heads, 1 or K), beta (n, heads): (n, heads, V), wide."""
-    q, k, v, beta = (_wide(x) for x in (q, k, v, beta))
+    q, k, v, beta = (_fp32(x) for x in (q, k, v, beta))
     q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
     q = q * q.shape[-1] ** -0.5
     state = torch.zeros(*k.shape[1:], v.shape[-1], dtype=v.dtype, device=v.device)
@@ -116,6 +118,6 @@ def _delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) ->
 
 def _gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """Each head of x normed, then multiplied by the activated gate; wide."""
-    wide = _wide(x)
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight
-    return wide * activation(_wide(gate))
+    x_fp32 = _fp32(x)
+    x_fp32 = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps) * weight
+    return x_fp32 * activation(_fp32(gate))

@@ -17,7 +17,7 @@ from lamella.layers.moe import MoE
 from lamella.parity.forcing import in_flight
 
 
-class HeldRouting:
+class PinnedRouting:
     """The routing of one sequence of tokens by one model.
 
     Attributes:

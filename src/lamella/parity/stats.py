@@ -197,8 +197,8 @@ def divergence(truth: Scores, engine: Scores) -> Tensor:
     ids = truth.ids if truth.ids is not None else engine.ids
     if ids is None:
         return _kl(truth.logprobs.double(), engine.logprobs.double())
-    (p, in_truth), (q, in_engine) = _of_tokens(truth, ids), _of_tokens(engine, ids)
-    rest = ~(in_truth & in_engine)
+    (p, in_reference), (q, in_engine) = _of_tokens(truth, ids), _of_tokens(engine, ids)
+    rest = ~(in_reference & in_engine)
     return _kl(_with_rest(p.masked_fill(rest, -torch.inf)), _with_rest(q.masked_fill(rest, -torch.inf)))
 
 
@@ -315,10 +315,10 @@ def _worst(
                 "phase": f"decode {step}" if step else "prefill",
                 "token": tokens[position + 1],
                 "context_ids": list(tokens[max(0, position - 7) : position + 1]),
-                "truth_logprob": float(expected.target[position]),
+                "reference_logprob": float(expected.target[position]),
                 "engine_logprob": float(given.target[position]),
                 "delta": float(ours.delta[index]),
-                "truth_top": int(likeliest(expected)[position]),
+                "reference_top": int(likeliest(expected)[position]),
                 "engine_top": int(likeliest(given)[position]),
             }
         )

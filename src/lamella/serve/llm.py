@@ -242,13 +242,13 @@ class LLM:
         stats = self.stats()
         tokens = sum(len(c.request.output_token_ids) for job in jobs for c in job.completions)
         waiting = f", {stats['waiting']} waiting" if stats["waiting"] else ""
-        pages = f"pages {stats['pages_used']}/{stats['pages']}"
+        blocks = f"blocks {stats['blocks_used']}/{stats['blocks']}"
         hits = ""
         if stats["prefix_hit_rate"] is not None:
             hits = f", prefix hits {stats['prefix_hit_rate']:.0%} ({stats['prefix_hit_tokens']} tok)"
             hits += f", snapshots {stats['prefix_snapshot_bytes'] >> 20} MiB" if stats["prefix_snapshots"] else ""
             hits += f", {stats['prefix_evictions']} evicted" if stats["prefix_evictions"] else ""
-        return f"{tokens / seconds:.1f} tok/s, {stats['running']} running{waiting}, {pages}{hits}"
+        return f"{tokens / seconds:.1f} tok/s, {stats['running']} running{waiting}, {blocks}{hits}"
 
 
 def get_tokenizer(engine: Engine) -> Tokenizer:

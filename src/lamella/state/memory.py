@@ -1,4 +1,4 @@
-"""The tensors behind pages and slots, and what a model's state costs."""
+"""The tensors behind blocks and slots, and what a model's state costs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lamella.state.spec import PagedState, SlotState, StateHolder, StateSpec
+from lamella.state.spec import PagedState, SlotState, StateModule, StateSpec
 
 _ALIGNMENT = 256  # bytes: more than the widest loads of a kernel need
 
@@ -22,8 +22,8 @@ class StateCost:
     slots: Mapping[SlotState, int]
 
     @classmethod
-    def of(cls, holders: Sequence[StateHolder]) -> StateCost:
-        specs = Counter(spec for holder in holders for spec in holder.specs)
+    def of(cls, state_modules: Sequence[StateModule]) -> StateCost:
+        specs = Counter(spec for state_module in state_modules for spec in state_module.specs)
         return cls(
             {spec: count for spec, count in specs.items() if isinstance(spec, PagedState)},
             {spec: count for spec, count in specs.items() if isinstance(spec, SlotState)},
@@ -36,39 +36,39 @@ class StateCost:
 
     @property
     def bytes_per_token(self) -> int:
-        """Of a token's pages while every layer can see it."""
+        """Of a token's blocks while every layer can see it."""
         return sum(spec.bytes_per_token * count for spec, count in self.paged.items())
 
     def bytes_at(self, length: int) -> int:
         """Of one request with `length` tokens, those that windows still show counted only."""
-        pages = sum(spec.bytes_per_token * spec.live_tokens(length) * count for spec, count in self.paged.items())
-        return pages + self.bytes_per_request
+        blocks = sum(spec.bytes_per_token * spec.live_tokens(length) * count for spec, count in self.paged.items())
+        return blocks + self.bytes_per_request
 
 
 class StateMemory:
-    """Page and slot tensors in one block of memory, bound to the layers that hold them. Place 0 of each is the dummy;
+    """Block and slot tensors in one block of memory, bound to the layers that hold them. Place 0 of each is the dummy;
     nothing is initialised.
 
-    What is laid out for the same holders and capacities lies at the same places, so that a graph that was captured over
+    Equal modules and capacities give equal addresses, so that a graph that was captured over
     it can be replayed after other layouts had the block.
     """
 
     def __init__(
         self,
-        holders: Sequence[StateHolder],
+        state_modules: Sequence[StateModule],
         capacities: Mapping[PagedState, int],
-        page_size: int,
+        block_size: int,
         num_slots: int,
         block: torch.Tensor,
     ) -> None:
-        """`capacities` gives the usable pages of each group; `block` is at least `size` bytes."""
-        self._holders = tuple(holders)
+        """`capacities` gives the usable blocks of each group; `block` is at least `size` bytes."""
+        self._state_modules = tuple(state_modules)
         self._bound: list[list[torch.Tensor]] = []
         self._slots: list[torch.Tensor] = []
         start = 0
-        for holder in holders:
+        for state_module in state_modules:
             self._bound.append([])
-            for spec, shape in _shapes(holder, capacities, page_size, num_slots):
+            for spec, shape in _shapes(state_module, capacities, block_size, num_slots):
                 size = math.prod(shape) * spec.dtype.itemsize
                 tensor = block[start : start + size].view(spec.dtype).view(shape)
                 start += _room(spec, shape)
@@ -79,16 +79,16 @@ class StateMemory:
 
     @staticmethod
     def size(
-        holders: Sequence[StateHolder], capacities: Mapping[PagedState, int], page_size: int, num_slots: int
+        state_modules: Sequence[StateModule], capacities: Mapping[PagedState, int], block_size: int, num_slots: int
     ) -> int:
         """Bytes of the block that all this needs."""
-        shapes = (_shapes(holder, capacities, page_size, num_slots) for holder in holders)
+        shapes = (_shapes(state_module, capacities, block_size, num_slots) for state_module in state_modules)
         return sum(_room(spec, shape) for each in shapes for spec, shape in each)
 
     def bind(self) -> None:
         """Give the layers their tensors (again, after another layout's)."""
-        for holder, tensors in zip(self._holders, self._bound, strict=True):
-            holder.bind(*tensors)
+        for state_module, tensors in zip(self._state_modules, self._bound, strict=True):
+            state_module.bind(*tensors)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -111,12 +111,12 @@ class StateMemory:
 
 
 def _shapes(
-    holder: StateHolder, capacities: Mapping[PagedState, int], page_size: int, num_slots: int
+    state_module: StateModule, capacities: Mapping[PagedState, int], block_size: int, num_slots: int
 ) -> Iterator[tuple[StateSpec, tuple[int, ...]]]:
-    """What is bound to a holder, in order: keys and values, or its slots."""
-    for spec in holder.specs:
+    """What is bound to a state_module, in order: keys and values, or its slots."""
+    for spec in state_module.specs:
         if isinstance(spec, PagedState):
-            shape = (capacities[spec] + 1, page_size, spec.kv_heads, spec.head_dim)
+            shape = (capacities[spec] + 1, block_size, spec.kv_heads, spec.head_dim)
             yield spec, shape
             yield spec, shape
         else:

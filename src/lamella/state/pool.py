@@ -1,4 +1,4 @@
-"""An allocator of numbered places, pages or slots, that remembers what is in them. Pure bookkeeping, no tensors."""
+"""An allocator of numbered places, blocks or slots, that remembers what is in them. Pure bookkeeping, no tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Pool:
         self.num_evictions = 0
         # Taken from the end: low places first, and a freed place is the next one used, while it is still in a cache.
         self._free = list(range(capacity, 0, -1))
-        self._holders: Counter[int] = Counter()
+        self._state_modules: Counter[int] = Counter()
         self._cached: dict[int, None] = {}  # nobody's, but with a key; longest first
         self._places: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
@@ -36,10 +36,10 @@ class Pool:
 
     @property
     def num_held(self) -> int:
-        return len(self._holders)
+        return len(self._state_modules)
 
     def allocate(self, count: int = 1) -> list[int]:
-        """`count` places for one holder; there must be as many."""
+        """`count` places for one state_module; there must be as many."""
         assert count <= self.num_free, f"{count} places wanted, {self.num_free} free"
         places = []
         for _ in range(count):
@@ -49,22 +49,22 @@ class Pool:
                 places.append(next(iter(self._cached)))
                 self._forget(places[-1])
                 self.num_evictions += 1
-        self._holders.update(places)
+        self._state_modules.update(places)
         return places
 
-    def share(self, place: int) -> None:
-        """One more holder of a place that is held or findable."""
-        assert place in self._holders or place in self._cached
+    def add_reference(self, place: int) -> None:
+        """One more state_module of a place that is held or findable."""
+        assert place in self._state_modules or place in self._cached
         self._cached.pop(place, None)
-        self._holders[place] += 1
+        self._state_modules[place] += 1
 
     def free(self, places: Iterable[int]) -> None:
-        """A holder gives places back; of several, the first will be the first to go."""
+        """A state_module gives places back; of several, the first will be the first to go."""
         for place in places:
-            self._holders[place] -= 1
-            assert self._holders[place] >= 0, f"place {place} is nobody's"
-            if self._holders[place] == 0:
-                del self._holders[place]
+            self._state_modules[place] -= 1
+            assert self._state_modules[place] >= 0, f"place {place} is nobody's"
+            if self._state_modules[place] == 0:
+                del self._state_modules[place]
                 if place in self._keys:
                     self._cached[place] = None
                 else:
@@ -74,7 +74,7 @@ class Pool:
         """Make a held place findable. Where another held place has the same content, that one stays; one that nobody
         holds would be the first to go, and gives up its key.
         """
-        assert place in self._holders and place not in self._keys
+        assert place in self._state_modules and place not in self._keys
         if self._places.get(key) in self._cached:
             self.drop(key)
         if key not in self._places:
@@ -109,7 +109,7 @@ class Pool:
                 self._free.append(place)
 
     def reset(self) -> None:
-        """Nothing can be found any more; holders keep what they hold."""
+        """Nothing can be found any more; state_modules keep what they hold."""
         for key in list(self._places):
             self.drop(key)
 
@@ -124,20 +124,20 @@ class Pool:
         self._keys, self._places = keys, {key: place for place, key in keys.items()}
         self._cached = dict.fromkeys([*oldest_first, *keys])
         self._free = [place for place in range(self.capacity, 0, -1) if place not in keys]
-        self._holders = Counter()
+        self._state_modules = Counter()
 
     def check_at_rest(self) -> None:
         """Nobody holds a place, and none is lost."""
-        assert not self._holders, f"places {sorted(self._holders)[:8]} are held by nobody who is there"
+        assert not self._state_modules, f"places {sorted(self._state_modules)[:8]} are held by nobody who is there"
         assert self.num_free == self.capacity, f"{self.capacity - self.num_free} places are lost"
 
     def check_integrity(self, held: Counter[int]) -> None:
-        """Every place is free, findable or held, once; and `held`, all holders' places, are those held here."""
-        free, cached, holders = set(self._free), set(self._cached), set(self._holders)
+        """Every place is free, findable or held, once; and `held`, all state_modules' places, are those held here."""
+        free, cached, state_modules = set(self._free), set(self._cached), set(self._state_modules)
         assert len(free) == len(self._free)
-        assert not (free & cached or free & holders or cached & holders)
-        assert free | cached | holders == set(range(1, self.capacity + 1))
-        assert self._holders == held and all(count > 0 for count in self._holders.values())
+        assert not (free & cached or free & state_modules or cached & state_modules)
+        assert free | cached | state_modules == set(range(1, self.capacity + 1))
+        assert self._state_modules == held and all(count > 0 for count in self._state_modules.values())
         assert self._places == {key: place for place, key in self._keys.items()}
         assert cached <= self._keys.keys() and not free & self._keys.keys()
 

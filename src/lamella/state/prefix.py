@@ -1,4 +1,4 @@
-"""What identifies the state after a prefix: chained hashes of its pages of tokens."""
+"""What identifies the state after a prefix: chained hashes of its blocks of tokens."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def root_key(*parts: object) -> bytes:
     return hashlib.sha256(repr(parts).encode()).digest()
 
 
-def page_key(before: bytes, token_ids: Sequence[int], content: bytes = b"") -> bytes:
-    """The key of a page of tokens after the pages whose key is `before`.
+def block_key(before: bytes, token_ids: Sequence[int], content: bytes = b"") -> bytes:
+    """The key of a block of tokens after the blocks whose key is `before`.
 
     `content` is what else decides its state: what those of the tokens stand for that do not stand for themselves.
     """
@@ -25,7 +25,7 @@ def page_key(before: bytes, token_ids: Sequence[int], content: bytes = b"") -> b
 class Hit:
     """The state of a prefix of `length` tokens is at hand; `snapshot` is the slot that holds its slot state.
 
-    The pages of the first `known` tokens are there in some group, though the rest of their state may not be: somebody
+    The blocks of the first `known` tokens are there in some group, though the rest of their state may not be: somebody
     had these tokens before. A model without paged state knows nothing of the kind.
     """
 

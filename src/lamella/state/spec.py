@@ -12,10 +12,10 @@ import torch
 
 @dataclass(frozen=True)
 class PagedState:
-    """Keys and values that grow by one row per token, kept in fixed-size pages.
+    """Keys and values that grow by one row per token, kept in fixed-size blocks.
 
-    With a `window` of w, a token sees itself and the w - 1 tokens before it, so older pages can be freed. With a
-    `chunk` of c it sees no earlier position than the last multiple of c up to its own, so pages of chunks before can.
+    With a `window` of w, a token sees itself and the w - 1 tokens before it, so older blocks can be freed. With a
+    `chunk` of c it sees no earlier position than the last multiple of c up to its own, so blocks of chunks before can.
     """
 
     kv_heads: int
@@ -59,14 +59,14 @@ class SlotState:
 StateSpec = PagedState | SlotState
 
 
-class StateHolder(Protocol):
+class StateModule(Protocol):
     """The part of a layer that keeps state: it declares what it needs, and is given tensors."""
 
     @property
     def specs(self) -> Sequence[StateSpec]: ...
 
     def bind(self, *tensors: torch.Tensor) -> None:
-        """For paged state: keys and values, each (pages, page_size, kv_heads, head_dim); for each slot state: (slots,
+        """For paged state: keys and values, each (blocks, block_size, kv_heads, head_dim); for each slot state: (slots,
         *shape).
         """
         ...

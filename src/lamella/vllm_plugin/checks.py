@@ -11,7 +11,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from lamella.config import AttentionConfig, ModelConfig, MoEConfig, StochasticConfig
 from lamella.config.placement import every_mixer
 from lamella.errors import ConfigError
-from lamella.parallel.sharding import Share
+from lamella.parallel.sharding import Partition
 from lamella.vllm_plugin import compat
 from lamella.vllm_plugin.hf_config import read_model_config
 
@@ -167,8 +167,8 @@ def _check_speculation(vllm_config: VllmConfig, on_cpu: bool) -> None:
     from lamella.vllm_plugin.state.layout import StateLayout
 
     model, dtype = vllm_config.model_config, vllm_config.model_config.dtype
-    share = Share(0, vllm_config.parallel_config.tensor_parallel_size)
-    layout = StateLayout.from_model(read_model_config(model.hf_config, model.architecture), share, dtype)
+    partition = Partition(0, vllm_config.parallel_config.tensor_parallel_size)
+    layout = StateLayout.from_model(read_model_config(model.hf_config, model.architecture), partition, dtype)
     if layout is not None and layout.offsets is not None:
         raise ConfigError(
             "speculative_config: recurrent state cannot go back to before a rejected draft; only models whose slot "

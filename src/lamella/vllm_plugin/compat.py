@@ -154,7 +154,7 @@ def has_sound_partial_hits() -> bool:
     """Whether `prefix_match_unit` gives right results for models with slot state.
 
     From 0.29 on (0.33 included) copying a partial block moves only the state's bytes of an attention block, since two
-    groups' views of a page start at the same address (vLLM pull request 55112).
+    groups' views of a block start at the same address (vLLM pull request 55112).
     """
     return not at_least(0, 29)
 

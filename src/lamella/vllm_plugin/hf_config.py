@@ -15,8 +15,8 @@ from lamella.config.config_keys import IgnoredKeys
 from lamella.config.hf_config import HFConfig
 from lamella.config.placement import every_mixer, restricted
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.holders import state_holders
 from lamella.layers.local_kit import LocalKit
+from lamella.layers.state_modules import find_state_modules
 from lamella.models.registry import find_architecture, model_types
 from lamella.state.memory import StateCost
 from lamella.vllm_plugin import PREFIX
@@ -95,7 +95,7 @@ def _heads(config: ModelConfig) -> tuple[int, int, int]:
 
 @cache
 def _keeps_slots(config: ModelConfig) -> bool:
-    return bool(StateCost.of(state_holders(LanguageModel(config, LocalKit(device="meta")))).slots)
+    return bool(StateCost.of(find_state_modules(LanguageModel(config, LocalKit(device="meta")))).slots)
 
 
 def read_model_config(

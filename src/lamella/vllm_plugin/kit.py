@@ -26,16 +26,16 @@ from lamella.layers.norm import RMSNorm, SplitRMSNorm
 from lamella.layers.supernet.stochastic import Stochastic
 from lamella.models.names import rename
 from lamella.parallel.group import Group
-from lamella.parallel.sharding import Share, Split
+from lamella.parallel.sharding import Partition, Split
 from lamella.state.spec import PagedState, SlotState
 from lamella.vllm_plugin import compat
 from lamella.vllm_plugin.attention import VllmAttention
 from lamella.vllm_plugin.chooser import Chooser
 from lamella.vllm_plugin.experts import VllmExperts
 from lamella.vllm_plugin.packed import PackedProjections, Shard
-from lamella.vllm_plugin.state.holder import VllmHolder
 from lamella.vllm_plugin.state.layer import StateLayer
 from lamella.vllm_plugin.state.layout import StateLayout, decoder_layer
+from lamella.vllm_plugin.state.state_module import VllmStateModule
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -48,7 +48,7 @@ class VllmGroup(Group):
 
     def __init__(self) -> None:
         """Take the rank and size from vLLM."""
-        super().__init__(Share(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()))
+        super().__init__(Partition(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()))
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See `Group`."""
@@ -77,9 +77,9 @@ class VllmKit:
         self.config, self._names = config, names
         self.dtype, self.device = config.model_config.dtype, torch.empty(0).device  # where vLLM builds models
         self.group: Group = VllmGroup()
-        self.share = self.group.share
-        # All layers get slots of one shape, so that they are one group with small pages.
-        self._layout = StateLayout.from_model(model, self.share, self.dtype)
+        self.partition = self.group.partition
+        # All layers get slots of one shape, so that they are one group with small blocks.
+        self._layout = StateLayout.from_model(model, self.partition, self.dtype)
         self._spare_rows = compat.num_speculative_tokens(config)
         self._state_layers: dict[str, StateLayer] = {}
         self.packed: dict[nn.Module, PackedProjections] = {}
@@ -94,7 +94,7 @@ class VllmKit:
         for name, each in parts.items():
             start = 0
             for width in sections(each):
-                self.share.even(width, f"{prefix}.{name}")
+                self.partition.even(width, f"{prefix}.{name}")
                 shards.setdefault(name, []).append(Shard(len(widths), start, start + width))
                 widths.append(width)
                 start += width
@@ -119,11 +119,11 @@ class VllmKit:
         return linear
 
     def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str, reduce: bool = True) -> nn.Module:
-        self.share.even(in_size, prefix)
+        self.partition.even(in_size, prefix)
         return RowParallelLinear(in_size, out_size, bias=bias, reduce_results=reduce, **self._common(prefix))
 
     def column_norm(self, channels: Split, eps: float) -> RMSNorm:
-        if self.share.size > 1:
+        if self.partition.size > 1:
             return SplitRMSNorm(channels, eps, self.device, self.group)
         return RMSNorm(channels.size, eps, self.device)
 
@@ -142,12 +142,12 @@ class VllmKit:
     def attention(self, heads: int, scale: float, spec: PagedState, prefix: str) -> nn.Module:
         return VllmAttention(heads, scale, spec, self.config, prefix)
 
-    def slot_state(self, specs: Sequence[SlotState], prefix: str) -> VllmHolder:
+    def slot_state(self, specs: Sequence[SlotState], prefix: str) -> VllmStateModule:
         assert self._layout is not None
         name = decoder_layer(prefix)
         if name not in self._state_layers:
             self._state_layers[name] = StateLayer(self._layout, self._spare_rows, f"{name}.state")
-        return VllmHolder(specs, self._state_layers[name], prefix)
+        return VllmStateModule(specs, self._state_layers[name], prefix)
 
     def caller(self, stochastic: nn.Module, prefix: str) -> Chooser | None:
         assert isinstance(stochastic, Stochastic)

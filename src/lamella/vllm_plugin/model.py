@@ -31,7 +31,7 @@ from lamella.layers.norm import RMSNorm
 from lamella.layers.rotary import Positions
 from lamella.layers.supernet.stochastic import Stochastic
 from lamella.models.registry import find_architecture
-from lamella.parallel.sharding import Share
+from lamella.parallel.sharding import Partition
 from lamella.vllm_plugin import PREFIX, compat
 from lamella.vllm_plugin.hf_config import read_model_config
 from lamella.vllm_plugin.kit import VllmKit
@@ -172,9 +172,9 @@ class HybridModel(Model, HasInnerState, IsHybrid):
 
     @classmethod
     def _layout(cls, vllm_config: VllmConfig) -> StateLayout:
-        share = Share(0, vllm_config.parallel_config.tensor_parallel_size)
+        partition = Partition(0, vllm_config.parallel_config.tensor_parallel_size)
         config = model_config(vllm_config, cls.architecture)
-        layout = StateLayout.from_model(config, share, vllm_config.model_config.dtype)
+        layout = StateLayout.from_model(config, partition, vllm_config.model_config.dtype)
         if layout is None:
             raise ConfigError(
                 f"{cls.architecture}: no layer keeps slot state; its description must say has_slot_state=False"

@@ -15,9 +15,9 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from lamella.vllm_plugin.registration import OPERATIONS
 
 
-def _stateful(inputs: list[Tensor], out: Tensor, layer: str, holder: str, part: str) -> None:
-    """Run a computation of a holder in the state layer `layer`: inputs (T, ...) into out (T, ...)."""
-    get_forward_context().no_compile_layers[layer].compute(holder, part, inputs, (out,))
+def _stateful(inputs: list[Tensor], out: Tensor, layer: str, state_module: str, part: str) -> None:
+    """Run a computation of a state_module in the state layer `layer`: inputs (T, ...) into out (T, ...)."""
+    get_forward_context().no_compile_layers[layer].compute(state_module, part, inputs, (out,))
 
 
 def _stateful_after_norm(
@@ -28,11 +28,11 @@ def _stateful_after_norm(
     out: Tensor,
     total: Tensor,
     layer: str,
-    holder: str,
+    state_module: str,
     part: str,
 ) -> None:
     """Like `_stateful`, of the weighted RMS norm of x + residual; this sum goes into total."""
-    get_forward_context().no_compile_layers[layer].compute(holder, part, (x, residual), (out, total), weight, eps)
+    get_forward_context().no_compile_layers[layer].compute(state_module, part, (x, residual), (out, total), weight, eps)
 
 
 def _chosen_mixer(x: Tensor, positions: Tensor, out: Tensor, layer: str) -> None:

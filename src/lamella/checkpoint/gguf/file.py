@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lamella.checkpoint.tensors import OpenTensors
 from lamella.errors import CheckpointError
-from lamella.parallel.sharding import Split, cut
+from lamella.parallel.sharding import Split, shard_tensor
 from lamella.validation import listed
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class _Opened:
         data = tensor.data if where.part is None else tensor.data[where.part]
         whole = dequantize(self._file.path, where.name, data, tensor.tensor_type, rows, shape[1:])
         rest = list(splits[1:])
-        return cut(whole, [Split.whole(whole.shape[0]), *rest]) if rest else whole
+        return shard_tensor(whole, [Split.whole(whole.shape[0]), *rest]) if rest else whole
 
 
 def dequantize(

@@ -15,8 +15,8 @@ from lamella.engine.memory import Capacity, available_memory
 from lamella.engine.options import EngineOptions
 from lamella.errors import ConfigError
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.holders import PagedAttention, SlotHolder, state_holders
-from lamella.layers.supernet.placing import active_holders, has_choice
+from lamella.layers.state_modules import PagedAttention, SlotStateModule, find_state_modules
+from lamella.layers.supernet.placing import find_active_state_modules, has_choice
 from lamella.state.manager import StateManager
 from lamella.state.memory import StateCost, StateMemory
 
@@ -29,7 +29,7 @@ class Pools:
 
     Attributes:
         placement: of the requests; with `mixed_placements`, of those that ask for none of their own.
-        holders: modules that keep the state.
+        state_modules: modules that keep the state.
         cost: bytes of the state of the layers that compute something.
         plan: sizes of the pools.
         state: which request holds what; empty unless these are the engine's current pools.
@@ -37,7 +37,7 @@ class Pools:
     """
 
     placement: Placement
-    holders: list[PagedAttention | SlotHolder]
+    state_modules: list[PagedAttention | SlotStateModule]
     cost: StateCost
     plan: Capacity
     state: StateManager
@@ -69,18 +69,22 @@ class PoolSet:
             return replace(next(iter(self._kept.values())), placement=placement)
         if kept is not None:
             return kept
-        holders = state_holders(self.model) if options.mixed_placements else active_holders(self.model, placement)
-        cost = StateCost.of(holders)
+        state_modules = (
+            find_state_modules(self.model)
+            if options.mixed_placements
+            else find_active_state_modules(self.model, placement)
+        )
+        cost = StateCost.of(state_modules)
         plan = Capacity.plan(options, cost, self.max_model_len, self.budget)
-        nbytes = StateMemory.size(holders, plan.pages, options.block_size, plan.num_slots)
+        nbytes = StateMemory.size(state_modules, plan.blocks, options.block_size, plan.num_slots)
         if self._available is not None and nbytes > self._available:  # before the pools list their blocks
             raise ConfigError(
                 f"num_blocks: the state takes {nbytes >> 20} MiB, and {self._available >> 20} MiB are free; give fewer "
                 "num_blocks, or a smaller max_num_seqs, max_model_len or snapshot_bytes"
             )
-        groups, pages = list(plan.pages), list(plan.pages.values())
-        state = StateManager(groups, pages, plan.num_slots, options.block_size, bool(cost.slots))
-        return Pools(placement, holders, cost, plan, state)
+        groups, blocks = list(plan.blocks), list(plan.blocks.values())
+        state = StateManager(groups, blocks, plan.num_slots, options.block_size, bool(cost.slots))
+        return Pools(placement, state_modules, cost, plan, state)
 
     def _largest(self) -> int:
         """Return the bytes that the pools of any placement can take.
@@ -89,9 +93,9 @@ class PoolSet:
         """
         if self.options.num_blocks is None:
             return self.budget
-        holders = state_holders(self.model)
-        plan = Capacity.plan(self.options, StateCost.of(holders), self.max_model_len, self.budget)
-        return StateMemory.size(holders, plan.pages, self.options.block_size, plan.num_slots)
+        state_modules = find_state_modules(self.model)
+        plan = Capacity.plan(self.options, StateCost.of(state_modules), self.max_model_len, self.budget)
+        return StateMemory.size(state_modules, plan.blocks, self.options.block_size, plan.num_slots)
 
     def bind(self, pools: Pools) -> list[Pools]:
         """Give the layers the memory of these pools. No request may hold state; cached prefixes are forgotten.
@@ -100,7 +104,7 @@ class PoolSet:
         """
         options, dropped = self.options, []
         if pools.memory is None:
-            arguments = (pools.holders, pools.plan.pages, options.block_size, pools.plan.num_slots)
+            arguments = (pools.state_modules, pools.plan.blocks, options.block_size, pools.plan.num_slots)
             nbytes = StateMemory.size(*arguments)
             if self.device.type == "cuda" and has_choice(self.model):
                 nbytes = max(nbytes, self._largest())  # so that no later placement needs another block

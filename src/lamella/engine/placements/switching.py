@@ -240,7 +240,7 @@ class Placements:
         if self._options.mixed_placements:
             self._pools.placement = variant.placement
         else:
-            assert not self.state.holdings
+            assert not self.state.allocations
             for dropped in self._pool_set.bind(pools):
                 self._runner.forget(dropped.state)
             self._pools = pools

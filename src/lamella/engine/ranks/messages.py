@@ -58,11 +58,11 @@ class Step(msgspec.Struct, tag=True):
         copies: slots to copy before it, (from, to).
         ended: requests that are no more.
         new: requests that there have not been.
-        ids, starts, counts: by share, its request and its tokens [start, start + count).
-        pending: by share, tokens that the devices have chosen, or are about to, and no host has seen.
-        tokens: by share, the request's new output.
-        pages: (share, group, pages), for the shares that have new ones.
-        snapshots: by share, positions inside it whose slot state is kept, and the slots for it; empty without any.
+        ids, starts, counts: by chunk, its request and its tokens [start, start + count).
+        pending: by chunk, tokens that the devices have chosen, or are about to, and no host has seen.
+        tokens: by chunk, the request's new output.
+        blocks: (chunk, group, blocks), for the chunks that have new ones.
+        snapshots: by chunk, positions inside it whose slot state is kept, and the slots for it; empty without any.
     """
 
     copies: list[tuple[int, int]]
@@ -73,7 +73,7 @@ class Step(msgspec.Struct, tag=True):
     counts: list[int]
     pending: list[int]
     tokens: list[list[int]]
-    pages: list[tuple[int, int, list[int]]]
+    blocks: list[tuple[int, int, list[int]]]
     snapshots: list[list[tuple[int, int]]]
 
 

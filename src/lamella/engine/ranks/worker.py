@@ -21,11 +21,11 @@ from lamella.checkpoint import open_checkpoint
 from lamella.engine.loading import build_engine, load_shard
 from lamella.engine.options import EngineOptions
 from lamella.engine.ranks.messages import Channel, Failed, Ready, Start, Step, Switch, wait_for_hang_up
-from lamella.engine.ranks.replay import Replayer
+from lamella.engine.ranks.step_messages import Replayer
 from lamella.engine.ranks.workers import Workers
 from lamella.models.registry import register_architecture
 from lamella.parallel.group import TensorParallelGroup
-from lamella.parallel.sharding import Share
+from lamella.parallel.sharding import Partition
 
 logger = logging.getLogger("lamella")
 
@@ -60,7 +60,7 @@ def run(start: Start, channel: Channel) -> None:
     if options.device == "cuda":
         device = torch.device("cuda", start.rank)
         torch.cuda.set_device(device)
-    group = TensorParallelGroup(Share(start.rank, start.size))
+    group = TensorParallelGroup(Partition(start.rank, start.size))
     model = load_shard(
         open_checkpoint(str(options.model), options.hf_overrides, options.revision), options, device, group
     )

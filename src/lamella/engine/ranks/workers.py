@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from lamella.engine.ranks.messages import Channel, Failed, Ready, Start, Switch, wait_for_hang_up
-from lamella.engine.ranks.replay import Recorder
+from lamella.engine.ranks.step_messages import Recorder
 from lamella.engine.requests.variant import Variant
 from lamella.engine.scheduler import Scheduled
 from lamella.errors import WorkerError
 from lamella.models.registry import registered
 from lamella.parallel.group import Group, TensorParallelGroup
-from lamella.parallel.sharding import Share
+from lamella.parallel.sharding import Partition
 from lamella.processes import module_command
 from lamella.state.manager import StateManager
 
@@ -79,7 +79,7 @@ class WorkerProcesses(Workers):
     def __init__(self, options: EngineOptions, device: torch.device) -> None:
         """Start them; they load their parts of the model until `connect`."""
         size = options.tensor_parallel_size
-        super().__init__(TensorParallelGroup(Share(0, size)))
+        super().__init__(TensorParallelGroup(Partition(0, size)))
         self._folder = Path(tempfile.mkdtemp(prefix="lamella-"))
         self._watch = _Watch(self.group)
         self._ranks: list[_Rank] = []

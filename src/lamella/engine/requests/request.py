@@ -11,7 +11,7 @@ import numpy as np
 
 from lamella.engine.requests.sampling_params import SamplingParams, is_restricted, looks_back
 from lamella.engine.requests.variant import PLAIN, Variant
-from lamella.state.prefix import page_key
+from lamella.state.prefix import block_key
 
 _SEED_MASK = (1 << 64) - 1
 _MOST = np.iinfo(np.int32).max
@@ -67,16 +67,16 @@ class Request:
     max_tokens: int = 16  # params.max_tokens, and never beyond the model's length
     eos_token_ids: tuple[int, ...] = ()
     output_token_ids: list[int] = field(default_factory=list)
-    num_pending: int = 0  # tokens that the device has chosen or is about to, and that the host does not know yet
+    num_in_flight: int = 0  # tokens that the device has chosen or is about to, and that the host does not know yet
     num_computed: int = 0  # leading tokens whose state is in the pools
     num_preemptions: int = 0
     num_cached_tokens: int = 0  # of them, those that it started with
     num_reused: int = 0  # leading tokens whose state it took from the prefix cache when it last started
     branch: int = 0  # where it leaves the tokens that others had before it
-    prefix_root: bytes | None = None  # see `page_keys`; None keeps the request out of the prefix cache
+    prefix_root: bytes | None = None  # see `block_keys`; None keeps the request out of the prefix cache
     variant: Variant = PLAIN  # of the model
     attachments: tuple[Attachment, ...] = ()  # of the prompt, in order
-    _page_keys: list[bytes] = field(default_factory=list)
+    _block_keys: list[bytes] = field(default_factory=list)
     looks_back: bool = field(init=False)  # whether the choice of a token depends on the ones before
     plain: bool = field(init=False)  # whether nothing is done to its logits, nor wanted of them, but the choice
     sampling: Mapping[str, Any] = field(init=False)  # its row of a step's sampling fields, see `sampling_values`
@@ -92,7 +92,7 @@ class Request:
         """Compute the request as this variant of the model, from its first token; it must hold no state."""
         assert not self.num_computed
         self.variant, self.prefix_root = variant, prefix_root
-        self._page_keys.clear()
+        self._block_keys.clear()
 
     def leave_prefix_cache(self) -> None:
         """Find and keep nothing in the prefix cache from now on; the request must hold no state."""
@@ -101,29 +101,29 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Of prompt and output, those that are pending included."""
-        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_pending
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_in_flight
 
     @property
     def num_sampled(self) -> int:
         """Of the output, those that are pending included."""
-        return len(self.output_token_ids) + self.num_pending
+        return len(self.output_token_ids) + self.num_in_flight
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Tokens [start, stop) of prompt and output together; none of them may be pending."""
         prompt = len(self.prompt_token_ids)
         return self.prompt_token_ids[start:stop] + self.output_token_ids[max(0, start - prompt) : max(0, stop - prompt)]
 
-    def page_keys(self, page_size: int, tokens: int) -> list[bytes]:
-        """Keys of the full pages of its first `tokens` tokens; empty where the request keeps out of the cache."""
+    def block_keys(self, block_size: int, tokens: int) -> list[bytes]:
+        """Keys of the full blocks of its first `tokens` tokens; empty where the request keeps out of the cache."""
         if self.prefix_root is None:
             return []
-        count = tokens // page_size
-        while len(self._page_keys) < count:
-            start = len(self._page_keys) * page_size
-            before = self._page_keys[-1] if self._page_keys else self.prefix_root
-            stop = start + page_size
-            self._page_keys.append(page_key(before, self.token_ids(start, stop), self._content(start, stop)))
-        return self._page_keys[:count]
+        count = tokens // block_size
+        while len(self._block_keys) < count:
+            start = len(self._block_keys) * block_size
+            before = self._block_keys[-1] if self._block_keys else self.prefix_root
+            stop = start + block_size
+            self._block_keys.append(block_key(before, self.token_ids(start, stop), self._content(start, stop)))
+        return self._block_keys[:count]
 
     def _content(self, start: int, stop: int) -> bytes:
         """Return what tokens [start, stop) stand for besides themselves: equal tokens may stand for other contents."""

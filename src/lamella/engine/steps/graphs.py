@@ -19,7 +19,7 @@ from lamella.engine.steps.features import Forms
 from lamella.engine.steps.step_inputs import Layout, StepInputs, StepTensors
 from lamella.layers.context import forward_batch
 from lamella.layers.decoder import LanguageModel
-from lamella.ops.sampling import draw, pending_tokens
+from lamella.ops.sampling import draw, placeholder_tokens
 
 logger = logging.getLogger("lamella")
 
@@ -53,7 +53,7 @@ class _Graph:
 class DecodeGraphs:
     """Captured steps in which every request has one token, by the number of rows.
 
-    Rows without a request have the dummy page and the dummy slot. The graphs serve steps of one form of each feature.
+    Rows without a request have the dummy block and the dummy slot. The graphs serve steps of one form of each feature.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class DecodeGraphs:
             requests=rows,
             tokens=rows,
             groups=len(self.inputs.state.groups),
-            pages=self.inputs.max_pages,
+            blocks=self.inputs.max_blocks,
             extra=self.inputs.extra(self._forms, rows),
         )
 
@@ -119,12 +119,12 @@ class DecodeGraphs:
             # Context lengths are not known on the host during graph replay, so nothing may read them.
             state, space = self.inputs.state, self.inputs.attention
             context = self.inputs.features.context(self._forms, fields, None)
-            return StepTensors.of(fields, state.groups, (1,) * rows, (), state.page_size, space, context)
+            return StepTensors.of(fields, state.groups, (1,) * rows, (), state.block_size, space, context)
 
         def forward() -> Tensor:
             tensors = step()
             with forward_batch(tensors.batch):
-                hidden = self.model(pending_tokens(tensors.input_ids, self._tokens))
+                hidden = self.model(placeholder_tokens(tensors.input_ids, self._tokens))
                 draw(self.model.compute_logits(hidden), tensors.sampling, self._tokens[:rows])
             return hidden
 

@@ -33,8 +33,8 @@ from lamella.layers.decoder import LanguageModel
 from lamella.layers.kernel_attention import use_attention_kernels
 from lamella.ops.attention.paged import AttentionSpace
 from lamella.ops.backend import has_triton, use_triton
-from lamella.ops.sampling import draw, pending_tokens
-from lamella.state.manager import DUMMY, Holding, StateManager
+from lamella.ops.sampling import draw, placeholder_tokens
+from lamella.state.manager import DUMMY, Allocation, StateManager
 
 _KEPT_GRAPHS = 8  # forms of steps whose graphs are kept
 _LOGITS_ROWS = 256  # rows of the vocabulary's width at a time, where a prompt's logprobs are wanted
@@ -152,7 +152,7 @@ class ModelRunner:
     def warm_up(self, graphs: bool) -> None:
         """Prepare for the steps to come: kernels, and with `graphs` the captured decode steps on a GPU.
 
-        Only the dummy page and the dummy slot are written to.
+        Only the dummy block and the dummy slot are written to.
         """
         if self._forward is not None:
             self._forward.warm_up()
@@ -163,13 +163,13 @@ class ModelRunner:
             for index in range(min(2, len(self._tokens)))
         ]
         for pad in pads:
-            self.state.holdings[pad] = Holding(DUMMY, [[DUMMY] for _ in self.state.groups])
+            self.state.allocations[pad] = Allocation(DUMMY, [[DUMMY] for _ in self.state.groups])
         # Kernels that are not in a cache on disk yet are compiled now: seconds, and minutes for a library's.
         with tqdm(total=1, desc="compiling kernels", unit="step", dynamic_ncols=True) as bar:
             self.launch([Scheduled(pad, 0, len(pad.prompt_token_ids), samples=True) for pad in pads])
             bar.update()
         for pad in pads:
-            del self.state.holdings[pad]
+            del self.state.allocations[pad]
         self._rows = {}
         if graphs and self.attention is not None:
             self._captures = True
@@ -254,9 +254,9 @@ class ModelRunner:
 
     def _resolve(self, input_ids: Tensor, chunks: Sequence[Scheduled]) -> Tensor:
         """Return token ids, with those that the step before chose and the host may not know yet."""
-        if not any(chunk.request.num_pending for chunk in chunks):
+        if not any(chunk.request.num_in_flight for chunk in chunks):
             return input_ids
-        return pending_tokens(input_ids, self._tokens)
+        return placeholder_tokens(input_ids, self._tokens)
 
     def _choose(
         self, chunks: Sequence[Scheduled], hidden: Tensor, tensors: StepTensors, chosen: bool = False

@@ -14,10 +14,10 @@ from torch import Tensor
 from lamella.engine.requests.request import SAMPLING_FIELDS, Request
 from lamella.engine.scheduler import Scheduled
 from lamella.engine.steps.features import NO_FEATURES, Forms, StepFeatures
-from lamella.layers.context import ForwardBatch, PageView
+from lamella.layers.context import BlockView, ForwardBatch
 from lamella.ops.attention.paged import AttentionSpace
 from lamella.ops.ragged import RaggedBatch
-from lamella.state.manager import Holding, StateManager
+from lamella.state.manager import Allocation, StateManager
 from lamella.state.spec import PagedState
 
 _ALIGNMENT = 16  # bytes: what the widest loads of a kernel need
@@ -30,15 +30,15 @@ class Layout:
     Attributes:
         requests, tokens: of the step.
         groups: paged state groups.
-        pages: columns of their page tables.
-        listed: pages of the requests after the decodes.
+        blocks: columns of their block tables.
+        listed: blocks of the requests after the decodes.
         extra: arrays of features, see `StepFeature`: name, dtype and shape of each.
     """
 
     requests: int
     tokens: int
     groups: int
-    pages: int
+    blocks: int
     listed: int = 0
     extra: tuple[tuple[str, type, tuple[int, ...]], ...] = ()
 
@@ -49,7 +49,7 @@ class Layout:
             "input_ids": (np.int64, tokens),
             "positions": (np.int64, tokens),
             "token_request": (np.int64, tokens),
-            "new_rows": (np.int64, (self.groups, self.tokens)),
+            "slot_mapping": (np.int64, (self.groups, self.tokens)),
             "slots": (np.int64, requests),
             "seed": (np.int64, requests),
             "step": (np.int64, requests),
@@ -59,8 +59,8 @@ class Layout:
             "temperature": (np.float32, requests),
             "top_p": (np.float32, requests),
             "min_p": (np.float32, requests),
-            "page_table": (np.int32, (self.groups, self.requests, self.pages)),
-            "page_list": (np.int32, (self.groups, self.listed)),
+            "block_table": (np.int32, (self.groups, self.requests, self.blocks)),
+            "block_list": (np.int32, (self.groups, self.listed)),
             **{name: (dtype, shape) for name, dtype, shape in self.extra},
         }
 
@@ -117,12 +117,12 @@ class StepTensors:
         groups: Sequence[PagedState],
         query_lens: tuple[int, ...],
         context_lens: tuple[int, ...],
-        page_size: int,
+        block_size: int,
         attention: AttentionSpace | None = None,
         context: Mapping[str, Any] | None = None,
-        cuts: tuple[tuple[tuple[int, int], ...], ...] = (),
+        snapshots: tuple[tuple[tuple[int, int], ...], ...] = (),
     ) -> StepTensors:
-        """Return views of a block's fields; `context` is what features add to the batch, `cuts` see `ForwardBatch`."""
+        """Return views of a block's fields; `context` has the batch's fields of features."""
         num_decodes = next((i for i, n in enumerate(query_lens) if n != 1), len(query_lens))
         ragged = RaggedBatch(
             positions=tensors["positions"],
@@ -133,14 +133,14 @@ class StepTensors:
             context_lens=context_lens,
             num_decodes=num_decodes,
         )
-        pages = {
-            group: PageView(
-                tensors["page_table"][index], tensors["new_rows"][index], tensors["page_list"][index], page_size
+        blocks = {
+            group: BlockView(
+                tensors["block_table"][index], tensors["slot_mapping"][index], tensors["block_list"][index], block_size
             )
             for index, group in enumerate(groups)
         }
         sampling = {name: tensors[name] for name in ("seed", "step", "top_k", "temperature", "top_p", "min_p")}
-        batch = ForwardBatch(ragged, pages, tensors["slots"], attention, cuts=cuts, **(context or {}))
+        batch = ForwardBatch(ragged, blocks, tensors["slots"], attention, snapshots=snapshots, **(context or {}))
         return cls(batch, tensors["input_ids"], sampling)
 
 
@@ -150,38 +150,38 @@ def prefills(chunks: Sequence[Scheduled]) -> Sequence[Scheduled]:
     return chunks[first:]
 
 
-def _cuts(chunks: Sequence[Scheduled]) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """Return the snapshots of a step as `ForwardBatch.cuts`; none if no chunk has any."""
+def _snapshots(chunks: Sequence[Scheduled]) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Return the snapshots of a step as `ForwardBatch.snapshots`; none if no chunk has any."""
     if not any(chunk.snapshots for chunk in chunks):
         return ()
     return tuple(tuple((position - chunk.start, slot) for position, slot in chunk.snapshots) for chunk in chunks)
 
 
 class RequestRows:
-    """What changes little from step to step, on the host, by the slot of the request: its pages, how it samples."""
+    """What changes little from step to step, on the host, by the slot of the request: its blocks, how it samples."""
 
-    def __init__(self, state: StateManager, max_pages: int) -> None:
+    def __init__(self, state: StateManager, max_blocks: int) -> None:
         self.state = state
         slots = state.slot_pool.capacity + 1
-        self.pages = np.zeros((len(state.groups), slots, max_pages), np.int32)
+        self.blocks = np.zeros((len(state.groups), slots, max_blocks), np.int32)
         self.sampling = {name: np.zeros(slots, kind) for name, kind in SAMPLING_FIELDS.items()}
-        self._holdings: list[Holding | None] = [None] * slots
+        self._allocations: list[Allocation | None] = [None] * slots
         self._known = np.zeros((len(state.groups), slots), np.int64)
 
     def slot(self, request: Request) -> int:
         """The request's slot, whose rows are up to date now."""
-        holding = self.state.holdings[request]
-        slot = holding.slot
-        if self._holdings[slot] is not holding:
-            self._holdings[slot] = holding
+        allocation = self.state.allocations[request]
+        slot = allocation.slot
+        if self._allocations[slot] is not allocation:
+            self._allocations[slot] = allocation
             self._known[:, slot] = 0
             for name, value in request.sampling.items():
                 self.sampling[name][slot] = value
-        for group, pages in enumerate(holding.pages):
+        for group, blocks in enumerate(allocation.blocks):
             known = self._known[group, slot]
-            if len(pages) > known:
-                self.pages[group, slot, known : len(pages)] = pages[known:]
-                self._known[group, slot] = len(pages)
+            if len(blocks) > known:
+                self.blocks[group, slot, known : len(blocks)] = blocks[known:]
+                self._known[group, slot] = len(blocks)
         return slot
 
 
@@ -197,8 +197,8 @@ class StepInputs:
         features: StepFeatures = NO_FEATURES,
     ) -> None:
         self.state, self.device, self.attention, self.features = state, device, attention, features
-        self.max_pages = state.pages_for(max_model_len)
-        self._rows = RequestRows(state, self.max_pages)
+        self.max_blocks = state.blocks_for(max_model_len)
+        self._rows = RequestRows(state, self.max_blocks)
 
     def build(
         self,
@@ -215,13 +215,15 @@ class StepInputs:
             pads: padding rows behind a step that only decodes.
             forms: of the step's features.
         """
-        lengths, size = [chunk.start + chunk.count for chunk in chunks] + [1] * pads, self.state.page_size
-        listed = 0 if self.attention is None else sum(self.state.pages_for(c.start + c.count) for c in prefills(chunks))
+        lengths, size = [chunk.start + chunk.count for chunk in chunks] + [1] * pads, self.state.block_size
+        listed = (
+            0 if self.attention is None else sum(self.state.blocks_for(c.start + c.count) for c in prefills(chunks))
+        )
         layout = Layout(
             requests=len(chunks) + pads,
             tokens=sum(chunk.count for chunk in chunks) + pads,
             groups=len(self.state.groups),
-            pages=self.state.pages_for(max(lengths)),
+            blocks=self.state.blocks_for(max(lengths)),
             listed=listed,
             extra=self.extra(forms, len(chunks) + pads),
         )
@@ -238,7 +240,7 @@ class StepInputs:
             size,
             self.attention,
             self.features.context(forms, tensors, chunks),
-            _cuts(chunks),
+            _snapshots(chunks),
         )
 
     def extra(self, forms: Forms, requests: int) -> tuple[tuple[str, type, tuple[int, ...]], ...]:
@@ -265,12 +267,12 @@ class StepInputs:
         ids: list[int] = []
         for chunk in chunks:
             request = chunk.request
-            if request.num_pending:
+            if request.num_in_flight:
                 assert chunk.count == 1
                 ids.append(-1 - latest[request])
             else:
                 ids += request.token_ids(chunk.start, chunk.start + chunk.count)
-        size = self.state.page_size
+        size = self.state.block_size
         arrays["input_ids"][:tokens], arrays["input_ids"][tokens:] = ids, 0
         arrays["positions"][:tokens], arrays["positions"][tokens:] = positions, 0
         pads = len(arrays["slots"]) - used
@@ -280,19 +282,19 @@ class StepInputs:
         arrays["query_start_loc"][used + 1 :] = tokens + 1 + np.arange(pads)
         arrays["seq_lens"][:used], arrays["seq_lens"][used:] = starts + counts, 1
         arrays["slots"][:used], arrays["slots"][used:] = slots, 0
-        columns = arrays["page_table"].shape[2]
+        columns = arrays["block_table"].shape[2]
         for group in range(len(self.state.groups)):
-            table = self._rows.pages[group]
-            pages = table[slots[token_request], positions // size].astype(np.int64)
-            arrays["new_rows"][group, :tokens] = pages * size + positions % size
-            arrays["new_rows"][group, tokens:] = 0
-            np.take(table[:, :columns], slots, axis=0, out=arrays["page_table"][group, :used])
-            arrays["page_table"][group, used:, :1] = 0
-            if arrays["page_list"].shape[1]:
+            table = self._rows.blocks[group]
+            blocks = table[slots[token_request], positions // size].astype(np.int64)
+            arrays["slot_mapping"][group, :tokens] = blocks * size + positions % size
+            arrays["slot_mapping"][group, tokens:] = 0
+            np.take(table[:, :columns], slots, axis=0, out=arrays["block_table"][group, :used])
+            arrays["block_table"][group, used:, :1] = 0
+            if arrays["block_list"].shape[1]:
                 first = used - len(prefills(chunks))
                 counts_of = -(-(starts + counts)[first:] // size)
                 rows = [table[slot, :count] for slot, count in zip(slots[first:], counts_of, strict=True)]
-                np.concatenate(rows, out=arrays["page_list"][group])
+                np.concatenate(rows, out=arrays["block_list"][group])
         self.features.fill(forms, arrays, chunks)
         for name, values in self._rows.sampling.items():
             arrays[name][:used], arrays[name][used:] = values[slots], 0

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from lamella.errors import ConfigError
 from lamella.layers.attention import Attention
 from lamella.layers.compiled.attention import GivenPositions, PositionInputs
-from lamella.layers.compiled.kinds import feed_forward_kinds, mixer_kinds
 from lamella.layers.compiled.opaque import make_opaque
+from lamella.layers.compiled.program_keys import feed_forward_kinds, mixer_kinds
 from lamella.layers.context import ForwardBatch, forward_batch, require_batch
 from lamella.layers.decoder import DecoderLayer, LanguageModel
 from lamella.layers.rotary import Positions

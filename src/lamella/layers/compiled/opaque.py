@@ -1,6 +1,6 @@
-"""State holders as operations that torch.compile does not look into, see `ops.opaque`.
+"""State state_modules as operations that torch.compile does not look into, see `ops.opaque`.
 
-Which holder computes reaches a program as a tensor, its handle, so that layers alike are one program.
+Which state_module computes reaches a program as a tensor, its handle, so that layers alike are one program.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.holders import PagedAttention, SlotHolder, state_holders
+from lamella.layers.state_modules import PagedAttention, SlotStateModule, find_state_modules
 from lamella.ops import opaque
 
 
@@ -31,13 +31,13 @@ class OpaqueAttention(PagedAttention):
         return self(*inputs)
 
 
-class OpaqueSlots(SlotHolder):
+class OpaqueSlots(SlotStateModule):
     """Slot state whose computations are one operation each to torch.compile."""
 
     handle: Tensor
 
     def run(self, part: str, inputs: Sequence[Tensor], width: int) -> Tensor:
-        """See `SlotHolder.run`."""
+        """See `SlotStateModule.run`."""
         if torch.compiler.is_compiling():
             return opaque.call(self.handle, part, inputs, width)
         return super().run(part, inputs, width)
@@ -51,9 +51,9 @@ class OpaqueSlots(SlotHolder):
 def make_opaque(model: LanguageModel) -> None:
     """Have torch.compile take state, and sums over ranks, as operations that it does not look into.
 
-    The holders stay the same objects: an engine has bound memory to them, and layers refer to them.
+    The state_modules stay the same objects: an engine has bound memory to them, and layers refer to them.
     """
-    for holder in state_holders(model):
-        holder.__class__ = OpaqueAttention if isinstance(holder, PagedAttention) else OpaqueSlots
-        holder.handle = opaque.handle(holder)  # type: ignore[arg-type]
+    for state_module in find_state_modules(model):
+        state_module.__class__ = OpaqueAttention if isinstance(state_module, PagedAttention) else OpaqueSlots
+        state_module.handle = opaque.handle(state_module)  # type: ignore[arg-type]
     model.group.handle = opaque.handle(model.group)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lamella.config import Placement
-from lamella.layers.context import ForwardBatch, PageView
+from lamella.layers.context import BlockView, ForwardBatch
 from lamella.layers.rotary import Positions
 from lamella.ops.attention.paged import AttentionSpace
 from lamella.ops.ragged import RaggedBatch
@@ -77,16 +77,16 @@ class CutPart(BatchPart):
             [whole.query_lens[r] for r in requests], [whole.context_lens[r] for r in requests], device
         )
 
-        def cut(view: PageView) -> PageView:
-            size, prefills = view.page_size, requests[ragged.num_decodes :]
-            rows = [view.page_table[r, : -(-whole.context_lens[r] // size)] for r in prefills]
-            listed = torch.cat(rows) if rows and space is not None else view.page_list[:0]
-            return PageView(view.page_table[index], view.new_rows[tokens], listed, size)
+        def cut(view: BlockView) -> BlockView:
+            size, prefills = view.block_size, requests[ragged.num_decodes :]
+            rows = [view.block_table[r, : -(-whole.context_lens[r] // size)] for r in prefills]
+            listed = torch.cat(rows) if rows and space is not None else view.block_list[:0]
+            return BlockView(view.block_table[index], view.slot_mapping[tokens], listed, size)
 
-        pages = None if batch.pages is None else {spec: cut(view) for spec, view in batch.pages.items()}
+        blocks = None if batch.blocks is None else {spec: cut(view) for spec, view in batch.blocks.items()}
         slots = None if batch.slots is None else batch.slots[index]
-        cuts = tuple(batch.cuts[r] for r in requests) if batch.cuts else ()
-        return cls(ForwardBatch(ragged, pages, slots, space, cuts=cuts), tokens, whole.num_tokens)
+        snapshots = tuple(batch.snapshots[r] for r in requests) if batch.snapshots else ()
+        return cls(ForwardBatch(ragged, blocks, slots, space, snapshots=snapshots), tokens, whole.num_tokens)
 
     def positions(self, whole: Positions) -> Positions:
         # One object for all layers that share the part, so that each kind of angles is computed once.
@@ -133,16 +133,16 @@ class SelectedPart(BatchPart):
         ragged = replace(
             whole, positions=whole.positions.masked_fill(others, 0), seq_lens=whole.seq_lens.masked_fill(others, 1)
         )
-        pages = batch.pages
-        if pages is not None:
-            # A place in the dummy page is all that a row of others may write to. The one page that it reads need not
-            # be the dummy, so that page tables, which are large, stay as they are.
-            pages = {
-                spec: replace(view, new_rows=view.new_rows.masked_fill(others, DUMMY * view.page_size))
-                for spec, view in pages.items()
+        blocks = batch.blocks
+        if blocks is not None:
+            # A place in the dummy block is all that a row of others may write to. The one block that it reads need not
+            # be the dummy, so that block tables, which are large, stay as they are.
+            blocks = {
+                spec: replace(view, slot_mapping=view.slot_mapping.masked_fill(others, DUMMY * view.block_size))
+                for spec, view in blocks.items()
             }
         slots = None if batch.slots is None else batch.slots.masked_fill(others, DUMMY)
-        return cls(ForwardBatch(ragged, pages, slots, space), others)
+        return cls(ForwardBatch(ragged, blocks, slots, space), others)
 
     def positions(self, whole: Positions) -> Positions:
         return whole  # whose angles are computed once for all mixers

@@ -9,7 +9,7 @@ from torch import nn
 from lamella.config import Placement, PlacementLike, read_placement
 from lamella.config.placement import chosen_mixer
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.holders import PagedAttention, SlotHolder, state_holders
+from lamella.layers.state_modules import PagedAttention, SlotStateModule, find_state_modules
 from lamella.layers.supernet.stochastic import Stochastic
 
 
@@ -49,10 +49,12 @@ def idle_parameters(model: LanguageModel) -> Iterator[nn.Parameter]:
     return (parameter for mixer in idle_mixers(model) for parameter in mixer.parameters())
 
 
-def active_holders(model: LanguageModel, placement: Placement | None = None) -> list[PagedAttention | SlotHolder]:
+def find_active_state_modules(
+    model: LanguageModel, placement: Placement | None = None
+) -> list[PagedAttention | SlotStateModule]:
     """Return the modules that keep state under a placement, by default the active one, in layer order."""
     idle = {module for mixer in idle_mixers(model, placement) for module in mixer.modules()}
-    return [holder for holder in state_holders(model) if holder not in idle]
+    return [state_module for state_module in find_state_modules(model) if state_module not in idle]
 
 
 class SupernetModel(LanguageModel):

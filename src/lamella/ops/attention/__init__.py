@@ -137,13 +137,13 @@ def _native_paged(
 
 @_prepared.lazy("triton")
 def _triton_prepared() -> Callable[..., Tensor]:
-    from lamella.ops.attention import triton_few
+    from lamella.ops.attention import triton_decode_few
 
     def decode_prepared(
         qkv: Tensor, steps: QKVSteps, cache: PagedCache, batch: RaggedBatch, scale: float, window: int | None,
         chunk: int | None, plan: AttentionPlan,
     ) -> Tensor:  # fmt: skip
-        return triton_few.decode_prepared(qkv, steps, cache, scale, window, plan.decode_workspace)
+        return triton_decode_few.decode_prepared(qkv, steps, cache, scale, window, plan.decode_workspace)
 
     return decode_prepared
 

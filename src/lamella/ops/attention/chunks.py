@@ -28,15 +28,15 @@ def pieces(query_lens: Sequence[int], context_lens: Sequence[int], chunk: int) -
     return found
 
 
-def seen_pages(query_lens: Sequence[int], context_lens: Sequence[int], chunk: int, page_size: int) -> list[int]:
-    """Where the pages of all pieces, one after the other, stand among the requests' whole lists of pages.
+def seen_blocks(query_lens: Sequence[int], context_lens: Sequence[int], chunk: int, block_size: int) -> list[int]:
+    """Where the blocks of all pieces, one after the other, stand among the requests' whole lists of blocks.
 
-    `chunk` is a multiple of `page_size`, so that no page belongs to two pieces.
+    `chunk` is a multiple of `block_size`, so that no block belongs to two pieces.
     """
     found: list[int] = []
     start = 0
     for new, context in zip(query_lens, context_lens, strict=True):
-        count = -(-context // page_size)
-        found += range(start + (context - new) // chunk * chunk // page_size, start + count)
+        count = -(-context // block_size)
+        found += range(start + (context - new) // chunk * chunk // block_size, start + count)
         start += count
     return found

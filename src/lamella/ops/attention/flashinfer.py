@@ -24,29 +24,29 @@ class Prefill:
         self,
         query_lens: Sequence[int],
         context_lens: Sequence[int],
-        page_list: Tensor,
+        block_list: Tensor,
         heads: int,
         kv_heads: int,
         head_dim: int,
-        page_size: int,
+        block_size: int,
         dtype: torch.dtype,
         scale: float,
     ) -> None:
-        """R requests whose last `query_lens` tokens of `context_lens` are new; page_list (N,) int32 on the device."""
+        """R requests whose last `query_lens` tokens of `context_lens` are new; block_list (N,) int32 on the device."""
 
         def host(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int32)
 
-        pages = [-(-length // page_size) for length in context_lens]
+        blocks = [-(-length // block_size) for length in context_lens]
         self._wrapper.plan(
             host([0, *accumulate(query_lens)]),
-            host([0, *accumulate(pages)]),
-            page_list,
-            host([(length - 1) % page_size + 1 for length in context_lens]),
+            host([0, *accumulate(blocks)]),
+            block_list,
+            host([(length - 1) % block_size + 1 for length in context_lens]),
             heads,
             kv_heads,
             head_dim,
-            page_size,
+            block_size,
             causal=True,
             sm_scale=scale,
             q_data_type=dtype,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lamella.ops.attention.chunks import pieces, seen_pages
+from lamella.ops.attention.chunks import pieces, seen_blocks
 from lamella.ops.operands import PagedCache
 from lamella.ops.ragged import RaggedBatch
 
@@ -118,18 +118,18 @@ class AttentionPlan:
         self,
         space: AttentionSpace,
         batch: RaggedBatch,
-        page_list: Tensor,
+        block_list: Tensor,
         heads: int,
         kv_heads: int,
         head_dim: int,
-        page_size: int,
+        block_size: int,
         dtype: torch.dtype,
         scale: float,
         window: int | None,
         flashinfer: bool = True,
         chunk: int | None = None,
     ) -> None:
-        """`page_list` (N,) int32: the pages of the requests after the decodes, one request's after the other's.
+        """`block_list` (N,) int32: the blocks of the requests after the decodes, one request's after the other's.
 
         Without `flashinfer`, our own kernel serves these requests even where that library is there.
         """
@@ -140,9 +140,9 @@ class AttentionPlan:
             self.decode_workspace = space.decode_workspace(heads, kv_heads, head_dim, window, chunk)
             triton.plan_decode(batch.seq_lens[:decodes], window, self.decode_workspace, chunk)
         self.prefill: Prefill | None = None
-        # Beyond a window lie pages that were given back: FlashInfer would read them, if only to weigh them by zero.
-        # Chunks are requests of their own to it, where each starts with a page.
-        apart = chunk is None or chunk % page_size == 0
+        # Beyond a window lie blocks that were given back: FlashInfer would read them, if only to weigh them by zero.
+        # Chunks are requests of their own to it, where each starts with a block.
+        apart = chunk is None or chunk % block_size == 0
         if decodes < batch.num_requests and window is None and apart and flashinfer:
             self.prefill = space.prefill(heads, kv_heads, head_dim, scale, dtype, chunk)
             if self.prefill is not None:
@@ -150,11 +150,11 @@ class AttentionPlan:
                 context_lens: Sequence[int] = batch.context_lens[decodes:]
                 if chunk is not None:
                     cut = pieces(query_lens, context_lens, chunk)
-                    seen = torch.tensor(seen_pages(query_lens, context_lens, chunk, page_size))
-                    page_list = page_list[seen.to(page_list.device, non_blocking=True)]
+                    seen = torch.tensor(seen_blocks(query_lens, context_lens, chunk, block_size))
+                    block_list = block_list[seen.to(block_list.device, non_blocking=True)]
                     query_lens, context_lens = [piece.new for piece in cut], [piece.length for piece in cut]
                 self.prefill.plan(
-                    query_lens, context_lens, page_list, heads, kv_heads, head_dim, page_size, dtype, scale
+                    query_lens, context_lens, block_list, heads, kv_heads, head_dim, block_size, dtype, scale
                 )
 
 

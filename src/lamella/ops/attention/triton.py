@@ -26,7 +26,7 @@ _FIELDS = 6  # of an item: request, first and last position + 1, its part, the r
 class Settings(NamedTuple):
     """How `decode_attention` runs; changes its speed, and results only in rounding."""
 
-    block: int  # tokens a program works on at a time, a power of two >= 16
+    tile: int  # tokens a program works on at a time, a power of two >= 16
     num_warps: int
     num_stages: int
     programs: int  # per multiprocessor
@@ -130,7 +130,7 @@ def decode_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    page_table: Tensor,
+    block_table: Tensor,
     scale: float,
     workspace: DecodeWorkspace,
     *,
@@ -139,15 +139,15 @@ def decode_attention(
 ) -> Tensor:
     """Attention of one query token a request: q (R, H, D), returns (R, H, D), which is `out` if given.
 
-    The requests are those of `plan_decode`. Caches and page_table (R, P) int32 as in `PagedCache`; the workspace is
+    The requests are those of `plan_decode`. Caches and block_table (R, P) int32 as in `PagedCache`; the workspace is
     overwritten.
     """
     requests, heads, dim = q.shape
-    page_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
+    block_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
     assert (heads, kv_heads, dim) == (workspace.heads, workspace.kv_heads, workspace.head_dim)
-    assert q.stride(2) == 1 and q.stride(1) == dim and k_cache.stride(3) == 1 and page_table.stride(1) == 1
+    assert q.stride(2) == 1 and q.stride(1) == dim and k_cache.stride(3) == 1 and block_table.stride(1) == 1
     assert k_cache.stride() == v_cache.stride() and q.dtype == k_cache.dtype == v_cache.dtype
-    assert page_table.dtype == torch.int32 and page_size & (page_size - 1) == 0
+    assert block_table.dtype == torch.int32 and block_size & (block_size - 1) == 0
     group, padded = heads // kv_heads, padded_dim(dim)
     padded_group = next_power_of_2(group)
     settings = settings or _SETTINGS[padded, q.itemsize]
@@ -156,10 +156,10 @@ def decode_attention(
     assert out.is_contiguous() and out.shape == q.shape
     _decode_kernel[(min(settings.programs * workspace.processors, items * kv_heads),)](
         q, q.stride(0), k_cache, v_cache, k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
-        page_table, page_table.stride(0), workspace.items, workspace.items.shape[1], workspace.num_items,
+        block_table, block_table.stride(0), workspace.items, workspace.items.shape[1], workspace.num_items,
         workspace.arrived, workspace.parts, workspace.maxima, workspace.sums, out, scale * LOG2_E,
-        KV_HEADS=kv_heads, GROUP=group, DIM=dim, PAGE_SIZE=page_size, ROWS=max(16, padded_group),
-        PADDED_GROUP=padded_group, PADDED=padded, BLOCK=settings.block,
+        KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_SIZE=block_size, ROWS=max(16, padded_group),
+        PADDED_GROUP=padded_group, PADDED=padded, TILE=settings.tile,
         PARTS=max(1, 4096 // (padded_group * padded)),
         num_warps=settings.num_warps, num_stages=settings.num_stages, maxnreg=settings.registers,
         **dependent_launch(q),
@@ -240,10 +240,10 @@ def load_item(items_ptr, max_items, item):
 
 @triton.jit
 def _decode_kernel(
-    q_ptr, q_stride, k_ptr, v_ptr, page_stride, row_stride, head_stride, table_ptr, table_stride,
+    q_ptr, q_stride, k_ptr, v_ptr, block_stride, row_stride, head_stride, table_ptr, table_stride,
     items_ptr, max_items, num_items_ptr, arrived_ptr, parts_ptr, maxima_ptr, sums_ptr, out_ptr, scale,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr,
-    PADDED_GROUP: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
+    PADDED_GROUP: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, PADDED)
@@ -256,26 +256,26 @@ def _decode_kernel(
     units = tl.load(num_items_ptr) * KV_HEADS
     wait_for_predecessor(PDL)
     if unit < units:
-        q, pages = _load_first(
+        q, blocks = _load_first(
             q_ptr, q_stride, table_ptr, table_stride, request, start, end, unit % KV_HEADS, cells, cell_mask,
-            GROUP, DIM, PAGE_SIZE, BLOCK,
+            GROUP, DIM, BLOCK_SIZE, TILE,
         )  # fmt: skip
         while unit < units:
             kv_head = unit % KV_HEADS
             # Asked for now, so that it is there when it is wanted.
             next_unit = _next_unit(unit, units, arrived_ptr)
             next_item = load_item(items_ptr, max_items, tl.minimum(next_unit, units - 1) // KV_HEADS)
-            pages_ptr = table_ptr + request.to(tl.int64) * table_stride
+            blocks_ptr = table_ptr + request.to(tl.int64) * table_stride
             k_head_ptr = k_ptr + kv_head * head_stride
             v_head_ptr = v_ptr + kv_head * head_stride
             maximum = tl.full((ROWS,), float("-inf"), tl.float32)
             total = tl.zeros((ROWS,), tl.float32)
             part = tl.zeros((ROWS, PADDED), tl.float32)
-            for tile in tl.range(start, end, BLOCK):
-                positions = tile + tl.arange(0, BLOCK)
+            for tile in tl.range(start, end, TILE):
+                positions = tile + tl.arange(0, TILE)
                 seen = positions < end
-                offsets = pages.to(tl.int64) * page_stride + (positions % PAGE_SIZE) * row_stride
-                pages = _load_pages(pages_ptr, positions + BLOCK, end, PAGE_SIZE)
+                offsets = blocks.to(tl.int64) * block_stride + (positions % BLOCK_SIZE) * row_stride
+                blocks = _load_blocks(blocks_ptr, positions + TILE, end, BLOCK_SIZE)
                 cached = offsets[:, None] + dims[None, :]
                 mask = seen[:, None] & inside[None, :]
                 k = tl.load(k_head_ptr + cached, mask=mask, other=0.0)
@@ -288,9 +288,9 @@ def _decode_kernel(
                 v = tl.load(v_head_ptr + cached, mask=mask, other=0.0)
                 part = tl.dot(weights.to(v.dtype), v, part * shrink[:, None], input_precision="ieee")
                 maximum = new_maximum
-            q, pages = _load_first(
+            q, blocks = _load_first(
                 q_ptr, q_stride, table_ptr, table_stride, next_item[0], next_item[1], next_item[2],
-                next_unit % KV_HEADS, cells, cell_mask, GROUP, DIM, PAGE_SIZE, BLOCK,
+                next_unit % KV_HEADS, cells, cell_mask, GROUP, DIM, BLOCK_SIZE, TILE,
             )  # fmt: skip
             finish(
                 part, maximum, total, request, kv_head, index, first, count, cells, cell_mask,
@@ -317,19 +317,19 @@ def _next_unit(unit, units, arrived_ptr):
 
 
 @triton.jit
-def _load_pages(pages_ptr, positions, end, PAGE_SIZE: tl.constexpr):
-    return tl.load(pages_ptr + tl.minimum(positions, end - 1) // PAGE_SIZE)
+def _load_blocks(blocks_ptr, positions, end, BLOCK_SIZE: tl.constexpr):
+    return tl.load(blocks_ptr + tl.minimum(positions, end - 1) // BLOCK_SIZE)
 
 
 @triton.jit
 def _load_first(
     q_ptr, q_stride, table_ptr, table_stride, request, start, end, kv_head, cells, cell_mask,
-    GROUP: tl.constexpr, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """What an item needs before its keys: the queries, and the pages of the first tile."""
-    pages = _load_pages(table_ptr + request.to(tl.int64) * table_stride, start + tl.arange(0, BLOCK), end, PAGE_SIZE)
+    """What an item needs before its keys: the queries, and the blocks of the first tile."""
+    blocks = _load_blocks(table_ptr + request.to(tl.int64) * table_stride, start + tl.arange(0, TILE), end, BLOCK_SIZE)
     q = tl.load(q_ptr + request.to(tl.int64) * q_stride + kv_head * GROUP * DIM + cells, mask=cell_mask, other=0.0)
-    return q, pages
+    return q, blocks
 
 
 @triton.jit

@@ -21,7 +21,7 @@ class Settings(NamedTuple):
     """How the kernel runs; changes its speed, and results only in rounding."""
 
     rows: int  # of a program: tokens times query heads of a group; a power of two >= 16
-    block: int  # tokens it looks at at a time, a power of two >= 16
+    tile: int  # tokens it looks at at a time, a power of two >= 16
     num_warps: int
     num_stages: int
 
@@ -45,7 +45,7 @@ def prefill_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    page_table: Tensor,
+    block_table: Tensor,
     query_start_loc: Tensor,
     seq_lens: Tensor,
     max_query_len: int,
@@ -62,12 +62,12 @@ def prefill_attention(
     tokens of its seq_lens[r]. Both (R + 1,) and (R,) are int32. A request may have none. Of queries that belong to no
     request, the result keeps what was in memory.
     """
-    assert page_table.dtype == torch.int32 and page_table.stride(1) == 1
+    assert block_table.dtype == torch.int32 and block_table.stride(1) == 1
     assert seq_lens.dtype == torch.int32 and seq_lens.is_contiguous()
     assert k_cache.shape[1] & (k_cache.shape[1] - 1) == 0
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     _launch(
-        q, k_cache, v_cache, page_table, query_start_loc, seq_lens, max_query_len, scale, window, chunk, settings, out
+        q, k_cache, v_cache, block_table, query_start_loc, seq_lens, max_query_len, scale, window, chunk, settings, out
     )
     return out
 
@@ -96,7 +96,7 @@ def _launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    page_table: Tensor | None,
+    block_table: Tensor | None,
     query_start_loc: Tensor,
     seq_lens: Tensor | None,
     max_query_len: int,
@@ -118,19 +118,20 @@ def _launch(
     assert out.is_contiguous() and out.shape == q.shape
     _kernel[(cdiv(max_query_len, rows // group), kv_heads, query_start_loc.shape[0] - 1)](
         q, q.stride(0), k, v, k.stride(0), k.stride(1), k.stride(2),
-        page_table, 0 if page_table is None else page_table.stride(0), query_start_loc, seq_lens, out, scale * LOG2_E,
-        KV_HEADS=kv_heads, GROUP=group, DIM=dim, PAGE_SIZE=k.shape[1], PADDED=padded, WINDOW=window or 0,
-        CHUNK=chunk or 0, ROWS=rows, BLOCK=settings.block, num_warps=settings.num_warps, num_stages=settings.num_stages,
+        block_table, 0 if block_table is None else block_table.stride(0), query_start_loc, seq_lens, out,
+        scale * LOG2_E,
+        KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_SIZE=k.shape[1], PADDED=padded, WINDOW=window or 0,
+        CHUNK=chunk or 0, ROWS=rows, TILE=settings.tile, num_warps=settings.num_warps, num_stages=settings.num_stages,
         **dependent_launch(q),
     )  # fmt: skip
 
 
 @triton.jit
 def _kernel(
-    q_ptr, q_stride, k_ptr, v_ptr, page_stride, row_stride, head_stride, table_ptr, table_stride,
+    q_ptr, q_stride, k_ptr, v_ptr, block_stride, row_stride, head_stride, table_ptr, table_stride,
     starts_ptr, lengths_ptr, out_ptr, scale,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, PADDED: tl.constexpr,
-    WINDOW: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = ROWS // GROUP
     first_token = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS  # the last tokens see most: they go first
@@ -146,10 +147,10 @@ def _kernel(
     if table_ptr is not None:
         context = tl.load(lengths_ptr + request) - count
         table_ptr += request.to(tl.int64) * table_stride
-        first_page = 0
+        first_block = 0
     else:
         context = 0
-        first_page = start
+        first_block = start
     tokens = first_token + rows // GROUP
     mask = ((tokens < count) & (rows < TOKENS * GROUP))[:, None] & (dims < DIM)[None, :]
     heads = kv_head * GROUP + rows % GROUP
@@ -170,10 +171,10 @@ def _kernel(
         begin = (context + first_token) // CHUNK * CHUNK
         all_from = (end - 1) // CHUNK * CHUNK
     all_to = context + first_token + 1
-    # Tiles lie at multiples of BLOCK, so that a row's sums do not depend on its neighbours.
-    tiles_from = begin // BLOCK * BLOCK
-    inner_from = tl.cdiv(all_from, BLOCK) * BLOCK
-    inner_to = tl.maximum(all_to // BLOCK * BLOCK, inner_from)
+    # Tiles lie at multiples of TILE, so that a row's sums do not depend on its neighbours.
+    tiles_from = begin // TILE * TILE
+    inner_from = tl.cdiv(all_from, TILE) * TILE
+    inner_to = tl.maximum(all_to // TILE * TILE, inner_from)
     k_ptr += kv_head * head_stride
     v_ptr += kv_head * head_stride
     maximum = tl.full((ROWS,), -1e38, tl.float32)  # finite, for rows that see nothing of the first tile
@@ -182,18 +183,18 @@ def _kernel(
     if WINDOW > 0 or CHUNK > 0:
         maximum, total, sums = _attend(
             q, positions, maximum, total, sums, tiles_from, tl.minimum(inner_from, end), begin, end,
-            k_ptr, v_ptr, page_stride, row_stride, table_ptr, first_page, scale,
-            DIM, PAGE_SIZE, PADDED, WINDOW, CHUNK, BLOCK, True,
+            k_ptr, v_ptr, block_stride, row_stride, table_ptr, first_block, scale,
+            DIM, BLOCK_SIZE, PADDED, WINDOW, CHUNK, TILE, True,
         )  # fmt: skip
     maximum, total, sums = _attend(
         q, positions, maximum, total, sums, inner_from, inner_to, begin, end,
-        k_ptr, v_ptr, page_stride, row_stride, table_ptr, first_page, scale,
-        DIM, PAGE_SIZE, PADDED, WINDOW, CHUNK, BLOCK, False,
+        k_ptr, v_ptr, block_stride, row_stride, table_ptr, first_block, scale,
+        DIM, BLOCK_SIZE, PADDED, WINDOW, CHUNK, TILE, False,
     )  # fmt: skip
     maximum, total, sums = _attend(
         q, positions, maximum, total, sums, inner_to, end, begin, end,
-        k_ptr, v_ptr, page_stride, row_stride, table_ptr, first_page, scale,
-        DIM, PAGE_SIZE, PADDED, WINDOW, CHUNK, BLOCK, True,
+        k_ptr, v_ptr, block_stride, row_stride, table_ptr, first_block, scale,
+        DIM, BLOCK_SIZE, PADDED, WINDOW, CHUNK, TILE, True,
     )  # fmt: skip
     out_offsets = ((start + tokens).to(tl.int64) * (KV_HEADS * GROUP) + heads)[:, None] * DIM + dims[None, :]
     tl.store(out_ptr + out_offsets, (sums / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
@@ -202,20 +203,20 @@ def _kernel(
 @triton.jit
 def _attend(
     q, positions, maximum, total, sums, tiles_from, tiles_to, begin, end,
-    k_ptr, v_ptr, page_stride, row_stride, table_ptr, first_page, scale,
-    DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr, EDGE: tl.constexpr,
+    k_ptr, v_ptr, block_stride, row_stride, table_ptr, first_block, scale,
+    DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+    TILE: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Rows q at `positions` look at the tokens of some tiles; unless EDGE, every row sees them all."""
     dims = tl.arange(0, PADDED)
-    for tile in tl.range(tiles_from, tiles_to, BLOCK):
-        keys = tile + tl.arange(0, BLOCK)
-        exists = (keys >= begin) & (keys < end) if EDGE else tl.full((BLOCK,), True, tl.int1)
+    for tile in tl.range(tiles_from, tiles_to, TILE):
+        keys = tile + tl.arange(0, TILE)
+        exists = (keys >= begin) & (keys < end) if EDGE else tl.full((TILE,), True, tl.int1)
         if table_ptr is not None:
-            pages = tl.load(table_ptr + keys // PAGE_SIZE, mask=exists, other=0)
+            blocks = tl.load(table_ptr + keys // BLOCK_SIZE, mask=exists, other=0)
         else:
-            pages = first_page + keys // PAGE_SIZE
-        offsets = pages.to(tl.int64) * page_stride + keys % PAGE_SIZE * row_stride
+            blocks = first_block + keys // BLOCK_SIZE
+        offsets = blocks.to(tl.int64) * block_stride + keys % BLOCK_SIZE * row_stride
         cells = offsets[:, None] + dims[None, :]
         mask = exists[:, None] & (dims < DIM)[None, :]
         k = tl.load(k_ptr + cells, mask=mask, other=0.0)

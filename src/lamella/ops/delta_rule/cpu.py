@@ -13,7 +13,7 @@ from torch import Tensor
 from lamella.ops.delta_rule.reference import l2_norm, log_decay
 from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
-from lamella.ops.slots import by_kind, longest_first, read_states, walk
+from lamella.ops.ragged_chunks import by_kind, longest_first, read_states, walk
 
 CHUNK = 64
 BLOCK = 16  # with a decay for each key channel: tokens whose pairs are weighed one by one instead of in a product

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
-from lamella.ops.slots import prefills_of, read_states
+from lamella.ops.ragged_chunks import prefills_of, read_states
 
 logger = logging.getLogger("lamella")
 

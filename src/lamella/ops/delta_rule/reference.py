@@ -8,7 +8,7 @@ from torch.nn.functional import softplus
 
 from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
-from lamella.ops.slots import read_states
+from lamella.ops.ragged_chunks import read_states
 
 L2_EPS = 1e-6
 
@@ -24,8 +24,8 @@ def log_decay(decay: Tensor, a_log: Tensor, dt_bias: Tensor) -> Tensor:
 
 def l2_norm(x: Tensor) -> Tensor:
     """`x / sqrt(sum(x^2) + 1e-6)` over the last dimension, in fp32; a zero vector stays one."""
-    wide = x.float()
-    return wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + L2_EPS)
+    x_fp32 = x.float()
+    return x_fp32 * torch.rsqrt(x_fp32.square().sum(-1, keepdim=True) + L2_EPS)
 
 
 def delta_rule(
@@ -55,8 +55,8 @@ def delta_rule(
     the dtype of v.
     """
     group = v.shape[1] // q.shape[1]
-    wide_q = (l2_norm(q) * q.shape[-1] ** -0.5).repeat_interleave(group, 1)
-    wide_k = l2_norm(k).repeat_interleave(group, 1)
+    q_fp32 = (l2_norm(q) * q.shape[-1] ** -0.5).repeat_interleave(group, 1)
+    k_fp32 = l2_norm(k).repeat_interleave(group, 1)
     factor = log_decay(decay, a_log, dt_bias).exp()
     factor = factor[..., None, None] if decay.dim() == 2 else factor[..., None]
     rate = beta.float().sigmoid()[..., None]
@@ -67,10 +67,10 @@ def delta_rule(
         active = (lengths > step).nonzero()[:, 0]
         token = starts[active] + step
         now = memory[active] * factor[token]
-        kept = torch.einsum("rhkv,rhk->rhv", now, wide_k[token])
+        kept = torch.einsum("rhkv,rhk->rhv", now, k_fp32[token])
         update = rate[token] * (v[token].float() - kept)
-        now = now + wide_k[token][..., None] * update[:, :, None, :]
-        out[token] = torch.einsum("rhkv,rhk->rhv", now, wide_q[token]).to(v.dtype)
+        now = now + k_fp32[token][..., None] * update[:, :, None, :]
+        out[token] = torch.einsum("rhkv,rhk->rhv", now, q_fp32[token]).to(v.dtype)
         memory[active] = now
     if state is not None:
         state.matrix[state.slots] = memory

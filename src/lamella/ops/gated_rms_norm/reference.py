@@ -16,7 +16,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activati
 
     x and gate (T, H, D), weight (D,) fp32; `activation` is "silu" or "sigmoid". Returns (T, H, D) in the dtype of x.
     """
-    wide, gates = x.float(), gate.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    x_fp32, gates = x.float(), gate.float()
+    scale = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
     factor = silu(gates) if activation == "silu" else gates.sigmoid()
-    return (wide * scale * weight.float() * factor).to(x.dtype)
+    return (x_fp32 * scale * weight.float() * factor).to(x.dtype)

@@ -19,7 +19,7 @@ _SLICE = 16384  # rows of the weight that the portable path widens at a time
 
 _linear = BackendTable("linear", __name__)
 _fused = BackendTable("fused_linear", __name__)
-_wide = BackendTable("wide_linear", __name__)
+_fp32 = BackendTable("fp32_linear", __name__)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,13 +68,13 @@ def fused_linear(
     return _triton_fused.run(x, weight, bias, gated, norm, conv)
 
 
-def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Return `x W^T` in fp32 for x (..., in) of any float dtype, see `reference.wide_linear`.
+def fp32_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return `x W^T` in fp32 for x (..., in) of any float dtype, see `reference.fp32_linear`.
 
     The sums stay unrounded, except under autograd, where they are rounded to the dtype of x before they become fp32.
     """
     rows = x.reshape(-1, x.shape[-1])
-    return _wide.choose(rows, weight)(rows, weight).view(*x.shape[:-1], weight.shape[0])
+    return _fp32.choose(rows, weight)(rows, weight).view(*x.shape[:-1], weight.shape[0])
 
 
 def _few_rows(x: Tensor, weight: Tensor) -> bool:
@@ -105,22 +105,22 @@ def _triton_fused() -> Callable[..., tuple[Tensor, Tensor | None]]:
     return triton.fused_linear
 
 
-@_wide.lazy("triton", _few_rows)
-def _triton_wide() -> Callable[..., Tensor]:
+@_fp32.lazy("triton", _few_rows)
+def _triton_fp32() -> Callable[..., Tensor]:
     from lamella.ops.linear import triton
 
-    return triton.wide_linear
+    return triton.fp32_linear
 
 
-@_wide.backend("native", lambda x, weight: x.dtype != torch.float32 and x.shape[0] > 0)
-def _native_wide(x: Tensor, weight: Tensor) -> Tensor:
+@_fp32.backend("native", lambda x, weight: x.dtype != torch.float32 and x.shape[0] > 0)
+def _native_fp32(x: Tensor, weight: Tensor) -> Tensor:
     # In blocks of what the kernel is fast for: the alternative is a copy of the whole weight.
-    parts = [native.linear(part, weight, wide=True) for part in x.split(_BLOCK)]
+    parts = [native.linear(part, weight, fp32_out=True) for part in x.split(_BLOCK)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-@_wide.backend("torch")
-def _torch_wide(x: Tensor, weight: Tensor) -> Tensor:
+@_fp32.backend("torch")
+def _torch_fp32(x: Tensor, weight: Tensor) -> Tensor:
     if x.dtype == torch.float32 or not x.shape[0]:
         return linear(x, weight, None).float()
     if torch.is_grad_enabled():
@@ -134,7 +134,7 @@ def _torch_wide(x: Tensor, weight: Tensor) -> Tensor:
 
 _linear.backend("reference")(reference.linear)
 _fused.backend("reference")(reference.fused_linear)
-_wide.backend("reference")(reference.wide_linear)
+_fp32.backend("reference")(reference.fp32_linear)
 
 
 def _shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

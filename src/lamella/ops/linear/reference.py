@@ -14,11 +14,11 @@ from lamella.ops.swiglu.reference import swiglu
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `x W^T + b` for x (..., in), weight (out, in), bias (out,) or None, in fp32, rounded once."""
-    wide = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
-    return wide.to(x.dtype)
+    x_fp32 = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    return x_fp32.to(x.dtype)
 
 
-def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+def fp32_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Return `x W^T` in fp32."""
     return torch.nn.functional.linear(x.float(), weight.float())
 

@@ -18,7 +18,7 @@ from lamella.ops.operands import ConvStep, ResidualNorm
 from lamella.ops.short_conv.triton import convolve, load_history, load_taps, store_history
 from lamella.ops.swiglu.triton import silu
 
-__all__ = ["fused_linear", "linear", "serves", "wide_linear"]
+__all__ = ["fused_linear", "linear", "serves", "fp32_linear"]
 
 _NO_NORM = (None, None, 0.0)
 _NO_CONV = ((None, None, False, False), (None, None), None)
@@ -29,8 +29,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _launch(x, weight, bias, False, False, None, None)[0]
 
 
-def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """See `reference.wide_linear`."""
+def fp32_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """See `reference.fp32_linear`."""
     return _launch(x, weight, None, True, False, None, None)[0]
 
 
@@ -50,15 +50,15 @@ def _launch(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    wide: bool,
+    fp32_out: bool,
     gated: bool,
     norm: ResidualNorm | None,
     conv: ConvStep | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Launch the kernel: (y, new residual). With `wide` y are the unrounded sums, in fp32."""
+    """Launch the kernel: (y, new residual). With `fp32_out` y are the unrounded sums, in fp32."""
     rows, size = x.shape
     outputs = weight.shape[0] // (2 if gated else 1)
-    y = torch.empty((rows, outputs), dtype=torch.float32 if wide else x.dtype, device=x.device)
+    y = torch.empty((rows, outputs), dtype=torch.float32 if fp32_out else x.dtype, device=x.device)
     total = None if norm is None else torch.empty((rows, size), dtype=x.dtype, device=x.device)
     tile, num_warps = _tile(weight, rows == 1 and gated, conv is not None)
     padded = next_power_of_2(size)
@@ -156,14 +156,14 @@ def _kernel(
             if tl.program_id(0) == 0:
                 tl.store(total_ptr + row * SIZE + inputs, total, mask=inside)
             # The norm's scale is a factor of the whole sum: both sums are added up at once, and multiplied in the end.
-            wide = total.to(tl.float32)
-            scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / SIZE + eps)
-            wide_x = wide * norm_weight
+            x_fp32 = total.to(tl.float32)
+            scale = tl.rsqrt(tl.sum(x_fp32 * x_fp32, axis=1) / SIZE + eps)
+            x_fp32 = x_fp32 * norm_weight
         else:
-            wide_x = x.to(tl.float32)
-        y = _after(_dot(weight, wide_x), bias_ptr, scale, outputs, valid)
+            x_fp32 = x.to(tl.float32)
+        y = _after(_dot(weight, x_fp32), bias_ptr, scale, outputs, valid)
         if GATED:
-            up = _after(_dot(up_weight, wide_x), bias_ptr, scale, outputs + OUTPUTS, valid)
+            up = _after(_dot(up_weight, x_fp32), bias_ptr, scale, outputs + OUTPUTS, valid)
         if WIDTH > 0:
             # A program has its channels' history to itself.
             slot_ptr = history_ptr + tl.load(slots_ptr + row) * stride_slot

@@ -52,7 +52,7 @@ def decode_attention(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    page_table: Tensor,
+    block_table: Tensor,
     seq_lens: Tensor,
     scale: float,
     window: int | None = None,
@@ -60,25 +60,27 @@ def decode_attention(
 ) -> Tensor:
     """Attention of one new token per request over its paged keys and values: (R, H, D).
 
-    q (R, H, D), rows of any stride; k_cache, v_cache (P, page, KV, D) contiguous, H a multiple of KV; page_table
-    (R, max_pages) int32; seq_lens (R,) int32, at least 1, counting the new token, whose key and value are in the cache
-    already. Position p of request r lies in page ``page_table[r, p // page]`` at offset ``p % page``. Under a window
+    q (R, H, D), rows of any stride; k_cache, v_cache (P, block, KV, D) contiguous, H a multiple of KV; block_table
+    (R, max_blocks) int32; seq_lens (R,) int32, at least 1, counting the new token, whose key and value are in the cache
+    already. Position p of request r is in block ``block_table[r, p // block]`` at row ``p % block``. Under a window
     only positions greater than ``seq_len - 1 - window`` are seen, with a chunk only those from the last multiple of it
     up to ``seq_len - 1`` on. Nothing outside the visible range is read. A request's result does not depend on the
     others, nor on the number of threads.
     """
     R, H, D = q.shape
-    _, page, KV, _ = k_cache.shape
+    _, block, KV, _ = k_cache.shape
     assert q.is_cpu and q.dtype == k_cache.dtype == v_cache.dtype
     assert k_cache.shape == v_cache.shape and k_cache.is_contiguous() and v_cache.is_contiguous()
     assert k_cache.shape[3] == D and H % KV == 0 and _dense_rows(q)
-    assert page_table.dtype == seq_lens.dtype == torch.int32 and page_table.is_contiguous() and seq_lens.is_contiguous()
-    assert page_table.shape[0] == R == seq_lens.shape[0] and scale > 0
+    assert (
+        block_table.dtype == seq_lens.dtype == torch.int32 and block_table.is_contiguous() and seq_lens.is_contiguous()
+    )
+    assert block_table.shape[0] == R == seq_lens.shape[0] and scale > 0
     assert (window is None or window > 0) and (chunk is None or (chunk > 0 and window is None))
     out = q.new_empty((R, H, D))
     kernels["decode_attention", q.dtype](
-        q.data_ptr(), q.stride(0), k_cache.data_ptr(), v_cache.data_ptr(), page_table.data_ptr(), page_table.shape[1],
-        seq_lens.data_ptr(), out.data_ptr(), R, H, KV, D, page, scale, -1 if window is None else window,
+        q.data_ptr(), q.stride(0), k_cache.data_ptr(), v_cache.data_ptr(), block_table.data_ptr(), block_table.shape[1],
+        seq_lens.data_ptr(), out.data_ptr(), R, H, KV, D, block, scale, -1 if window is None else window,
         -1 if chunk is None else chunk, torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -172,7 +174,7 @@ def silu_mul(x: Tensor) -> Tensor:
     return y
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool = False) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, fp32_out: bool = False) -> Tensor:
     """``x @ weight.T + bias`` for few rows, at the speed at which the weight comes from memory: (M, N).
 
     x (M, K), rows of any stride; weight (N, K) contiguous; bias (N,). The result has x's dtype, or is the unrounded
@@ -183,8 +185,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, wide: bool = F
     assert x.is_cpu and x.dtype == weight.dtype and _dense_rows(x)
     assert weight.shape[1] == K and weight.is_contiguous()
     assert bias is None or (bias.dtype == x.dtype and bias.shape == (N,) and bias.is_contiguous())
-    y = x.new_empty((M, N), dtype=torch.float32 if wide else x.dtype)
-    kernels["wide_linear" if wide else "linear", x.dtype](
+    y = x.new_empty((M, N), dtype=torch.float32 if fp32_out else x.dtype)
+    kernels["fp32_linear" if fp32_out else "linear", x.dtype](
         x.data_ptr(), x.stride(0), weight.data_ptr(), _pointer(bias), y.data_ptr(), M, K, N, torch.get_num_threads()
     )
     return y
@@ -211,8 +213,8 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) ->
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Write row t of k and v to row ``slot_mapping[t]`` of the caches. **Mutates** ``k_cache`` and ``v_cache``.
 
-    k, v (T, KV, D), rows of any stride; k_cache, v_cache (P, page, KV, D) contiguous; slot_mapping (T,) int64, all
-    different: ``page * page_size + offset``.
+    k, v (T, KV, D), rows of any stride; k_cache, v_cache (P, block, KV, D) contiguous; slot_mapping (T,) int64, all
+    different: ``block * block_size + offset``.
     """
     T, KV, D = k.shape
     assert k.is_cpu and k.dtype == v.dtype == k_cache.dtype == v_cache.dtype

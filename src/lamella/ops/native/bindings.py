@@ -28,7 +28,7 @@ SIGNATURES: dict[str, list[type]] = {
     "add_rms_norm": [_P, _I, _I, _P, _I, _P, _F, _P, _P, _I, _I, _I, _N],
     "silu_mul": [_P, _I, _P, _I, _I, _N],
     "linear": [_P, _I, _P, _P, _P, _I, _I, _I, _N],
-    "wide_linear": [_P, _I, _P, _P, _P, _I, _I, _I, _N],
+    "fp32_linear": [_P, _I, _P, _P, _P, _I, _I, _I, _N],
     "rotary": [_P, _I, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _B, _N],
     "write_kv": [_P, _I, _P, _I, _P, _P, _P, _I, _I, _N],
     "delta_rule": [*[_P, _I] * 5, _P, _P, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _B, _N],

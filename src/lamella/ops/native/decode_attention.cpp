@@ -88,9 +88,9 @@ struct Split {
 };
 
 template <class T>
-void decode_attention(const T* q, int64_t ldq, const T* k_cache, const T* v_cache, const int32_t* page_table,
-                      int64_t max_pages, const int32_t* seq_lens, T* out, int64_t R, int64_t H, int64_t KV, int64_t D,
-                      int64_t page, float scale, int64_t window, int64_t chunk, int threads) {
+void decode_attention(const T* q, int64_t ldq, const T* k_cache, const T* v_cache, const int32_t* block_table,
+                      int64_t max_blocks, const int32_t* seq_lens, T* out, int64_t R, int64_t H, int64_t KV, int64_t D,
+                      int64_t block, float scale, int64_t window, int64_t chunk, int threads) {
     static thread_local std::vector<int64_t> first_split;  // of every request, and their count at the end
     static thread_local std::vector<float> partial;        // what Split::attend leaves, per (split, head)
     const auto visible = [&](int64_t r) {
@@ -109,7 +109,7 @@ void decode_attention(const T* q, int64_t ldq, const T* k_cache, const T* v_cach
     partial.resize(splits * H * ldp);
     float* parts = partial.data();
 
-    // A task takes as many kv heads of a split as leave every thread some tasks: neighbours share memory pages.
+    // A task takes as many kv heads of a split as leave every thread some tasks: neighbours share memory blocks.
     const int64_t heads = std::clamp<int64_t>(splits * KV / (4 * threads), 1, KV), per_split = (KV + heads - 1) / heads;
     parallel_tasks(threads, splits * per_split, all_visible / splits * heads * group * D, [&](int64_t task) {
         const int64_t split = task / per_split, kv_begin = task % per_split * heads;
@@ -119,11 +119,11 @@ void decode_attention(const T* q, int64_t ldq, const T* k_cache, const T* v_cach
         tokens.tokens = int(std::min<int64_t>(SPLIT, seq_lens[r] - begin));
         tokens.D = int(D);
         tokens.scale = scale;
-        int64_t offset = begin % page;
-        const int32_t* pages = page_table + r * max_pages + begin / page;
+        int64_t offset = begin % block;
+        const int32_t* blocks = block_table + r * max_blocks + begin / block;
         for (int t = 0; t < tokens.tokens; ++t) {
-            tokens.offsets[t] = (*pages * page + offset) * KV * D;
-            if (++offset == page) offset = 0, ++pages;
+            tokens.offsets[t] = (*blocks * block + offset) * KV * D;
+            if (++offset == block) offset = 0, ++blocks;
         }
         for (int64_t kv = kv_begin; kv < std::min(KV, kv_begin + heads); ++kv)
             for (int64_t g = 0; g < group; g += 4) {

@@ -175,7 +175,7 @@ void linear(const T* x, int64_t ldx, const T* w, const T* bias, T* y, int64_t M,
     linear_to(x, ldx, w, bias, y, M, K, N, threads);
 }
 template <class T>
-void wide_linear(const T* x, int64_t ldx, const T* w, const T* bias, float* y, int64_t M, int64_t K, int64_t N,
+void fp32_linear(const T* x, int64_t ldx, const T* w, const T* bias, float* y, int64_t M, int64_t K, int64_t N,
                  int threads) {
     linear_to(x, ldx, w, bias, y, M, K, N, threads);
 }
@@ -183,7 +183,7 @@ void wide_linear(const T* x, int64_t ldx, const T* w, const T* bias, float* y, i
 }  // namespace
 
 EXPORT(linear)
-EXPORT(wide_linear)
+EXPORT(fp32_linear)
 
 // Whether bf16 products run on AMX.
 extern "C" int lamella_has_tiles() {

@@ -19,8 +19,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, twice: bool = False) -> Tens
         eps: added to the mean square.
         twice: whether to round twice.
     """
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    x_fp32 = x.float()
+    normed = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
     if twice:
         normed = normed.to(x.dtype).float()
     return (normed * weight.float()).to(x.dtype)

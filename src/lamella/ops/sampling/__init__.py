@@ -10,7 +10,7 @@ from torch import Tensor
 from lamella.ops.backend import BackendTable
 from lamella.ops.sampling import reference
 
-_pending = BackendTable("pending_tokens", __name__)
+_pending = BackendTable("placeholder_tokens", __name__)
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this count as 0: dividing by them would only reproduce the argmax, at a loss of range."""
@@ -20,7 +20,7 @@ NO_TOKEN = -1
 """In the place of a row's token: its logits hold NaN or +Inf, or are all -Inf, so that nothing can be chosen."""
 
 
-def pending_tokens(input_ids: Tensor, tokens: Tensor) -> Tensor:
+def placeholder_tokens(input_ids: Tensor, tokens: Tensor) -> Tensor:
     """Return input_ids (T,) int64 with tokens[r] (R,) int64 in place of each -1 - r.
 
     In place of `NO_TOKEN` there is token 0: the request has ended, and the step's result for it is dropped.
@@ -29,13 +29,13 @@ def pending_tokens(input_ids: Tensor, tokens: Tensor) -> Tensor:
 
 
 @_pending.lazy("triton")
-def _triton_pending() -> Callable[..., Tensor]:
-    from lamella.ops.sampling import triton_pending
+def _triton_placeholders() -> Callable[..., Tensor]:
+    from lamella.ops.sampling import triton_placeholders
 
-    return triton_pending.pending_tokens
+    return triton_placeholders.placeholder_tokens
 
 
-_pending.backend("reference")(reference.pending_tokens)
+_pending.backend("reference")(reference.placeholder_tokens)
 
 
 def draw(logits: Tensor, sampling: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:

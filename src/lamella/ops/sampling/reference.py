@@ -6,6 +6,6 @@ import torch
 from torch import Tensor
 
 
-def pending_tokens(input_ids: Tensor, tokens: Tensor) -> Tensor:
+def placeholder_tokens(input_ids: Tensor, tokens: Tensor) -> Tensor:
     """Return input_ids (T,) int64 with tokens[r] (R,) int64, or 0 where that is negative, in place of each -1 - r."""
     return torch.where(input_ids < 0, tokens[(-1 - input_ids).clamp(min=0)].clamp(min=0), input_ids)

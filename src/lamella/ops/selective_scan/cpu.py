@@ -12,8 +12,8 @@ from torch.nn.functional import silu
 
 from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
+from lamella.ops.ragged_chunks import by_kind, longest_first, read_states, walk
 from lamella.ops.selective_scan.reference import step_size
-from lamella.ops.slots import by_kind, longest_first, read_states, walk
 
 CHUNK = 64
 CHUNK_ENTRIES = 1 << 20  # of the states that a chunk holds for all its tokens at once: what a cache has room for
@@ -60,13 +60,13 @@ def _step(
 ) -> None:
     """One new token of each request."""
     heads = dt.shape[1]
-    wide = x.float().repeat_interleave(heads // x.shape[1], 1)
+    x_fp32 = x.float().repeat_interleave(heads // x.shape[1], 1)
     delta = step_size(dt, dt_bias)
     inputs = b.float().repeat_interleave(heads // b.shape[1], 1)[:, :, None]
     memory = read_states(batch, state, tuple(a_log.shape))
     memory *= (delta[..., None] * -a_log.float().exp()).exp_()
-    memory.addcmul_((delta * wide)[..., None], inputs)
-    y = (memory @ c.float()[..., None])[..., 0] + d.float() * wide
+    memory.addcmul_((delta * x_fp32)[..., None], inputs)
+    y = (memory @ c.float()[..., None])[..., 0] + d.float() * x_fp32
     out.copy_(y * silu(z.float()))
     if state is not None:
         state.matrix[state.slots] = memory
@@ -90,18 +90,18 @@ def _prefill(
     order = longest_first(batch)
     memory = read_states(batch, state, tuple(a_log.shape))[order]
     for chunk in walk(batch, order, max(1, min(CHUNK, CHUNK_ENTRIES // memory.numel()))):
-        wide = chunk.take(x).repeat_interleave(heads // x.shape[1], 1)
+        x_fp32 = chunk.take(x).repeat_interleave(heads // x.shape[1], 1)
         bias = None if dt_bias is None else dt_bias[:, None]
         delta = chunk.blank(step_size(chunk.take(dt), bias))
         inputs = chunk.take(b).repeat_interleave(heads // b.shape[1], 1)
         # (width, n, H, P, N): the entries of a token lie together.
         decays = _tokens_first(delta)[..., None].mul(rate).exp_()
-        states = _tokens_first(delta * wide)[..., None] * _tokens_first(inputs)[..., None, :]
+        states = _tokens_first(delta * x_fp32)[..., None] * _tokens_first(inputs)[..., None, :]
         now = memory[: chunk.requests]
         for token in range(states.shape[0]):
             now = states[token].addcmul_(decays[token], now)
         memory[: chunk.requests] = now
-        y = (states @ _tokens_first(chunk.take(c))[..., None])[..., 0].movedim(0, 2) + d.float()[:, None] * wide
+        y = (states @ _tokens_first(chunk.take(c))[..., None])[..., 0].movedim(0, 2) + d.float()[:, None] * x_fp32
         chunk.put(out, y * silu(chunk.take(z)))
     if state is not None:
         state.matrix[state.slots[order]] = memory

@@ -8,7 +8,7 @@ from torch.nn.functional import silu, softplus
 
 from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
-from lamella.ops.slots import read_states
+from lamella.ops.ragged_chunks import read_states
 
 
 def step_size(dt: Tensor, dt_bias: Tensor | None) -> Tensor:
@@ -43,7 +43,7 @@ def selective_scan(
     in the dtype of x.
     """
     heads = dt.shape[1]
-    wide = x.float().repeat_interleave(heads // x.shape[1], 1)
+    x_fp32 = x.float().repeat_interleave(heads // x.shape[1], 1)
     delta = step_size(dt, dt_bias)
     rate = -a_log.float().exp()
     inputs, outputs = b.float().repeat_interleave(heads // b.shape[1], 1), c.float()
@@ -54,8 +54,8 @@ def selective_scan(
         active = (lengths > step).nonzero()[:, 0]
         token = starts[active] + step
         now = memory[active] * (delta[token][..., None] * rate).exp()
-        now = now + (delta[token] * wide[token])[..., None] * inputs[token][:, :, None, :]
-        y = torch.einsum("rhpn,rhn->rhp", now, outputs[token]) + d.float() * wide[token]
+        now = now + (delta[token] * x_fp32[token])[..., None] * inputs[token][:, :, None, :]
+        y = torch.einsum("rhpn,rhn->rhp", now, outputs[token]) + d.float() * x_fp32[token]
         out[token] = (y * silu(z[token].float())).to(x.dtype)
         memory[active] = now
     if state is not None:

@@ -25,12 +25,12 @@ def short_conv(
     """
     (weight, bias, activation, residual), num_tokens = conv, x.shape[0]
     width = weight.shape[1]
-    taps, wide = weight.float(), x.float()
+    taps, x_fp32 = weight.float(), x.float()
     index = torch.arange(num_tokens, device=x.device)
     local = index - batch.query_start_loc[batch.token_request]
-    total = wide * taps[:, width - 1]
+    total = x_fp32 * taps[:, width - 1]
     for offset in range(1, width):
-        tap = wide[(index - offset).clamp(min=0)]
+        tap = x_fp32[(index - offset).clamp(min=0)]
         inside = (local >= offset)[:, None]
         seen = (batch.positions >= offset)[:, None]
         if state is None:
@@ -44,7 +44,7 @@ def short_conv(
     if activation:
         total = torch.nn.functional.silu(total)
     if residual:
-        total = total + wide
+        total = total + x_fp32
     if state is not None:
         state.history[state.slots] = _next_history(x, batch, state.history[state.slots])
     y = total.to(x.dtype)

@@ -102,7 +102,7 @@ def _headline(report: Mapping[str, Any]) -> Markup:
             tag(
                 "p",
                 f"The engine's error divided by the reference's own rounding error in {report['dtype']}, both measured "
-                f"against {report['oracle']} in {report['truth_dtype']}: at most 1 is the goal.",
+                f"against {report['oracle']} in {report['reference_dtype']}: at most 1 is the goal.",
                 join_markup(
                     [" The same for the largest errors, at p99.9: ", tag("b", number_text(stats["p999_ratio"])), "."]
                 )
@@ -122,7 +122,7 @@ def _compared(report: Mapping[str, Any]) -> Markup:
         "Model": f"{report['model']} ({report['architecture']})",
         "Config hash": tag("code", report["config_hash"]),
         "Engine": f"{report['engine']} in {report['dtype']} on {report['device']}",
-        "Reference": f"{report['oracle']} in {report['truth_dtype']} as truth, in {report['dtype']} as noise floor",
+        "Reference": f"{report['oracle']} in {report['reference_dtype']} as truth, in {report['dtype']} as noise floor",
         "Inputs": f"{inputs['source']}: {number_text(inputs['sequences'])} sequences of "
         f"{number_text(inputs['prompt_len'])} + {number_text(inputs['decode_len'])} tokens, "
         f"{number_text(inputs['predictions'])} predictions, "
@@ -389,7 +389,7 @@ def _worst_tokens(tokens: Sequence[Mapping[str, Any]]) -> Markup:
             number_text(token["delta"]),
             _context(token),
             f"sequence {token['sequence']}, position {token['position']}, {token['phase']}",
-            number_text(token["truth_logprob"]),
+            number_text(token["reference_logprob"]),
             number_text(token["engine_logprob"]),
             _likeliest(token),
             token["token"],
@@ -414,7 +414,7 @@ def _context(token: Mapping[str, Any]) -> Markup:
 
 
 def _likeliest(token: Mapping[str, Any]) -> str:
-    truth, engine = token["truth_top"], token["engine_top"]
+    truth, engine = token["reference_top"], token["engine_top"]
     return f"{truth}, both" if truth == engine else f"truth {truth}, engine {engine}"
 
 

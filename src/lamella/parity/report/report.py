@@ -17,7 +17,7 @@ from lamella.parity.free_running import FreeRunning
 from lamella.parity.path_matrix import PathMatrix
 from lamella.parity.sequences import Inputs
 from lamella.parity.stats import Comparison
-from lamella.parity.subject import Subject
+from lamella.parity.tested_model import TestedModel
 from lamella.parity.verdict import Tolerances
 
 
@@ -25,11 +25,11 @@ from lamella.parity.verdict import Tolerances
 class Report:
     """What was compared, what came out, and whether it is good enough."""
 
-    subject: Subject
+    tested: TestedModel
     engine: str
     oracle: str
     dtype: str
-    truth_dtype: str
+    reference_dtype: str
     device: str
     seed: int
     inputs: Inputs
@@ -55,13 +55,13 @@ class Report:
             "verdict": "pass" if self.passed else "fail",
             "noise_floor_ratio": None if self.stats is None else self.stats.noise_floor_ratio,
             "reasons": list(self.reasons),
-            "model": self.subject.name,
-            "architecture": self.subject.config.architecture,
-            "config_hash": self.subject.config_hash,
+            "model": self.tested.name,
+            "architecture": self.tested.config.architecture,
+            "config_hash": self.tested.config_hash,
             "engine": self.engine,
             "oracle": self.oracle,
             "dtype": self.dtype,
-            "truth_dtype": self.truth_dtype,
+            "reference_dtype": self.reference_dtype,
             "device": self.device,
             "seed": self.seed,
             "inputs": {
@@ -92,7 +92,7 @@ class Report:
         return plain
 
     def _with_text(self, token: dict[str, Any]) -> dict[str, Any]:
-        tokenizer = self.subject.tokenizer
+        tokenizer = self.tested.tokenizer
         if tokenizer is None:
             return {**token, "text": None, "context": None}
         return {

@@ -19,7 +19,7 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
     inputs = report["inputs"]
     console.print(
         f"[bold]{escape(report['architecture'])}[/bold] {escape(report['model'])}: {report['engine']} in "
-        f"{report['dtype']} against {report['oracle']} in {report['truth_dtype']}, on {report['device']}; "
+        f"{report['dtype']} against {report['oracle']} in {report['reference_dtype']}, on {report['device']}; "
         f"{inputs['predictions']} predictions of {inputs['sequences']} sequences, {inputs['source']}"
     )
     if report["stats"] is not None:
@@ -63,7 +63,7 @@ def _show_stats(console: Console, report: Mapping[str, Any]) -> None:
     for token in report["worst_tokens"][:_WORST_SHOWN]:
         text = str(token["token"]) if token["text"] is None else f"{token['token']} {token['text']!r}"
         context = " ".join(map(str, token["context_ids"])) if token["context"] is None else repr(token["context"])
-        values = [_number(token["truth_logprob"]), _number(token["engine_logprob"])]
+        values = [_number(token["reference_logprob"]), _number(token["engine_logprob"])]
         table_row = [token["phase"], f"{token['sequence']}:{token['position']}", text, *values, context]
         worst.add_row(*map(escape, table_row))
     console.print(worst)

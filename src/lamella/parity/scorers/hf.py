@@ -12,34 +12,34 @@ from torch import Tensor, nn
 from lamella.checkpoint.names import targets
 from lamella.errors import CheckpointError, ConfigError
 from lamella.models.names import rename
-from lamella.parity.oracle import tap_turned
 from lamella.parity.probe import FED_BY
+from lamella.parity.reference_model import tap_turned
 from lamella.parity.scorers.full_forward import FullForward
 from lamella.parity.scores import Settings
 from lamella.parity.sites import Tap, untouched
-from lamella.parity.subject import Subject
+from lamella.parity.tested_model import TestedModel
 from lamella.validation import listed
 
 _TAPPED = "lamella_tapped"
 _OTHER = "--oracle reference names the tensors that do not fit the config"
 
 
-def open_scorer(subject: Subject, settings: Settings) -> FullForward:
-    return FullForward("hf", HFModel(subject, settings).logits)
+def open_scorer(tested: TestedModel, settings: Settings) -> FullForward:
+    return FullForward("hf", HFModel(tested, settings).logits)
 
 
-def why_not(subject: Subject) -> str | None:
+def why_not(tested: TestedModel) -> str | None:
     """Why `transformers` cannot be asked about a model; None where it can."""
-    if subject.load_format == "dummy":
+    if tested.load_format == "dummy":
         return "dummy weights are in no file that transformers could read"
-    if subject.checkpoint.quantization is not None:
+    if tested.checkpoint.quantization is not None:
         return "of a quantised file transformers would quantise activations too, or compute another way"
     try:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
     except ImportError:
         return "transformers is not installed (pip install 'lamella[hf]')"
     try:
-        config = AutoConfig.from_pretrained(subject.folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(tested.folder, trust_remote_code=False)
     except ConfigError as error:
         return str(error)
     except (ValueError, KeyError, OSError) as error:
@@ -52,17 +52,17 @@ def why_not(subject: Subject) -> str | None:
 class HFModel:
     """A model of `transformers`, whose operations can be tapped under our names."""
 
-    def __init__(self, subject: Subject, settings: Settings) -> None:
-        if (why := why_not(subject)) is not None:
+    def __init__(self, tested: TestedModel, settings: Settings) -> None:
+        if (why := why_not(tested)) is not None:
             raise ConfigError(f"hf: {why}; `reference` needs neither")
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        path = subject.checkpoint.path
+        path = tested.checkpoint.path
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                subject.folder,
+                tested.folder,
                 dtype=settings.dtype,
                 attn_implementation=settings.attention,
                 output_loading_info=True,
@@ -74,14 +74,14 @@ class HFModel:
         if missing := sorted(found["missing_keys"]):  # transformers would fill these at random
             raise CheckpointError(f"{path}: tensors that transformers misses: {listed(missing)}; {_OTHER}")
         self._model = model.eval().requires_grad_(False).to(settings.device)
-        self._names, self._device = subject.checkpoint.names, settings.device
-        self._mixers = [layer.mixer for layer in subject.config.layers]
-        owners = (path.rpartition(".")[0] for path in targets(subject.skeleton(), {}))
+        self._names, self._device = tested.checkpoint.names, settings.device
+        self._mixers = [layer.mixer for layer in tested.config.layers]
+        owners = (path.rpartition(".")[0] for path in targets(tested.skeleton(), {}))
         self._paths = dict.fromkeys((*owners, "lm_head"))  # a tied head owns no tensor
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], tap: Tap = untouched) -> Tensor:
-        """Logits (n, vocab) in the model's dtype; see `Oracle.logits`."""
+        """Logits (n, vocab) in the model's dtype; see `ReferenceModel.logits`."""
         ids = torch.tensor([list(token_ids)], device=self._device)
         if tap is untouched:
             return self._model(ids, use_cache=False).logits[0]
@@ -171,8 +171,8 @@ def _tapped_attention(tap: Tap, mixers: Sequence[Any]) -> Any:
         scores = query @ key.transpose(2, 3) * scaling
         if attention_mask is not None:
             scores = scores + attention_mask
-        wide = torch.promote_types(query.dtype, torch.float32)
-        output = (scores.softmax(-1, dtype=wide).to(query.dtype) @ value).transpose(1, 2)  # (1, n, H, D)
+        x_fp32 = torch.promote_types(query.dtype, torch.float32)
+        output = (scores.softmax(-1, dtype=x_fp32).to(query.dtype) @ value).transpose(1, 2)  # (1, n, H, D)
         return tap(f"{name}.attention", output[0].flatten(1)).view(output.shape), None
 
     return attend

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from lamella.parity.forcing import ForcedEngine, Record
 from lamella.parity.scores import Generation, Scores, Settings
 from lamella.parity.sequences import TokenSequence
-from lamella.parity.subject import Subject
+from lamella.parity.tested_model import TestedModel
 
 
-def open_scorer(subject: Subject, settings: Settings) -> LamellaScorer:
-    return LamellaScorer(subject, settings)
+def open_scorer(tested: TestedModel, settings: Settings) -> LamellaScorer:
+    return LamellaScorer(tested, settings)
 
 
 class LamellaScorer:
@@ -19,13 +19,13 @@ class LamellaScorer:
 
     name = "lamella"
 
-    def __init__(self, subject: Subject, settings: Settings) -> None:
-        self._model = settings.candidate or subject.load(settings.dtype, settings.device)
+    def __init__(self, tested: TestedModel, settings: Settings) -> None:
+        self._model = settings.candidate or tested.load(settings.dtype, settings.device)
         self._device = settings.device
         # A step's logits are kept whole, so that a step must not be long.
         self._options = {"max_num_seqs": settings.batch_size, "max_num_batched_tokens": 512, **settings.options}
-        if subject.max_model_len is not None:
-            self._options.setdefault("max_model_len", subject.max_model_len)
+        if tested.max_model_len is not None:
+            self._options.setdefault("max_model_len", tested.max_model_len)
 
     def score(self, sequences: Sequence[TokenSequence], top: int | None = None) -> list[Scores]:
         return [record.scores for record in self._engine(top).score(sequences)]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from lamella.parity.oracle import Oracle
+from lamella.parity.reference_model import ReferenceModel
 from lamella.parity.scorers.full_forward import FullForward
 from lamella.parity.scores import Settings
-from lamella.parity.subject import Subject
+from lamella.parity.tested_model import TestedModel
 
 
-def open_scorer(subject: Subject, settings: Settings) -> FullForward:
-    oracle = Oracle(
-        subject.config, subject.weights(settings.device), settings.dtype, settings.device, settings.attention
+def open_scorer(tested: TestedModel, settings: Settings) -> FullForward:
+    oracle = ReferenceModel(
+        tested.config, tested.weights(settings.device), settings.dtype, settings.device, settings.attention
     )
     return FullForward("reference", oracle.logits)

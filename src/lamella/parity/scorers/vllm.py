@@ -13,23 +13,23 @@ from torch import Tensor
 from lamella.errors import ConfigError, ParameterError
 from lamella.parity.scores import Generation, Scores, Settings
 from lamella.parity.sequences import TokenSequence
-from lamella.parity.subject import Subject
+from lamella.parity.tested_model import TestedModel
 
 _FORCED = "lamella_forced_token_ids"
 
 
-def open_scorer(subject: Subject, settings: Settings) -> VllmScorer:
-    if subject.load_format == "dummy":
+def open_scorer(tested: TestedModel, settings: Settings) -> VllmScorer:
+    if tested.load_format == "dummy":
         raise ConfigError("vllm: dummy weights are in no file that it could read")
     options = dict(settings.options)
-    if subject.placement is not None:
-        options["hf_overrides"] = {**options.get("hf_overrides", {}), "placement": subject.placement}
+    if tested.placement is not None:
+        options["hf_overrides"] = {**options.get("hf_overrides", {}), "placement": tested.placement}
     return VllmScorer(
-        subject.folder,
+        tested.folder,
         str(settings.dtype).removeprefix("torch."),
         settings.device.type,
         settings.batch_size,
-        subject.max_model_len,
+        tested.max_model_len,
         options=options,
     )
 

@@ -24,7 +24,7 @@ from lamella.errors import CheckpointError, UserError
 from lamella.layers.decoder import LanguageModel
 from lamella.layers.local_kit import LocalKit
 from lamella.models.names import rename
-from lamella.parallel.sharding import cut
+from lamella.parallel.sharding import shard_tensor
 from lamella.vllm_plugin.experts import VllmExperts
 from lamella.vllm_plugin.packed import Shard
 
@@ -237,7 +237,7 @@ def _copy(target: Target) -> Callable[[Tensor], None]:
     """How a place of ours takes its part of a tensor."""
 
     def fill(tensor: Tensor) -> None:
-        part = cut(tensor, target.splits)
+        part = shard_tensor(tensor, target.splits)
         assert part.shape == target.place.shape
         with torch.no_grad():
             target.place.copy_(part)

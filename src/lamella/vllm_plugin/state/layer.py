@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from lamella.layers.context import ForwardBatch, forward_batch
-from lamella.layers.holders import SlotHolder
+from lamella.layers.state_modules import SlotStateModule
 from lamella.ops.ragged import RaggedBatch
 from lamella.vllm_plugin.state.layout import StateLayout
 from lamella.vllm_plugin.state.metadata_builder import StateBackend
@@ -43,7 +43,7 @@ class StateLayer(nn.Module, MambaBase):
         super().__init__()
         self.layout, self.spare_rows, self.prefix = layout, spare_rows, prefix
         self.shape = layout.block(spare_rows)
-        self.holders: dict[str, SlotHolder] = {}
+        self.state_modules: dict[str, SlotStateModule] = {}
         self.kv_cache = (torch.tensor([]),)
         layers = get_current_vllm_config().compilation_config.static_forward_context
         assert prefix not in layers
@@ -75,11 +75,13 @@ class StateLayer(nn.Module, MambaBase):
         blocks = self.kv_cache[0]
         return blocks if blocks.numel() else torch.zeros((1, *self.shape), dtype=self.layout.dtype, device=like.device)
 
-    def compute(self, holder: str, part: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], *more: Any) -> None:
-        """Run a computation of a holder within the current step. Output rows after the step's tokens become zero.
+    def compute(
+        self, state_module: str, part: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], *more: Any
+    ) -> None:
+        """Run a computation of a state_module within the current step. Output rows after the step's tokens become zero.
 
         Args:
-            holder: prefix of the holder.
+            state_module: prefix of the state_module.
             part: name of the computation.
             inputs: one row for each token (T, ...).
             outputs: are written, one row for each token (T, ...).
@@ -97,7 +99,7 @@ class StateLayer(nn.Module, MambaBase):
                 out[count:].zero_()
             inputs, outputs = [x[:count] for x in inputs], [out[:count] for out in outputs]
         with forward_batch(batch):
-            self.holders[holder].parts[part](*inputs, *more, *outputs)
+            self.state_modules[state_module].parts[part](*inputs, *more, *outputs)
 
     def _dummy_batch(self, x: Tensor) -> ForwardBatch:
         """Return a step of one prompt, for vLLM's memory profiling, which runs before there are blocks.

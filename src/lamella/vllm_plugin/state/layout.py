@@ -11,10 +11,10 @@ import torch
 
 from lamella.config import ModelConfig
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.holders import SlotHolder, state_holders
 from lamella.layers.local_kit import LocalKit
+from lamella.layers.state_modules import SlotStateModule, find_state_modules
 from lamella.parallel.group import Group
-from lamella.parallel.sharding import Share
+from lamella.parallel.sharding import Partition
 from lamella.state.spec import SlotState
 
 _CHOICE = ".mixer.mixers."  # in the prefix of a module of one mixer of a stochastic layer
@@ -23,16 +23,16 @@ _ALIGNMENT = 16  # bytes
 
 @dataclass(frozen=True)
 class StateLayout:
-    """Shape of a block. All layers have the same one, so that vLLM puts them into one group with small pages.
+    """Shape of a block. All layers have the same one, so that vLLM puts them into one group with small blocks.
 
     If all state is convolution windows in the model's dtype, a block is rows of channels. Speculation adds spare rows.
-    Otherwise a block is bytes, and the state of each holder starts at an offset. The mixers of a stochastic layer share
+    Otherwise a block is bytes, and the state of each module starts at an offset. The mixers of a stochastic layer share
     an offset, since only one of them computes a request.
 
     Attributes:
         shape: of a block, without spare rows.
         dtype: of a block.
-        offsets: in bytes, by the prefix of the holder; None for rows of channels.
+        offsets: in bytes, by the prefix of the state_module; None for rows of channels.
     """
 
     shape: tuple[int, ...]
@@ -41,28 +41,34 @@ class StateLayout:
 
     @classmethod
     @cache
-    def from_model(cls, model: ModelConfig, share: Share, dtype: torch.dtype) -> StateLayout | None:
+    def from_model(cls, model: ModelConfig, partition: Partition, dtype: torch.dtype) -> StateLayout | None:
         """Return the layout on a rank; None if no layer keeps slot state."""
-        layers = LanguageModel(model, LocalKit(dtype, "meta", Group(share)))
-        holders = [holder for holder in state_holders(layers) if isinstance(holder, SlotHolder)]
-        if not holders:
+        layers = LanguageModel(model, LocalKit(dtype, "meta", Group(partition)))
+        state_modules = [
+            state_module for state_module in find_state_modules(layers) if isinstance(state_module, SlotStateModule)
+        ]
+        if not state_modules:
             return None
-        specs = [holder.specs[0] for holder in holders]
-        alone = len({decoder_layer(holder.prefix) for holder in holders}) == len(holders)
-        plain = all(len(holder.specs) == 1 and len(holder.specs[0].shape) == 2 for holder in holders)
+        specs = [state_module.specs[0] for state_module in state_modules]
+        alone = len({decoder_layer(state_module.prefix) for state_module in state_modules}) == len(state_modules)
+        plain = all(
+            len(state_module.specs) == 1 and len(state_module.specs[0].shape) == 2 for state_module in state_modules
+        )
         if alone and plain and {spec.dtype for spec in specs} == {dtype}:
             rows, channels = (max(sizes) for sizes in zip(*(spec.shape for spec in specs), strict=True))
             return cls((rows, channels), dtype)
         offsets: dict[str, int] = {}
         most = 0
-        for _, group in groupby(holders, key=lambda holder: decoder_layer(holder.prefix)):
-            ours = sorted(group, key=lambda holder: _CHOICE in holder.prefix)  # modules outside the mixers first
+        for _, group in groupby(state_modules, key=lambda state_module: decoder_layer(state_module.prefix)):
+            ours = sorted(
+                group, key=lambda state_module: _CHOICE in state_module.prefix
+            )  # modules outside the mixers first
             start = end = 0
-            for holder in ours:
-                offsets[holder.prefix] = start
-                stop = start + sum(padded_bytes(spec) for spec in holder.specs)
+            for state_module in ours:
+                offsets[state_module.prefix] = start
+                stop = start + sum(padded_bytes(spec) for spec in state_module.specs)
                 end = max(end, stop)
-                start = start if _CHOICE in holder.prefix else stop
+                start = start if _CHOICE in state_module.prefix else stop
             most = max(most, end)
         return cls((most,), torch.uint8, offsets)
 

@@ -13,11 +13,11 @@ from lamella.ops.ragged import RaggedBatch
 pytest.importorskip("triton")
 
 from lamella.ops.attention.triton import MAX_CHUNKS, DecodeWorkspace, plan_decode
-from lamella.ops.attention.triton_few import _SETTINGS, decode_prepared
+from lamella.ops.attention.triton_decode_few import _SETTINGS, decode_prepared
 from lamella.ops.qkv import triton as qkv_triton
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [  # heads, kv_heads, head_dim, page_size, rotated pairs
+SHAPES = [  # heads, kv_heads, head_dim, block_size, rotated pairs
     (4, 1, 64, 16, 32),
     (4, 2, 128, 8, 64),
     (8, 2, 128, 16, 64),
@@ -34,32 +34,32 @@ class Case:
     def __init__(
         self, shape, context, dtype, *, window=None, norms=True, interleaved=False, chunk=None, pads=0, grows=False
     ):
-        self.heads, self.kv_heads, self.dim, page, pairs = shape
+        self.heads, self.kv_heads, self.dim, block, pairs = shape
         self.context, self.window, self.dtype, self.chunk = context, window, dtype, chunk
         self.requests = len(context)
         self.scale = self.dim**-0.5
-        counts = [-(-n // page) for n in context[: self.requests - pads]]
+        counts = [-(-n // block) for n in context[: self.requests - pads]]
         order = (torch.randperm(sum(counts)) + 1).tolist()
         # Heads of one cache row lie apart, as where keys and values share an allocation.
-        shape = (sum(counts) + 1, page, self.kv_heads, 2, self.dim)
+        shape = (sum(counts) + 1, block, self.kv_heads, 2, self.dim)
         self.cache = torch.full(shape, torch.nan, dtype=dtype)
         self.table = torch.full((self.requests, max([1, *counts]) + 2), 2**31 - 1, dtype=torch.int32)
         self.rows = torch.zeros(self.requests, dtype=torch.int64)
         self.table[self.requests - pads :, 0] = 0
         for r, count in enumerate(counts):
-            pages = torch.tensor([order.pop() for _ in range(count)])
+            blocks = torch.tensor([order.pop() for _ in range(count)])
             length = context[r]
             visible = 0 if window is None else max(0, length - window)
-            self.table[r, visible // page : count] = pages[visible // page :]
+            self.table[r, visible // block : count] = blocks[visible // block :]
             # The new token is not there yet.
             positions = torch.arange(visible, length - 1)
             values = torch.randn(len(positions), self.kv_heads, 2, self.dim).to(dtype)
-            self.cache[pages[positions // page], positions % page] = values
-            self.rows[r] = pages[-1] * page + (length - 1) % page
+            self.cache[blocks[positions // block], positions % block] = values
+            self.rows[r] = blocks[-1] * block + (length - 1) % block
         channels = (self.heads + 2 * self.kv_heads) * self.dim
-        wide = torch.full((self.requests, (channels + 47) // 16 * 16), torch.nan, dtype=dtype)
-        wide[:, 16 : 16 + channels] = torch.randn(self.requests, channels)
-        self.qkv = wide.to(device)[:, 16 : 16 + channels]
+        x_fp32 = torch.full((self.requests, (channels + 47) // 16 * 16), torch.nan, dtype=dtype)
+        x_fp32[:, 16 : 16 + channels] = torch.randn(self.requests, channels)
+        self.qkv = x_fp32.to(device)[:, 16 : 16 + channels]
         self.cache, self.table, self.rows = (x.to(device) for x in (self.cache, self.table, self.rows))
         weights = [torch.rand(self.dim, device=device) + 0.5 for _ in "qk"]
         angles = torch.rand(self.requests, pairs, device=device) * 6
@@ -161,11 +161,11 @@ def test_options(shape, dtype, options):
 
 
 @pytest.mark.parametrize("window", [None, 128, 129])
-@pytest.mark.parametrize("block", [16, 128])
-def test_edges_of_chunks(block, window):
+@pytest.mark.parametrize("tile", [16, 128])
+def test_edges_of_chunks(tile, window):
     """Also chunks longer than what is read early, and such as hold nothing but the newest token."""
     case = Case((4, 2, 32, 16, 16), [127, 128, 129, 256, 257], torch.float32, window=window)
-    case.check(_SETTINGS[32, 4]._replace(block=block))
+    case.check(_SETTINGS[32, 4]._replace(tile=tile))
 
 
 @pytest.mark.parametrize("newest", [-500.0, 500.0])

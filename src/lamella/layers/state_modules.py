@@ -57,7 +57,7 @@ class PagedAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k and v (T, KV, D) to the cache, and return attention of q (T, H, D) over all that it holds."""
         batch = require_batch()
-        if batch.pages is None:
+        if batch.blocks is None:
             spec = self.spec
             return attention.causal_attention(q, k, v, batch.ragged, self.scale, spec.window, spec.chunk)
         attention.write_kv(k, v, self.cache())
@@ -66,7 +66,7 @@ class PagedAttention(nn.Module):
     def cache(self) -> PagedCache:
         """Return the cache with the current step's block table and slot mapping."""
         view = require_batch().blocks_of(self.spec)
-        return PagedCache(*self._require_bound(), view.page_table, view.new_rows)
+        return PagedCache(*self._require_bound(), view.block_table, view.slot_mapping)
 
     def read(self, q: Tensor) -> Tensor:
         """Return attention of q (T, H, D) over the cache, the step's own keys and values included."""
@@ -96,13 +96,13 @@ class PagedAttention(nn.Module):
         return batch.once(
             ("attention", spec, self.heads, self.scale),
             lambda: AttentionPlan(
-                space, batch.ragged, batch.blocks_of(spec).page_list, self.heads, spec.kv_heads, spec.head_dim,
+                space, batch.ragged, batch.blocks_of(spec).block_list, self.heads, spec.kv_heads, spec.head_dim,
                 self.k_cache.shape[1], spec.dtype, self.scale, spec.window, chunk=spec.chunk,
             ),
         )  # fmt: skip
 
 
-class SlotHolder(nn.Module):
+class SlotStateModule(nn.Module):
     """Holds slot tensors, each (slots, *shape), and knows what reads and writes them; computes nothing itself.
 
     Attributes:
@@ -129,7 +129,7 @@ class SlotHolder(nn.Module):
     def run(self, part: str, inputs: Sequence[Tensor], width: int) -> Tensor:
         """Return one of the `parts` of inputs (T, ...): (T, width)."""
         batch = require_batch()
-        if not batch.cuts:
+        if not batch.snapshots:
             result: Tensor = self.parts[part](*inputs, None)
             return result
         kept = windows(batch, self.specs[0].shape[0]) if part in self.convolutions else None
@@ -157,7 +157,7 @@ class SlotHolder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return one of the `parts` of the weighted RMS norm of x + residual, all (T, C), and the sum.
 
-        Only holders that are not `inline` have it.
+        Only state_modules that are not `inline` have it.
         """
         raise NotImplementedError
 
@@ -179,6 +179,6 @@ class SlotHolder(nn.Module):
         return None if current is None else ConvState(current.tensors[0][:, :, channels], current.slots)
 
 
-def state_holders(model: nn.Module) -> list[PagedAttention | SlotHolder]:
+def find_state_modules(model: nn.Module) -> list[PagedAttention | SlotStateModule]:
     """Every module of `model` that keeps state, in layer order."""
-    return [module for module in model.modules() if isinstance(module, PagedAttention | SlotHolder)]
+    return [module for module in model.modules() if isinstance(module, PagedAttention | SlotStateModule)]

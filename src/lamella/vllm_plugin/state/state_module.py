@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lamella.layers.context import require_batch
-from lamella.layers.holders import SlotHolder, SlotRows
+from lamella.layers.state_modules import SlotRows, SlotStateModule
 from lamella.ops.operands import ConvState, ResidualNorm
 from lamella.ops.rms_norm import add_rms_norm
 from lamella.state.spec import SlotState
@@ -22,25 +22,25 @@ from lamella.vllm_plugin.state.layout import padded_bytes
 from lamella.vllm_plugin.state.windows import advance_window
 
 
-class VllmHolder(SlotHolder):
-    """A holder whose state is a part of the blocks of a `StateLayer`. Mixers of a stochastic layer share this part."""
+class VllmStateModule(SlotStateModule):
+    """Slot state in a part of the blocks of a `StateLayer`. Mixers of a stochastic layer share this part."""
 
     inline = False
 
     def __init__(self, specs: Sequence[SlotState], layer: StateLayer, prefix: str) -> None:
-        """Register the holder with the layer.
+        """Register the state_module with the layer.
 
         Args:
             specs: its states.
             layer: has the blocks.
-            prefix: name of the holder.
+            prefix: name of the state_module.
         """
         super().__init__(specs, prefix)
         self.layer = layer
-        layer.holders[prefix] = self
+        layer.state_modules[prefix] = self
 
     def run(self, part: str, inputs: Sequence[Tensor], width: int) -> Tensor:
-        """See `SlotHolder.run`."""
+        """See `SlotStateModule.run`."""
         out = inputs[0].new_empty(inputs[0].shape[0], width)
         torch.ops.lamella.stateful(list(inputs), out, self.layer.prefix, self.prefix, part)
         return out
@@ -48,7 +48,7 @@ class VllmHolder(SlotHolder):
     def run_after_norm(
         self, part: str, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """See `SlotHolder.run_after_norm`."""
+        """See `SlotStateModule.run_after_norm`."""
         if self.layer.spare_rows:  # the rows after the norm must be stored
             normed, total = add_rms_norm(x, ResidualNorm(residual, weight, eps))
             return self.run(part, (normed,), x.shape[1]), total
@@ -59,7 +59,7 @@ class VllmHolder(SlotHolder):
         return out, total
 
     def current(self) -> SlotRows | None:
-        """See `SlotHolder.current`."""
+        """See `SlotStateModule.current`."""
         slots = require_batch().slots
         if slots is None:
             return None
@@ -74,7 +74,7 @@ class VllmHolder(SlotHolder):
         return SlotRows(views, slots)
 
     def window(self, channels: slice, x: Tensor | None) -> ConvState | None:
-        """See `SlotHolder.window`."""
+        """See `SlotStateModule.window`."""
         current = self.current()
         if current is None:
             return None

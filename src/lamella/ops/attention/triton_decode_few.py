@@ -23,7 +23,7 @@ from lamella.ops.rms_norm.triton import row_scale
 class Settings(NamedTuple):
     """How `decode_prepared` runs; changes its speed, and results only in rounding."""
 
-    block: int  # tokens a program works on at a time, a power of two >= 16; the first of them are read early
+    tile: int  # tokens a program works on at a time, a power of two >= 16; the first of them are read early
     num_warps: int
     registers: int | None = None  # the most a thread may take: fewer leave room to start while the launch ahead runs
 
@@ -74,10 +74,10 @@ def decode_prepared(
         assert rope.cos.shape[0] == requests and 2 * pairs <= head_dim
         assert rope.cos.is_contiguous() and rope.sin.is_contiguous()
     assert q_scale is None or (q_scale.shape == (requests,) and q_scale.is_contiguous())
-    page_size = k_cache.shape[1]
+    block_size = k_cache.shape[1]
     assert k_cache.shape == v_cache.shape and k_cache.shape[2:] == (num_kv_heads, head_dim)
     assert k_cache.stride() == v_cache.stride() and k_cache.stride(3) == 1
-    assert k_cache.stride(0) == page_size * k_cache.stride(1) and page_size & (page_size - 1) == 0
+    assert k_cache.stride(0) == block_size * k_cache.stride(1) and block_size & (block_size - 1) == 0
     assert qkv.dtype == k_cache.dtype == v_cache.dtype
     assert rows.shape == (requests,) and rows.dtype == torch.int64 and rows.is_contiguous()
     assert block_table.dtype == torch.int32 and block_table.stride(1) == 1
@@ -91,8 +91,8 @@ def decode_prepared(
         k_cache, v_cache, k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
         block_table, block_table.stride(0), workspace.items, workspace.items.shape[1], workspace.num_items,
         workspace.arrived, workspace.parts, workspace.maxima, workspace.sums, out, scale * LOG2_E, eps,
-        KV_HEADS=num_kv_heads, GROUP=group, DIM=head_dim, PAIRS=pairs, INTERLEAVED=interleaved, PAGE_SIZE=page_size,
-        ROWS=max(16, padded_group), PADDED_GROUP=padded_group, PADDED=padded, BLOCK=settings.block,
+        KV_HEADS=num_kv_heads, GROUP=group, DIM=head_dim, PAIRS=pairs, INTERLEAVED=interleaved, BLOCK_SIZE=block_size,
+        ROWS=max(16, padded_group), PADDED_GROUP=padded_group, PADDED=padded, TILE=settings.tile,
         PARTS=max(1, 4096 // (padded_group * padded)),
         num_warps=settings.num_warps, num_stages=1, maxnreg=settings.registers,
         enable_fp_fusion=False,  # so that the rotation has the bits of `prepare_qkv`
@@ -125,25 +125,25 @@ def _prepare(x, partner, gains, cos, sin, DIM: tl.constexpr, PAIRS: tl.constexpr
 
 @triton.jit
 def _load_tile(
-    k_ptr, v_ptr, page_stride, row_stride, pages_ptr, tile, end,
-    DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    k_ptr, v_ptr, block_stride, row_stride, blocks_ptr, tile, end,
+    DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values (BLOCK, PADDED) of the positions from `tile` on, zero from position `end` on."""
-    positions = tile + tl.arange(0, BLOCK)
+    """Keys and values (TILE, PADDED) of the positions from `tile` on, zero from position `end` on."""
+    positions = tile + tl.arange(0, TILE)
     dims = tl.arange(0, PADDED)
     seen = positions < end
-    pages = tl.load(pages_ptr + positions // PAGE_SIZE, mask=seen, other=0).to(tl.int64)
-    offsets = pages * page_stride + (positions % PAGE_SIZE) * row_stride
+    blocks = tl.load(blocks_ptr + positions // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
+    offsets = blocks * block_stride + (positions % BLOCK_SIZE) * row_stride
     cached = offsets[:, None] + dims[None, :]
     mask = seen[:, None] & (dims < DIM)[None, :]
     return tl.load(k_ptr + cached, mask=mask, other=0.0), tl.load(v_ptr + cached, mask=mask, other=0.0)
 
 
 @triton.jit
-def _score(q, k, tile, end, scale, BLOCK: tl.constexpr):
-    """Of each query and key (ROWS, BLOCK), the keys those of a tile, of which positions from `end` on are not seen."""
+def _score(q, k, tile, end, scale, TILE: tl.constexpr):
+    """Of each query and key (ROWS, TILE), the keys those of a tile, of which positions from `end` on are not seen."""
     scores = tl.dot(q, k.T, input_precision="ieee") * scale
-    return tl.where((tile + tl.arange(0, BLOCK) < end)[None, :], scores, float("-inf"))
+    return tl.where((tile + tl.arange(0, TILE) < end)[None, :], scores, float("-inf"))
 
 
 @triton.jit
@@ -160,11 +160,11 @@ def _add(scores, v, maximum, total, part):
 @triton.jit
 def _decode_prepared(
     qkv_ptr, qkv_stride, q_norm, k_norm, cos_ptr, sin_ptr, q_scale_ptr, rows_ptr,
-    k_ptr, v_ptr, page_stride, row_stride, head_stride, table_ptr, table_stride, items_ptr, max_items, num_items_ptr,
+    k_ptr, v_ptr, block_stride, row_stride, head_stride, table_ptr, table_stride, items_ptr, max_items, num_items_ptr,
     arrived_ptr, parts_ptr, maxima_ptr, sums_ptr, out_ptr, scale, eps,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr, PADDED_GROUP: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, PADDED_GROUP: tl.constexpr, PADDED: tl.constexpr,
+    TILE: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     HEADS: tl.constexpr = KV_HEADS * GROUP
     item, kv_head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
@@ -193,10 +193,10 @@ def _decode_prepared(
     q_gains = _load_gains(q_norm, channels, partners, inside, turned)
     k_gains = _load_gains(k_norm, channels, partners, inside, turned)
     cache_row = tl.load(rows_ptr + request, mask=newest, other=0) * row_stride
-    pages_ptr = table_ptr + request.to(tl.int64) * table_stride
+    blocks_ptr = table_ptr + request.to(tl.int64) * table_stride
     k_ptr += kv_head * head_stride
     v_ptr += kv_head * head_stride
-    k, v = _load_tile(k_ptr, v_ptr, page_stride, row_stride, pages_ptr, start, end, DIM, PAGE_SIZE, PADDED, BLOCK)
+    k, v = _load_tile(k_ptr, v_ptr, block_stride, row_stride, blocks_ptr, start, end, DIM, BLOCK_SIZE, PADDED, TILE)
 
     wait_for_predecessor(PDL)
     cells = rows[:, None] * DIM + dims[None, :]  # of a group's q, parts and output
@@ -220,7 +220,7 @@ def _decode_prepared(
     q = _prepare(q, q_partner, q_gains, cos, sin, DIM, PAIRS, eps)
     if q_scale_ptr is not None:
         q = (q.to(tl.float32) * q_scale).to(q.dtype)
-    scores = _score(q, k, start, end, scale, BLOCK)
+    scores = _score(q, k, start, end, scale, TILE)
     new_k = _prepare(new_k, k_partner, k_gains, cos, sin, DIM, PAIRS, eps)
     once = (rows == 0)[:, None] & inside & newest
     tl.store(k_ptr + cache_row + channels, new_k, mask=once)
@@ -230,9 +230,9 @@ def _decode_prepared(
     maximum = tl.where(newest, score, float("-inf"))
     total = tl.full((ROWS,), 1.0, tl.float32)
     maximum, total, part = _add(scores, v, maximum, total, new_v.to(tl.float32))
-    for tile in tl.range(start + BLOCK, end, BLOCK):
-        k, v = _load_tile(k_ptr, v_ptr, page_stride, row_stride, pages_ptr, tile, end, DIM, PAGE_SIZE, PADDED, BLOCK)
-        scores = _score(q, k, tile, end, scale, BLOCK)
+    for tile in tl.range(start + TILE, end, TILE):
+        k, v = _load_tile(k_ptr, v_ptr, block_stride, row_stride, blocks_ptr, tile, end, DIM, BLOCK_SIZE, PADDED, TILE)
+        scores = _score(q, k, tile, end, scale, TILE)
         maximum, total, part = _add(scores, v, maximum, total, part)
 
     finish(

@@ -40,7 +40,7 @@ from lamella.parity.sites import Tap, untouched
 ATTENTION = ("eager", "sdpa")
 
 
-class Oracle:
+class ReferenceModel:
     """One full causal forward of one sequence from nothing: no cache, no batch, no chunk."""
 
     def __init__(
@@ -83,23 +83,23 @@ class Oracle:
             x = x + kinds[type(config)](self, config, y, f"{name}.{part}", tap)
         return x
 
-    def wide(self, name: str) -> Tensor:
+    def fp32_parameter(self, name: str) -> Tensor:
         """A parameter in fp32, or fp64 for an fp64 oracle, as far as its dtype here is that exact."""
         weight = self._weights[f"model.{name}"]
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     def find_wide(self, name: str) -> Tensor | None:
         """The same of one that may not be there."""
-        return self.wide(name) if f"model.{name}" in self._weights else None
+        return self.fp32_parameter(name) if f"model.{name}" in self._weights else None
 
     def norm(self, x: Tensor, config: NormConfig, name: str | None) -> Tensor:
         """The norm whose weight has this name, or none."""
         if config.kind == "layer":
-            weight, bias = (self.wide(f"{name}.{part}") for part in ("weight", "bias"))
+            weight, bias = (self.fp32_parameter(f"{name}.{part}") for part in ("weight", "bias"))
             return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, config.eps).to(x.dtype)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + config.eps)
-        return wide.to(x.dtype) if name is None else self._weights[f"model.{name}.weight"] * wide.to(x.dtype)
+        x_fp32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        x_fp32 = x_fp32 * torch.rsqrt(x_fp32.pow(2).mean(-1, keepdim=True) + config.eps)
+        return x_fp32.to(x.dtype) if name is None else self._weights[f"model.{name}.weight"] * x_fp32.to(x.dtype)
 
     def linear(self, x: Tensor, name: str, tap: Tap) -> Tensor:
         weight, bias = self._weights[f"model.{name}.weight"], self._weights.get(f"model.{name}.bias")
@@ -128,7 +128,7 @@ class Oracle:
         return x + y if config.residual else y
 
 
-def attention(oracle: Oracle, config: AttentionConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
+def attention(oracle: ReferenceModel, config: AttentionConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
     q, k, v = (oracle.linear(x, f"{name}.{part}_proj", tap) for part in "qkv")
     if config.qk_norm and config.qk_norm_weight:
         shape = (-1, config.head_dim) if config.qk_norm_scope == "head" else (1, -1)
@@ -159,7 +159,7 @@ def attention(oracle: Oracle, config: AttentionConfig, x: Tensor, name: str, tap
     return oracle.linear(tap(f"{name}.attention", y.transpose(0, 1).flatten(1)), f"{name}.o_proj", tap)
 
 
-def mlp(oracle: Oracle, config: MLPConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
+def mlp(oracle: ReferenceModel, config: MLPConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
     sides = [oracle.linear(x, f"{name}.{part}_proj", tap) for part in (("gate", "up") if config.gated else ("up",))]
     if config.canon:
         joined = tap(f"{name}.canon", oracle.canon(torch.cat(sides, -1), config.canon, f"{name}.canon"))
@@ -190,7 +190,7 @@ def tap_turned(tap: Tap, name: str, config: AttentionConfig, turned: Tensor) -> 
     return turn(shown, here - there).to(turned.dtype)
 
 
-def moe(oracle: Oracle, config: MoEConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
+def moe(oracle: ReferenceModel, config: MoEConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
     """Every expert of every token, of which those not chosen are given zeros."""
     logits = oracle.linear(x, f"{name}.router", tap)
     chosen, ids = logits.topk(config.top_k, dim=1)
@@ -261,8 +261,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rope: RopeConfig) -> Tensor:
     """
     turned, rest = x[..., : rope.dim], x[..., rope.dim :]
     if rope.interleaved:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        pairs = torch.view_as_complex(turned.to(wide).unflatten(-1, (-1, 2)).contiguous())
+        x_fp32 = torch.promote_types(x.dtype, torch.float32)
+        pairs = torch.view_as_complex(turned.to(x_fp32).unflatten(-1, (-1, 2)).contiguous())
         joined = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
     else:
         first, second = turned.chunk(2, -1)

@@ -12,7 +12,7 @@ from lamella.ops.launch import cdiv, dependent_launch, wait_for_predecessor
 _BLOCK = 1024
 
 
-def pending_tokens(input_ids: Tensor, tokens: Tensor) -> Tensor:
+def placeholder_tokens(input_ids: Tensor, tokens: Tensor) -> Tensor:
     """See the package's function of this name."""
     assert input_ids.dtype == tokens.dtype == torch.int64 and input_ids.is_contiguous() and tokens.is_contiguous()
     out = torch.empty_like(input_ids)

@@ -32,7 +32,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Subject:
+class TestedModel:
     """A checkpoint and how to take it; `load_format="dummy"` fills it at random, by `seed`, instead of reading it, and
     of a supernet `placement` says which mixers compute. `overrides` are in the checkpoint's values already.
     """
@@ -54,13 +54,13 @@ class Subject:
         max_model_len: int | None = None,
         placement: PlacementLike | None = None,
         overrides: Mapping[str, Any] | None = None,
-    ) -> Subject:
+    ) -> TestedModel:
         """Reads the config only. Raises `CheckpointError` or `ConfigError`."""
         overrides = _as_json(overrides)
         checkpoint = open_checkpoint(model, overrides)
-        subject = cls(str(model), checkpoint, load_format, seed, max_model_len, placement, overrides)
-        _ = subject.config
-        return subject
+        tested = cls(str(model), checkpoint, load_format, seed, max_model_len, placement, overrides)
+        _ = tested.config
+        return tested
 
     @cached_property
     def whole_config(self) -> ModelConfig:
@@ -82,7 +82,7 @@ class Subject:
     def folder(self) -> Path:
         """Folder from which other libraries read the same model: the checkpoint's own if nothing is overridden.
 
-        Otherwise a temporary one that lasts as long as the subject: links to the checkpoint's files, and a config.json
+        Otherwise a temporary one that lasts as long as the tested: links to the checkpoint's files, and a config.json
         with the overridden values. Other libraries merge overrides by rules of their own.
 
         Raises:
