@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from interrupts import interrupted
 from lamella.state.manager import DUMMY, StateManager
-from lamella.state.prefix import MISS, Hit, block_key, root_key
+from lamella.state.prefix import MISS, Hit, chain_keys, root_key
 from lamella.state.spec import PagedState
 from prefix_cases import BLOCK, bookkeeping, brute_force, group, keys_of
 
@@ -332,7 +332,4 @@ class TestRollBack:
 
 def chain(count):
     """Keys of `count` blocks in a row."""
-    keys = [root_key("test")]
-    for index in range(count):
-        keys.append(block_key(keys[-1], [index] * BLOCK))
-    return keys[1:]
+    return chain_keys(root_key("test"), [index for index in range(count) for _ in range(BLOCK)], BLOCK)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lamella.engine.images.reader import Image, PlacedImage
 from lamella.engine.requests.request import Request
-from lamella.state.prefix import block_key, root_key
+from lamella.state.prefix import chain_keys, root_key
 from prefix_cases import BLOCK, ROOT, TOKEN_IDS, keys_of, make_request
 
 pytestmark = pytest.mark.unit
@@ -41,9 +41,21 @@ def test_the_roots_of_different_models_placements_and_salts_differ():
 
 
 def test_block_keys_tell_large_tokens_and_block_limits_apart():
-    keys = {block_key(ROOT, ids) for ids in ([1], [256], [65536], [2**31], [2**40], [0, 1], [1, 0], [0], [1, 0, 0], [])}
-    assert len(keys) == 10
-    assert block_key(block_key(ROOT, [1]), [2]) != block_key(ROOT, [1, 2])
+    blocks = ([1], [256], [65536], [2**31], [2**40], [0, 1], [1, 0], [0], [1, 0, 0])
+    assert len({chain_keys(ROOT, ids, len(ids))[0] for ids in blocks}) == len(blocks)
+    assert chain_keys(ROOT, [1, 2], 1)[1] != chain_keys(ROOT, [1, 2], 2)[0]
+
+
+def test_a_chain_of_keys_continues_where_it_was_left():
+    whole = chain_keys(ROOT, range(12), 3)
+    first = chain_keys(ROOT, range(6), 3)
+    assert len(whole) == 4 and len(set(whole)) == 4
+    assert whole == first + chain_keys(first[-1], range(6, 12), 3)
+
+
+def test_contents_of_blocks_change_their_keys_and_all_after():
+    plain, other = chain_keys(ROOT, range(9), 3), chain_keys(ROOT, range(9), 3, lambda n: b"image" if n == 1 else b"")
+    assert [a == b for a, b in zip(plain, other, strict=True)] == [True, False, False]
 
 
 @given(st.integers(1, 11), st.lists(st.integers(0, 16), min_size=1, max_size=6))

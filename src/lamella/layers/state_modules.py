@@ -136,7 +136,7 @@ class SlotStateModule(nn.Module):
         if kept is not None:
             result = self.parts[part](*inputs, None)
             tokens, targets = kept
-            self.rows[0][..., self.channels[part]][targets] = inputs[0][tokens]
+            self.rows[0][..., self.channels[part]].index_copy_(0, targets, inputs[0][tokens])
             return result
         out = inputs[0].new_empty(inputs[0].shape[0], width)
         for segment in segments(batch):

@@ -75,21 +75,29 @@ class StateManager:
 
     def match(self, keys: Sequence[bytes]) -> Hit:
         """The longest prefix, of the blocks that have these keys, for which every kind of state is at hand."""
-        runs = [self._runs([pool.find(key) is not None for key in keys]) for pool in self.block_pools]
-        # A run that starts at the first block is as long as its index; windows lose their first blocks.
-        known = max((run for each in runs for index, run in enumerate(each, 1) if run == index), default=0)
+        # Blocks of full attention are needed from the first on; windows lose their first blocks.
+        leading = [self._num_leading(pool, keys) for pool in self.block_pools]
+        known = max(leading, default=0)
         if not self.groups:
             known = next((index for index, key in enumerate(keys) if key not in self._seen), len(keys))
         known *= self.block_size
+        full = [length for group, length in zip(self.groups, leading, strict=True) if group.reach is None]
+        keys = keys[: min(full, default=len(keys))]
+        runs = [self._runs([pool.find(key) is not None for key in keys]) for _, _, pool in self._local]
         for count in range(len(keys), 0, -1):
             length = count * self.block_size
-            needed = [count - group.first_visible(length) // self.block_size for group in self.groups]
+            needed = [count - group.first_visible(length) // self.block_size for _, group, _ in self._local]
             if any(run[count - 1] < blocks for run, blocks in zip(runs, needed, strict=True)):
                 continue
             snapshot = self.slot_pool.find(keys[count - 1]) if self.has_slot_state else None
             if snapshot is not None or not self.has_slot_state:
                 return Hit(length, snapshot, known)
         return Hit(known=known)
+
+    @staticmethod
+    def _num_leading(pool: Pool, keys: Sequence[bytes]) -> int:
+        """Return how many of the first blocks are in the pool, without a gap."""
+        return next((index for index, key in enumerate(keys) if pool.find(key) is None), len(keys))
 
     @staticmethod
     def _runs(present: Sequence[bool]) -> list[int]:

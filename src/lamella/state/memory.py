@@ -65,6 +65,7 @@ class StateMemory:
         self._state_modules = tuple(state_modules)
         self._bound: list[list[torch.Tensor]] = []
         self._slots: list[torch.Tensor] = []
+        self._rows: dict[int, list[torch.Tensor]] = {}  # of a slot, its row of each tensor, as whole words
         start = 0
         for state_module in state_modules:
             self._bound.append([])
@@ -95,10 +96,20 @@ class StateMemory:
         return [tensor for tensors in self._bound for tensor in tensors]
 
     def copy_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy whole slots, (from, to), one after the other."""
-        for source, target in pairs:
-            for rows in self._slots:
-                rows[target].copy_(rows[source])
+        """Copy whole slots, (from, to), as if one after the other.
+
+        Copies that do not depend on each other are launched together: on a GPU a few launches copy the state of all
+        layers and of all requests that reach the end of a block in this step.
+        """
+        for together in _independent(pairs):
+            sources = [row for source, _ in together for row in self._rows_of(source)]
+            targets = [row for _, target in together for row in self._rows_of(target)]
+            torch._foreach_copy_(targets, sources)
+
+    def _rows_of(self, slot: int) -> list[torch.Tensor]:
+        if slot not in self._rows:
+            self._rows[slot] = [_as_words(tensor[slot]) for tensor in self._slots]
+        return self._rows[slot]
 
     def poison(self) -> None:
         """Fill every place with NaN: a check that nothing is ever read before it is written."""
@@ -108,6 +119,25 @@ class StateMemory:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def _independent(pairs: Sequence[tuple[int, int]]) -> Iterator[Sequence[tuple[int, int]]]:
+    """Divide copies into runs in which no slot that is written is read, or written again."""
+    first, read, written = 0, set[int](), set[int]()
+    for index, (source, target) in enumerate(pairs):
+        if source in written or target in written or target in read:
+            yield pairs[first:index]
+            first, read, written = index, set(), set()
+        read.add(source)
+        written.add(target)
+    if first < len(pairs):
+        yield pairs[first:]
+
+
+def _as_words(row: torch.Tensor) -> torch.Tensor:
+    """View a row as integers of one size, so that rows of several dtypes are copied together."""
+    flat = row.view(-1)
+    return flat.view(torch.int32) if flat.nbytes % 4 == 0 else flat.view(torch.uint8)
 
 
 def _shapes(

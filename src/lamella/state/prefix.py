@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -13,12 +13,23 @@ def root_key(*parts: object) -> bytes:
     return hashlib.sha256(repr(parts).encode()).digest()
 
 
-def block_key(before: bytes, token_ids: Sequence[int], content: bytes = b"") -> bytes:
-    """The key of a block of tokens after the blocks whose key is `before`.
+def chain_keys(
+    before: bytes, token_ids: Sequence[int], block_size: int, content: Callable[[int], bytes] | None = None
+) -> list[bytes]:
+    """Return the keys of consecutive full blocks.
 
-    `content` is what else decides its state: what those of the tokens stand for that do not stand for themselves.
+    Args:
+        before: key of the block before the first, or the root key.
+        token_ids: tokens of the blocks; as many as they hold.
+        block_size: tokens per block.
+        content: for the n-th of these blocks, what its tokens stand for besides themselves, such as an image's digest.
     """
-    return hashlib.sha256(before + array("q", token_ids).tobytes() + content).digest()
+    data, width, keys = array("q", token_ids).tobytes(), 8 * block_size, []
+    for index, start in enumerate(range(0, len(data), width)):
+        block = before + data[start : start + width]
+        before = hashlib.sha256(block if content is None else block + content(index)).digest()
+        keys.append(before)
+    return keys
 
 
 @dataclass(frozen=True)

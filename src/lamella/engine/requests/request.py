@@ -11,7 +11,7 @@ import numpy as np
 
 from lamella.engine.requests.sampling_params import SamplingParams, is_restricted, looks_back
 from lamella.engine.requests.variant import PLAIN, Variant
-from lamella.state.prefix import block_key
+from lamella.state.prefix import chain_keys
 
 _SEED_MASK = (1 << 64) - 1
 _MOST = np.iinfo(np.int32).max
@@ -117,13 +117,18 @@ class Request:
         """Keys of the full blocks of its first `tokens` tokens; empty where the request keeps out of the cache."""
         if self.prefix_root is None:
             return []
-        count = tokens // block_size
-        while len(self._block_keys) < count:
-            start = len(self._block_keys) * block_size
-            before = self._block_keys[-1] if self._block_keys else self.prefix_root
-            stop = start + block_size
-            self._block_keys.append(block_key(before, self.token_ids(start, stop), self._content(start, stop)))
-        return self._block_keys[:count]
+        keys, count = self._block_keys, tokens // block_size
+        if len(keys) < count:
+            first = len(keys)
+
+            def content(index: int) -> bytes:
+                return self._content((first + index) * block_size, (first + index + 1) * block_size)
+
+            new = self.token_ids(first * block_size, count * block_size)
+            keys += chain_keys(
+                keys[-1] if keys else self.prefix_root, new, block_size, content if self.attachments else None
+            )
+        return keys[:count]
 
     def _content(self, start: int, stop: int) -> bytes:
         """Return what tokens [start, stop) stand for besides themselves: equal tokens may stand for other contents."""
