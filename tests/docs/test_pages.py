@@ -1,0 +1,74 @@
+"""Examples and commands of the pages, run as they stand."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+HERE = ("getting_started", "generation", "prefix_caching")
+# Pages whose examples are run, or are not, elsewhere.
+ELSEWHERE = {
+    "adding_a_mixer": "test_adding_a_mixer.py",
+    "adding_a_model": "test_adding_a_model.py",
+    "adding_an_engine_feature": "test_adding_an_engine_feature.py",
+    "chat": "real_model/test_smollm2.py",
+    "llama4": "needs a checkpoint of Llama 4; models/test_llama4.py makes the same calls",
+    "parity": "test_parity_page.py",
+    "reading_files": "test_reading_files.py",
+    "supernets": "test_supernets.py",
+    "vllm": "reproductions of faults of vLLM, on its models",
+}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", HERE)
+def test_the_python_examples_run(page, tmp_path):
+    code = "import torch\ntorch.set_num_threads(1)\n" + "\n".join(blocks(page, "python"))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+COMMANDS = [
+    line[2:]
+    for page in HERE
+    for block in blocks(page, "console")
+    for line in block.splitlines()
+    if line.startswith("$ ")
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_run(command, tmp_path):
+    program, *arguments = shlex.split(command)
+    assert program == "lamella"
+    done = subprocess.run([sys.executable, "-m", "lamella", *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_page_with_an_example_has_a_test():
+    pages = {path.stem for path in DOCS.glob("*.md") if "```python" in path.read_text()}
+    assert pages == {*HERE, *ELSEWHERE}
+
+
+def test_the_repeated_system_prompt_hits_from_the_second_request_on(tmp_path):
+    (code,) = blocks("prefix_caching", "python")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    cached = [int(line.split(" tokens, ")[1].split()[0]) for line in done.stdout.splitlines()[:3]]
+    assert cached[0] == 0 and min(cached[1:]) > 0
+
+
+def test_links_between_pages_lead_somewhere():
+    for path in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
+            if "://" not in target and target != "api.md":
+                assert (path.parent / target).exists(), f"{path.name}: {target}"
