@@ -10,13 +10,12 @@ import functools
 import logging
 import os
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from lamella.ops.native.build import build
+from lamella.ops.native.build import build, discard
 
 logger = logging.getLogger("lamella")
 
@@ -60,21 +59,42 @@ def why_unavailable() -> str | None:
         logger.info("native CPU kernels are off (LAMELLA_NATIVE=0): using the portable torch path")
         return "LAMELLA_NATIVE=0"
     try:
-        library = load(build())
-        for name, types in SIGNATURES.items():
-            prototype = ctypes.CFUNCTYPE(None, *types)
-            exported = (ctypes.c_void_p * len(_DTYPES)).in_dll(library, f"lamella_{name}")
-            for dtype, address in zip(_DTYPES, exported, strict=True):
-                assert address is not None
-                kernels[name, dtype] = prototype(address)
-        global _has_tiles
-        _has_tiles = bool(library.lamella_has_tiles())
-    except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        output = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
-        reason = next((line for line in output.splitlines() if "error" in line), str(error))
+        _bind(build())
+    except Exception as error:  # whatever is wrong with the compiler or the cache, the portable path is there
+        reason = _reason(error)
         logger.warning("native CPU kernels are off (%s): using the portable torch path", reason)
         return reason
     return None
+
+
+def _bind(path: Path) -> None:
+    """Load the library and look up its kernels; one that cannot be loaded is removed and built once more."""
+    try:
+        _look_up(load(path))
+    except (OSError, ValueError, AttributeError):
+        discard(path)
+        _look_up(load(build()))
+
+
+def _look_up(library: ctypes.CDLL) -> None:
+    found: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
+    for name, types in SIGNATURES.items():
+        prototype = ctypes.CFUNCTYPE(None, *types)
+        exported = (ctypes.c_void_p * len(_DTYPES)).in_dll(library, f"lamella_{name}")
+        for dtype, address in zip(_DTYPES, exported, strict=True):
+            assert address is not None
+            found[name, dtype] = prototype(address)
+    global _has_tiles
+    _has_tiles = bool(library.lamella_has_tiles())
+    kernels.update(found)
+
+
+def _reason(error: Exception) -> str:
+    """Return an error of the build in one line."""
+    output = getattr(error, "stderr", None) or ""
+    text = output.decode(errors="replace") if isinstance(output, bytes) else output
+    line = next((line for line in text.splitlines() if "error" in line), str(error).partition("\n")[0])
+    return line or type(error).__name__
 
 
 def has_tiles() -> bool:
