@@ -219,7 +219,7 @@ def test_a_request_that_the_pools_can_never_hold_is_refused(folder):
         ({"load_format": "gguf"}, "load_format"),
         ({"enforce_eager": 1}, "enforce_eager"),
         ({"round_norms_twice": 1}, "round_norms_twice"),
-        ({"round_norms_twice": True}, "round_norms_twice=True: without effect, since float32 rounds nothing"),
+        ({"round_norms_twice": True}, "round_norms_twice=True: without effect on a float32 model; leave it out"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
         ({"placement": ["attention"]}, "placement"),
         ({"deterministic": True}, "deterministic"),

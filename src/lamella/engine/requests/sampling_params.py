@@ -259,7 +259,7 @@ class SamplingParams:
         yield from (("bad_words_token_ids", i) for sequence in self.bad_words_token_ids or () for i in sequence)
 
 
-def looks_back(params: SamplingParams) -> bool:
+def needs_previous_tokens(params: SamplingParams) -> bool:
     """Return whether the choice of a token depends on the tokens before."""
     return has_penalty(params) or any(len(ids) > 1 for ids in params.bad_words_token_ids or ())
 
