@@ -45,18 +45,7 @@ class Engine:
         runner: ModelRunner,
         workers: Workers,
     ) -> None:
-        """Connect the parts of an engine.
-
-        Args:
-            model: shard of this rank.
-            options: of the engine.
-            device: of the model.
-            admission: validates requests.
-            variants: owns the state pools.
-            scheduler: schedules steps.
-            runner: executes steps.
-            workers: processes of the other tensor-parallel ranks.
-        """
+        """Connect the parts of an engine: `model` is the shard of this rank, `workers` are the other ranks."""
         self.model, self.options, self.device = model, options, device
         self.admission, self.variants, self.scheduler = admission, variants, scheduler
         self.runner, self.workers = runner, workers
@@ -304,4 +293,4 @@ class Engine:
         """Remove an ended completion from the index and the scheduler, and free its state."""
         self.admission.jobs.drop(completion)
         self.scheduler.finish(completion.request)
-        completion.request.attachments = ()  # frees the images with the last request that uses them
+        completion.request.attachments = ()  # freed with the last request that uses them
