@@ -72,12 +72,12 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[Again]:
         pytest.skip("there are graphs here, see tests/engine/test_cuda.py")
     found: list[Again] = []
 
-    def record(forward: Callable[[], Tensor], pool: Any) -> tuple[Again, Tensor]:
+    def capture_graph(forward: Callable[[], Tensor], pool: Any) -> tuple[Again, Tensor]:
         assert pool == "pool"
         found.append(Again(forward, forward()))
         return found[-1], found[-1].hidden
 
-    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(graphs, "capture_graph", capture_graph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     return found
 
@@ -85,5 +85,5 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[Again]:
 def with_graphs(llm: LLM) -> LLM:
     """An engine of the CPU that runs as one of a GPU does: steps in graphs, one ahead of the host."""
     own = llm.engine.runner
-    own._sizes, own._captures, own.runs_ahead = graphs.bucket_sizes(len(own._tokens)), True, True
+    own._sizes, own._captures, own.async_scheduling = graphs.bucket_sizes(len(own._tokens)), True, True
     return llm

@@ -22,14 +22,14 @@ TOKEN_IDS = st.lists(st.integers(0, 1), max_size=14)
 
 
 def group(window: int | None = None) -> PagedState:
-    """One of a window, or of a chunk where that is written as a negative number."""
+    """Return a group with a window, or with a chunk size if the number is negative."""
     if window is not None and window < 0:
         return PagedState(1, 8, torch.float32, chunk=-window)
     return PagedState(1, 8, torch.float32, window=window)
 
 
 def sees(spec: PagedState, position: int, other: int) -> bool:
-    """Whether a token at `position` sees the earlier one at `other`."""
+    """Return True if a token at `position` sees the earlier token at `other`."""
     if spec.chunk is not None:
         return position // spec.chunk == other // spec.chunk
     return spec.window is None or position - other < spec.window
@@ -44,24 +44,24 @@ def keys_of(token_ids: Sequence[int], root: bytes = ROOT) -> list[bytes]:
 
 
 def brute_force(state: StateManager, keys: Sequence[bytes]) -> Hit:
-    """The longest prefix for which every block that its next token sees can be found, and a snapshot where needed."""
-    there = [[pool.find(key) is not None for key in keys] + [False] for pool in state.block_pools]
-    if not there:  # without paged state, prefixes that were computed are remembered
-        there_before = [key in state._seen for key in keys] + [False]
-    known = max((each.index(False) * BLOCK for each in there or [there_before]), default=0)
+    """Return the hit by a naive search: all visible blocks are cached, and a snapshot if the model has slot state."""
+    present = [[pool.find(key) is not None for key in keys] + [False] for pool in state.block_pools]
+    if not present:  # without paged state, keys of computed prefixes are remembered
+        seen_before = [key in state._seen for key in keys] + [False]
+    known = max((each.index(False) * BLOCK for each in present or [seen_before]), default=0)
     for length in range(len(keys) * BLOCK, 0, -BLOCK):
         snapshot = state.slot_pool.find(keys[length // BLOCK - 1]) if state.has_slot_state else None
         if (snapshot is not None or not state.has_slot_state) and all(
             each[position // BLOCK]
-            for spec, each in zip(state.groups, there, strict=True)
+            for spec, each in zip(state.groups, present, strict=True)
             for position in range(length)
             if sees(spec, length, position)
         ):
             return Hit(length, snapshot, known)
-    return Hit(known=known)
+    return Hit(seen_length=known)
 
 
 def bookkeeping(state: StateManager) -> str:
-    """All that the manager and its pools know, the order of places included."""
+    """Return all bookkeeping of the manager and its pools, LRU order included."""
     pools = [vars(pool) for pool in (*state.block_pools, state.slot_pool)]
-    return repr((pools, {str(id(request)): held for request, held in state.allocations.items()}, state._copies))
+    return repr((pools, {str(id(request)): each for request, each in state.allocations.items()}, state._copies))

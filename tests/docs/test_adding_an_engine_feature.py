@@ -32,7 +32,7 @@ def test_two_features_cannot_give_the_same_attribute():
         def context(self, form, tensors, chunks):
             return {"given": 1}
 
-    with pytest.raises(ValueError, match="two features of a step give given"):
+    with pytest.raises(ValueError, match="two step features define given"):
         StepFeatures([Gives(), Gives()]).context((None, None), {}, ())
 
 

@@ -113,7 +113,7 @@ def test_ranks_and_steps_launched_ahead(checkpoint, size, ahead):
     """Only rank 0 has the tower. The pools are too small for all, and the second time prefixes are found."""
     options = {"num_blocks": 20, "max_num_batched_tokens": 16, "tensor_parallel_size": size}
     llm = LLM(checkpoint[0], device="cpu", dtype="float32", block_size=4, **options)
-    llm.engine.runner.runs_ahead = ahead
+    llm.engine.runner.async_scheduling = ahead
     prompts = [image_prompt(image("2 x 2", seed), image("one tile", seed)) for seed in range(2)]
     prompts += [{"prompt_token_ids": list(range(20, 45))}, prompts[0]]
     try:
@@ -182,16 +182,16 @@ def test_the_tower_runs_once_for_each_image_and_its_rows_go_with_the_last_reques
     llm.engine.add(job)
     llm.engine.add(again)
     while llm.engine.has_work:
-        assert len(reader._known) == 2
+        assert len(reader._images) == 2
         llm.engine.step()
         gc.collect()
-    assert sorted(runs) == [1, 5] and not reader._known
+    assert sorted(runs) == [1, 5] and not reader._images
     cancelled = llm.engine.make_job("c", image_prompt(image(seed=9)), params)
     llm.engine.add(cancelled)
     llm.engine.step()
     llm.engine.cancel("c")
     gc.collect()
-    assert not reader._known
+    assert not reader._images
 
 
 def test_text_pillow_arrays_and_tensors_are_the_same(checkpoint):

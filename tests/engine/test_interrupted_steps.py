@@ -69,7 +69,7 @@ class Model:
         assert [output.outputs[0].token_ids for output in again] == self.right(seed)[:2], lines.where
         assert not llm.engine.has_work, lines.where
         llm.engine.state.check_integrity()
-        llm.engine.state.check_at_rest()
+        llm.engine.state.check_idle()
         return lines.where
 
 
@@ -86,7 +86,7 @@ def count_lines(model):
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_an_interrupt_at_any_line_of_a_step_harms_nobody_else(model, ahead):
-    model.llm.engine.runner.runs_ahead = ahead
+    model.llm.engine.runner.async_scheduling = ahead
     rng, lines = random.Random(f"{model.kind} {ahead}"), count_lines(model)
     for case in range(12):
         model.attack(rng.randrange(1, lines), rng.choice([KeyboardInterrupt, MemoryError])(), case % 4)
@@ -95,7 +95,7 @@ def test_an_interrupt_at_any_line_of_a_step_harms_nobody_else(model, ahead):
 @pytest.mark.slow
 @pytest.mark.parametrize("ahead", [False, True])
 def test_an_interrupt_at_every_line_harms_nobody_else(model, ahead):
-    model.llm.engine.runner.runs_ahead = ahead
+    model.llm.engine.runner.async_scheduling = ahead
     seen, line = set(), 0
     for line in range(1, count_lines(model), 7):
         seen.add(model.attack(line, KeyboardInterrupt(), line % 4))

@@ -60,7 +60,7 @@ def llm(request, tmp_path_factory):
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_only_the_request_with_nan_ends_with_an_error(llm, ahead):
-    llm.engine.runner.runs_ahead = ahead
+    llm.engine.runner.async_scheduling = ahead
     for fields in CHOICES:
         params = SamplingParams(**{"logit_bias": {BAD: -100}} | fields, max_tokens=6, ignore_eos=True)
         llm.reset_prefix_cache()
@@ -86,7 +86,7 @@ def test_only_the_request_with_nan_ends_with_an_error(llm, ahead):
 
 
 def test_nan_in_the_middle_of_an_answer_names_the_token(llm):
-    llm.engine.runner.runs_ahead = False
+    llm.engine.runner.async_scheduling = False
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     (right,) = llm.generate([prompts()[0]], params, use_tqdm=False)
     stream = llm.stream(prompts()[0], params)

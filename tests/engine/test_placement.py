@@ -120,7 +120,7 @@ def test_a_switch_while_requests_run(supernet, alone, running):
     """Whoever runs finishes under the old placement, or all its state is computed anew; whoever comes later has the new
     one. Nobody has a layer of each."""
     llm = engine(supernet, placement=A)
-    llm.engine.runner.runs_ahead = True
+    llm.engine.runner.async_scheduling = True
     stream = llm.stream(PROMPTS[1], PARAMS)
     first = [next(stream) for _ in range(3)][-1]
     llm.set_placement(B, running=running)
@@ -335,7 +335,7 @@ def test_a_request_that_asked_for_the_old_placement_is_not_given_another(superne
     own = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, placement=A)
     stream = llm.stream(PROMPTS[1], own)
     next(stream)
-    with pytest.raises(ConfigError, match="placement: request 0 asked for 'all-gdn', and is not through yet"):
+    with pytest.raises(ConfigError, match="placement: request 0 asked for 'all-gdn', and has not finished yet"):
         llm.set_placement(B, running="recompute")
     llm.set_placement(B)
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, placement=B)

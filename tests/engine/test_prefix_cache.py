@@ -239,10 +239,10 @@ def test_a_window_gives_blocks_back_while_it_runs(tmp_path):
     ("options", "line"),
     [
         ({"block_size": 512, "max_model_len": 512}, "no prompt of max_model_len=512 fills a block of block_size=512"),
-        ({"snapshot_bytes": 0}, "no snapshot of the"),
+        ({"snapshot_bytes": 0}, "no snapshot of"),
     ],
 )
-def test_a_setting_that_cannot_hit_says_so_once(canon, options, line, caplog):
+def test_settings_without_prefix_hits_are_logged_once(canon, options, line, caplog):
     with caplog.at_level(logging.WARNING, logger="lamella"):
         llm = make_llm(canon, **options)
         for i in range(3):
@@ -255,7 +255,7 @@ def test_prompts_shorter_than_a_block_are_said_once(canon, caplog):
         llm = make_llm(canon, block_size=32)
         for i in range(40):
             generate(llm, [ids(words(i, 9))], max_tokens=1)
-    assert caplog.text.count("the first 32 prompts are no longer than a block") == 1
+    assert caplog.text.count("none of the first 32 prompts is longer than a block") == 1
 
 
 def test_the_last_block_of_a_prompt_costs_no_step(canon):
@@ -310,7 +310,7 @@ def test_the_default_depends_on_the_device(caplog):
         assert _snapshot_prompts(options, gpu, False) == "never"
         assert not caplog.records
         assert _snapshot_prompts(options, gpu, True) == "never"
-    assert "found from the third request on; snapshot_prompts='always' makes it the second" in caplog.text
+    assert "hits from the third request on; snapshot_prompts='always' makes it hit from the second on" in caplog.text
     assert _snapshot_prompts(replace(options, snapshot_prompts="always"), gpu, True) == "always"
 
 

@@ -54,7 +54,7 @@ def test_the_same_outputs(checkpoint, options, penalties):
     prompts, params = (list(part)[::-1] for part in zip(*pairs, strict=True))
     expected = poisoned_llm(checkpoint, **options).generate(prompts, params, use_tqdm=False)
     llm = poisoned_llm(checkpoint, **options)
-    llm.engine.runner.runs_ahead = True
+    llm.engine.runner.async_scheduling = True
 
     for _ in range(2):  # the second time over recycled memory, and prefixes of the first
         outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -70,7 +70,7 @@ def test_the_same_outputs(checkpoint, options, penalties):
 def test_the_next_step_is_launched_before_the_last_one_is_read(checkpoint):
     llm = poisoned_llm(checkpoint)
     runner, events = llm.engine.runner, []
-    runner.runs_ahead = True
+    runner.async_scheduling = True
     launch, collect = runner.launch, runner.collect
     runner.launch = lambda step: events.append("launch") or launch(step)
     runner.collect = lambda flight: events.append("collect") or collect(flight)
@@ -81,7 +81,7 @@ def test_the_next_step_is_launched_before_the_last_one_is_read(checkpoint):
 def test_conversations_find_their_answers_and_cancelling_loses_nothing(checkpoint):
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     llm, plain = poisoned_llm(checkpoint, block_size=4), poisoned_llm(checkpoint, block_size=4)
-    llm.engine.runner.runs_ahead = True
+    llm.engine.runner.async_scheduling = True
     ids = PROMPTS[3]["prompt_token_ids"]
     answers = []
     for engine in (llm, plain):

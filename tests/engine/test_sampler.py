@@ -7,7 +7,7 @@ import torch
 
 from lamella.engine.requests.sampling_params import SamplingParams
 from lamella.engine.steps import sampler
-from lamella.engine.steps.sampler import SamplingRow, edit, prompt_logprobs, sample, uniform
+from lamella.engine.steps.sampler import SamplingRow, process_logits, prompt_logprobs, sample, uniform
 from lamella.ops.sampling import NO_TOKEN
 
 pytestmark = pytest.mark.unit
@@ -85,10 +85,10 @@ def random_logits(rng, rows, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("block", [sampler._BLOCK, 3 * VOCAB])
+@pytest.mark.parametrize("block", [sampler._MAX_LOGITS, 3 * VOCAB])
 def test_matches_reference(dtype, block):
     rng = random.Random(f"{dtype}{block}")
-    with mock.patch.object(sampler, "_BLOCK", block):
+    with mock.patch.object(sampler, "_MAX_LOGITS", block):
         for _ in range(25):
             rows = [random_row(rng) for _ in range(12)]
             logits = random_logits(rng, len(rows), dtype)
@@ -233,11 +233,11 @@ def test_uniform_depends_on_seed_and_step():
     assert uniform(0, 0) == 0.6524484863740322  # requests stay reproducible across versions
 
 
-@pytest.mark.parametrize("block", [sampler._BLOCK, 2 * VOCAB])
+@pytest.mark.parametrize("block", [sampler._MAX_LOGITS, 2 * VOCAB])
 def test_prompt_logprobs(block):
     logits = random_logits(random.Random(3), 7, torch.bfloat16)
     targets = torch.arange(7)
-    with mock.patch.object(sampler, "_BLOCK", block):
+    with mock.patch.object(sampler, "_MAX_LOGITS", block):
         for k in (0, 1, 5):
             entries = prompt_logprobs(logits, targets, k)
             assert len(entries) == 7
@@ -269,7 +269,7 @@ def test_frequency_counts_every_occurrence_and_presence_one():
         (SamplingParams(frequency_penalty=0.5, presence_penalty=0.25), [3, 3], [0.0, 0.0, 0.0, -1.25]),
     ):
         row = SamplingRow(params, 0, len(output), [0], output, ())
-        assert edit(logits, [row])[0].tolist() == expected
+        assert process_logits(logits, [row])[0].tolist() == expected
 
 
 def row_of(params: SamplingParams, seed: int) -> SamplingRow:

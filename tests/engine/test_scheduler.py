@@ -1,4 +1,4 @@
-"""The scheduler alone, with a mock model: nothing is lost, nobody starves, every request ends once."""
+"""Scheduler with a mock model: no block is lost, no request starves, every request ends once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make_request(name: str, prompt: int, output: int) -> Request:
 
 
 def run_step(scheduler: Scheduler) -> list[Request]:
-    """One step with a model whose every token is its position; the requests that ended."""
+    """Run a step with a model whose every token is its position; return the requests that ended."""
     step = scheduler.schedule()
     seen = set()
     for chunk in step:
@@ -46,12 +46,12 @@ def run_step(scheduler: Scheduler) -> list[Request]:
         allocation = scheduler.state.allocations[chunk.request]
         for index, group in enumerate(scheduler.state.groups):
             first = group.first_visible(chunk.start) // BLOCK
-            needed = allocation.blocks[index][first : scheduler.state.blocks_for(chunk.start + chunk.count)]
-            assert len(needed) == scheduler.state.blocks_for(chunk.start + chunk.count) - first
-            assert 0 not in needed, "a block that the step needs has been given back"
+            needed = allocation.blocks[index][first : scheduler.state.num_blocks(chunk.start + chunk.count)]
+            assert len(needed) == scheduler.state.num_blocks(chunk.start + chunk.count) - first
+            assert 0 not in needed, "a block that the step needs was freed"
     assert sum(chunk.count for chunk in step) <= scheduler.max_num_batched_tokens
     assert len(scheduler.running) <= scheduler.max_num_seqs
-    scheduler.computed(step)
+    scheduler.mark_computed(step)
     scheduler.state.check_integrity()
     ended = []
     for chunk in step:
@@ -63,7 +63,7 @@ def run_step(scheduler: Scheduler) -> list[Request]:
     return ended
 
 
-def test_everything_is_free_at_the_end_and_each_request_ended_once():
+def test_all_blocks_are_free_at_the_end_and_each_request_ended_once():
     rng = random.Random(0)
     steps = 0
     for _ in range(60):
@@ -97,7 +97,7 @@ def test_everything_is_free_at_the_end_and_each_request_ended_once():
     assert steps > 5000
 
 
-def test_the_oldest_request_moves_in_every_step():
+def test_oldest_request_advances_in_every_step():
     scheduler = make_scheduler(blocks=12, seqs=4, budget=7)
     for index in range(20):
         scheduler.add(make_request(str(index), 20, 15))
@@ -120,7 +120,7 @@ def test_requests_start_in_order_of_arrival():
     assert [r.request_id for r in ended] == [r.request_id for r in requests]
 
 
-def test_a_long_prompt_does_not_stop_the_decodes():
+def test_long_prompt_does_not_block_decodes():
     scheduler = make_scheduler(blocks=200, seqs=4, budget=8)
     decoding = make_request("decoding", 2, 50)
     scheduler.add(decoding)
@@ -132,10 +132,10 @@ def test_a_long_prompt_does_not_stop_the_decodes():
 
 
 class Fuzz:
-    """Random requests, arrivals and cancels, with prompts that share beginnings; what must hold is checked as it goes.
+    """Random requests, arrivals and cancellations, with prompts that share beginnings. Checks invariants in each step.
 
-    The oldest moves in every step, so nobody is there for more steps than all who were there when it came, itself
-    included, have tokens to compute.
+    The oldest request advances in every step. So a request needs at most as many steps as there were tokens to compute
+    when it arrived, its own included.
     """
 
     def __init__(self, rng: random.Random, caching: bool, slots: bool, windows: Sequence[int | None]) -> None:
@@ -170,8 +170,8 @@ class Fuzz:
         known, stats = list(scheduler.running), (scheduler.num_preemptions, scheduler.num_cached_tokens)
         step = scheduler.schedule()
         self._check(step, known, stats)
-        self.state.take_copies()
-        scheduler.computed(step)
+        self.state.pop_copies()
+        scheduler.mark_computed(step)
         self.steps += 1
         for chunk in step:
             request = chunk.request
@@ -181,33 +181,27 @@ class Fuzz:
                 if len(request.output_token_ids) == request.max_tokens:
                     self._end(request, "done")
         assert step[0].request is oldest and (oldest.num_tokens, oldest.num_computed) > before
-        assert all(self.steps < last for last in self.alive.values()), "somebody waits for too long"
-        for pool, held in self._pools():
-            assert pool.num_held == len(held)
-            assert len(held) + pool.num_free == pool.capacity
+        assert all(self.steps < last for last in self.alive.values()), "a request waits for too long"
+        for pool, referenced in self._pools():
+            assert pool.num_referenced == len(referenced)
+            assert len(referenced) + pool.num_free == pool.capacity
             assert pool.num_cached <= (pool.num_free if self.caching else 0)
         if self.steps % 50 == 0:
             self.state.check_integrity()
 
     def _pools(self) -> list[tuple[Pool, set[int]]]:
         allocations = self.state.allocations.values()
-        held = [
-            {block for h in allocations for block in h.blocks[index]} - {0} for index in range(len(self.state.groups))
-        ]
+        groups = range(len(self.state.groups))
+        blocks = [{block for each in allocations for block in each.blocks[index]} - {0} for index in groups]
+        slots = {slot for each in allocations for slot in (each.slot, *(s for s, _ in each.planned_snapshots))}
         pools = [*self.state.block_pools, self.state.slot_pool]
-        return list(
-            zip(
-                pools,
-                [*held, {slot for h in allocations for slot in (h.slot, *(s for s, _ in h.planned))}],
-                strict=True,
-            )
-        )
+        return list(zip(pools, [*blocks, slots], strict=True))
 
     def _check(self, step: list[Scheduled], known: list[Request], before: tuple[int, int]) -> None:
         scheduler, state, left = self.scheduler, self.state, self.scheduler.max_num_batched_tokens
         assert [*scheduler.running, *scheduler.waiting] == list(self.alive), "not in order of arrival"
         assert len(scheduler.running) <= scheduler.max_num_seqs and len(state.allocations) == len(scheduler.running)
-        assert [chunk.request for chunk in step] == scheduler.running[: len(step)], "a share that skips an older one"
+        assert [chunk.request for chunk in step] == scheduler.running[: len(step)], "an older request is skipped"
         started = 0
         for chunk in step:
             request, start, stop = chunk.request, chunk.start, chunk.start + chunk.count
@@ -230,27 +224,27 @@ class Fuzz:
                 at_interval = (start // every + 1) * every
                 wanted = {
                     last_block,
-                    request.branch,
+                    request.branch_position,
                     *({at_interval} if at_interval < len(request.prompt_token_ids) else ()),
                 }
                 planned = [position for position, _ in chunk.snapshots]
-                inside = {cut for cut in wanted if start < cut < stop}
+                inside = {position for position in wanted if start < position < stop}
                 keys = request.block_keys(BLOCK, stop)
-                for cut in inside - set(planned):
-                    there = state.slot_pool.find(keys[cut // BLOCK - 1]) is not None
-                    assert there or state.slot_pool.num_free <= scheduler.max_num_seqs, "a snapshot's place passed"
+                for position in inside - set(planned):
+                    is_cached = state.slot_pool.find(keys[position // BLOCK - 1]) is not None
+                    assert is_cached or state.slot_pool.num_free <= scheduler.max_num_seqs, "a snapshot is missing"
                 assert planned == sorted(set(planned)) and all(start < p < stop and p % BLOCK == 0 for p in planned)
                 assert stop == request.num_tokens or stop % BLOCK == 0 or stop // BLOCK * BLOCK <= start, (
-                    "a block's end passed"
+                    "a chunk does not end at a block end"
                 )
-                assert stop == full or (full < request.num_tokens and full - stop < BLOCK), "cut for nothing"
+                assert stop == full or (full < request.num_tokens and full - stop < BLOCK), "a chunk is too short"
             left -= chunk.count
             allocation = state.allocations[request]
             for group, blocks in zip(state.groups, allocation.blocks, strict=True):
                 assert len(blocks) == -(-stop // BLOCK)
                 assert 0 not in blocks[group.first_visible(start) // BLOCK :], "a block that the step needs"
         if left and scheduler.num_preemptions == before[0]:
-            assert len(step) == len(scheduler.running), "somebody got nothing of a budget that is left"
+            assert len(step) == len(scheduler.running), "a request got no tokens although budget was left"
         assert scheduler.num_cached_tokens == before[1] + started
 
     def _arrive(self) -> None:
@@ -278,13 +272,13 @@ class Fuzz:
 
 @pytest.mark.parametrize("slots", [False, True])
 @pytest.mark.parametrize("caching", [False, True])
-def test_many_random_steps_lose_nothing_and_let_nobody_wait_for_ever(caching, slots):
+def test_random_steps_lose_no_blocks_and_starve_no_request(caching, slots):
     rng = random.Random(2 * caching + slots)
     steps = hits = preemptions = evictions = 0
     outcomes: Counter[str] = Counter()
     while steps < 25_000:
-        kinds = [[None], [6], [None, 6], [1, 4, 9]] + [[]] * slots
-        fuzz = Fuzz(rng, caching, slots, rng.choice(kinds))
+        models = [[None], [6], [None, 6], [1, 4, 9]] + [[]] * slots
+        fuzz = Fuzz(rng, caching, slots, rng.choice(models))
         while fuzz.steps < 400:
             fuzz.step(arrivals=True)
         while fuzz.alive:
@@ -302,7 +296,7 @@ def test_many_random_steps_lose_nothing_and_let_nobody_wait_for_ever(caching, sl
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 30)), min_size=1, max_size=12), st.integers(1, 30))
-def test_a_request_that_fits_alone_is_finished(shapes, budget):
+def test_request_that_fits_alone_finishes(shapes, budget):
     blocks = max(-(-(prompt + output) // BLOCK) for prompt, output in shapes)
     scheduler = make_scheduler(blocks, seqs=3, budget=budget, groups=(FULL,))
     for index, (prompt, output) in enumerate(shapes):
@@ -317,27 +311,27 @@ def test_a_request_that_fits_alone_is_finished(shapes, budget):
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 64), st.integers(1, 40), st.sampled_from(["window", "chunk"]))
-def test_what_is_local_never_holds_more_than_its_peak(tokens, chunk, size, kind):
+def test_local_groups_never_exceed_their_peak(tokens, chunk, size, kind):
     group = PagedState(1, 8, torch.float32, **{kind: size})
     state = StateManager([group], [1000], 1, BLOCK)
     peak = state.peak_blocks(0, tokens, min(chunk, tokens))
     computed = 0
     while computed < tokens:
         target = min(tokens, computed + chunk)
-        assert state.grow("r", target)
+        assert state.allocate("r", target)
         used = state.block_pools[0].capacity - state.block_pools[0].num_free
         assert used <= peak
         computed = target
-        state.computed("r", computed)
+        state.mark_computed("r", computed)
         state.check_integrity()
     state.release("r")
     assert state.block_pools[0].num_free == 1000
 
 
-def test_giving_back_a_free_place_is_refused():
+def test_freeing_a_free_entry_raises():
     state = StateManager([FULL], [4], 2, BLOCK)
-    assert state.grow("r", 5)
+    assert state.allocate("r", 5)
     blocks = state.allocations["r"].blocks[0]
     state.release("r")
-    with pytest.raises(AssertionError, match="is nobody's"):
+    with pytest.raises(AssertionError, match="has no reference"):
         state.block_pools[0].free(blocks)

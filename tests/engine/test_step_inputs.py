@@ -27,7 +27,7 @@ def state():
 
 def request_of(state, name, length, computed=0, **params):
     request = Request(name, [10 * length + i for i in range(length)], SamplingParams(**params), seed=-7)
-    assert state.grow(request, length)
+    assert state.allocate(request, length)
     request.num_computed = computed
     return request
 
@@ -49,12 +49,12 @@ class PromptLengths(StepFeature):
         return {"given": tensors["lengths"]}
 
 
-def filled(state, chunks, pads, latest=None, features=(), listed=0):
+def filled(state, chunks, num_padding, latest=None, features=(), prefill_blocks=0):
     """A block that held something else before."""
     features = StepFeatures(features)
     inputs, forms = StepInputs(state, 64, torch.device("cpu"), None, features), features.forms(chunks, replay=False)
-    tokens, rows = sum(chunk.count for chunk in chunks) + pads, len(chunks) + pads
-    layout = Layout(rows, tokens, len(GROUPS), blocks=6, extra=inputs.extra(forms, rows), listed=listed)
+    tokens, rows = sum(chunk.count for chunk in chunks) + num_padding, len(chunks) + num_padding
+    layout = Layout(rows, tokens, len(GROUPS), blocks=6, extra=inputs.extra(forms, rows), prefill_blocks=prefill_blocks)
     block = np.full(layout.spans()[1], 0x7B, np.uint8)
     arrays = layout.arrays(block)
     inputs.fill(arrays, chunks, latest or {}, forms)
@@ -63,8 +63,8 @@ def filled(state, chunks, pads, latest=None, features=(), listed=0):
 
 def test_padding_rows_are_requests_of_one_token_on_the_dummies(state):
     first, second = (request_of(state, name, length, length - 1) for name, length in (("a", 5), ("b", 9)))
-    chunks = [Scheduled.of(first, 4, 1), Scheduled.of(second, 8, 1)]
-    arrays = filled(state, chunks, pads=2, features=[PromptLengths()])
+    chunks = [Scheduled.from_request(first, 4, 1), Scheduled.from_request(second, 8, 1)]
+    arrays = filled(state, chunks, num_padding=2, features=[PromptLengths()])
     assert arrays["slots"].tolist() == [state.allocations[first].slot, state.allocations[second].slot, 0, 0]
     assert arrays["positions"].tolist() == [4, 8, 0, 0]
     assert arrays["seq_lens"].tolist() == [5, 9, 1, 1]
@@ -81,9 +81,9 @@ def test_padding_rows_are_requests_of_one_token_on_the_dummies(state):
 def test_rows_of_several_tokens_and_pending_ones(state):
     decoding, prompt = request_of(state, "a", 6, 5, top_k=3, seed=5, temperature=0.5), request_of(state, "b", 7)
     decoding.num_in_flight = 1
-    assert state.grow(decoding, 7)
-    chunks = [Scheduled.of(decoding, 6, 1), Scheduled.of(prompt, 0, 5)]
-    arrays = filled(state, chunks, pads=0, latest={decoding: 2})
+    assert state.allocate(decoding, 7)
+    chunks = [Scheduled.from_request(decoding, 6, 1), Scheduled.from_request(prompt, 0, 5)]
+    arrays = filled(state, chunks, num_padding=0, latest={decoding: 2})
     assert arrays["input_ids"].tolist() == [-3, 70, 71, 72, 73, 74]
     assert arrays["positions"].tolist() == [6, 0, 1, 2, 3, 4]
     assert arrays["token_request"].tolist() == [0, 1, 1, 1, 1, 1]
@@ -103,8 +103,12 @@ def test_rows_of_several_tokens_and_pending_ones(state):
 
 def test_the_blocks_of_prompts_are_listed_one_prompt_after_the_other(state):
     decoding, short, long = request_of(state, "a", 6, 5), request_of(state, "b", 3), request_of(state, "c", 9)
-    chunks = [Scheduled.of(decoding, 5, 1), Scheduled.of(short, 0, 3), Scheduled.of(long, 0, 9)]
-    arrays = filled(state, chunks, pads=0, listed=1 + 3)
+    chunks = [
+        Scheduled.from_request(decoding, 5, 1),
+        Scheduled.from_request(short, 0, 3),
+        Scheduled.from_request(long, 0, 9),
+    ]
+    arrays = filled(state, chunks, num_padding=0, prefill_blocks=1 + 3)
     for group in range(len(GROUPS)):
         blocks = [state.allocations[request].blocks[group] for request in (short, long)]
         assert arrays["block_list"][group].tolist() == [*blocks[0], *blocks[1]]
@@ -113,7 +117,7 @@ def test_the_blocks_of_prompts_are_listed_one_prompt_after_the_other(state):
 def test_the_step_built_for_attention_kernels_lists_the_blocks_of_prompts_only(state):
     decoding, prompt = request_of(state, "a", 6, 5), request_of(state, "b", 9)
     space = AttentionSpace(4, 64, torch.device("cpu"))
-    chunks = [Scheduled.of(decoding, 5, 1), Scheduled.of(prompt, 0, 9)]
+    chunks = [Scheduled.from_request(decoding, 5, 1), Scheduled.from_request(prompt, 0, 9)]
     for attention, count in ((None, 0), (space, 3)):
         step = StepInputs(state, 64, torch.device("cpu"), attention).build(chunks, {})
         assert {view.block_list.numel() for view in step.batch.blocks.values()} == {count}
@@ -124,30 +128,35 @@ def test_the_step_built_for_attention_kernels_lists_the_blocks_of_prompts_only(s
 def test_a_slot_that_another_request_takes_over_brings_its_own_blocks_and_parameters(state):
     inputs = StepInputs(state, 64, torch.device("cpu"), None)
     first = request_of(state, "a", 9, 8, temperature=0.25)
-    inputs.build([Scheduled.of(first, 8, 1)], {})
+    inputs.build([Scheduled.from_request(first, 8, 1)], {})
     slot = state.allocations[first].slot
     state.release(first)
     second = request_of(state, "b", 2, 1, temperature=0.75)
     assert state.allocations[second].slot == slot
-    step = inputs.build([Scheduled.of(second, 1, 1)], {})
+    step = inputs.build([Scheduled.from_request(second, 1, 1)], {})
     assert step.sampling["temperature"].tolist() == [0.75]
     for index, view in enumerate(step.batch.blocks.values()):
         blocks = state.allocations[second].blocks[index]
         assert view.block_table[0, : len(blocks)].tolist() == blocks
 
 
-@pytest.mark.parametrize("pads", [0, 1, 3])
-def test_padding_is_counted_as_decodes(state, pads):
+@pytest.mark.parametrize("num_padding", [0, 1, 3])
+def test_padding_is_counted_as_decodes(state, num_padding):
     request = request_of(state, "a", 5, 4)
-    step = StepInputs(state, 64, torch.device("cpu"), None).build([Scheduled.of(request, 4, 1)], {}, pads)
-    assert step.batch.ragged.num_decodes == step.batch.ragged.num_requests == 1 + pads
-    assert step.batch.ragged.context_lens == (5, *[1] * pads)
-    assert step.input_ids.shape == (1 + pads,)
+    step = StepInputs(state, 64, torch.device("cpu"), None).build(
+        [Scheduled.from_request(request, 4, 1)], {}, num_padding
+    )
+    assert step.batch.ragged.num_decodes == step.batch.ragged.num_requests == 1 + num_padding
+    assert step.batch.ragged.context_lens == (5, *[1] * num_padding)
+    assert step.input_ids.shape == (1 + num_padding,)
 
 
 def test_a_features_arrays_reach_the_batch(state):
     features = StepFeatures([StepFeature(), PromptLengths()])
-    chunks = [Scheduled.of(request_of(state, "a", 5, 4), 4, 1), Scheduled.of(request_of(state, "b", 9, 2), 2, 3)]
+    chunks = [
+        Scheduled.from_request(request_of(state, "a", 5, 4), 4, 1),
+        Scheduled.from_request(request_of(state, "b", 9, 2), 2, 3),
+    ]
     forms = features.forms(chunks, replay=False)
     step = StepInputs(state, 64, torch.device("cpu"), None, features).build(chunks, {}, forms=forms)
     assert forms == (None, 100) and step.batch.given.tolist() == [105, 109]

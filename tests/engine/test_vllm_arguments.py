@@ -119,7 +119,7 @@ class TestEngineArguments:
 
         monkeypatch.setattr(memory, "_total_memory", lambda device: 100 << 20)
         monkeypatch.setattr(memory, "_free_memory", lambda device: 50 << 20)
-        with pytest.raises(ConfigError, match=r"0\.50 of the memory of cpu is in use already: raise it"):
+        with pytest.raises(ConfigError, match=r"0\.50 of the memory of cpu is in use already; give a larger"):
             LLM(folder, gpu_memory_utilization=0.4)
         one = LLM(folder, gpu_memory_utilization=0.52, max_num_seqs=256).stats()["state_bytes"]
         two = LLM(folder, gpu_memory_utilization=0.54, max_num_seqs=256).stats()["state_bytes"]

@@ -186,7 +186,7 @@ def test_ranks_of_a_description_that_no_module_holds_are_refused(tmp_path):
     description = Architecture("StripesForCausalLM", StripesForCausalLM.read_config)
     register_architecture("StripesForCausalLM", description)
     (tmp_path / "config.json").write_text(json.dumps(VALUES))
-    with pytest.raises(ConfigError, match="StripesForCausalLM is defined in the main script, or is held by no module"):
+    with pytest.raises(ConfigError, match="StripesForCausalLM is defined in the main script or in no module"):
         LLM(tmp_path, device="cpu", load_format="dummy", tensor_parallel_size=2)
 
 

@@ -92,7 +92,7 @@ def pair(request, tmp_path_factory):
     make, more = PAIRS[request.param]
     folder = make(tmp_path_factory.mktemp("pair"))
     one, two = LLM(folder, **OPTIONS), LLM(folder, **OPTIONS, **more, tensor_parallel_size=2)
-    assert not two.engine.runner.runs_ahead
+    assert not two.engine.runner.async_scheduling
     yield one, two
     two.engine.close()
 
@@ -105,7 +105,7 @@ def canon_folder(tmp_path_factory):
 @pytest.fixture(params=[False, True], ids=["one by one", "running ahead"])
 def engines(pair, request):
     for llm in pair:
-        llm.engine.runner.runs_ahead = request.param
+        llm.engine.runner.async_scheduling = request.param
         llm.reset_prefix_cache()
     return pair
 

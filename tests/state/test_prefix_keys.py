@@ -1,4 +1,4 @@
-"""Keys of the prefix cache: equal just where all tokens so far, and what they stand for, are."""
+"""Prefix keys: two keys are equal only if all tokens and images of the two prefixes are."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamella.engine.images.reader import Image, PlacedImage
+from lamella.engine.images.reader import Image, PromptImage
 from lamella.engine.requests.request import Request
 from lamella.state.prefix import chain_keys, root_key
 from prefix_cases import BLOCK, ROOT, TOKEN_IDS, keys_of, make_request
 
 pytestmark = pytest.mark.unit
 
-pytestmark = pytest.mark.unit
-
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(TOKEN_IDS, TOKEN_IDS, st.sampled_from([ROOT, root_key("m", "cpu", "salt")]))
-def test_keys_are_equal_just_where_all_tokens_so_far_and_the_root_are(first, second, root):
+def test_keys_are_equal_only_for_equal_prefixes_and_roots(first, second, root):
     ours, theirs = keys_of(first), keys_of(second, root)
     assert len(ours) == len(first) // BLOCK
     for index, key in enumerate(ours):
@@ -31,7 +29,7 @@ def test_keys_are_equal_just_where_all_tokens_so_far_and_the_root_are(first, sec
     assert len(set(ours)) == len(ours)
 
 
-def test_the_roots_of_different_models_placements_and_salts_differ():
+def test_different_models_placements_and_salts_have_different_roots():
     parts = [
         (m, p, s) for m in ("a", "b", "ab", "") for p in ("cpu", "cuda:0", "") for s in (None, "", "None", "a", "b")
     ]
@@ -60,7 +58,7 @@ def test_contents_of_blocks_change_their_keys_and_all_after():
 
 @given(st.integers(1, 11), st.lists(st.integers(0, 16), min_size=1, max_size=6))
 @settings(max_examples=80, deadline=None, derandomize=True)
-def test_keys_of_a_growing_request_are_those_of_its_tokens(prompt, grown):
+def test_keys_of_a_growing_request_match_keys_of_its_tokens(prompt, grown):
     request = make_request("r", range(prompt))
     for count in grown:
         request.output_token_ids += range(100, 100 + count)
@@ -73,13 +71,13 @@ def test_keys_of_a_growing_request_are_those_of_its_tokens(prompt, grown):
             )
 
 
-# Of a prompt with images: how much text stands before each, and which it is; None is the same tokens without an image.
+# Images of a prompt: number of text tokens before each, and which image; None: the same tokens without an image.
 IMAGES = st.lists(st.tuples(st.integers(0, 5), st.sampled_from([0, 1, 2, None])), max_size=3)
 PATCHES = {0: 5, 1: 5, 2: 9, None: 5}
 
 
 def with_images(parts: Sequence[tuple[int, int | None]], after: int) -> tuple[Request, list[object]]:
-    """A request, and what each of its tokens stands for: itself, or a row of an image."""
+    """Return a request, and the meaning of each token: the token itself, or an image row."""
     token_ids: list[int] = []
     meaning: list[object] = []
     placed = []
@@ -89,7 +87,7 @@ def with_images(parts: Sequence[tuple[int, int | None]], after: int) -> tuple[Re
         meaning += [1] * before
         if which is not None:
             image = Image(bytes([which]) * 32, [], np.arange(count), None)
-            placed.append(PlacedImage(image.places + len(token_ids), image))
+            placed.append(PromptImage(image.positions + len(token_ids), image))
         token_ids += [2] * count
         meaning += [2 if which is None else (which, row) for row in range(count)]
     request = make_request("", [*token_ids, *[1] * after])
@@ -99,7 +97,7 @@ def with_images(parts: Sequence[tuple[int, int | None]], after: int) -> tuple[Re
 
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(IMAGES, IMAGES, st.integers(0, 5))
-def test_keys_are_equal_just_where_all_tokens_stand_for_the_same(first, second, after):
+def test_keys_are_equal_only_for_equal_tokens_and_images(first, second, after):
     (ours, meant), (theirs, others) = with_images(first, after), with_images(second, after)
     pairs = zip(ours.block_keys(BLOCK, len(meant)), theirs.block_keys(BLOCK, len(others)), strict=False)
     for stop, (key, other) in enumerate(pairs, 1):

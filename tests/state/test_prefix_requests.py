@@ -1,4 +1,4 @@
-"""Requests that share prefixes, through the scheduler, on a fake memory."""
+"""Requests with shared prefixes, run through the scheduler on fake memory."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ from prefix_cases import BLOCK, ROOT, bookkeeping, brute_force, group, make_requ
 
 pytestmark = pytest.mark.unit
 
-pytestmark = pytest.mark.unit
-
 
 class Checked(StateManager):
-    """Looks at each `grow` from outside."""
+    """State manager that checks the result of each `allocate`."""
 
     started: dict[Hashable, Hit]
 
-    def grow(self, request: Hashable, tokens: int, hit: Hit = MISS, keys: Sequence[bytes] = ()) -> bool:
+    def allocate(self, request: Hashable, tokens: int, hit: Hit = MISS, keys: Sequence[bytes] = ()) -> bool:
         before, copies = bookkeeping(self), list(self._copies)
         mine = self.allocations.get(request)
         had = [list(blocks) for blocks in mine.blocks] if mine else [[] for _ in self.groups]
         held = [
             {block for other in self.allocations.values() for block in other.blocks[i]} for i in range(len(self.groups))
         ]
-        slots = {slot for other in self.allocations.values() for slot in (other.slot, *(s for s, _ in other.planned))}
+        slots = {
+            slot
+            for other in self.allocations.values()
+            for slot in (other.slot, *(s for s, _ in other.planned_snapshots))
+        }
         evictions = [pool.num_evictions for pool in self.block_pools]
         found, short = [], not mine and len(slots) == self.slot_pool.capacity
         for index, (spec, pool) in enumerate(zip(self.groups, self.block_pools, strict=True)):
@@ -41,10 +43,10 @@ class Checked(StateManager):
                 for block in range(hit.length // BLOCK)
             ]
             found.append(had[index] or [pool.find(keys[block]) if seen else DUMMY for block, seen in enumerate(live)])
-            taken = -(-tokens // BLOCK) - len(found[-1]) + len({*found[-1]} - held[index] - {DUMMY})
-            short |= taken > pool.capacity - len(held[index] - {DUMMY})
-        if not super().grow(request, tokens, hit, keys):
-            assert short, "there was room"
+            needed = -(-tokens // BLOCK) - len(found[-1]) + len({*found[-1]} - held[index] - {DUMMY})
+            short |= needed > pool.capacity - len(held[index] - {DUMMY})
+        if not super().allocate(request, tokens, hit, keys):
+            assert short, "there were enough blocks"
             assert bookkeeping(self) == before
             return False
         assert not short
@@ -60,17 +62,17 @@ class Checked(StateManager):
         if request not in self.started:
             self.started[request] = hit
             assert mine.slot not in slots
-            move = hit.snapshot is not None and hit.snapshot != mine.slot
-            assert self._copies == copies + ([(hit.snapshot, mine.slot)] if move else [])
+            is_copied = hit.snapshot is not None and hit.snapshot != mine.slot
+            assert self._copies == copies + ([(hit.snapshot, mine.slot)] if is_copied else [])
         else:
             assert self._copies == copies
         return True
 
 
 class World:
-    """A scheduler with a model whose state at a position says all the tokens up to it, as the number of a trie's node.
+    """A scheduler with a fake model. Its state at a position is a trie node that identifies all tokens up to it.
 
-    What was never written reads as None. With `roomy` pools nothing is ever evicted, so that each hit can be foretold.
+    Memory that was never written reads as None. With `roomy` pools nothing is evicted, so hits can be predicted.
     """
 
     def __init__(self, seed: int, windows: Sequence[int | None], slots: bool, roomy: bool = False) -> None:
@@ -93,7 +95,7 @@ class World:
         self.blocks: list[dict[tuple[int, int], int]] = [{} for _ in groups]
         self.slots: dict[int, int | None] = {}
         self.counts: Counter[str] = Counter()
-        # Of a roomy world: nodes that were computed, those with a snapshot, and each request's latest generated one.
+        # With roomy pools: computed nodes, nodes with a snapshot, and each request's latest generated snapshot.
         self.known: set[int] = set()
         self.snapshots: set[int] = set()
         self.latest: dict[Request, int] = {}
@@ -115,14 +117,14 @@ class World:
         for request in self.scheduler.waiting:
             keys = request.block_keys(BLOCK, request.num_tokens - 1) if request.params.prompt_logprobs is None else []
             assert state.match(keys) == brute_force(state, keys)
-            hits[request] = self._foretold(request)
+            hits[request] = self._predicted_hit(request)
         preempted = self.scheduler.num_preemptions
         chunks = self.scheduler.schedule()
         for request in self.scheduler.waiting:
             state.started.pop(request, None)  # preempted
         self.counts["preempted"] += self.scheduler.num_preemptions - preempted
         self._check_pools()
-        for source, target in state.take_copies():
+        for source, target in state.pop_copies():
             assert source != target
             self.slots[target] = self.slots.get(source)
             self.counts["copies"] += 1
@@ -138,9 +140,11 @@ class World:
                 self.counts["moved in"] += hit.snapshot == allocation.slot
                 self.counts["started again"] += request.num_preemptions > 0 and hit.length > 0
             if state.has_slot_state:
-                assert not chunk.start or self.slots[allocation.slot] == nodes[chunk.start], "not its own past"
+                assert not chunk.start or self.slots[allocation.slot] == nodes[chunk.start], (
+                    "slot state of another request"
+                )
                 self.slots[allocation.slot] = nodes[stop]
-                assert [slot for _, slot in chunk.snapshots] == [slot for slot, _ in allocation.planned]
+                assert [slot for _, slot in chunk.snapshots] == [slot for slot, _ in allocation.planned_snapshots]
                 for position, slot in chunk.snapshots:
                     assert chunk.start < position < stop and position % BLOCK == 0
                     self.slots[slot] = nodes[position]
@@ -154,10 +158,12 @@ class World:
             for spec, blocks, memory in zip(state.groups, allocation.blocks, self.blocks, strict=True):
                 for position in range(chunk.start + chunk.count):
                     if sees(spec, chunk.start, position):
-                        place = blocks[position // BLOCK]
-                        assert place != DUMMY
-                        assert memory.get((place, position % BLOCK)) == nodes[position + 1], "a token that it never saw"
-        self.scheduler.computed(chunks)
+                        entry = blocks[position // BLOCK]
+                        assert entry != DUMMY
+                        assert memory.get((entry, position % BLOCK)) == nodes[position + 1], (
+                            "block content of another request"
+                        )
+        self.scheduler.mark_computed(chunks)
         for chunk in chunks:
             self._computed(chunk)
             if chunk.samples:
@@ -179,7 +185,7 @@ class World:
         self.texts = [*self.texts[-6:], prompt]
 
     def _nodes(self, request: Request) -> list[int]:
-        """For each count of leading tokens, the node that says them."""
+        """Return the trie node of each prefix of the request."""
         nodes = self.nodes.setdefault(request, [self.trie.setdefault(request.prefix_root, len(self.trie))])
         for token in request.token_ids(len(nodes) - 1, request.num_tokens):
             nodes.append(self.trie.setdefault((nodes[-1], token), len(self.trie)))
@@ -193,17 +199,17 @@ class World:
             self.texts = [*self.texts[-6:], request.prompt_token_ids + request.output_token_ids]
             self.counts["done"] += 1
 
-    def _foretold(self, request: Request) -> int | None:
+    def _predicted_hit(self, request: Request) -> int | None:
         if not self.roomy:
             return None
         if request.prefix_root is None or request.params.prompt_logprobs is not None:
             return 0
-        at_hand = self.snapshots if self.state.has_slot_state else self.known
+        cached = self.snapshots if self.state.has_slot_state else self.known
         nodes = self._nodes(request)
-        return max((n for n in range(BLOCK, request.num_tokens, BLOCK) if nodes[n] in at_hand), default=0)
+        return max((n for n in range(BLOCK, request.num_tokens, BLOCK) if nodes[n] in cached), default=0)
 
     def _computed(self, chunk: Scheduled) -> None:
-        """Of a roomy world: what is at hand now."""
+        """Record the cached prefixes of a roomy world."""
         request = chunk.request
         if not self.roomy or request.prefix_root is None:
             return
@@ -223,22 +229,22 @@ class World:
         state = self.state
         state.check_integrity()
         for index, pool in enumerate((*state.block_pools, state.slot_pool)):
-            held = {
-                place
+            referenced = {
+                entry
                 for allocation in state.allocations.values()
-                for place in (
+                for entry in (
                     allocation.blocks[index]
                     if index < len(state.groups)
-                    else [allocation.slot, *(slot for slot, _ in allocation.planned)]
+                    else [allocation.slot, *(slot for slot, _ in allocation.planned_snapshots)]
                 )
             } - {DUMMY}
-            blank = sum(not pool.is_cached(place) and place not in held for place in range(1, pool.capacity + 1))
-            assert len(held) == pool.num_held
-            assert len(held) + pool.num_cached + blank == pool.capacity
-            assert pool.num_free == pool.num_cached + blank
+            free = sum(not pool.is_cached(entry) and entry not in referenced for entry in range(1, pool.capacity + 1))
+            assert len(referenced) == pool.num_referenced
+            assert len(referenced) + pool.num_cached + free == pool.capacity
+            assert pool.num_free == pool.num_cached + free
 
 
-KINDS = [
+MODELS = [
     ([None], False),
     ([None, 6], False),
     ([1, 3, 4, 9], False),
@@ -252,8 +258,8 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize(("windows", "slots"), KINDS)
-def test_every_request_finds_just_its_own_past_in_blocks_and_slot(windows, slots):
+@pytest.mark.parametrize(("windows", "slots"), MODELS)
+def test_every_request_reads_only_state_of_its_own_prefix(windows, slots):
     counts: Counter[str] = Counter()
     for seed in range(18 if slots else 12):
         world = World(seed, windows, slots)
@@ -261,14 +267,14 @@ def test_every_request_finds_just_its_own_past_in_blocks_and_slot(windows, slots
             world.step()
         counts += world.counts
         counts["evicted"] += sum(pool.num_evictions for pool in (*world.state.block_pools, world.state.slot_pool))
-    assert min(counts[what] for what in ("hits", "done")) > 70
+    assert min(counts[name] for name in ("hits", "done")) > 70
     assert counts["evicted"] > 400 and counts["cancelled"] > 10
     assert not windows or min(counts["preempted"], counts["started again"]) > 8
     assert not slots or counts["inside"] > 30
 
 
-@pytest.mark.parametrize(("windows", "slots"), KINDS)
-def test_with_room_for_everything_all_that_was_computed_is_hit(windows, slots):
+@pytest.mark.parametrize(("windows", "slots"), MODELS)
+def test_large_pools_hit_every_computed_prefix(windows, slots):
     counts: Counter[str] = Counter()
     for seed in range(4):
         world = World(seed, windows, slots, roomy=True)
@@ -288,12 +294,12 @@ def roomy_scheduler(windows: Sequence[int | None], slots: bool, budget: int, int
 
 
 def run(scheduler: Scheduler, *requests: Request, steps: int = 1000) -> None:
-    """Let them get tokens that nobody else has, to their end or for so many steps."""
+    """Run requests, with unique generated tokens, for up to `steps` steps."""
     for request in requests:
         scheduler.add(request)
     while scheduler.has_work and steps:
         chunks = scheduler.schedule()
-        scheduler.computed(chunks)
+        scheduler.mark_computed(chunks)
         for chunk in chunks:
             if chunk.samples:
                 chunk.request.output_token_ids.append(1000 * (id(chunk.request) % 10**9) + chunk.request.num_tokens)
@@ -304,15 +310,15 @@ def run(scheduler: Scheduler, *requests: Request, steps: int = 1000) -> None:
 
 
 def snapshots(scheduler: Scheduler, request: Request) -> list[int]:
-    """The lengths of the request's prefixes that have one."""
+    """Return the lengths of the request's prefixes that have a snapshot."""
     keys = request.block_keys(BLOCK, request.num_tokens)
     return [BLOCK * n for n, key in enumerate(keys, 1) if scheduler.state.slot_pool.find(key) is not None]
 
 
-@pytest.mark.parametrize(("windows", "slots"), KINDS)
+@pytest.mark.parametrize(("windows", "slots"), MODELS)
 @pytest.mark.parametrize("budget", [1, 3, 4, 7, 100])
 @pytest.mark.parametrize(("prompt", "output"), [(10, 9), (8, 5), (11, 2), (12, 1), (9, 12), (1, 16), (13, 3)])
-def test_the_next_turn_starts_at_the_last_full_block_of_what_was_computed(windows, slots, budget, prompt, output):
+def test_next_chat_turn_hits_all_full_blocks_computed_before(windows, slots, budget, prompt, output):
     scheduler = roomy_scheduler(windows, slots, budget)
     turns = [make_request("0", range(prompt), output)]
     run(scheduler, turns[0])
@@ -328,7 +334,7 @@ def test_the_next_turn_starts_at_the_last_full_block_of_what_was_computed(window
 
 
 @pytest.mark.parametrize("budget", [3, 7, 100])
-def test_of_a_requests_snapshots_are_kept_the_prompts_and_the_latest_generated_one(budget):
+def test_prompt_snapshots_and_latest_generated_snapshot_are_kept(budget):
     scheduler = roomy_scheduler([None, 6], True, budget)
     request = make_request("r", range(10), 30)
     scheduler.add(request)
@@ -344,7 +350,7 @@ def test_of_a_requests_snapshots_are_kept_the_prompts_and_the_latest_generated_o
     assert len(ours) == scheduler.state.slot_pool.num_cached
 
 
-def test_a_preemption_may_leave_one_more_generated_snapshot():
+def test_preemption_may_leave_one_more_generated_snapshot():
     scheduler = roomy_scheduler([None], True, 100)
     request = make_request("r", range(10), 30)
     run(scheduler, request, steps=9)
@@ -357,7 +363,7 @@ def test_a_preemption_may_leave_one_more_generated_snapshot():
 @pytest.mark.parametrize(
     ("interval", "kept"), [(None, [16, 28]), (1, [4, 8, 12, 16, 20, 24, 28]), (3, [12, 16, 24, 28])]
 )
-def test_a_long_prompt_leaves_snapshots_at_every_so_many_blocks_and_at_its_last(interval, kept):
+def test_long_prompt_takes_snapshots_at_the_interval_and_near_its_end(interval, kept):
     scheduler = roomy_scheduler([None], True, 100, interval)
     request = make_request("r", range(30))
     run(scheduler, request)
@@ -366,17 +372,17 @@ def test_a_long_prompt_leaves_snapshots_at_every_so_many_blocks_and_at_its_last(
 
 @pytest.mark.parametrize("budget", [5, 100])
 @pytest.mark.parametrize("windows", [[None], [None, 6], [6], [None, -8], [-6]])
-def test_whoever_branches_off_where_another_did_starts_there(windows, budget):
+def test_third_request_hits_where_the_second_branched_off(windows, budget):
     scheduler = roomy_scheduler(windows, True, budget)
     requests = [make_request(str(index), [*range(22), *[50 + index] * 20], 3) for index in range(3)]
     for request in requests:
         run(scheduler, request)
     assert [request.num_cached_tokens for request in requests][::2] == [0, 20]
-    # In one chunk of 42 tokens the first leaves snapshots at 40 and 28; its beginning is found where it was chunked.
+    # Computed as one chunk of 42 tokens, the first request takes snapshots at 40 and 28 only.
     assert requests[1].num_cached_tokens == (0 if budget == 100 else 20)
 
 
-def test_a_prompt_whose_logprobs_are_wanted_is_computed_whole_and_of_use_to_others():
+def test_prompt_logprobs_disable_hits_but_fill_the_cache():
     scheduler = roomy_scheduler([None, 6], True, 100)
     wanted = make_request("wanted", range(18), 2)
     wanted.params = SamplingParams(prompt_logprobs=1)
@@ -389,7 +395,7 @@ def test_a_prompt_whose_logprobs_are_wanted_is_computed_whole_and_of_use_to_othe
     assert other.num_cached_tokens == 16
 
 
-def test_nobody_hits_what_another_root_or_no_root_computed():
+def test_no_hits_between_different_roots():
     scheduler = roomy_scheduler([None], True, 100)
     for root in (ROOT, b"salt", None, None):
         run(scheduler, request := make_request(str(root), range(18), 2, root))
@@ -398,7 +404,7 @@ def test_nobody_hits_what_another_root_or_no_root_computed():
     assert request.num_cached_tokens == 16
 
 
-def test_requests_that_start_in_the_same_step_do_not_share_what_is_not_yet_computed():
+def test_requests_of_the_same_step_do_not_share_blocks():
     scheduler = roomy_scheduler([None], False, 100)
     first, second = make_request("a", range(18), 2), make_request("b", range(18), 2)
     run(scheduler, first, second, steps=1)

@@ -54,7 +54,7 @@ class CostCard:
             - looked_up
             - sum(nbytes for nbytes, _, _ in experts)
             - sum(p.nbytes for p in idle_parameters(model)),
-            state=StateCost.of(find_active_state_modules(model)),
+            state=StateCost.from_modules(find_active_state_modules(model)),
             bandwidth=bandwidth,
             experts=tuple(experts),
         )

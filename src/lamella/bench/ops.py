@@ -144,7 +144,7 @@ def _dtype(llm: LLM) -> torch.dtype:
 def _decode_batch(llm: LLM, rows: int, context: int) -> ForwardBatch:
     """A step over random state: every request has blocks and a slot of its own, in no order."""
     engine, device = llm.engine, llm.engine.device
-    blocks = engine.state.blocks_for(context)
+    blocks = engine.state.num_blocks(context)
     for tensor in engine.memory.tensors:
         tensor.normal_()
     views: dict[PagedState, BlockView] = {}

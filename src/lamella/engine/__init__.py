@@ -1,1 +1,1 @@
-"""From requests to tokens: scheduling, state, steps on the device, text."""
+"""Engine: request admission, scheduling, steps on the device, and outputs."""

@@ -1,4 +1,4 @@
-"""The engine loop: requests go in, tokens come out, one step at a time."""
+"""The engine loop: schedules and executes steps, and returns jobs with new tokens."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ logger = logging.getLogger("lamella")
 
 
 class Engine:
-    """Runs steps over the requests that were added. Not thread-safe: one caller adds requests and steps.
+    """Runs steps of the added requests. Not thread-safe: a single caller adds requests and calls `step`.
 
-    `lamella.engine.loading` makes one from a checkpoint or a model.
+    `lamella.engine.loading` builds an engine from a checkpoint or a model.
     """
 
     def __init__(
@@ -45,41 +45,41 @@ class Engine:
         runner: ModelRunner,
         workers: Workers,
     ) -> None:
-        """`model` is this rank's shard; `workers` are the other ranks."""
+        """Connect the parts of an engine: `model` is the shard of this rank, `workers` are the other ranks."""
         self.model, self.options, self.device = model, options, device
         self.admission, self.variants, self.scheduler = admission, variants, scheduler
         self.runner, self.workers = runner, workers
-        self._in_flight: InFlightStep | None = None  # launched, and not collected yet
-        self._restarted: set[Request] = set()  # their results in `_in_flight` are to be dropped
-        self._is_changing = False  # a step or a change of the requests is under way, or was interrupted
+        self._in_flight: InFlightStep | None = None
+        self._restarted: set[Request] = set()  # requests whose results in `_in_flight` must be dropped
+        self._is_changing = False  # True inside `_transaction`, and after one whose roll-back was interrupted
         self._counts = {"steps": 0, "prompt_tokens": 0, "generated_tokens": 0, "requests": 0, "errors": 0}
 
     @property
     def state(self) -> StateManager:
-        """Bookkeeping of the state of the requests."""
+        """Block and slot allocation of the current pools."""
         return self.variants.state
 
     @property
     def memory(self) -> StateMemory:
-        """Tensors of the state."""
+        """State tensors of the current pools."""
         return self.variants.memory
 
     @property
     def cost(self) -> StateCost:
-        """Bytes of the state."""
+        """Size of the state."""
         return self.variants.cost
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """Tokenizer of prompts and outputs."""
+        """Tokenizer of prompts and outputs; None if the model has none."""
         return self.admission.tokenizer
 
     def close(self) -> None:
-        """End the processes of other ranks, if there are any. They end with the engine, too."""
+        """End the processes of the other ranks, if there are any. They also end when the engine is destroyed."""
         self.workers.close()
 
     def make_job(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Job:
-        """Check a request and make it ready, without queueing it.
+        """Validate a request and turn it into a job, without queueing it. See `Admission.make_job`.
 
         Raises:
             ParameterError: the request cannot run.
@@ -87,10 +87,13 @@ class Engine:
         return self.admission.make_job(request_id, prompt, params)
 
     def add(self, job: Job) -> None:
-        """Queue a job that `make_job` made. Its variant of the model is decided now.
+        """Queue a job, and decide which variant of the model it runs.
+
+        Args:
+            job: returned by `make_job`.
 
         Raises:
-            ParameterError: the job cannot run any more, see `Admission.admit`. Nothing is queued.
+            ParameterError: the job can no longer run, see `Admission.admit`. Nothing is queued.
         """
         variant = self.admission.admit(job)
         with self._transaction():
@@ -104,13 +107,13 @@ class Engine:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """Make a change of the requests and their state complete, or roll it back.
+        """Complete a change of requests and their state, or roll it back.
 
-        An exception inside, an interrupt included, may leave any part of the step's state half written. So all
-        requests that have not ended are computed again, and nothing that was written last can be found.
+        An exception inside, including KeyboardInterrupt, may leave any state of the step half written. So all
+        unfinished requests are recomputed, and prefix keys of the interrupted step are dropped.
         """
         if self._is_changing:
-            self._roll_back()  # the last roll-back was interrupted itself
+            self._roll_back()  # the previous roll-back was interrupted
         self._is_changing = True
         try:
             yield
@@ -129,14 +132,18 @@ class Engine:
         self._is_changing = False
 
     def cancel(self, request_id: str) -> Job | None:
-        """End a job now; its unfinished completions end with "abort". None if no such job is running."""
+        """End a job. Its unfinished completions get finish reason "abort".
+
+        Returns:
+            The job; None if no unfinished job has this id.
+        """
         if request_id not in self.admission.jobs:
             return None
         with self._transaction():
             job = self.admission.jobs.remove(request_id)
             if job is None:
-                return None  # it went with an interrupted change
-            self.variants.release(job)  # into the queue, from which it is dropped like any other
+                return None  # rolling back an interrupted change has removed it
+            self.variants.release(job)  # a held job is queued first, so that all jobs are dropped from the queue
             for completion in job.completions:
                 if completion.finish_reason is None:
                     completion.end("abort")
@@ -145,14 +152,14 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """True while a step would do something."""
+        """True while `step` has work: unfinished requests, an in-flight step, or a pending switch."""
         return self.scheduler.has_work or self._in_flight is not None or self.variants.is_switching
 
     def switch(self, target: Any, running: str = "finish") -> None:
-        """Have requests that name no variant of the model run as `target`, see `Variants.request_switch`.
+        """Switch the default variant of the model to `target`, see `Variants.request_switch`.
 
         Raises:
-            ConfigError: the switch is impossible; nothing has changed.
+            ConfigError: the switch is impossible. Nothing has changed.
         """
         self.variants.request_switch(target, running)
         if self._in_flight is None and self.variants.can_switch:
@@ -164,16 +171,21 @@ class Engine:
                 raise
 
     def step(self) -> list[Job]:
-        """Launch a step and collect one; return the jobs with new output, each once.
+        """Launch one step and collect one.
 
-        With asynchronous scheduling the launched step is the one after the collected step: the device computes while
-        the host reads. A request that turns out to have ended was given one step too many, whose token is dropped.
+        With asynchronous scheduling, the launched step is the one after the collected step, so the device computes
+        while the host processes results. A request that ends in the collected step is part of one more step, whose
+        token is dropped.
 
-        An exception is raised after the step has been rolled back: no request is lost, all are computed again and keep
-        their tokens. An error in a single request's output ends that request alone, with finish reason "error".
+        If an exception occurs, the step is rolled back before the exception is raised: no request is lost, and all are
+        recomputed and keep their tokens. An error in the output of a single request ends only that request, with finish
+        reason "error".
+
+        Returns:
+            Jobs with new output, each once.
 
         Raises:
-            WorkerError: another rank's process has ended; every later step raises it, too.
+            WorkerError: the process of another rank has ended. Every later step raises it, too.
         """
         with self.workers.guard(), self._transaction():
             return self._step()
@@ -184,29 +196,30 @@ class Engine:
             changed = [] if before is None else self._collect(before)
             self.variants.complete_switch()
             return changed
-        if before is not None and any(request.looks_back for request in self.scheduler.running):
+        if before is not None and any(request.needs_previous_tokens for request in self.scheduler.running):
             return self._collect(before)
         launched = self._launch()
         if launched is None:
             return [] if before is None else self._collect(before)
-        if not self.runner.runs_ahead:
+        if not self.runner.async_scheduling:
             assert before is None
-            self.scheduler.computed(launched.chunks)
+            self.scheduler.mark_computed(launched.chunks)
             return self._collect(launched)
         self._in_flight = launched
         changed = [] if before is None else self._collect(before)
-        # Only now are the tokens known that name the blocks that the launched step fills.
-        self.scheduler.computed(launched.chunks)
+        # After the collection, since the collected tokens are part of the keys of blocks that the launched step fills.
+        self.scheduler.mark_computed(launched.chunks)
         return changed
 
     def _launch(self) -> InFlightStep | None:
+        """Schedule and launch a step on all ranks; None if nothing can be scheduled."""
         chunks = self.scheduler.schedule()
         if not chunks:
             return None
-        copies = self.state.take_copies()
+        copies = self.state.pop_copies()
         self.workers.launch(chunks, copies)
         self.memory.copy_slots(copies)
-        self.state.copied()
+        self.state.confirm_copies()
         launched = self.runner.launch(chunks)
         self._counts["steps"] += 1
         for chunk in chunks:
@@ -217,6 +230,7 @@ class Engine:
         return launched
 
     def _collect(self, step: InFlightStep) -> list[Job]:
+        """Wait for a step, append its results to the completions, and return the jobs with new output."""
         changed: dict[str, Job] = {}
         for chunk, result in zip(step.chunks, self.runner.collect(step), strict=True):
             if result.request in self._restarted:
@@ -225,21 +239,21 @@ class Engine:
             result.request.num_in_flight -= chunk.samples
             entry = self.admission.jobs.find(result.request)
             if entry is None:
-                continue  # it has ended since
+                continue  # the request has ended since the launch
             job, completion = entry
-            had = completion.revision
+            revision = completion.revision
             try:
                 completion.receive(chunk.start + 1, result.prompt_logprobs, result.token_id, result.logprobs)
             except NotFiniteError as error:
                 if self._restart_alone(result.request):
                     continue
                 completion.fail(str(error))
-            except MemoryError:  # of the process, not of this request
+            except MemoryError:  # concerns the whole process, not only this request
                 raise
-            except Exception as error:  # in the request's own text or log-probabilities
+            except Exception as error:  # in the text or log-probabilities of this request
                 logger.exception("request %s failed", job.request_id)
                 completion.fail(f"{type(error).__name__}: {error}")
-            if completion.revision == had:
+            if completion.revision == revision:
                 continue
             changed[job.request_id] = job
             self._counts["generated_tokens" if completion.error is None else "errors"] += 1
@@ -247,16 +261,19 @@ class Engine:
                 self._drop(completion)
         self.state.commit()
         if not self.has_work:
-            self.state.check_at_rest()
+            self.state.check_idle()
         return list(changed.values())
 
     def _restart_alone(self, request: Request) -> bool:
-        """Compute a request with NaN or Inf again, without the prefix cache; False if it did not use the cache.
+        """Recompute a request whose logits had NaN or Inf, without the prefix cache, since cached state may be wrong.
 
-        State that it took from the cache may be the cause. What it has left in the cache is forgotten in any case.
+        The request's own keys are dropped from the cache in any case.
+
+        Returns:
+            False if the request did not use cached state; it is then not recomputed.
         """
         tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
-        self.state.forget(request.block_keys(self.state.block_size, tokens))
+        self.state.drop_keys(request.block_keys(self.state.block_size, tokens))
         if not request.num_reused:
             return False
         if self._in_flight is not None and any(chunk.request is request for chunk in self._in_flight.chunks):
@@ -265,14 +282,15 @@ class Engine:
         return True
 
     def stats(self) -> dict[str, Any]:
-        """Return counts since the start (recomputed tokens count again), and what is in use now."""
+        """Return counters since the start (recomputed tokens count again), and current usage."""
         return {**self._counts, **usage(self)}
 
     def reset_prefix_cache(self) -> None:
-        """Forget every cached prefix. Running requests are not affected."""
+        """Drop all cached prefixes. Running requests are not affected."""
         self.state.reset_prefix_cache()
 
     def _drop(self, completion: Completion) -> None:
+        """Remove an ended completion from the index and the scheduler, and free its state."""
         self.admission.jobs.drop(completion)
         self.scheduler.finish(completion.request)
-        completion.request.attachments = ()  # their memory goes with the last request that needs them
+        completion.request.attachments = ()  # freed with the last request that uses them

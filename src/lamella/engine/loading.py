@@ -1,4 +1,4 @@
-"""Make an engine: load its parts, plan its memory, attach its features."""
+"""Construction of an engine: load the model, plan memory, connect the parts and features."""
 
 from __future__ import annotations
 
@@ -46,15 +46,18 @@ logger = logging.getLogger("lamella")
 
 
 def load_engine(options: EngineOptions, features: Sequence[StepFeature] = ()) -> Engine:
-    """Make the engine of a checkpoint, or of a model that the caller constructed.
+    """Build the engine of a checkpoint, or of a model that the caller constructed.
 
     Args:
         options: of the engine.
-        features: more features of steps, see docs/adding_an_engine_feature.md; with one rank only.
+        features: additional step features, see docs/adding_an_engine_feature.md; only with one rank.
+
+    Returns:
+        The engine, ready for requests.
 
     Raises:
         ConfigError: an option or the checkpoint's config is not supported.
-        CheckpointError: the checkpoint's tensors do not fit.
+        CheckpointError: the checkpoint's tensors do not fit its config.
     """
     device = options.resolve_device()
     if isinstance(options.model, LanguageModel):
@@ -90,26 +93,32 @@ def build_engine(
     features: Sequence[StepFeature] = (),
     defaults: Mapping[str, Any] | None = None,
 ) -> Engine:
-    """Make an engine around a loaded model.
+    """Build an engine around a loaded model.
 
     Args:
-        model: this rank's shard of it.
+        model: shard of this rank.
         options: of the engine.
         device: of the model.
-        tokenizer: of prompts and outputs; None without one.
-        eos_token_ids: tokens that end an answer.
-        workers: the other ranks, which make the same engine of their shards.
-        make_runner: called as `ModelRunner` is.
-        images: vision encoder, on rank 0; None accepts no images.
-        features: more features of steps.
-        defaults: fields of `SamplingParams` for requests that give none.
+        tokenizer: of prompts and outputs; None if the model has none.
+        eos_token_ids: tokens that end an output.
+        workers: processes of the other ranks, which build the same engine around their shards.
+        make_runner: constructor of the runner, with the arguments of `ModelRunner`.
+        images: vision encoder, on rank 0; None: no images.
+        features: additional step features.
+        defaults: fields of `SamplingParams` for requests without sampling parameters.
+
+    Returns:
+        The engine, ready for requests.
+
+    Raises:
+        ConfigError: the options contradict the model, or its state does not fit into memory.
     """
     workers = workers or Workers()
     max_model_len = options.resolve_length(model.config)
     if options.placement is not None:
         activate(model, read_placement(options.placement, model.config))
     if options.mixed_placements and not has_choice(model):
-        raise ConfigError("mixed_placements=True: no layer of the model has a choice of mixers")
+        raise ConfigError("mixed_placements=True: no layer of the model has a choice of mixers; leave it out")
     dtype = model.get_parameter("model.embed_tokens.weight").dtype
     if options.round_norms_twice:
         round_norms_twice(model, dtype)
@@ -125,21 +134,21 @@ def build_engine(
         options.max_num_batched_tokens,
         options.snapshot_interval,
         _snapshot_prompts(options, device, current.state.has_slot_state),
-        _keeps_inside(model),
+        _can_snapshot_inside(model),
     )
-    placements_of_step = PlacementStep(model)
-    own: list[StepFeature] = [placements_of_step, embeddings] if has_choice(model) else [embeddings]
+    placement_step = PlacementStep(model)
+    own: list[StepFeature] = [placement_step, embeddings] if has_choice(model) else [embeddings]
     forward = CompiledModel(model) if options.enable_compile else None
     runner = make_runner(
         model, current.state, device, max_model_len, options.max_num_seqs, StepFeatures([*own, *features]), forward
     )
     if options.enforce_eager and device.type != "cuda":
-        logger.info("enforce_eager: without effect, since there are no graphs on this device")
+        logger.info("enforce_eager has no effect on this device, which has no CUDA graphs")
     runner.warm_up(graphs=not options.enforce_eager)
-    workers.before_stop(runner.drop_graphs)
-    workers.follow(current.state)
+    workers.call_before_stop(runner.drop_graphs)
+    workers.set_state(current.state)
     jobs = Jobs()
-    variants = Placements(model, options, pools, current, placements_of_step, jobs, scheduler, runner, workers)
+    variants = Placements(model, options, pools, current, placement_step, jobs, scheduler, runner, workers)
     reader = None if images is None else ImageReader(images, options.max_images)
     admission = Admission(
         model.config.vocab_size, options, tokenizer, eos_token_ids, max_model_len, jobs, variants, reader, defaults
@@ -148,29 +157,29 @@ def build_engine(
 
 
 def _snapshot_prompts(options: EngineOptions, device: torch.device, has_slot_state: bool) -> str:
-    """Return what `snapshot_prompts` means on this device: "always", "never" or "busy"."""
+    """Resolve `snapshot_prompts="auto"` for a device; return "always", "never" or "busy"."""
     if options.snapshot_prompts != "auto":
         return options.snapshot_prompts
     if device.type != "cuda":
         return "always"
     if has_slot_state and options.enable_prefix_caching:
         logger.info(
-            "prefix cache: a prompt's beginning is found from the third request on; snapshot_prompts='always' makes it "
-            "the second, and prefill of short prompts slower"
+            "prefix cache: the beginning of a prompt hits from the third request on; snapshot_prompts='always' makes "
+            "it hit from the second on, at the cost of slower prefills of short prompts"
         )
     return "never"
 
 
-def _keeps_inside(model: LanguageModel) -> bool:
-    """Return True if slot state can be kept in the middle of a chunk: all that reads or writes it is a part."""
+def _can_snapshot_inside(model: LanguageModel) -> bool:
+    """Return True if snapshots can be taken inside a chunk: every access to slot state is in a part of a mixer."""
     state_modules = [
         state_module for state_module in find_state_modules(model) if isinstance(state_module, SlotStateModule)
     ]
     without = [state_module.prefix for state_module in state_modules if not state_module.parts]
     if without:
         logger.warning(
-            "prefix cache: %s reads its state outside of its parts, so that slot state is kept at the ends of chunks "
-            "only; see docs/adding_a_mixer.md",
+            "prefix cache: %s reads its state outside of its parts, so snapshots are taken only at the ends of chunks; "
+            "see docs/adding_a_mixer.md",
             without[0],
         )
     return not without
@@ -184,7 +193,7 @@ def _memory_budget(
     group: Group,
     embeddings: ImageEmbeddings,
 ) -> int:
-    """Return the bytes for state, after measuring the largest step of every placement."""
+    """Measure the largest step of every placement, and return the bytes that remain for state."""
 
     def run(placement: Placement) -> None:
         activate(model, placement)
@@ -201,26 +210,26 @@ def _memory_budget(
 
 
 def check_split(checkpoint: Checkpoint, options: EngineOptions) -> None:
-    """Check that the model can be sharded among the ranks. Nothing is loaded.
+    """Check that the model can be sharded over the ranks. No tensor is loaded.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: the model cannot be sharded.
     """
     size, architecture = options.tensor_parallel_size, checkpoint.architecture
     path = architecture.import_path
     if size > 1 and (path is None or path.startswith("__main__:")):
         raise ConfigError(
-            f"tensor_parallel_size={size}: {architecture.name} is defined in the main script, or is held by no module, "
+            f"tensor_parallel_size={size}: {architecture.name} is defined in the main script or in no module, "
             "so other processes cannot import it; put it into a module"
         )
     config, whole_experts = checkpoint.read_config(), options.enable_expert_parallel
     if whole_experts and not any(isinstance(layer.feed_forward, MoEConfig) for layer in config.layers):
-        raise ConfigError("enable_expert_parallel=True: no layer of the model has experts")
+        raise ConfigError("enable_expert_parallel=True: no layer of the model has experts; leave it out")
     checkpoint.allocate(config, LocalKit(device="meta", group=Group(Partition(0, size)), expert_parallel=whole_experts))
 
 
 def load_shard(checkpoint: Checkpoint, options: EngineOptions, device: torch.device, group: Group) -> LanguageModel:
-    """Return a rank's shard of the model."""
+    """Load the shard of a rank."""
     max_length = options.resolve_length(checkpoint.read_config())
     return load_model(
         checkpoint,
@@ -235,9 +244,7 @@ def load_shard(checkpoint: Checkpoint, options: EngineOptions, device: torch.dev
 
 
 def find_image_model(checkpoint: Checkpoint, load_format: str) -> type[ImageModel] | None:
-    """Return the class that encodes images for a checkpoint; None if the checkpoint is of a text model.
-
-    No tensor is read.
+    """Return the vision encoder class of a checkpoint; None for a text model. No tensor is read.
 
     Raises:
         ConfigError: the config and the tensors contradict each other.
@@ -253,14 +260,18 @@ def find_image_model(checkpoint: Checkpoint, load_format: str) -> type[ImageMode
 def load_images(
     checkpoint: Checkpoint, options: EngineOptions, device: torch.device, tokenizer: Tokenizer | None
 ) -> ImageModel | None:
-    """Return the vision encoder; None if the model or the options read no images."""
+    """Load the vision encoder; return None if the model has none, or the options allow no images.
+
+    Raises:
+        ConfigError: `limit_mm_per_prompt` is given for a model without a vision encoder.
+    """
     loader, limit = find_image_model(checkpoint, options.load_format), options.limit_mm_per_prompt
     if loader is None:
         if limit is not None:
             raise ConfigError(f"limit_mm_per_prompt={dict(limit)!r}: the checkpoint of {options.model} reads no images")
         return None
     if options.max_images == 0:
-        logger.info("%s: limit_mm_per_prompt allows no images: the part that reads them is left out", checkpoint.path)
+        logger.info("%s: limit_mm_per_prompt allows no images, so the vision encoder is not loaded", checkpoint.path)
         return None
     dtype = resolve_dtype(checkpoint, options.dtype)
     token_id = tokenizer.token_id if tokenizer is not None else lambda text: None
@@ -268,9 +279,13 @@ def load_images(
 
 
 def round_norms_twice(model: LanguageModel, dtype: torch.dtype) -> None:
-    """Make the RMS norms of a 16-bit model round as `transformers` does. Raises `ConfigError` for float32."""
+    """Make the RMS norms of a 16-bit model round as in `transformers`: before the weight, too.
+
+    Raises:
+        ConfigError: the model is float32, where there is no rounding to change.
+    """
     if dtype == torch.float32:
-        raise ConfigError("round_norms_twice=True: without effect, since float32 rounds nothing")
+        raise ConfigError("round_norms_twice=True: without effect on a float32 model; leave it out")
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.round_twice = True
@@ -279,9 +294,10 @@ def round_norms_twice(model: LanguageModel, dtype: torch.dtype) -> None:
 def prepare_module(
     model: LanguageModel, options: EngineOptions, device: torch.device
 ) -> tuple[LanguageModel, Tokenizer | None, tuple[int, ...]]:
-    """Return the model ready to run, the tokenizer that the options name, and the ids that end a text.
+    """Prepare a model that the caller constructed: move it to `device`, convert it to `dtype`, set it to `eval`.
 
-    The model itself is moved to `device`, converted to `dtype` unless that is "auto", and set to evaluate.
+    Returns:
+        The model itself, the tokenizer of the options, and the tokens that end an output.
     """
     model.to(device=device, dtype=None if options.dtype == "auto" else named_dtype(options.dtype))
     model.eval().requires_grad_(False)

@@ -1,6 +1,6 @@
-"""Memory of an engine: what a step takes, and how much is left for state.
+"""Memory planning: peak memory of a step, the budget for state, and the capacities of the state pools.
 
-State is blocks of each group, slots of requests, and snapshots of the prefix cache.
+State consists of blocks of each group, slots of requests, and snapshots of the prefix cache.
 """
 
 from __future__ import annotations
@@ -26,18 +26,22 @@ from lamella.state.spec import PagedState
 
 logger = logging.getLogger("lamella")
 
-# Of the memory that is free when the pools are made.
-_MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.85}
-# Room for the prefix cache beyond what running requests can fill: snapshots a request, and blocks in all.
+# Fraction of free memory that the pools take by default.
+_MEMORY_FRACTION = {"cpu": 0.25, "cuda": 0.85}
+# Capacity for the prefix cache: snapshots per request, and blocks as a multiple of what running requests can fill.
 _SNAPSHOTS_PER_REQUEST = 4
-_BLOCKS_TO_KEEP = 2
-# So many prompts, none of which fills a block, are worth a warning.
-_SHORT_PROMPTS = 32
+_BLOCKS_FACTOR = 2
+_SHORT_PROMPTS = 32  # log a warning after this many prompts that do not fill a block
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """Blocks of each group, and slots: those of requests and of snapshots."""
+    """Capacities of the state pools.
+
+    Attributes:
+        blocks: number of blocks of each group, without the dummy.
+        num_slots: number of slots of requests and snapshots, without the dummy.
+    """
 
     blocks: Mapping[PagedState, int]
     num_slots: int
@@ -50,9 +54,16 @@ class Capacity:
         max_model_len: int,
         budget: int,
     ) -> Capacity:
-        """As asked, or as much as `budget` bytes hold and requests and cache could fill.
+        """Plan the capacities: those of the options, or as many as fit and as requests and prefix cache can use.
 
-        Raises `ConfigError` where not even one block fits beside the requests' slots.
+        Args:
+            options: of the engine.
+            cost: size of the state.
+            max_model_len: in tokens.
+            budget: bytes for state.
+
+        Raises:
+            ConfigError: not even one block fits beside the slots of `max_num_seqs` requests.
         """
         snapshots = _snapshots(options, cost, budget)
         num_slots = options.max_num_seqs + snapshots
@@ -60,43 +71,43 @@ class Capacity:
 
 
 def memory_budget(device: torch.device, reserved: int, group: Group, utilization: float | None = None) -> int:
-    """Return the bytes for state, the same on all ranks of a group.
+    """Return the bytes for state, equal on all ranks of a group.
 
     Args:
-        device: where the state is kept.
-        reserved: bytes that are left to whatever else a step needs.
+        device: of the state tensors.
+        reserved: bytes that a step needs besides state.
         group: the ranks.
-        utilization: fraction of the whole memory that may be in use when the state is there; None takes a share of the
-            free memory.
+        utilization: fraction of the whole memory that may be in use once the state is allocated; None: a fraction of
+            the free memory.
 
     Raises:
-        ConfigError: more than `utilization` is in use already.
+        ConfigError: more than `utilization` is already in use.
     """
-    ranks = group.partition.size if device.type == "cpu" else 1  # which have one memory
+    ranks = group.partition.size if device.type == "cpu" else 1  # ranks on a CPU share its memory
     free = _free_memory(device) - reserved
     if utilization is None:
-        return int(group.smallest(free) * _MEMORY_SHARE[device.type] / ranks)
+        return int(group.smallest(free) * _MEMORY_FRACTION[device.type] / ranks)
     total = _total_memory(device)
     budget = int(group.smallest(min(free, int(total * utilization) - (total - free))) / ranks)
     if budget <= 0:
         raise ConfigError(
             f"gpu_memory_utilization={utilization}: {(total - free) / total:.2f} of the memory of {device} is in use "
-            "already: raise it, or give num_blocks"
+            "already; give a larger fraction, or num_blocks"
         )
     return budget
 
 
-def longest_answer(state: StateManager, options: EngineOptions, prompt: int, most: int) -> int:
-    """Return the most tokens of an answer, from 1 up to `most`, for which the pools have room behind a prompt."""
+def longest_output(state: StateManager, options: EngineOptions, prompt: int, limit: int) -> int:
+    """Return the most output tokens, in [1, limit], that fit into empty pools after `prompt` prompt tokens."""
 
-    def is_too_long(answer: int) -> bool:
-        return any(blocks > capacity for blocks, capacity in _peaks(prompt + answer - 1, state, options))
+    def is_too_long(output: int) -> bool:
+        return any(blocks > capacity for blocks, capacity in _peaks(prompt + output - 1, state, options))
 
-    return max(1, bisect.bisect_left(range(1, most + 1), True, key=is_too_long))
+    return max(1, bisect.bisect_left(range(1, limit + 1), True, key=is_too_long))
 
 
 def _peaks(tokens: int, state: StateManager, options: EngineOptions) -> Iterator[tuple[int, int]]:
-    """Yield for each group the most blocks that a request of `tokens` tokens holds at once, and how many there are."""
+    """Yield for each group the peak number of blocks of a request of `tokens` tokens, and the pool's capacity."""
     chunk = min(tokens, options.max_num_batched_tokens)
     for index, pool in enumerate(state.block_pools):
         yield state.peak_blocks(index, tokens, chunk), pool.capacity
@@ -105,89 +116,97 @@ def _peaks(tokens: int, state: StateManager, options: EngineOptions) -> Iterator
 def warn_if_no_prefix_can_hit(options: EngineOptions, cost: StateCost, plan: Capacity, max_model_len: int) -> None:
     """Log a warning if the settings make prefix hits impossible."""
     if not options.enable_prefix_caching:
-        logger.info("prefix caching is off: every prompt is computed whole")
+        logger.info("prefix caching is off: every prompt is computed from its first token")
     elif options.block_size >= max_model_len:
         logger.warning(
-            "prefix cache: no prompt of max_model_len=%d fills a block of block_size=%d tokens: nothing can hit",
+            "prefix cache: no prompt of max_model_len=%d fills a block of block_size=%d tokens, so there are no hits; "
+            "give a smaller block_size",
             max_model_len,
             options.block_size,
         )
     elif cost.slots and plan.num_slots == options.max_num_seqs:
         logger.warning(
-            "prefix cache: no snapshot of the %d bytes of slot state fits its budget, so that hits are only "
-            "possible while requests leave slots unused; see snapshot_bytes",
+            "prefix cache: no snapshot of %d bytes of slot state fits into its budget, so hits are possible only while "
+            "some slots are unused; give a larger snapshot_bytes",
             cost.bytes_per_request,
         )
 
 
 def check_pools(tokens: int, state: StateManager, options: EngineOptions) -> None:
-    """Raises `ParameterError` where a request of `tokens` tokens does not fit into the empty pools of a state."""
+    """Check that a request of `tokens` tokens fits into empty pools.
+
+    Raises:
+        ParameterError: a pool is too small.
+    """
     for blocks, capacity in _peaks(tokens, state, options):
         if blocks > capacity:
             raise ParameterError(
-                f"prompt and max_tokens need {blocks} blocks of {state.block_size} tokens, and num_blocks="
-                f"{capacity} is all there are"
+                f"prompt and max_tokens need {blocks} blocks of {state.block_size} tokens, more than num_blocks="
+                f"{capacity}; shorten them, or give more num_blocks"
             )
 
 
 class ShortPrompts:
-    """Says once in the log if the first prompts are all too short for the prefix cache."""
+    """Logs one warning if all of the first prompts are too short for the prefix cache."""
 
     def __init__(self, options: EngineOptions) -> None:
         self._block_size = options.block_size
-        self._so_far: int | None = 0 if options.enable_prefix_caching else None  # None: no longer of interest
+        self._count: int | None = 0 if options.enable_prefix_caching else None  # None: a longer prompt has been seen
 
     def count(self, length: int) -> None:
-        """Take note of a prompt of `length` tokens."""
-        if self._so_far is None:
+        """Count a prompt of `length` tokens."""
+        if self._count is None:
             return
-        self._so_far = self._so_far + 1 if length <= self._block_size else None
-        if self._so_far == _SHORT_PROMPTS:
+        self._count = self._count + 1 if length <= self._block_size else None
+        if self._count == _SHORT_PROMPTS:
             logger.warning(
-                "prefix cache: the first %d prompts are no longer than a block, so that none of them can "
-                "hit; block_size=%d is the block's size in tokens",
+                "prefix cache: none of the first %d prompts is longer than a block, so none can hit; give a smaller "
+                "block_size than %d tokens",
                 _SHORT_PROMPTS,
                 self._block_size,
             )
 
 
 def _snapshots(options: EngineOptions, cost: StateCost, budget: int) -> int:
-    """How many copies of slot state the prefix cache may keep."""
+    """Return the number of snapshots of slot state that the prefix cache may keep."""
     if not options.enable_prefix_caching or not cost.slots:
         return 0
     if options.snapshot_bytes is not None:
-        # Each snapshot is a slot of the pools: more than memory holds cannot be given numbers, either.
+        # The slot pool lists every slot, so an absurd number of snapshots would exhaust host memory.
         if options.snapshot_bytes > max(0, budget):
             raise ConfigError(
-                f"snapshot_bytes={options.snapshot_bytes}: more than the {max(0, budget)} bytes that there are for "
-                "state; give less, or leave it out"
+                f"snapshot_bytes={options.snapshot_bytes}: more than the {max(0, budget)} bytes available for state; "
+                "give less, or leave it out"
             )
         return options.snapshot_bytes // cost.bytes_per_request
     return min(max(0, budget) // 10 // cost.bytes_per_request, _SNAPSHOTS_PER_REQUEST * options.max_num_seqs)
 
 
 def _blocks(options: EngineOptions, cost: StateCost, max_model_len: int, budget: int) -> dict[PagedState, int]:
-    """Blocks of each group within `budget` bytes; windowed and chunked groups, which need few, come first."""
+    """Return the number of blocks of each group within `budget` bytes.
+
+    Windowed and chunked groups need few blocks and get all they can use. The other groups share the remaining memory.
+    """
     seqs, size = options.max_num_seqs, options.block_size
 
-    def useful(spec: PagedState) -> int:
-        """More blocks than this can never be held at once."""
+    def most_used(spec: PagedState) -> int:
+        """Return the most blocks of a group that running requests can allocate at once."""
         whole = seqs * -(-max_model_len // size)
         if spec.reach is None:
             return whole
-        # See StateManager.peak_blocks; the chunks of all requests together are one step's tokens.
+        # See StateManager.peak_blocks. The chunks of all requests together are at most the token budget of a step.
         return min(whole, seqs * (-(-spec.reach // size) + 2) + -(-options.max_num_batched_tokens // size))
 
-    block = {spec: spec.bytes_per_token * size * layers for spec, layers in cost.paged.items()}
+    block_bytes = {spec: spec.bytes_per_token * size * layers for spec, layers in cost.paged.items()}
     full = [spec for spec in cost.paged if spec.reach is None]
-    for keep in (_BLOCKS_TO_KEEP, 1) if options.enable_prefix_caching else (1,):
-        most = {spec: keep * useful(spec) for spec in cost.paged}
+    for factor in (_BLOCKS_FACTOR, 1) if options.enable_prefix_caching else (1,):
+        most = {spec: factor * most_used(spec) for spec in cost.paged}
         if options.num_blocks is not None:
             return {spec: min(options.num_blocks, count) for spec, count in most.items()}
-        rest = budget - sum(block[spec] * count for spec, count in most.items() if spec.reach is not None)
-        share = rest // max(1, sum(block[spec] for spec in full))
-        if rest >= 0 and (share >= 1 or not full):
-            return {spec: count if spec.reach is not None else min(share, count) for spec, count in most.items()}
+        remaining = budget - sum(block_bytes[spec] * count for spec, count in most.items() if spec.reach is not None)
+        fitting = remaining // max(1, sum(block_bytes[spec] for spec in full))
+        if remaining >= 0 and (fitting >= 1 or not full):
+            return {spec: count if spec.reach is not None else min(fitting, count) for spec, count in most.items()}
     raise ConfigError(
         f"max_num_seqs={seqs}: the state of so many requests does not fit into {max(0, budget) >> 20} MiB: give fewer, "
         "a smaller max_num_batched_tokens, or more memory"
@@ -195,7 +214,7 @@ def _blocks(options: EngineOptions, cost: StateCost, max_model_len: int, budget:
 
 
 def _total_memory(device: torch.device) -> int:
-    """Bytes that the device has."""
+    """Return the bytes of the device's memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     total = _meminfo("MemTotal")
@@ -203,7 +222,7 @@ def _total_memory(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that new tensors on `device` can take; None where the system does not say."""
+    """Return the bytes that new tensors on `device` can take; None if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return _meminfo("MemAvailable")
@@ -220,14 +239,22 @@ def _meminfo(field: str) -> int | None:
 
 def _free_memory(device: torch.device) -> int:
     available = available_memory(device)
-    return 4 << 30 if available is None else available  # systems without procfs; num_blocks says better
+    return 4 << 30 if available is None else available  # a guess on systems without procfs; see num_blocks
 
 
 def measure_steps(runs: Iterable[Callable[[], None]], dtype: torch.dtype, device: torch.device) -> int:
-    """Check the kernels, and return the most bytes that any of the `runs` takes; 0 on the CPU, where none is run.
+    """Check the kernels against their references, and measure the peak memory of steps.
+
+    Args:
+        runs: each executes a step.
+        dtype: of the model.
+        device: of the model.
+
+    Returns:
+        The largest peak in bytes. 0 on the CPU, where nothing is checked or run.
 
     Raises:
-        KernelError: a kernel of ours does not work on this machine.
+        KernelError: a kernel does not agree with its reference on this machine.
     """
     if device.type != "cuda":
         return 0
@@ -241,7 +268,7 @@ def measure_steps(runs: Iterable[Callable[[], None]], dtype: torch.dtype, device
 
 @torch.inference_mode()
 def _peak_bytes(run: Callable[[], None], device: torch.device) -> int:
-    """Return the most memory that a run allocates beyond what is allocated before."""
+    """Return the peak bytes that a run allocates, beyond those allocated before."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -253,9 +280,9 @@ def _peak_bytes(run: Callable[[], None], device: torch.device) -> int:
 
 
 def run_largest_step(model: LanguageModel, options: EngineOptions, max_model_len: int, device: torch.device) -> None:
-    """Compute a step with as many tokens as the options allow, without state."""
-    whole, rest = divmod(options.max_num_batched_tokens, max_model_len)
-    lengths = [max_model_len] * whole + [rest] * (rest > 0)
+    """Execute a step with as many tokens as the options allow, without state, to measure its memory."""
+    whole, remainder = divmod(options.max_num_batched_tokens, max_model_len)
+    lengths = [max_model_len] * whole + [remainder] * (remainder > 0)
     with forward_batch(ForwardBatch(RaggedBatch.from_lengths(lengths, lengths, device))):
         hidden = model(torch.zeros(sum(lengths), dtype=torch.int64, device=device))
         model.compute_logits(hidden[: options.max_num_seqs])

@@ -1,6 +1,6 @@
-"""The engine's options: declared once, read by `LLM`, `AsyncLLM`, the command line and docs/options.md.
+"""Options of the engine: declared here once, used by `LLM`, `AsyncLLM`, the command line and docs/options.md.
 
-Importing this module imports no torch, so that `lamella --help` is quick.
+This module does not import torch, so that `lamella --help` is fast.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ Bounds: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True)
 class Option:
-    """Declaration of an option, beside its name, type and default.
+    """Declaration of an option, besides its name, type and default.
 
     Attributes:
-        group: heading under which it is listed.
-        help: what it does.
-        kind: how it is checked and written on the command line: int, float, str, flag or json; None checks nothing.
+        group: heading in lists of options.
+        help: description.
+        kind: form of the value on the command line, which also selects its check: int, float, str, flag or json. None:
+            no check.
         bounds: smallest and largest value of an int.
         choices: allowed texts.
-        is_argument: True if the command line has it.
+        is_argument: True if the option exists on the command line.
     """
 
     group: str
@@ -50,8 +51,8 @@ def _option(default: Any, group: str, kind: str | None, help: str, **more: Any) 
     return field(default=default, metadata={"option": Option(group, help, kind, **more)})
 
 
-# Upper bounds are far beyond what any machine can run: they keep a slip of the keyboard from taking all memory, or from
-# overflowing a step's 32-bit positions.
+# Upper bounds are far beyond what any machine can run. They turn a typing error into an error message before it fills
+# the memory or overflows the 32-bit positions of a step.
 _TOKENS = (1, 1 << 24)
 _MANY = (1, 1 << 40)
 MODEL, SCHEDULING, MEMORY, CACHE, RANKS, EXECUTION, OTHER = (
@@ -112,37 +113,37 @@ class EngineOptions:
         "or a folder or Hub id with such a file.",
     )
     override_generation_config: Mapping[str, Any] | None = _option(
-        None, MODEL, "json", 'Values that replace those of generation_config.json, `{"temperature": 0.5}`.'
+        None, MODEL, "json", 'Values that replace those of generation_config.json, such as `{"temperature": 0.5}`.'
     )
     limit_mm_per_prompt: Mapping[str, int] | None = _option(
         None,
         MODEL,
         "json",
-        'Most images of a prompt, `{"image": 4}`; 0 leaves the vision encoder in the files; None is no limit.',
+        'Most images per prompt, such as `{"image": 4}`; 0: do not load the vision encoder; None: no limit.',
     )
-    seed: int | None = _option(  # a number once the options are made
+    seed: int | None = _option(  # a number after `__post_init__`
         0,
         MODEL,
         "int",
-        "Seed of the draws of requests without a seed, and of dummy weights; None draws one at each start.",
+        "Seed of the draws of requests without a seed, and of dummy weights; None: a random seed at each start.",
         bounds=INT64,
     )
     max_model_len: int | None = _option(
         None,
         SCHEDULING,
         "int",
-        "Longest prompt and output together, in tokens; None is what the model supports.",
+        "Maximum length of prompt and output together, in tokens; None: what the model supports.",
         bounds=_TOKENS,
     )
-    max_num_seqs: int = _option(256, SCHEDULING, "int", "Requests that are computed at a time.", bounds=(1, 1 << 16))
+    max_num_seqs: int = _option(256, SCHEDULING, "int", "Most requests that run at the same time.", bounds=(1, 1 << 16))
     max_num_batched_tokens: int = _option(
-        2048, SCHEDULING, "int", "Tokens computed in a step; longer prompts are computed in chunks.", bounds=_TOKENS
+        2048, SCHEDULING, "int", "Token budget of a step; longer prompts are computed in chunks.", bounds=_TOKENS
     )
     max_logprobs: int | None = _option(
         None,
         SCHEDULING,
         "int",
-        "Most log-probabilities that a request may ask for; None is 1000, -1 no limit.",
+        "Most log-probabilities that a request can ask for; None: 1000, -1: no limit.",
         bounds=(-1, 1 << 40),
         is_argument=False,
     )
@@ -150,44 +151,44 @@ class EngineOptions:
         None,
         MEMORY,
         "float",
-        "Fraction of the device's whole memory that the engine may fill, weights included (on a CPU, of the host's "
-        "memory); None takes 85 % of the free memory of a GPU, 25 % of a CPU's.",
+        "Fraction of the device's whole memory that the engine can use, weights included (on a CPU, of the host's "
+        "memory); None: 85 % of the free memory of a GPU, 25 % of the free memory of a CPU.",
     )
     block_size: int = _option(16, MEMORY, "int", "Tokens in a block of the KV cache.", bounds=(1, 1 << 16))
     num_blocks: int | None = _option(
         None,
         MEMORY,
         "int",
-        "Blocks in each pool (vLLM: `num_gpu_blocks_override`); None fills the memory.",
+        "Blocks in each pool (vLLM: `num_gpu_blocks_override`); None: as many as fit into the memory.",
         bounds=_MANY,
     )
     enable_prefix_caching: bool = _option(
-        True, CACHE, "flag", "Share the state of equal beginnings of prompts, and of finished conversations."
+        True, CACHE, "flag", "Reuse the state of shared beginnings of prompts, and of earlier turns of a conversation."
     )
     snapshot_bytes: int | None = _option(
         None,
         CACHE,
         "int",
-        "Memory for snapshots of slot state, for models that have it; None takes a tenth of the memory for state, at "
-        "most four snapshots for each request that can run.",
+        "Bytes for snapshots of slot state, for models that have it; None: a tenth of the memory for state, at most "
+        "four snapshots per request of `max_num_seqs`.",
         bounds=(0, 1 << 48),
     )
     snapshot_interval: int | None = _option(
         None,
         CACHE,
         "int",
-        "Take a snapshot of a prompt's slot state at every so many blocks, too. Without it there is one where its "
-        "prefill pauses, where it branches off from an earlier prompt, where `snapshot_prompts` says, and, of an "
-        "answer, at its latest block.",
+        "Take an additional snapshot of a prompt's slot state every `snapshot_interval` blocks. Without it there are "
+        "snapshots at the ends of prefill chunks, where a prompt branches off from an earlier one, at the positions of "
+        "`snapshot_prompts`, and at the latest full block of an output.",
         bounds=_MANY,
     )
     snapshot_prompts: str = _option(
         "auto",
         CACHE,
         "str",
-        "Take snapshots of a prompt's slot state at its last full block and at growing distances before it, so that "
-        'the second request with the same beginning finds one: `"always"`, `"never"` (the third request does), or '
-        '`"busy"`, only beside other requests. `"auto"` is `"always"` on CPUs, where they cost little, and `"never"` '
+        "When to take snapshots of a prompt's slot state at its last full block and at growing distances before it: "
+        '`"always"` (the second request with the same beginning hits), `"never"` (the third one does), or `"busy"` '
+        '(only while other requests run). `"auto"` is `"always"` on CPUs, where snapshots cost little, and `"never"` '
         "on GPUs.",
         choices=("auto", "always", "never", "busy"),
     )
@@ -198,46 +199,46 @@ class EngineOptions:
         False,
         EXECUTION,
         "flag",
-        "On a GPU, capture no CUDA graphs of decode steps: quicker to start, slower to run; no effect on a CPU.",
+        "On a GPU, do not capture decode steps in CUDA graphs: faster start, slower steps. No effect on a CPU.",
     )
     enable_compile: bool = _option(
         False,
         EXECUTION,
         "flag",
-        "On a CPU, compile the parts of the layers by torch.compile at the start, one program for each kind of part; "
-        "afterwards a step that would need another one is an error.",
+        "On a CPU, compile the parts of the layers with torch.compile at the start, one program per kind of part. A "
+        "later step that would need another program is an error.",
     )
     round_norms_twice: bool = _option(
         False,
         EXECUTION,
         "flag",
-        "For 16-bit models: RMS norms round before their weight, too, as `transformers` does. To compare with it: once "
-        "is more exact, and faster on a GPU.",
+        "For 16-bit models: RMS norms round before the multiplication with the weight, too, as in `transformers`. Only "
+        "for comparisons with it: rounding once is more exact, and faster on a GPU.",
     )
     deterministic: bool = _option(
-        False, EXECUTION, "flag", "Only False is possible yet; True is an error.", is_argument=False
+        False, EXECUTION, "flag", "Only False is supported yet; True is an error.", is_argument=False
     )
     tensor_parallel_size: int = _option(
         1,
         RANKS,
         "int",
-        "Devices of this host (on a CPU: processes) that hold a shard of the model each.",
+        "Number of devices of this host (on a CPU: processes) among which the model is sharded.",
         bounds=(1, 1 << 10),
     )
     enable_expert_parallel: bool = _option(
-        False, RANKS, "flag", "Each device holds some of a layer's experts whole, in place of a shard of each."
+        False, RANKS, "flag", "Each device has some whole experts of a layer, instead of a shard of every expert."
     )
     placement: PlacementLike | None = _option(
         None,
         OTHER,
         "str",
-        "For a supernet: the active mixer of each layer, see docs/supernets.md; None is the checkpoint's own.",
+        "For a supernet: the active mixer of each layer, see docs/supernets.md; None: as in the checkpoint.",
     )
     mixed_placements: bool = _option(
         False,
         OTHER,
         "flag",
-        "Keep state for all mixers of a supernet, so that requests may have placements of their own.",
+        "Keep state for all mixers of a supernet, so that each request can have its own placement.",
         is_argument=False,
     )
 
@@ -247,7 +248,7 @@ class EngineOptions:
         for each in fields(self):
             declared: Option = each.metadata["option"]
             if getattr(self, each.name) is None and isinstance(each.default, bool | int | str):
-                self._set(each.name, each.default)  # None is vLLM's word for the default
+                self._set(each.name, each.default)  # vLLM accepts None for the default
             self._check(each.name, declared)
         self._check_sources()
         if self.enable_expert_parallel and self.tensor_parallel_size == 1:
@@ -256,7 +257,8 @@ class EngineOptions:
             raise ConfigError("enable_compile=True: contradicts enforce_eager=True")
         if self.enable_compile and self.mixed_placements:
             raise ConfigError(
-                "enable_compile=True: not with mixed_placements=True, where requests enter the middle of a layer"
+                "enable_compile=True: not with mixed_placements=True, which divides batches inside a layer; leave one "
+                "out"
             )
         if self.deterministic:
             raise ConfigError(
@@ -267,7 +269,7 @@ class EngineOptions:
         object.__setattr__(self, name, value)
 
     def _check(self, name: str, declared: Option) -> None:
-        """Check one option by its declaration."""
+        """Check one option against its declaration."""
         value = getattr(self, name)
         if value is None:
             return
@@ -280,7 +282,7 @@ class EngineOptions:
             raise ConfigError(f"{name}={shown(value)}: must be {', '.join(first)} or {last}")
 
     def _check_sources(self) -> None:
-        """Check what no declaration states: where files come from, mappings, the share of memory."""
+        """Check what declarations cannot express: model and file names, mappings, the fraction of memory."""
         if not isinstance(self.model, str | Path) and not self.is_constructed:
             raise ConfigError(
                 f"model={type(self.model).__name__}: must be a folder, `demo`, a Hub id or a model of lamella.models"
@@ -300,12 +302,12 @@ class EngineOptions:
                 f'limit_mm_per_prompt={shown(self.limit_mm_per_prompt)}: must be {{"image": N}}, N a whole number of '
                 "images"
             )
-        share = self.gpu_memory_utilization
-        if share is not None:
-            number = None if isinstance(share, bool) else finite(share)
+        fraction = self.gpu_memory_utilization
+        if fraction is not None:
+            number = None if isinstance(fraction, bool) else finite(fraction)
             if number is None or not 0 < number <= 1:
                 raise ConfigError(
-                    f"gpu_memory_utilization={shown(share)}: must be a fraction, more than 0 and at most 1"
+                    f"gpu_memory_utilization={shown(fraction)}: must be a fraction, more than 0 and at most 1"
                 )
             self._set("gpu_memory_utilization", number)
         if self.is_constructed and (self.tensor_parallel_size > 1 or self.load_format != "auto"):
@@ -313,7 +315,7 @@ class EngineOptions:
 
     @property
     def is_constructed(self) -> bool:
-        """True if `model` is a model and not the name of one."""
+        """True if `model` is a constructed model, not a name."""
         if isinstance(self.model, str | Path):
             return False
         from lamella.layers.decoder import LanguageModel  # here, since it imports torch
@@ -322,25 +324,25 @@ class EngineOptions:
 
     @property
     def seed_number(self) -> int:
-        """The seed that is in use."""
+        """Seed in use, never None."""
         assert self.seed is not None
         return self.seed
 
     @property
     def name(self) -> str:
-        """The model's name in logs and keys."""
+        """Name of the model in logs and prefix keys."""
         return type(self.model).__name__ if self.is_constructed else str(self.model)
 
     @property
     def max_images(self) -> int | None:
-        """The most images that a prompt may have; None is no limit."""
+        """Most images per prompt; None: no limit."""
         return None if self.limit_mm_per_prompt is None else self.limit_mm_per_prompt["image"]
 
     def resolve_device(self) -> torch.device:
-        """Return the device to run on, rank 0's if there are several.
+        """Return the device of the engine, with several ranks that of rank 0.
 
         Raises:
-            ConfigError: the machine does not have it, or it contradicts other options.
+            ConfigError: the machine does not have the device, or it contradicts other options.
         """
         device = self._named_device()
         if self.enable_compile and device.type != "cpu":
@@ -375,10 +377,10 @@ class EngineOptions:
         return torch.device("cuda", 0)
 
     def resolve_length(self, config: ModelConfig) -> int:
-        """Return the longest request in tokens.
+        """Return the maximum length of a request, in tokens.
 
         Raises:
-            ConfigError: `max_model_len` is more than the model supports.
+            ConfigError: `max_model_len` is larger than the model supports.
         """
         longest = supported_length(config)
         if self.max_model_len is None:
@@ -394,7 +396,12 @@ def declared_options() -> dict[str, Option]:
 
 
 def with_options(first: Sequence[str], rest: str) -> Signature:
-    """Return the signature of a constructor: itself, `first` options by position, the others by name, then `**rest`."""
+    """Return the signature of a constructor that takes the options.
+
+    Args:
+        first: options that can be given by position.
+        rest: name of the `**` parameter.
+    """
     parameters = [Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)]
     for each in fields(EngineOptions):
         kind = Parameter.POSITIONAL_OR_KEYWORD if each.name in first else Parameter.KEYWORD_ONLY
@@ -416,7 +423,7 @@ def _is_limit(value: object) -> bool:
 
 
 def supported_length(config: ModelConfig) -> int | None:
-    """Return the longest context that the model's RoPE is made for; None if it adapts to any length."""
+    """Return the longest context that the model's RoPE supports, in tokens; None if it adapts to any length."""
     if not config.length_is_known:
         return None
     lengths: list[int] = []

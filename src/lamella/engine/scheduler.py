@@ -1,4 +1,4 @@
-"""Who computes how many tokens in the next step. Pure Python: no tensors, no model."""
+"""Continuous batching: which requests run in the next step, and how many tokens of each. No tensors, no model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from lamella.state.manager import StateManager
 
 @dataclass(slots=True)
 class Scheduled:
-    """A request's share of a step: its tokens [start, start + count).
+    """Chunk of a request that is scheduled for a step: its tokens [start, start + count).
 
     Attributes:
-        samples: whether the share ends with the request's last token, so that the next one can be sampled.
-        snapshots: positions inside the share whose slot state is kept, ascending, and the slots for it.
+        request: the request.
+        start: position of the first token.
+        count: number of tokens, at least 1.
+        samples: True if the chunk ends with the request's last token, so that the step samples the next one.
+        snapshots: (position, slot) of the snapshots of slot state inside the chunk, positions ascending.
     """
 
     request: Request
@@ -26,16 +29,20 @@ class Scheduled:
     snapshots: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def of(cls, request: Request, start: int, count: int) -> Scheduled:
+    def from_request(cls, request: Request, start: int, count: int) -> Scheduled:
+        """Make the chunk [start, start + count) of a request, without snapshots."""
         return cls(request, start, count, start + count == request.num_tokens)
 
 
 class Scheduler:
-    """Continuous batching, first come first served, under a budget of tokens a step.
+    """Schedule requests first come, first served, under a token budget per step.
 
-    Every request in the batch gets the tokens that it still lacks, one when it is decoding, up to the budget's rest: a
-    long prompt is computed in chunks between other requests' decodes. When blocks run out, the youngest request gives
-    its state back and is computed again later (tokens it has generated are kept), so that the oldest always moves on.
+    Running requests come first, the oldest before younger ones. Each gets all of its uncomputed tokens, one while it
+    decodes, up to the remaining budget. So a long prompt is computed in chunks while other requests decode. Then
+    waiting requests start, as long as budget, slots and blocks last.
+
+    If no block is free, the youngest running request is preempted: its blocks and slot are freed, and it is recomputed
+    later. It keeps its generated tokens. The oldest request is never preempted for another, so it always advances.
     """
 
     def __init__(
@@ -47,25 +54,31 @@ class Scheduler:
         snapshot_prompts: str,
         snapshots_inside: bool = True,
     ) -> None:
-        """`snapshot_interval` in blocks, and `snapshot_prompts` ("always", "never" or "busy"): see `EngineOptions`.
+        """Make a scheduler without requests.
 
-        Without `snapshots_inside` slot state can be kept at the ends of chunks only.
+        Args:
+            state: allocates blocks and slots.
+            max_num_seqs: most requests that run at the same time.
+            max_num_batched_tokens: token budget of a step.
+            snapshot_interval: in blocks, see `EngineOptions`.
+            snapshot_prompts: "always", "never" or "busy", see `EngineOptions`.
+            snapshots_inside: True if a step can take snapshots of slot state inside a chunk; else only at its end.
         """
         self.snapshots_inside = snapshots_inside
         self.state, self.max_num_seqs, self.max_num_batched_tokens = state, max_num_seqs, max_num_batched_tokens
         self.snapshot_interval, self.snapshot_prompts = snapshot_interval, snapshot_prompts
         self.waiting: deque[Request] = deque()  # in order of arrival
-        self.running: list[Request] = []  # likewise, and all older than those waiting
+        self.running: list[Request] = []  # in order of arrival, all older than the waiting requests
         self.num_preemptions = 0
-        self.num_started_tokens = 0  # of the prompts of all requests that have started
-        self.num_cached_tokens = 0  # of these, found in the prefix cache
+        self.num_started_tokens = 0  # prompt tokens of all requests that have started
+        self.num_cached_tokens = 0  # prompt tokens that were found in the prefix cache
 
     def add(self, request: Request) -> None:
-        """Queue a request. Its blocks must fit into empty pools."""
+        """Add a request to the waiting queue. Its blocks must fit into empty pools, see `check_pools`."""
         self.waiting.append(request)
 
     def finish(self, request: Request) -> None:
-        """Forget a request, wherever it is, and give back its state."""
+        """Remove a running or waiting request, and free its blocks and slot."""
         if request in self.running:
             self.running.remove(request)
         else:
@@ -74,13 +87,15 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
+        """True while requests are running or waiting."""
         return bool(self.running or self.waiting)
 
     def schedule(self) -> list[Scheduled]:
-        """The next step's chunks; the blocks that they need are held already.
+        """Schedule the next step, and allocate blocks and slots for it.
 
-        There is at least one while there is work, except where all requests wait for their last token, which is
-        pending.
+        Returns:
+            The chunks of the step, the oldest request first. Empty only if there is no work, or if the last token of
+            every running request is in flight.
         """
         budget = self.max_num_batched_tokens
         step: list[Scheduled] = []
@@ -91,24 +106,24 @@ class Scheduler:
             if request.num_sampled >= request.max_tokens:
                 continue
             count = self._chunk_size(request, request.num_computed, budget)
-            while not self.state.grow(request, request.num_computed + count):
+            while not self.state.allocate(request, request.num_computed + count):
                 preempted = True
                 if self._preempt_youngest() is request:
                     break
             else:
                 step.append(self._chunk(request, request.num_computed, count))
                 budget -= count
-        # Whoever was just preempted would only take the blocks back.
+        # After a preemption no waiting request starts: it would allocate the blocks that were just freed.
         while self.waiting and budget and not preempted and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
-            keys = self._readable_keys(request)
+            keys = self._lookup_keys(request)
             hit = self.state.match(keys)
-            request.branch = hit.known
+            request.branch_position = hit.seen_length
             count = self._chunk_size(request, hit.length, budget)
-            if not self.state.grow(request, hit.length + count, hit, keys):
+            if not self.state.allocate(request, hit.length + count, hit, keys):
                 break
             self.running.append(self.waiting.popleft())
-            self._started(request, hit.length)
+            self._record_start(request, hit.length)
             step.append(self._chunk(request, hit.length, count))
             budget -= count
         assert step or not self.has_work or any(r.num_in_flight for r in self.running), (
@@ -116,10 +131,11 @@ class Scheduler:
         )
         return step
 
-    def computed(self, step: Sequence[Scheduled]) -> None:
-        """The step's tokens are in the pools now; blocks that nobody can see any more are given back.
+    def mark_computed(self, step: Sequence[Scheduled]) -> None:
+        """Record that the state of a step's tokens is in the pools.
 
-        The requests that have ended or were preempted since are passed over.
+        Full blocks are cached, and blocks that the next token cannot see are freed. Requests that have ended or were
+        preempted since the step was scheduled are skipped.
         """
         for chunk in step:
             request = chunk.request
@@ -127,32 +143,34 @@ class Scheduler:
                 continue
             request.num_computed += chunk.count
             tokens, size = request.num_computed, self.state.block_size
-            # Keys are needed only where a block has become full.
+            # Hash the tokens only if the step has filled a block.
             keys = request.block_keys(size, tokens) if tokens // size > chunk.start // size else ()
-            self.state.computed(request, tokens, keys, tokens > len(request.prompt_token_ids))
+            self.state.mark_computed(request, tokens, keys, tokens > len(request.prompt_token_ids))
 
-    def _readable_keys(self, request: Request) -> list[bytes]:
-        """Keys of what the request may start with: not its last token, which must give logits, and nothing at all where
-        the logits of the whole prompt are wanted.
+    def _lookup_keys(self, request: Request) -> list[bytes]:
+        """Return the keys of the blocks that a waiting request may take from the prefix cache.
+
+        The last token must be computed, since it gives the logits of the next one. With prompt log-probabilities all
+        tokens must be computed, so there are no keys.
         """
         if request.needs_prompt_logprobs:
             return []
         return request.block_keys(self.state.block_size, request.num_tokens - 1)
 
     def _chunk_size(self, request: Request, start: int, budget: int) -> int:
-        """Return how many tokens a request gets of the budget, from `start` on.
+        """Return the number of tokens to schedule for a request, from `start` on.
 
-        A chunk that does not reach the request's last token ends with a block, where its slot state can be kept.
+        A chunk that does not reach the request's last token ends at a block end, so that a snapshot can be taken there.
         """
         stop, size = min(request.num_tokens, start + budget), self.state.block_size
-        if stop < request.num_tokens and stop // size * size > start and self._keeps_snapshots(request):
+        if stop < request.num_tokens and stop // size * size > start and self._has_snapshots(request):
             stop = stop // size * size
         return stop - start
 
     def _chunk(self, request: Request, start: int, count: int) -> Scheduled:
-        """Return a request's chunk of the step, with the snapshots of slot state that are taken in the middle of it."""
-        chunk = Scheduled.of(request, start, count)
-        if count == 1 or not (self.snapshots_inside and self._keeps_snapshots(request)):
+        """Return a request's chunk of the step, and allocate slots for the snapshots inside it."""
+        chunk = Scheduled.from_request(request, start, count)
+        if count == 1 or not (self.snapshots_inside and self._has_snapshots(request)):
             return chunk
         positions = sorted(
             {p for p in self._snapshot_positions(request, start, start + count) if start < p < start + count}
@@ -166,19 +184,21 @@ class Scheduler:
             )
         return chunk
 
-    def _keeps_snapshots(self, request: Request) -> bool:
+    def _has_snapshots(self, request: Request) -> bool:
         return self.state.has_slot_state and request.prefix_root is not None
 
     def _snapshot_positions(self, request: Request, start: int, stop: int) -> Iterator[int]:
-        """Yield block ends at which to snapshot a prompt's slot state, in any order, maybe outside [start, stop].
+        """Yield positions for snapshots of a prompt's slot state: unordered, and not only from [start, stop].
 
-        They are: where it branches off from tokens that were there before, since a third request is likely to branch
-        off there, too; every so many blocks, if asked; and some at growing distances from the prompt's end. Of these, a
-        prompt with the same beginning and an end of its own of n tokens finds one that is at most 4 n tokens too short.
+        * The position where the prompt branches off from tokens that were computed before: a third request is likely to
+          branch off there, too.
+        * Every `snapshot_interval` blocks, if set.
+        * Positions at growing distances (0, 3, 15, 63, ... blocks) from the end of the prompt, see `snapshot_prompts`.
+          A prompt that differs from this one only in its last n tokens then hits at most 4 n tokens too early.
         """
         size, prompt = self.state.block_size, len(request.prompt_token_ids)
-        if request.branch:
-            yield request.branch
+        if request.branch_position:
+            yield request.branch_position
         if self.snapshot_interval is not None:
             step = self.snapshot_interval * size
             yield from range((start // step + 1) * step, min(stop, prompt), step)
@@ -189,7 +209,8 @@ class Scheduler:
                 yield (last - distance) * size
                 distance = 4 * distance + 3
 
-    def _started(self, request: Request, cached: int) -> None:
+    def _record_start(self, request: Request, cached: int) -> None:
+        """Set the counters of a request that starts with `cached` tokens from the prefix cache."""
         request.num_computed = request.num_reused = cached
         if not request.num_preemptions:
             request.num_cached_tokens = cached
@@ -197,14 +218,14 @@ class Scheduler:
             self.num_started_tokens += len(request.prompt_token_ids)
 
     def preempt_all(self) -> None:
-        """All running requests give their state back, and are computed again from their first token."""
+        """Preempt all running requests. They are recomputed from their first token."""
         while self.running:
             self._preempt_youngest()
 
     def restart(self, request: Request) -> None:
-        """Compute a request again by itself: without state of others, and out of the prefix cache from now on.
+        """Recompute a request from its first token, and exclude it from the prefix cache from now on.
 
-        What a step in flight computes of it must be dropped.
+        The caller must drop results of the request from an in-flight step.
         """
         if request in self.running:
             self.running.remove(request)
@@ -216,11 +237,11 @@ class Scheduler:
         self.num_preemptions += 1
 
     def roll_back(self, requests: Iterable[Request]) -> None:
-        """Recover from an exception inside a step: all state is released, and every request is computed again.
+        """Recover from an exception inside a step: release all state, and queue every request for recomputation.
 
         Args:
-            requests: all requests that have not ended, in order of arrival. Given anew, since the exception may have
-                interrupted a change of the queues.
+            requests: all unfinished requests, in order of arrival. The queues themselves cannot be trusted, since the
+                exception may have interrupted a change of them.
         """
         started = [request for request in self.running if request in self.state.allocations]
         self.state.roll_back()
@@ -232,6 +253,7 @@ class Scheduler:
             self.num_preemptions += 1
 
     def _preempt_youngest(self) -> Request:
+        """Preempt and return the youngest running request."""
         request = self.running.pop()
         self.state.release(request)
         request.num_computed = 0

@@ -1,4 +1,4 @@
-"""Figures of a running engine."""
+"""Statistics of a running engine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def usage(engine: Engine) -> dict[str, Any]:
-    """Return what the scheduler, the pools and the prefix cache of an engine have done and hold now."""
+    """Return counters and current usage of the scheduler, the pools and the prefix cache, see `LLM.stats`."""
     pools, slots, scheduler = engine.state.block_pools, engine.state.slot_pool, engine.scheduler
     capacity, free = sum(p.capacity for p in pools), sum(p.num_free for p in pools)
     started, cached = scheduler.num_started_tokens, scheduler.num_cached_tokens
@@ -20,20 +20,20 @@ def usage(engine: Engine) -> dict[str, Any]:
         "waiting": len(engine.scheduler.waiting),
         "blocks": capacity,
         "blocks_used": capacity - free,
-        "pages": capacity,  # earlier names of these two
+        "pages": capacity,  # former names of "blocks" and "blocks_used"
         "pages_used": capacity - free,
         "block_groups": [
             {
                 "window": group.window,
                 "chunk": group.chunk,
                 "blocks": pool.capacity,
-                "used": pool.num_held,
+                "used": pool.num_referenced,
                 "cached": pool.num_cached,
             }
             for group, pool in zip(engine.state.groups, pools, strict=True)
         ],
         "slots": engine.options.max_num_seqs,
-        "slots_used": slots.num_held,
+        "slots_used": slots.num_referenced,
         "state_bytes": engine.memory.nbytes,
         **engine.variants.stats(),
         "prefix_hit_tokens": cached,

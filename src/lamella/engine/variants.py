@@ -1,4 +1,4 @@
-"""The seam for variants of the model: the state pools that requests run in, and switches between variants."""
+"""Seam for variants of the model: state pools of requests, and switches between variants."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ class Variants(Protocol):
 
     @property
     def current(self) -> Variant:
-        """Variant of the requests that ask for none."""
+        """Default variant, which requests run that name none."""
         ...
 
     @property
     def state(self) -> StateManager:
-        """Bookkeeping of the current pools."""
+        """Block and slot allocation of the current pools."""
         ...
 
     @property
     def next_state(self) -> StateManager:
-        """Bookkeeping of the pools that a request which arrives now will run in."""
+        """Block and slot allocation of the pools of requests that are added now: a pending switch may change them."""
         ...
 
     @property
     def memory(self) -> StateMemory:
-        """Tensors of the current pools."""
+        """State tensors of the current pools."""
         ...
 
     @property
     def cost(self) -> StateCost:
-        """Bytes of the state that is kept."""
+        """Size of the state of the current pools."""
         ...
 
     def resolve(self, params: SamplingParams) -> Variant:
-        """Return the variant that a request would run if it were queued now.
+        """Return the variant that a request with these parameters runs if it is queued now.
 
         Raises:
-            ParameterError: the engine does not serve it.
+            ParameterError: the engine does not serve this variant.
         """
         ...
 
     def assign(self, job: Job, variant: Variant) -> None:
-        """Give the requests of a job their variant and the root of their prefix keys."""
+        """Set the variant and the root of the prefix keys of a job's requests."""
         ...
 
     @property
@@ -59,7 +59,7 @@ class Variants(Protocol):
 
     @property
     def can_switch(self) -> bool:
-        """True if the pending switch can be made once no step is in flight."""
+        """True if the pending switch can be made as soon as no step is in flight."""
         ...
 
     @property
@@ -68,41 +68,45 @@ class Variants(Protocol):
         ...
 
     def hold(self, job: Job) -> bool:
-        """Keep a job until the pending switch is made; False if none is pending."""
+        """Hold a job until the pending switch is made; return False if none is pending."""
         ...
 
     def release(self, job: Job) -> bool:
-        """Queue a held job at once; False if it is not held."""
+        """Queue a held job at once; return False if it is not held."""
         ...
 
     def check(self, target: Any) -> None:
-        """Check that requests can run as `target`.
+        """Check that requests can run as the variant `target`.
 
         Raises:
-            ConfigError: it is no variant of the model, or its state does not fit.
+            ConfigError: `target` is not a variant of the model, or its state does not fit.
         """
         ...
 
     def request_switch(self, target: Any, running: str) -> None:
-        """Ask for a switch to `target`.
+        """Request a switch of the default variant.
+
+        Args:
+            target: the new variant.
+            running: "finish" to let running requests finish first, "recompute" to recompute them.
 
         Raises:
-            ConfigError: the switch is impossible; nothing has changed.
+            ConfigError: the switch is impossible. Nothing has changed.
         """
         ...
 
     def complete_switch(self) -> None:
-        """Make the pending switch while nothing is in flight. After an interruption it can be made again."""
+        """Make the pending switch. No step may be in flight. After an interruption the method can be called again."""
         ...
 
     def abandon_switch(self) -> None:
-        """Have the next step go back to the variant before a switch that failed half-way."""
+        """Switch back to the previous variant before the next step, after a switch that failed half-way."""
         ...
 
     def apply(self, variant: Variant) -> None:
-        """Switch this rank's model and pools. Unless variants share the pools, no request may hold state."""
+        """Switch the model and the pools of this rank. Unless variants share the pools, no request may have state."""
         ...
 
     def stats(self) -> dict[str, Any]:
-        """Return figures for `LLM.stats`."""
+        """Return entries of `LLM.stats`."""
         ...

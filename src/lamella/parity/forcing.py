@@ -179,7 +179,7 @@ class _ForcedRunner(ModelRunner):
         pads: int,
     ) -> None:
         super().__init__(model, state, device, max_model_len, max_num_seqs + pads, features, forward)
-        self.runs_ahead = False
+        self.async_scheduling = False
         self.records: dict[Request, Record] = {}
         self._top = top
         self._pads = [Request(f"padding {index}", [0], SamplingParams()) for index in range(pads)]
@@ -199,8 +199,8 @@ class _ForcedRunner(ModelRunner):
     def _prompt_logprobs(self, chunks: Sequence[Scheduled], hidden: Tensor) -> dict[Request, list[TokenLogprobs]]:
         return {}
 
-    def _choose(
-        self, chunks: Sequence[Scheduled], hidden: Tensor, tensors: StepTensors, chosen: bool = False
+    def _sample(
+        self, chunks: Sequence[Scheduled], hidden: Tensor, tensors: StepTensors, is_sampled: bool = False
     ) -> Choice | None:
         tokens: list[int] = []
         counts = [chunk.count for chunk in chunks]  # the engine's own padding stands behind them

@@ -65,12 +65,12 @@ class Laboratory:
     @property
     def grows(self) -> bool:
         """True if any state grows with the sequence, so that a pool can run out."""
-        return any(spec.reach is None for spec in StateCost.of(find_active_state_modules(self.model)).paged)
+        return any(spec.reach is None for spec in StateCost.from_modules(find_active_state_modules(self.model)).paged)
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of one request's slot state."""
-        return StateCost.of(find_active_state_modules(self.model)).bytes_per_request
+        return StateCost.from_modules(find_active_state_modules(self.model)).bytes_per_request
 
     def sequence(self, prompt_len: int | None = None) -> TokenSequence:
         """The sequence, all but the last token of it a prompt unless said otherwise."""

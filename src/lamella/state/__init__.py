@@ -1,1 +1,1 @@
-"""What layers remember between steps: specs, allocators and the tensors behind them."""
+"""State of layers between steps: declarations, block and slot allocation, the prefix cache, and the tensors."""

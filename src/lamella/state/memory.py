@@ -1,4 +1,4 @@
-"""The tensors behind blocks and slots, and what a model's state costs."""
+"""State tensors of a model, and their size."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ _ALIGNMENT = 256  # bytes: more than the widest loads of a kernel need
 
 @dataclass(frozen=True)
 class StateCost:
-    """The state of a model: how many layers have each kind, and bytes."""
+    """Size of a model's state.
+
+    Attributes:
+        paged: number of layers with each paged state. Layers with equal paged states form one block group.
+        slots: number of layers with each slot state.
+    """
 
     paged: Mapping[PagedState, int]
     slots: Mapping[SlotState, int]
 
     @classmethod
-    def of(cls, state_modules: Sequence[StateModule]) -> StateCost:
+    def from_modules(cls, state_modules: Sequence[StateModule]) -> StateCost:
+        """Count the states that modules declare."""
         specs = Counter(spec for state_module in state_modules for spec in state_module.specs)
         return cls(
             {spec: count for spec, count in specs.items() if isinstance(spec, PagedState)},
@@ -31,26 +37,27 @@ class StateCost:
 
     @property
     def bytes_per_request(self) -> int:
-        """Of the slots of one request."""
+        """Bytes of slot state per request, over all layers."""
         return sum(spec.bytes_per_request * count for spec, count in self.slots.items())
 
     @property
     def bytes_per_token(self) -> int:
-        """Of a token's blocks while every layer can see it."""
+        """Bytes of paged state per token, over all layers, while every layer can see the token."""
         return sum(spec.bytes_per_token * count for spec, count in self.paged.items())
 
     def bytes_at(self, length: int) -> int:
-        """Of one request with `length` tokens, those that windows still show counted only."""
+        """Return the state bytes of one request with `length` tokens, without tokens that windows have left behind."""
         blocks = sum(spec.bytes_per_token * spec.live_tokens(length) * count for spec, count in self.paged.items())
         return blocks + self.bytes_per_request
 
 
 class StateMemory:
-    """Block and slot tensors in one block of memory, bound to the layers that hold them. Place 0 of each is the dummy;
-    nothing is initialised.
+    """Tensors of all blocks and slots, as views of one memory buffer, bound to the layers that use them.
 
-    Equal modules and capacities give equal addresses, so that a graph that was captured over
-    it can be replayed after other layouts had the block.
+    Index 0 of every tensor is the dummy block or slot. Nothing is initialised.
+
+    Equal modules and capacities give equal addresses in the buffer. So a CUDA graph that was captured over one layout
+    can be replayed after other layouts have used the buffer.
     """
 
     def __init__(
@@ -59,9 +66,17 @@ class StateMemory:
         capacities: Mapping[PagedState, int],
         block_size: int,
         num_slots: int,
-        block: torch.Tensor,
+        buffer: torch.Tensor,
     ) -> None:
-        """`capacities` gives the usable blocks of each group; `block` is at least `size` bytes."""
+        """Lay out the tensors in `buffer` and bind them.
+
+        Args:
+            state_modules: modules to bind tensors to.
+            capacities: number of blocks of each group, without the dummy.
+            block_size: tokens per block.
+            num_slots: number of slots, without the dummy.
+            buffer: (nbytes,), uint8, at least `size` bytes.
+        """
         self._state_modules = tuple(state_modules)
         self._bound: list[list[torch.Tensor]] = []
         self._slots: list[torch.Tensor] = []
@@ -71,8 +86,8 @@ class StateMemory:
             self._bound.append([])
             for spec, shape in _shapes(state_module, capacities, block_size, num_slots):
                 size = math.prod(shape) * spec.dtype.itemsize
-                tensor = block[start : start + size].view(spec.dtype).view(shape)
-                start += _room(spec, shape)
+                tensor = buffer[start : start + size].view(spec.dtype).view(shape)
+                start += _aligned_bytes(spec, shape)
                 self._bound[-1].append(tensor)
                 if isinstance(spec, SlotState):
                     self._slots.append(tensor)
@@ -82,26 +97,27 @@ class StateMemory:
     def size(
         state_modules: Sequence[StateModule], capacities: Mapping[PagedState, int], block_size: int, num_slots: int
     ) -> int:
-        """Bytes of the block that all this needs."""
+        """Return the bytes that the buffer of these tensors needs."""
         shapes = (_shapes(state_module, capacities, block_size, num_slots) for state_module in state_modules)
-        return sum(_room(spec, shape) for each in shapes for spec, shape in each)
+        return sum(_aligned_bytes(spec, shape) for each in shapes for spec, shape in each)
 
     def bind(self) -> None:
-        """Give the layers their tensors (again, after another layout's)."""
+        """Bind the tensors to the layers. Needed again after another layout was bound."""
         for state_module, tensors in zip(self._state_modules, self._bound, strict=True):
             state_module.bind(*tensors)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
+        """All tensors, in the order of the modules."""
         return [tensor for tensors in self._bound for tensor in tensors]
 
-    def copy_slots(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy whole slots, (from, to), as if one after the other.
+    def copy_slots(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy slots (from, to) in all layers, with the result of one copy after the other.
 
         Copies that do not depend on each other are launched together: on a GPU a few launches copy the state of all
         layers and of all requests that reach the end of a block in this step.
         """
-        for together in _independent(pairs):
+        for together in _independent(copies):
             sources = [row for source, _ in together for row in self._rows_of(source)]
             targets = [row for _, target in together for row in self._rows_of(target)]
             torch._foreach_copy_(targets, sources)
@@ -112,12 +128,13 @@ class StateMemory:
         return self._rows[slot]
 
     def poison(self) -> None:
-        """Fill every place with NaN: a check that nothing is ever read before it is written."""
+        """Fill all tensors with NaN. Tests use it to check that no value is read before it is written."""
         for tensor in self.tensors:
             tensor.fill_(torch.nan)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
@@ -143,7 +160,7 @@ def _as_words(row: torch.Tensor) -> torch.Tensor:
 def _shapes(
     state_module: StateModule, capacities: Mapping[PagedState, int], block_size: int, num_slots: int
 ) -> Iterator[tuple[StateSpec, tuple[int, ...]]]:
-    """What is bound to a state_module, in order: keys and values, or its slots."""
+    """Yield the shape of each tensor that `StateModule.bind` takes, in order."""
     for spec in state_module.specs:
         if isinstance(spec, PagedState):
             shape = (capacities[spec] + 1, block_size, spec.kv_heads, spec.head_dim)
@@ -153,6 +170,6 @@ def _shapes(
             yield spec, (num_slots + 1, *spec.shape)
 
 
-def _room(spec: StateSpec, shape: Sequence[int]) -> int:
-    """Bytes that a tensor takes of the block."""
+def _aligned_bytes(spec: StateSpec, shape: Sequence[int]) -> int:
+    """Return the bytes of the buffer that a tensor takes, alignment included."""
     return -(-math.prod(shape) * spec.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

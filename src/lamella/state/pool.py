@@ -1,4 +1,4 @@
-"""An allocator of numbered places, blocks or slots, that remembers what is in them. Pure bookkeeping, no tensors."""
+"""Pool of numbered entries (blocks or slots) with reference counts and LRU eviction. Pure bookkeeping, no tensors."""
 
 from __future__ import annotations
 
@@ -7,140 +7,172 @@ from collections.abc import Iterable
 
 
 class Pool:
-    """The places 1..capacity; place 0 is the dummy that padding rows may write to, and is never given away.
+    """Allocate and free entries 1..capacity, and cache freed entries by key, like vLLM's block pool.
 
-    A place is *held* by one or more holders, or nobody's. One that nobody holds any more keeps its content, and can be
-    found by the key it was given, until the room is needed: then the one that has been nobody's for longest goes first.
+    An entry is a block of a KV cache group, or a slot. Entry 0 is the dummy: padding rows write to it, and it is never
+    allocated. Every other entry is in one of three states:
+
+    | state | reference count | has a key | leaves the state by |
+    |---|---|---|---|
+    | free | 0 | no | `allocate` |
+    | referenced | 1 or more | maybe | `free` |
+    | cached | 0 | yes | `add_reference`, or eviction in `allocate` |
+
+    `allocate` takes free entries first. If there are none, it evicts the least recently used cached entry. A key
+    identifies the content of an entry (see `state.prefix`); each key belongs to at most one entry.
     """
 
     def __init__(self, capacity: int) -> None:
+        """Make a pool whose entries are all free.
+
+        Args:
+            capacity: number of entries, without the dummy; at least 1.
+        """
         assert capacity >= 1
         self.capacity = capacity
         self.num_evictions = 0
-        # Taken from the end: low places first, and a freed place is the next one used, while it is still in a cache.
+        # A stack: low numbers are allocated first, and a freed entry is reused first, while it is still in CPU caches.
         self._free = list(range(capacity, 0, -1))
-        self._state_modules: Counter[int] = Counter()
-        self._cached: dict[int, None] = {}  # nobody's, but with a key; longest first
-        self._places: dict[bytes, int] = {}
-        self._keys: dict[int, bytes] = {}
+        self._references: Counter[int] = Counter()
+        self._cached: dict[int, None] = {}  # in LRU order, the next one to evict first
+        self._entries: dict[bytes, int] = {}  # key -> entry
+        self._keys: dict[int, bytes] = {}  # entry -> key
 
     @property
     def num_free(self) -> int:
-        """Places that can be allocated, those that are findable included."""
+        """Number of entries that can be allocated: free and cached ones."""
         return len(self._free) + len(self._cached)
 
     @property
     def num_cached(self) -> int:
-        """Places that nobody holds and that can be found."""
+        """Number of entries with a key and without references."""
         return len(self._cached)
 
     @property
-    def num_held(self) -> int:
-        return len(self._state_modules)
+    def num_referenced(self) -> int:
+        """Number of entries with at least one reference."""
+        return len(self._references)
 
     def allocate(self, count: int = 1) -> list[int]:
-        """`count` places for one state_module; there must be as many."""
-        assert count <= self.num_free, f"{count} places wanted, {self.num_free} free"
-        places = []
+        """Allocate entries with one reference each; evict cached entries in LRU order if too few are free.
+
+        Args:
+            count: number of entries, at most `num_free`.
+
+        Returns:
+            The entries.
+        """
+        assert count <= self.num_free, f"{count} entries wanted, {self.num_free} free"
+        entries = []
         for _ in range(count):
             if self._free:
-                places.append(self._free.pop())
+                entries.append(self._free.pop())
             else:
-                places.append(next(iter(self._cached)))
-                self._forget(places[-1])
+                entries.append(next(iter(self._cached)))
+                self._remove_key(entries[-1])
                 self.num_evictions += 1
-        self._state_modules.update(places)
-        return places
+        self._references.update(entries)
+        return entries
 
-    def add_reference(self, place: int) -> None:
-        """One more state_module of a place that is held or findable."""
-        assert place in self._state_modules or place in self._cached
-        self._cached.pop(place, None)
-        self._state_modules[place] += 1
+    def add_reference(self, entry: int) -> None:
+        """Add a reference to a referenced or cached entry."""
+        assert entry in self._references or entry in self._cached
+        self._cached.pop(entry, None)
+        self._references[entry] += 1
 
-    def free(self, places: Iterable[int]) -> None:
-        """A state_module gives places back; of several, the first will be the first to go."""
-        for place in places:
-            self._state_modules[place] -= 1
-            assert self._state_modules[place] >= 0, f"place {place} is nobody's"
-            if self._state_modules[place] == 0:
-                del self._state_modules[place]
-                if place in self._keys:
-                    self._cached[place] = None
-                else:
-                    self._free.append(place)
+    def free(self, entries: Iterable[int]) -> None:
+        """Remove one reference from each entry. At zero references, an entry with a key becomes cached, else free.
 
-    def name(self, place: int, key: bytes) -> None:
-        """Make a held place findable. Where another held place has the same content, that one stays; one that nobody
-        holds would be the first to go, and gives up its key.
+        Args:
+            entries: in eviction order: the first one is evicted before the others.
         """
-        assert place in self._state_modules and place not in self._keys
-        if self._places.get(key) in self._cached:
-            self.drop(key)
-        if key not in self._places:
-            self._places[key], self._keys[place] = place, key
+        for entry in entries:
+            self._references[entry] -= 1
+            assert self._references[entry] >= 0, f"entry {entry} has no reference"
+            if self._references[entry] == 0:
+                del self._references[entry]
+                if entry in self._keys:
+                    self._cached[entry] = None
+                else:
+                    self._free.append(entry)
+
+    def set_key(self, entry: int, key: bytes) -> None:
+        """Give a referenced entry a key, so that `find` returns it.
+
+        If another entry already has the key: a referenced entry keeps it, and `entry` stays without a key. A cached
+        entry loses it to `entry` and becomes free, since it would be evicted earlier.
+        """
+        assert entry in self._references and entry not in self._keys
+        if self._entries.get(key) in self._cached:
+            self.drop_key(key)
+        if key not in self._entries:
+            self._entries[key], self._keys[entry] = entry, key
 
     def find(self, key: bytes) -> int | None:
-        """The place with this content."""
-        return self._places.get(key)
+        """Return the entry with this key, or None."""
+        return self._entries.get(key)
 
-    def is_cached(self, place: int) -> bool:
-        """Whether it is findable and nobody's, so that sharing it takes away from `num_free`."""
-        return place in self._cached
+    def is_cached(self, entry: int) -> bool:
+        """Return True if the entry has a key and no reference; `add_reference` then lowers `num_free` by one."""
+        return entry in self._cached
 
-    def touch(self, place: int) -> None:
-        """It was used: of those that are nobody's it is now the last to go."""
-        if place in self._cached:
-            del self._cached[place]
-            self._cached[place] = None
+    def touch(self, entry: int) -> None:
+        """Mark a cached entry as most recently used. No effect on other entries."""
+        if entry in self._cached:
+            del self._cached[entry]
+            self._cached[entry] = None
 
-    def drop(self, key: bytes) -> None:
-        """Its place, if any, can no longer be found."""
-        place = self._places.get(key)
-        if place is not None:
-            self.drop_place(place)
+    def drop_key(self, key: bytes) -> None:
+        """Remove a key from its entry, if there is one."""
+        entry = self._entries.get(key)
+        if entry is not None:
+            self.drop_entry_key(entry)
 
-    def drop_place(self, place: int) -> None:
-        """The place can no longer be found, whatever its key, if it has one."""
-        if place in self._keys:
-            cached = place in self._cached
-            self._forget(place)
+    def drop_entry_key(self, entry: int) -> None:
+        """Remove the key of an entry, if it has one. A cached entry becomes free."""
+        if entry in self._keys:
+            cached = entry in self._cached
+            self._remove_key(entry)
             if cached:
-                self._free.append(place)
+                self._free.append(entry)
 
     def reset(self) -> None:
-        """Nothing can be found any more; state_modules keep what they hold."""
-        for key in list(self._places):
-            self.drop(key)
+        """Remove all keys. Referenced entries stay referenced."""
+        for key in list(self._entries):
+            self.drop_key(key)
 
     def recover(self) -> None:
-        """Rebuild the pool without any reference, from the keys alone.
+        """Drop all references and rebuild the pool from its keys alone.
 
-        Also repairs a change that an exception has interrupted: a key counts only if both directions of the index have
-        it, and every other place becomes free.
+        Repairs a change that an exception interrupted: only keys that both directions of the index agree on are kept,
+        and every entry without a key becomes free.
         """
-        keys = {place: key for place, key in self._keys.items() if self._places.get(key) == place}
-        oldest_first = [place for place in self._cached if place in keys]
-        self._keys, self._places = keys, {key: place for place, key in keys.items()}
-        self._cached = dict.fromkeys([*oldest_first, *keys])
-        self._free = [place for place in range(self.capacity, 0, -1) if place not in keys]
-        self._state_modules = Counter()
+        keys = {entry: key for entry, key in self._keys.items() if self._entries.get(key) == entry}
+        least_recent_first = [entry for entry in self._cached if entry in keys]
+        self._keys, self._entries = keys, {key: entry for entry, key in keys.items()}
+        self._cached = dict.fromkeys([*least_recent_first, *keys])
+        self._free = [entry for entry in range(self.capacity, 0, -1) if entry not in keys]
+        self._references = Counter()
 
-    def check_at_rest(self) -> None:
-        """Nobody holds a place, and none is lost."""
-        assert not self._state_modules, f"places {sorted(self._state_modules)[:8]} are held by nobody who is there"
-        assert self.num_free == self.capacity, f"{self.capacity - self.num_free} places are lost"
+    def check_idle(self) -> None:
+        """Assert that no entry is referenced and none is lost."""
+        assert not self._references, f"entries {sorted(self._references)[:8]} are referenced without a request"
+        assert self.num_free == self.capacity, f"{self.capacity - self.num_free} entries are lost"
 
-    def check_integrity(self, held: Counter[int]) -> None:
-        """Every place is free, findable or held, once; and `held`, all state_modules' places, are those held here."""
-        free, cached, state_modules = set(self._free), set(self._cached), set(self._state_modules)
+    def check_integrity(self, references: Counter[int]) -> None:
+        """Assert that every entry is in exactly one state, and that the index is consistent.
+
+        Args:
+            references: expected reference count of each referenced entry.
+        """
+        free, cached, referenced = set(self._free), set(self._cached), set(self._references)
         assert len(free) == len(self._free)
-        assert not (free & cached or free & state_modules or cached & state_modules)
-        assert free | cached | state_modules == set(range(1, self.capacity + 1))
-        assert self._state_modules == held and all(count > 0 for count in self._state_modules.values())
-        assert self._places == {key: place for place, key in self._keys.items()}
+        assert not (free & cached or free & referenced or cached & referenced)
+        assert free | cached | referenced == set(range(1, self.capacity + 1))
+        assert self._references == references and all(count > 0 for count in self._references.values())
+        assert self._entries == {key: entry for entry, key in self._keys.items()}
         assert cached <= self._keys.keys() and not free & self._keys.keys()
 
-    def _forget(self, place: int) -> None:
-        self._places.pop(self._keys.pop(place), None)
-        self._cached.pop(place, None)
+    def _remove_key(self, entry: int) -> None:
+        self._entries.pop(self._keys.pop(entry), None)
+        self._cached.pop(entry, None)

@@ -1,4 +1,4 @@
-"""What identifies the state after a prefix: chained hashes of its blocks of tokens."""
+"""Keys and hits of the prefix cache. A key is a hash chained over the blocks of tokens of a prefix."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from dataclasses import dataclass
 
 
 def root_key(*parts: object) -> bytes:
-    """What a chain starts from: everything but the tokens that decides what a state is (model, adapter, salt)."""
+    """Return the key of the empty prefix.
+
+    Args:
+        parts: everything besides tokens that determines the state: model, placement, cache salt.
+    """
     return hashlib.sha256(repr(parts).encode()).digest()
 
 
@@ -34,15 +38,18 @@ def chain_keys(
 
 @dataclass(frozen=True)
 class Hit:
-    """The state of a prefix of `length` tokens is at hand; `snapshot` is the slot that holds its slot state.
+    """Result of a prefix cache lookup.
 
-    The blocks of the first `known` tokens are there in some group, though the rest of their state may not be: somebody
-    had these tokens before. A model without paged state knows nothing of the kind.
+    Attributes:
+        length: tokens of the longest prefix whose whole state is cached; a multiple of the block size.
+        snapshot: slot with the slot state after that prefix; None for a model without slot state.
+        seen_length: tokens of the longest prefix that was computed before, even if part of its state was evicted: some
+            block group still has all of its blocks. The request branches off earlier ones here.
     """
 
     length: int = 0
     snapshot: int | None = None
-    known: int = 0
+    seen_length: int = 0
 
 
 MISS = Hit()

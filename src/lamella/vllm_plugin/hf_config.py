@@ -95,7 +95,7 @@ def _heads(config: ModelConfig) -> tuple[int, int, int]:
 
 @cache
 def _keeps_slots(config: ModelConfig) -> bool:
-    return bool(StateCost.of(find_state_modules(LanguageModel(config, LocalKit(device="meta")))).slots)
+    return bool(StateCost.from_modules(find_state_modules(LanguageModel(config, LocalKit(device="meta")))).slots)
 
 
 def read_model_config(

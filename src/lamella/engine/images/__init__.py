@@ -1,1 +1,1 @@
-"""Images of prompts: read, placed, and turned into embeddings."""
+"""Images in prompts: reading, placeholder tokens, and embeddings."""

@@ -1,4 +1,4 @@
-"""Images in prompts, and the tokens that stand for them."""
+"""Reading of images, and expansion of image placeholders in prompts."""
 
 from __future__ import annotations
 
@@ -18,67 +18,83 @@ from lamella.vision.image_model import ImageModel
 
 @dataclass(eq=False)
 class Image:
-    """What the requests with the same image share; it is gone with the last of them.
+    """Image that is shared by all requests with the same pixels, and freed with the last of them.
 
     Attributes:
-        digest: of its pixels.
-        tokens: that stand for it in a prompt.
-        places: (n,) int64, which of these its rows stand for, ascending.
-        tiles: what the tower takes, on the host, until it has been run.
-        rows: (n, hidden_size) what it gave, on the device, from then on.
+        digest: hash of the pixels.
+        tokens: tokens that replace the placeholder in a prompt.
+        positions: (num_image_tokens,) int64, indices of the image tokens in `tokens`, ascending.
+        tiles: input of the vision encoder, on the host; None once the image is encoded.
+        embeddings: (num_image_tokens, hidden_size) on the device; None before the image is encoded.
     """
 
     digest: bytes
     tokens: list[int]
-    places: np.ndarray
+    positions: np.ndarray
     tiles: Tensor | None
-    rows: Tensor | None = None
+    embeddings: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class PlacedImage:
-    """An image in a prompt.
+class PromptImage:
+    """Image in a prompt.
 
     Attributes:
-        places: (n,) int64, the prompt's tokens that its rows stand for, ascending.
-        image: None on ranks other than 0, which are given the rows.
+        positions: (num_image_tokens,) int64, positions of its image tokens in the prompt, ascending.
+        image: the image; None on ranks other than 0, which receive the embeddings from rank 0.
     """
 
-    places: np.ndarray
+    positions: np.ndarray
     image: Image | None = None
 
     @property
     def first(self) -> int:
-        return int(self.places[0])
+        """Position of the first image token."""
+        return int(self.positions[0])
 
     @property
     def last(self) -> int:
-        return int(self.places[-1])
+        """Position of the last image token."""
+        return int(self.positions[-1])
 
     @property
     def digest(self) -> bytes:
+        """Hash of the pixels."""
         assert self.image is not None
         return self.image.digest
 
 
 class ImageReader:
-    """Puts images into prompts, on the host. The tower is left to the step that first needs it, see `image_rows`."""
+    """Reads images of prompts on the host. The first step that needs an image encodes it, see `ImageEmbeddings`."""
 
     def __init__(self, model: ImageModel, limit: int | None = None) -> None:
-        """At most `limit` images a prompt."""
+        """Make a reader.
+
+        Args:
+            model: vision encoder with its preprocessing.
+            limit: most images per prompt; None: no limit.
+        """
         self.model, self.limit = model, limit
-        self._known: WeakValueDictionary[bytes, Image] = WeakValueDictionary()
+        self._images: WeakValueDictionary[bytes, Image] = WeakValueDictionary()
 
     @property
     def token_ids(self) -> frozenset[int]:
-        """The tokens that a prompt without images must not have."""
+        """Placeholder and image tokens, which a prompt without images must not contain."""
         return frozenset((self.model.placeholder, self.model.patch))
 
-    def place(self, token_ids: list[int], images: Sequence[Any]) -> tuple[list[int], tuple[PlacedImage, ...]]:
-        """The prompt with every placeholder written out, and where each image stands in it.
+    def expand(self, token_ids: list[int], images: Sequence[Any]) -> tuple[list[int], tuple[PromptImage, ...]]:
+        """Replace each placeholder token by the tokens of its image.
 
-        Raises `ParameterError` where there are too many images, or not as many as placeholders. So does a token that
-        stands for a part of an image, and not for itself: nothing but a placeholder brings these.
+        Args:
+            token_ids: prompt with one placeholder token per image.
+            images: in the order of the placeholders.
+
+        Returns:
+            The expanded prompt, and its images.
+
+        Raises:
+            ParameterError: too many images, fewer or more images than placeholders, an unreadable image, or an image
+                token in the prompt itself.
         """
         model = self.model
         name = f"{model.placeholder_text}, token {model.placeholder}"
@@ -91,51 +107,68 @@ class ImageReader:
                 f"prompt: token {model.patch} stands for a part of an image; give images, and a placeholder ({name}) "
                 "for each"
             )
-        written: list[int] = []
-        placed: list[PlacedImage] = []
+        expanded: list[int] = []
+        found: list[PromptImage] = []
         for token in token_ids:
             if token == model.placeholder:
-                image = self._read(images[len(placed)])
-                placed.append(PlacedImage(image.places + len(written), image))
-                written += image.tokens
+                image = self._read(images[len(found)])
+                found.append(PromptImage(image.positions + len(expanded), image))
+                expanded += image.tokens
             else:
-                written.append(token)
-        return written, tuple(placed)
+                expanded.append(token)
+        return expanded, tuple(found)
 
     def _read(self, image: Any) -> Image:
-        """Taken now, so that the caller may change the pixels."""
-        pixels = pixels_of(image)
+        """Return the image with these pixels; a new one if no running request has it. Copies the pixels."""
+        pixels = read_pixels(image)
         digest = hashlib.sha256(repr(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()).digest()
-        known = self._known.get(digest)
-        if known is None:
+        found = self._images.get(digest)
+        if found is None:
             tiles, tokens = self.model.cut(pixels)
-            places = np.flatnonzero(np.array(tokens) == self.model.patch)
-            known = self._known[digest] = Image(digest, tokens, places, tiles)
-        return known
+            positions = np.flatnonzero(np.array(tokens) == self.model.patch)
+            found = self._images[digest] = Image(digest, tokens, positions, tiles)
+        return found
 
 
-def place_images(
+def expand_images(
     reader: ImageReader | None, token_ids: list[int], images: Sequence[Any], limit: int | None
-) -> tuple[list[int], tuple[PlacedImage, ...]]:
-    """Return a prompt's tokens with the images in their places; without a reader, images are a `ParameterError`."""
+) -> tuple[list[int], tuple[PromptImage, ...]]:
+    """Expand the image placeholders of a prompt, see `ImageReader.expand`.
+
+    Args:
+        reader: None if the engine accepts no images.
+        token_ids: prompt with one placeholder token per image.
+        images: in the order of the placeholders.
+        limit: of `limit_mm_per_prompt`, for the error message.
+
+    Raises:
+        ParameterError: there are images and no reader, or the images do not fit the prompt.
+    """
     if reader is not None:
-        return reader.place(token_ids, images)
+        return reader.expand(token_ids, images)
     if images:
         why = "limit_mm_per_prompt allows 0" if limit == 0 else "the model reads none"
         raise ParameterError(f"multi_modal_data: {len(images)} images, and {why}")
     return token_ids, ()
 
 
-def pixels_of(image: Any) -> Tensor:
-    """(3, H, W) uint8 of what a caller gives as an image. Raises `ParameterError`."""
+def read_pixels(image: Any) -> Tensor:
+    """Return the pixels (3, H, W) uint8 of an image.
+
+    Args:
+        image: a Pillow image, an array (H, W, 3) uint8, or a tensor (3, H, W) uint8.
+
+    Raises:
+        ParameterError: `image` is of another kind, or cannot be read.
+    """
     if isinstance(image, Tensor):
         pixels = image.detach().cpu()
     elif isinstance(image, np.ndarray) and image.ndim == 3 and image.dtype == np.uint8:
         pixels = torch.from_numpy(image.transpose(2, 0, 1).copy())
-    elif hasattr(image, "convert"):  # of Pillow, which need not be installed
+    elif hasattr(image, "convert"):  # a Pillow image; no isinstance, since Pillow may not be installed
         try:
             pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        except Exception as error:  # its file is read only now, and each format has errors of its own
+        except Exception as error:  # `convert` reads the file, and each format raises its own errors
             raise ParameterError(f"multi_modal_data: an image cannot be read ({error})") from error
     else:
         pixels = torch.empty(0)

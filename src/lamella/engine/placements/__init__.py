@@ -1,1 +1,1 @@
-"""State pools for each placement of a supernet, and the switch between placements."""
+"""State pools of each placement of a supernet, and switching between placements."""

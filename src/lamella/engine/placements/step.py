@@ -1,4 +1,4 @@
-"""Placements as a feature of a step: which mixers compute which request."""
+"""Step feature that selects the mixers of each request by its placement."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from lamella.layers.supernet.placing import activate, active_placement
 
 
 class PlacementStep(StepFeature):
-    """Keeps the model's active placement, and divides steps whose requests have several.
+    """Activates the placement of a step, and divides steps whose requests have different placements.
 
-    The form of an eager step is the placement of each request, or None if all have one, which is then the active one.
-    The form of a graph is the union of the mixers that its requests need.
+    Form of an eager step: the placement of each request, or None if all requests have the same one, which becomes the
+    active placement. Form of a graph: the union of the mixers that its requests need.
     """
 
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
         self._active = active_placement(model)
-        self._tables: Sequence[tuple[int, ...]] = ()  # of the latest graph: what its tables say of each request
+        self._tables: Sequence[tuple[int, ...]] = ()  # mixer indices of each request of the latest graph step
 
     def use(self, placement: Placement) -> None:
-        """Make this the active placement."""
+        """Activate a placement."""
         activate(self._model, placement)
         self._active = placement
 
     def can_pad(self, form: Hashable) -> bool:
-        """Only steps with one placement have padding rows."""
+        """Return True for steps with one placement."""
         return form is None
 
     def form(self, chunks: Sequence[Scheduled], replay: bool) -> Hashable:
-        """Return the placement of each request, None, or the union of mixers; see the class."""
+        """Return the placement of each request, None, or the union of mixers, see the class."""
         own = self._placements(chunks)
         if not replay:
             return own or None
@@ -47,11 +47,11 @@ class PlacementStep(StepFeature):
         return union
 
     def fields(self, form: Hashable, requests: int) -> Fields:
-        """Return the table that selects the mixer of each row."""
+        """Return the table that selects the mixer of each row of a graph."""
         return {"mixers": (np.int32, (form.num_tables, requests))} if isinstance(form, MixerUnion) else {}
 
     def fill(self, form: Hashable, arrays: Mapping[str, np.ndarray], chunks: Sequence[Scheduled]) -> None:
-        """Write the table; padding rows take the first mixer."""
+        """Write the table. Padding rows select the first mixer."""
         if self._tables and "mixers" in arrays:
             used, table = len(chunks), arrays["mixers"]
             table[:, :used], table[:, used:] = np.array(self._tables).T, 0
@@ -59,17 +59,17 @@ class PlacementStep(StepFeature):
     def context(
         self, form: Hashable, tensors: Mapping[str, Tensor], chunks: Sequence[Scheduled] | None
     ) -> Mapping[str, Any]:
-        """Return how the batch is divided among mixers."""
+        """Return the division of the batch among mixers."""
         if isinstance(form, MixerUnion):
             return {"placements": SelectedPlacements(form, tensors["mixers"])}
         return {"placements": CutPlacements(form)} if isinstance(form, tuple) else {}
 
     def reset(self) -> None:
-        """Activate the active placement again: an exception may have interrupted a change of it."""
+        """Activate the active placement again: an exception may have interrupted its activation."""
         activate(self._model, self._active)
 
     def _placements(self, chunks: Sequence[Scheduled]) -> tuple[Placement, ...]:
-        """Return the placement of each request if there are several; a single one becomes the active one."""
+        """Return the placement of each request if they differ. If all are equal, activate it, and return ()."""
         own = [placement for chunk in chunks if (placement := chunk.request.variant.placement)]
         if not own:
             return ()

@@ -1,4 +1,4 @@
-"""Placements of a supernet as variants of the model: which one a request runs, and switches of the engine's own."""
+"""Placements of a supernet as variants of the model, and switches of the engine's default placement."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from lamella.state.prefix import root_key
 
 @dataclass
 class Switch:
-    """A pending change of the engine's placement.
+    """Pending switch of the engine's placement.
 
     Attributes:
-        pools: of the new placement.
-        recompute: True if running requests are computed again; False if the switch waits for them.
-        held: jobs that arrived since.
-        begun: True once the change has started; if it is still pending then, it was interrupted: no request holds
-            state, and the change is completed before the next step.
+        pools: pools of the new placement.
+        recompute: True if running requests are recomputed under the new placement; False if the switch waits for them.
+        held: jobs that arrived after the switch was requested.
+        begun: True once the switch has started. If it is still pending then, it was interrupted: no request has state,
+            and the switch is completed before the next step.
     """
 
     pools: Pools
@@ -45,7 +45,7 @@ class Switch:
 
 
 class Placements:
-    """The placements of an engine: the current pools, and a pending switch. Implements `Variants`."""
+    """Implements `Variants` for the placements of a supernet: the current pools, and a pending switch."""
 
     def __init__(
         self,
@@ -59,13 +59,25 @@ class Placements:
         runner: ModelRunner,
         workers: Workers,
     ) -> None:
-        """`current` are the bound pools, which the scheduler and the runner use."""
+        """Connect the parts that a switch changes.
+
+        Args:
+            model: this rank's model.
+            options: of the engine.
+            pools: plans and keeps the pools of all placements.
+            current: the bound pools, which the scheduler and the runner use.
+            step: step feature that activates placements.
+            jobs: unfinished jobs.
+            scheduler: of the engine.
+            runner: of the engine.
+            workers: the other ranks.
+        """
         self._model, self._options, self._step = model, options, step
         self._pool_set, self._pools = pools, current
         self._jobs, self._scheduler, self._runner, self._workers = jobs, scheduler, runner, workers
         self._switch: Switch | None = None
-        self._before = current.placement  # to go back to, see `abandon_switch`
-        self._known: dict[Placement, Variant] = {}  # so that equal variants are one object
+        self._before = current.placement  # placement before the pending switch, see `abandon_switch`
+        self._variants: dict[Placement, Variant] = {}  # so that equal variants are one object
 
     @property
     def current(self) -> Variant:
@@ -74,7 +86,7 @@ class Placements:
 
     @property
     def placement(self) -> Placement:
-        """Mixer of each layer for requests that ask for no other; None for a layer without a choice."""
+        """Mixer of each layer for requests without a placement; None for a layer without a choice."""
         return self._pools.placement
 
     @property
@@ -100,14 +112,14 @@ class Placements:
 
     @property
     def _next(self) -> Pools:
-        """The pools that a request which arrives now will run in."""
+        """Pools of requests that are added now."""
         return self._pools if self._switch is None else self._switch.pools
 
     def resolve(self, params: SamplingParams) -> Variant:
-        """Return a request's own placement, or the engine's next one.
+        """Return the variant with the request's own placement, or with the engine's next one.
 
         Raises:
-            ParameterError: the name is wrong, or the engine keeps no state for it.
+            ParameterError: the placement is invalid, or the engine keeps no state for it.
         """
         usual = self._next.placement
         if params.placement is None:
@@ -124,7 +136,7 @@ class Placements:
         return self._variant(own)
 
     def assign(self, job: Job, variant: Variant) -> None:
-        """See `Variants`. Requests name a placement of their own only where those of a batch may differ."""
+        """See `Variants`. Without `mixed_placements` requests get no placement, since a step has only one."""
         root = None
         if self._options.enable_prefix_caching:
             root = root_key(self._options.name, variant.placement, job.salt)
@@ -132,7 +144,7 @@ class Placements:
             completion.request.set_variant(variant if self._options.mixed_placements else PLAIN, root)
 
     def _variant(self, placement: Placement) -> Variant:
-        return self._known.setdefault(placement, Variant(placement))
+        return self._variants.setdefault(placement, Variant(placement))
 
     @property
     def is_switching(self) -> bool:
@@ -175,15 +187,19 @@ class Placements:
         return self._pool_set.find(read_placement(target, self._model.config))
 
     def request_switch(self, target: PlacementLike | None, running: str) -> None:
-        """Ask for another placement, see `read_placement`, for requests that name none.
+        """Request a switch to another default placement.
 
-        If nothing runs, it is in force from the next step on. Otherwise requests that are queued or running finish
-        under the old placement, and later ones wait; with `running="recompute"` all are computed again under the new
-        one and keep their output. With `mixed_placements` nothing waits: running requests keep their placement.
+        If no request is running, the switch is made before the next step. With `mixed_placements` it never waits:
+        running requests keep their placement.
+
+        Args:
+            target: the new placement, see `read_placement`.
+            running: "finish": queued and running requests finish under the old placement, and later requests wait.
+                "recompute": all are recomputed under the new placement, and keep their output tokens.
 
         Raises:
-            ConfigError: a name is wrong, the state does not fit, or a request that would be computed under the new
-                placement does not fit or asked for another. Nothing has changed.
+            ConfigError: the placement is invalid, its state does not fit, or a request that would run under it does not
+                fit or has another placement of its own. Nothing has changed.
         """
         if running not in ("finish", "recompute"):
             raise ConfigError(f"running={running!r}: must be finish or recompute")
@@ -201,7 +217,7 @@ class Placements:
             if own is None or self._options.mixed_placements:
                 continue
             if read_placement(own, self._model.config) != pools.placement:
-                raise ConfigError(f"placement: request {job.request_id} asked for {own!r}, and is not through yet")
+                raise ConfigError(f"placement: request {job.request_id} asked for {own!r}, and has not finished yet")
         self._before = self._next.placement
         self._switch = Switch(pools, recompute, held, begun)
 
@@ -214,11 +230,11 @@ class Placements:
         if switch.begun or switch.pools.placement != self.placement:
             switch.begun = True
             before, variant = self.state, self._variant(switch.pools.placement)
-            self._workers.apply(variant)
+            self._workers.switch(variant)
             self.apply(variant)
             if self.state is not before:
-                self._workers.follow(self.state)
-        # With recompute, only requests without state are left, queued or held.
+                self._workers.set_state(self.state)
+        # With `recompute` no request has state now: all are queued or held.
         held = [(job, completion) for job in switch.held for completion in job.completions]
         for job, completion in self._jobs if switch.recompute else held:
             if completion.request.params.placement is None:
@@ -242,7 +258,7 @@ class Placements:
         else:
             assert not self.state.allocations
             for dropped in self._pool_set.bind(pools):
-                self._runner.forget(dropped.state)
+                self._runner.release_state(dropped.state)
             self._pools = pools
             self._scheduler.state = pools.state
         self._runner.bind(self.state, graphs=not self._options.enforce_eager)
@@ -252,5 +268,5 @@ class Placements:
             self._scheduler.add(completion.request)
 
     def stats(self) -> dict[str, Any]:
-        """Return the name of the placement; None for a model without a choice."""
+        """Return the name of the placement; None for a model without a choice of mixers."""
         return {"placement": describe_placement(self.placement) if has_choice(self._model) else None}

@@ -1,1 +1,1 @@
-"""The processes of a tensor-parallel engine, and the messages between them."""
+"""Processes of a tensor-parallel engine, and the messages between them."""

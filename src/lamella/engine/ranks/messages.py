@@ -1,4 +1,4 @@
-"""What rank 0 and its workers say to each other, and how it crosses the socket between them."""
+"""Messages between rank 0 and its workers, and the socket that transfers them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from lamella.engine.requests.variant import Variant
 
 
 class Start(msgspec.Struct, tag=True):
-    """The first message: who the worker is, and the engine's options.
+    """First message to a worker: its rank, and the engine's options.
 
     Attributes:
-        folder: where the ranks meet, see `TensorParallelGroup.connect`.
-        options: of `EngineOptions`, as plain values.
-        architectures: those of rank 0, for the registry.
-        threads, log_level: those of rank 0.
+        rank: of the worker.
+        size: number of ranks.
+        folder: rendezvous of the ranks, see `TensorParallelGroup.connect`.
+        options: fields of `EngineOptions`, as plain values.
+        architectures: architectures that are registered on rank 0, by name.
+        threads: number of torch threads of rank 0.
+        log_level: of rank 0.
     """
 
     rank: int
@@ -35,10 +38,17 @@ class Start(msgspec.Struct, tag=True):
 
 
 class NewRequest(msgspec.Struct, array_like=True):
-    """A request, or one that lost its state, from its first step on.
+    """Request in its first step, or in its first step after a preemption.
 
     Attributes:
-        images: of each, the prompt's tokens in whose place its rows stand; the rows come from rank 0 with the step.
+        id: number of the request in later messages.
+        prompt_token_ids: tokens of the prompt.
+        params: sampling parameters.
+        seed: low 64 bits of the seed.
+        eos_token_ids: tokens that end the output.
+        slot: allocated slot.
+        variant: variant of the model.
+        images: positions of each image's tokens in the prompt. Rank 0 broadcasts the embeddings in the step.
     """
 
     id: int
@@ -52,17 +62,19 @@ class NewRequest(msgspec.Struct, array_like=True):
 
 
 class Step(msgspec.Struct, tag=True):
-    """A step to compute, and what has been added to its requests since their last.
+    """Step to execute, with the changes of its requests since their previous step.
 
     Attributes:
-        copies: slots to copy before it, (from, to).
-        ended: requests that are no more.
-        new: requests that there have not been.
-        ids, starts, counts: by chunk, its request and its tokens [start, start + count).
-        pending: by chunk, tokens that the devices have chosen, or are about to, and no host has seen.
-        tokens: by chunk, the request's new output.
-        blocks: (chunk, group, blocks), for the chunks that have new ones.
-        snapshots: by chunk, positions inside it whose slot state is kept, and the slots for it; empty without any.
+        copies: slot copies (from, to) to execute before the step.
+        ended: ids of requests that have ended or were preempted.
+        new: requests that start, or start again.
+        ids: request of each chunk.
+        starts: first position of each chunk.
+        counts: number of tokens of each chunk.
+        in_flight: number of tokens in flight of each chunk's request.
+        tokens: new output tokens of each chunk's request.
+        blocks: (chunk, group, block ids) of newly allocated blocks.
+        snapshots: (position, slot) of each snapshot inside each chunk; empty if the step has none.
     """
 
     copies: list[tuple[int, int]]
@@ -71,24 +83,28 @@ class Step(msgspec.Struct, tag=True):
     ids: list[int]
     starts: list[int]
     counts: list[int]
-    pending: list[int]
+    in_flight: list[int]
     tokens: list[list[int]]
     blocks: list[tuple[int, int, list[int]]]
     snapshots: list[list[tuple[int, int]]]
 
 
 class Switch(msgspec.Struct, tag=True):
-    """Run this variant of the model from now on. Unless variants share the pools, no request holds state."""
+    """Switch to another variant of the model. Unless variants share the pools, no request has state."""
 
     variant: Variant
 
 
 class Ready(msgspec.Struct, tag=True):
-    """The worker has its part of the model, and waits for the other ranks."""
+    """Reply of a worker that has loaded its shard and waits for the other ranks."""
 
 
 class Failed(msgspec.Struct, tag=True):
-    """The worker ends, for this reason, in one line."""
+    """Last message of a worker that ends with an error.
+
+    Attributes:
+        reason: one line.
+    """
 
     reason: str
 
@@ -98,19 +114,27 @@ Message = Start | Step | Switch | Ready | Failed
 
 
 class Channel:
-    """One end of a socket: messages in msgpack, each after its length in bytes."""
+    """One end of a socket. Each message is its length in bytes (8 bytes, little-endian), then msgpack."""
 
     def __init__(self, end: socket.socket) -> None:
         self.socket, self.fd = end, end.fileno()
         self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Message)
 
     def send(self, message: Message) -> None:
-        """Raises `OSError` where the other end is closed."""
+        """Send a message.
+
+        Raises:
+            OSError: the other end is closed.
+        """
         frame = self._encoder.encode(message)
         self.socket.sendall(_LENGTH.pack(len(frame)) + frame)
 
     def receive(self) -> Message:
-        """The next message, waited for. Raises `EOFError` where the other end is closed."""
+        """Wait for the next message, and return it.
+
+        Raises:
+            EOFError: the other end is closed.
+        """
         (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
         return self._decoder.decode(self._read(length))
 
@@ -127,15 +151,15 @@ class Channel:
         return data
 
     def close(self) -> None:
-        """Let the other end know at once, whoever else holds this one."""
-        with suppress(OSError):  # it may be closed already
+        """Close the socket. `shutdown` notifies the other end even if another process has a copy of the descriptor."""
+        with suppress(OSError):  # already closed
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
 
 
 def wait_for_hang_up(channels: Sequence[Channel]) -> int:
-    """Sleep until one of the channels is closed, by either end, and tell its file descriptor; nothing is read."""
+    """Wait until one of the channels is closed by either end, and return its file descriptor. Reads nothing."""
     poll = select.poll()
     for channel in channels:
-        poll.register(channel.fd, 0)  # no event is asked for: a closed end is told of in any case
+        poll.register(channel.fd, 0)  # an empty event mask: hang-ups are always reported
     return poll.poll()[0][0]

@@ -1,7 +1,8 @@
-"""The steps of one rank on another: what a runner reads of requests and their state, told and retold.
+"""Encoding of steps on rank 0, and decoding on the other ranks.
 
-Every rank runs the same `ModelRunner` over equal requests, so that all take part in the same sums, in the same order,
-and choose the same tokens, each by itself.
+Every rank runs the same `ModelRunner` with equal requests. So all ranks take part in the same collective operations in
+the same order, and each samples the same tokens by itself. A message contains only what changed since the request's
+previous step.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lamella.engine.images.reader import PlacedImage
+from lamella.engine.images.reader import PromptImage
 from lamella.engine.ranks.messages import NewRequest, Step
 from lamella.engine.requests.request import Request
 from lamella.engine.requests.variant import Variant
@@ -21,71 +22,84 @@ from lamella.state.manager import Allocation, StateManager
 
 
 @dataclass(slots=True)
-class _Told:
-    """What the others know of a request: its number, how much of its output, and how many blocks of each group."""
+class _SentRequest:
+    """Part of a request that was sent to the other ranks.
+
+    Attributes:
+        id: number of the request in messages.
+        allocation: its allocation at that time; another one after a preemption.
+        num_outputs: number of output tokens that were sent.
+        num_blocks: number of blocks of each group that were sent.
+    """
 
     id: int
     allocation: Allocation
-    outputs: int
-    blocks: list[int]
+    num_outputs: int
+    num_blocks: list[int]
 
 
-class Recorder:
-    """Turns steps into messages that hold only what is new. Must see every step, just before it is run."""
+class StepEncoder:
+    """Encodes steps as messages. Must encode every step, just before it is executed."""
 
     def __init__(self, state: StateManager) -> None:
         self._state = state
-        self._told: dict[Request, _Told] = {}
+        self._sent: dict[Request, _SentRequest] = {}
         self._ids = itertools.count()
 
-    def record(self, chunks: Sequence[Scheduled], copies: Sequence[tuple[int, int]]) -> Step:
+    def encode(self, chunks: Sequence[Scheduled], copies: Sequence[tuple[int, int]]) -> Step:
+        """Return the message of a step.
+
+        Args:
+            chunks: of the step.
+            copies: slot copies (from, to) to execute before the step.
+        """
         allocations = self._state.allocations
-        # Whoever was preempted and starts again holds something else, and is new.
-        gone = [request for request, told in self._told.items() if allocations.get(request) is not told.allocation]
-        ended = [self._told.pop(request).id for request in gone]
-        new = [self._introduce(chunk.request) for chunk in chunks if chunk.request not in self._told]
-        told = [self._told[chunk.request] for chunk in chunks]
+        # A request that was preempted and starts again has another allocation, so it ends and is sent as a new request.
+        lost = [request for request, sent in self._sent.items() if allocations.get(request) is not sent.allocation]
+        ended = [self._sent.pop(request).id for request in lost]
+        new = [self._encode_request(chunk.request) for chunk in chunks if chunk.request not in self._sent]
+        requests = [self._sent[chunk.request] for chunk in chunks]
         return Step(
             copies=list(copies),
             ended=ended,
             new=new,
-            ids=[each.id for each in told],
+            ids=[sent.id for sent in requests],
             starts=[chunk.start for chunk in chunks],
             counts=[chunk.count for chunk in chunks],
-            pending=[chunk.request.num_in_flight for chunk in chunks],
-            tokens=[self._tokens(chunk.request, each) for chunk, each in zip(chunks, told, strict=True)],
-            blocks=[entry for index, each in enumerate(told) for entry in self._blocks(index, each)],
+            in_flight=[chunk.request.num_in_flight for chunk in chunks],
+            tokens=[self._new_tokens(chunk.request, sent) for chunk, sent in zip(chunks, requests, strict=True)],
+            blocks=[entry for index, sent in enumerate(requests) for entry in self._new_blocks(index, sent)],
             snapshots=[list(chunk.snapshots) for chunk in chunks] if any(s.snapshots for s in chunks) else [],
         )
 
-    def _introduce(self, request: Request) -> NewRequest:
+    def _encode_request(self, request: Request) -> NewRequest:
         allocation = self._state.allocations[request]
-        told = self._told[request] = _Told(next(self._ids), allocation, 0, [0] * len(allocation.blocks))
-        # The draws depend on the seed's low 64 bits, and a message holds no more.
+        sent = self._sent[request] = _SentRequest(next(self._ids), allocation, 0, [0] * len(allocation.blocks))
+        # Draws depend only on the low 64 bits of the seed, and msgpack integers have at most 64 bits.
         seed = request.seed & (1 << 64) - 1
         eos = list(request.eos_token_ids)
-        images = [each.places.tolist() for each in request.attachments if isinstance(each, PlacedImage)]
-        params = replace(request.params, placement=None)  # as the caller wrote it: any type, and not needed
+        images = [each.positions.tolist() for each in request.attachments if isinstance(each, PromptImage)]
+        params = replace(request.params, placement=None)  # may be of any type, and workers use `variant` instead
         return NewRequest(
-            told.id, request.prompt_token_ids, params, seed, eos, allocation.slot, request.variant, images
+            sent.id, request.prompt_token_ids, params, seed, eos, allocation.slot, request.variant, images
         )
 
     @staticmethod
-    def _tokens(request: Request, told: _Told) -> list[int]:
-        known, told.outputs = told.outputs, len(request.output_token_ids)
-        return request.output_token_ids[known:]
+    def _new_tokens(request: Request, sent: _SentRequest) -> list[int]:
+        start, sent.num_outputs = sent.num_outputs, len(request.output_token_ids)
+        return request.output_token_ids[start:]
 
     @staticmethod
-    def _blocks(index: int, told: _Told) -> Iterator[tuple[int, int, list[int]]]:
-        for group, blocks in enumerate(told.allocation.blocks):
-            known = told.blocks[group]
-            if len(blocks) > known:
-                told.blocks[group] = len(blocks)
-                yield index, group, blocks[known:]
+    def _new_blocks(index: int, sent: _SentRequest) -> Iterator[tuple[int, int, list[int]]]:
+        for group, blocks in enumerate(sent.allocation.blocks):
+            start = sent.num_blocks[group]
+            if len(blocks) > start:
+                sent.num_blocks[group] = len(blocks)
+                yield index, group, blocks[start:]
 
 
-class Replayer:
-    """Turns messages back into chunks of requests that stand in for rank 0's, and hold what those hold."""
+class StepDecoder:
+    """Decodes messages into chunks of local requests, and sets the allocations of these requests as on rank 0."""
 
     def __init__(self, state: StateManager) -> None:
         self._state = state
@@ -93,12 +107,13 @@ class Replayer:
         self._variants: dict[Variant, Variant] = {}  # so that equal variants are one object
 
     def end_all(self) -> None:
-        """No request is any more, of which rank 0 would tell with its next step."""
+        """Remove all requests. Called before a switch, which preempts all requests on rank 0."""
         for request in self._requests.values():
             del self._state.allocations[request]
         self._requests.clear()
 
-    def replay(self, step: Step) -> list[Scheduled]:
+    def decode(self, step: Step) -> list[Scheduled]:
+        """Return the chunks of a step, in the order of rank 0."""
         allocations = self._state.allocations
         for number in step.ended:
             del allocations[self._requests.pop(number)]
@@ -110,18 +125,18 @@ class Replayer:
                 seed=new.seed,
                 eos_token_ids=tuple(new.eos_token_ids),
                 variant=self._variants.setdefault(new.variant, new.variant),
-                attachments=tuple(PlacedImage(np.array(places)) for places in new.images),
+                attachments=tuple(PromptImage(np.array(positions)) for positions in new.images),
             )
             self._requests[new.id] = request
             allocations[request] = Allocation(new.slot, [[] for _ in self._state.groups])
         requests = [self._requests[number] for number in step.ids]
-        for request, tokens, pending in zip(requests, step.tokens, step.pending, strict=True):
+        for request, tokens, in_flight in zip(requests, step.tokens, step.in_flight, strict=True):
             request.output_token_ids += tokens
-            request.num_in_flight = pending
+            request.num_in_flight = in_flight
         for index, group, blocks in step.blocks:
             allocations[requests[index]].blocks[group] += blocks
         chunks = [
-            Scheduled.of(request, start, count)
+            Scheduled.from_request(request, start, count)
             for request, start, count in zip(requests, step.starts, step.counts, strict=True)
         ]
         for chunk, snapshots in zip(chunks, step.snapshots, strict=False):

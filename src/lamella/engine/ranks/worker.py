@@ -1,7 +1,7 @@
-"""The process of a rank other than 0: `python -m lamella.engine.ranks.worker FD`, the end of a socket pair.
+"""Process of a tensor-parallel rank other than 0: `python -m lamella.engine.ranks.worker FD`, FD being a socket.
 
-It makes the engine that rank 0 makes, of its own part of the model, and runs the steps that rank 0 tells it. It ends
-when the socket closes, whatever it is doing then.
+A worker builds the same engine as rank 0 around its shard of the model, and executes the steps that rank 0 sends. It
+exits as soon as the socket is closed, even in the middle of a step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lamella.checkpoint import open_checkpoint
 from lamella.engine.loading import build_engine, load_shard
 from lamella.engine.options import EngineOptions
 from lamella.engine.ranks.messages import Channel, Failed, Ready, Start, Step, Switch, wait_for_hang_up
-from lamella.engine.ranks.step_messages import Replayer
+from lamella.engine.ranks.step_messages import StepDecoder
 from lamella.engine.ranks.workers import Workers
 from lamella.models.registry import register_architecture
 from lamella.parallel.group import TensorParallelGroup
@@ -31,9 +31,10 @@ logger = logging.getLogger("lamella")
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt of the terminal's is rank 0's to handle
+    """Run a worker on the socket of the command line."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; rank 0 handles it
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
-    threading.Thread(target=_end_with, args=(channel,), daemon=True).start()
+    threading.Thread(target=_exit_on_close, args=(channel,), daemon=True).start()
     try:
         start = channel.receive()
         assert isinstance(start, Start)
@@ -47,11 +48,15 @@ def main() -> None:
         lines = str(error).strip().splitlines() or [""]
         with suppress(OSError):
             channel.send(Failed(f"{type(error).__name__}: {lines[0]}"))
-        os._exit(1)  # an orderly exit might wait for the other ranks
+        os._exit(1)  # a normal exit could wait for collective operations of the other ranks
 
 
 def run(start: Start, channel: Channel) -> None:
-    """Make this rank's engine, and take its steps until the channel closes, which raises `EOFError`."""
+    """Build the engine of this rank, and execute steps until the channel is closed.
+
+    Raises:
+        EOFError: the channel is closed.
+    """
     torch.set_num_threads(start.threads)
     for name, path in start.architectures.items():
         register_architecture(name, path)
@@ -67,23 +72,23 @@ def run(start: Start, channel: Channel) -> None:
     channel.send(Ready())
     group.connect(Path(start.folder), device)
     engine = build_engine(model, options, device, workers=Workers(group))
-    replayer = Replayer(engine.state)
+    decoder = StepDecoder(engine.state)
     while True:
         step = channel.receive()
         if isinstance(step, Switch):
             if not options.mixed_placements:
-                replayer.end_all()
+                decoder.end_all()
             engine.variants.apply(step.variant)
             if not options.mixed_placements:
-                replayer = Replayer(engine.state)
+                decoder = StepDecoder(engine.state)
             continue
         assert isinstance(step, Step)
-        shares = replayer.replay(step)
+        chunks = decoder.decode(step)
         engine.memory.copy_slots(step.copies)
-        engine.runner.launch(shares)
+        engine.runner.launch(chunks)
 
 
-def _end_with(channel: Channel) -> None:
+def _exit_on_close(channel: Channel) -> None:
     wait_for_hang_up([channel])
     os._exit(0)
 

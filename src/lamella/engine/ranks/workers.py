@@ -1,4 +1,4 @@
-"""Rank 0's side of a tensor-parallel engine: the processes of the other ranks, from their start to their end."""
+"""Rank 0's side of a tensor-parallel engine: start, supervision and end of the worker processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lamella.engine.ranks.messages import Channel, Failed, Ready, Start, Switch, wait_for_hang_up
-from lamella.engine.ranks.step_messages import Recorder
+from lamella.engine.ranks.step_messages import StepEncoder
 from lamella.engine.requests.variant import Variant
 from lamella.engine.scheduler import Scheduled
 from lamella.errors import WorkerError
@@ -35,53 +35,67 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lamella")
 
-_NOTICE_SECONDS = 2.0  # after an error of rank 0: it may have come of a worker's end, of which word is on its way
-_EXIT_SECONDS = 5.0  # that a worker has to end by itself
+_NOTICE_SECONDS = 2.0  # wait after an error on rank 0 for news that a worker's exit was the cause
+_EXIT_SECONDS = 5.0  # wait for a worker to exit by itself before it is killed
 
 
 class Workers:
-    """The other ranks of an engine that has none, or is a worker's own."""
+    """Other ranks of an engine. This base class does nothing: for an engine with one rank, or on a worker.
+
+    Attributes:
+        group: tensor-parallel group of the ranks.
+    """
 
     def __init__(self, group: Group | None = None) -> None:
         self.group = group or Group()
 
     def connect(self, device: torch.device) -> None:
-        """Wait until every rank has its part of the model, and join them to the group."""
+        """Wait until every rank has loaded its shard, then connect the group."""
 
-    def follow(self, state: StateManager) -> None:
-        """Run the steps of this state's requests from now on."""
+    def set_state(self, state: StateManager) -> None:
+        """Set the pools of the steps that are launched from now on."""
 
-    def apply(self, variant: Variant) -> None:
-        """Switch every rank to a variant of the model; `follow` the state that it has then."""
+    def switch(self, variant: Variant) -> None:
+        """Switch every rank to a variant of the model. Call `set_state` afterwards if the pools change."""
 
-    def before_stop(self, release: Callable[[], None]) -> None:
-        """Have a method called before the group is given up: NCCL waits until no graph holds its operations."""
+    def call_before_stop(self, release: Callable[[], None]) -> None:
+        """Register a method to call before the group is destroyed.
 
-    def launch(self, shares: Sequence[Scheduled], copies: Sequence[tuple[int, int]]) -> None:
-        """Give every rank a step, with the slots to copy before, that this one is about to run too."""
+        NCCL waits until no CUDA graph contains its operations, so graphs must be released first.
+        """
+
+    def launch(self, chunks: Sequence[Scheduled], copies: Sequence[tuple[int, int]]) -> None:
+        """Send a step to every worker, just before rank 0 launches it.
+
+        Args:
+            chunks: of the step.
+            copies: slot copies (from, to) to execute before the step.
+        """
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Around whatever the ranks do together.
+        """Context of all work that the ranks do together.
 
-        Raises `WorkerError` where one has ended. Any error stops all of them: ranks that have not computed the same are
-        of no use to each other.
+        Any error inside stops all ranks, since they may have executed different steps.
+
+        Raises:
+            WorkerError: a worker has ended.
         """
         yield
 
     def close(self) -> None:
-        """End the workers' processes."""
+        """End the worker processes."""
 
 
 class WorkerProcesses(Workers):
-    """Ranks 1 and up, each a process that ends with this object, or with its process."""
+    """Ranks 1 and up, each a process. They end with this object, or with the process of rank 0."""
 
     def __init__(self, options: EngineOptions, device: torch.device) -> None:
-        """Start them; they load their parts of the model until `connect`."""
+        """Start the processes. They load their shards in the background; `connect` waits for them."""
         size = options.tensor_parallel_size
         super().__init__(TensorParallelGroup(Partition(0, size)))
         self._folder = Path(tempfile.mkdtemp(prefix="lamella-"))
-        self._watch = _Watch(self.group)
+        self._watch = _ExitWatch(self.group)
         self._ranks: list[_Rank] = []
         self._releases: list[weakref.WeakMethod[Callable[[], None]]] = []
         self._process = os.getpid()
@@ -89,11 +103,11 @@ class WorkerProcesses(Workers):
             self, _stop, self._ranks, self._watch, self._folder, self._releases, self._process
         )
         self._why = "closed"
-        self._recorder: Recorder | None = None
+        self._encoder: StepEncoder | None = None
         values = {
             **asdict(options),
             "model": str(options.model),
-            "tokenizer": None,  # rank 0's
+            "tokenizer": None,  # only rank 0 needs it
             "dtype": str(options.dtype).removeprefix("torch."),
             "device": device.type,
         }
@@ -115,30 +129,36 @@ class WorkerProcesses(Workers):
                 )
 
     def connect(self, device: torch.device) -> None:
+        """See `Workers`."""
         for rank in self._ranks:
-            if not rank.becomes_ready():
-                raise WorkerError(rank.epitaph())
+            if not rank.wait_until_ready():
+                raise WorkerError(rank.exit_reason())
         assert isinstance(self.group, TensorParallelGroup)
         self.group.connect(self._folder, device)
 
-    def follow(self, state: StateManager) -> None:
-        self._recorder = Recorder(state)
+    def set_state(self, state: StateManager) -> None:
+        """See `Workers`."""
+        self._encoder = StepEncoder(state)
 
-    def apply(self, variant: Variant) -> None:
+    def switch(self, variant: Variant) -> None:
+        """See `Workers`."""
         for rank in self._ranks:
             rank.channel.send(Switch(variant))
 
-    def before_stop(self, release: Callable[[], None]) -> None:
-        self._releases.append(weakref.WeakMethod(release))  # which must not keep the engine alive
+    def call_before_stop(self, release: Callable[[], None]) -> None:
+        """See `Workers`."""
+        self._releases.append(weakref.WeakMethod(release))  # weak: must not keep the engine alive
 
-    def launch(self, shares: Sequence[Scheduled], copies: Sequence[tuple[int, int]]) -> None:
-        assert self._recorder is not None
-        step = self._recorder.record(shares, copies)
+    def launch(self, chunks: Sequence[Scheduled], copies: Sequence[tuple[int, int]]) -> None:
+        """See `Workers`."""
+        assert self._encoder is not None
+        step = self._encoder.encode(chunks, copies)
         for rank in self._ranks:
             rank.channel.send(step)
 
     @contextmanager
     def guard(self) -> Iterator[None]:
+        """See `Workers`."""
         self._check()
         try:
             yield
@@ -152,6 +172,7 @@ class WorkerProcesses(Workers):
         self._check()
 
     def _check(self, cause: BaseException | None = None) -> None:
+        """Raise `WorkerError` if the workers cannot be used any more."""
         if os.getpid() != self._process:
             raise WorkerError(
                 "the tensor-parallel ranks belong to the process that was forked; make an engine in this one"
@@ -159,7 +180,7 @@ class WorkerProcesses(Workers):
         if not self._finalizer.alive:
             raise WorkerError(f"the tensor-parallel ranks have been stopped: {self._why}; make a new engine")
         if self._watch.ended is not None:
-            why = self._watch.ended.epitaph()
+            why = self._watch.ended.exit_reason()
             self._stop(why)
             raise WorkerError(why) from cause
 
@@ -168,11 +189,12 @@ class WorkerProcesses(Workers):
         self.close()
 
     def close(self) -> None:
+        """See `Workers`."""
         self._finalizer()
 
 
 class _Rank:
-    """One worker's process, and the channel to it."""
+    """Process of one worker, and the channel to it."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -183,14 +205,14 @@ class _Rank:
                 module_command("lamella.engine.ranks.worker", str(theirs.fileno())),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # what is on rank 0's standard output is rank 0's own
-                # Its imports are rank 0's; its progress is rank 0's, too, which shows it.
+                stdout=2,  # to standard error, since programs read rank 0's standard output
+                # The same import path as rank 0, and no progress bars: rank 0 shows its own.
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TQDM_DISABLE": "1"},
             )
         self.channel = Channel(ours)
 
-    def becomes_ready(self) -> bool:
-        """Wait until the worker says that it is, or ends."""
+    def wait_until_ready(self) -> bool:
+        """Wait until the worker is ready; False if it has ended instead."""
         try:
             message = self.channel.receive()
         except EOFError:
@@ -198,8 +220,8 @@ class _Rank:
         self._reason = message.reason if isinstance(message, Failed) else None
         return isinstance(message, Ready)
 
-    def epitaph(self) -> str:
-        """Of a worker that has ended: why, in one line."""
+    def exit_reason(self) -> str:
+        """Return in one line why a worker has ended."""
         try:
             while self._reason is None:
                 message = self.channel.receive()
@@ -213,8 +235,15 @@ class _Rank:
         return f"tensor-parallel rank {self.rank} {code}" + (f": {self._reason}" if self._reason else "")
 
 
-class _Watch:
-    """Notices a worker's end at once, from a thread that sleeps until then, and wakes whoever waits for the worker."""
+class _ExitWatch:
+    """Thread that detects the exit of a worker, and aborts the group, so that rank 0 does not wait for it forever.
+
+    Attributes:
+        group: tensor-parallel group.
+        ended: the worker that has ended; None before.
+        seen: set once a worker has ended.
+        closing: True if rank 0 is ending the workers itself.
+    """
 
     def __init__(self, group: Group) -> None:
         self.group = group
@@ -223,6 +252,7 @@ class _Watch:
         self.closing = False
 
     def start(self, ranks: Sequence[_Rank]) -> None:
+        """Start the thread."""
         threading.Thread(target=self._run, args=(list(ranks),), name="lamella-watch", daemon=True).start()
 
     def _run(self, ranks: Sequence[_Rank]) -> None:
@@ -235,14 +265,14 @@ class _Watch:
 
 def _stop(
     ranks: Sequence[_Rank],
-    watch: _Watch,
+    watch: _ExitWatch,
     folder: Path,
     releases: Sequence[weakref.WeakMethod[Callable[[], None]]],
     process: int,
 ) -> None:
-    """A worker ends when its socket closes, see `worker.main`. Only `process`, which started them, may end them."""
+    """End the workers by closing their sockets. Does nothing except in the process that started them."""
     if os.getpid() != process:
-        return  # a forked child ends, and has the same sockets
+        return  # a forked child that exits has copies of the sockets
     watch.closing = True
     for rank in ranks:
         rank.channel.close()

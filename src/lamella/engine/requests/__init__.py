@@ -1,1 +1,1 @@
-"""A request from its prompt to its text: checks, tokens, sampling parameters, output."""
+"""Requests: prompts, validation, sampling parameters, tokens and outputs."""

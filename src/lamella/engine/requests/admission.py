@@ -1,4 +1,4 @@
-"""Admission of requests: what a caller gives is checked and made ready before anything is queued."""
+"""Admission of requests: validation and preprocessing, before a request is queued."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from lamella.engine.images.reader import ImageReader, place_images
-from lamella.engine.memory import ShortPrompts, check_pools, longest_answer
+from lamella.engine.images.reader import ImageReader, expand_images
+from lamella.engine.memory import ShortPrompts, check_pools, longest_output
 from lamella.engine.options import EngineOptions
 from lamella.engine.requests.completion import Completion, Job
 from lamella.engine.requests.jobs import Jobs
@@ -24,13 +24,13 @@ from lamella.errors import ParameterError
 
 
 class Admission:
-    """Checks requests, and makes jobs of them.
+    """Validates requests and turns them into jobs.
 
     Attributes:
-        jobs: those that have not ended.
-        tokenizer: of the model; None without one.
-        eos_token_ids: tokens that end an answer.
-        max_model_len: longest prompt and answer together, in tokens.
+        jobs: unfinished jobs.
+        tokenizer: of the model; None if it has none.
+        eos_token_ids: tokens that end an output.
+        max_model_len: maximum length of prompt and output together, in tokens.
     """
 
     def __init__(
@@ -45,7 +45,19 @@ class Admission:
         images: ImageReader | None,
         defaults: Mapping[str, Any] | None = None,
     ) -> None:
-        """`images` reads the images of prompts; None accepts none. `defaults` are fields of `SamplingParams`."""
+        """Make an admission without jobs.
+
+        Args:
+            vocab_size: of the model.
+            options: of the engine.
+            tokenizer: of the model; None if it has none.
+            eos_token_ids: tokens that end an output.
+            max_model_len: maximum length of prompt and output together, in tokens.
+            jobs: index that the engine adds jobs to.
+            variants: variants of the model that requests can run.
+            images: reads the images of prompts; None if prompts cannot have images.
+            defaults: fields of `SamplingParams` for requests without sampling parameters.
+        """
         self.tokenizer, self.eos_token_ids, self.max_model_len, self.jobs = (
             tokenizer,
             eos_token_ids,
@@ -59,20 +71,28 @@ class Admission:
 
     @property
     def reserved_token_ids(self) -> frozenset[int]:
-        """Tokens that a plain prompt must not have, since they stand for other content."""
+        """Placeholder tokens, which a prompt without images must not contain."""
         return frozenset() if self._images is None else self._images.token_ids
 
     @property
     def image_placeholder(self) -> str | None:
-        """Text that stands for an image in a prompt; None if the model or the options accept none."""
+        """Placeholder text of an image in a prompt; None if the model or the options accept no images."""
         return None if self._images is None else self._images.model.placeholder_text
 
     def default_params(self) -> SamplingParams:
-        """Return the sampling parameters of requests that give none."""
+        """Return the sampling parameters of requests without their own."""
         return SamplingParams(**self._defaults)
 
     def make_job(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Job:
-        """Check a request and make it ready, without queueing it.
+        """Validate a request and turn it into a job, without queueing it.
+
+        Args:
+            request_id: must not be the id of an unfinished job.
+            prompt: text, token ids or a mapping, see `read_prompt`.
+            params: sampling parameters.
+
+        Returns:
+            The job.
 
         Raises:
             ParameterError: the request cannot run.
@@ -81,22 +101,22 @@ class Admission:
         if not isinstance(params, SamplingParams):
             raise ParameterError(f"sampling_params: must be a SamplingParams, not {type(params).__name__}")
         tokenizer, vocab_size = self.tokenizer, self._vocab_size
-        # Checked again, and with lists of its own: the caller may have changed the lists.
+        # `replace` copies and checks the lists again: the caller may have changed them.
         params = resolve_params(replace(params), tokenizer, vocab_size, self._options.max_logprobs)
         given = truncated(read_prompt(prompt, tokenizer, vocab_size), params, tokenizer, self.max_model_len)
-        token_ids, images = place_images(self._images, given.token_ids, given.images, self._options.max_images)
+        token_ids, images = expand_images(self._images, given.token_ids, given.images, self._options.max_images)
         if params.stop_strings and tokenizer is None:
             raise ParameterError(f"stop={params.stop!r}: without tokenizer.json there is no text to stop at")
-        room = self.max_model_len - len(token_ids)
-        if room < 1:
+        limit = self.max_model_len - len(token_ids)
+        if limit < 1:
             raise ParameterError(
                 f"prompt of {len(token_ids)} tokens: max_model_len={self.max_model_len} leaves no room for an answer"
             )
-        max_tokens = min(params.max_tokens or room, room)
-        if params.max_tokens is None:  # no limit, so the size of the pools is one
-            max_tokens = longest_answer(self._variants.next_state, self._options, len(token_ids), max_tokens)
+        max_tokens = min(params.max_tokens or limit, limit)
+        if params.max_tokens is None:  # without a limit of the caller, the size of the pools is one
+            max_tokens = longest_output(self._variants.next_state, self._options, len(token_ids), max_tokens)
         self._resolve(params, len(token_ids) + max_tokens)
-        # A prompt's log-probabilities are the same for all completions, so only the first has them.
+        # Prompt log-probabilities are equal for all completions, so only the first one computes them.
         others = params if params.n == 1 else replace(params, prompt_logprobs=None)
         seed = params.seed if params.seed is not None else self._next_seed()
         self._short_prompts.count(len(token_ids))
@@ -119,11 +139,14 @@ class Admission:
         return Job(request_id, given.text, completions, given.salt)
 
     def admit(self, job: Job) -> Variant:
-        """Return the variant that a job would run now; the engine may have changed since `make_job`.
+        """Check a job again before it is queued: the engine may have changed since `make_job`.
+
+        Returns:
+            The variant of the model that the job runs.
 
         Raises:
-            ParameterError: a request of its id is running, the engine no longer serves the variant that it asked for,
-                or it does not fit any more.
+            ParameterError: an unfinished job has the same id, the engine no longer serves the requested variant, or the
+                job no longer fits into the pools.
         """
         self._check_id(job.request_id)
         request = job.completions[0].request
@@ -134,12 +157,12 @@ class Admission:
             raise ParameterError(f"request_id={request_id!r}: a request of this id is running")
 
     def _resolve(self, params: SamplingParams, length: int) -> Variant:
-        """Return the variant of a request; `length` is that of prompt and answer in tokens."""
+        """Return the variant of a request, whose prompt and output have up to `length` tokens."""
         variant = self._variants.resolve(params)
         check_pools(length - 1, self._variants.next_state, self._options)
         return variant
 
     def _next_seed(self) -> int:
-        """Return a seed for a request that has none, reproducible from the engine's."""
+        """Return a seed for a request without one, derived from the engine's seed and the number of such requests."""
         digest = hashlib.sha256(f"{self._options.seed}/{next(self._seeds)}".encode()).digest()
         return int.from_bytes(digest[:8], "little", signed=True)

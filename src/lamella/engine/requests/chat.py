@@ -1,7 +1,7 @@
-"""Chats as prompts: messages rendered by a model's chat template, images taken out of their parts.
+"""Chats as prompts: render messages with a model's chat template, and collect their images.
 
-Templates come from strangers, so they run in Jinja2's immutable sandbox and see plain data only. The names that
-they may use, and how a final message is continued, are those of transformers' `apply_chat_template`.
+Templates are untrusted, so they run in Jinja2's immutable sandbox, and their variables are plain data. Template
+variables, and the continuation of a final message, are those of transformers' `apply_chat_template`.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ Templates: TypeAlias = "str | Mapping[str, str] | None"
 CONTENT_FORMATS = ("auto", "string", "openai")
 _IMAGE_PARTS = ("image", "image_url", "image_pil", "input_image")
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "thinking")
-# Names under which callers give an assistant's reasoning; templates read the first, those of gpt-oss the second.
+# Keys of an assistant's reasoning in messages. Templates read the first one; templates of gpt-oss the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _END_MARK = "END-OF-FINAL-MESSAGE "
-_MOST_RENDERED = 1 << 26  # characters
+_MAX_RENDERED = 1 << 26  # characters
 
 
 def select_template(templates: Templates, asked: str | None, has_tools: bool) -> str:
     """Return the template to use.
 
     Args:
-        templates: the model's: one, several by name, or none.
-        asked: what the caller gave: the name of one of several, or the text of a template.
-        has_tools: True if tools are given, for which a model may have a template `tool_use`.
+        templates: of the model: one, several by name, or None.
+        asked: `chat_template` of the caller: the name of one of several, or the text of a template.
+        has_tools: True if tools are given; the template `tool_use` is then preferred.
 
     Raises:
-        ParameterError: there is no template, or none that is meant for this.
+        ParameterError: there is no template, or several without a default.
     """
     if asked is not None and not isinstance(asked, str):
         raise ParameterError(f"chat_template={shown(asked)}: must be a template's text, or the name of one")
@@ -75,18 +75,21 @@ def render_chat(
     continue_final_message: bool = False,
     variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """Return the text of a chat.
+    """Render a chat.
 
     Args:
-        template: in Jinja2.
-        messages: with contents as the template takes them, see `read_messages`.
-        tools: JSON schemas of the functions that the model may call.
-        add_generation_prompt: end with what stands before an answer.
-        continue_final_message: end within the final message, so that the model continues it.
-        variables: more names for the template; they replace the special tokens among them.
+        template: Jinja2 text.
+        messages: with contents in the form that the template expects, see `read_messages`.
+        tools: JSON schemas of the functions that the model can call.
+        add_generation_prompt: append the text that starts an assistant message.
+        continue_final_message: end inside the final message, so that the model continues it.
+        variables: additional template variables.
+
+    Returns:
+        The text of the chat.
 
     Raises:
-        ParameterError: the chat is empty, the template refuses it or fails, or the final message cannot be continued.
+        ParameterError: the chat is empty, the template rejects it or fails, or the final message cannot be continued.
     """
     if not messages:
         raise ParameterError("messages: an empty chat: give at least one message")
@@ -107,15 +110,15 @@ def _render(template: str, names: Mapping[str, Any]) -> str:
         for piece in _compiled(template).generate(**names):
             pieces.append(piece)
             length += len(piece)
-            if length > _MOST_RENDERED:
-                raise ParameterError(f"chat_template: renders more than {_MOST_RENDERED} characters; give another one")
+            if length > _MAX_RENDERED:
+                raise ParameterError(f"chat_template: renders more than {_MAX_RENDERED} characters; give another one")
     except jinja2.TemplateSyntaxError as error:
         raise ParameterError(f"chat_template: line {error.lineno}: {error.message}; correct it") from error
     except jinja2.TemplateError as error:
         raise ParameterError(f"chat_template: {_line(error)}; change the messages, or give another template") from error
     except ParameterError:
         raise
-    except (Exception, RecursionError) as error:  # whatever a template may do with values of other types
+    except (Exception, RecursionError) as error:  # templates can raise any error, for example on unexpected types
         raise ParameterError(
             f"chat_template: fails on these messages ({type(error).__name__}: {_line(error)}); change the messages, or "
             "give another template"
@@ -128,7 +131,7 @@ def _line(error: BaseException) -> str:
 
 
 def _mark_end(chat: list[dict[str, Any]]) -> str:
-    """Append a mark to the text of the final message, and return that text."""
+    """Append a marker to the text of the final message in place, and return the text without it."""
     content = chat[-1].get("content")
     if isinstance(content, str):
         chat[-1]["content"] = content + _END_MARK
@@ -142,7 +145,7 @@ def _mark_end(chat: list[dict[str, Any]]) -> str:
 
 
 def _until_end(text: str, final: str) -> str:
-    """Return the rendered text up to the end of the final message; a template may strip its trailing spaces."""
+    """Return the rendered text up to the marker, stripped if the template strips trailing spaces."""
     mark = _END_MARK.strip()
     if mark not in text or final.strip() not in text:
         raise ParameterError(
@@ -163,9 +166,9 @@ def _with_reasoning(message: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Return a copy of a value in JSON's types, which is all that a template sees.
+    """Return a copy of a value in JSON types, the only types that templates get.
 
-    Objects of other types have methods that the sandbox does not know, so they become a text with their type's name.
+    The sandbox cannot restrict methods of other types, so such objects become a text with the name of their type.
     """
     if value is None or type(value) in (str, int, float, bool):
         return value
@@ -178,7 +181,7 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {each.name: plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
-    if callable(getattr(value, "model_dump", None)):  # of pydantic, and of OpenAI's client
+    if callable(getattr(value, "model_dump", None)):  # pydantic models, such as those of OpenAI's client
         return plain(value.model_dump())
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         return plain(value.item())
@@ -197,13 +200,13 @@ def _compiled(template: str) -> jinja2.Template:
 
 @lru_cache(maxsize=1)
 def _environment() -> jinja2.Environment:
-    """Return a sandbox with the names that chat templates use."""
+    """Return a sandbox with the filters and globals that chat templates use."""
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` marks an assistant's tokens for training; here its body is rendered as it is."""
+        """Render the body of `{% generation %}`, which marks assistant tokens for training, unchanged."""
 
         tags = {"generation"}  # noqa: RUF012 (declared so by the base class)
 
@@ -213,7 +216,7 @@ def _environment() -> jinja2.Environment:
             return jinja2.nodes.Scope(body, lineno=line)
 
     class Namespace(jinja2.utils.Namespace):
-        """A namespace without names that start with an underscore."""
+        """Namespace that rejects names starting with an underscore."""
 
         def __init__(*args: Any, **values: Any) -> None:
             self, *rest = args
@@ -231,7 +234,7 @@ def _environment() -> jinja2.Environment:
             raise jinja2.exceptions.SecurityError(f"namespace: a name may not start with an underscore: {name}")
 
     class Dictionary:
-        """`dict(...)` without the attributes of the type."""
+        """Callable `dict(...)` that does not expose the attributes of the type."""
 
         def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
             return dict(*args, **values)
@@ -259,7 +262,7 @@ def _environment() -> jinja2.Environment:
 
 @lru_cache(maxsize=64)
 def content_format(template: str) -> str:
-    """Return how a template takes the content of messages: "openai" if it iterates over parts, else "string"."""
+    """Return the form of message contents that a template expects: "openai" if it loops over parts, else "string"."""
     import jinja2
     from jinja2 import nodes
 
@@ -281,7 +284,7 @@ def content_format(template: str) -> str:
     for node in tree.find_all(nodes.Assign):
         if isinstance(node.target, nodes.Name) and is_content(node.node, set()):
             names.add(node.target.name)
-    for macro in tree.find_all(nodes.Macro):  # a macro that is called with contents
+    for macro in tree.find_all(nodes.Macro):  # macros that take a content as argument
         names |= {arg.name for arg in macro.args if arg.name == "content"}
     return "openai" if any(is_content(loop.iter, names) for loop in tree.find_all(nodes.For)) else "string"
 
@@ -298,16 +301,19 @@ def _is_message(value: Any) -> bool:
 def read_messages(
     messages: Sequence[Any], form: str, wraps_text: bool, placeholder: str | None
 ) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Return messages as a template takes them, and their images in order.
+    """Convert messages to the form that a template expects, and collect their images.
 
     Args:
-        messages: OpenAI's: `role`, `content` (a text or a list of parts), and what else the template knows.
-        form: "string" joins the parts of a content by newlines, "openai" keeps them.
-        wraps_text: give a text as a list of one part, too, for templates that know no other form.
-        placeholder: text that stands for an image in the "string" form; None if the model reads no images.
+        messages: in OpenAI's format: `role`, `content` (a text or a list of parts), and other keys for the template.
+        form: "string" joins the parts of a content with newlines, "openai" keeps the parts.
+        wraps_text: True to convert a text to a list of one part, for templates that accept only lists.
+        placeholder: text of an image in the "string" form; None if the model does not accept images.
+
+    Returns:
+        The messages, and the images in order.
 
     Raises:
-        ParameterError: a message or part is of a form that is not supported, or an image cannot be read.
+        ParameterError: a message or part has an unsupported form, or an image cannot be read.
     """
     images: list[Any] = []
     read = []
@@ -341,7 +347,7 @@ def _dumped(message: Any, where: str) -> Mapping[str, Any]:
 
 
 def _parsed_calls(message: Message, where: str) -> dict[str, Any]:
-    """Return an assistant's tool calls with their arguments as objects: OpenAI's clients send them as JSON texts."""
+    """Return the tool calls of a message with arguments as objects, which OpenAI clients send as JSON text."""
     calls = message.get("tool_calls")
     if not isinstance(calls, Sequence) or isinstance(calls, str):
         return {}
@@ -391,7 +397,7 @@ def _read_image(part: Mapping[str, Any], kind: str, where: str) -> Any:
             f"{where}: an image part needs the image: image_url={{'url': 'data:image/png;base64,...'}}"
         )
     if not isinstance(given, str):
-        return given  # an image of Pillow, an array or a tensor, which admission checks
+        return given  # a Pillow image, array or tensor; `read_pixels` checks it
     head, comma, data = given.partition(",")
     if not comma or not head.startswith("data:") or not head.endswith(";base64"):
         raise ParameterError(
@@ -411,10 +417,13 @@ def _read_image(part: Mapping[str, Any], kind: str, where: str) -> Any:
 
 
 def conversations(messages: Any) -> Iterator[Sequence[Any]]:
-    """Yield the chats of `LLM.chat`'s first argument, a chat or a list of chats.
+    """Yield the chats of `LLM.chat`'s first argument.
+
+    Args:
+        messages: a chat, or a list of chats.
 
     Raises:
-        ParameterError: it is neither.
+        ParameterError: `messages` has another form, or is empty.
     """
     if is_chat(messages):
         yield messages

@@ -1,4 +1,4 @@
-"""What comes of a request: tokens, text, log-probabilities, and when it ends."""
+"""Outputs of a request: tokens, text, log-probabilities, and the reason why it ended."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ from lamella.ops.sampling import NO_TOKEN
 
 
 class NotFiniteError(Exception):
-    """The model's logits for one request are no numbers: an error of that request alone."""
+    """The logits of one request contain NaN or +Inf. Other requests are not affected."""
 
 
 class Completion:
-    """One generated continuation.
+    """One generated continuation of a prompt.
 
     Attributes:
-        error: why it ended, where the finish reason is "error".
-        revision: grows with everything that changes the output.
+        request: what the scheduler sees of it.
+        index: among the completions of the job.
+        finish_reason: why it ended; None while it runs.
+        stop_reason: the stop string or stop token that ended it, if one did.
+        error: message, if the finish reason is "error".
+        revision: counter that increases with every change of the output.
+        prompt_logprobs: log-probabilities of the prompt tokens, None for the first token; None if not requested.
     """
 
     def __init__(self, request: Request, index: int, tokenizer: Tokenizer | None) -> None:
@@ -32,16 +37,21 @@ class Completion:
         self.stop_reason: int | str | None = None
         self.error: str | None = None
         self.revision = 0
-        self._taken = 0  # output tokens that have been taken to the end of `take`
+        self._num_appended = 0  # output tokens for which `append_token` has returned
         self._tokenizer = tokenizer
         self._text = IncrementalDetokenizer(tokenizer, request.params, request.prompt_token_ids)
         self._logprobs: list[dict[int, Logprob]] | None = None if request.params.logprobs is None else []
         self._total = 0.0
-        # vLLM's form: nothing precedes the first token, so nothing predicts it.
+        # As in vLLM, the first entry is None: no logits predict the first token.
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = [None] if request.needs_prompt_logprobs else None
 
-    def take_prompt(self, start: int, entries: Sequence[TokenLogprobs]) -> None:
-        """Log-probabilities of the prompt tokens from `start` on; a request computed again brings known ones again."""
+    def append_prompt_logprobs(self, start: int, entries: Sequence[TokenLogprobs]) -> None:
+        """Append log-probabilities of prompt tokens. Entries that a recomputed request delivers again are skipped.
+
+        Args:
+            start: position of the first token in `entries`.
+            entries: of consecutive prompt tokens.
+        """
         if self.prompt_logprobs is None:
             return
         known = len(self.prompt_logprobs) - start
@@ -54,16 +64,16 @@ class Completion:
         token_id: int | None,
         logprobs: TokenLogprobs | None,
     ) -> None:
-        """Take what a step gave this request.
+        """Append the results of a step.
 
         Args:
-            start: position of the first prompt token that `prompt_logprobs` are of.
-            prompt_logprobs: log-probabilities of prompt tokens, in order.
-            token_id: the sampled token, `NO_TOKEN` if none could be chosen, None if the step sampled none.
-            logprobs: those of the sampled token, if wanted.
+            start: position of the first prompt token in `prompt_logprobs`.
+            prompt_logprobs: log-probabilities of consecutive prompt tokens.
+            token_id: the sampled token; `NO_TOKEN` if the logits allow none; None if the step sampled none.
+            logprobs: log-probabilities at the sampled token; None if not requested.
 
         Raises:
-            NotFiniteError: logits were NaN or infinite. Neither the token nor the log-probabilities are taken.
+            NotFiniteError: logits were NaN or infinite. Nothing is appended.
         """
         for position, entry in enumerate(prompt_logprobs, start):
             if isnan(entry.logprob):
@@ -75,22 +85,22 @@ class Completion:
                 "`lamella parity MODEL bisect` names the first operation that gives NaN"
             )
         if prompt_logprobs:
-            self.take_prompt(start, prompt_logprobs)
+            self.append_prompt_logprobs(start, prompt_logprobs)
         if token_id is not None:
-            self.take(token_id, logprobs)
+            self.append_token(token_id, logprobs)
 
-    def take(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
-        """One more token; may end the completion."""
+    def append_token(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
+        """Append a sampled token. Ends the completion if the token meets a stop condition."""
         self._append(token_id, logprobs)
         self.revision += 1
-        self._taken += 1  # last: see `roll_back`
+        self._num_appended += 1  # last: see `roll_back`
 
     def roll_back(self) -> None:
-        """Undo a `take` that an exception interrupted; the token will be sampled again."""
+        """Undo an `append_token` that an exception interrupted. The token will be sampled again."""
         tokens = self.request.output_token_ids
-        if len(tokens) == self._taken:
+        if len(tokens) == self._num_appended:
             return
-        self._cut()
+        self._drop_interrupted()
         self.finish_reason = self.stop_reason = None
         self._text = IncrementalDetokenizer(self._tokenizer, self.request.params, self.request.prompt_token_ids)
         try:
@@ -100,19 +110,19 @@ class Completion:
             self.fail(f"{type(error).__name__}: {error}")
 
     def fail(self, message: str) -> None:
-        """End with an error; the token in hand is left out."""
-        self._cut()
-        with suppress(Exception):  # the text may be what has failed; it then stays as it is
+        """End the completion with an error message, without the token that was being appended."""
+        self._drop_interrupted()
+        with suppress(Exception):  # detokenization itself may have failed; the text then stays as it is
             self._text.flush()
         self.error, self.finish_reason = message, "error"
         self.revision += 1
 
-    def _cut(self) -> None:
-        """Drop the tokens that were not taken to the end."""
+    def _drop_interrupted(self) -> None:
+        """Remove the token of an interrupted `append_token`."""
         tokens = self.request.output_token_ids
-        del tokens[self._taken :]
+        del tokens[self._num_appended :]
         if self._logprobs is not None:
-            del self._logprobs[self._taken :]
+            del self._logprobs[self._num_appended :]
             self._total = sum((row[token].logprob for row, token in zip(self._logprobs, tokens, strict=True)), 0.0)
 
     def _append(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
@@ -137,15 +147,16 @@ class Completion:
         return None
 
     def end(self, reason: FinishReason, stop: int | str | None = None) -> None:
-        """Nothing follows; text that was held back comes out."""
+        """End the completion, and append the text that was held back as the possible start of a stop string."""
         self._text.flush()
         if stop is None and self._text.stop_reason is not None:
-            # What was held back held a stop string.
+            # The text held back contained a stop string.
             reason, stop = "stop", self._text.stop_reason
         self.finish_reason, self.stop_reason = reason, stop
         self.revision += 1
 
     def output(self) -> CompletionOutput:
+        """Return a copy of the output so far."""
         return CompletionOutput(
             index=self.index,
             text=self._text.text,
@@ -162,24 +173,34 @@ class Completion:
 
 
 class Job:
-    """A user's request: one prompt, `n` completions."""
+    """A user's request: one prompt and its `n` completions."""
 
     def __init__(
         self, request_id: str, prompt: str | None, completions: list[Completion], salt: str | None = None
     ) -> None:
-        """`salt` keeps its prefixes apart from others'."""
+        """Make a job.
+
+        Args:
+            request_id: id of the job.
+            prompt: text of the prompt, if it was given as text.
+            completions: at least one.
+            salt: only requests with the same salt share cached prefixes.
+        """
         self.request_id, self.prompt, self.completions, self.salt = request_id, prompt, completions, salt
 
     @property
     def revision(self) -> int:
+        """Counter that increases with every change of an output."""
         first, *others = self.completions
         return first.revision + sum(completion.revision for completion in others) if others else first.revision
 
     @property
     def finished(self) -> bool:
+        """True if all completions have ended."""
         return all(completion.finish_reason is not None for completion in self.completions)
 
     def output(self) -> RequestOutput:
+        """Return a copy of the outputs so far."""
         first = self.completions[0]
         return RequestOutput(
             request_id=self.request_id,

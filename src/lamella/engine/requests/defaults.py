@@ -1,4 +1,4 @@
-"""Default sampling parameters, from the `generation_config.json` of a model."""
+"""Default sampling parameters, read from the `generation_config.json` of a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lamella")
 
 NAME = "generation_config.json"
-# The file's key -> field of `SamplingParams`; vLLM reads the same ones.
+# Key of the file -> field of `SamplingParams`. vLLM reads the same keys.
 _FIELDS = {
     "repetition_penalty": "repetition_penalty",
     "temperature": "temperature",
@@ -29,15 +29,18 @@ _FIELDS = {
 
 
 def read_defaults(options: EngineOptions, folder: Path | None) -> dict[str, Any]:
-    """Return the fields of `SamplingParams` that the options or the model's file set by default.
+    """Return the default values of `SamplingParams` fields.
 
     Args:
         options: `generation_config` names the file, `override_generation_config` replaces its keys.
-        folder: of the model; None without one.
+        folder: of the model; None for a model without files.
+
+    Returns:
+        Values by field name, only for fields that the file or the options set.
 
     Raises:
-        ConfigError: a value is none that `SamplingParams` accepts.
-        CheckpointError: a folder is named and has no such file.
+        ConfigError: `SamplingParams` does not accept a value, or a key is not supported.
+        CheckpointError: the named folder has no such file.
     """
     asked, values = options.generation_config, dict[str, Any]()
     if asked == "auto":
@@ -70,5 +73,5 @@ def read_defaults(options: EngineOptions, folder: Path | None) -> dict[str, Any]
         )
     if found:
         listed = ", ".join(f"{name}={value!r}" for name, value in found.items())
-        logger.info("sampling parameters by default: %s (of %s)", listed, file or "override_generation_config")
+        logger.info("default sampling parameters: %s (from %s)", listed, file or "override_generation_config")
     return found

@@ -1,4 +1,4 @@
-"""Text of a growing list of tokens, piece by piece."""
+"""Incremental detokenization with stop strings."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from lamella.engine.requests.sampling_params import SamplingParams
 from lamella.engine.requests.tokenizer import Tokenizer
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
-_CONTEXT = 5  # prompt tokens that precede the output in its first window
-_CHARACTER = 4  # most bytes of a UTF-8 character, hence most tokens that it can span
+_CONTEXT = 5  # prompt tokens before the output in the first window
+_CHARACTER = 4  # most bytes of a UTF-8 character, and so most tokens that it can span
 
 
 class IncrementalDetokenizer:
-    """Turns one completion's tokens into text as they come.
+    """Decodes the tokens of one completion as they are generated.
 
-    What `append` and `flush` return, concatenated, is always `text`. A character whose bytes are not complete, and an
-    end of the text that may yet become a stop string, are held back until they are decided.
+    The concatenated results of `append` and `flush` are always equal to `text`. Two things are held back until later
+    tokens decide them: an incomplete UTF-8 character, and an end of the text that may become a stop string.
 
-    A token that ends the completion (end of sequence, stop token) is not part of its text: do not append it unless its
-    text is wanted. Without a tokenizer, or with `params.detokenize` off, the text is "".
+    The caller must not append a token that ends the completion (end of sequence, stop token) unless its text is wanted.
+    Without a tokenizer, or with `params.detokenize=False`, the text is "".
 
     Attributes:
-        stop_reason: the stop string that ended the text, None before. From then on nothing changes it any more.
+        stop_reason: the stop string that ended the text; None before. Afterwards the text does not change.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
@@ -31,11 +31,11 @@ class IncrementalDetokenizer:
         self._skip_special = params.skip_special_tokens
         self._stops = params.stop_strings
         self._include_stop = params.include_stop_str_in_output
-        self._unstoppable = params.min_tokens  # tokens whose text cannot end the completion
+        self._unstoppable = params.min_tokens  # number of next tokens that cannot complete a stop string
         self._pieces: list[str] = []
         self._held = ""  # decoded, but possibly the start of a stop string
-        # The window: tokens up to `_read` have been turned into text and serve as context, the others have not. What a
-        # token adds is the difference that it makes to the window's text; alone, it could lose a leading space.
+        # Window of the latest tokens. Tokens before index `_read` are decoded and serve as context. The text of a token
+        # is what it adds to the text of the window; decoded alone, it could lose a leading space.
         self._ids = self._context(prompt_token_ids)
         self._read = len(self._ids)
 
@@ -45,7 +45,7 @@ class IncrementalDetokenizer:
         return "".join(self._pieces)
 
     def append(self, token_id: int) -> str:
-        """Take one more token; returns the text that it settles, often but not always the token's own."""
+        """Append a token, and return the text that is complete now; often but not always the text of this token."""
         tokenizer = self._tokenizer
         if tokenizer is None or self.stop_reason is not None:
             return ""
@@ -57,15 +57,15 @@ class IncrementalDetokenizer:
         return self._emit(self._decode(), stoppable)
 
     def flush(self) -> str:
-        """End the text; returns all that was held back, an incomplete character as U+FFFD."""
+        """End the text, and return the text that was held back; an incomplete character becomes U+FFFD."""
         if self._tokenizer is None or self.stop_reason is not None:
             return ""
-        rest = self._text_until(len(self._ids))
+        remaining = self._text_until(len(self._ids))
         self._advance(len(self._ids))
-        return self._emit(rest, self._unstoppable == 0, last=True)
+        return self._emit(remaining, self._unstoppable == 0, last=True)
 
     def _is_visible(self, token_id: int, tokenizer: Tokenizer) -> bool:
-        # Decoding drops the others beforehand: as context they would be none.
+        # Decoding skips other tokens, so they would be useless as context.
         return token_id < tokenizer.vocab_size and not (self._skip_special and token_id in tokenizer.special_ids)
 
     def _context(self, prompt: Sequence[int]) -> list[int]:
@@ -73,7 +73,8 @@ class IncrementalDetokenizer:
         if tokenizer is None:
             return []
         tail = [int(i) for i in prompt[-4 * _CONTEXT :] if self._is_visible(i, tokenizer)]
-        # Begun within a character, byte fallback would take all bytes that follow for broken, too.
+        # If the context starts inside a character, byte fallback decodes all following bytes as broken. So choose the
+        # start with the fewest broken characters.
         sizes = range(_CONTEXT, _CONTEXT + _CHARACTER)
         return min((tail[-size:] for size in sizes), key=lambda ids: self._decode_ids(ids).count(_BROKEN))
 
@@ -82,48 +83,48 @@ class IncrementalDetokenizer:
         return self._tokenizer.decode(ids, self._skip_special)
 
     def _text_until(self, end: int) -> str:
-        """What the window's tokens from `_read` to `end` add to its text."""
+        """Return the text that the tokens [_read, end) add to the text of the window."""
         before, after = self._decode_ids(self._ids[: self._read]), self._decode_ids(self._ids[:end])
         if after.startswith(before):
             return after[len(before) :]
-        if before.endswith(_BROKEN):  # a prompt's incomplete last character, completed now
+        if before.endswith(_BROKEN):  # these tokens complete the last character of the prompt
             return after[next(n for n in range(len(before), -1, -1) if after.startswith(before[:n])) :]
-        # Byte fallback breaks a whole run of byte tokens where one is wrong: spare those already read.
+        # One wrong byte token makes byte fallback break the whole run, so decode without the context.
         return self._decode_ids(self._ids[self._read : end])
 
     def _advance(self, end: int) -> None:
-        """Have the tokens up to `end` read, the latest of them as context."""
+        """Mark the tokens before `end` as decoded, and keep only the newly decoded ones as context."""
         del self._ids[: self._read]
         self._read = end - self._read
 
     def _decode(self) -> str:
-        """The text that is complete with the latest token."""
+        """Return the text that the latest token completes."""
         end = len(self._ids)
         text = self._text_until(end)
-        if not text:  # nothing yet, so no context either
+        if not text:  # keep the window: tokens without text are no context
             return ""
         if not text.endswith(_BROKEN):
             self._advance(end)
             return text
-        # Some U+FFFD stay: they are in the text, or their bytes are wrong. Of more tokens than an incomplete character
-        # can have, the first are settled. A boundary is where both sides together read shortest, as a cut within a
-        # character adds U+FFFD.
+        # U+FFFD may be permanent: it is part of the text, or the bytes are wrong. An incomplete character spans fewer
+        # than _CHARACTER tokens, so with more tokens the first ones are final. Split at a character boundary, which is
+        # where both halves together are shortest: a split inside a character adds U+FFFD.
         if end - self._read >= _CHARACTER:
-            sides = [
-                (head, rest, cut)
-                for cut in range(self._read + 1, end)
-                for head, rest in [(self._text_until(cut), self._decode_ids(self._ids[cut:]))]
-                if rest.endswith(_BROKEN) and len(head) + len(rest) <= len(text)
+            halves = [
+                (head, tail, split)
+                for split in range(self._read + 1, end)
+                for head, tail in [(self._text_until(split), self._decode_ids(self._ids[split:]))]
+                if tail.endswith(_BROKEN) and len(head) + len(tail) <= len(text)
             ]
-            if sides:
-                head, _, cut = min(sides, key=lambda side: len(side[0]) + len(side[1]))
-                del self._ids[:cut]  # no context: the rest reads right without, and broken bytes may break it
+            if halves:
+                head, _, split = min(halves, key=lambda half: len(half[0]) + len(half[1]))
+                del self._ids[:split]  # no context: the tail decodes without it, and broken bytes could break the tail
                 self._read = 0
                 return head
         return ""
 
     def _emit(self, text: str, stoppable: bool, last: bool = False) -> str:
-        """Pass decoded text on, as far as it cannot become a stop string."""
+        """Add decoded text to the output, except an end that may become a stop string; return the added text."""
         old, text = len(self._held), self._held + text
         size = len(text)
         if self._stops:
@@ -139,9 +140,9 @@ class IncrementalDetokenizer:
         return text[:size]
 
     def _find_stop(self, text: str, old: int) -> tuple[int, str] | None:
-        """Start and string of the stop string that is complete first beyond `old` characters, the longest if several.
+        """Return start and text of the first stop string that is complete after `old` characters, the longest of them.
 
-        So the result does not depend on how the text came in tokens. Held-back text contains every possible start.
+        So the result does not depend on the division into tokens. Text that was held back contains all possible starts.
         """
         found = ((text.find(stop, max(0, old - len(stop) + 1)), stop) for stop in self._stops)
         return min(
@@ -152,5 +153,5 @@ class IncrementalDetokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a start of `stop`, but not all of it."""
+    """Return the length of the longest end of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""Outputs of the engine for a request."""
+"""Outputs of requests."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """One token's place in the model's distribution at one position.
+    """Log-probability of one token at one position.
 
     Attributes:
         logprob: natural logarithm of its probability, before penalties, temperature and filters.
         rank: 1 for the likeliest token; tied tokens share a rank.
-        decoded_token: the token as text, None without a tokenizer.
+        decoded_token: text of the token; None if the model has no tokenizer.
     """
 
     logprob: float
@@ -25,19 +25,20 @@ class Logprob:
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One completion of a request, as far as it has got.
+    """One completion of a request, finished or in progress.
 
     Attributes:
-        index: which of the request's `n` completions, from 0.
+        index: number of the completion among the request's `n`, from 0.
         text: the generated text; "" without a tokenizer.
         token_ids: the generated tokens.
-        cumulative_logprob: sum of the generated tokens' log-probabilities (natural log); None unless asked for.
-        logprobs: for each generated token, its `Logprob` and those of the likeliest tokens, by token id; None
-            unless asked for.
-        finish_reason: why it ended: a stop string or token ("stop"), its length ("length"), its caller ("abort") or
-            a failure ("error"); None while it goes on.
-        stop_reason: the stop string or stop token id that ended it; None for an end-of-sequence token and otherwise.
-        error: what failed, in one line, where finish_reason is "error"; else None.
+        cumulative_logprob: sum of the generated tokens' log-probabilities (natural log); None if not requested.
+        logprobs: for each generated token, the `Logprob` of it and of the likeliest tokens, by token id; None if not
+            requested.
+        finish_reason: "stop" (stop string or token), "length" (maximum length), "abort" (cancelled) or "error"; None
+            while the completion is in progress.
+        stop_reason: the stop string or stop token id that ended it; None for an end-of-sequence token, and if no stop
+            condition ended it.
+        error: error message in one line if `finish_reason` is "error"; else None.
     """
 
     index: int
@@ -52,17 +53,17 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """The state of a request.
+    """Output of a request, finished or in progress.
 
     Attributes:
-        request_id: the caller's or the engine's name for it.
-        prompt: the prompt's text; None when it was given as tokens.
-        prompt_token_ids: the prompt's tokens.
-        prompt_logprobs: for each prompt token, its `Logprob` given the tokens before it and those of the likeliest
-            tokens there, by token id; the first entry is None, as nothing precedes it. None unless asked for.
+        request_id: id that the caller or the engine chose.
+        prompt: text of the prompt; None if it was given as tokens.
+        prompt_token_ids: tokens of the prompt.
+        prompt_logprobs: for each prompt token, the `Logprob` of it and of the likeliest tokens at its position, by
+            token id; None for the first token, which no logits predict. None if not requested.
         outputs: the completions, in the order of their indices.
-        finished: whether all of them have ended.
-        num_cached_tokens: tokens of the prompt that the prefix cache had (of the first completion).
+        finished: True if all completions have ended.
+        num_cached_tokens: prompt tokens that were found in the prefix cache (by the first completion).
     """
 
     request_id: str

@@ -1,4 +1,4 @@
-"""What a caller may give as a prompt."""
+"""Prompts: the forms that a caller can give, and their validation."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ Prompt: TypeAlias = "str | Mapping[str, Any] | list[int]"
 
 
 _KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "cache_salt", "add_special_tokens")
-# Of vLLM, and accepted only where they say nothing.
+# Keys that vLLM accepts; here their values must be empty.
 _EMPTY_KEYS = ("mm_processor_kwargs", "multi_modal_uuids", "token_type_ids", "prompt_embeds", "type")
 
 
 class GivenPrompt(NamedTuple):
-    """A prompt's text, if it has one, its tokens, as yet with a placeholder for each image, the salt of its prefixes,
-    and its images.
+    """A validated prompt.
+
+    Attributes:
+        text: None if it was given as token ids.
+        token_ids: tokens, with one placeholder token per image.
+        salt: see `Job`.
+        images: one per placeholder, in order.
     """
 
     text: str | None
@@ -29,13 +34,25 @@ class GivenPrompt(NamedTuple):
 
 
 def read_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) -> GivenPrompt:
-    """What a caller gives: a text, or a mapping.
+    """Validate and tokenize a prompt.
 
-    Its keys: `prompt`, a text; `prompt_token_ids`, which go before it, a list, array or tensor of ids;
-    `add_special_tokens`, False to take the text as it is, without a BOS before it; `cache_salt`, a string that keeps
-    its prefixes apart; `multi_modal_data`, which is `{"image": image}` or `{"image": [image, ...]}`, in the order of
-    the prompt's placeholders. An image is Pillow's, an array (H, W, 3) or a tensor (3, H, W), these in uint8. Raises
-    `ParameterError`.
+    Args:
+        prompt: a text, a list, array or tensor of token ids, or a mapping with these keys:
+
+            * `prompt`: text.
+            * `prompt_token_ids`: token ids; used instead of the text if both are given.
+            * `add_special_tokens`: False to encode the text without special tokens such as BOS.
+            * `cache_salt`: string; only requests with the same salt share cached prefixes.
+            * `multi_modal_data`: `{"image": image}` or `{"image": [image, ...]}`, in the order of the placeholders. An
+              image is a Pillow image, an array (H, W, 3) or a tensor (3, H, W), uint8.
+        tokenizer: of the model; None if it has none.
+        vocab_size: of the model; token ids must be below it.
+
+    Returns:
+        The prompt.
+
+    Raises:
+        ParameterError: the prompt has another form, an unknown key, or an invalid value.
     """
     if isinstance(prompt, str):
         prompt = {"prompt": prompt}
@@ -68,7 +85,11 @@ def read_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) ->
 
 
 def _read_token_ids(given: Any, vocab_size: int) -> list[int]:
-    """Token ids as ints of Python; a list, tuple, array or tensor of whole numbers. Raises `ParameterError`."""
+    """Return token ids as Python ints.
+
+    Raises:
+        ParameterError: not a list, tuple, array or tensor of whole numbers in [0, vocab_size).
+    """
     if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) != 1:
         raise ParameterError(f"prompt_token_ids={shown(given)}: must be a list of token ids")
     token_ids = list(given)
@@ -86,7 +107,7 @@ def _read_token_ids(given: Any, vocab_size: int) -> list[int]:
 
 
 def is_token_ids(value: Any) -> bool:
-    """Return whether a value is a prompt as bare token ids: a list, an array or a tensor of one dimension."""
+    """Return True if a value is a prompt of token ids: a list, or a one-dimensional array or tensor."""
     if isinstance(value, list | tuple):
         return len(value) > 0 and all(whole(token) is not None for token in value)
     return getattr(value, "ndim", None) == 1 and hasattr(value, "tolist")

@@ -1,4 +1,4 @@
-"""A request as the scheduler sees it: tokens, and how many of them the model has computed."""
+"""One sequence of tokens as the scheduler sees it, with its progress and its prefix cache keys."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lamella.engine.requests.sampling_params import SamplingParams, is_restricted, looks_back
+from lamella.engine.requests.sampling_params import SamplingParams, is_restricted, needs_previous_tokens
 from lamella.engine.requests.variant import PLAIN, Variant
 from lamella.state.prefix import chain_keys
 
 _SEED_MASK = (1 << 64) - 1
-_MOST = np.iinfo(np.int32).max
+_INT32_MAX = np.iinfo(np.int32).max
 
-# The fields of a step that say how a request samples, and their types.
+# Sampling parameters that are step inputs, one value per request, and their dtypes.
 SAMPLING_FIELDS: Mapping[str, type[np.generic]] = {
     "seed": np.int64,
     "top_k": np.int32,
@@ -27,10 +27,10 @@ SAMPLING_FIELDS: Mapping[str, type[np.generic]] = {
 
 
 def sampling_values(params: SamplingParams, seed: int) -> dict[str, np.generic]:
-    """Return a request's row of each sampling field. No vocabulary has 2**31 tokens: such a `top_k` keeps all."""
+    """Return a request's value of each sampling field."""
     values = {
         "seed": np.uint64(seed & _SEED_MASK).astype(np.int64),
-        "top_k": min(params.top_k, _MOST),
+        "top_k": min(params.top_k, _INT32_MAX),  # larger than any vocabulary: keeps all tokens
         "temperature": params.temperature,
         "top_p": params.top_p,
         "min_p": params.min_p,
@@ -39,82 +39,105 @@ def sampling_values(params: SamplingParams, seed: int) -> dict[str, np.generic]:
 
 
 class Attachment(Protocol):
-    """Content of a prompt that its token ids do not tell, such as an image.
-
-    Attributes:
-        first, last: positions of the first and last token that stand for it.
-        digest: hash of the content.
-    """
+    """Content of a prompt that placeholder tokens stand for, such as an image."""
 
     @property
-    def first(self) -> int: ...
+    def first(self) -> int:
+        """Position of the first placeholder token."""
+        ...
 
     @property
-    def last(self) -> int: ...
+    def last(self) -> int:
+        """Position of the last placeholder token."""
+        ...
 
     @property
-    def digest(self) -> bytes: ...
+    def digest(self) -> bytes:
+        """Hash of the content, which becomes part of the prefix keys."""
+        ...
 
 
 @dataclass(eq=False)
 class Request:
-    """One sequence being generated. Compared by identity."""
+    """One sequence that is generated. Compared by identity.
+
+    Attributes:
+        request_id: id of the job, or of the completion in it.
+        prompt_token_ids: tokens of the prompt.
+        params: sampling parameters.
+        seed: seed of the random draws; its low 64 bits are used.
+        max_tokens: `params.max_tokens`, limited by the model's length.
+        eos_token_ids: tokens that end the output.
+        output_token_ids: generated tokens that the host has read.
+        num_in_flight: generated tokens that the device samples in steps that the host has not collected yet.
+        num_computed: number of leading tokens whose state is in the pools.
+        num_preemptions: how often the request lost its state.
+        num_cached_tokens: prompt tokens found in the prefix cache at the first start.
+        num_reused: leading tokens found in the prefix cache at the latest start.
+        branch_position: number of leading tokens that were computed before for another request, see `Hit.seen_length`.
+        prefix_root: key of the empty prefix, see `block_keys`; None excludes the request from the prefix cache.
+        variant: variant of the model that computes the request.
+        attachments: images of the prompt, in order.
+        needs_previous_tokens: True if sampling depends on previous output tokens (penalties, forbidden words, ...).
+        is_plain: True if logits are neither edited nor returned, only sampled from.
+        sampling: value of each sampling field, see `sampling_values`.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     seed: int = 0
-    max_tokens: int = 16  # params.max_tokens, and never beyond the model's length
+    max_tokens: int = 16
     eos_token_ids: tuple[int, ...] = ()
     output_token_ids: list[int] = field(default_factory=list)
-    num_in_flight: int = 0  # tokens that the device has chosen or is about to, and that the host does not know yet
-    num_computed: int = 0  # leading tokens whose state is in the pools
+    num_in_flight: int = 0
+    num_computed: int = 0
     num_preemptions: int = 0
-    num_cached_tokens: int = 0  # of them, those that it started with
-    num_reused: int = 0  # leading tokens whose state it took from the prefix cache when it last started
-    branch: int = 0  # where it leaves the tokens that others had before it
-    prefix_root: bytes | None = None  # see `block_keys`; None keeps the request out of the prefix cache
-    variant: Variant = PLAIN  # of the model
-    attachments: tuple[Attachment, ...] = ()  # of the prompt, in order
+    num_cached_tokens: int = 0
+    num_reused: int = 0
+    branch_position: int = 0
+    prefix_root: bytes | None = None
+    variant: Variant = PLAIN
+    attachments: tuple[Attachment, ...] = ()
     _block_keys: list[bytes] = field(default_factory=list)
-    looks_back: bool = field(init=False)  # whether the choice of a token depends on the ones before
-    plain: bool = field(init=False)  # whether nothing is done to its logits, nor wanted of them, but the choice
-    sampling: Mapping[str, Any] = field(init=False)  # its row of a step's sampling fields, see `sampling_values`
+    needs_previous_tokens: bool = field(init=False)
+    is_plain: bool = field(init=False)
+    sampling: Mapping[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         params = self.params
-        self.sampling = sampling_values(params, self.seed)  # made now, so that a step cannot fail to make it
-        self.looks_back = looks_back(params)
-        edited = self.looks_back or is_restricted(params) or params.logit_bias or params.min_tokens
-        self.plain = not (edited or params.logprobs is not None)
+        self.sampling = sampling_values(params, self.seed)  # here, so that an error cannot occur in a step
+        self.needs_previous_tokens = needs_previous_tokens(params)
+        edited = self.needs_previous_tokens or is_restricted(params) or params.logit_bias or params.min_tokens
+        self.is_plain = not (edited or params.logprobs is not None)
 
     def set_variant(self, variant: Variant, prefix_root: bytes | None) -> None:
-        """Compute the request as this variant of the model, from its first token; it must hold no state."""
+        """Set the variant of the model that computes the request. The request must not have state yet."""
         assert not self.num_computed
         self.variant, self.prefix_root = variant, prefix_root
         self._block_keys.clear()
 
     def leave_prefix_cache(self) -> None:
-        """Find and keep nothing in the prefix cache from now on; the request must hold no state."""
+        """Exclude the request from the prefix cache from now on. The request must not have state."""
         self.set_variant(self.variant, None)
 
     @property
     def num_tokens(self) -> int:
-        """Of prompt and output, those that are pending included."""
+        """Number of prompt and output tokens, including output tokens in flight."""
         return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_in_flight
 
     @property
     def num_sampled(self) -> int:
-        """Of the output, those that are pending included."""
+        """Number of output tokens, including tokens in flight."""
         return len(self.output_token_ids) + self.num_in_flight
 
     def token_ids(self, start: int, stop: int) -> list[int]:
-        """Tokens [start, stop) of prompt and output together; none of them may be pending."""
+        """Return tokens [start, stop) of prompt and output together. None of them may be in flight."""
         prompt = len(self.prompt_token_ids)
         return self.prompt_token_ids[start:stop] + self.output_token_ids[max(0, start - prompt) : max(0, stop - prompt)]
 
     def block_keys(self, block_size: int, tokens: int) -> list[bytes]:
-        """Keys of the full blocks of its first `tokens` tokens; empty where the request keeps out of the cache."""
+        """Return the prefix keys of the full blocks of the first `tokens` tokens; none without a `prefix_root`."""
         if self.prefix_root is None:
             return []
         keys, count = self._block_keys, tokens // block_size
@@ -131,7 +154,7 @@ class Request:
         return keys[:count]
 
     def _content(self, start: int, stop: int) -> bytes:
-        """Return what tokens [start, stop) stand for besides themselves: equal tokens may stand for other contents."""
+        """Return hashes of the attachments in tokens [start, stop): equal placeholder tokens may have other content."""
         return b"".join(
             array("q", [each.first - start]).tobytes() + each.digest
             for each in self.attachments
@@ -140,4 +163,5 @@ class Request:
 
     @property
     def needs_prompt_logprobs(self) -> bool:
+        """True if log-probabilities of the prompt tokens are requested."""
         return self.params.prompt_logprobs is not None

@@ -1,4 +1,4 @@
-"""Sampling parameters of a request, made concrete for one model and its tokenizer."""
+"""Resolution of sampling parameters that depend on the model and its tokenizer."""
 
 from __future__ import annotations
 
@@ -11,32 +11,37 @@ from lamella.engine.requests.tokenizer import Tokenizer
 from lamella.errors import ParameterError
 
 MAX_BAD_WORDS = 1000
-"""Most token sequences that a request may forbid."""
+"""Most token sequences that a request can forbid."""
 
 
 def resolve_params(
     params: SamplingParams, tokenizer: Tokenizer | None, vocab_size: int, max_logprobs: int | None
 ) -> SamplingParams:
-    """Return the parameters with what depends on the model in numbers: -1 (all) and `bad_words`.
+    """Replace -1 ("all") in `logprobs` and `prompt_logprobs` by numbers, and `bad_words` by token ids.
 
     Args:
-        params: what the caller gave.
-        tokenizer: of the model; None where there is none.
+        params: of the request.
+        tokenizer: of the model; None if it has none.
         vocab_size: of the model.
-        max_logprobs: most log-probabilities that a request may ask for; None is `MAX_LOGPROBS`, -1 no limit.
+        max_logprobs: most log-probabilities that a request can ask for; None is `MAX_LOGPROBS`, -1 no limit.
+
+    Returns:
+        The resolved parameters.
 
     Raises:
-        ParameterError: a token id is not the model's, too many log-probabilities are asked for, or a word cannot be
-            forbidden.
+        ParameterError: a token id is outside the vocabulary, too many log-probabilities are requested, or a word has no
+            tokens.
     """
-    most = min(vocab_size, MAX_LOGPROBS if max_logprobs is None else vocab_size if max_logprobs == -1 else max_logprobs)
+    limit = min(
+        vocab_size, MAX_LOGPROBS if max_logprobs is None else vocab_size if max_logprobs == -1 else max_logprobs
+    )
     changes: dict[str, Any] = {}
     for name in ("logprobs", "prompt_logprobs"):
         value = getattr(params, name)
         wanted = vocab_size if value == -1 else value
-        if wanted is not None and wanted > most:
+        if wanted is not None and wanted > limit:
             asked = f"all {vocab_size}" if value == -1 else str(value)
-            raise ParameterError(f"{name} must be at most {most}, got {asked}: LLM(max_logprobs=-1) allows all")
+            raise ParameterError(f"{name} must be at most {limit}, got {asked}: LLM(max_logprobs=-1) allows all")
         if value == -1:
             changes[name] = wanted
     if params.bad_words:
@@ -48,7 +53,7 @@ def resolve_params(
 
 
 def _token_ids(words: list[str], tokenizer: Tokenizer | None) -> list[list[int]]:
-    """The tokens of each word, as vLLM forbids it: at the start of a text, and after a space."""
+    """Return the token sequences of each word as in vLLM: at the start of a text, and after a space."""
     if tokenizer is None:
         raise ParameterError("bad_words: the model has no tokenizer; give bad_words_token_ids")
     found: list[list[int]] = []
@@ -68,9 +73,9 @@ def _token_ids(words: list[str], tokenizer: Tokenizer | None) -> list[list[int]]
 def truncated(
     given: GivenPrompt, params: SamplingParams, tokenizer: Tokenizer | None, max_model_len: int
 ) -> GivenPrompt:
-    """Return the prompt with at most its last `truncate_prompt_tokens` tokens.
+    """Truncate a prompt to its last `truncate_prompt_tokens` tokens; -1 leaves space for `max_tokens`.
 
-    -1 leaves room for `max_tokens`. A special token that the tokenizer added before a text stays in front.
+    A special token that the tokenizer added before a text, such as BOS, stays in front.
     """
     limit = params.truncate_prompt_tokens
     if limit is None:

@@ -12,16 +12,16 @@ from lamella.ops.sampling import GREEDY_BELOW
 from lamella.validation import INT64, finite, is_one_of, is_placement, is_text, shown, whole
 
 MAX_LOGPROBS = 1000
-"""Most alternatives that `logprobs` and `prompt_logprobs` may ask for, unless the engine's `max_logprobs` says more."""
+"""Default limit of `logprobs` and `prompt_logprobs`; the engine option `max_logprobs` replaces it."""
 
 
 MAX_COMPLETIONS = 16384
-"""Most completions that `n` may ask for."""
+"""Largest `n`."""
 
 MAX_STOPS, MAX_STOP_LENGTH = 256, 1024
-"""Most stop strings of a request, and most characters of one: each new token's text is compared with all of them."""
+"""Most stop strings of a request, and most characters of each: every new token is compared with all of them."""
 
-# The widest choice of temperature and penalty for which float32 logits stay finite.
+# Limits of temperature and repetition penalty for which float32 logits stay finite.
 _MAX_TEMPERATURE = 1e30
 _REPETITION = 1e-3, 1e3
 
@@ -32,7 +32,7 @@ def _require(ok: bool, field: str, allowed: str, value: object) -> None:
 
 
 def _ids(values: object) -> list[int] | None:
-    """Token ids as ints of Python; None where they are not a list of token ids."""
+    """Return token ids as Python ints; None if `values` is not a list of token ids."""
     if not isinstance(values, (list, tuple)):
         return None
     found = [i for i in map(whole, values) if i is not None and 0 <= i <= INT64[1]]
@@ -52,28 +52,28 @@ class SamplingParams:
         seed: 64-bit signed seed of the draws; None lets the engine choose one.
         stop: string(s) that end the text, at most 256 of at most 1024 characters each.
         stop_token_ids: tokens that end the text.
-        bad_words: words that must not be generated: the last token of each is forbidden where the others came before.
-        bad_words_token_ids: the same as token ids, for models without a tokenizer.
-        allowed_token_ids: the only tokens that may be generated; None allows all.
+        bad_words: words that must not be generated: the last token of a word is forbidden after its other tokens.
+        bad_words_token_ids: `bad_words` as token ids, for models without a tokenizer.
+        allowed_token_ids: the only tokens that can be generated; None allows all.
         ignore_eos: do not end at the model's end-of-sequence tokens.
-        max_tokens: most tokens to generate; None is as many as the model's length allows.
-        min_tokens: tokens that must be generated before anything but `max_tokens` may end the text.
-        logprobs: report the sampled token's log-probability and those of this many likeliest tokens; -1 is all.
-        prompt_logprobs: the same for each prompt token.
+        max_tokens: most tokens to generate; None: as many as the model's length allows.
+        min_tokens: number of tokens before which only `max_tokens` can end the text.
+        logprobs: report the log-probabilities of the sampled token and of this many likeliest tokens; -1: all tokens.
+        prompt_logprobs: like `logprobs`, for each prompt token.
         repetition_penalty: > 1 discourages tokens of the prompt and the output; in [0.001, 1000].
         presence_penalty: subtracted from the logit of each token in the output, in [-2, 2].
         frequency_penalty: subtracted once per occurrence in the output, in [-2, 2].
         logit_bias: token id -> bias in [-100, 100], added to its logit.
-        detokenize: produce text; without it, `stop` cannot be used.
+        detokenize: produce text; False excludes `stop`.
         skip_special_tokens: leave special tokens out of the text.
-        placement: of a supernet, which mixer is active in each layer for this request, see
-            `lamella.config.read_placement`; None is the engine's. Needs an engine with `mixed_placements`.
+        placement: for a supernet, the active mixer of each layer for this request, see
+            `lamella.config.read_placement`; None: the engine's placement. Needs an engine with `mixed_placements`.
         include_stop_str_in_output: end the text after, not before, the stop string or the text of the stop token.
-        truncate_prompt_tokens: keep only this many last tokens of the prompt; -1 is what the model's length allows.
-        spaces_between_special_tokens: only the default, True, is possible.
+        truncate_prompt_tokens: keep only this many last tokens of the prompt; -1: as many as the model's length allows.
+        spaces_between_special_tokens: only the default, True, is supported.
         structured_outputs, logits_processors, extra_args, output_kind, flat_logprobs, logprob_token_ids,
-            skip_reading_prefix_cache, thinking_token_budget, repetition_detection: of vLLM; only the defaults are
-            possible.
+            skip_reading_prefix_cache, thinking_token_budget, repetition_detection: fields of vLLM; only the defaults
+            are supported.
 
     Raises:
         ParameterError: a field has a wrong type or value, or two fields contradict each other.
@@ -135,7 +135,7 @@ class SamplingParams:
             value = getattr(self, field)
             _require(isinstance(value, bool), field, "True or False", value)
 
-        # Lists are copied: what the caller does with his own must not reach a request that has been checked.
+        # Lists are copied, so that later changes by the caller do not affect a validated request.
         stop = self.stop
         text = is_text(stop) and stop != ""
         listed = isinstance(stop, (list, tuple)) and all(is_text(s) and s for s in stop)
@@ -169,7 +169,7 @@ class SamplingParams:
         _require(self.detokenize or not stop, "stop", "None when detokenize is False", stop)
 
     def _check_words(self) -> None:
-        """Check what restricts the tokens of prompt and output."""
+        """Check the fields that restrict the tokens of prompt and output."""
         words, ids, allowed = self.bad_words, self.bad_words_token_ids, self.allowed_token_ids
         ok = words is None or (isinstance(words, (list, tuple)) and all(is_text(w) and w for w in words))
         _require(ok, "bad_words", "None or a list of non-empty strings", words)
@@ -194,7 +194,7 @@ class SamplingParams:
         _require(limit != 0, "truncate_prompt_tokens", "None, -1 or an integer >= 1", limit)
 
     def _check_unsupported(self) -> None:
-        """Refuse other values than the defaults of what vLLM has and this engine has not."""
+        """Reject non-default values of vLLM's fields that this engine does not support."""
         supported: dict[str, tuple[tuple[Any, ...], str]] = {
             "spaces_between_special_tokens": ((True,), "True: special tokens are decoded as the tokenizer says"),
             "structured_outputs": ((None,), "None: allowed_token_ids is near, or vLLM with the lamella plugin"),
@@ -214,7 +214,7 @@ class SamplingParams:
         _require(type(kind) is int and kind == 0, "output_kind", allowed, self.output_kind)
 
     def _set_int(self, field: str, low: int, high: int = INT64[1], optional: bool = False) -> None:
-        """Check a field, and keep it as Python's int, whatever kind of whole number it was."""
+        """Check a field, and convert it to a Python int from any kind of whole number."""
         value = getattr(self, field)
         if value is None and optional:
             return
@@ -231,7 +231,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """True if the likeliest token is taken rather than one drawn."""
+        """True if the likeliest token is selected instead of a random draw."""
         return self.temperature < GREEDY_BELOW
 
     @property
@@ -240,11 +240,14 @@ class SamplingParams:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def validate_for(self, vocab_size: int) -> None:
-        """Check what depends on the model: token ids and the number of log-probabilities.
+        """Check the fields that depend on the model: token ids and numbers of log-probabilities.
+
+        Args:
+            vocab_size: of the model.
 
         Raises:
-            ParameterError: a token id is not below `vocab_size`, or more log-probabilities are asked for than there are
-                tokens.
+            ParameterError: a token id is not below `vocab_size`, or more log-probabilities are requested than the
+                vocabulary has tokens.
         """
         for field, token_id in self._token_ids():
             _require(token_id < vocab_size, field, f"of token ids below the vocabulary size {vocab_size}", token_id)
@@ -259,16 +262,16 @@ class SamplingParams:
         yield from (("bad_words_token_ids", i) for sequence in self.bad_words_token_ids or () for i in sequence)
 
 
-def looks_back(params: SamplingParams) -> bool:
-    """Return whether the choice of a token depends on the tokens before."""
+def needs_previous_tokens(params: SamplingParams) -> bool:
+    """Return True if sampling a token depends on previous tokens."""
     return has_penalty(params) or any(len(ids) > 1 for ids in params.bad_words_token_ids or ())
 
 
 def is_restricted(params: SamplingParams) -> bool:
-    """Return whether some tokens may never be chosen, or not after others."""
+    """Return True if some tokens are forbidden, always or after certain tokens."""
     return params.allowed_token_ids is not None or bool(params.bad_words_token_ids)
 
 
 def has_penalty(params: SamplingParams) -> bool:
-    """Return whether logits are lowered for the tokens before."""
+    """Return True if logits of previous tokens are penalised."""
     return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0

@@ -1,4 +1,4 @@
-"""Text to tokens and back, by the tokenizer files of a model."""
+"""Tokenizer of a model: text to tokens and back."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ logger = logging.getLogger("lamella")
 
 
 def _raise_for_input(error: BaseException, what: str) -> None:
-    """Raise `ParameterError` for a failure of the tokenizers library; return if the error is no failure of its.
+    """Raise `ParameterError` if `error` is a failure of the tokenizers library on one input; else return.
 
-    Its panics are `BaseException`s, which callers take for an order to stop; they come of one text or token list.
+    Panics of the library are `BaseException`s. Unconverted, they would end the whole process because of one text.
     """
-    panic = type(error).__name__ == "PanicException"  # of pyo3, which offers no type to import
+    panic = type(error).__name__ == "PanicException"  # by name: pyo3 has no importable type for it
     if isinstance(error, MemoryError) or not (panic or isinstance(error, Exception)):
         return
     line = next(iter(str(error).splitlines()), type(error).__name__)
@@ -37,22 +37,22 @@ def _raise_for_input(error: BaseException, what: str) -> None:
 
 
 class Tokenizer:
-    """A thin layer over a `tokenizers.Tokenizer`, with transformers' names; `LLM.get_tokenizer()` returns it.
+    """Wraps a `tokenizers.Tokenizer`, with the method names of transformers. `LLM.get_tokenizer()` returns it.
 
     Attributes:
-        vocab_size: one more than the largest token id, added tokens included.
+        vocab_size: largest token id + 1, added tokens included.
         special_ids: ids of the special tokens.
-        bos_token, eos_token, unk_token, pad_token: texts of these tokens, None where the files name none.
-        bos_token_id, eos_token_id, unk_token_id, pad_token_id: their ids, likewise.
-        chat_template: the template of the files, several by name, or None; may be replaced.
-        name_or_path: the folder of the files; "" where there is none.
+        bos_token, eos_token, unk_token, pad_token: texts of these tokens; None if the files do not define one.
+        bos_token_id, eos_token_id, unk_token_id, pad_token_id: their ids; None if the files do not define one.
+        chat_template: template of the files, several templates by name, or None. Can be replaced.
+        name_or_path: folder of the files; "" if there is none.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer | LoadedTokenizer) -> None:
-        """Wrap a tokenizer of the library, or one with its files' special tokens."""
+        """Wrap a tokenizer of the library, or a loaded one with the special tokens of its files."""
         loaded = tokenizer if isinstance(tokenizer, LoadedTokenizer) else LoadedTokenizer(tokenizer)
         library = loaded.tokenizer
-        # A file may ask for the truncation or padding that its training used; a prompt must stay what it is.
+        # Files may enable truncation or padding for training; prompts must not be changed.
         library.no_truncation()
         library.no_padding()
         self._tokenizer, self._special = library, loaded.special
@@ -65,11 +65,11 @@ class Tokenizer:
         self.unk_token, self.pad_token = self._special.get("unk_token"), self._special.get("pad_token")
         self.bos_token_id, self.eos_token_id = loaded.token_id("bos_token"), loaded.token_id("eos_token")
         self.unk_token_id, self.pad_token_id = loaded.token_id("unk_token"), loaded.token_id("pad_token")
-        self._said_double = False
+        self._has_logged_second_bos = False
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer | None:
-        """Return the tokenizer of a folder, None where no file is one.
+        """Load the tokenizer of a folder; return None if it has no tokenizer files.
 
         Raises:
             CheckpointError: the files cannot be read as a tokenizer, or need transformers, which is not installed.
@@ -92,29 +92,29 @@ class Tokenizer:
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
-        """Role -> text of the special tokens that the files name."""
+        """Text of each special token that the files define, by role such as `bos_token`."""
         return {role: self._special[role] for role in SPECIAL if role in self._special}
 
     def get_vocab(self) -> dict[str, int]:
-        """Return text -> id of all tokens, added ones included."""
+        """Return the ids of all tokens by text, added tokens included."""
         return self._tokenizer.get_vocab()
 
     def token_id(self, token: str) -> int | None:
-        """Return the id of a token, by its text in the vocabulary; None where there is no such token."""
+        """Return the id of a token by its text in the vocabulary; None if there is no such token."""
         return self._tokenizer.token_to_id(token)
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int | None] | None:
-        """Return the id of a token, or of each; the unknown token's where there is no such token."""
+        """Return the id of a token or of each token; the id of the unknown token if there is no such token."""
         if isinstance(tokens, str):
-            return self._known_id(tokens)
-        return [self._known_id(token) for token in tokens]
+            return self._id_or_unknown(tokens)
+        return [self._id_or_unknown(token) for token in tokens]
 
-    def _known_id(self, token: str) -> int | None:
+    def _id_or_unknown(self, token: str) -> int | None:
         found = self.token_id(token)
         return self.unk_token_id if found is None else found
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str | None]:
-        """Return the vocabulary's text of each id, None where there is no such id."""
+        """Return the vocabulary's text of each id; None if there is no such id."""
         return [self._tokenizer.id_to_token(int(token)) for token in ids]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -122,11 +122,11 @@ class Tokenizer:
 
         Args:
             text: valid Unicode.
-            add_special_tokens: add the special tokens of the file's post-processor, such as a BOS; not a second BOS
-                where the text begins with one.
+            add_special_tokens: add the special tokens of the file's post-processor, such as BOS. If the text already
+                begins with BOS, no second one is added.
 
         Raises:
-            ParameterError: the text has a lone surrogate, which no tokenizer can encode.
+            ParameterError: the text has a lone surrogate, which cannot be encoded, or the tokenizer fails.
         """
         try:
             ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
@@ -137,8 +137,8 @@ class Tokenizer:
             raise
         if not add_special_tokens or not self._has_second_bos(text, ids):
             return ids
-        if not self._said_double:
-            self._said_double = True
+        if not self._has_logged_second_bos:
+            self._has_logged_second_bos = True
             logger.info("a prompt begins with %r: no second one is added to such prompts", self.decode(ids[:1]))
         return ids[1:]
 
@@ -152,19 +152,22 @@ class Tokenizer:
         tokenize: bool = True,
         **variables: Any,
     ) -> str | list[int]:
-        """Return the text of a chat, or its token ids with `tokenize`; arguments as in transformers.
+        """Render a chat with the chat template. Arguments as in transformers.
 
         Args:
             conversation: messages with `role` and `content`.
             tools: JSON schemas of functions.
-            chat_template: a template's text, or the name of one of several; by default the model's.
-            add_generation_prompt: end with what stands before an answer.
-            continue_final_message: end within the final message.
-            tokenize: return token ids.
-            variables: more names for the template, such as `enable_thinking`.
+            chat_template: text of a template, or the name of one of several; None: the model's.
+            add_generation_prompt: append the tokens that start an assistant message.
+            continue_final_message: end inside the final message, so that the model continues it.
+            tokenize: return token ids instead of text.
+            variables: additional template variables, such as `enable_thinking`.
+
+        Returns:
+            Token ids if `tokenize`, else text.
 
         Raises:
-            ParameterError: there is no template, or it does not take these messages.
+            ParameterError: there is no template, or it does not accept these messages.
         """
         template = select_template(self.chat_template, chat_template, tools is not None)
         messages, _ = read_messages(conversation, "openai", wraps_text=False, placeholder="")
@@ -179,9 +182,16 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
     def decode(self, ids: Sequence[int] | int | Any, skip_special_tokens: bool = False) -> str:
-        """Return the text of token ids (a list, array, tensor or one id).
+        """Return the text of token ids.
 
-        Bytes that are not UTF-8 become U+FFFD, and unknown ids nothing.
+        Bytes that are not valid UTF-8 become U+FFFD. Unknown ids are skipped.
+
+        Args:
+            ids: a list, array or tensor of ids, or one id.
+            skip_special_tokens: leave special tokens out of the text.
+
+        Raises:
+            ParameterError: the tokenizer fails on these ids.
         """
         listed = ids.tolist() if hasattr(ids, "tolist") else ids
         listed = [listed] if isinstance(listed, int) else listed
@@ -196,19 +206,19 @@ class Tokenizer:
         return [self.decode(ids, skip_special_tokens) for ids in sequences]
 
     def token_text(self, token_id: int) -> str:
-        """Return the text of one token as it reads after another, with the leading space that a first token loses."""
+        """Return the text of a token inside a text, including a leading space that decoding it alone would drop."""
         once, twice = (self.decode([token_id] * n) for n in (1, 2))
         return twice[len(once) :]
 
     def _has_second_bos(self, text: str, ids: Sequence[int]) -> bool:
-        """Return True where a special token was added to a text that begins with the same."""
+        """Return True if a special token was added before a text that begins with the same token."""
         if len(ids) < 2 or ids[0] != ids[1] or ids[0] not in self.special_ids:
             return False
         return len(self._tokenizer.encode(text, add_special_tokens=False).ids) < len(ids)
 
 
 def read_tokenization(values: Mapping[str, Any] | None) -> bool | None:
-    """Return `add_special_tokens` of vLLM's `tokenization_kwargs`, None where they do not say.
+    """Return `add_special_tokens` of vLLM's `tokenization_kwargs`; None if it is not set.
 
     Raises:
         ParameterError: another key has a value.
@@ -230,23 +240,23 @@ def read_tokenization(values: Mapping[str, Any] | None) -> bool | None:
 
 
 def why_not_text(text: object) -> str:
-    """Return what is wrong with a prompt that is no Unicode text."""
+    """Return the error message for a prompt that is not Unicode text."""
     if not isinstance(text, str):
         return f"prompt={shown(text)}: must be a string"
-    place = next((index for index, c in enumerate(text) if 0xD800 <= ord(c) <= 0xDFFF), None)
-    if place is None:
+    index = next((index for index, c in enumerate(text) if 0xD800 <= ord(c) <= 0xDFFF), None)
+    if index is None:
         return "prompt: cannot be tokenized; give prompt_token_ids"
     return (
-        f"prompt: a lone surrogate (U+{ord(text[place]):04X}) at character {place} is not Unicode text: send both "
+        f"prompt: a lone surrogate (U+{ord(text[index]):04X}) at character {index} is not Unicode text: send both "
         "halves of the character, or replace it with U+FFFD"
     )
 
 
 def load_tokenizer(options: EngineOptions, folder: Path | None) -> Tokenizer | None:
-    """Return the tokenizer that the options name, else that of the model's `folder`; None where there is none.
+    """Load the tokenizer that the options name, or the one in the model's `folder`; return None if there is none.
 
     Raises:
-        CheckpointError: a tokenizer is named, and there is none.
+        CheckpointError: the options name a folder without a tokenizer.
     """
     if options.skip_tokenizer_init:
         return None

@@ -1,4 +1,4 @@
-"""The variant of the model that a request runs: what the engine keeps apart besides tokens."""
+"""Variant of the model that a request runs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from lamella.config import Placement
 
 @dataclass(frozen=True)
 class Variant:
-    """A request's changes to the model. It keys the prefix cache; the scheduler never looks into it.
+    """Differences between the model that a request runs and the base model.
+
+    Part of the root of prefix keys, so that requests of different variants share no state. The scheduler does not read
+    it.
 
     Attributes:
-        placement: mixer of each layer of a supernet; empty for the engine's placement.
+        placement: mixer of each layer of a supernet; empty: the engine's placement.
     """
 
     placement: Placement = ()

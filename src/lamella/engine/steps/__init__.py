@@ -1,1 +1,1 @@
-"""One step on the device: its tensors, the forward, CUDA graphs, sampling."""
+"""Steps on the device: input tensors, forward, CUDA graphs and sampling."""

@@ -1,4 +1,4 @@
-"""The seam for features of a step: arrays beyond tokens, positions and state, and what layers see of them."""
+"""Seam for features of a step: extra input arrays, and extra attributes of the batch that layers read."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Fields: TypeAlias = Mapping[str, tuple[type, tuple[int, ...]]]
 
 
 class StepFeature:
-    """Adds arrays to a step and attributes to its `ForwardBatch`. The defaults add nothing.
+    """Adds arrays to a step's inputs, and attributes to its `ForwardBatch`. The base class adds nothing.
 
-    For each step the runner calls `form` once, then `fields`, `fill` and `context` with the form. The form is what
-    decides the feature's arrays and operations: CUDA graphs are kept by the forms of all features, and a graph serves
-    every step of its forms.
+    For each step the runner calls `form` once, then `fields`, `fill` and `context` with that form. The form must
+    determine the feature's arrays and operations completely: CUDA graphs are stored by the forms of all features, and a
+    graph is replayed for every step with equal forms.
     """
 
     def can_replay(self, chunks: Sequence[Scheduled]) -> bool:
@@ -33,28 +33,39 @@ class StepFeature:
         return True
 
     def form(self, chunks: Sequence[Scheduled], replay: bool) -> Hashable:
-        """Return the form of a step; with `replay`, of a graph that computes it. No chunks: a step without requests."""
+        """Return the form of a step.
+
+        Args:
+            chunks: of the step; empty for a step without requests (warm-up).
+            replay: True if a CUDA graph computes the step.
+        """
         return None
 
     def fields(self, form: Hashable, requests: int) -> Fields:
-        """Return the arrays that a step of so many rows needs; they travel with the step's own, in one copy."""
+        """Return dtype and shape of the arrays that a step of `requests` rows needs, padding rows included."""
         return {}
 
     def fill(self, form: Hashable, arrays: Mapping[str, np.ndarray], chunks: Sequence[Scheduled]) -> None:
-        """Write the feature's arrays on the host; rows after those of the chunks are padding."""
+        """Write the feature's arrays on the host. Rows after those of the chunks are padding."""
 
     def context(
         self, form: Hashable, tensors: Mapping[str, Tensor], chunks: Sequence[Scheduled] | None
     ) -> Mapping[str, Any]:
-        """Return attributes of the step's `ForwardBatch`; `chunks` is None where the step is captured."""
+        """Return attributes of the step's `ForwardBatch`.
+
+        Args:
+            form: of the step.
+            tensors: fields of the step on the device, see `Layout.fields`.
+            chunks: of the step; None while a graph is captured.
+        """
         return {}
 
     def reset(self) -> None:
-        """Restore what an exception in the middle of a step may have left half changed."""
+        """Restore a consistent state after an exception in the middle of a step."""
 
 
 class StepFeatures:
-    """All features of an engine, as one."""
+    """All features of an engine. Each method combines the results of the features' methods."""
 
     def __init__(self, features: Sequence[StepFeature] = ()) -> None:
         self._features = tuple(features)
@@ -84,8 +95,8 @@ class StepFeatures:
         self, forms: Forms, tensors: Mapping[str, Tensor], chunks: Sequence[Scheduled] | None
     ) -> Mapping[str, Any]:
         """Return the attributes of all features."""
-        pairs = zip(self._features, forms, strict=True)
-        return _joined(feature.context(form, tensors, chunks) for feature, form in pairs)
+        features = zip(self._features, forms, strict=True)
+        return _joined(feature.context(form, tensors, chunks) for feature, form in features)
 
     def reset(self) -> None:
         """Reset every feature."""
@@ -97,12 +108,14 @@ def _joined(parts: Iterable[Mapping[str, V]]) -> dict[str, V]:
     """Join mappings.
 
     Raises:
-        ValueError: two have the same name, so that one feature would silently replace the other's.
+        ValueError: two mappings have the same key: one feature would silently replace the other's array.
     """
     found: dict[str, V] = {}
     for part in parts:
         if not found.keys().isdisjoint(part):
-            raise ValueError(f"two features of a step give {', '.join(sorted(found.keys() & part.keys()))}")
+            raise ValueError(
+                f"two step features define {', '.join(sorted(found.keys() & part.keys()))}: rename one of them"
+            )
         found.update(part)
     return found
 

@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: the whole forward and the choice of tokens, one launch for the host."""
+"""Decode steps as CUDA graphs: forward and sampling in one launch."""
 
 from __future__ import annotations
 
@@ -23,24 +23,26 @@ from lamella.ops.sampling import draw, placeholder_tokens
 
 logger = logging.getLogger("lamella")
 
-_BUFFERS = 2  # of the host: a step is written while the one before it may still be on its way
-_WARM_UPS = 2  # forwards before a capture: kernels are compiled and workspaces made in them
+_BUFFERS = 2  # host buffers: one step is written while the previous one may still be copied to the device
+_WARM_UPS = 2  # forwards before a capture, which compile kernels and allocate workspaces
 
 
-def bucket_sizes(most: int) -> list[int]:
-    """Rows for which a graph is captured, up to `most`; a step of fewer rows is padded to the next."""
-    sizes = {1, 2, 3, 4, most} | set(range(8, min(most, 256), 8)) | set(range(256, most, 32))
-    return sorted(size for size in sizes if size <= most)
+def bucket_sizes(limit: int) -> list[int]:
+    """Return the numbers of rows for which graphs are captured, up to `limit`. Steps are padded to the next size."""
+    sizes = {1, 2, 3, 4, limit} | set(range(8, min(limit, 256), 8)) | set(range(256, limit, 32))
+    return sorted(size for size in sizes if size <= limit)
 
 
 @dataclass(frozen=True)
 class _Graph:
-    """One captured size.
+    """Captured graph of one number of rows.
 
     Attributes:
-        layout, arrays: of its block, on the host once for each buffer.
-        tensors: the same on the device.
-        hidden: (rows, hidden_size), what the forward leaves.
+        graph: the graph.
+        layout: of its input buffer.
+        arrays: fields of each host buffer.
+        tensors: inputs on the device, which the graph reads.
+        hidden: (rows, hidden_size) hidden states, which the graph writes.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -51,9 +53,9 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """Captured steps in which every request has one token, by the number of rows.
+    """CUDA graphs of decode steps, one per number of rows. All serve steps with the same forms of the features.
 
-    Rows without a request have the dummy block and the dummy slot. The graphs serve steps of one form of each feature.
+    Padding rows use the dummy block and the dummy slot.
     """
 
     def __init__(
@@ -65,21 +67,21 @@ class DecodeGraphs:
         forms: Forms,
         pool: Any,
     ) -> None:
-        """Capture nothing yet.
+        """Allocate the input buffers. Nothing is captured yet.
 
         Args:
             model: computes the steps.
-            inputs: builds their tensors.
-            tokens: (rows,) int64, the tokens that the latest step chose; a replay reads and replaces them.
-            sizes: numbers of rows for which a graph is captured.
-            forms: of the features of every step.
-            pool: memory pool that graphs share; all of them must be replayed on one stream.
+            inputs: builds their input tensors.
+            tokens: (rows,) int64, tokens sampled by the latest step. A replay reads and overwrites them.
+            sizes: numbers of rows for which `capture` captures a graph.
+            forms: forms of the features.
+            pool: memory pool that graphs share. All graphs of a pool must be replayed on one stream.
         """
         self.model, self.inputs, self._tokens, self._forms, self.pool = model, inputs, tokens, forms, pool
         size, pinned = self._layout(max(sizes)).spans()[1], inputs.device.type == "cuda"
-        self._blocks = [torch.zeros(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(_BUFFERS)]
-        self._device_block = torch.zeros(size, dtype=torch.uint8, device=inputs.device)
-        self._turn = 0
+        self._host_buffers = [torch.zeros(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(_BUFFERS)]
+        self._device_buffer = torch.zeros(size, dtype=torch.uint8, device=inputs.device)
+        self._buffer = 0  # index of the host buffer of the latest step
         self._graphs: dict[int, _Graph] = {}
         self._sizes = sizes
 
@@ -93,25 +95,25 @@ class DecodeGraphs:
         )
 
     def capture(self, progress: bool = True) -> None:
-        """Capture every size, the largest first, in whose memory the others find room."""
+        """Capture every size. The largest comes first, so that the others reuse its memory."""
         for size in tqdm(
             sorted(self._sizes)[::-1], desc="capturing graphs", unit="graph", disable=not progress, dynamic_ncols=True
         ):
             self._graphs[size] = self._capture(size)
 
     def release(self) -> None:
-        """Destroy the graphs, when no replay is wanted any more."""
+        """Destroy the graphs and free their memory."""
         for graph in self._graphs.values():
             graph.graph.reset()
         self._graphs = {}
 
     @torch.inference_mode()
     def _capture(self, rows: int) -> _Graph:
-        """Steps may be in flight: what is launched here runs behind them, and changes nothing but the dummies."""
+        """Capture a graph. Steps may be in flight: kernels run after them, and write only dummy blocks and slots."""
         layout = self._layout(rows)
-        arrays = [layout.arrays(block.numpy()[: layout.spans()[1]]) for block in self._blocks]
-        self._device_block.zero_()
-        fields = layout.tensors(self._device_block)
+        arrays = [layout.arrays(buffer.numpy()[: layout.spans()[1]]) for buffer in self._host_buffers]
+        self._device_buffer.zero_()
+        fields = layout.tensors(self._device_buffer)
         fields["seq_lens"].fill_(1)
         fields["query_start_loc"].copy_(torch.arange(rows + 1))
 
@@ -119,7 +121,7 @@ class DecodeGraphs:
             # Context lengths are not known on the host during graph replay, so nothing may read them.
             state, space = self.inputs.state, self.inputs.attention
             context = self.inputs.features.context(self._forms, fields, None)
-            return StepTensors.of(fields, state.groups, (1,) * rows, (), state.block_size, space, context)
+            return StepTensors.from_fields(fields, state.groups, (1,) * rows, (), state.block_size, space, context)
 
         def forward() -> Tensor:
             tensors = step()
@@ -128,38 +130,45 @@ class DecodeGraphs:
                 draw(self.model.compute_logits(hidden), tensors.sampling, self._tokens[:rows])
             return hidden
 
-        chosen = self._tokens.clone()
+        tokens = self._tokens.clone()
         for _ in range(_WARM_UPS):
             forward()
-        graph, hidden = record(forward, self.pool)
-        self._tokens.copy_(chosen)
+        graph, hidden = capture_graph(forward, self.pool)
+        self._tokens.copy_(tokens)
         return _Graph(graph, layout, arrays, step(), hidden)
 
     def replay(
-        self, rows: int, chunks: Sequence[Scheduled], latest: Mapping[Request, int]
+        self, rows: int, chunks: Sequence[Scheduled], latest_rows: Mapping[Request, int]
     ) -> tuple[Tensor, StepTensors]:
-        """Launch a step in which all requests decode, with padding up to `rows`, and capture it first if needed.
+        """Launch a decode step, padded to `rows` rows. Capture the graph first if there is none.
 
-        Returns the hidden states of the chunks (R, hidden_size), and the step's tensors. The sampled tokens are in the
-        constructor's `tokens`.
+        The sampled tokens are written to the `tokens` of the constructor.
+
+        Args:
+            rows: number of rows, at least the number of chunks.
+            chunks: of the step, one token each.
+            latest_rows: see `StepInputs.build`.
+
+        Returns:
+            Hidden states (num_chunks, hidden_size), and the inputs of the step.
         """
         if rows not in self._graphs:
             start = time.perf_counter()
             self._graphs[rows] = self._capture(rows)
             logger.info("captured a step of %d rows (%.1f s)", rows, time.perf_counter() - start)
         graph = self._graphs[rows]
-        self._turn = (self._turn + 1) % _BUFFERS
-        self.inputs.fill(graph.arrays[self._turn], chunks, latest, self._forms)
+        self._buffer = (self._buffer + 1) % _BUFFERS
+        self.inputs.fill(graph.arrays[self._buffer], chunks, latest_rows, self._forms)
         size = graph.layout.spans()[1]
-        self._device_block[:size].copy_(self._blocks[self._turn][:size], non_blocking=True)
+        self._device_buffer[:size].copy_(self._host_buffers[self._buffer][:size], non_blocking=True)
         graph.graph.replay()
         return graph.hidden[: len(chunks)], graph.tensors
 
 
-def record(forward: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """A graph of a forward, and the tensor in which its replays leave the result."""
+def capture_graph(forward: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Capture a forward; return the graph, and the tensor that its replays write the result to."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads may go on meanwhile: they may ask for memory, or whether a sum over ranks is through.
+    # "thread_local": other threads may allocate memory or query NCCL events during the capture.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         hidden = forward()
     return graph, hidden

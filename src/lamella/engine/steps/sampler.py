@@ -1,8 +1,8 @@
-"""From logits to tokens.
+"""Sampling: from logits to tokens.
 
-Everything is batched tensor work on the logits' device, with one transfer of results to the host at the end. Each
-row's draw depends on its own parameters, seed and step alone, so that a request gets the same tokens from the same
-logits whatever batch it is in and however often it was interrupted.
+All work is batched on the device of the logits, with one transfer of results to the host at the end. The draw of a row
+depends only on its own parameters, seed and step. So a request gets the same tokens from the same logits in every
+batch, and after preemption.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from lamella.engine.requests.outputs import Logprob
 from lamella.engine.requests.sampling_params import SamplingParams, has_penalty, is_restricted
 from lamella.ops.sampling import NO_TOKEN
 
-_BLOCK = 1 << 24  # logits worked on at a time: bounds the float64 scratch to some hundred MiB
+_MAX_LOGITS = 1 << 24  # logits processed at a time: bounds float64 temporaries to a few hundred MiB
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """What the sampler must know of the request behind one row of logits.
+    """Sampler inputs of the request of one row of logits.
 
     Attributes:
-        params: its sampling parameters, already validated for the vocabulary.
-        seed: its seed; give each of `n` completions its own (consecutive seeds are unrelated).
-        step: tokens sampled for it so far; with the seed, it determines the draw.
-        prompt_token_ids: its prompt (a list, array or CPU tensor), for the repetition penalty.
-        output_token_ids: the tokens sampled so far (likewise), for all penalties.
-        eos_token_ids: the model's end-of-sequence tokens, kept out until `min_tokens`.
+        params: sampling parameters, already validated for the vocabulary.
+        seed: seed of the draws. Each of `n` completions has its own; consecutive seeds are unrelated.
+        step: number of tokens sampled so far; seed and step determine the draw.
+        prompt_token_ids: prompt (list, array or CPU tensor), for the repetition penalty.
+        output_token_ids: tokens sampled so far (list, array or CPU tensor), for all penalties.
+        eos_token_ids: end-of-sequence tokens of the model, forbidden until `min_tokens`.
     """
 
     params: SamplingParams
@@ -46,13 +46,17 @@ class SamplingRow:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural log-probabilities at one position, in the model's own distribution (before any processing).
+    """Natural log-probabilities at one position, from the model's logits before any processing.
 
-    A rank is 1 + the number of strictly likelier tokens: tied tokens share it.
+    The rank of a token is 1 + the number of strictly likelier tokens; tied tokens share a rank.
 
     Attributes:
-        token_id, logprob, rank: those of the sampled (or given) token.
-        top_ids, top_logprobs, top_ranks: those of the k likeliest tokens, likeliest first.
+        token_id: the sampled (or given) token.
+        logprob: its log-probability.
+        rank: its rank.
+        top_ids: the k likeliest tokens, likeliest first.
+        top_logprobs: their log-probabilities.
+        top_ranks: their ranks.
     """
 
     token_id: int
@@ -63,7 +67,11 @@ class TokenLogprobs:
     top_ranks: list[int]
 
     def as_dict(self, token_text: Callable[[int], str | None]) -> dict[int, Logprob]:
-        """By token id, the sampled token first; `token_text` gives a token's text."""
+        """Return the entries by token id, the sampled token first.
+
+        Args:
+            token_text: returns the text of a token.
+        """
         entries = {self.token_id: Logprob(self.logprob, self.rank, token_text(self.token_id))}
         for token_id, logprob, rank in zip(self.top_ids, self.top_logprobs, self.top_ranks, strict=True):
             if token_id not in entries:
@@ -73,8 +81,11 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """One token per row, `NO_TOKEN` where none can be chosen, and its log-probabilities where the row's parameters ask
-    for them.
+    """Sampled tokens on the host.
+
+    Attributes:
+        token_ids: one per row; `NO_TOKEN` if the logits of a row allow no token.
+        logprobs: one per row; None if not requested.
     """
 
     token_ids: list[int]
@@ -82,10 +93,10 @@ class SampledTokens:
 
 
 class Choice:
-    """Tokens chosen on the device, and on their way to the host.
+    """Sampled tokens on the device, and their asynchronous copy to the host.
 
     Attributes:
-        tokens: (R,) int64 on the device.
+        tokens: (num_rows,) int64, on the device.
     """
 
     def __init__(
@@ -95,16 +106,17 @@ class Choice:
         counts: Mapping[int, int] | None = None,
         highest: Tensor | None = None,
     ) -> None:
-        """Send what was chosen to the host.
+        """Start the copy to the host.
 
         Args:
-            tokens: (R,) int64; `NO_TOKEN` where nothing could be chosen, unless `highest` is given.
-            scores: as of `_score`, of the rows in `counts`.
-            counts: by row, how many of the likeliest tokens it wants.
-            highest: (R,) the highest logit of each row, NaN if it holds one. Without a finite one a row has no token.
+            tokens: (num_rows,) int64; `NO_TOKEN` where the logits allow no token, unless `highest` is given.
+            scores: result of `_score` for the rows in `counts`.
+            counts: number of likeliest tokens to report, by row, for rows with log-probabilities.
+            highest: (num_rows,) highest logit of each row, NaN if the row contains NaN. If it is not finite, the token
+                becomes `NO_TOKEN`.
         """
         self.tokens, self._counts = tokens, counts or {}
-        # Token ids are exact in float64, so one tensor can carry everything to the host.
+        # Token ids are exact in float64, so one tensor transfers everything to the host.
         flat = tokens if scores is None else torch.cat([tokens.double(), scores.flatten()])
         self._host, self._highest, self._arrived = flat, highest, None
         if flat.is_cuda:
@@ -117,7 +129,7 @@ class Choice:
             self._arrived.record()
 
     def read(self) -> SampledTokens:
-        """The tokens on the host; waits for the device."""
+        """Wait for the device, and return the tokens."""
         if self._arrived is not None:
             self._arrived.synchronize()
         flat, rows = self._host.tolist(), len(self.tokens)
@@ -135,33 +147,36 @@ class Choice:
 
 
 def choose(logits: Tensor, rows: Sequence[SamplingRow], draw: Callable[[Tensor], Tensor] | None = None) -> Choice:
-    """Choose each row's next token, without waiting for the device where it is a GPU.
+    """Sample each row's next token. On a GPU this does not wait for the device.
 
     Per row, as in vLLM: logit bias, `min_tokens` mask, penalties; then the argmax if greedy, else temperature, min-p,
-    top-k, top-p and a draw. Equal logits rank by ascending token id, so that top-k keeps k tokens exactly.
+    top-k, top-p and a draw. Equal logits rank by ascending token id, so that top-k keeps exactly k tokens.
 
     Args:
-        logits: (R, V), any floating dtype; not modified. A row that holds NaN or +Inf, or, after processing, nothing
-            but -Inf, gets `NO_TOKEN`.
-        rows: R descriptions.
-        draw: does what follows penalties, (R, V) float32 logits to (R,) tokens, in place of plain torch.
+        logits: (num_rows, vocab_size), any floating dtype; not modified. A row gets `NO_TOKEN` if it contains NaN or
+            +Inf, or if all its logits are -Inf after processing.
+        rows: sampler inputs of each row.
+        draw: kernel that samples from processed float32 logits (num_rows, vocab_size); None: plain torch.
+
+    Returns:
+        The tokens, with log-probabilities of the rows that request them.
     """
     if logits.dtype == torch.float64:
         logits = logits.float()
-    highest = None  # what `draw` chooses is checked on the device
+    highest = None  # `draw` checks on the device that logits are finite
     if draw is not None:
-        tokens = draw(edit(logits, rows))
+        tokens = draw(process_logits(logits, rows))
     elif all(row.params.greedy and not is_edited(row) for row in rows):
-        highest, tokens = logits.max(-1)  # of a NaN, where there is one
+        highest, tokens = logits.max(-1)  # NaN if the row contains one
     else:
-        size = max(1, _BLOCK // logits.shape[1])
+        size = max(1, _MAX_LOGITS // logits.shape[1])
         blocks = [_sample(logits[i : i + size], rows[i : i + size]) for i in range(0, len(rows), size)]
         tokens, highest = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-    return scored(logits, tokens, rows, highest)
+    return with_logprobs(logits, tokens, rows, highest)
 
 
-def scored(logits: Tensor, tokens: Tensor, rows: Sequence[SamplingRow], highest: Tensor | None = None) -> Choice:
-    """The chosen `tokens` (R,) with the log-probabilities that rows ask for; `highest` as of `Choice`."""
+def with_logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[SamplingRow], highest: Tensor | None = None) -> Choice:
+    """Return sampled tokens (num_rows,) with the log-probabilities that rows request; `highest`: see `Choice`."""
     counts = {i: row.params.logprobs for i, row in enumerate(rows) if row.params.logprobs is not None}
     if not counts:
         return Choice(tokens, highest=highest)
@@ -170,28 +185,31 @@ def scored(logits: Tensor, tokens: Tensor, rows: Sequence[SamplingRow], highest:
         logits, some = logits[wanted], tokens[wanted]
     else:
         some = tokens
-    # What is scored in the place of `NO_TOKEN` is not used.
+    # The score of `NO_TOKEN`, clamped to token 0, is never read.
     return Choice(tokens, _score(logits, some.clamp(min=0), max(counts.values())), counts, highest)
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> SampledTokens:
-    """`choose`, and wait for the tokens."""
+    """Sample each row's next token, see `choose`, and wait for the result."""
     return choose(logits, rows).read()
 
 
 def prompt_logprobs(logits: Tensor, target_ids: Tensor, k: int) -> list[TokenLogprobs]:
-    """Log-probabilities of given tokens and of the k likeliest ones.
+    """Return log-probabilities of given tokens and of the k likeliest ones.
 
     Args:
-        logits: (T, V), any floating dtype; row t predicts `target_ids[t]`.
-        target_ids: (T,) int64 on the same device.
-        k: how many of the likeliest tokens to report, 0 <= k <= V.
+        logits: (num_tokens, vocab_size), any floating dtype; row t predicts `target_ids[t]`.
+        target_ids: (num_tokens,) int64, on the same device.
+        k: number of likeliest tokens to report, 0 <= k <= vocab_size.
+
+    Returns:
+        One entry per row.
     """
     return [_unpack(row, k) for row in _score(logits, target_ids, k).tolist()]
 
 
 def uniform(seed: int, step: int) -> float:
-    """A number in [0, 1), a multiple of 2**-53: output `step` of a splitmix64 stream keyed by the mixed seed."""
+    """Return a number in [0, 1), a multiple of 2**-53: output `step` of a splitmix64 stream keyed by the mixed seed."""
     return (_mix(_mix(seed + _GOLDEN) + (step + 1) * _GOLDEN) >> 11) * 2.0**-53
 
 
@@ -203,15 +221,15 @@ def _mix(z: int) -> int:
 
 
 def is_edited(row: SamplingRow) -> bool:
-    """Whether anything changes the row's logits before the choice."""
+    """Return True if `process_logits` changes the row: bias, penalties, or forbidden tokens."""
     params = row.params
     changed = bool(params.logit_bias) or row.step < params.min_tokens
     return changed or has_penalty(params) or is_restricted(params)
 
 
 def _sample(logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, Tensor]:
-    """(R, V) logits -> (R,) int64 tokens and the highest logits after editing, on the device."""
-    x = edit(logits, rows)
+    """Return tokens (num_rows,) int64 of logits (num_rows, vocab_size), and the highest processed logit of each row."""
+    x = process_logits(logits, rows)
     highest, tokens = x.max(-1)
     drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
     if len(drawn) == len(rows):
@@ -221,8 +239,12 @@ def _sample(logits: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, Tensor
     return tokens, highest
 
 
-def edit(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """(R, V) logits in float32 with biases, penalties and forbidden tokens, as a copy where there are any."""
+def process_logits(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Apply biases, penalties and forbidden tokens to logits (num_rows, vocab_size).
+
+    Returns:
+        Processed logits in float32. The input is not modified.
+    """
     if not any(is_edited(row) for row in rows):
         return logits.float()
     x = logits.to(torch.float32, copy=True)
@@ -241,7 +263,7 @@ def edit(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     banned += [(i, t) for i, row in enumerate(rows) for t in _bad_tokens(row) if t < vocab]
     if banned:
         at, token = torch.tensor(banned, device=device).unbind(1)
-        x[at, token] -= torch.inf  # NaN and +Inf do not become legal by a mask
+        x[at, token] -= torch.inf  # subtraction, not a mask: NaN and +Inf must stay visible as errors
 
     penalized = [i for i, row in enumerate(rows) if has_penalty(row.params)]
     if penalized:
@@ -264,12 +286,12 @@ def edit(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         if (allowed := row.params.allowed_token_ids) is not None:
             forbidden = torch.ones(vocab, dtype=torch.bool)
             forbidden[list(allowed)] = False
-            x[i, forbidden.to(device)] -= torch.inf  # NaN and +Inf do not become legal by a mask
+            x[i, forbidden.to(device)] -= torch.inf  # subtraction, as above
     return x
 
 
 def _bad_tokens(row: SamplingRow) -> Iterator[int]:
-    """The last token of each forbidden sequence whose other tokens are the latest of the output."""
+    """Yield the last token of each forbidden sequence if its other tokens are the end of the output."""
     for ids in row.params.bad_words_token_ids or ():
         *before, last = ids
         start = len(row.output_token_ids) - len(before)
@@ -278,7 +300,7 @@ def _bad_tokens(row: SamplingRow) -> Iterator[int]:
 
 
 def _flat_ids(lists: Sequence[Sequence[int]], vocab: int) -> Tensor:
-    """Indices of (row, token) into a flattened (rows, vocab) tensor; tokens outside the vocabulary are left out."""
+    """Return flat indices of each row's tokens in a (num_rows, vocab) tensor, without tokens outside the vocabulary."""
     parts = []
     for i, ids in enumerate(lists):
         tokens = torch.as_tensor(ids, dtype=torch.int64)
@@ -287,14 +309,23 @@ def _flat_ids(lists: Sequence[Sequence[int]], vocab: int) -> Tensor:
 
 
 def _draw(x: Tensor, highest: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """(R, V) float32 logits of rows that are not greedy, and the highest of each (R, 1) -> (R,) int64 tokens."""
+    """Draw tokens for rows that are not greedy.
+
+    Args:
+        x: (num_rows, vocab_size) float32 processed logits.
+        highest: (num_rows, 1) highest logit of each row.
+        rows: sampler inputs of each row.
+
+    Returns:
+        (num_rows,) int64 tokens.
+    """
     vocab = x.shape[1]
     settings = [
         (
             p.temperature,
             p.min_p,
             p.top_k if 0 < p.top_k < vocab else vocab,
-            p.top_p if p.top_p < 1 else torch.inf,  # inf: no rounding of the total may cut a token
+            p.top_p if p.top_p < 1 else torch.inf,  # inf: rounding of the total must not exclude a token
             uniform(row.seed, row.step),
         )
         for row in rows
@@ -302,7 +333,7 @@ def _draw(x: Tensor, highest: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     ]
     columns = torch.tensor(settings, dtype=torch.float64, device=x.device).T[:, :, None]
     temperature, min_p, top_k, top_p, u = columns
-    # Probabilities relative to the likeliest token's: no overflow at any temperature, and min-p is a comparison.
+    # Probabilities relative to the likeliest token: no overflow at any temperature, and min-p is one comparison.
     weights = ((x.double() - highest) / temperature).exp_()
     if any(row.params.min_p for row in rows):
         weights.masked_fill_(weights < min_p, 0)
@@ -313,21 +344,24 @@ def _draw(x: Tensor, highest: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         if group:
             weights[group] = _truncate(x[group], weights[group], top_k[group], top_p[group], width)
 
-    # A parallel scan need not be monotonic to the last bit: zeroing the sums of impossible tokens, and scaling u by
-    # the largest of the others, makes the first sum above the target a possible token's, for every u in [0, 1).
+    # A parallel scan need not be monotonic to the last bit. With the sums of excluded tokens set to 0, and u scaled by
+    # the largest remaining sum, the first sum above the target belongs to an allowed token for every u in [0, 1).
     sums = weights.cumsum(-1).masked_fill_(weights == 0, 0)
     return (sums > u * sums.amax(-1, keepdim=True)).to(torch.uint8).argmax(-1)
 
 
 def _truncate(x: Tensor, weights: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> Tensor:
-    """Zero the weights that top-k, then top-p leave out.
+    """Set the weights to 0 of tokens that top-k, then top-p exclude.
 
     Args:
-        x: (R, V) float32 logits, by which tokens rank.
-        weights: (R, V) float64, not negative, increasing with the logits.
-        top_k: (R, 1) float64 whole numbers in [1, width].
-        top_p: (R, 1) float64, inf for none.
-        width: how many of the largest logits need to be looked at.
+        x: (num_rows, vocab_size) float32 logits, which rank the tokens.
+        weights: (num_rows, vocab_size) float64, not negative, increasing with the logits.
+        top_k: (num_rows, 1) float64 whole numbers in [1, width].
+        top_p: (num_rows, 1) float64; inf: no limit.
+        width: number of largest logits to consider.
+
+    Returns:
+        Weights, in new memory.
     """
     ranked, order = x.topk(width) if width < x.shape[1] else x.sort(descending=True)
     inside = torch.arange(width, device=x.device) < top_k
@@ -336,17 +370,21 @@ def _truncate(x: Tensor, weights: Tensor, top_k: Tensor, top_p: Tensor, width: i
     total = before[:, -1:].clone()
     before -= mass
     kept = ((before < top_p * total) & inside).sum(-1, keepdim=True).clamp_(min=1)
-    # The order among equal logits is arbitrary here: take the cut's logit, and as many of its equals as belong in.
-    cut = ranked.gather(1, kept - 1)
-    equals = kept - (ranked > cut).sum(-1, keepdim=True)
-    equal = x == cut
-    keep = (x > cut) | (equal & (equal.cumsum(-1, dtype=torch.int32) <= equals))
+    # `topk` and `sort` order equal logits arbitrarily. So keep all logits above the lowest kept one, and of those equal
+    # to it the first by token id.
+    lowest = ranked.gather(1, kept - 1)
+    equals = kept - (ranked > lowest).sum(-1, keepdim=True)
+    equal = x == lowest
+    keep = (x > lowest) | (equal & (equal.cumsum(-1, dtype=torch.int32) <= equals))
     return weights.masked_fill(~keep, 0)
 
 
 def _score(logits: Tensor, ids: Tensor, k: int) -> Tensor:
-    """(N, V) logits and (N,) tokens -> (N, 3 + 2k) float64: token, logprob, rank, top-k tokens, their logprobs."""
-    size = max(1, _BLOCK // logits.shape[1])
+    """Return (N, 3 + 2k) float64 for logits (N, vocab_size) and tokens (N,).
+
+    Columns: token, its logprob, its rank, the k likeliest tokens, their k logprobs.
+    """
+    size = max(1, _MAX_LOGITS // logits.shape[1])
     blocks = []
     for x, token in zip(logits.split(size), ids[:, None].split(size), strict=True):
         logprobs = torch.log_softmax(x, -1, dtype=torch.float32)
@@ -358,10 +396,10 @@ def _score(logits: Tensor, ids: Tensor, k: int) -> Tensor:
 
 
 def _unpack(row: list[float], k: int) -> TokenLogprobs:
-    """One row of `_score`, made for at least k tokens, on the host."""
-    most = (len(row) - 3) // 2
+    """Return the k likeliest tokens of a row of `_score`, which may contain more than k."""
+    width = (len(row) - 3) // 2
     top_ids = [int(i) for i in row[3 : 3 + k]]
-    top = row[3 + most : 3 + most + k]
+    top = row[3 + width : 3 + width + k]
     ranks: list[int] = []
     for i, logprob in enumerate(top):
         ranks.append(ranks[-1] if i and logprob == top[i - 1] else i + 1)

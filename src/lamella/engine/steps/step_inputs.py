@@ -1,4 +1,4 @@
-"""The tensors of a step, packed into one block of memory, so that one copy brings them to the device."""
+"""Input tensors of a step, packed into one buffer, so that one copy transfers them to the device."""
 
 from __future__ import annotations
 
@@ -20,30 +20,45 @@ from lamella.ops.ragged import RaggedBatch
 from lamella.state.manager import Allocation, StateManager
 from lamella.state.spec import PagedState
 
-_ALIGNMENT = 16  # bytes: what the widest loads of a kernel need
+_ALIGNMENT = 16  # bytes: the widest load of a kernel
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tensors of a step lie in its block.
+    """Layout of a step's tensors in their buffer.
 
     Attributes:
-        requests, tokens: of the step.
-        groups: paged state groups.
-        blocks: columns of their block tables.
-        listed: blocks of the requests after the decodes.
-        extra: arrays of features, see `StepFeature`: name, dtype and shape of each.
+        requests: number of requests, padding rows included.
+        tokens: number of tokens, padding included.
+        groups: number of block groups.
+        blocks: number of columns of each block table.
+        prefill_blocks: total number of blocks of the requests after the decodes.
+        extra: name, dtype and shape of each array of a feature, see `StepFeature`.
     """
 
     requests: int
     tokens: int
     groups: int
     blocks: int
-    listed: int = 0
+    prefill_blocks: int = 0
     extra: tuple[tuple[str, type, tuple[int, ...]], ...] = ()
 
     def fields(self) -> dict[str, tuple[type, tuple[int, ...]]]:
-        """Return dtype and shape of each array."""
+        """Return dtype and shape of each field.
+
+        | field | shape | content |
+        |---|---|---|
+        | input_ids | (tokens,) | token ids; -1 - r: the token that row r of the previous step sampled |
+        | positions | (tokens,) | position of each token in its request |
+        | token_request | (tokens,) | row of each token's request |
+        | slot_mapping | (groups, tokens) | cache row of each token: block * block_size + offset |
+        | slots | (requests,) | slot of each request |
+        | seed, step, top_k, temperature, top_p, min_p | (requests,) | sampling parameters |
+        | query_start_loc | (requests + 1,) | first token of each request |
+        | seq_lens | (requests,) | length of each request after the step |
+        | block_table | (groups, requests, blocks) | blocks of each request |
+        | block_list | (groups, prefill_blocks) | blocks of the requests after the decodes, concatenated |
+        """
         requests, tokens = (self.requests,), (self.tokens,)
         return {
             "input_ids": (np.int64, tokens),
@@ -60,25 +75,25 @@ class Layout:
             "top_p": (np.float32, requests),
             "min_p": (np.float32, requests),
             "block_table": (np.int32, (self.groups, self.requests, self.blocks)),
-            "block_list": (np.int32, (self.groups, self.listed)),
+            "block_list": (np.int32, (self.groups, self.prefill_blocks)),
             **{name: (dtype, shape) for name, dtype, shape in self.extra},
         }
 
     def spans(self) -> tuple[dict[str, tuple[int, int, type, tuple[int, ...]]], int]:
-        """Return (start, stop, dtype, shape) of each field in bytes, and the size of the whole block."""
+        """Return (start, stop, dtype, shape) of each field, in bytes, and the size of the buffer in bytes."""
         return _spans(self)
 
-    def arrays(self, block: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the fields of a block on the host."""
+    def arrays(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the fields of a host buffer (nbytes,), uint8, as arrays that share its memory."""
         return {
-            name: block[start:stop].view(dtype).reshape(shape)
+            name: buffer[start:stop].view(dtype).reshape(shape)
             for name, (start, stop, dtype, shape) in self.spans()[0].items()
         }
 
-    def tensors(self, block: Tensor) -> dict[str, Tensor]:
-        """Return the fields of a block in torch."""
+    def tensors(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Return the fields of a buffer (nbytes,), uint8, as tensors that share its memory."""
         return {
-            name: block[start:stop].view(_TORCH[dtype]).view(shape)
+            name: buffer[start:stop].view(_TORCH[dtype]).view(shape)
             for name, (start, stop, dtype, shape) in self.spans()[0].items()
         }
 
@@ -98,12 +113,12 @@ def _spans(layout: Layout) -> tuple[dict[str, tuple[int, int, type, tuple[int, .
 
 @dataclass(frozen=True)
 class StepTensors:
-    """A step on the device.
+    """Inputs of a step on the device.
 
     Attributes:
-        batch: what layers may know of it.
-        input_ids: (T,) int64; -1 - r stands for the token that row r of the step before has chosen.
-        sampling: by name, (R,) tensors: seed, step, top_k, temperature, top_p, min_p.
+        batch: positions and state of the step, which layers read.
+        input_ids: (num_tokens,) int64; -1 - r is a placeholder for the token that row r of the previous step sampled.
+        sampling: (num_requests,) tensors by name: seed, step, top_k, temperature, top_p, min_p.
     """
 
     batch: ForwardBatch
@@ -111,7 +126,7 @@ class StepTensors:
     sampling: Mapping[str, Tensor]
 
     @classmethod
-    def of(
+    def from_fields(
         cls,
         tensors: Mapping[str, Tensor],
         groups: Sequence[PagedState],
@@ -122,7 +137,18 @@ class StepTensors:
         context: Mapping[str, Any] | None = None,
         snapshots: tuple[tuple[tuple[int, int], ...], ...] = (),
     ) -> StepTensors:
-        """Return views of a block's fields; `context` has the batch's fields of features."""
+        """Make a step's inputs as views of the fields of a buffer.
+
+        Args:
+            tensors: fields, see `Layout.fields`.
+            groups: block groups, in the order of the fields.
+            query_lens: number of tokens of each request.
+            context_lens: length of each request after the step; empty if not known on the host (graph replay).
+            block_size: tokens per block.
+            attention: workspace of the attention kernels; None if they are not used.
+            context: attributes of `ForwardBatch` that features add.
+            snapshots: see `ForwardBatch`.
+        """
         num_decodes = next((i for i, n in enumerate(query_lens) if n != 1), len(query_lens))
         ragged = RaggedBatch(
             positions=tensors["positions"],
@@ -145,7 +171,7 @@ class StepTensors:
 
 
 def prefills(chunks: Sequence[Scheduled]) -> Sequence[Scheduled]:
-    """Return the chunks from the first with several tokens on; decodes stand before them, see RaggedBatch."""
+    """Return the chunks from the first one with several tokens on. The chunks before it are decodes."""
     first = next((index for index, chunk in enumerate(chunks) if chunk.count != 1), len(chunks))
     return chunks[first:]
 
@@ -158,7 +184,14 @@ def _snapshots(chunks: Sequence[Scheduled]) -> tuple[tuple[tuple[int, int], ...]
 
 
 class RequestRows:
-    """What changes little from step to step, on the host, by the slot of the request: its blocks, how it samples."""
+    """Block tables and sampling parameters of running requests on the host, one row per slot.
+
+    Only rows of new requests and new blocks are written in a step, so a step costs no Python work per block.
+
+    Attributes:
+        blocks: (num_groups, num_slots, max_blocks) int32, block tables.
+        sampling: (num_slots,) arrays by name, see `SAMPLING_FIELDS`.
+    """
 
     def __init__(self, state: StateManager, max_blocks: int) -> None:
         self.state = state
@@ -166,27 +199,27 @@ class RequestRows:
         self.blocks = np.zeros((len(state.groups), slots, max_blocks), np.int32)
         self.sampling = {name: np.zeros(slots, kind) for name, kind in SAMPLING_FIELDS.items()}
         self._allocations: list[Allocation | None] = [None] * slots
-        self._known = np.zeros((len(state.groups), slots), np.int64)
+        self._num_blocks = np.zeros((len(state.groups), slots), np.int64)  # blocks that are in `blocks` already
 
     def slot(self, request: Request) -> int:
-        """The request's slot, whose rows are up to date now."""
+        """Update the rows of a request, and return its slot."""
         allocation = self.state.allocations[request]
         slot = allocation.slot
         if self._allocations[slot] is not allocation:
             self._allocations[slot] = allocation
-            self._known[:, slot] = 0
+            self._num_blocks[:, slot] = 0
             for name, value in request.sampling.items():
                 self.sampling[name][slot] = value
         for group, blocks in enumerate(allocation.blocks):
-            known = self._known[group, slot]
-            if len(blocks) > known:
-                self.blocks[group, slot, known : len(blocks)] = blocks[known:]
-                self._known[group, slot] = len(blocks)
+            count = self._num_blocks[group, slot]
+            if len(blocks) > count:
+                self.blocks[group, slot, count : len(blocks)] = blocks[count:]
+                self._num_blocks[group, slot] = len(blocks)
         return slot
 
 
 class StepInputs:
-    """Builds the tensors of steps."""
+    """Builds the input tensors of steps for one set of pools."""
 
     def __init__(
         self,
@@ -197,45 +230,48 @@ class StepInputs:
         features: StepFeatures = NO_FEATURES,
     ) -> None:
         self.state, self.device, self.attention, self.features = state, device, attention, features
-        self.max_blocks = state.blocks_for(max_model_len)
+        self.max_blocks = state.num_blocks(max_model_len)
         self._rows = RequestRows(state, self.max_blocks)
 
     def build(
         self,
         chunks: Sequence[Scheduled],
-        latest: Mapping[Request, int],
-        pads: int = 0,
+        latest_rows: Mapping[Request, int],
+        num_padding: int = 0,
         forms: Forms = (),
     ) -> StepTensors:
-        """Return new tensors of a step.
+        """Build the inputs of a step in new memory, and copy them to the device.
 
         Args:
-            chunks: what the step computes, decodes first.
-            latest: row of the step before in which each pending token was chosen.
-            pads: padding rows behind a step that only decodes.
-            forms: of the step's features.
+            chunks: of the step, decodes first.
+            latest_rows: for requests with a token in flight, the row of the previous step that sampled it.
+            num_padding: number of padding rows; only for steps without prefills.
+            forms: forms of the features, see `StepFeature`.
+
+        Returns:
+            The inputs on the device.
         """
-        lengths, size = [chunk.start + chunk.count for chunk in chunks] + [1] * pads, self.state.block_size
-        listed = (
-            0 if self.attention is None else sum(self.state.blocks_for(c.start + c.count) for c in prefills(chunks))
+        lengths, size = [chunk.start + chunk.count for chunk in chunks] + [1] * num_padding, self.state.block_size
+        prefill_blocks = (
+            0 if self.attention is None else sum(self.state.num_blocks(c.start + c.count) for c in prefills(chunks))
         )
         layout = Layout(
-            requests=len(chunks) + pads,
-            tokens=sum(chunk.count for chunk in chunks) + pads,
+            requests=len(chunks) + num_padding,
+            tokens=sum(chunk.count for chunk in chunks) + num_padding,
             groups=len(self.state.groups),
-            blocks=self.state.blocks_for(max(lengths)),
-            listed=listed,
-            extra=self.extra(forms, len(chunks) + pads),
+            blocks=self.state.num_blocks(max(lengths)),
+            prefill_blocks=prefill_blocks,
+            extra=self.extra(forms, len(chunks) + num_padding),
         )
-        assert not pads or layout.tokens == layout.requests
-        block = torch.empty(layout.spans()[1], dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        self.fill(layout.arrays(block.numpy()), chunks, latest, forms)
-        on_device = block.to(self.device, non_blocking=True)
+        assert not num_padding or layout.tokens == layout.requests
+        buffer = torch.empty(layout.spans()[1], dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        self.fill(layout.arrays(buffer.numpy()), chunks, latest_rows, forms)
+        on_device = buffer.to(self.device, non_blocking=True)
         tensors = layout.tensors(on_device)
-        return StepTensors.of(
+        return StepTensors.from_fields(
             tensors,
             self.state.groups,
-            (*(chunk.count for chunk in chunks), *(1,) * pads),
+            (*(chunk.count for chunk in chunks), *(1,) * num_padding),
             tuple(lengths),
             size,
             self.attention,
@@ -244,7 +280,7 @@ class StepInputs:
         )
 
     def extra(self, forms: Forms, requests: int) -> tuple[tuple[str, type, tuple[int, ...]], ...]:
-        """Return the arrays of the features for a step of so many rows, as a `Layout` takes them."""
+        """Return the arrays of the features for a step of `requests` rows, see `Layout.extra`."""
         fields = self.features.fields(forms, requests)
         return tuple((name, dtype, shape) for name, (dtype, shape) in fields.items())
 
@@ -252,10 +288,19 @@ class StepInputs:
         self,
         arrays: Mapping[str, np.ndarray],
         chunks: Sequence[Scheduled],
-        latest: Mapping[Request, int],
+        latest_rows: Mapping[Request, int],
         forms: Forms = (),
     ) -> None:
-        """Write a step into a block's arrays; rows after the chunks become padding, each a request of its own."""
+        """Write a step into the arrays of a host buffer.
+
+        Rows after the chunks become padding rows. Each is a request of one token with the dummy block and dummy slot.
+
+        Args:
+            arrays: fields, see `Layout.fields`.
+            chunks: of the step, decodes first.
+            latest_rows: see `build`.
+            forms: see `build`.
+        """
         used = len(chunks)
         starts = np.array([chunk.start for chunk in chunks])
         counts = np.array([chunk.count for chunk in chunks])
@@ -269,17 +314,17 @@ class StepInputs:
             request = chunk.request
             if request.num_in_flight:
                 assert chunk.count == 1
-                ids.append(-1 - latest[request])
+                ids.append(-1 - latest_rows[request])
             else:
                 ids += request.token_ids(chunk.start, chunk.start + chunk.count)
         size = self.state.block_size
         arrays["input_ids"][:tokens], arrays["input_ids"][tokens:] = ids, 0
         arrays["positions"][:tokens], arrays["positions"][tokens:] = positions, 0
-        pads = len(arrays["slots"]) - used
+        num_padding = len(arrays["slots"]) - used
         arrays["token_request"][:tokens] = token_request
-        arrays["token_request"][tokens:] = used + np.arange(pads)
+        arrays["token_request"][tokens:] = used + np.arange(num_padding)
         arrays["query_start_loc"][0], arrays["query_start_loc"][1 : used + 1] = 0, bounds
-        arrays["query_start_loc"][used + 1 :] = tokens + 1 + np.arange(pads)
+        arrays["query_start_loc"][used + 1 :] = tokens + 1 + np.arange(num_padding)
         arrays["seq_lens"][:used], arrays["seq_lens"][used:] = starts + counts, 1
         arrays["slots"][:used], arrays["slots"][used:] = slots, 0
         columns = arrays["block_table"].shape[2]
@@ -292,8 +337,8 @@ class StepInputs:
             arrays["block_table"][group, used:, :1] = 0
             if arrays["block_list"].shape[1]:
                 first = used - len(prefills(chunks))
-                counts_of = -(-(starts + counts)[first:] // size)
-                rows = [table[slot, :count] for slot, count in zip(slots[first:], counts_of, strict=True)]
+                block_counts = -(-(starts + counts)[first:] // size)
+                rows = [table[slot, :count] for slot, count in zip(slots[first:], block_counts, strict=True)]
                 np.concatenate(rows, out=arrays["block_list"][group])
         self.features.fill(forms, arrays, chunks)
         for name, values in self._rows.sampling.items():
