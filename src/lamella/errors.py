@@ -18,8 +18,24 @@ The command line catches `LamellaError` in one place, prints its line on stderr 
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """Return text on one line and without characters that could control a terminal.
+
+    Line ends, escape sequences, direction marks and lone surrogates become backslash escapes.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 class LamellaError(Exception):
-    """Base of every error that lamella raises on purpose."""
+    """Base of every error that lamella raises on purpose.
+
+    Its text may quote file content, so that `str` gives it without control characters, see `printable`.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class UserError(LamellaError, ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -147,21 +148,31 @@ class TestSet:
             assert refused(capsys, "set", str(own), written) == why
             assert (own / "config.json").read_bytes() == before
 
-    def test_a_file_that_cannot_be_written_stays(self, own, capsys):
-        file = own / "config.json"
-        before = file.read_bytes()
-        (own / "config.json.new").mkdir()  # in the way of what would replace it
-        assert refused(capsys, "set", str(own), "all-gdn") == f"{file}: cannot be written (Is a directory)"
-        assert file.read_bytes() == before
+    def test_nothing_is_written_through_a_planted_link(self, own, capsys, tmp_path):
+        victim = tmp_path / "victim"
+        victim.write_text("precious")
+        for name in ("config.json.new", ".config.json.new", "config.json.tmp"):
+            (own / name).symlink_to(victim)
+        assert told(capsys, "set", str(own), "all-gdn")["placement"] == "all-gdn"
+        assert victim.read_text() == "precious"
+        assert not (own / "config.json").is_symlink()
+
+    def test_a_link_in_place_of_the_file_is_replaced_and_its_target_stays(self, own, capsys, tmp_path):
+        other = tmp_path / "other.json"
+        (own / "config.json").rename(other)
+        (own / "config.json").symlink_to(other)
+        before = other.read_bytes()
+        told(capsys, "set", str(own), "all-gdn")
+        assert other.read_bytes() == before and not (own / "config.json").is_symlink()
 
     def test_nothing_is_left_of_a_replacement_that_fails(self, own, capsys, monkeypatch):
-        def fail(self, target):
+        def fail(source, target):
             raise PermissionError(13, "Permission denied")
 
         before = (own / "config.json").read_bytes()
-        monkeypatch.setattr(Path, "replace", fail)
+        monkeypatch.setattr(os, "replace", fail)
         error = refused(capsys, "set", str(own), "all-gdn")
-        assert error == f"{own / 'config.json'}: cannot be written (Permission denied)"
+        assert error.startswith(f"{own / 'config.json'}: cannot be written (Permission denied); make room")
         assert sorted(file.name for file in own.iterdir()) == ["config.json", "model.safetensors"]
         assert (own / "config.json").read_bytes() == before
 

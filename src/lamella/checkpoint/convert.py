@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from lamella.checkpoint.tensors import INDEX, OpenTensors
 from lamella.checkpoint.tokenizer_files import chat_templates_of, load_tokenizer
 from lamella.config import AttentionConfig, ModelConfig
 from lamella.errors import CheckpointError, ConfigError
+from lamella.files import copy_file, new_folder, write_json, writing
 from lamella.layers.local_kit import LocalKit
 from lamella.models.rope_order import permute_heads, rope_order
 
@@ -78,24 +78,22 @@ def convert(
     to = resolve_dtype(checkpoint, dtype)
     values |= {"dtype": str(to).removeprefix("torch.")} | ({} if is_gguf else {"rope_version": wanted})
     values.pop("torch_dtype", None)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as scratch:
-        folder = Path(scratch) / destination.name
-        folder.mkdir()
+    with new_folder(destination) as folder:
         with checkpoint.tensors.opened() as tensors:
             named = _tensors(checkpoint, tensors, None if wanted == current else wanted)
             keeps = dtype == "auto" and not is_gguf
             _write(folder, named if keeps else ((name, tensor.to(to)) for name, tensor in named), shard_bytes)
-        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        for file in folder.glob("*.safetensors"):  # which the library makes private
-            file.chmod((folder / "config.json").stat().st_mode)
+        with writing(destination):
+            (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+            for file in folder.glob("*.safetensors"):  # which the library makes private
+                file.chmod((folder / "config.json").stat().st_mode)
         if is_gguf:
-            _write_tokenizer(checkpoint, folder)
+            with writing(destination):
+                _write_tokenizer(checkpoint, folder)
         else:
             for pattern in _CARRIED:
                 for file in checkpoint.path.glob(pattern):
-                    shutil.copyfile(file, folder / file.name)
-        folder.rename(destination)
+                    copy_file(file, folder / file.name, checkpoint.path)
     return destination
 
 
@@ -153,7 +151,8 @@ def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int
 
     def flush() -> None:
         file = folder / f"shard-{len(written)}.safetensors"
-        save_file(shard, file, metadata={"format": "pt"})
+        with writing(folder, CheckpointError, SafetensorError):
+            save_file(shard, file, metadata={"format": "pt"})
         written.append((file, list(shard), sum(tensor.nbytes for tensor in shard.values())))
         shard.clear()
 
@@ -163,7 +162,8 @@ def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int
         shard[name] = tensor.contiguous()
     flush()
     if len(written) == 1:
-        written[0][0].rename(folder / "model.safetensors")
+        with writing(folder):
+            written[0][0].rename(folder / "model.safetensors")
         return
     weight_map: dict[str, str] = {}
     for number, (file, names, _) in enumerate(written, start=1):
@@ -171,4 +171,4 @@ def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int
         file.rename(folder / final)
         weight_map |= dict.fromkeys(names, final)
     index = {"metadata": {"total_size": sum(size for *_, size in written)}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    write_json(folder / INDEX, index)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ _MARKS = (
 )
 _PICKLES = (b"PK\x03\x04", b"\x80\x02")
 _HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
+JSON_LIMIT = 512 << 20  # bytes; the largest indices and tokenizers of public models have some tens of MB
 
 
 def is_present(file: Path) -> bool:
@@ -50,6 +49,8 @@ def is_present(file: Path) -> bool:
 def what_it_is(file: Path) -> str | None:
     """Return what the file is instead, and the way out; None where its content is no known mistake."""
     try:
+        if file.exists() and not file.is_file():
+            return "not a file: remove it, or download it again"  # opening a pipe would wait for its other end
         size = file.stat().st_size
         with file.open("rb") as stream:
             start = stream.read(64)
@@ -103,8 +104,8 @@ def data_offsets(file: Path) -> dict[str, tuple[int, int]]:
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         try:
-            header = json.loads(stream.read(length))
-        except ValueError:
+            header = json.loads(stream.read(min(length, _HEADER_LIMIT)))
+        except (ValueError, RecursionError):
             return {}
     if not isinstance(header, dict):
         return {}
@@ -152,30 +153,31 @@ def _has_weights(folder: Path) -> bool:
 def _base_of(folder: Path) -> str:
     try:
         base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    except (ValueError, OSError, AttributeError):
+    except (ValueError, OSError, AttributeError, RecursionError):
         return ""
     return f" of {base}" if base else ""
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in `file`."""
+    """Return the JSON object in a file.
+
+    Raises:
+        CheckpointError: it cannot be read, is no JSON object, or is too large or too deep to be one of a model.
+    """
     try:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: not a file: remove it, or download it again")
+        size = file.stat().st_size
+        if size > JSON_LIMIT:
+            raise CheckpointError(f"{file}: {size} bytes, too large for a JSON file of a model: {_AGAIN}")
         values = json.loads(file.read_text(encoding="utf-8-sig"))
+    except RecursionError as error:
+        raise CheckpointError(f"{file}: nested too deeply for a JSON file of a model: {_AGAIN}") from error
+    except CheckpointError:
+        raise
     except (ValueError, OSError) as error:
         what = what_it_is(file) or f"not JSON ({error}): correct it, or download it again"
         raise CheckpointError(f"{file}: {what}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: not a JSON object: correct it, or download it again")
     return values
-
-
-def write_json(file: Path, values: Mapping[str, Any]) -> None:
-    """Replace `file`, whole or not at all."""
-    new = file.with_name(f"{file.name}.new")
-    try:
-        new.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        new.replace(file)
-    except OSError as error:
-        with suppress(OSError):
-            new.unlink(missing_ok=True)
-        raise CheckpointError(f"{file}: cannot be written ({error.strerror})") from error

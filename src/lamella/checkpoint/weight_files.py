@@ -105,6 +105,11 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
         raise CheckpointError(f"{index}: no weight_map of tensors to files; delete it, or download it again")
+    for name in found.values():
+        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+            raise CheckpointError(
+                f"{index}: names {name!r}, which is no file of this folder; correct it, or download it again"
+            )
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -69,8 +70,12 @@ def _with_images(prompts: Sequence[Prompt], files: Sequence[str]) -> Prompt:
     images = []
     for file in files:
         try:
+            if os.path.exists(file) and not os.path.isfile(file):
+                raise ParameterError(f"--image {file}: not a file; give an image file")  # a pipe would be waited for
             images.append(Image.open(file))
-        except (OSError, Image.DecompressionBombError) as error:
+        except ParameterError:
+            raise
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise ParameterError(f"--image {file}: {error}") from error
     (prompt,) = prompts
     fields: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}

@@ -5,32 +5,100 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
 
 import lamella
 from lamella.cli.limits import check_numbers
 from lamella.engine.options import declared_options
-from lamella.errors import LamellaError
+from lamella.errors import LamellaError, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand. A user's mistake is one line on stderr and exit status 2."""
+    """Run one subcommand and return the exit status.
+
+    A user's mistake, and an error of the operating system, are one line on stderr and status 2. If the reader of
+    standard output has gone (`lamella inspect MODEL | head`), the command ends with status 141, like other programs.
+    """
     args = parser().parse_args(argv)
-    logging.basicConfig(level=logging.DEBUG if args.debug else logging.WARNING, format="%(name)s: %(message)s")
+    _set_up_logging(args.debug)
     try:
         check_numbers(args)
         # Each subcommand's module is imported when it runs, so that `--help` does not wait for torch.
-        return import_module(f"lamella.cli.{args.module}").run(args)
-    except LamellaError as error:
+        with terminable():
+            status: int = import_module(f"lamella.cli.{args.module}").run(args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        _close_output()
+        return 141
+    except (LamellaError, OSError, MemoryError, RecursionError) as error:
         if args.debug:
             raise
-        print(f"lamella: {error}", file=sys.stderr)
+        print(f"lamella: {_one_line(error)}", file=sys.stderr)
+        if isinstance(error, OSError):
+            _close_output()
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _one_line(error: BaseException) -> str:
+    """Return an error as one line; those of lamella are one already."""
+    match error:
+        case LamellaError():
+            return str(error)
+        case OSError():
+            place = error.filename if error.filename is not None else "standard output, or a file"
+            return printable(f"{place}: {error.strerror or error}; see it all with --debug")
+        case MemoryError():
+            return "out of memory: give a smaller model, fewer blocks or fewer requests"
+        case _:
+            return "an input is nested too deeply; see it all with --debug"
+
+
+def _close_output() -> None:
+    """Drop what is left of the output, which Python would try to write again at its end."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Inside the block SIGTERM raises `SystemExit`, so that temporary files and processes are removed."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Printable(logging.Formatter):
+    """Log lines quote files; nothing in them may control the terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
+def _set_up_logging(debug: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -202,7 +270,7 @@ def _json(command: argparse.ArgumentParser) -> None:
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"not JSON ({error}): {text}") from error
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f'must be a JSON object such as {{"key": null}}: {text}')

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lamella.cli.common import console, print_json
 from lamella.errors import ParameterError
+from lamella.files import write_text
 from lamella.parity.api import CHECKS, check
 from lamella.parity.report import html, terminal
 
@@ -48,11 +49,11 @@ def run(args: argparse.Namespace) -> int:
     result = report.as_dict()
     terminal.show(console, result)
     if args.html:
-        Path(args.html).write_text(html.render(result), encoding="utf-8")
+        write_text(Path(args.html), html.render(result), ParameterError)
     if args.json == "-":
         print_json(result)
     elif args.json:
-        Path(args.json).write_text(json.dumps(result, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(Path(args.json), json.dumps(result, ensure_ascii=False) + "\n", ParameterError)
     return 0 if report.passed else 1
 
 

@@ -12,13 +12,13 @@ from rich.table import Table
 
 from lamella.bench.sweep import Swept, front, sweep, usual_placements
 from lamella.bench.workloads import Workload
-from lamella.checkpoint.file_kinds import write_json
 from lamella.checkpoint.files import Checkpoint, open_checkpoint
 from lamella.cli.common import console, load_llm, print_json, size
 from lamella.cli.inspect import cost_card, describe_mixer
 from lamella.config import Placement, describe_placement, read_placement
 from lamella.config.placement import stochastic_layers
 from lamella.errors import ConfigError, ParameterError
+from lamella.files import write_json
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lamella.checkpoint import load_model, open_checkpoint
-from lamella.checkpoint.file_kinds import read_json, write_json
+from lamella.checkpoint.file_kinds import read_json
 from lamella.checkpoint.files import Checkpoint
 from lamella.checkpoint.loader import match_tensors, resolve_dtype
 from lamella.checkpoint.names import targets
@@ -25,6 +25,7 @@ from lamella.checkpoint.overrides import apply_overrides
 from lamella.config import ModelConfig, PlacementLike, placed, read_placement
 from lamella.engine.requests.tokenizer import Tokenizer
 from lamella.errors import ConfigError
+from lamella.files import write_json
 from lamella.layers.local_kit import LocalKit
 from lamella.models.base import CausalLM
 
