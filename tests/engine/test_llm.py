@@ -199,7 +199,7 @@ def test_a_bad_request_is_one_line_and_nothing_runs(llm, prompt, params, named):
 
 def test_a_request_that_the_pools_can_never_hold_is_refused(folder):
     llm = LLM(folder, device="cpu", num_blocks=4)
-    with pytest.raises(ParameterError, match=r"5 blocks of 16 tokens, and num_blocks=4"):
+    with pytest.raises(ParameterError, match=r"5 blocks of 16 tokens, more than num_blocks=4"):
         llm.generate({"prompt_token_ids": [1] * 60}, greedy(max_tokens=6), use_tqdm=False)
     assert llm.generate({"prompt_token_ids": [1] * 60}, greedy(max_tokens=5), use_tqdm=False)[0].finished
 
