@@ -65,7 +65,7 @@ def run_lamella(path: str) -> dict[str, Any]:
 
     measured = workloads(timed(llm, SamplingParams))
     bandwidth = measure_bandwidth(llm.engine.device)
-    floor = CostCard.of(llm.engine.model, bandwidth).floor_seconds(1, PROMPT_TOKENS + DECODE_TOKENS // 2) * 1e3
+    floor = CostCard.from_model(llm.engine.model, bandwidth).floor_seconds(1, PROMPT_TOKENS + DECODE_TOKENS // 2) * 1e3
     return {
         "version": lamella.__version__,
         **measured,

@@ -24,7 +24,7 @@ def read_cost_card(path: str, bandwidth: float) -> CostCard:
 
     checkpoint = open_checkpoint(path)
     model = checkpoint.allocate(checkpoint.read_config(), LocalKit(torch.bfloat16, "meta"))
-    return CostCard.of(model, bandwidth)
+    return CostCard.from_model(model, bandwidth)
 
 
 def measure_product_flops(rows: int, in_size: int, out_size: int, device: str) -> float:

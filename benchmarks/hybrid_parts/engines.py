@@ -62,7 +62,7 @@ def floors(llm: Any, sizes: Sizes) -> Values:
     """Return the cost card, and the floors of decode steps in ms, under the engine's placement."""
     from lamella.bench.card import CostCard, measure_bandwidth
 
-    card = CostCard.of(llm.engine.model, measure_bandwidth(llm.engine.device))
+    card = CostCard.from_model(llm.engine.model, measure_bandwidth(llm.engine.device))
     context = sizes.prompt + sizes.decode // 2
     steps = {f"floor_b{batch}_ms": round(card.floor_seconds(batch, context) * 1e3, 4) for batch in sizes.batches}
     return {"card": card.as_dict(), **steps}

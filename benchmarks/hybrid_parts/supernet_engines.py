@@ -87,7 +87,7 @@ def mixed_floors(llm: Any, both: Sequence[list[str]], sizes: Sizes) -> Values:
     cards, idle = [], []
     for placement in both:
         activate(model, read_placement(placement, model.config))
-        cards.append(CostCard.of(model, bandwidth))
+        cards.append(CostCard.from_model(model, bandwidth))
         idle.append({parameter: parameter.nbytes for parameter in idle_parameters(model)})
     activate(model, before)
     alone = [card.floor_seconds(sizes.most, context) for card in cards]

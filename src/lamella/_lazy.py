@@ -1,4 +1,4 @@
-"""Public names that import their module on first use, so that `import lamella` stays quick."""
+"""Lazy imports of public names, so that `import lamella` is fast."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import Any
 
 
 def lazy_attributes(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], list[str]]:
-    """The `__getattr__` and `__all__` of a package whose public names live in `modules` (name -> module)."""
+    """Return the `__getattr__` and `__all__` of a package whose names are imported on first use.
+
+    Args:
+        package: name of the package.
+        modules: module of each public name.
+    """
 
     def load(name: str) -> Any:
         if name not in modules:

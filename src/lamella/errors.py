@@ -1,18 +1,18 @@
-"""Every error that lamella raises on purpose: one line that names the field, tensor or file, and the way out.
+"""Errors of lamella. Each message is one line that names the field, tensor or file, and the way out.
 
 ::
 
     LamellaError
     |-- UserError (also a ValueError)         the caller can correct it
-    |   |-- ConfigError                       a model's configuration, or a setting of the engine
+    |   |-- ConfigError                       a model's configuration, or an option of the engine
     |   |-- CheckpointError                   a checkpoint's files or tensors
     |   `-- ParameterError                    a request's prompt or sampling parameters
-    `-- EngineError (also a RuntimeError)     the engine cannot go on
+    `-- EngineError (also a RuntimeError)     the engine cannot continue
         |-- WorkerError                       a tensor-parallel process has ended
         |-- KernelError                       a kernel is wrong on this machine
         `-- ClosedError                       the engine has been shut down, or has failed before
 
-The command line catches `LamellaError` in one place, prints its line on stderr and exits with status 2.
+The command line catches `LamellaError` in one place, prints its message on stderr and exits with status 2.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class LamellaError(Exception):
 
 
 class UserError(LamellaError, ValueError):
-    """Base of the errors that a caller's input causes and a caller can correct."""
+    """Base class of errors in the caller's input, which the caller can correct."""
 
 
 class ConfigError(UserError):
-    """A model's configuration, or a setting of the engine, is not usable."""
+    """A model's configuration or an option of the engine is not supported."""
 
 
 class CheckpointError(UserError):
@@ -51,19 +51,19 @@ class CheckpointError(UserError):
 
 
 class ParameterError(UserError):
-    """A request's prompt or sampling parameters are not usable."""
+    """A request's prompt or sampling parameters are invalid."""
 
 
 class EngineError(LamellaError, RuntimeError):
-    """Base of the errors after which an engine cannot go on."""
+    """Base class of errors after which an engine cannot continue."""
 
 
 class WorkerError(EngineError):
-    """A tensor-parallel process has ended, so the engine computes no more."""
+    """A tensor-parallel process has ended, so the engine cannot run further steps."""
 
 
 class KernelError(EngineError):
-    """A kernel does not compute what its reference implementation computes on this machine."""
+    """A kernel disagrees with its reference implementation on this machine."""
 
 
 class ClosedError(EngineError):

@@ -1,4 +1,4 @@
-"""Checks of the numbers that callers give: types, bounds, and how a value is shown in an error."""
+"""Validation of values from callers: types, bounds, and their form in error messages."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from typing import Any
 from lamella.errors import ConfigError, UserError
 
 INT64 = -(2**63), 2**63 - 1
-"""Bounds of the whole numbers that a row of a step, or a message between ranks, can hold."""
+"""Bounds of int64, the type of whole numbers in step inputs and in messages between ranks."""
 
 _SHOWN = 80  # characters
 
 
 def shown(value: object, limit: int = _SHOWN) -> str:
-    """Return `value` as an error shows it: on one line, cut at `limit` characters, and never raising itself."""
+    """Return `repr(value)` for an error message: one line of at most `limit` characters. Never raises."""
     try:
         text = repr(value)
-    except Exception:  # an object's own, or a whole number with more digits than Python converts
+    except Exception:  # an error of the object's `__repr__`, or an int with more digits than Python converts
         return f"a value of type {type(value).__name__}"
     text = text.encode("utf-8", "backslashreplace").decode().replace("\n", " ")
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def listed(names: Sequence[str], limit: int = 4) -> str:
-    """Return the first `limit` names as an error lists them, and how many more there are."""
+    """Return the first `limit` names for an error message, and the number of the others."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
 def is_one_of(value: Any, known: Iterable[Any]) -> bool:
-    """Return whether `value` is one of `known`, by type too: 1 is not True, and no array is asked for a truth."""
+    """Return True if `value` equals one of `known` and has its type. So 1 is not True, and arrays are not compared."""
     return any(value is each or (type(value) is type(each) and value == each) for each in known)
 
 
 def whole(value: Any) -> int | None:
-    """Return a whole number as an int: Python's, numpy's or of a one-element tensor; None for all else, bools too."""
+    """Return a whole number (int, numpy integer or one-element tensor) as an int; None for anything else, or a bool."""
     if type(value) is int:
         return value
     if isinstance(value, bool | float | str) or type(value).__name__ in ("bool", "bool_"):
@@ -51,7 +51,7 @@ def whole(value: Any) -> int | None:
 
 
 def finite(value: Any) -> float | None:
-    """Return a finite number as a float, whole numbers included; None for all else."""
+    """Return a finite number, whole numbers included, as a float; None for anything else."""
     if type(value) is not float:
         number = whole(value)
         kind = str(getattr(value, "dtype", ""))
@@ -65,7 +65,7 @@ def finite(value: Any) -> float | None:
 
 
 def is_text(value: object) -> bool:
-    """Return whether `value` is a string that UTF-8 can encode: one without lone surrogates."""
+    """Return True if `value` is a string that UTF-8 can encode, which excludes lone surrogates."""
     if not isinstance(value, str):
         return False
     try:
@@ -76,7 +76,7 @@ def is_text(value: object) -> bool:
 
 
 def is_placement(value: object) -> bool:
-    """Return whether `value` has one of the types of `PlacementLike`; its names are not looked at."""
+    """Return True if `value` has one of the types of `PlacementLike`; the names in it are not checked."""
     if isinstance(value, Mapping):
         return all((is_text(key) or whole(key) is not None) and is_text(name) for key, name in value.items())
     return is_text(value) or (isinstance(value, list | tuple) and all(name is None or is_text(name) for name in value))
@@ -88,14 +88,14 @@ def checked_int(
     """Return `value` as an int.
 
     Args:
-        name: the field, for the error.
-        value: what the caller gave.
-        low: the least allowed value.
-        high: the largest allowed value.
-        error: the type of the error.
+        name: name of the field, for the error message.
+        value: given by the caller.
+        low: smallest allowed value.
+        high: largest allowed value.
+        error: type of the error.
 
     Raises:
-        UserError: of type `error`, if it is no whole number from `low` to `high`.
+        UserError: of type `error`, if `value` is not a whole number from `low` to `high`.
     """
     number = whole(value)
     if number is None or number < low:

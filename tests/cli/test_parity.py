@@ -61,10 +61,10 @@ def test_prompts_from_a_file(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["stats"], "'stats': must name one model, and of stats, paths, bisect those that are wanted"),
-        (["demo", "demo2"], "'demo demo2': must name one model"),
+        (["stats"], "'stats': must be one model, and any of the checks stats, paths, bisect"),
+        (["demo", "demo2"], "'demo demo2': must be one model"),
         (["demo", "--random", "0"], "--random 0: must be at least 1"),
-        (["demo", "--random", "2", "--count", "2"], "--count: --random says how many already"),
+        (["demo", "--random", "2", "--count", "2"], "--count: not with --random, which gives the number"),
         (["demo", "--html", "no/such/folder/block.html"], "no/such/folder/block.html: not a file that can be written"),
         (["demo", "--prompts", "no-such-file"], "prompts: no-such-file cannot be read"),
         (["demo", "--engine", "tgi"], "engine='tgi': must be one of"),

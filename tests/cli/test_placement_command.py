@@ -15,7 +15,7 @@ import torch
 from apriel2_models import MIXERS, SUPERNET, block, checkpoint, config, fixed
 from helpers import canon_checkpoint, change_config
 from lamella import LLM
-from lamella.bench.sweep import Swept, front, usual_placements
+from lamella.bench.sweep import Swept, is_pareto_optimal, usual_placements
 from lamella.checkpoint import load_model, open_checkpoint
 from lamella.cli import main
 from lamella.parity import score
@@ -93,7 +93,7 @@ class TestShow:
             "placement all-gdn",
             "gated delta net 4 x 8 x 16",
             "others",
-            "0 B a token and 9.38 KiB a request",
+            "0 B per token and 9.38 KiB per request",
         ):
             assert words in out
 
@@ -213,7 +213,7 @@ class TestSweep:
 
     def test_for_people(self, supernet, capsys):
         out = said(capsys, "sweep", str(supernet), "all-kda", *SIZES)
-        for words in ("2 requests of 9 tokens; distances from all-attention", "all-kda", "loss", "KL", "best"):
+        for words in ("2 requests of 9 tokens; KL from all-attention", "all-kda", "loss", "KL", "best"):
             assert words in out
 
     def test_a_picture(self, supernet, tmp_path, capsys):
@@ -288,7 +288,7 @@ def test_what_nothing_else_beats():
     def at(loss: float, time: float) -> Swept:
         return Swept("x", loss, 0.0, time, 1.0, 0, 0)
 
-    assert front([at(1, 5), at(2, 3), at(3, 3), at(2, 4), at(4, 1), at(5, 1), at(6, 6)]) == [
+    assert is_pareto_optimal([at(1, 5), at(2, 3), at(3, 3), at(2, 4), at(4, 1), at(5, 1), at(6, 6)]) == [
         True,
         True,
         False,
@@ -297,4 +297,4 @@ def test_what_nothing_else_beats():
         False,
         False,
     ]
-    assert front([at(1, 1), at(1, 1)]) == [True, True]
+    assert is_pareto_optimal([at(1, 1), at(1, 1)]) == [True, True]

@@ -1,1 +1,1 @@
-"""What a model costs, and how near to that a machine comes."""
+"""Cost of a model, and measurements of its speed against the roofline floor."""

@@ -1,4 +1,4 @@
-"""The cost card: bytes that a decode step must move, and the time that they take at the measured bandwidth."""
+"""Cost card: bytes that a decode step must move, and their time at the measured memory bandwidth."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from lamella.layers.moe import Experts
 from lamella.layers.supernet.placing import find_active_state_modules, idle_parameters
 from lamella.state.memory import StateCost
 
-_PROBE_BYTES = {"cpu": 1 << 29, "cuda": 1 << 32}  # well beyond any cache's share of one process
+_PROBE_BYTES = {"cpu": 1 << 29, "cuda": 1 << 32}  # much larger than any cache
 _PROBE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class CostCard:
-    """Bytes of weights and state; what a decode step reads of them decides its time.
+    """Size of weights and state, which bounds the time of a decode step from below.
 
     Attributes:
-        parameters: count, tied ones once.
-        weight_bytes: of all parameters.
-        step_bytes: of those that every step reads whole, which leaves out an untied embedding table, experts, and the
-            mixers that the placement of a supernet leaves out.
-        experts: of each layer's experts, the bytes of those at hand, how many there are in all, and how many a token
-            goes to.
-        state: bytes per token and per request, of the layers' active mixers.
-        bandwidth: bytes per second that reading takes, measured; None where it was not.
+        parameters: number of parameters; tied ones count once.
+        weight_bytes: bytes of all parameters.
+        step_bytes: bytes of the parameters that every decode step reads completely. Excludes an untied embedding table,
+            experts, and the inactive mixers of a supernet.
+        state: size of the state of the active mixers.
+        bandwidth: measured memory bandwidth in bytes per second; None if not measured.
+        experts: (bytes of this rank's experts, number of all experts, experts per token) of each layer with experts.
     """
 
     parameters: int
@@ -40,7 +39,13 @@ class CostCard:
     experts: tuple[tuple[int, int, int], ...] = ()
 
     @classmethod
-    def of(cls, model: LanguageModel, bandwidth: float | None = None) -> CostCard:
+    def from_model(cls, model: LanguageModel, bandwidth: float | None = None) -> CostCard:
+        """Make the card of a model, which may be on the meta device.
+
+        Args:
+            model: with its active placement.
+            bandwidth: measured memory bandwidth in bytes per second.
+        """
         parameters = dict(model.named_parameters())
         weight_bytes = sum(p.nbytes for p in parameters.values())
         embedding = parameters["model.embed_tokens.weight"]
@@ -60,23 +65,28 @@ class CostCard:
         )
 
     def decode_weight_bytes(self, batch: int) -> int:
-        """Bytes of the weights that a decode step of `batch` requests must read: of experts, those that are to be
-        expected where every token goes to any of them.
+        """Return the bytes of weights that a decode step of `batch` requests must read.
+
+        For experts this is the expected value under uniform routing.
         """
         routed = sum(nbytes * (1 - (1 - top_k / count) ** batch) for nbytes, count, top_k in self.experts)
         return self.step_bytes + round(routed)
 
     def decode_bytes(self, batch: int, context: int) -> int:
-        """Bytes that a decode step of `batch` requests with `context` tokens each must move: slot state twice."""
+        """Return the bytes that a decode step of `batch` requests with `context` tokens each must move.
+
+        Slot state counts twice, since it is read and written.
+        """
         state = self.state.bytes_at(context) + self.state.bytes_per_request
         return self.decode_weight_bytes(batch) + batch * state
 
     def floor_seconds(self, batch: int, context: int) -> float:
-        """The shortest time of such a step at the measured bandwidth."""
+        """Return the shortest possible time of such a decode step, in seconds."""
         assert self.bandwidth is not None
         return self.decode_bytes(batch, context) / self.bandwidth
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the figures for JSON."""
         return {
             "parameters": self.parameters,
             "weight_bytes": self.weight_bytes,
@@ -88,7 +98,7 @@ class CostCard:
 
 
 def measure_bandwidth(device: torch.device) -> float:
-    """Bytes per second of reading memory once, the best of some repetitions within about a second."""
+    """Measure the memory read bandwidth in bytes per second: the best of the repetitions within about a second."""
     nbytes = _PROBE_BYTES[device.type]
     buffer = torch.ones(nbytes // 8, dtype=torch.float64, device=device)
 

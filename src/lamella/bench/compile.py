@@ -1,6 +1,7 @@
-"""What compiling a model costs: the engine's way, and two that need nothing of the model, each in a process of its own.
+"""Cost of compiling a model in three forms, each measured in its own process.
 
-Shapes and layers are the model's, weights are random, in fp32. Tokens come in steps of `SIZES`, as in serving.
+The forms are the engine's own, and two that work for any module. Shapes and layers are the model's; weights are random
+fp32. Tokens come in steps of `SIZES`, as in serving.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from lamella.ops.ragged import RaggedBatch
 from lamella.processes import module_command
 
 SIZES = (64, 33, 1, 128, 7, 2)
-LIMIT = 1e-4  # of what a form may differ from eager: the rounding of values of about one
-# No cache of earlier runs, and no compilers that run beside the process and are not counted.
+LIMIT = 1e-4  # largest allowed difference from eager hidden states, whose values are about 1
+# No caches of earlier runs, and no compiler processes whose CPU time would not be counted.
 _ALONE = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 Forward = Callable[[Tensor], Tensor]
@@ -43,16 +44,16 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class CompileCost:
-    """What one form of compiling came to.
+    """Measurement of one form of compiling.
 
     Attributes:
-        form: which, see `FORMS`.
-        layers: of the stack.
-        graphs: programs in the end.
-        recompiles: the guard that made another one necessary, each time.
-        gave_up: whether torch.compile reached its limit, the last of `recompiles` in vain, and runs the rest eagerly.
-        cpu_seconds: of all steps, on one thread, and of the compilers; without what torch.compile's own start takes.
-        difference: the largest from the eager hidden states, which norms have made about one.
+        form: name, see `FORMS`.
+        layers: depth of the model.
+        graphs: number of compiled programs.
+        recompiles: the failed guard of each recompilation.
+        gave_up: True if torch.compile has reached its recompile limit and runs the rest eagerly.
+        cpu_seconds: CPU time of all steps on one thread, and of the compilers, without the start-up of torch.compile.
+        difference: largest absolute difference from the eager hidden states, whose values are about 1.
     """
 
     form: str
@@ -65,7 +66,7 @@ class CompileCost:
 
     @property
     def is_right(self) -> bool:
-        """Whether it computes what eager does."""
+        """True if the results agree with eager execution."""
         return self.difference <= LIMIT
 
 
@@ -75,10 +76,21 @@ def compile_costs(
     placement: str | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Iterator[CompileCost]:
-    """Of each form in turn, for the model's stack and, with `layers`, for stacks of so many layers, which repeat the
-    model's; of a supernet, under a placement; with `overrides` in the place of the config file's values.
+    """Measure each form of compiling.
 
-    Raises `ConfigError` or `CheckpointError` where there is no such model, and `EngineError` where a form fails.
+    Args:
+        model: folder, GGUF file, `demo` or Hub id.
+        layers: depths to measure; the layers of the model are repeated. Empty: the model's depth.
+        placement: for a supernet, the active mixers.
+        overrides: values that replace those of the config file.
+
+    Yields:
+        The measurement of each depth and form.
+
+    Raises:
+        ConfigError: the config is not supported.
+        CheckpointError: there is no such model.
+        EngineError: a form fails.
     """
     config = open_checkpoint(model, overrides).read_config()
     read_placement(placement, config)
@@ -100,20 +112,20 @@ def compile_costs(
 
 
 def _lamella(model: LanguageModel) -> Forward:
-    """The engine's: a program for each kind of block, made before the first step; others are errors."""
+    """Compile as the engine does: one program per kind of part, before the first step. Further programs are errors."""
     compiled = CompiledModel(model)
     compiled.warm_up()
     return compiled
 
 
 def _whole_model(model: LanguageModel) -> Forward:
-    """All layers as one program."""
+    """Compile all layers as one program."""
     stack = torch.compile(model.model)
     return lambda ids: stack(ids, torch.arange(ids.shape[0]))
 
 
 def _each_layer(model: LanguageModel) -> Forward:
-    """Every layer by itself."""
+    """Compile each layer by itself."""
     for layer in model.model.layers:
         layer.compile()
     return lambda ids: model.model(ids, torch.arange(ids.shape[0]))
@@ -125,10 +137,10 @@ FORMS = {"lamella": _lamella, "whole model": _whole_model, "each layer": _each_l
 def _measure(
     form: str, model: str, layers: int, placement: str | None, overrides: Mapping[str, Any] | None
 ) -> CompileCost:
-    """The cost of one form, in a process that has compiled nothing before."""
+    """Measure one form. Must run in a process that has compiled nothing before."""
     from torch._dynamo import utils
 
-    torch.set_num_threads(1)  # those that wait for work spin, which would be counted
+    torch.set_num_threads(1)  # idle threads spin, and their CPU time would be counted
     utils.set_compilation_metrics_limit(1 << 16)
     checkpoint = open_checkpoint(model, overrides)
     config = checkpoint.read_config()
@@ -138,11 +150,11 @@ def _measure(
     with torch.inference_mode():
         expected = [_run(built, size) for size in SIZES]
         make_opaque(built)
-        torch.compile(torch.sin)(torch.zeros(MIN_TOKENS))  # torch.compile itself starts: the same for every form
+        torch.compile(torch.sin)(torch.zeros(MIN_TOKENS))  # start-up of torch.compile, equal for all forms
         torch.compiler.reset()
         utils.clear_compilation_metrics()
         graphs = utils.counters["stats"]["unique_graphs"]
-        with _limit_watched() as gave_up:
+        with _record_limit_messages() as gave_up:
             start = _cpu_seconds()
             forward, least = FORMS[form](built), MIN_TOKENS if form == "lamella" else 1
             results = [_run(forward, size, least) for size in SIZES]
@@ -160,18 +172,18 @@ def _measure(
 
 
 def _guard(reason: str) -> str:
-    """What did not hold, without the number of the program and the line of the source."""
+    """Return the failed guard of a recompile reason, without program number and source line."""
     first = reason.strip().partition("\n")[0]
     return re.split(r"\s+# ", re.sub(r"^\d+/\d+: ", "", first))[0]
 
 
 def with_depth(config: ModelConfig, layers: int) -> ModelConfig:
-    """The model with so many layers: its own over and over."""
+    """Return the config with `layers` layers, by repeating its own layers."""
     return replace(config, layers=tuple(islice(cycle(config.layers), layers)))
 
 
 def _run(forward: Forward, size: int, least: int = 1) -> Tensor:
-    """Hidden states (size, hidden_size) of one request, beside as many others as `least` tokens take."""
+    """Return hidden states (size, hidden_size) of one request, in a batch that is filled up to `least` tokens."""
     lengths = (size, *(1,) * (least - size))
     ids = torch.arange(sum(lengths)) % 7
     with forward_batch(ForwardBatch(RaggedBatch.from_lengths(lengths, lengths))):
@@ -179,25 +191,25 @@ def _run(forward: Forward, size: int, least: int = 1) -> Tensor:
 
 
 @contextmanager
-def _limit_watched() -> Iterator[list[logging.LogRecord]]:
-    """The log lines, which are all there is, that say that torch.compile gave up."""
+def _record_limit_messages() -> Iterator[list[logging.LogRecord]]:
+    """Collect the log messages of reached recompile limits, which torch reports in no other way."""
     records: list[logging.LogRecord] = []
 
-    class Watch(logging.Handler):
+    class Recorder(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if "hit config." in str(record.msg):
                 records.append(record)
 
-    logger, watch = logging.getLogger("torch._dynamo.convert_frame"), Watch()
-    logger.addHandler(watch)
+    logger, handler = logging.getLogger("torch._dynamo.convert_frame"), Recorder()
+    logger.addHandler(handler)
     try:
         yield records
     finally:
-        logger.removeHandler(watch)
+        logger.removeHandler(handler)
 
 
 def _cpu_seconds() -> float:
-    """Of this process, and of the compilers that it has waited for."""
+    """Return the CPU seconds of this process and of its finished child processes."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 

@@ -1,4 +1,4 @@
-"""Each operation of a model by itself: checked against its reference, timed over all layers, next to its floor."""
+"""Benchmark of single operations: check against the reference, time over all layers, and roofline floor."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ from lamella.ops.short_conv import reference as conv_reference
 from lamella.serve.llm import LLM
 from lamella.state.spec import PagedState
 
-_SECONDS = 0.2  # of timing for each operation, about
-_PASSES = 16  # at least in a graph, whose launch takes time too
-# How far a number may be from the reference's, in units of its size or, where that is more, of all results' root mean
-# square: both round, so the outliers of many results are further off than their mean.
+_SECONDS = 0.2  # approximate measuring time per operation
+_PASSES = 16  # minimum number of passes in a CUDA graph, so that its launch time is negligible
+# Largest allowed error, relative to the reference value or to the root mean square of all values, whichever is larger:
+# both results are rounded, so small values can have large relative errors.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True)
 class OpTiming:
-    """One operation.
+    """Measurement of one operation.
 
     Attributes:
-        op: its name.
-        microseconds: of one layer's, the mean over all layers.
-        floor: microseconds that reading and writing its bytes takes at the measured bandwidth.
-        error: largest difference from the reference, in units of the number's size or, where that is more, of the
-            result's root mean square.
-        calls: how many layers have it.
+        op: name.
+        microseconds: time of one call, the mean over all layers.
+        floor: microseconds that its memory traffic takes at the measured bandwidth.
+        error: largest error, relative to the reference value or to the root mean square of all values, whichever is
+            larger.
+        calls: number of layers with this operation.
     """
 
     op: str
@@ -59,26 +59,45 @@ class OpTiming:
 
 @dataclass(frozen=True)
 class _Case:
+    """One operation to measure.
+
+    Attributes:
+        op: name.
+        passes: one call per layer, so that weights are not in a cache from the previous call.
+        expected: computes the reference result of the first call.
+        nbytes: memory traffic of one call.
+    """
+
     op: str
-    passes: Sequence[Callable[[], Tensor]]  # one for each layer, so that no weight is still in a cache
-    expected: Callable[[], Tensor]  # what the first gives
+    passes: Sequence[Callable[[], Tensor]]
+    expected: Callable[[], Tensor]
     nbytes: int
 
 
 @torch.inference_mode()
 def time_ops(llm: LLM, rows: int, context: int, bandwidth: float) -> Iterator[OpTiming]:
-    """Time the operations of a decode step of `rows` requests with `context` tokens each.
+    """Measure the operations of a decode step. The engine's state is overwritten.
 
-    Raises `AssertionError` where one is not what its reference says. The engine's state is overwritten.
+    Args:
+        llm: the model.
+        rows: number of requests.
+        context: tokens of each request.
+        bandwidth: measured memory bandwidth in bytes per second.
+
+    Yields:
+        The measurement of each operation.
+
+    Raises:
+        AssertionError: an operation disagrees with its reference.
     """
     device = llm.engine.device
     for case in _cases(llm, rows, context):
-        # Convolutions move their history on, so what is expected is computed from what was there before.
+        # The reference comes first, since convolutions update their history in place.
         expected = case.expected().float()
         difference = case.passes[0]().float() - expected
         sizes = expected.abs().clamp(min=float(expected.square().mean().sqrt()))
         error = float((difference.abs() / sizes).max())
-        assert error <= _TOLERANCE[_dtype(llm)], f"{case.op}: {error:.2g} from its reference"
+        assert error <= _TOLERANCE[_dtype(llm)], f"{case.op}: error {error:.2g} against its reference"
         seconds = _seconds(case.passes, device)
         yield OpTiming(case.op, seconds * 1e6, case.nbytes / bandwidth * 1e6, error, len(case.passes))
 
@@ -88,11 +107,11 @@ def _cases(llm: LLM, rows: int, context: int) -> Iterator[_Case]:
     batch = _decode_batch(llm, rows, context)
     dtype = _dtype(llm)
     modules: dict[str, list[Any]] = defaultdict(list)
-    aside = {module for mixer in idle_mixers(model) for module in mixer.modules()}
-    # What is computed within a recurrence is a part of that.
-    aside |= {part for module in model.modules() if isinstance(module, RecurrentMixer) for part in _norms(module)}
+    skipped = {module for mixer in idle_mixers(model) for module in mixer.modules()}
+    # Norms inside a recurrent mixer are measured as part of its recurrence.
+    skipped |= {norm for module in model.modules() if isinstance(module, RecurrentMixer) for norm in _norms(module)}
     for path, module in model.named_modules():
-        if module not in aside and isinstance(module, Linear | RMSNorm | Canon | PagedAttention | RecurrentMixer):
+        if module not in skipped and isinstance(module, Linear | RMSNorm | Canon | PagedAttention | RecurrentMixer):
             modules[re.sub(r"^model\.|layers\.\d+\.", "", path)].append(module)
 
     def random(*shape: int) -> Tensor:
@@ -120,7 +139,7 @@ def _cases(llm: LLM, rows: int, context: int) -> Iterator[_Case]:
             x = random(rows, first.weight.shape[0])
             passes = [partial(_within, batch, m, x) for m in same]
             width = first.weight.shape[2]
-            # The new input and W-1 old ones are read, the output and the new input, in the history, are written.
+            # Reads the new input and W - 1 old ones; writes the output, and the new input to the history.
             nbytes = x.nbytes * (width + 2) + first.weight.nbytes
             yield _Case(name, passes, partial(_convolved, batch, first, x), nbytes)
         elif isinstance(first, RecurrentMixer):
@@ -142,7 +161,7 @@ def _dtype(llm: LLM) -> torch.dtype:
 
 
 def _decode_batch(llm: LLM, rows: int, context: int) -> ForwardBatch:
-    """A step over random state: every request has blocks and a slot of its own, in no order."""
+    """Return a decode step over random state. Every request has its own slot and blocks, in random order."""
     engine, device = llm.engine, llm.engine.device
     blocks = engine.state.num_blocks(context)
     for tensor in engine.memory.tensors:
@@ -151,7 +170,8 @@ def _decode_batch(llm: LLM, rows: int, context: int) -> ForwardBatch:
     for group, pool in zip(engine.state.groups, engine.state.block_pools, strict=True):
         if pool.capacity < rows * blocks:
             raise ValueError(
-                f"{rows} requests of {context} tokens need {rows * blocks} blocks; there are {pool.capacity}"
+                f"{rows} requests of {context} tokens need {rows * blocks} blocks, and a pool has {pool.capacity}; "
+                "give fewer requests or tokens, or more num_blocks"
             )
         order = torch.randperm(pool.capacity, device=device)[: rows * blocks] + 1
         none = torch.empty(0, dtype=torch.int32, device=device)
@@ -172,7 +192,7 @@ def _recurred(batch: ForwardBatch, mixer: RecurrentMixer, inputs: Sequence[Tenso
 
 
 def _recurred_plainly(batch: ForwardBatch, mixer: RecurrentMixer, inputs: Sequence[Tensor]) -> Tensor:
-    """By plain torch, with the state as it was afterwards."""
+    """Run a recurrence with portable operations, and restore its state."""
     rows = mixer.history.state_module.rows
     before = [tensor.clone() for tensor in rows]
     with portable_only():
@@ -183,7 +203,7 @@ def _recurred_plainly(batch: ForwardBatch, mixer: RecurrentMixer, inputs: Sequen
 
 
 def _applied(linear: Linear, x: Tensor) -> Tensor:
-    """The product by the linear method itself, in fp32: what weights that are not dense stand for, only it knows."""
+    """Apply a linear with its own method in fp32, the reference for weights that are not dense."""
     bias = None if linear.bias is None else linear.bias.float()
     return linear.method.apply(linear, x.float(), bias).to(x.dtype)
 
@@ -212,9 +232,9 @@ def _attended(batch: ForwardBatch, attention: PagedAttention, q: Tensor) -> Tens
 
 
 def _seconds(passes: Sequence[Callable[[], Tensor]], device: torch.device) -> float:
-    """Return the seconds of one of the passes, which run one after the other: the median of many rounds.
+    """Return the seconds of one pass: the median over rounds in which all passes run one after the other.
 
-    On a GPU they run within a graph, as in the engine.
+    On a GPU the passes run in a CUDA graph, as in the engine.
     """
     if device.type != "cuda":
         return _median(lambda: _timed(passes)) / len(passes)

@@ -1,4 +1,4 @@
-"""Placements of a supernet beside each other: what each loses, how fast it is, and what it keeps."""
+"""Comparison of placements of a supernet: loss, speed and state size."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from lamella.serve.llm import LLM
 
 @dataclass(frozen=True)
 class Swept:
-    """One placement's figures.
+    """Measurements of one placement.
 
     Attributes:
-        placement: as it was written.
-        loss: nats a token of the given text, tokens forced.
-        kl: of the main placement's distribution from this one's, nats a token.
-        decode_ms: of a step of all the workload's requests.
-        prefill_tok_s: of all the workload's prompts.
-        bytes_per_token, bytes_per_request: of state.
-        best: whether no other placement is at least as good in loss and in decode time, and better in one.
+        placement: as the caller wrote it.
+        loss: teacher-forced loss on the text, nats per token.
+        kl: KL divergence of the main placement's distribution from this one's, nats per token.
+        decode_ms: milliseconds of a decode step of all requests of the workload.
+        prefill_tok_s: prompt tokens per second.
+        bytes_per_token: of state.
+        bytes_per_request: of state.
+        best: True if the placement is Pareto-optimal in loss and decode time.
     """
 
     placement: str
@@ -42,11 +43,12 @@ class Swept:
     best: bool = False
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the figures for JSON, rounded to 6 decimals."""
         return {key: round(value, 6) if isinstance(value, float) else value for key, value in asdict(self).items()}
 
 
 def usual_placements(config: ModelConfig) -> list[str]:
-    """A family for a first look: each mixer alone, in every second and every fourth layer, and between attention."""
+    """Return typical placements: each mixer in all layers, in every 2nd and 4th layer, and between attention layers."""
     found = []
     for name in mixer_names(config):
         written = [f"all-{name}"]
@@ -64,10 +66,22 @@ def usual_placements(config: ModelConfig) -> list[str]:
 def sweep(
     llm: LLM, model: str, written: Sequence[str], workload: Workload, repeats: int = 3, **inputs: Any
 ) -> Iterator[Swept]:
-    """The figures of each of the `written` placements; `inputs` are of `lamella.parity.score`: prompts, count,
-    prompt_len, decode_len, seed, load_format, hf_overrides.
+    """Measure placements one after the other.
 
-    Raises `ConfigError`, before anything is run, where one of them is bad or does not fit.
+    Args:
+        llm: the supernet.
+        model: its name, for `lamella.parity.score`.
+        written: placements, see `read_placement`. Equal ones are measured once.
+        workload: of the time measurement.
+        repeats: repetitions of the time measurement.
+        inputs: arguments of `lamella.parity.score`: prompts, count, prompt_len, decode_len, seed, load_format,
+            hf_overrides.
+
+    Yields:
+        The measurements of each placement.
+
+    Raises:
+        ConfigError: a placement is invalid or its state does not fit. Raised before anything is measured.
     """
     config = llm.engine.model.config
     placements: dict[Placement, str] = {}
@@ -75,7 +89,7 @@ def sweep(
         placements.setdefault(read_placement(each, config), each)
     for placement in placements:
         llm.engine.variants.check(placement)
-    truth = _scores(llm, model, main_placement(config), inputs)
+    main = _scores(llm, model, main_placement(config), inputs)
     for placement, name in placements.items():
         found = _scores(llm, model, placement, inputs)
         llm.set_placement(placement)
@@ -85,7 +99,7 @@ def sweep(
         yield Swept(
             placement=name,
             loss=-float(torch.cat([scores.target for scores in found]).mean()),
-            kl=float(torch.cat([_kl(a, b) for a, b in zip(truth, found, strict=True)]).mean()),
+            kl=float(torch.cat([_kl(a, b) for a, b in zip(main, found, strict=True)]).mean()),
             decode_ms=timing.decode_ms_per_step,
             prefill_tok_s=timing.prompt_tok_s,
             bytes_per_token=cost.bytes_per_token,
@@ -93,10 +107,10 @@ def sweep(
         )
 
 
-def front(swept: Sequence[Swept]) -> list[bool]:
-    """For each, whether it is `best`."""
+def is_pareto_optimal(swept: Sequence[Swept]) -> list[bool]:
+    """Return a flag for each placement: False if another one is as good in loss and decode time, and better in one."""
 
-    def beaten(one: Swept) -> bool:
+    def is_dominated(one: Swept) -> bool:
         return any(
             other.loss <= one.loss
             and other.decode_ms <= one.decode_ms
@@ -104,27 +118,30 @@ def front(swept: Sequence[Swept]) -> list[bool]:
             for other in swept
         )
 
-    return [not beaten(one) for one in swept]
+    return [not is_dominated(one) for one in swept]
 
 
 def _scores(llm: LLM, model: str, placement: Placement, inputs: dict[str, Any]) -> list[Scores]:
-    """Log-probabilities of the text, by an engine of its own over the same weights."""
+    """Return the log-probabilities of the text, from a second engine over the same weights."""
     loaded = llm.engine.model
     activate(loaded, placement)
     try:
-        options = {"enforce_eager": True}  # graphs of an engine that lives this long would not pay
+        options = {"enforce_eager": True}  # capturing graphs would take longer than it saves in this short use
         return score(model, candidate=loaded, placement=placement, engine_options=options, **inputs)[1]
     finally:
         activate(loaded, llm.placement)
-        llm.engine.memory.bind()  # the other engine had its own state bound
+        llm.engine.memory.bind()  # the second engine has bound its own state to the layers
 
 
-def _kl(truth: Scores, found: Scores) -> Tensor:
-    """Of each position, over the vocabulary, or over the tokens that are likeliest in the truth and known of both."""
-    p = truth.logprobs.double()
-    if truth.ids is None or found.ids is None:
-        assert truth.ids is None and found.ids is None
+def _kl(main: Scores, found: Scores) -> Tensor:
+    """Return the KL divergence at each position.
+
+    Over the whole vocabulary, or, with top-k scores, over the likeliest tokens of `main` that `found` has, too.
+    """
+    p = main.logprobs.double()
+    if main.ids is None or found.ids is None:
+        assert main.ids is None and found.ids is None
         return (p.exp() * (p - found.logprobs.double())).sum(-1)
-    known = truth.ids[:, :, None] == found.ids[:, None, :]
+    known = main.ids[:, :, None] == found.ids[:, None, :]
     q = torch.where(known, found.logprobs.double()[:, None, :], 0.0).sum(-1)
     return torch.where(known.any(-1), p.exp() * (p - q), 0.0).sum(-1)

@@ -1,4 +1,4 @@
-"""Workloads on random prompts, each checked for correctness before it is timed."""
+"""Workloads of random prompts: correctness check and time measurement."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ _CHECKED_TOKENS = 8
 
 @dataclass(frozen=True)
 class Workload:
-    """`requests` prompts of `input_len` random tokens, each continued by `output_len` greedy ones."""
+    """Prompts of random tokens with greedy outputs of fixed length.
+
+    Attributes:
+        requests: number of prompts.
+        input_len: tokens per prompt.
+        output_len: output tokens per prompt.
+        seed: of the random tokens.
+    """
 
     requests: int
     input_len: int
@@ -27,7 +34,7 @@ class Workload:
     seed: int = 0
 
     def prompts(self, engine: Engine) -> list[dict[str, list[int]]]:
-        """Any tokens but those of images."""
+        """Return the prompts. They contain no placeholder tokens of images."""
         rng, images = random.Random(self.seed), engine.admission.reserved_token_ids
         tokens = [token for token in range(engine.model.config.vocab_size) if token not in images]
         return [{"prompt_token_ids": [rng.choice(tokens) for _ in range(self.input_len)]} for _ in range(self.requests)]
@@ -35,22 +42,33 @@ class Workload:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of the best repetition, and what follows from them."""
+    """Times of the best repetition, and derived speeds.
+
+    Attributes:
+        total_s: seconds of the whole workload.
+        prefill_s: seconds of the same prompts with one output token.
+        decode_ms_per_step: milliseconds per decode step; None for a single output token.
+        output_tok_s: output tokens per second of the whole workload.
+        prompt_tok_s: prompt tokens per second of the prefill.
+    """
 
     total_s: float
-    prefill_s: float  # the same prompts with one output token
-    decode_ms_per_step: float | None  # None for a single output token
+    prefill_s: float
+    decode_ms_per_step: float | None
     output_tok_s: float
     prompt_tok_s: float
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the figures for JSON, rounded to 3 decimals."""
         return {key: None if value is None else round(value, 3) for key, value in asdict(self).items()}
 
 
 def check(llm: LLM, workload: Workload) -> float:
-    """The largest gap, in logprob, between a token that the engine chose and a plain forward's choice there.
+    """Compare the engine's greedy tokens with a plain forward of the model.
 
-    0 where they choose alike everywhere; a near-tie that rounding turned is a gap of about that rounding.
+    Returns:
+        The largest difference in log-probability between the likeliest token of the forward and the engine's token. 0
+        if all tokens are equal; about the size of the rounding if rounding has changed the order of a near-tie.
     """
     prompts = workload.prompts(llm.engine)[:2]
     params = SamplingParams(temperature=0, max_tokens=_CHECKED_TOKENS, ignore_eos=True, detokenize=False)
@@ -67,7 +85,7 @@ def check(llm: LLM, workload: Workload) -> float:
 
 
 def measure(llm: LLM, workload: Workload, repeats: int = 3) -> Timing:
-    """Time the workload; the best of `repeats`, after a short run that is not timed."""
+    """Measure a workload: the best of `repeats` repetitions, after a short warm-up run."""
     prompts = workload.prompts(llm.engine)
     _time(llm, prompts, SamplingParams(temperature=0, max_tokens=min(2, workload.output_len), ignore_eos=True))
 
@@ -88,7 +106,7 @@ def measure(llm: LLM, workload: Workload, repeats: int = 3) -> Timing:
 
 
 def _time(llm: LLM, prompts: Sequence[dict[str, list[int]]], params: SamplingParams) -> float:
-    llm.reset_prefix_cache()  # the repetitions have the same prompts
+    llm.reset_prefix_cache()  # repetitions use the same prompts
     start = time.perf_counter()
     llm.generate(prompts, params, use_tqdm=False)
     return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""`lamella bench`: the floor first, then a check, then the time; one JSON line last."""
+"""`lamella bench`: print the roofline floor, check the tokens, measure the time, and print one JSON line last."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lamella.serve.llm import LLM
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run a workload and print its figures; returns the exit status."""
+    """Run a workload and print its figures; return the exit status."""
     llm = load_llm(args)
     requests = args.requests or (16 if args.workload == "offline" else 1)
     workload = Workload(requests, args.input_len, args.output_len)
-    context = workload.input_len + workload.output_len // 2  # the average over the decode steps
+    context = workload.input_len + workload.output_len // 2  # average length over the decode steps
     bandwidth = measure_bandwidth(llm.engine.device)
-    card = CostCard.of(llm.engine.model, bandwidth)
+    card = CostCard.from_model(llm.engine.model, bandwidth)
     floor = card.floor_seconds(requests, context) * 1e3
     print(
         f"{card.parameters / 1e6:.1f} M parameters, {size(card.step_bytes)} of weights and "
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.workload == "ops":
         return _ops(llm, requests, context, bandwidth)
     gap = check(llm, workload)
-    print(f"check: chosen tokens within {gap:.2g} logprob of a plain forward's")
+    print(f"check: sampled tokens are within {gap:.2g} logprob of the likeliest tokens of a plain forward")
     timing = measure(llm, workload, args.repeats)
     step = timing.decode_ms_per_step
     print(
@@ -65,16 +65,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _ops(llm: LLM, rows: int, context: int, bandwidth: float) -> int:
+    """Measure each operation, and print times and backends."""
     timings = []
-    print(f"each operation of a decode step of {rows} requests with {context} tokens, in microseconds a layer")
+    print(f"operations of a decode step of {rows} requests with {context} tokens, microseconds per layer")
     for timing in time_ops(llm, rows, context, bandwidth):
         timings.append(timing)
-        share = timing.floor / timing.microseconds
+        fraction = timing.floor / timing.microseconds
         print(
-            f"{timing.op:22} {timing.microseconds:8.2f}  floor {timing.floor:8.2f} ({share:4.0%})  "
+            f"{timing.op:22} {timing.microseconds:8.2f}  floor {timing.floor:8.2f} ({fraction:4.0%})  "
             f"error {timing.error:.1e}  x {timing.calls}"
         )
-    print("backends, in the order in which they are asked")
+    print("backends, in order of preference")
     backends = [entry._asdict() for entry in catalogue.entries()]
     for each in backends:
         print(f"{each['op']:22} {each['backend']:10} {each['missing'] or 'available'}")

@@ -1,4 +1,4 @@
-"""`lamella chat`: talk to a model in the terminal."""
+"""`lamella chat`: chat with a model in the terminal."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lamella.errors import ParameterError
 from lamella.serve.llm import LLM
 
 HELP = """\
-/reset          forget the conversation
-/system TEXT    forget the conversation, and start the next one with this system prompt; without TEXT, with none
-/help           show this
-/exit           leave (so does Ctrl-D)
+/reset          start a new conversation
+/system TEXT    start a new conversation with this system prompt; without TEXT, with none
+/help           show this help
+/exit           leave (like Ctrl-D)
 Ctrl-C          end an answer"""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read messages until the end of input, and answer each; exit status 1 if the last one could not be answered."""
+    """Answer messages until the end of input; return exit status 1 if the last one could not be answered."""
     llm = load_llm(args)
-    chat = Chat(llm, sampling_of(args, llm), args.system, _template_variables(args))
+    chat = Chat(llm, sampling_params(args, llm), args.system, _template_variables(args))
     chat.check()
     interactive = sys.stdin.isatty()
     if interactive:
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         print("Type a message; /help lists the commands.", file=sys.stderr)
     failed = False
     for line in _lines(interactive):
-        command, _, rest = line.strip().partition(" ")
+        command, _, argument = line.strip().partition(" ")
         if not line.strip():
             continue
         if command in ("/exit", "/quit"):
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         elif command == "/reset":
             chat.reset(chat.system)
         elif command == "/system":
-            chat.reset(rest.strip() or None)
+            chat.reset(argument.strip() or None)
         elif command.startswith("/"):
             print(f"lamella: {command}: no such command; /help lists them", file=sys.stderr)
         else:
@@ -55,11 +55,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Chat:
-    """A conversation with a model.
+    """Conversation with a model.
 
     Attributes:
-        messages: so far, the system prompt included.
-        figures: of each answer: tokens, seconds, and why it ended.
+        messages: the conversation so far, including the system prompt.
+        figures: tokens, seconds and finish reason of each answer.
+        system: system prompt.
     """
 
     def __init__(self, llm: LLM, params: SamplingParams, system: str | None, variables: dict[str, Any]) -> None:
@@ -68,36 +69,36 @@ class Chat:
         self.reset(system)
 
     def reset(self, system: str | None) -> None:
-        """Forget the conversation; the next one starts with this system prompt, if any."""
+        """Start a new conversation, with this system prompt if one is given."""
         self.system = system
         self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
 
     def check(self) -> None:
-        """Check that the model takes chats at all.
+        """Check that the model supports chats.
 
         Raises:
-            ParameterError: it has no tokenizer or chat template.
+            ParameterError: the model has no tokenizer or chat template.
         """
         self._prompt([*self.messages, {"role": "user", "content": "Hello"}])
 
     def ask(self, text: str) -> Generator[str, None, None]:
-        """Yield the pieces of the answer to a message. Closing the iterator ends the answer, which stays as it is.
+        """Send a message, and yield the pieces of the answer. Closing the iterator ends the answer and keeps its text.
 
         Raises:
-            ParameterError: the conversation is too long, or the template refuses it; the message is forgotten.
+            ParameterError: the conversation is too long, or the template rejects it. The message is not added.
         """
-        asked = [*self.messages, {"role": "user", "content": text}]
-        stream = self._llm.stream(self._prompt(asked), self._params)
-        start, said, output = time.perf_counter(), "", None
-        self.messages = asked
+        messages = [*self.messages, {"role": "user", "content": text}]
+        stream = self._llm.stream(self._prompt(messages), self._params)
+        start, answer, output = time.perf_counter(), "", None
+        self.messages = messages
         try:
             for output in stream:
                 new = output.outputs[0].text
-                yield new[len(said) :]
-                said = new
+                yield new[len(answer) :]
+                answer = new
         finally:
             stream.close()
-            self.messages.append({"role": "assistant", "content": said})
+            self.messages.append({"role": "assistant", "content": answer})
             first = None if output is None else output.outputs[0]
             tokens = 0 if first is None else len(first.token_ids)
             reason = first.finish_reason if first is not None else None
@@ -119,7 +120,7 @@ class Chat:
 
 
 def _answer(chat: Chat, text: str, out: TextIO) -> bool:
-    """Print an answer as it comes; return False if there is none."""
+    """Print an answer while it is generated; return False if there is none."""
     try:
         pieces = chat.ask(text)
         try:
@@ -146,20 +147,20 @@ def _answer(chat: Chat, text: str, out: TextIO) -> bool:
 
 
 def printable(text: str) -> str:
-    """Return a text without control characters, which could change the terminal's state; line feeds and tabs stay."""
+    """Return a text without control characters, which could change the terminal, except line feeds and tabs."""
     return "".join(
         c if c in "\n\t" or c.isprintable() else "" if c == "\r" else "\N{REPLACEMENT CHARACTER}" for c in text
     )
 
 
-def sampling_of(args: argparse.Namespace, llm: LLM) -> SamplingParams:
-    """Return the model's default sampling parameters with what the command line gives; answers may be of any length."""
-    usual = llm.get_default_sampling_params()
-    if usual.max_tokens == next(each.default for each in fields(SamplingParams) if each.name == "max_tokens"):
-        usual = replace(usual, max_tokens=None)
+def sampling_params(args: argparse.Namespace, llm: LLM) -> SamplingParams:
+    """Return the model's default sampling parameters, replaced by those of the command line; no default `max_tokens`."""
+    default = llm.get_default_sampling_params()
+    if default.max_tokens == next(each.default for each in fields(SamplingParams) if each.name == "max_tokens"):
+        default = replace(default, max_tokens=None)
     given = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "min_p", "max_tokens")}
     given["seed"] = args.sampling_seed
-    return replace(usual, **{name: value for name, value in given.items() if value is not None})
+    return replace(default, **{name: value for name, value in given.items() if value is not None})
 
 
 def _template_variables(args: argparse.Namespace) -> dict[str, Any]:
@@ -179,5 +180,5 @@ def _lines(interactive: bool) -> Iterator[str]:
 
 
 def _use_line_editing() -> None:
-    with suppress(ImportError):  # not on every system
+    with suppress(ImportError):  # not available on every system
         import readline  # noqa: F401

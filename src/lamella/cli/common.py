@@ -1,4 +1,4 @@
-"""What the subcommands share."""
+"""Helpers of the subcommands."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ console = Console(highlight=False)
 
 
 def load_llm(args: argparse.Namespace) -> LLM:
-    """The model with the engine settings that the command line gives."""
+    """Load the model of the command line, with the engine options that are given there."""
     options = {name: getattr(args, name) for name in args.engine_options if hasattr(args, name)}
     with console.status(f"loading {args.model}"):
         return LLM(args.model, **options)
 
 
 def print_json(value: Any) -> None:
-    """One line of JSON, the last on stdout."""
+    """Print a value as one line of JSON, the last line on stdout."""
     print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
 def size(count: float) -> str:
-    """Bytes for people."""
+    """Return a number of bytes as a text with a unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"

@@ -1,4 +1,4 @@
-"""`lamella convert`: GGUF files and LlamaCanon checkpoints as Hugging Face folders."""
+"""`lamella convert`: convert GGUF files and LlamaCanon checkpoints to Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lamella.cli.common import console
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the folder."""
+    """Write the folder; return the exit status."""
     with console.status(f"converting {args.model}"):
         destination = convert(
             args.model, args.destination, rope=args.rope, overrides=args.hf_overrides, dtype=args.dtype

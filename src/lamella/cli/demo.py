@@ -1,4 +1,4 @@
-"""`lamella demo`: the whole tour of the bundled model; the exit status says whether it went as it should."""
+"""`lamella demo`: the tour of the bundled model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from lamella.cli.inspect import cost_card, show
 from lamella.demo.tour import show_answers, show_result, take_tour
 
 _SHOWN = 6
-_CONTEXT = 100  # about what a question and its answer take
+_CONTEXT = 100  # about the tokens of a question and its answer
 
 
 def run(args: argparse.Namespace) -> int:
-    # The model is so small that threads would only wait for one another.
+    """Run the tour; return exit status 1 if the model is less accurate than it should be."""
+    # One thread: the model is so small that synchronization of threads would dominate.
     torch.set_num_threads(1)
     checkpoint = open_checkpoint(DEMO)
     if not args.json:

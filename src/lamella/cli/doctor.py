@@ -22,7 +22,7 @@ _PACKAGES = ("torch", "triton", "transformers", "flashinfer-python", "fla-core",
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report, as a table or with `--json` as one line; returns the exit status."""
+    """Print the report as a table, or with `--json` as one line; return the exit status."""
     report = {"lamella": lamella.__version__, **_machine(), "operations": _operations(), "vllm_plugin": _plugin()}
     if args.json:
         print_json(report)
@@ -48,7 +48,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _operations() -> dict[str, list[str]]:
-    """The backends of each operation in the order in which they are asked, and why some cannot run here."""
+    """Return the backends of each operation in order of preference, with the reason if one cannot run here."""
     found: dict[str, list[str]] = {}
     for op, backend, missing in catalogue.entries():
         found.setdefault(op, []).append(backend if missing is None else f"{backend} ({missing})")
@@ -60,7 +60,7 @@ def _state(missing: str | None) -> str:
 
 
 def _plugin() -> dict[str, Any]:
-    """The plugin's registration in a vLLM that starts in this environment, and what each combination supports."""
+    """Return the state of the vLLM plugin in this environment, and the supported features of this vLLM version."""
     try:
         compat.require_supported()
     except compat.UnsupportedVersion as error:

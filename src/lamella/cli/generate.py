@@ -1,4 +1,4 @@
-"""`lamella generate`: complete prompts, streaming a single one."""
+"""`lamella generate`: generate completions of prompts; a single one is streamed."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ _DEMO_QUESTIONS = 6
 
 
 def run(args: argparse.Namespace) -> int:
+    """Generate and print completions; return exit status 1 if one of them ended with an error."""
     prompts: list[Prompt] = [*(args.prompt or ()), *map(_token_prompt, args.tokens or ())]
     if not prompts and args.model != DEMO:
         raise ParameterError("no prompt: give -p TEXT or --tokens 1,2,3")
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _exit_status(outputs: Sequence[RequestOutput]) -> int:
-    """1 where a completion ended with an error, which is shown."""
+    """Print the errors of completions; return exit status 1 if there are any."""
     errors = [(index, each.error) for index, output in enumerate(outputs) for each in output.outputs if each.error]
     for index, error in errors:
         print(f"lamella: prompts[{index}]: {error}", file=sys.stderr)
@@ -60,9 +61,9 @@ def _token_prompt(text: str) -> Prompt:
 
 
 def _with_images(prompts: Sequence[Prompt], files: Sequence[str]) -> Prompt:
-    """The one prompt with the images in these files."""
+    """Return the single prompt with the images of these files."""
     if len(prompts) != 1:
-        raise ParameterError(f"--image: belongs to one prompt, and {len(prompts)} are given")
+        raise ParameterError(f"--image: needs a single prompt, not {len(prompts)}")
     try:
         from PIL import Image
     except ImportError as error:
@@ -83,7 +84,7 @@ def _with_images(prompts: Sequence[Prompt], files: Sequence[str]) -> Prompt:
 
 
 def _stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> RequestOutput:
-    """Print text as it comes; a model without a tokenizer gives token ids at the end. Returns the whole output."""
+    """Print the text while it is generated, and return the output. Without a tokenizer, print token ids at the end."""
     shown = ""
     for output in llm.stream(prompt, params):
         text = output.outputs[0].text
@@ -103,7 +104,7 @@ def _completion_text(output: RequestOutput) -> str:
 
 
 def _ask_demo(llm: LLM, as_json: bool) -> int:
-    """Without a prompt the demo answers some held-out questions; the exit status says whether all were right."""
+    """Let the demo answer some held-out questions; return exit status 1 if an answer is wrong."""
     from lamella.demo.questions import held_out
     from lamella.demo.tour import answer_questions, show_answers
 

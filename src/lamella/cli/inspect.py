@@ -1,7 +1,4 @@
-"""`lamella inspect`: the layer stack as a picture and a table, and the cost card, or what compiling it costs.
-
-No weight is read.
-"""
+"""`lamella inspect`: show the layers and the cost card of a model, or the cost of compiling it. Reads no weights."""
 
 from __future__ import annotations
 
@@ -47,6 +44,7 @@ BATCHES = (1, 16, 64)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Show a model; return the exit status."""
     if args.compile:
         return _compile(args)
     if args.layers:
@@ -71,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compile(args: argparse.Namespace) -> int:
-    """What compiling costs, a line as soon as it is known; exit status 1 where a form computes something else."""
+    """Measure and show the cost of compiling; return exit status 1 if a compiled form computes wrong values."""
     costs = []
     for cost in compile_costs(args.model, args.layers, args.placement, args.hf_overrides):
         costs.append(cost)
@@ -88,11 +86,11 @@ def _compile(args: argparse.Namespace) -> int:
 
 
 def compile_table(costs: Sequence[CompileCost]) -> Table:
-    """A row for each form and depth."""
+    """Return a table with one row per form and depth."""
     title = f"compiling, then steps of {', '.join(map(str, SIZES))} tokens"
-    table = Table("layers", "form", "graphs", "recompiles", "CPU s", "off eager by at most", "", title=title)
+    table = Table("layers", "form", "graphs", "recompiles", "CPU s", "max error", "", title=title)
     for cost in costs:
-        remarks = ["gave up: the rest runs eager"] * cost.gave_up + [f"WRONG: above {LIMIT}"] * (not cost.is_right)
+        remarks = ["limit hit: rest runs eagerly"] * cost.gave_up + [f"WRONG: above {LIMIT}"] * (not cost.is_right)
         figures = (cost.graphs, len(cost.recompiles), cost.cpu_seconds, f"{cost.difference:.1e}")
         table.add_row(str(cost.layers), cost.form, *map(str, figures), ", ".join(remarks))
     return table
@@ -101,22 +99,29 @@ def compile_table(costs: Sequence[CompileCost]) -> Table:
 def cost_card(
     checkpoint: Checkpoint, dtype: str, bandwidth: float | None, placement: PlacementLike | None = None
 ) -> CostCard:
-    """The card of a checkpoint's model, from its config alone; of a supernet, under a placement."""
+    """Return the cost card of a checkpoint's model, from its config alone.
+
+    Args:
+        checkpoint: of the model.
+        dtype: of the weights; "auto": the checkpoint's.
+        bandwidth: measured memory bandwidth in bytes per second; None: no times.
+        placement: for a supernet, the active mixers; None: the checkpoint's.
+    """
     kit = LocalKit(resolve_dtype(checkpoint, dtype), "meta")
     model: LanguageModel = checkpoint.allocate(checkpoint.read_config(), kit)
     activate(model, read_placement(placement, model.config))
-    return CostCard.of(model, bandwidth)
+    return CostCard.from_model(model, bandwidth)
 
 
 def show(console: Console, config: ModelConfig, card: CostCard, context: int) -> None:
-    """Picture, table and card, for people."""
+    """Print the layers as a tree and a table, and the cost card."""
     console.print(picture(config))
     console.print(layer_table(config))
     console.print(card_table(card, context))
 
 
 def describe(layer: LayerConfig) -> list[str]:
-    """The parts of a layer in the order in which tokens pass them."""
+    """Return the operations of a layer in order of computation."""
     feed_forward = layer.feed_forward
     return [
         _norm(layer),
@@ -142,7 +147,7 @@ def _mlp(mlp: MLPConfig) -> str:
 
 @singledispatch
 def describe_mixer(mixer: Any) -> str:
-    """A mixer in one line; one of somebody else's is called by its config's name."""
+    """Return a description of a mixer in one line; for an unknown mixer, the name of its config."""
     return type(mixer).__name__.removesuffix("Config")
 
 
@@ -204,16 +209,16 @@ def _canon(name: str, canon: CanonConfig | None) -> list[str]:
 
 
 def _runs(config: ModelConfig) -> list[tuple[int, int, LayerConfig]]:
-    """(first, last, config) of each run of equal layers."""
+    """Return (first, last, config) of each run of equal layers."""
     runs = []
-    for layer, members in groupby(enumerate(config.layers), key=lambda pair: pair[1]):
+    for layer, members in groupby(enumerate(config.layers), key=lambda numbered: numbered[1]):
         indices = [index for index, _ in members]
         runs.append((indices[0], indices[-1], layer))
     return runs
 
 
 def picture(config: ModelConfig) -> Tree:
-    """The stack, equal neighbours drawn once."""
+    """Return the layers as a tree. A run of equal layers is one branch."""
     tree = Tree(f"[bold]{config.architecture}[/bold]")
     tree.add(f"embedding {config.vocab_size} x {config.hidden_size}")
     for first, last, layer in _runs(config):
@@ -227,7 +232,7 @@ def picture(config: ModelConfig) -> Tree:
 
 
 def layer_table(config: ModelConfig) -> Table:
-    """One row for each run of equal layers."""
+    """Return a table with one row per run of equal layers."""
     table = Table("layers", "mixer", "feed-forward", "canon", title="layers")
     for first, last, layer in _runs(config):
         canons: dict[str, Any] = {
@@ -243,12 +248,12 @@ def layer_table(config: ModelConfig) -> Table:
 
 
 def card_table(card: CostCard, context: int) -> Table:
-    """Bytes, and the shortest possible decode step on this machine."""
-    table = Table("what", "how much", title="cost")
+    """Return a table of bytes, and of the shortest possible decode steps on this machine."""
+    table = Table("quantity", "value", title="cost")
     table.add_row("parameters", f"{card.parameters:,}")
     table.add_row("weights", size(card.weight_bytes))
     table.add_row("state per token", size(card.state.bytes_per_token))
-    table.add_row("state per request, besides", size(card.state.bytes_per_request))
+    table.add_row("slot state per request", size(card.state.bytes_per_request))
     table.add_row(f"state of a request at {context} tokens", size(card.state.bytes_at(context)))
     if card.bandwidth is not None:
         table.add_row("memory bandwidth, measured", f"{card.bandwidth / 1e9:.1f} GB/s")

@@ -1,4 +1,4 @@
-"""Bounds of the whole numbers on the command line, checked before anything is loaded."""
+"""Bounds of whole numbers on the command line, checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from lamella.validation import INT64, whole
 
 _TOKENS, _MANY = 1 << 24, 1_000_000
 
-# By argument. The upper bounds keep a slip of the keyboard from taking all memory. Arguments of the engine and of
-# sampling are checked by `EngineOptions` and `SamplingParams`.
+# Bounds by argument. The upper bounds turn a typing error into an error message before it fills the memory.
+# `EngineOptions` and `SamplingParams` check the arguments of the engine and of sampling.
 _LIMITS = {
     "requests": (1, 1 << 16),
     "input_len": (1, _TOKENS),
@@ -30,7 +30,11 @@ _LIMITS = {
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Check the arguments that a subcommand has. Raises `ParameterError` naming the first that is out of bounds."""
+    """Check the bounds of a subcommand's arguments.
+
+    Raises:
+        ParameterError: an argument is out of bounds.
+    """
     for name, (low, high) in _LIMITS.items():
         given = getattr(args, name, None)
         for value in given if isinstance(given, list) else [given]:

@@ -1,4 +1,4 @@
-"""Arguments of every subcommand, and what happens to errors."""
+"""Command line: arguments of all subcommands, and error handling."""
 
 from __future__ import annotations
 
@@ -102,44 +102,49 @@ def _set_up_logging(debug: bool) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Return the parser of the command line."""
     top = argparse.ArgumentParser(prog="lamella", description=lamella.__doc__)
     top.add_argument("--version", action="version", version=f"lamella {lamella.__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    generate = _command(commands, "generate", "complete prompts")
+    generate = _command(commands, "generate", "generate completions of prompts")
     _model(generate)
-    generate.add_argument("-p", "--prompt", action="append", help="a prompt; may be given several times")
-    generate.add_argument("--tokens", action="append", metavar="1,2,3", help="a prompt as token ids; likewise")
+    generate.add_argument("-p", "--prompt", action="append", help="a prompt; can be given several times")
     generate.add_argument(
-        "--image", action="append", metavar="FILE", help="for an <|image|> of the one prompt, in their order"
+        "--tokens", action="append", metavar="1,2,3", help="a prompt as token ids; can be given several times"
+    )
+    generate.add_argument(
+        "--image",
+        action="append",
+        metavar="FILE",
+        help="image for the next <|image|> placeholder; only with a single prompt; can be given several times",
     )
     generate.add_argument("--max-tokens", type=int, default=64)
     generate.add_argument("--temperature", type=float, default=0.0)
     generate.add_argument("--top-p", type=float, default=1.0)
     generate.add_argument("--top-k", type=int, default=0)
-    generate.add_argument("--stop", action="append", help="a string that ends the text; may be given several times")
+    generate.add_argument("--stop", action="append", help="a string that ends the text; can be given several times")
     _engine(generate)
     _json(generate)
 
     chat = _command(
         commands,
         "chat",
-        "talk to a model in the terminal",
-        "Talk to a model in the terminal, by its chat template and its default sampling parameters. Messages come from "
-        "the terminal, or one a line from standard input. In the chat, /help lists the commands.",
+        "chat with a model in the terminal",
+        "Chat with a model in the terminal, with its chat template and its default sampling parameters. Messages are "
+        "read from the terminal, or line by line from standard input. In the chat, /help lists the commands.",
     )
     _model(chat)
     chat.add_argument("--system", metavar="TEXT", help="system prompt")
     chat.add_argument("--max-tokens", type=int, help="most tokens of an answer; default: as many as fit")
     for name, kind in (("temperature", float), ("top-p", float), ("top-k", int), ("min-p", float)):
         chat.add_argument(f"--{name}", type=kind, help="default: the model's")
-    chat.add_argument("--sampling-seed", dest="sampling_seed", type=int, help="seed of the answers' draws")
+    chat.add_argument("--sampling-seed", dest="sampling_seed", type=int, help="seed of the random draws")
     chat.add_argument(
         "--chat-template-kwargs",
         type=_json_object,
         metavar="JSON",
-        help='more names for the template, such as {"enable_thinking": false}',
+        help='additional template variables, such as {"enable_thinking": false}',
     )
     _engine(chat)
     _json(chat)
@@ -147,99 +152,105 @@ def parser() -> argparse.ArgumentParser:
     inspect = _command(
         commands,
         "inspect",
-        "show a model's layers and what it costs",
-        "The layers as a picture and a table, and what the model costs, from its config alone. With --compile, what it "
-        "costs to compile in three ways: as the engine does with enable_compile, as a whole, and each layer by itself; "
-        "with random weights, each in a process of its own. The exit status is 1 where one computes something else.",
+        "show the layers and the cost of a model",
+        "Show the layers as a tree and a table, and the cost of the model, from its config alone. With --compile: "
+        "measure torch.compile on random weights in three forms, each in its own process: as with enable_compile, the "
+        "whole model at once, and each layer by itself. The exit status is 1 if a compiled form computes wrong values.",
     )
     _model(inspect)
     _overrides(inspect)
     inspect.add_argument("--dtype", default="auto")
-    inspect.add_argument("--context", type=int, default=2048, help="tokens of context that the costs are shown for")
-    inspect.add_argument("--placement", help="of a supernet: the mixers whose costs are shown")
+    inspect.add_argument("--context", type=int, default=2048, help="context length, in tokens, for the costs")
+    inspect.add_argument("--placement", help="for a supernet: active mixers for the costs")
     inspect.add_argument(
-        "--compile", action="store_true", help="graphs, recompiles with their reasons, and CPU seconds of torch.compile"
+        "--compile", action="store_true", help="show graphs, recompiles with reasons, and CPU seconds of torch.compile"
     )
     inspect.add_argument(
-        "--layers", type=int, nargs="+", default=[], metavar="N", help="with --compile: stacks of so many of its layers"
+        "--layers", type=int, nargs="+", default=[], metavar="N", help="with --compile: depths to measure"
     )
     _json(inspect)
 
     parity = _command(
         commands,
         "parity",
-        "prove that an engine computes what the reference does, and name the first operation that does not",
-        "Checks: stats (teacher-forced log-probabilities against the reference and its noise floor), paths (every way "
-        "to compute the same tokens, states included), bisect (every operation fed the reference's input). Without a "
-        "name, all that the engine can be asked for. The exit status is 1 where one fails. docs/parity.md explains the "
+        "compare an engine with the reference, and find the first operation that differs",
+        "Checks: stats (teacher-forced log-probabilities against the reference and its noise floor), paths (every path "
+        "that computes the same tokens, states included), bisect (every operation on the reference's input). Default: "
+        "all checks that the engine supports. The exit status is 1 if a check fails. docs/parity.md explains the "
         "figures.",
     )
-    parity.add_argument("words", nargs="+", metavar="MODEL [stats] [paths] [bisect]", help="the model, then checks")
+    parity.add_argument("words", nargs="+", metavar="MODEL [stats] [paths] [bisect]", help="the model, and checks")
     _overrides(parity)
     parity.add_argument("--engine", default="lamella", help="lamella, vllm, hf or reference")
-    parity.add_argument("--oracle", default="auto", help="who tells the truth: hf, reference, or auto")
-    parity.add_argument("--dtype", default="auto", help="of the engine; bisect takes float32 unless this is given")
+    parity.add_argument("--oracle", default="auto", help="reference implementation: hf, reference, or auto")
+    parity.add_argument("--dtype", default="auto", help="of the engine; default for bisect: float32")
     parity.add_argument("--device", default="auto")
     source = parity.add_mutually_exclusive_group()
-    source.add_argument("--prompts", metavar="FILE", help="a prompt a line: text, or a JSON list of token ids")
+    source.add_argument("--prompts", metavar="FILE", help="one prompt per line: text, or a JSON list of token ids")
     source.add_argument("--random", type=int, metavar="N", help="N sequences of random tokens")
-    parity.add_argument("--count", type=int, help="take only so many sequences")
-    parity.add_argument("--prompt-len", type=int, default=64, help="tokens that are prefilled")
-    parity.add_argument("--decode-len", type=int, default=16, help="tokens that follow one by one")
-    parity.add_argument("--batch-size", type=int, default=8, help="sequences that the engine runs at a time")
-    parity.add_argument("--top", type=int, help="compare the K likeliest tokens of each position only")
+    parity.add_argument("--count", type=int, help="use only the first COUNT sequences")
+    parity.add_argument("--prompt-len", type=int, default=64, help="tokens of the prefill")
+    parity.add_argument("--decode-len", type=int, default=16, help="tokens that are decoded one by one")
+    parity.add_argument("--batch-size", type=int, default=8, help="sequences that the engine runs at the same time")
+    parity.add_argument("--top", type=int, help="compare only the TOP likeliest tokens of each position")
     parity.add_argument("--seed", type=int, default=0, help="of random tokens and dummy weights")
     parity.add_argument("--load-format", default="auto", help="auto, or dummy for random weights")
     parity.add_argument("--max-model-len", type=int)
-    parity.add_argument("--placement", help="of a supernet: all-X, every3rd-X, bookend-attn-X, or a name a layer")
-    parity.add_argument("--free-running", action="store_true", help="also the old number: both generate freely")
-    parity.add_argument("--json", metavar="FILE", help="the report as one JSON object; - prints it, last on stdout")
-    parity.add_argument("--html", metavar="FILE", help="the report as one page")
+    parity.add_argument("--placement", help="for a supernet: all-X, every3rd-X, bookend-attn-X, or one name per layer")
+    parity.add_argument("--free-running", action="store_true", help="also compare freely generated tokens")
+    parity.add_argument(
+        "--json", metavar="FILE", help="write the report as one JSON object; - prints it last on stdout"
+    )
+    parity.add_argument("--html", metavar="FILE", help="write the report as one HTML page")
 
-    convert = _command(commands, "convert", "write a GGUF file or a LlamaCanon checkpoint as a Hugging Face folder")
+    convert = _command(commands, "convert", "convert a GGUF file or a LlamaCanon checkpoint to a Hugging Face folder")
     _model(convert)
     _overrides(convert)
     convert.add_argument("destination", help="a folder that does not exist yet")
     convert.add_argument("--dtype", default="auto", help="of the tensors; auto: the file's, bfloat16 if quantized")
-    convert.add_argument(
-        "--rope", default="keep", help="keep, huggingface or lingua: which channels of a head the file pairs"
-    )
+    convert.add_argument("--rope", default="keep", help="RoPE channel order in the file: keep, huggingface or lingua")
 
-    placement = _command(commands, "placement", "of a supernet: its mixers, those it uses, and what others would cost")
+    placement = _command(commands, "placement", "show, set and compare the placements of a supernet")
     actions = placement.add_subparsers(title="actions", metavar="ACTION", required=True, dest="action")
-    show = actions.add_parser("show", help="the layers' mixers, and what a placement keeps")
+    show = actions.add_parser("show", help="show the mixers of each layer, and the state size of a placement")
     _model(show)
     _overrides(show)
-    show.add_argument("--placement", help="all-X, every3rd-X, bookend-attn-X, or a name a layer; default: the file's")
+    show.add_argument(
+        "--placement", help="all-X, every3rd-X, bookend-attn-X, or one name per layer; default: the file's"
+    )
     show.add_argument("--dtype", default="auto")
     _json(show)
     change = actions.add_parser("set", help="write another main placement into the checkpoint's config.json")
     _model(change)
-    change.add_argument("placement", help="all-X, every3rd-X, bookend-attn-X, or a name a layer")
+    change.add_argument("placement", help="all-X, every3rd-X, bookend-attn-X, or one name per layer")
     _json(change)
-    sweep = actions.add_parser("sweep", help="loss, distance from the main placement, speed and state of several")
+    sweep = actions.add_parser("sweep", help="measure loss, KL from the main placement, speed and state of placements")
     _model(sweep)
     sweep.add_argument("placements", nargs="*", help="default: each mixer alone, every 2nd and 4th, between attention")
-    sweep.add_argument("--prompts", metavar="FILE", help="text that is scored: a prompt a line; default: bundled")
-    sweep.add_argument("--count", type=int, help="score only so many sequences")
-    sweep.add_argument("--requests", type=int, default=8, help="decoded at a time, for the times")
+    sweep.add_argument("--prompts", metavar="FILE", help="text to score, one prompt per line; default: bundled text")
+    sweep.add_argument("--count", type=int, help="score only the first COUNT sequences")
+    sweep.add_argument("--requests", type=int, default=8, help="batch size of the time measurement")
     sweep.add_argument("--input-len", type=int, default=128)
     sweep.add_argument("--output-len", type=int, default=32)
     sweep.add_argument("--repeats", type=int, default=3)
-    sweep.add_argument("--plot", metavar="FILE", help="loss over time as a picture (.png, .svg, .pdf)")
+    sweep.add_argument("--plot", metavar="FILE", help="write a plot of loss over decode time (.png, .svg, .pdf)")
     _engine(sweep)
     _json(sweep)
 
-    demo = _command(commands, "demo", "the tour: the bundled model, its answers, and how right it is on every path")
-    demo.add_argument("--questions", type=int, default=300, help="how many held-out questions to ask")
+    demo = _command(commands, "demo", "run the bundled model: its layers, its answers, and its accuracy on every path")
+    demo.add_argument("--questions", type=int, default=300, help="number of held-out questions")
     _json(demo)
 
-    doctor = _command(commands, "doctor", "say what is installed, which kernels serve, and what vLLM was told")
+    doctor = _command(
+        commands, "doctor", "show installed packages, available kernels, and the state of the vLLM plugin"
+    )
     _json(doctor)
 
-    bench = _command(commands, "bench", "time a model on this machine")
+    bench = _command(commands, "bench", "measure the speed of a model on this machine")
     bench.add_argument(
-        "workload", choices=("offline", "latency", "ops"), help="many requests at a time, one, or each operation"
+        "workload",
+        choices=("offline", "latency", "ops"),
+        help="offline: many requests at the same time; latency: one request; ops: each operation by itself",
     )
     _model(bench)
     bench.add_argument("--requests", type=int, default=None, help="default: 16 offline, 1 otherwise")
@@ -255,7 +266,7 @@ def _command(
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=help, description=description or help)
     command.set_defaults(module=name)
-    command.add_argument("--debug", action="store_true", help="show log lines, and tracebacks of errors")
+    command.add_argument("--debug", action="store_true", help="show log messages, and tracebacks of errors")
     return command
 
 
@@ -264,7 +275,7 @@ def _model(command: argparse.ArgumentParser) -> None:
 
 
 def _json(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", help="print one JSON object, last")
+    command.add_argument("--json", action="store_true", help="print one JSON object last on stdout")
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -282,7 +293,7 @@ def _overrides(command: argparse.ArgumentParser) -> None:
         "--hf-overrides",
         type=_json_object,
         metavar="JSON",
-        help="values in the place of the config file's; null removes",
+        help="values that replace those of the config file; null removes a key",
     )
 
 
@@ -290,7 +301,7 @@ _KINDS: dict[str | None, Callable[[str], Any]] = {"int": int, "float": float, "s
 
 
 def _engine(command: argparse.ArgumentParser) -> None:
-    """Add the options of the engine; only those that are given are passed on."""
+    """Add the options of the engine. Options that are not given do not appear in the parsed arguments."""
     names = []
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, option in declared_options().items():

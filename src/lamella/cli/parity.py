@@ -1,4 +1,4 @@
-"""`lamella parity`: compare an engine with the reference; the exit status says whether it is as exact as it can be."""
+"""`lamella parity`: compare an engine with the reference."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from lamella.parity.report import html, terminal
 
 
 def run(args: argparse.Namespace) -> int:
-    model, checks = _words(args.words)
+    """Run the checks, and write the reports; return exit status 1 if a check fails."""
+    model, checks = _model_and_checks(args.words)
     if args.random is not None and args.count is not None:
-        raise ParameterError("--count: --random says how many already")
+        raise ParameterError("--count: not with --random, which gives the number of sequences")
     files = [Path(name) for name in (args.json, args.html) if name not in (None, "-")]
     for file in files:
-        # Before the work rather than after it.
+        # Checked before the long work, not after it.
         if not file.parent.is_dir() or file.is_dir():
             raise ParameterError(f"{file}: not a file that can be written")
     with Console(stderr=True).status(f"opening {model}") as status:
@@ -57,11 +58,9 @@ def run(args: argparse.Namespace) -> int:
     return 0 if report.passed else 1
 
 
-def _words(words: list[str]) -> tuple[str, list[str]]:
-    """The model and the named checks, in any order; a folder that is called like a check can be given as ./stats."""
+def _model_and_checks(words: list[str]) -> tuple[str, list[str]]:
+    """Return the model and the named checks, given in any order. A folder named like a check is written as ./stats."""
     models = [word for word in words if word not in CHECKS]
     if len(models) != 1:
-        raise ParameterError(
-            f"{' '.join(words)!r}: must name one model, and of {', '.join(CHECKS)} those that are wanted"
-        )
+        raise ParameterError(f"{' '.join(words)!r}: must be one model, and any of the checks {', '.join(CHECKS)}")
     return models[0], [name for name in CHECKS if name in words]

@@ -1,4 +1,4 @@
-"""`lamella placement`: which mixers a supernet has, which it uses, and what others would cost."""
+"""`lamella placement`: show, set and compare the placements of a supernet."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lamella.bench.sweep import Swept, front, sweep, usual_placements
+from lamella.bench.sweep import Swept, is_pareto_optimal, sweep, usual_placements
 from lamella.bench.workloads import Workload
 from lamella.checkpoint.files import Checkpoint, open_checkpoint
 from lamella.cli.common import console, load_llm, print_json, size
@@ -22,6 +22,7 @@ from lamella.files import write_json
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the action; return the exit status."""
     return {"show": _show, "set": _set, "sweep": _sweep}[args.action](args)
 
 
@@ -34,7 +35,7 @@ def _open(model: str, written: str | None, overrides: Mapping[str, Any] | None =
 
 
 def _show(args: argparse.Namespace) -> int:
-    """The layers' mixers, and the cost of state under a placement, by default the checkpoint's own."""
+    """Show the mixers of each layer, and the state size of a placement, by default the checkpoint's."""
     checkpoint, placement = _open(args.model, args.placement, args.hf_overrides)
     config = checkpoint.read_config()
     card = cost_card(checkpoint, args.dtype, None, placement)
@@ -60,14 +61,14 @@ def _show(args: argparse.Namespace) -> int:
     console.print(table)
     state = card.state
     console.print(
-        f"state: {size(state.bytes_per_token)} a token and {size(state.bytes_per_request)} a request; "
-        f"{size(card.step_bytes)} of weights a decode step"
+        f"state: {size(state.bytes_per_token)} per token and {size(state.bytes_per_request)} per request; "
+        f"{size(card.step_bytes)} of weights per decode step"
     )
     return 0
 
 
 def _set(args: argparse.Namespace) -> int:
-    """Write another main placement into the checkpoint's config.json; the weights stay as they are."""
+    """Write another main placement into the checkpoint's config.json. The weights do not change."""
     try:
         checkpoint, placement = _open(args.model, args.placement)
     except ConfigError as error:
@@ -76,7 +77,7 @@ def _set(args: argparse.Namespace) -> int:
         raise ConfigError(f"{error}; placement set takes no overrides: correct the file itself first") from error
     values = checkpoint.architecture.with_placement(checkpoint.values, placement)
     written = checkpoint.architecture.read_config(checkpoint.hf_config(values))
-    assert read_placement(None, written) == placement, "what would be written is not what was asked for"
+    assert read_placement(None, written) == placement, "the config to write has another placement"
     write_json(checkpoint.config_file, values)
     if args.json:
         print_json({"placement": describe_placement(placement), "file": str(checkpoint.config_file)})
@@ -86,12 +87,12 @@ def _set(args: argparse.Namespace) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    """Loss, distance from the main placement, speed and state of several placements."""
+    """Measure loss, KL divergence from the main placement, speed and state size of several placements."""
     if args.output_len < 2:
         raise ParameterError(f"--output-len {args.output_len}: must be at least 2")
     file = None if args.plot is None else Path(args.plot)
     if file is not None:
-        known = _pyplot().Figure().canvas.get_supported_filetypes()  # before the work rather than after it
+        known = _pyplot().Figure().canvas.get_supported_filetypes()  # checked before the long work, not after it
         if file.suffix.removeprefix(".").lower() not in known:
             raise ParameterError(f"--plot {file}: must end in one of {', '.join(f'.{kind}' for kind in known)}")
         if not file.parent.is_dir() or file.is_dir():
@@ -119,7 +120,7 @@ def _sweep(args: argparse.Namespace) -> int:
             found = next(results, None)
             if found is not None:
                 swept.append(found)
-    swept = [replace(each, best=best) for each, best in zip(swept, front(swept), strict=True)]
+    swept = [replace(each, best=best) for each, best in zip(swept, is_pareto_optimal(swept), strict=True)]
     console.print(_table(swept, describe_placement(main), workload))
     if file is not None:
         _plot(swept, file)
@@ -137,9 +138,9 @@ def _sweep(args: argparse.Namespace) -> int:
 
 
 def _table(swept: Sequence[Swept], main: str, workload: Workload) -> Table:
-    title = f"{workload.requests} requests of {workload.input_len} tokens; distances from {main}"
+    title = f"{workload.requests} requests of {workload.input_len} tokens; KL from {main}"
     table = Table("placement", title=title)
-    for column in ("loss", "KL", "decode, ms", "prefill, tok/s", "state a token", "a request", "best"):
+    for column in ("loss", "KL", "decode, ms", "prefill, tok/s", "state per token", "per request", "best"):
         table.add_column(column, justify="right")
     for each in sorted(swept, key=lambda each: each.decode_ms):
         table.add_row(
@@ -167,7 +168,7 @@ def _pyplot() -> Any:
 
 
 def _plot(swept: Sequence[Swept], file: Path) -> None:
-    """Loss over decode time; a line through what nothing else beats in both."""
+    """Write a plot of loss over decode time, with a line through the Pareto-optimal placements."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     best = sorted((each for each in swept if each.best), key=lambda each: each.decode_ms)
@@ -182,8 +183,8 @@ def _plot(swept: Sequence[Swept], file: Path) -> None:
     for each in swept:
         point = (each.decode_ms, each.loss)
         axes.annotate(each.placement, point, xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="decode step, ms", ylabel="loss, nats a token")
-    axes.set_title("placements (colour: MiB of slot state a request)")
+    axes.set(xlabel="decode step, ms", ylabel="loss, nats per token")
+    axes.set_title("placements (colour: MiB of slot state per request)")
     try:
         figure.savefig(file)
     except OSError as error:

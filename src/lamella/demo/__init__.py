@@ -1,4 +1,4 @@
-"""The bundled demo: a tiny trained LlamaCanon, and questions about it that a program can check."""
+"""Bundled demo: a tiny trained LlamaCanon model, and questions whose answers a program can check."""
 
 from __future__ import annotations
 

@@ -1,15 +1,14 @@
-"""Questions for the demo model: one generator for its training, the command line and the tests.
+"""Generator of questions for the demo model, used in its training, on the command line and in tests.
 
-A question is a prompt of words with a space between them, and its one right answer. Every task depends on exact tokens
-all over the prompt, so an engine that loses, repeats or misplaces one shows it at once:
+A question is a prompt of words separated by spaces, with exactly one right answer. Every task depends on exact tokens
+in the whole prompt, so an engine that loses, repeats or misplaces a token gives wrong answers:
 
-* `copy`: say the symbols again. `copy f 3 f x =` asks for `f 3 f x`. Up to 48 letters and digits, repeats allowed.
-* `hop`: the arrows form one ring over up to 12 letters, in shuffled order; follow one to six of them and name every
-  letter on the way. `hop b > c ; a > b ; d > a ; c > d ; from a go 3 =` asks for `b c d`.
-* `calc`: one to three operations modulo 7, done strictly from left to right. `mod 7 start 3 plus 5 times 2 =` asks
-  for `2`.
+* `copy`: repeat the symbols. `copy f 3 f x =` has the answer `f 3 f x`. Up to 48 letters and digits.
+* `hop`: the arrows form one ring over up to 12 letters, in shuffled order. Follow one to six of them, and list the
+  letters. `hop b > c ; a > b ; d > a ; c > d ; from a go 3 =` has the answer `b c d`.
+* `calc`: one to three operations modulo 7, from left to right. `mod 7 start 3 plus 5 times 2 =` has the answer `2`.
 
-A hash of the prompt decides whether a question is held out; training skips those.
+A hash of the prompt decides whether a question is held out. Training skips held-out questions.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "minus": lambda a, b: (a - b) % 7,
     "times": lambda a, b: (a * b) % 7,
 }
-# Every token of the demo model; the index is the id.
+# All tokens of the demo model, in order of their ids.
 VOCABULARY = (
     *(UNKNOWN, START, END, *SYMBOLS, *OPERATIONS),
     *("copy", "hop", "mod", "start", "from", "go", ">", ";", "="),
@@ -38,13 +37,19 @@ MAX_SYMBOLS = 48
 MIN_NODES, MAX_NODES = 4, 12
 MAX_HOPS = 6
 MAX_OPERATIONS = 3
-# The start token, a whole `copy` question (nothing is longer) and the end token.
+# Start token, the longest `copy` question with its answer (the longest of all tasks), and end token.
 MAX_TOKENS = 2 * MAX_SYMBOLS + 4
 
 
 @dataclass(frozen=True)
 class Question:
-    """What to ask, and what the model should say before it ends its text."""
+    """Prompt and right answer.
+
+    Attributes:
+        task: one of `TASKS`.
+        prompt: words separated by spaces.
+        answer: words that the model should generate before the end token.
+    """
 
     task: str
     prompt: str
@@ -52,18 +57,24 @@ class Question:
 
 
 def make_question(task: str, rng: random.Random) -> Question:
-    """A random question of one of `TASKS`, held out or not."""
+    """Return a random question of one of `TASKS`, which may be held out."""
     prompt, answer = _MAKERS[task](rng)
     return Question(task, " ".join(prompt), " ".join(answer))
 
 
 def is_held_out(question: Question) -> bool:
-    """Whether training never sees the question: one of sixteen, by its prompt."""
+    """Return True for questions that training skips: one of sixteen, by a hash of the prompt."""
     return sha256(question.prompt.encode()).digest()[0] < 16
 
 
 def held_out(count: int, seed: int = 0, task: str | None = None) -> list[Question]:
-    """`count` different held-out questions, the same for the same arguments: of one task, or of all in turn."""
+    """Return different held-out questions, always equal for equal arguments.
+
+    Args:
+        count: number of questions.
+        seed: of the generator.
+        task: one of `TASKS`; None: all tasks in turn.
+    """
     rng = random.Random(seed)
     tasks = TASKS if task is None else (task,)
     questions: dict[Question, None] = {}
@@ -75,7 +86,7 @@ def held_out(count: int, seed: int = 0, task: str | None = None) -> list[Questio
 
 
 def is_right(question: Question, text: str) -> bool:
-    """Whether `text`, what a model said after the prompt, is the answer; one end token behind it may be there."""
+    """Return True if a generated text is the right answer, with or without an end token."""
     words = text.split()
     return (words[:-1] if words[-1:] == [END] else words) == question.answer.split()
 

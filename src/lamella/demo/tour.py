@@ -1,4 +1,4 @@
-"""The tour: the demo model's card, its answers, and proof that every path through the engine gives the same ones."""
+"""Tour of the demo model: its answers, and a check that all paths through the engine give the same tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lamella.engine.requests.sampling_params import SamplingParams
 from lamella.serve.llm import LLM
 
 REQUIRED_ACCURACY = 0.99
-# The smallest cuts every prompt at every offset of a convolution, the largest takes each prompt whole.
+# The smallest budget divides prompts at every offset of a convolution window; the largest computes prompts whole.
 CHUNK_BUDGETS = (3, 16, 64, 2048)
 
 _PARAMS = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
@@ -24,7 +24,15 @@ _PARAMS = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
 
 @dataclass(frozen=True)
 class Answer:
-    """A question, what the model said, and whether that is right."""
+    """Answer of the model to a question.
+
+    Attributes:
+        question: the question.
+        text: generated text.
+        token_ids: generated tokens.
+        prompt_token_ids: tokens of the prompt.
+        right: True if the answer is right.
+    """
 
     question: Question
     text: str
@@ -33,18 +41,20 @@ class Answer:
     right: bool
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the answer for JSON."""
         return {**asdict(self.question), "said": self.text, "right": self.right}
 
 
 @dataclass(frozen=True)
 class TourResult:
-    """Accuracy over all questions and by task, and whether paths agree.
+    """Accuracy of the demo model, and agreement of all paths.
 
     Attributes:
-        accuracy: share of right answers, for every chunk budget.
-        by_task: the same for each task, with whole prompts.
-        same_tokens: whether each budget gave exactly the tokens of whole prompts.
-        plain_agrees: share of tokens that a plain forward without an engine chooses too.
+        questions: number of questions.
+        accuracy: fraction of right answers for each chunk budget.
+        by_task: fraction of right answers for each task, with whole prompts.
+        same_tokens: for each chunk budget, True if all tokens equal those of whole prompts.
+        plain_agrees: fraction of tokens that a plain forward without the engine gives, too.
     """
 
     questions: int
@@ -55,7 +65,7 @@ class TourResult:
 
     @property
     def passed(self) -> bool:
-        """Whether everything is as it should be."""
+        """True if all checks passed."""
         return (
             min(self.accuracy.values()) >= REQUIRED_ACCURACY
             and all(self.same_tokens.values())
@@ -64,7 +74,7 @@ class TourResult:
 
 
 def answer_questions(llm: LLM, questions: Sequence[Question], use_tqdm: bool = False) -> list[Answer]:
-    """Ask the model, greedily."""
+    """Generate greedy answers to questions."""
     outputs = llm.generate([question.prompt for question in questions], _PARAMS, use_tqdm=use_tqdm)
     return [
         Answer(
@@ -79,7 +89,7 @@ def answer_questions(llm: LLM, questions: Sequence[Question], use_tqdm: bool = F
 
 
 def show_answers(console: Console, answers: Sequence[Answer]) -> None:
-    """Each question, what the model said, and whether it is right."""
+    """Print each question with the model's answer, and the right answer if it is wrong."""
     for answer in answers:
         console.print(f"{answer.question.task}: {answer.question.prompt}", markup=False)
         verdict = "[green]right[/green]" if answer.right else f"[red]wrong[/red], it is {answer.question.answer}"
@@ -87,7 +97,7 @@ def show_answers(console: Console, answers: Sequence[Answer]) -> None:
 
 
 def plain_agreement(llm: LLM, answers: Sequence[Answer]) -> float:
-    """The share of generated tokens that one plain forward over prompt and answer chooses at the same place."""
+    """Return the fraction of generated tokens that one plain forward over prompt and answer gives, too."""
     model, agreed, total = llm.engine.model, 0, 0
     for answer in answers:
         ids = torch.tensor(answer.prompt_token_ids + answer.token_ids, device=llm.engine.device)
@@ -100,7 +110,11 @@ def plain_agreement(llm: LLM, answers: Sequence[Answer]) -> float:
 
 
 def take_tour(count: int) -> tuple[TourResult, list[Answer]]:
-    """Ask `count` held-out questions under every chunk budget; returns the answers to whole prompts too."""
+    """Answer `count` held-out questions with every chunk budget.
+
+    Returns:
+        The result, and the answers to whole prompts.
+    """
     questions = held_out(count)
     answers: dict[int, list[Answer]] = {}
     for budget in CHUNK_BUDGETS:
@@ -122,16 +136,14 @@ def take_tour(count: int) -> tuple[TourResult, list[Answer]]:
 
 
 def show_result(console: Console, result: TourResult) -> None:
-    """The tour's tables."""
-    table = Table(
-        "prompts computed in chunks of", "right", "same tokens", title=f"{result.questions} held-out questions"
-    )
+    """Print the result of the tour."""
+    table = Table("chunk budget of prompts", "right", "same tokens", title=f"{result.questions} held-out questions")
     for budget, accuracy in result.accuracy.items():
         table.add_row(
-            f"{budget} tokens a step", f"{accuracy:.1%}", "yes" if result.same_tokens[budget] else "[red]no[/red]"
+            f"{budget} tokens per step", f"{accuracy:.1%}", "yes" if result.same_tokens[budget] else "[red]no[/red]"
         )
     console.print(table)
-    console.print("by task: " + ", ".join(f"{task} {share:.1%}" for task, share in result.by_task.items()))
-    console.print(f"a plain forward without engine, blocks or chunks chooses the same token: {result.plain_agrees:.2%}")
-    verdict = "[green]all as it should be[/green]" if result.passed else "[red]not as it should be[/red]"
+    console.print("by task: " + ", ".join(f"{task} {fraction:.1%}" for task, fraction in result.by_task.items()))
+    console.print(f"tokens that a plain forward without engine, blocks or chunks gives, too: {result.plain_agrees:.2%}")
+    verdict = "[green]all checks passed[/green]" if result.passed else "[red]a check failed[/red]"
     console.print(verdict)

@@ -1,1 +1,1 @@
-"""The front doors: `LLM`, `AsyncLLM`."""
+"""User interfaces of the engine: `LLM` and `AsyncLLM`."""

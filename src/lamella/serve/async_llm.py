@@ -1,4 +1,4 @@
-"""The engine behind an event loop: what a server sits on."""
+"""Asynchronous inference: the engine runs in its own thread, for callers in event loops such as a server's."""
 
 from __future__ import annotations
 
@@ -26,21 +26,26 @@ from lamella.serve.vllm_arguments import engine_options
 
 logger = logging.getLogger("lamella")
 
-_MOST_UNREAD = 16  # outputs of a request that wait for its reader
+_MAX_UNREAD = 16  # outputs of a request that its reader has not read
 
 
-class _Order(NamedTuple):
-    """Something that the engine's thread does between steps; if it cannot, `refuse` tells the caller why."""
+class _Command(NamedTuple):
+    """Action for the engine thread to execute between steps.
+
+    Attributes:
+        run: the action.
+        reject: called with the error if the action fails or cannot be executed.
+    """
 
     run: Callable[[], None]
-    refuse: Callable[[Exception], None]
+    reject: Callable[[Exception], None]
 
 
 class _OutputQueue:
-    """Passes a request's outputs from the engine's thread to the event loop of its caller.
+    """Queue of a request's outputs, from the engine thread to the caller's event loop.
 
     Attributes:
-        has_left: set by the reader's side: nobody reads any more.
+        is_closed: set by the reader when it stops reading.
     """
 
     def __init__(self) -> None:
@@ -48,29 +53,29 @@ class _OutputQueue:
         self._items: deque[RequestOutput | Exception] = deque()
         self._lock = threading.Lock()
         self._ready = asyncio.Event()
-        self.has_left = False
+        self.is_closed = False
 
     @property
-    def is_gone(self) -> bool:
-        """True if nobody can read any more: the reader has left, or its event loop is closed."""
-        return self.has_left or self._loop.is_closed()
+    def is_abandoned(self) -> bool:
+        """True if no further output will be read: the reader has stopped, or its event loop is closed."""
+        return self.is_closed or self._loop.is_closed()
 
     def put(self, item: RequestOutput | Exception) -> None:
-        """Pass an output on; if the reader is far behind, it takes the place of the latest unread one."""
+        """Add an output. If the queue is full, it replaces the latest unread one."""
         with self._lock:
-            if len(self._items) >= _MOST_UNREAD:
-                self._items.pop()  # an output holds all that those before it hold
+            if len(self._items) >= _MAX_UNREAD:
+                self._items.pop()  # each output contains all earlier ones, so no token is lost
             self._items.append(item)
         try:
             self._loop.call_soon_threadsafe(self._ready.set)
         except RuntimeError:  # the loop has been closed
-            self.has_left = True
+            self.is_closed = True
 
     async def get(self) -> RequestOutput:
-        """Wait for the next output. Raises the error that was put in its place."""
+        """Wait for the next output, or raise the error that was added in its place."""
         while not self._items:
             self._ready.clear()
-            if not self._items:  # it may have come just before the event was cleared
+            if not self._items:  # check again: an item may have been added just before the event was cleared
                 await self._ready.wait()
         with self._lock:
             item = self._items.popleft()
@@ -80,21 +85,26 @@ class _OutputQueue:
 
 
 class AsyncLLM:
-    """Many callers of event loops share one engine, which steps in a thread of its own while there is work.
+    """Language model for concurrent callers in event loops. The engine runs steps in its own thread while it has work.
 
-    Options: see docs/options.md, and `lamella.serve.vllm_arguments` for other arguments of vLLM. Close it with
-    `shutdown`, or use it as an async context manager.
+    Options: see docs/options.md. Other arguments of vLLM: see `lamella.serve.vllm_arguments`. Close it with `shutdown`,
+    or use it as an async context manager.
 
-    A step that fails ends the requests of that time with its error, and the engine goes on. What ends the engine's
-    thread (a `SystemExit`, say) ends every call with `ClosedError`, and so every later one.
+    A step that fails ends all current requests with its error, and the engine continues. If the engine thread itself
+    ends (for example by `SystemExit`), all current and later calls raise `ClosedError`.
+
+    Raises:
+        ConfigError: an option or the model's config is not supported.
+        CheckpointError: the checkpoint's files or tensors do not fit.
+        TypeError: an argument does not exist.
     """
 
     def __init__(self, model: str | Path, **options: Any) -> None:
         self.engine = load_engine(EngineOptions(model=model, **engine_options(options)))
         self._ids = itertools.count()
-        self._orders: deque[_Order] = deque()
+        self._commands: deque[_Command] = deque()
         self._wake = threading.Condition()
-        self._queues: dict[str, _OutputQueue] = {}  # used by the engine's thread only
+        self._queues: dict[str, _OutputQueue] = {}  # used only by the engine thread
         self._closing = False
         self._failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="lamella-engine", daemon=True)
@@ -112,13 +122,22 @@ class AsyncLLM:
         priority: int = 0,
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """The whole output so far after each new token, until the request is finished.
+        """Generate completions of one prompt, and yield the output so far after each new token.
 
-        `lora_request`, `priority` and `tokenization_kwargs` are as in `LLM.generate`.
+        A reader that is more than 16 outputs behind skips some of them. Leaving the iteration early, cancelling its
+        task or closing its event loop cancels the request before the next step. `abort` ends it with its output so far.
 
-        A reader that falls behind by more than 16 outputs gets the newest in place of some. Raises `ParameterError` for
-        a bad request. Leaving the iteration early, cancelling its task or closing its event loop drops the request
-        before the next step; `abort` ends it with what it has.
+        Args:
+            prompt: see `LLM.generate`.
+            sampling_params: default: `get_default_sampling_params()`.
+            request_id: id of the request, unique among unfinished requests; default: a new one.
+            lora_request: see `LLM.generate`.
+            priority: see `LLM.generate`.
+            tokenization_kwargs: see `LLM.generate`.
+
+        Raises:
+            ParameterError: the prompt, its sampling parameters or the id are invalid.
+            ClosedError: the engine has been shut down, or its thread has ended.
         """
         prompt = with_tokenization(prompt, lora_request, priority, tokenization_kwargs)
         name = request_id if request_id is not None else f"request-{next(self._ids)}"
@@ -126,7 +145,7 @@ class AsyncLLM:
         reader = _OutputQueue()
 
         def start() -> None:
-            if reader.is_gone:
+            if reader.is_abandoned:
                 return
             try:
                 job = self.engine.make_job(name, prompt, params)
@@ -136,36 +155,40 @@ class AsyncLLM:
                 return
             self._queues[name] = reader
 
-        self._order(start, reader.put)
+        self._submit(start, reader.put)
         try:
             while True:
                 output = await reader.get()
                 if output.finished:
-                    reader.has_left = True
+                    reader.is_closed = True
                 yield output
                 if output.finished:
                     return
         finally:
-            if not reader.has_left:
-                reader.has_left = True
+            if not reader.is_closed:
+                reader.is_closed = True
                 with self._wake:
-                    self._wake.notify()  # the engine's thread looks who has left
+                    self._wake.notify()  # the engine thread then cancels the request
 
     def abort(self, request_id: str) -> None:
-        """End a request; its iterator gives what there is, with finish reason "abort". Unknown ids are ignored."""
-        self._order(lambda: self._end(request_id))
+        """End a request. Its iterator yields the output so far, with finish reason "abort". Unknown ids are ignored."""
+        self._submit(lambda: self._end(request_id))
 
     def get_tokenizer(self) -> Tokenizer:
-        """Return the tokenizer; raises `ConfigError` where there is none."""
+        """Return the tokenizer.
+
+        Raises:
+            ConfigError: the model has no tokenizer.
+        """
         return get_tokenizer(self.engine)
 
     def stats(self) -> dict[str, Any]:
-        """See `Engine.stats`."""
+        """Return counters and current usage, see `LLM.stats`."""
         return self.engine.stats()
 
     def reset_prefix_cache(self) -> None:
-        """See `Engine.reset_prefix_cache`; done between two steps."""
-        self._order(self.engine.reset_prefix_cache)
+        """Drop all cached prefixes before the next step. Running requests are not affected."""
+        self._submit(self.engine.reset_prefix_cache)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """See `LLM.get_default_sampling_params`."""
@@ -176,7 +199,10 @@ class AsyncLLM:
         return chat_prompts(self.engine, messages, **arguments)
 
     async def set_placement(self, placement: PlacementLike | None, running: str = "finish") -> None:
-        """See `LLM.set_placement`; returns once it is accepted, which may be before it is in force."""
+        """Switch a supernet to another placement, see `LLM.set_placement`.
+
+        Returns once the switch is accepted, which may be before it is made.
+        """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[None] = loop.create_future()
 
@@ -188,7 +214,7 @@ class AsyncLLM:
             try:
                 loop.call_soon_threadsafe(settle, error)
             except RuntimeError:  # the loop has been closed
-                logger.debug("nobody waits for the change of placement")
+                logger.debug("the caller of set_placement no longer waits for the result")
 
         def change() -> None:
             try:
@@ -198,11 +224,11 @@ class AsyncLLM:
             else:
                 reply(None)
 
-        self._order(change, reply)
+        self._submit(change, reply)
         await answer
 
     def shutdown(self) -> None:
-        """Abort what is running, and stop the thread and other ranks."""
+        """Abort all requests, and stop the engine thread and the other ranks."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -215,42 +241,47 @@ class AsyncLLM:
     async def __aexit__(self, *_: object) -> None:
         await asyncio.get_running_loop().run_in_executor(None, self.shutdown)
 
-    def _order(self, run: Callable[[], None], refuse: Callable[[Exception], None] = lambda error: None) -> None:
+    def _submit(self, run: Callable[[], None], reject: Callable[[Exception], None] = lambda error: None) -> None:
+        """Queue a command for the engine thread.
+
+        Raises:
+            ClosedError: the engine has been shut down, or its thread has ended.
+        """
         with self._wake:
             if self._failure is not None:
                 raise ClosedError(self._failure)
             if self._closing:
                 raise ClosedError("the engine has been shut down")
-            self._orders.append(_Order(run, refuse))
+            self._commands.append(_Command(run, reject))
             self._wake.notify()
 
     def _run(self) -> None:
-        """The engine's thread."""
+        """Main function of the engine thread."""
         try:
             self._serve()
         except BaseException as error:
             self._fail(error)
         finally:
-            # Whoever ordered something while the thread was ending.
-            self._refuse_all(ClosedError(self._failure or "the engine has been shut down"))
+            # Commands that were submitted while the thread was ending.
+            self._reject_all(ClosedError(self._failure or "the engine has been shut down"))
 
     def _serve(self) -> None:
         while True:
             with self._wake:
-                while not (self._orders or self._closing or self.engine.has_work):
+                while not (self._commands or self._closing or self.engine.has_work):
                     self._wake.wait()
                 closing = self._closing
-            for _ in range(len(self._orders)):
-                order = self._orders.popleft()
+            for _ in range(len(self._commands)):
+                command = self._commands.popleft()
                 try:
-                    order.run()
-                except Exception as error:  # the engine has rolled back whatever was not done whole
-                    logger.exception("an order failed")
-                    order.refuse(error)
+                    command.run()
+                except Exception as error:  # the engine has rolled back incomplete changes
+                    logger.exception("a command of the engine thread failed")
+                    command.reject(error)
                 except BaseException as error:
-                    order.refuse(self._closed_by(error))
+                    command.reject(self._record_failure(error))
                     raise
-            for name in [name for name, reader in self._queues.items() if reader.is_gone]:
+            for name in [name for name, reader in self._queues.items() if reader.is_abandoned]:
                 del self._queues[name]
                 self.engine.cancel(name)
             if closing:
@@ -261,11 +292,12 @@ class AsyncLLM:
                 for job in self.engine.step():
                     self._deliver(job)
             except Exception as error:
-                # The step's requests cannot go on; the engine can.
+                # The engine has rolled back the step and can continue; the current requests end.
                 logger.exception("a step failed")
                 self._end_all(error)
 
-    def _closed_by(self, error: BaseException) -> ClosedError:
+    def _record_failure(self, error: BaseException) -> ClosedError:
+        """Record the error that ends the engine thread, and return the error of all further calls."""
         text = str(error).partition("\n")[0]
         self._failure = f"the engine has failed and must be made anew: {type(error).__name__}: {text}"
         closed = ClosedError(self._failure)
@@ -273,21 +305,21 @@ class AsyncLLM:
         return closed
 
     def _fail(self, error: BaseException) -> None:
-        """End every call; nothing is computed any more."""
-        logger.critical("the engine's thread ends", exc_info=error)
-        closed = self._closed_by(error)
-        self._refuse_all(closed)
+        """End all calls with `ClosedError`, since the engine thread ends."""
+        logger.critical("the engine thread ends", exc_info=error)
+        closed = self._record_failure(error)
+        self._reject_all(closed)
         readers, self._queues = self._queues, {}
         for reader in readers.values():
             reader.put(closed)
         self.engine.close()
 
-    def _refuse_all(self, error: ClosedError) -> None:
+    def _reject_all(self, error: ClosedError) -> None:
         with self._wake:
-            self._closing = True  # no order comes after
-            orders, self._orders = self._orders, deque()
-        for order in orders:
-            order.refuse(error)
+            self._closing = True  # no further command is accepted
+            commands, self._commands = self._commands, deque()
+        for command in commands:
+            command.reject(error)
 
     def _end_all(self, error: Exception) -> None:
         readers, self._queues = self._queues, {}

@@ -1,4 +1,4 @@
-"""Chats of `LLM.chat` as prompts of `LLM.generate`."""
+"""Conversion of chats to prompts of `LLM.generate`."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def chat_prompts(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     tokenization_kwargs: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the prompt of each chat; arguments as of `LLM.chat`.
+    """Return the prompt of each chat. Arguments: see `LLM.chat`.
 
     Raises:
-        ParameterError: the model has no tokenizer or template, or the template does not take the messages.
+        ParameterError: the model has no tokenizer or template, or the template does not accept the messages.
     """
     tokenizer = engine.tokenizer
     if tokenizer is None:
@@ -48,7 +48,7 @@ def chat_prompts(
         raise ParameterError(f"chat_template_kwargs={shown(variables)}: must be a dict of names for the template")
     if tools is not None and (isinstance(tools, str | Mapping) or not isinstance(tools, Sequence)):
         raise ParameterError(f"tools={shown(tools)}: must be a list of JSON schemas")
-    # The template writes the special tokens, so that the tokenizer must not add them again.
+    # The template writes the special tokens, so the tokenizer must not add them again.
     special = {"add_special_tokens": False, **(tokenization_kwargs or {})}
     template = select_template(tokenizer.chat_template, chat_template, bool(tools))
     if chat_template is None and "chat_template" in variables:

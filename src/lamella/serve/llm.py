@@ -1,4 +1,4 @@
-"""The offline interface, in the form of vLLM's `LLM`."""
+"""Offline inference, with the interface of vLLM's `LLM`."""
 
 from __future__ import annotations
 
@@ -28,20 +28,27 @@ from lamella.serve.vllm_arguments import engine_options
 
 
 class LLM:
-    """A model ready to generate.
+    """Language model for offline inference.
 
-    Options: see docs/options.md, and `lamella.serve.vllm_arguments` for other arguments of vLLM. An unknown argument is
-    a `TypeError`.
+    Options: see docs/options.md. Other arguments of vLLM: see `lamella.serve.vllm_arguments`.
 
-    Safe to use from several threads: calls that run at the same time share batches. A lock is held for one step at a
-    time and never while an iterator waits for its reader. A callback inside a step, such as a module's forward hook,
-    can call `stats` only; everything else raises `EngineError` there.
+    Thread-safe: calls of several threads share batches. A lock is held for one step at a time, and never while an
+    iterator waits for its consumer. A callback inside a step, such as a module's forward hook, can only call `stats`;
+    all other methods raise `EngineError` there.
 
-    Raises `ConfigError` or `CheckpointError`, each with one line that names the setting, file or tensor.
+    Raises:
+        ConfigError: an option or the model's config is not supported.
+        CheckpointError: the checkpoint's files or tensors do not fit.
+        TypeError: an argument does not exist.
     """
 
     def __init__(self, model: str | Path | LanguageModel, **options: Any) -> None:
-        """Load a model; the options are those of `EngineOptions`, see docs/options.md."""
+        """Load a model.
+
+        Args:
+            model: folder, GGUF file, `demo`, Hub id, or a constructed model of `lamella.models`.
+            options: see docs/options.md.
+        """
         self.engine = load_engine(EngineOptions(model=model, **engine_options(options)))
         self._shared = SharedEngine(self.engine)
         self._ids = itertools.count()
@@ -57,18 +64,22 @@ class LLM:
         priority: int | Sequence[int] | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Complete every prompt; the outputs come in the prompts' order.
+        """Generate completions of prompts. All requests are validated before any of them runs.
 
         Args:
-            prompts: one prompt or several, see `read_prompt`: texts, token ids, or mappings.
-            sampling_params: one for all, or one for each prompt; by default `get_default_sampling_params()`.
+            prompts: one prompt or several: texts, lists of token ids, or mappings, see `read_prompt`. A prompt with
+                images is `{"prompt": "<|image|> ...", "multi_modal_data": {"image": image}}`.
+            sampling_params: one for all prompts, or one per prompt; default: `get_default_sampling_params()`.
             use_tqdm: show a progress bar.
-            lora_request: only None; merge an adapter into the model.
-            priority: only None or 0; requests start in the order in which they come.
-            tokenization_kwargs: `{"add_special_tokens": False}` takes texts as they are, without a BOS.
+            lora_request: only None is supported; merge an adapter into the model instead.
+            priority: only None or 0 is supported; requests start in order of arrival.
+            tokenization_kwargs: `{"add_special_tokens": False}` encodes texts without special tokens such as BOS.
 
-        With images a prompt is `{"prompt": "<|image|> ...", "multi_modal_data": {"image": image}}`. Every request is
-        checked before any is run; a bad one is a `ParameterError` that says which.
+        Returns:
+            One output per prompt, in the order of the prompts.
+
+        Raises:
+            ParameterError: a prompt or its sampling parameters are invalid; the message gives its index.
         """
         single = isinstance(prompts, str | Mapping) or is_token_ids(prompts)
         given: list[Any] = [prompts] if single else _listed("prompts", prompts)
@@ -112,29 +123,32 @@ class LLM:
         tokenization_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer chats; arguments as in vLLM.
+        """Generate answers to chats. Arguments as in vLLM.
 
         Args:
-            messages: a chat, or a list of chats. A chat is a list of OpenAI's messages: `role` and `content`, a text
-                or a list of parts (`{"type": "text", "text": ...}`, `{"type": "image_url", "image_url": {"url":
-                "data:..."}}`, `{"type": "image", "image": ...}`).
-            sampling_params: one for all, or one for each chat; by default `get_default_sampling_params()`.
+            messages: a chat, or a list of chats. A chat is a list of messages in OpenAI's format: `role` and `content`.
+                A content is a text or a list of parts: `{"type": "text", "text": ...}`, `{"type": "image_url",
+                "image_url": {"url": "data:..."}}` or `{"type": "image", "image": ...}`.
+            sampling_params: one for all chats, or one per chat; default: `get_default_sampling_params()`.
             use_tqdm: show a progress bar.
-            lora_request: only None; merge an adapter into the model.
-            priority: only None or 0.
-            chat_template: a template's text, or the name of one of the model's; by default the model's.
-            chat_template_content_format: "string" joins the parts of a content, "openai" gives them to the template as
-                they are; "auto" finds out which the template takes.
-            add_generation_prompt: end the prompt with what stands before an answer.
+            lora_request: only None is supported; merge an adapter into the model instead.
+            priority: only None or 0 is supported.
+            chat_template: text of a template, or the name of one of the model's; default: the model's.
+            chat_template_content_format: "string" joins the parts of a content, "openai" passes them to the template as
+                they are, "auto" detects what the template expects.
+            add_generation_prompt: append the text that starts an assistant message.
             continue_final_message: continue the final message instead; needs `add_generation_prompt=False`.
-            tools: JSON schemas of the functions that the model may call.
-            chat_template_kwargs: more names for the template, such as `{"enable_thinking": False}`.
+            tools: JSON schemas of the functions that the model can call.
+            chat_template_kwargs: additional template variables, such as `{"enable_thinking": False}`.
             tokenization_kwargs: `{"add_special_tokens": True}` adds the tokenizer's special tokens to the template's.
-            mm_processor_kwargs: only None; images are tiled as the checkpoint's files say.
+            mm_processor_kwargs: only None is supported; images are tiled as the checkpoint's files define.
+
+        Returns:
+            One output per chat, in the order of the chats.
 
         Raises:
-            ParameterError: the model has no chat template, the template does not take the messages, or a request cannot
-                run.
+            ParameterError: the model has no chat template, the template does not accept the messages, or a request
+                cannot run.
         """
         if mm_processor_kwargs:
             raise ParameterError("mm_processor_kwargs: not supported: images are tiled as the checkpoint's files say")
@@ -151,60 +165,75 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm, lora_request, priority)
 
     def preprocess_chat(self, messages: Sequence[Any], **arguments: Any) -> list[dict[str, Any]]:
-        """Return the prompts of chats as `generate` and `stream` take them; arguments as of `chat`."""
+        """Return the prompts of chats, for `generate` and `stream`. Arguments: see `chat`."""
         return chat_prompts(self.engine, messages, **arguments)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Generator[RequestOutput, None, None]:
-        """Complete one prompt, giving the whole output so far after each new token.
+        """Generate one completion, and yield the output so far after each new token.
 
-        Closing the iterator early cancels the request. A bad prompt or parameter is an error of this call, not of the
-        first `next`. The request is queued by the first `next`, and computed with the placement in force then, or with
-        its own; if `set_placement` has since taken that away, the first `next` raises `ParameterError`.
+        The request is validated by this call, and queued by the first `next`, with the placement at that time. Closing
+        the iterator early cancels the request.
+
+        Args:
+            prompt: see `generate`.
+            sampling_params: default: `get_default_sampling_params()`.
+
+        Raises:
+            ParameterError: the prompt or the sampling parameters are invalid. Raised by the first `next` if
+                `set_placement` has removed the request's own placement since.
         """
         job = self._make_job(prompt, sampling_params or self.get_default_sampling_params())
         return (output for _, output in self._run([job]) if output is not None)
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """Return the sampling parameters of requests that give none: generation_config.json's, see docs/options.md."""
+        """Return the sampling parameters of requests without their own, see `generation_config` in docs/options.md."""
         return self.engine.admission.default_params()
 
     def get_tokenizer(self) -> Tokenizer:
-        """Return the tokenizer; raises `ConfigError` where there is none."""
+        """Return the tokenizer.
+
+        Raises:
+            ConfigError: the model has no tokenizer.
+        """
         return get_tokenizer(self.engine)
 
     def stats(self) -> dict[str, Any]:
-        """See `Engine.stats`."""
-        if self._shared.is_mine:  # in a callback
+        """Return counters and current usage, see docs/options.md."""
+        if self._shared.is_owner:  # in a callback
             return self.engine.stats()
         with self._shared.exclusive():
             return self.engine.stats()
 
     def reset_prefix_cache(self) -> None:
-        """See `Engine.reset_prefix_cache`."""
+        """Drop all cached prefixes. Running requests are not affected."""
         with self._shared.exclusive():
             self.engine.reset_prefix_cache()
 
     @property
     def placement(self) -> Placement:
-        """The mixer of each layer of a supernet for requests that ask for no other; None where there is no choice."""
+        """Mixer of each layer of a supernet for requests without a placement; None for a layer without a choice."""
         return self.engine.variants.current.placement
 
     def mixer_names(self) -> tuple[str, ...]:
-        """The mixers that a placement may name; empty where no layer has a choice."""
+        """Return the mixer names that a placement can use; empty if no layer has a choice."""
         return mixer_names(self.engine.model.config)
 
     def set_placement(self, placement: PlacementLike | None, running: str = "finish") -> None:
-        """Compute with another placement of a supernet, see `lamella.config.read_placement`.
+        """Switch a supernet to another placement.
 
-        If nothing runs, it is in force from the next step on. Otherwise requests that are queued or running finish
-        under the old placement, and later ones wait; with `running="recompute"` all are computed again under the new
-        one and keep their output. With `mixed_placements` nothing waits: running requests keep their placement.
+        If no request is running, the switch is made before the next step. With `mixed_placements` it never waits:
+        running requests keep their placement.
+
+        Args:
+            placement: the new placement, see `lamella.config.read_placement`.
+            running: "finish": queued and running requests finish under the old placement, and later requests wait.
+                "recompute": all are recomputed under the new placement, and keep their output tokens.
 
         Raises:
-            ConfigError: a name is wrong, the state does not fit, or a request that would be computed under the new
-                placement does not fit or asked for another. Nothing has changed.
+            ConfigError: the placement is invalid, its state does not fit, or a request that would run under it does not
+                fit or has another placement of its own. Nothing has changed.
         """
         with self._shared.exclusive():
             self.engine.switch(placement, running)
@@ -214,29 +243,30 @@ class LLM:
             return self.engine.make_job(str(next(self._ids)), prompt, params)
 
     def _run(self, jobs: Sequence[Job], with_outputs: bool = True) -> Iterator[tuple[Job, RequestOutput | None]]:
-        """Step until the jobs are through, giving each that got something new, and its output if wanted; on the way
-        out none is left behind.
+        """Step until the jobs have finished, and yield each job with new output, and the output if requested.
+
+        Unfinished jobs are cancelled when the iterator is closed.
         """
-        # Whoever steps the engine moves the jobs of other callers too, so what counts is what has been given on.
-        given = {job: job.revision for job in jobs}
+        # Steps of other threads advance these jobs, too. So new output is detected by comparing revisions.
+        yielded = {job: job.revision for job in jobs}
         try:
             with self._shared.exclusive():
                 for job in jobs:
                     self.engine.add(job)
-            while given:
+            while yielded:
                 with self._shared.exclusive():
-                    if all(job.revision == before for job, before in given.items()):
+                    if all(job.revision == before for job, before in yielded.items()):
                         self.engine.step()
-                    changed = [job for job, before in given.items() if job.revision != before]
-                    # Made under the lock: another thread's step may be next.
+                    changed = [job for job, before in yielded.items() if job.revision != before]
+                    # Copied under the lock, since another thread may step the engine next.
                     new = [(job, job.output() if with_outputs else None) for job in changed]
                     for job in changed:
-                        given[job] = job.revision
+                        yielded[job] = job.revision
                         if job.finished:
-                            del given[job]
+                            del yielded[job]
                 yield from new
         finally:
-            self._shared.leave(job.request_id for job in jobs)
+            self._shared.abandon(job.request_id for job in jobs)
 
     def _progress(self, jobs: Sequence[Job], seconds: float) -> str:
         stats = self.stats()
@@ -252,16 +282,16 @@ class LLM:
 
 
 def get_tokenizer(engine: Engine) -> Tokenizer:
-    """Return an engine's tokenizer.
+    """Return the tokenizer of an engine.
 
     Raises:
         ConfigError: there is none.
     """
     if engine.tokenizer is None:
         raise ConfigError(
-            "tokenizer: the model has none: LLM(tokenizer=FOLDER) takes another's"
+            "tokenizer: the model has none; give one with LLM(tokenizer=FOLDER)"
             if not engine.options.skip_tokenizer_init
-            else "skip_tokenizer_init=True: no tokenizer was loaded"
+            else "skip_tokenizer_init=True: no tokenizer was loaded; leave it out"
         )
     return engine.tokenizer
 
@@ -272,16 +302,25 @@ def with_tokenization(
     priority: int | Sequence[int] | None,
     tokenization_kwargs: Mapping[str, Any] | None,
 ) -> Prompt:
-    """Return a prompt that says what vLLM's arguments of a request say of it.
+    """Apply vLLM's arguments of a request to its prompt.
+
+    Args:
+        prompt: see `read_prompt`.
+        lora_request: must be None or empty.
+        priority: must be None or 0.
+        tokenization_kwargs: see `read_tokenization`.
+
+    Returns:
+        The prompt, with `add_special_tokens` if `tokenization_kwargs` sets it.
 
     Raises:
-        ParameterError: an argument asks for what this engine has not.
+        ParameterError: an argument has an unsupported value.
     """
     if lora_request not in (None, []):
         raise ParameterError("lora_request: not supported: merge the adapter into the model, or use vLLM's plugin")
     values = [priority] if priority is None or isinstance(priority, int) else list(priority)
     if any(value not in (None, 0) for value in values):
-        raise ParameterError(f"priority={priority!r}: not supported: requests start in the order in which they come")
+        raise ParameterError(f"priority={priority!r}: not supported: requests start in order of arrival; leave it out")
     special = read_tokenization(tokenization_kwargs)
     if special is None or is_token_ids(prompt):
         return prompt

@@ -1,4 +1,4 @@
-"""One engine for several threads: whoever has the lock steps it, for everybody's requests."""
+"""Sharing of one engine among threads: the thread that holds the lock runs a step for the requests of all threads."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ from contextlib import contextmanager
 from lamella.engine.engine import Engine
 from lamella.errors import EngineError
 
-# After its turn a thread waits so long if others want theirs: locks are not fair by themselves.
+# A thread that releases the lock sleeps this long if others wait for it, since locks are not fair.
 _PAUSE_SECONDS = 5e-5
 
 
 class SharedEngine:
-    """Guards an engine by a lock that is held for one step at a time, so that threads share batches.
+    """Engine with a lock that is held for one step at a time, so that threads share batches.
 
     Attributes:
-        engine: use it inside `exclusive` only.
+        engine: must be used only inside `exclusive`.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._lock = threading.RLock()  # which knows its owner; nobody takes it twice
+        self._lock = threading.RLock()  # RLock for its owner check; it is never acquired twice by a thread
         self._waiting: set[int] = set()
-        self._left: deque[str] = deque()  # requests that their callers have left, to be cancelled
+        self._abandoned: deque[str] = deque()  # requests to cancel
 
     @property
-    def is_mine(self) -> bool:
+    def is_owner(self) -> bool:
         """True while this thread is inside `exclusive`."""
         return self._lock._is_owned()  # type: ignore[attr-defined]
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Use the engine alone inside the block.
+        """Context in which this thread has exclusive use of the engine.
 
-        Raises `EngineError` where this thread is inside already: from a callback in the middle of a step, say.
+        Raises:
+            EngineError: this thread is already inside, for example in a callback in the middle of a step.
         """
-        if self.is_mine:
+        if self.is_owner:
             raise EngineError("the engine is in the middle of a step of this thread; call it after the step")
         me = threading.get_ident()
         try:
@@ -47,40 +48,40 @@ class SharedEngine:
                 self._waiting.add(me)
                 self._lock.acquire()
                 self._waiting.discard(me)
-                self._cancel_left()
+                self._cancel_abandoned()
                 yield
             finally:
                 self._release()
         finally:
-            self._release()  # again: an interrupt may have come in the middle of the first
+            self._release()  # again: an interrupt may have hit the first call
             self._waiting.discard(me)
-        if self._left:
-            self.leave(())
+        if self._abandoned:
+            self.abandon(())
         if self._waiting:
             time.sleep(_PAUSE_SECONDS)
 
-    def leave(self, request_ids: Iterable[str]) -> None:
-        """Cancel requests, those that have ended excepted: at once, or, if the engine is in use, after this use.
+    def abandon(self, request_ids: Iterable[str]) -> None:
+        """Cancel unfinished requests: at once, or after the current use if the engine is in use.
 
-        Never waits: the garbage collector may call it, for an iterator that was dropped, in the middle of a step.
+        Never blocks: the garbage collector may call it in the middle of a step, for an iterator that was dropped.
         """
-        self._left.extend(request_ids)
-        if self.is_mine:
+        self._abandoned.extend(request_ids)
+        if self.is_owner:
             return
         try:
             try:
                 if self._lock.acquire(blocking=False):
-                    self._cancel_left()
+                    self._cancel_abandoned()
             finally:
                 self._release()
         finally:
             self._release()
 
     def _release(self) -> None:
-        if self.is_mine:
+        if self.is_owner:
             self._lock.release()
 
-    def _cancel_left(self) -> None:
-        while self._left:
-            self.engine.cancel(self._left[0])
-            self._left.popleft()  # after: an interrupted cancellation is made again
+    def _cancel_abandoned(self) -> None:
+        while self._abandoned:
+            self.engine.cancel(self._abandoned[0])
+            self._abandoned.popleft()  # last: an interrupted cancellation is repeated

@@ -1,4 +1,4 @@
-"""vLLM's arguments of `LLM` and `AsyncLLM` that are no options of this engine: one table with a rule for each."""
+"""Arguments of vLLM's `LLM` that are not options of this engine: a table with one rule per argument."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _ANY = object()
 
 @dataclass(frozen=True)
 class Argument:
-    """Rule for an argument.
+    """Rule for an argument of vLLM.
 
     Attributes:
-        values: those that are accepted, and logged as without effect; `_ANY` accepts every value.
-        otherwise: the nearest thing, named where another value is refused.
-        option: our name of the same option, which takes the value.
+        values: accepted values, which are logged as having no effect; `_ANY` accepts every value.
+        otherwise: alternative that the error for another value names.
+        option: name of the equivalent option here, which gets the value.
     """
 
     values: Any = _ANY
@@ -31,7 +31,7 @@ class Argument:
     option: str | None = None
 
     def accepts(self, value: Any) -> bool:
-        """Return whether the value has no effect here."""
+        """Return True if the value is accepted and has no effect."""
         if self.values is _ANY:
             return True
         return is_one_of(value, self.values)
@@ -140,13 +140,19 @@ ARGUMENTS: Mapping[str, Argument] = {
 
 
 def engine_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the engine among keyword arguments in vLLM's words.
+    """Convert keyword arguments with vLLM's names to options of the engine.
 
-    An argument that cannot matter here is accepted, and one log line lists these.
+    Arguments without effect here are accepted, and listed in one log line.
+
+    Args:
+        given: keyword arguments of `LLM`.
+
+    Returns:
+        Values of `EngineOptions` fields by name.
 
     Raises:
-        ConfigError: an argument of vLLM would change results or cannot be had; names the nearest thing.
-        TypeError: no such argument exists.
+        ConfigError: an argument would change results and is not supported. The message names an alternative.
+        TypeError: the argument does not exist.
     """
     own = {field.name for field in fields(EngineOptions)}
     options = {name: value for name, value in given.items() if name in own}
