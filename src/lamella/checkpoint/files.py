@@ -184,6 +184,7 @@ def find_folder(model: str | Path, revision: str | None = None) -> Path:
         return DEMO_FOLDER
     path = Path(model).expanduser()
     if path.is_dir():
+        _check_entries(path)
         return path
     if path.is_file():
         if path.suffix == ".gguf" or is_gguf(path):
@@ -193,6 +194,14 @@ def find_folder(model: str | Path, revision: str | None = None) -> Path:
     if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1:
         raise CheckpointError(f"{model}: no such folder")
     return _download(str(model), revision)
+
+
+def _check_entries(folder: Path) -> None:
+    """Refuse a folder with a pipe or a device under the name of a file that may be read: reading it may never end."""
+    for pattern in (*_CONFIGS, "*.safetensors", "*.bin", "*.pth", "*.gguf", "*.jinja"):
+        for entry in folder.glob(pattern):
+            if entry.exists() and not (entry.is_file() or entry.is_dir()):
+                raise CheckpointError(f"{entry}: not a file, but a pipe or a device: remove it, or download it again")
 
 
 _CONFIGS = ("*.json", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "chat_template*")

@@ -10,7 +10,16 @@ from rich.console import Console
 
 from lamella.serve.llm import LLM
 
-console = Console(highlight=False)
+
+class _Output(Console):
+    """Standard output; if its reader has gone, `main` ends the command."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error again, in place of rich's own exit."""
+        raise
+
+
+console = _Output(highlight=False)
 
 
 def load_llm(args: argparse.Namespace) -> LLM:
