@@ -28,14 +28,19 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
+_LONGEST = 1200  # characters of an error
+
+
 class LamellaError(Exception):
     """Base of every error that lamella raises on purpose.
 
-    Its text may quote file content, so that `str` gives it without control characters, see `printable`.
+    Its text may quote file content. So `str` gives it without control characters (see `printable`), and without the
+    middle of a very long one: the beginning names the place, and the end the way out.
     """
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        text = printable(super().__str__())
+        return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 300]} [...] {text[-290:]}"
 
 
 class UserError(LamellaError, ValueError):

@@ -69,7 +69,7 @@ class Model:
         assert [output.outputs[0].token_ids for output in again] == self.right(seed)[:2], lines.where
         assert not llm.engine.has_work, lines.where
         llm.engine.state.check_integrity()
-        llm.engine.state.check_idle()
+        llm.engine.state.check_at_rest()
         return lines.where
 
 

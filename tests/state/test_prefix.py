@@ -261,7 +261,7 @@ class TestRollBack:
         state.mark_computed("a", 2 * BLOCK, keys[:2])
         state.roll_back()
         state.check_integrity()
-        state.check_idle()
+        state.check_at_rest()
         assert state.match(keys).length == BLOCK
 
     def test_keys_of_an_uncommitted_step_are_dropped_without_slot_state(self):
@@ -304,7 +304,7 @@ class TestRollBack:
         assert state.match(keys).length == 0
         state.check_integrity()
         state.release("a")
-        state.check_idle()
+        state.check_at_rest()
 
     def test_change_interrupted_at_any_line_is_repaired(self):
         """Make random changes and interrupt one at a random line."""
@@ -325,7 +325,7 @@ class TestRollBack:
                         state.pop_copies(), state.confirm_copies(), state.commit()
             state.roll_back()
             state.check_integrity()
-            state.check_idle()
+            state.check_at_rest()
 
 
 def chain(count):

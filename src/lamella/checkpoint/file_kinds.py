@@ -110,7 +110,12 @@ def data_offsets(file: Path) -> dict[str, tuple[int, int]]:
     if not isinstance(header, dict):
         return {}
     entries = {name: entry for name, entry in header.items() if name != "__metadata__" and isinstance(entry, dict)}
-    return {name: tuple(entry.get("data_offsets", (0, 0))) for name, entry in entries.items()}
+    found = {name: entry.get("data_offsets") for name, entry in entries.items()}
+    return {
+        name: (offsets[0], offsets[1])
+        for name, offsets in found.items()
+        if isinstance(offsets, list) and len(offsets) == 2 and all(type(offset) is int for offset in offsets)
+    }
 
 
 def why_no_weights(folder: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,7 +23,7 @@ from lamella.checkpoint.tokenizer_files import eos_of_tokenizer
 from lamella.config import ModelConfig
 from lamella.config.config_keys import IgnoredKeys
 from lamella.config.hf_config import HFConfig
-from lamella.errors import CheckpointError
+from lamella.errors import CheckpointError, LamellaError
 from lamella.layers.kit import Kit
 from lamella.models.architecture import Architecture
 from lamella.models.base import CausalLM, model_class
@@ -79,7 +80,16 @@ class Checkpoint:
             config: what `read_config` returns, or a change of it.
             kit: supplies the parts; one on the device "meta" allocates nothing.
         """
-        return model_class(self.architecture).allocate(config, kit)
+        try:
+            return model_class(self.architecture).allocate(config, kit)
+        except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+            reason = str(error).partition("\n")[0]
+            if isinstance(error, LamellaError) or not (isinstance(error, MemoryError) or _NO_MEMORY.search(reason)):
+                raise
+            raise CheckpointError(
+                f"{self.config_file}: a model of these sizes does not fit into this machine's memory ({reason[:120]}); "
+                "check the sizes, or divide it with tensor_parallel_size"
+            ) from error
 
     def _list(self) -> Collection[str] | None:
         """The names of the tensors; None where there are no files, as for dummy weights, or none that can be read."""
@@ -204,6 +214,8 @@ def _check_entries(folder: Path) -> None:
                 raise CheckpointError(f"{entry}: not a file, but a pipe or a device: remove it, or download it again")
 
 
+# What torch says about sizes that it cannot allocate or count.
+_NO_MEMORY = re.compile(r"allocate|out of memory|overflow|too large|invalid size|exceed", re.IGNORECASE)
 _CONFIGS = ("*.json", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "chat_template*")
 _UNWANTED = ("original/*", "onnx/*", "*/onnx/*", "coreml/*", "*consolidated*.safetensors", "runs/*")
 

@@ -261,7 +261,7 @@ class Engine:
                 self._drop(completion)
         self.state.commit()
         if not self.has_work:
-            self.state.check_idle()
+            self.state.check_at_rest()
         return list(changed.values())
 
     def _restart_alone(self, request: Request) -> bool:

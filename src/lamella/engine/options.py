@@ -287,9 +287,14 @@ class EngineOptions:
             raise ConfigError(
                 f"model={type(self.model).__name__}: must be a folder, `demo`, a Hub id or a model of lamella.models"
             )
+        if not ((isinstance(self.model, str | Path) and str(self.model)) or self.is_constructed):
+            raise ConfigError(
+                f"model={shown(self.model)}: must be a folder, a GGUF file, a Hub id or a constructed model"
+            )
         for name in ("tokenizer", "revision", "tokenizer_revision"):
             value = getattr(self, name)
-            if not (value is None or (isinstance(value, str) and value) or (name == "tokenizer" and value)):
+            is_path = name == "tokenizer" and isinstance(value, Path)
+            if not (value is None or (isinstance(value, str) and value) or is_path):
                 raise ConfigError(f"{name}={value!r}: must be a name, or None")
         for name, file in (("hf_overrides", "config.json"), ("override_generation_config", "generation_config.json")):
             value = getattr(self, name)
@@ -356,10 +361,16 @@ class EngineOptions:
 
         if self.device == "auto":
             return self._rank_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        if not isinstance(self.device, str | torch.device):
+            raise ConfigError(f"device={shown(self.device)}: must be auto, cpu, cuda or cuda:N")
         try:
             device = torch.device(self.device)
         except RuntimeError as error:
             raise ConfigError(f"device={self.device!r}: {str(error).splitlines()[0]}") from error
+        if device.type not in ("cpu", "cuda"):
+            raise ConfigError(
+                f"device={str(device)!r}: must be cpu, cuda or cuda:N; other devices have no kernels here"
+            )
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device={self.device!r}: torch sees no CUDA device")
         return self._rank_device(device)

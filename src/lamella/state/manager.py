@@ -348,11 +348,11 @@ class StateManager:
         for pool in (*self.block_pools, self.slot_pool):
             pool.reset()
 
-    def check_idle(self) -> None:
+    def check_at_rest(self) -> None:
         """Assert that nothing is allocated. Takes constant time."""
         assert not self.allocations
         for pool in (*self.block_pools, self.slot_pool):
-            pool.check_idle()
+            pool.check_at_rest()
 
     def check_integrity(self) -> None:
         """Assert that the reference counts of the pools match the allocations."""

@@ -154,7 +154,7 @@ class Pool:
         self._free = [entry for entry in range(self.capacity, 0, -1) if entry not in keys]
         self._references = Counter()
 
-    def check_idle(self) -> None:
+    def check_at_rest(self) -> None:
         """Assert that no entry is referenced and none is lost."""
         assert not self._references, f"entries {sorted(self._references)[:8]} are referenced without a request"
         assert self.num_free == self.capacity, f"{self.capacity - self.num_free} entries are lost"
