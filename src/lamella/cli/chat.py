@@ -154,7 +154,7 @@ def printable(text: str) -> str:
 
 
 def sampling_params(args: argparse.Namespace, llm: LLM) -> SamplingParams:
-    """Return the model's default sampling parameters, replaced by those of the command line; no default `max_tokens`."""
+    """Return the model's default sampling parameters, replaced by those of the command line, without a length limit."""
     default = llm.get_default_sampling_params()
     if default.max_tokens == next(each.default for each in fields(SamplingParams) if each.name == "max_tokens"):
         default = replace(default, max_tokens=None)
