@@ -417,7 +417,7 @@ class TestConvert:
         elif kind == "file":
             destination.write_text("x")
         before = digest(tmp_path)
-        with pytest.raises(CheckpointError, match=f"^{destination}: is there already"):
+        with pytest.raises(CheckpointError, match=f"^{destination}: exists already"):
             convert(source, destination)
         assert digest(tmp_path) == before
 

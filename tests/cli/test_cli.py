@@ -158,7 +158,7 @@ def test_convert_writes_a_checkpoint_that_generates_the_same(folder, tmp_path, c
     assert main(["generate", str(tmp_path / "new"), *command]) == 0
     assert last_json(capsys)["outputs"][0]["outputs"][0]["token_ids"] == before
     assert main(["convert", str(folder), str(tmp_path / "new")]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workload", ["offline", "latency"])

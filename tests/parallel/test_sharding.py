@@ -100,7 +100,7 @@ class Source:
     """A model's tensors as a file's, counting the numbers that are read."""
 
     def __init__(self, model, names):
-        self.tensors = {name: target.place.detach() for name, target in targets(model, names).items()}
+        self.tensors = {name: target.destination.detach() for name, target in targets(model, names).items()}
         self.read = 0
 
     def names(self):
@@ -188,12 +188,12 @@ def test_ranks_hold_each_number_as_often_as_they_must(case, seed):
     whole, parts = divided(config, size, seed)
     kept = [targets(part, {}) for part in parts]
     for name, target in targets(whole, {}).items():
-        held = torch.zeros(target.place.shape)
+        held = torch.zeros(target.destination.shape)
         for rank in kept:
             mine = rank[name]
             assert mine.shape == target.shape
             at = shard_tensor(torch.arange(held.numel()).view(held.shape), mine.splits).flatten()
-            assert torch.equal(mine.place.flatten(), target.place.flatten()[at])
+            assert torch.equal(mine.destination.flatten(), target.destination.flatten()[at])
             held.view(-1)[at] += 1
         copies = max(1, size // config["num_key_value_heads"])
         if all(split == Split.whole(split.full) for split in kept[0][name].splits):
@@ -237,7 +237,7 @@ def test_dummy_weights_are_parts_of_the_same_model(tmp_path, size, changes):
         part = targets(load_model(checkpoint, load_format="dummy", seed=3, group=group), {})
         assert part.keys() == whole.keys()
         for name, target in part.items():
-            assert torch.equal(target.place, shard_tensor(whole[name].place, target.splits)), name
+            assert torch.equal(target.destination, shard_tensor(whole[name].destination, target.splits)), name
 
 
 def test_files_of_both_kinds_are_cut(tmp_path):

@@ -1,4 +1,4 @@
-"""From files to a filled model: finding a checkpoint, naming its tensors, and accounting for every one of them."""
+"""Loading of checkpoints: find the files, map tensor names to parameters, and check that every tensor is used."""
 
 from lamella.checkpoint.files import Checkpoint as Checkpoint
 from lamella.checkpoint.files import open_checkpoint as open_checkpoint

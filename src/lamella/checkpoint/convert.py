@@ -1,4 +1,4 @@
-"""Write a checkpoint as a Hugging Face folder: from GGUF or lingua files, or with the other order of RoPE channels."""
+"""Conversion of GGUF and lingua checkpoints to Hugging Face folders, and of the channel order of RoPE."""
 
 from __future__ import annotations
 
@@ -44,26 +44,29 @@ def convert(
     overrides: Mapping[str, Any] | None = None,
     dtype: str = "auto",
 ) -> Path:
-    """Write a GGUF file, or a LlamaCanon checkpoint, as a Hugging Face folder. The source is only read.
+    """Convert a GGUF file or a LlamaCanon checkpoint to a Hugging Face folder. The source does not change.
 
     Args:
-        source: GGUF file of any architecture that GGUF is read for, or LlamaCanon checkpoint, lingua or Hugging Face.
-        destination: new folder, which appears when it is complete.
-        rope: for LlamaCanon, "huggingface" or "lingua" reorders the channels of queries and keys so that the file's
-            rotation pairs become (i, i + r/2) or (2i, 2i + 1); the model computes the same.
-        shard_bytes: largest size of a file.
-        overrides: values that replace the config file's.
-        dtype: of the tensors; "auto" keeps the checkpoint's (bfloat16 for a quantized GGUF file).
+        source: GGUF file, or LlamaCanon checkpoint in lingua's or Hugging Face's format.
+        destination: new folder. It appears only when it is complete.
+        rope: for LlamaCanon, the channel order of queries and keys in the new files: "huggingface" rotates pairs
+            (i, i + r/2), "lingua" pairs (2i, 2i + 1); "keep" does not change it. The model's results do not change.
+        shard_bytes: largest size of a file in bytes.
+        overrides: values that replace those of the config file.
+        dtype: of the tensors; "auto" keeps the dtype of the checkpoint (bfloat16 for a quantized GGUF file).
+
+    Returns:
+        The destination.
 
     Raises:
-        CheckpointError: the destination exists, the tensors do not fit, or such a source is not converted.
-        ConfigError: `rope` or `dtype` is none of the allowed values.
+        CheckpointError: the destination exists, the tensors do not fit, or the source has another format.
+        ConfigError: `rope` or `dtype` has an unsupported value.
     """
     if rope not in ROPES:
         raise ConfigError(f"rope={rope!r}: must be one of {', '.join(ROPES)}")
     destination = Path(destination)
     if destination.exists():
-        raise CheckpointError(f"{destination}: is there already; nothing is overwritten")
+        raise CheckpointError(f"{destination}: exists already; give a new folder")
     checkpoint = open_checkpoint(source, overrides)
     is_gguf, is_canon = checkpoint.path.is_file(), checkpoint.architecture.name == "LlamaCanonForCausalLM"
     if not (is_gguf or is_canon or "rope_version" in checkpoint.values):
@@ -98,7 +101,7 @@ def convert(
 
 
 def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write the tokenizer, chat templates and ends of a GGUF file in Hugging Face's files."""
+    """Write tokenizer, chat templates and end tokens of a GGUF file as Hugging Face files."""
     loaded = load_tokenizer(checkpoint.path)
     if loaded is not None:
         loaded.tokenizer.save(str(folder / "tokenizer.json"))
@@ -116,18 +119,18 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _tensors(checkpoint: Checkpoint, tensors: OpenTensors, reorder: str | None) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under its Hugging Face name, reordered where it has query and key channels."""
+    """Yield every tensor with its Hugging Face name, with query and key channels in the order `reorder`."""
     config = checkpoint.read_config()
     model = checkpoint.allocate(config, LocalKit(device="meta"))
     old, new = targets(model, checkpoint.names), targets(model, checkpoint.architecture.checkpoint_names)
     check_names(checkpoint, model, old, tensors.names())
     for (source, target), name in zip(old.items(), new, strict=True):
         tensor = load_tensor(checkpoint, tensors, source, target)
-        yield name, (_reordered(tensor, target, config, reorder) if reorder else tensor)
+        yield name, (_reorder(tensor, target, config, reorder) if reorder else tensor)
 
 
-def _reordered(tensor: Tensor, target: Target, config: ModelConfig, to: str) -> Tensor:
-    """The rows of query and key channels of one tensor in the new order; others are returned as they are."""
+def _reorder(tensor: Tensor, target: Target, config: ModelConfig, to: str) -> Tensor:
+    """Reorder the query and key channels of a tensor. Other tensors are returned unchanged."""
     parts = target.path.split(".")
     if "mixer" not in parts:
         return tensor
@@ -145,7 +148,7 @@ def _reordered(tensor: Tensor, target: Target, config: ModelConfig, to: str) -> 
 
 
 def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
-    """Write one safetensors file, or several and an index; no more than one file's tensors are in memory."""
+    """Write one safetensors file, or several with an index. At most the tensors of one file are in memory."""
     written: list[tuple[Path, list[str], int]] = []
     shard: dict[str, Tensor] = {}
 

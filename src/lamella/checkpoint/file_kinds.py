@@ -1,4 +1,4 @@
-"""Diagnosis of files that are not what their names say, with the way out; JSON files."""
+"""Diagnosis of files with unexpected content, for error messages with the way out; reading of JSON files."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ JSON_LIMIT = 512 << 20  # bytes; the largest indices and tokenizers of public mo
 
 
 def is_present(file: Path) -> bool:
-    """Return whether a file, or a link in its place, is there.
+    """Return True if a file exists.
 
     Raises:
-        CheckpointError: the link leads nowhere, as git-annex and an incomplete Hub cache leave it.
+        CheckpointError: the path is a broken link, as in git-annex or in an incomplete Hub cache.
     """
     if file.is_symlink() and not file.exists():
         target = str(file.readlink())
@@ -47,7 +47,7 @@ def is_present(file: Path) -> bool:
 
 
 def what_it_is(file: Path) -> str | None:
-    """Return what the file is instead, and the way out; None where its content is no known mistake."""
+    """Return a description of a file with wrong content, and the way out; None if the content is no known mistake."""
     try:
         if file.exists() and not file.is_file():
             return "not a file: remove it, or download it again"  # opening a pipe would wait for its other end
@@ -63,7 +63,7 @@ def what_it_is(file: Path) -> str | None:
 
 
 def unreadable_safetensors(file: Path, reason: object) -> CheckpointError:
-    """Return the error for a file that the safetensors library refuses for `reason`."""
+    """Return the error for a file that the safetensors library rejects with `reason`."""
     what = what_it_is(file)
     if what is None and file.open("rb").read(4).startswith(_PICKLES):
         what = "a PyTorch file (pickle) under a name of safetensors: name it pytorch_model.bin"
@@ -73,7 +73,7 @@ def unreadable_safetensors(file: Path, reason: object) -> CheckpointError:
 
 
 def unreadable_torch(file: Path, reason: str) -> CheckpointError:
-    """Return the error for a file that `torch.load(weights_only=True)` refuses for `reason`."""
+    """Return the error for a file that `torch.load(weights_only=True)` rejects with `reason`."""
     what = what_it_is(file)
     if what is None and "weights_only" in reason.lower().replace(" ", "_"):
         what = (
@@ -84,7 +84,7 @@ def unreadable_torch(file: Path, reason: str) -> CheckpointError:
 
 
 def _missing_bytes(file: Path) -> int | None:
-    """Bytes that a safetensors file lacks of what its header promises; None where it lacks none."""
+    """Return how many bytes a safetensors file is shorter than its header states; None if it is not shorter."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
@@ -100,7 +100,7 @@ def _missing_bytes(file: Path) -> int | None:
 
 
 def data_offsets(file: Path) -> dict[str, tuple[int, int]]:
-    """Return where each tensor's bytes stand after the header of a safetensors file, or nothing where it has none."""
+    """Return the byte range of each tensor after the header of a safetensors file; empty if the header is damaged."""
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         try:
@@ -119,10 +119,10 @@ def data_offsets(file: Path) -> dict[str, tuple[int, int]]:
 
 
 def why_no_weights(folder: Path) -> str:
-    """Return what a folder without usable weights holds instead, and what to do."""
+    """Return a description of a folder without usable weights, and the way out."""
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
-    def having(*ends: str) -> list[str]:
+    def ending_with(*ends: str) -> list[str]:
         return [name for name in names if name.endswith(ends)]
 
     if "adapter_config.json" in names:
@@ -130,8 +130,8 @@ def why_no_weights(folder: Path) -> str:
             f"a PEFT adapter{_base_of(folder)}, not a model: merge it into its base (PeftModel.merge_and_unload(), "
             "then save_pretrained) and give that folder"
         )
-    if having(".gguf"):
-        return f"{having('.gguf')[0]} is GGUF: give the path of the file, not of the folder"
+    if ending_with(".gguf"):
+        return f"{ending_with('.gguf')[0]} is GGUF: give the path of the file, not of the folder"
     if any(name.startswith("consolidated.") and name.endswith(".pth") for name in names):
         return (
             "Meta's own format (consolidated.NN.pth): take the repository in Hugging Face's format, or convert it with "
@@ -139,9 +139,9 @@ def why_no_weights(folder: Path) -> str:
         )
     if any(name.startswith("consolidated") and name.endswith(".safetensors") for name in names):
         return "Mistral's own format (consolidated*.safetensors): take the files model*.safetensors of the repository"
-    if having(".distcp"):
+    if ending_with(".distcp"):
         return "a distributed checkpoint (.distcp): consolidate it first (torch.distributed.checkpoint.format_utils)"
-    if others := having(".h5", ".msgpack", ".onnx", ".ckpt", ".nemo", ".npz"):
+    if others := ending_with(".h5", ".msgpack", ".onnx", ".ckpt", ".nemo", ".npz"):
         return f"{others[0]} is of a format that is not read: save the model as safetensors with its own library"
     nested = [name for name in names if (folder / name).is_dir() and _has_weights(folder / name)]
     if nested:

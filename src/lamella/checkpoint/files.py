@@ -1,4 +1,4 @@
-"""Finding a checkpoint: a folder, the bundled demo, or a Hub id; Hugging Face or lingua files."""
+"""Opening of checkpoints: a folder, a GGUF file, the bundled demo, or a Hub id; Hugging Face or lingua files."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ from lamella.parallel.sharding import Split
 logger = logging.getLogger("lamella")
 
 DEMO = "demo"
-DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "checkpoint"  # `lamella.demo.CHECKPOINT`, whose package is above
+DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "checkpoint"  # `lamella.demo` itself must not be imported here
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk.
+    """Model on disk.
 
     Attributes:
-        path: its folder, or its GGUF file.
-        config_file: config.json, or lingua's params.json.
-        architecture: how it is read.
-        values: the keys of config.json, or what a lingua file says in the same words.
-        names: our parameter paths -> the file's, see `Architecture.checkpoint_names`.
-        tied_head: name of a tied head's own copy in the files.
-        tensors: where the weights come from.
-        quantization: of the files; what `tensors` gives is dequantized.
+        path: folder, or GGUF file.
+        config_file: config.json, lingua's params.json, or the GGUF file.
+        architecture: description of the model's architecture.
+        values: content of config.json; for other formats, the equivalent values.
+        names: names in the files by parameter paths, see `Architecture.checkpoint_names`.
+        tied_head: name of a redundant copy of a tied head in the files.
+        tensors: source of the weights; dequantizes quantized ones.
+        quantization: of the files; None if they are not quantized.
     """
 
     path: Path
@@ -63,22 +63,22 @@ class Checkpoint:
     _ignored: IgnoredKeys = field(default_factory=IgnoredKeys, repr=False, compare=False)
 
     def read_config(self, max_length: int | None = None) -> ModelConfig:
-        """Return the model that the values describe; `max_length` is the context that an engine will use."""
+        """Return the config of the model; `max_length` is the context length that an engine will use, in tokens."""
         config = self.architecture.read_config(self.hf_config(self.values, max_length))
         if config.tie_word_embeddings and self.has_own_head:
             return replace(config, tie_word_embeddings=False)
         return config
 
     def hf_config(self, values: Mapping[str, Any], max_length: int | None = None) -> HFConfig:
-        """Return values in the place of its own, to be read as these are."""
+        """Return a reader of `values`, which replace those of the config file."""
         return HFConfig(values, str(self.config_file), max_length, self._list, self._ignored)
 
     def allocate(self, config: ModelConfig, kit: Kit) -> CausalLM:
-        """Build a model of the checkpoint's architecture, with parameters that are not filled.
+        """Build a model of the checkpoint's architecture, with uninitialized parameters.
 
         Args:
-            config: what `read_config` returns, or a change of it.
-            kit: supplies the parts; one on the device "meta" allocates nothing.
+            config: result of `read_config`, or a changed copy.
+            kit: builds the components; a kit on the device "meta" allocates no memory.
         """
         try:
             return model_class(self.architecture).allocate(config, kit)
@@ -92,18 +92,18 @@ class Checkpoint:
             ) from error
 
     def _list(self) -> Collection[str] | None:
-        """The names of the tensors; None where there are no files, as for dummy weights, or none that can be read."""
+        """Return the names of the tensors; None if there are no readable files, for example with dummy weights."""
         try:
             with self.tensors.opened() as tensors:
                 return frozenset(tensors.names()) or None
         except CheckpointError:
-            return None  # loading says why
+            return None  # loading reports the error
 
     @cached_property
     def has_own_head(self) -> bool:
-        """True where the config ties head and embedding, and the files hold a head that differs.
+        """True if the config ties the head to the embedding, but the files have a head with other values.
 
-        Then the head counts, as in transformers 5 and vLLM.
+        The files' head is then used, as in transformers 5 and vLLM.
         """
         embedding, head = rename("model.embed_tokens.weight", self.names), rename("lm_head.weight", self.names)
         try:
@@ -111,7 +111,7 @@ class Checkpoint:
                 if not {embedding, head} <= set(tensors.names()) or _is_same(tensors, embedding, head):
                     return False
         except CheckpointError:
-            return False  # loading says why
+            return False  # loading reports the error
         logger.warning(
             "%s: tie_word_embeddings=true, and %s differs from the embedding: the files' own head is used",
             self.path,
@@ -120,9 +120,11 @@ class Checkpoint:
         return True
 
     def eos_token_ids(self, config: ModelConfig, of_tokenizer: int | None = None) -> tuple[int, ...]:
-        """Return the ids that end a text: the config's, generation_config.json's, and the tokenizer's.
+        """Return the tokens that end a text: those of the config, of generation_config.json, and of the tokenizer.
 
-        `of_tokenizer` is the end of text of the tokenizer in use; by default the folder's own files say it.
+        Args:
+            config: of the model.
+            of_tokenizer: end-of-text token of the tokenizer in use; None: that of the folder's tokenizer files.
         """
         file = self.path / "generation_config.json"
         extra = HFConfig(read_json(file), str(file)).token_ids("eos_token_id") if file.is_file() else ()
@@ -137,16 +139,19 @@ class Checkpoint:
 def open_checkpoint(
     model: str | Path, overrides: Mapping[str, Any] | None = None, revision: str | None = None
 ) -> Checkpoint:
-    """Return the checkpoint at a path, the bundled `demo`, or a Hub id. Reads configs only, no tensor.
+    """Open a checkpoint. Only configs are read, no tensors.
 
     Args:
-        model: a folder, `demo`, or a Hub id.
-        overrides: values in the place of the config file's, see `EngineOptions.hf_overrides`.
+        model: folder, GGUF file, `demo`, or Hub id.
+        overrides: values that replace those of the config file, see `EngineOptions.hf_overrides`.
         revision: branch, tag or commit of a Hub id.
 
+    Returns:
+        The checkpoint.
+
     Raises:
-        CheckpointError: the files are not there, or not those of a model.
-        ConfigError: no architecture of the name is known.
+        CheckpointError: the files do not exist, or do not contain a model.
+        ConfigError: the architecture is unknown.
     """
     path = find_folder(model, revision)
     overrides = overrides or {}
@@ -157,8 +162,8 @@ def open_checkpoint(
     if lingua is not None and not any(path.glob("*.safetensors")):
         config_file = lingua / "params.json"
         sections = {key: overrides[key] for key in overrides.keys() & read_json(config_file).keys()}
-        words = {key: value for key, value in overrides.items() if key not in sections}
-        values = apply_overrides(read_params(config_file, sections), words)
+        others = {key: value for key, value in overrides.items() if key not in sections}
+        values = apply_overrides(read_params(config_file, sections), others)
         architecture = find_architecture(_architecture_name(values, config_file))
         file = TorchFile(lingua / "consolidated.pth")
         return Checkpoint(path, config_file, architecture, values, LINGUA_NAMES, TIED_HEAD, file)
@@ -185,10 +190,14 @@ def _open_gguf(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
 
 
 def find_folder(model: str | Path, revision: str | None = None) -> Path:
-    """Return the folder of a model or tokenizer: a path, the bundled `demo`, or a snapshot of a Hub id; or a GGUF file.
+    """Return the folder or GGUF file of a model or tokenizer; download it if `model` is a Hub id.
+
+    Args:
+        model: folder, GGUF file, `demo`, or Hub id.
+        revision: branch, tag or commit of a Hub id.
 
     Raises:
-        CheckpointError: there is none, and what to do.
+        CheckpointError: there is no such folder, and the Hub has no such repository.
     """
     if str(model) == DEMO:
         return DEMO_FOLDER
@@ -200,7 +209,7 @@ def find_folder(model: str | Path, revision: str | None = None) -> Path:
         if path.suffix == ".gguf" or is_gguf(path):
             return path
         raise CheckpointError(f"{path}: no such folder, but a file: give the folder that holds it, {path.parent}")
-    # A Hub id is NAME or OWNER/NAME; anything else was meant as a path.
+    # A Hub id is NAME or OWNER/NAME; anything else is a path.
     if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1:
         raise CheckpointError(f"{model}: no such folder")
     return _download(str(model), revision)
@@ -235,7 +244,7 @@ def _download(model: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         at = "" if revision is None else f" at revision {revision!r}"
-        raise CheckpointError(f"{model}: no such folder, and not to be had from the Hub{at} ({reason})") from error
+        raise CheckpointError(f"{model}: no such folder, and not available from the Hub{at} ({reason})") from error
     return folder
 
 

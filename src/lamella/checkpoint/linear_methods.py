@@ -1,7 +1,7 @@
 """Choice of the `LinearMethod` of each projection of a quantized checkpoint.
 
-A method that computes in a file's format is registered with `register_linear_method`. Without one, weights are
-dequantized when they are loaded, and computed with as dense ones.
+Methods that compute in a file's format are registered with `register_linear_method`. Without such a method, weights are
+dequantized on loading and used as dense weights.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from lamella.checkpoint.tensors import OpenTensors
 from lamella.layers.linear import DENSE, LinearMethod
 from lamella.models.names import rename
 
-# (quantization, the file's tensors as they are stored, names of the weights that one module holds) -> the method that
-# computes with them in their format; None if there is none. Only what is needed to decide should be read.
+# (quantization, stored tensors of the file, names of the weights of one module) -> method that computes with these
+# weights in their format, or None. A factory should read only the tensors that it needs to decide.
 MethodFactory: TypeAlias = Callable[[Quantization, OpenTensors, Sequence[str]], LinearMethod | None]
 
 _factories: list[MethodFactory] = []
 
 
 def register_linear_method(factory: MethodFactory) -> None:
-    """Offer a method for projections of quantized checkpoints. The one that was registered last is asked first."""
+    """Register a method for projections of quantized checkpoints. Later registrations have precedence."""
     _factories.insert(0, factory)
 
 
@@ -33,7 +33,7 @@ class MethodChooser:
     """Chooses the methods of a model's projections while the model is built."""
 
     def __init__(self, tensors: OpenTensors, names: Mapping[str, str]) -> None:
-        """Choose for opened files.
+        """Make a chooser for opened files.
 
         Args:
             tensors: of the checkpoint; a `DequantizedView` if it is quantized.
@@ -45,13 +45,13 @@ class MethodChooser:
         self._as_is: set[str] = set()
 
     def choose(self, projections: Sequence[str]) -> LinearMethod:
-        """Return the method of the projections that one module holds, given their dotted paths."""
+        """Return the method of a module's projections, given by their dotted paths."""
         tensors = self._tensors
         if not isinstance(tensors, DequantizedView):
             return DENSE
         names = [rename(f"{projection}.weight", self._names) for projection in projections]
         if any(name not in tensors.scales.scales for name in names):
-            return DENSE  # those that have scales are dequantized by the view
+            return DENSE  # the view dequantizes those that have scales
         self._by_methods.update(names)
         for factory in _factories:
             method = factory(tensors.scales.quantization, tensors.stored, names)
@@ -61,7 +61,7 @@ class MethodChooser:
         return self._dequantizing
 
     def view(self, model: nn.Module) -> OpenTensors:
-        """Return the tensors as a loader of `model`, which was built with these methods, must see them."""
+        """Return the tensors for a loader of `model`, which was built with the chosen methods."""
         tensors = self._tensors
         if not isinstance(tensors, DequantizedView):
             return tensors

@@ -1,6 +1,6 @@
-"""Lingua checkpoints of PhysicsLM4: `params.json` + `consolidated.pth`, as the released LlamaCanon models come.
+"""Lingua checkpoints of PhysicsLM4: `params.json` and `consolidated.pth`, the format of the released LlamaCanon models.
 
-Key and name mapping: PhysicsLM4, huggingface/modeling_llama_canon.py. These rotate adjacent channels.
+Key and name mapping: PhysicsLM4, huggingface/modeling_llama_canon.py. RoPE rotates pairs of adjacent channels.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ LINGUA_NAMES = {
     "up_proj": "w3",
     "down_proj": "w2",
 }
-# A tied head stands in the file a second time, under this name.
+# Name of the redundant copy of a tied head.
 TIED_HEAD = "output.tied_module.weight"
 
-# How the model was initialised and trained. `attn_impl` chooses a kernel, and `max_seqlen` sizes a table of angles.
+# Keys of initialization and training. `attn_impl` selects a kernel; `max_seqlen` is the size of a table of angles.
 _TRAINING = ("init_base_std", "init_std_factor", "seed", "z_loss", "max_seqlen", "attn_impl")
 _ATTENTION_KERNELS = ("sdpa", "fmha", "flex_attention")
 _LLAMA3_VOCABULARY = 128256
-# Fields of lingua's other trainers, and what they train.
+# Keys of lingua's other trainers, and the models that they train.
 _OTHER_MODELS = {
     "mamba_ssm": "a Mamba 2 model",
     "state_dim": "a Mamba 2 model",
@@ -56,10 +56,10 @@ _OTHER_MODELS = {
 
 
 def find_lingua(folder: Path) -> Path | None:
-    """Return the folder that holds params.json and consolidated.pth, None where there is none.
+    """Return the folder with params.json and consolidated.pth; None if there is none.
 
-    It is the folder itself, its `default` (as released), its `consolidated` (a step of the trainer), or that of the
-    last step, where the folder holds steps.
+    Candidates are `folder` itself, its subfolders `default` (released models) and `consolidated` (a training step), and
+    those of the last training step in `folder` or in `folder/checkpoints`.
     """
     steps = sorted((step for step in folder.glob("[0-9]*") if step.name.isdigit()), key=lambda step: int(step.name))
     for parent in (folder, *reversed(steps)):
@@ -70,17 +70,18 @@ def find_lingua(folder: Path) -> Path | None:
 
 
 def read_params(file: Path, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return params.json as the values of a LlamaCanon `config.json`.
+    """Convert params.json to the values of a LlamaCanon `config.json`.
 
-    The files do not say which tokens begin and end a text. The 8B models have Llama 3's vocabulary, the others
-    Llama 2's; the published converter writes Llama 2's ids for all.
+    The files do not define BOS and EOS. Models with Llama 3's vocabulary (8B) get Llama 3's ids, the others Llama 2's.
+    The published converter writes Llama 2's ids for all models.
 
     Args:
         file: params.json.
-        overrides: values for its sections, `{"model": {...}, "data": {...}}`.
+        overrides: values of its sections, `{"model": {...}, "data": {...}}`.
 
     Raises:
-        ConfigError: a field is missing, or means a model that is not LlamaCanon.
+        CheckpointError: the file is not lingua's.
+        ConfigError: a key is missing, or the model is not a LlamaCanon.
     """
     params = HFConfig(apply_overrides(read_json(file), overrides or {}), str(file))
     section = params.mapping("model")
@@ -92,7 +93,7 @@ def read_params(file: Path, overrides: Mapping[str, Any] | None = None) -> dict[
         )
     ignored = IgnoredKeys()
     model = HFConfig(section, f"{file}: model", ignored=ignored, path=("model",))
-    _refuse_siblings(model)
+    _reject_other_models(model)
     data = HFConfig(params.mapping("data"), f"{file}: data", path=("data",))
     dim = model.int("dim")
     head_dim, heads = model.int("head_dim", None, minimum=0) or None, model.int("n_heads", None)
@@ -134,7 +135,7 @@ def read_params(file: Path, overrides: Mapping[str, Any] | None = None) -> dict[
 
 
 def _hidden_dim(model: HFConfig, dim: int) -> int:
-    """The feed-forward's width by the trainer's rule; the published converter knows neither multiplier nor multiple."""
+    """Return the width of the feed-forward by the trainer's rule. The published converter ignores part of this rule."""
     stated, multiple = model.int("hidden_dim", None), model.int("multiple_of", 256)
     multiplier = model.float("ffn_dim_multiplier", None)
     if stated is not None:
@@ -146,7 +147,7 @@ def _hidden_dim(model: HFConfig, dim: int) -> int:
 
 
 def _window(model: HFConfig, num_layers: int) -> dict[str, Any]:
-    """The keys of a window, which only the trainer's fmha kernel has."""
+    """Return the config keys of a sliding window, which only the trainer's fmha kernel applies."""
     window = model.int("sliding_window", None)
     kernel = model.choice("attn_impl", _ATTENTION_KERNELS, "sdpa")
     if window is None:
@@ -162,8 +163,12 @@ def _window(model: HFConfig, num_layers: int) -> dict[str, Any]:
     return {"sliding_window": window, "layer_types": ["sliding_attention"] * num_layers}
 
 
-def _refuse_siblings(model: HFConfig) -> None:
-    """Raise `ConfigError` for the models of lingua's other trainers, by their names."""
+def _reject_other_models(model: HFConfig) -> None:
+    """Reject models of lingua's other trainers.
+
+    Raises:
+        ConfigError: a key belongs to another kind of model.
+    """
     name = model.get("model_name", None)
     if name is not None and str(name).lower() not in ("llama", "llamacanon", "transformer"):
         raise ConfigError(

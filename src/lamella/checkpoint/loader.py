@@ -1,4 +1,4 @@
-"""Filling a model: every tensor of the file is used, every parameter is filled, or the error says which is not."""
+"""Loading of weights into a model. Every tensor of the files must be used, and every parameter filled."""
 
 from __future__ import annotations
 
@@ -28,22 +28,33 @@ from lamella.validation import listed
 logger = logging.getLogger("lamella")
 
 LOAD_FORMATS = ("auto", "dummy")
-_PIECE_BYTES = 1 << 30  # of a tensor that are in memory at a time: the experts of one layer may be many times as large
+_PIECE_BYTES = 1 << 30  # bytes of a tensor in memory at a time; the experts of one layer may be many times larger
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_dtype(checkpoint: Checkpoint, dtype: torch.dtype | str) -> torch.dtype:
-    """The dtype to compute in; "auto" is the checkpoint's own."""
+    """Return the dtype to compute in; "auto" is the dtype of the checkpoint.
+
+    Raises:
+        ConfigError: the name is unknown, or "auto" is given for a quantized checkpoint whose config states no dtype.
+    """
     if isinstance(dtype, str) and dtype == "auto":
         stated = checkpoint.values.get("dtype") or checkpoint.values.get("torch_dtype")
         if not stated and checkpoint.quantization is not None:
-            raise ConfigError("dtype='auto': the weights are quantised, and the config says no dtype to compute in")
+            raise ConfigError(
+                "dtype='auto': the weights are quantised, and the config says no dtype to compute in; give one, such "
+                "as dtype='bfloat16'"
+            )
         dtype = str(stated).removeprefix("torch.") if stated else _stored_dtype(checkpoint)
     return named_dtype(dtype)
 
 
 def named_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """Return the dtype that a name or a dtype means; other than those of `DTYPES` is a `ConfigError`."""
+    """Return the dtype of a name; a dtype is returned as it is.
+
+    Raises:
+        ConfigError: the dtype is not in `DTYPES`.
+    """
     if isinstance(dtype, str):
         dtype = {"half": "float16", "float": "float32"}.get(dtype, dtype)
         if dtype not in DTYPES:
@@ -55,7 +66,7 @@ def named_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Of the largest tensor: a few small ones, such as norms, may be wider than the rest."""
+    """Return the dtype of the largest tensor. Small ones, such as norms, may have higher precision."""
     with checkpoint.tensors.opened() as tensors:
         shapes = {name: shape for name in tensors.names() if (shape := tensors.shape(name))}
         if not shapes:
@@ -74,10 +85,24 @@ def load_model(
     group: Group | None = None,
     expert_parallel: bool = False,
 ) -> CausalLM:
-    """The model of a checkpoint in `dtype` on `device`; `load_format="dummy"` fills it at random instead.
+    """Load the model of a checkpoint.
 
-    With a `group`, the part of it that this rank holds, of which alone the files are read; with `expert_parallel`, some
-    of the experts whole.
+    Args:
+        checkpoint: to load.
+        dtype: to compute in; "auto" is the dtype of the checkpoint.
+        device: of the parameters.
+        load_format: "auto", or "dummy" for random weights.
+        max_length: context length that the engine will use, in tokens; None if unknown.
+        seed: of random weights.
+        group: tensor-parallel group. Only the shard of this rank is read. None: the whole model.
+        expert_parallel: True if each rank has some whole experts, False if it has a shard of every expert.
+
+    Returns:
+        The model in eval mode, without gradients.
+
+    Raises:
+        ConfigError: the config, `dtype` or `load_format` is not supported.
+        CheckpointError: the tensors do not fit the config.
     """
     if load_format not in LOAD_FORMATS:
         raise ConfigError(f"load_format={load_format!r}: must be one of {', '.join(LOAD_FORMATS)}")
@@ -97,37 +122,42 @@ def load_model(
 
 
 def log_dequantization(checkpoint: Checkpoint, view: OpenTensors) -> None:
-    """Log, once per checkpoint, what of a quantized one is dequantized."""
+    """Log, once per quantized checkpoint, how many tensors are dequantized."""
     if isinstance(checkpoint.tensors, DequantizedTensors) and isinstance(view, DequantizedView):
         checkpoint.tensors.log(view)
 
 
 @torch.no_grad()
 def fill(model: CausalLM, checkpoint: Checkpoint, tensors: OpenTensors) -> None:
-    """Copy every tensor into its place, converting its dtype; raises before anything is copied when names differ."""
+    """Copy every tensor to its parameter, and convert its dtype.
+
+    Raises:
+        CheckpointError: names or shapes differ, in which case nothing is copied; or a tensor is quantized without a
+            known scale.
+    """
     expected, redundant = match_tensors(checkpoint, model, tensors)
     for name, target in expected.items():
-        if not target.place.numel():  # another rank's
+        if not target.destination.numel():  # belongs to another rank
             continue
         for piece in target.pieces(_PIECE_BYTES):
             if piece.load is not None:
-                piece.load(name, piece.place, piece.splits, tensors)
+                piece.load(name, piece.destination, piece.splits, tensors)
                 continue
             tensor = tensors.load(name, piece.splits)
             check_dtype(checkpoint.path, name, tensor)
-            piece.place.copy_(tensor)
+            piece.destination.copy_(tensor)
     for name in redundant:
         embedding = next(target for target in expected.values() if target.path == "model.embed_tokens.weight")
         copy = tensors.load(name, embedding.splits)
-        if not torch.equal(copy.to(embedding.place.dtype), embedding.place.cpu()):
+        if not torch.equal(copy.to(embedding.destination.dtype), embedding.destination.cpu()):
             logger.warning("%s: %s differs from the embedding it is tied to, and is not used", checkpoint.path, name)
 
 
 def match_tensors(checkpoint: Checkpoint, model: CausalLM, tensors: OpenTensors) -> tuple[dict[str, Target], set[str]]:
-    """Return where each tensor of the file goes in `model`, and the names of copies that are not needed.
+    """Return the target in `model` of each tensor of the files, and the names of redundant copies.
 
     Raises:
-        CheckpointError: tensors are missing or left over, or have another shape than the config says.
+        CheckpointError: tensors are missing or unexpected, or have another shape than the config implies.
     """
     expected = _by_name_of_head(checkpoint, model, targets(model, checkpoint.names, tensors.names()), tensors)
     redundant = check_names(checkpoint, model, expected, tensors.names())
@@ -139,7 +169,7 @@ def match_tensors(checkpoint: Checkpoint, model: CausalLM, tensors: OpenTensors)
 def _by_name_of_head(
     checkpoint: Checkpoint, model: CausalLM, expected: dict[str, Target], tensors: OpenTensors
 ) -> dict[str, Target]:
-    """The targets, with a tied embedding under the name of the head where the files hold it under that name alone."""
+    """Return the targets, with a tied embedding under the name of the head if the files have only that name."""
     embedding, head = rename("model.embed_tokens.weight", checkpoint.names), rename("lm_head.weight", checkpoint.names)
     present = set(tensors.names())
     if not model.config.tie_word_embeddings or embedding in present or head not in present or head in expected:
@@ -148,19 +178,29 @@ def _by_name_of_head(
 
 
 def check_dtype(path: Path, name: str, tensor: Tensor) -> None:
-    """Refuse a quantised tensor."""
+    """Reject a quantized tensor.
+
+    Raises:
+        CheckpointError: the tensor is not floating point, or has fewer than 16 bits.
+    """
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-        raise CheckpointError(f"{path}: tensor {name} is {tensor.dtype}, and no scale of it is known")
+        raise CheckpointError(
+            f"{path}: tensor {name} is {tensor.dtype}, and no scale of it is known; take files with 16-bit weights"
+        )
 
 
 def load_tensor(checkpoint: Checkpoint, tensors: OpenTensors, name: str, target: Target) -> Tensor:
-    """What goes to `target` of the tensor, which must have its shape."""
+    """Read the part of a tensor that belongs to `target`, after a check of its shape."""
     check_shape(checkpoint, tensors, name, target)
     return tensors.load(name, target.splits)
 
 
 def check_shape(checkpoint: Checkpoint, tensors: OpenTensors, name: str, target: Target) -> None:
-    """Refuse a tensor that is not of the shape that goes to `target`."""
+    """Check that a tensor of the files has the shape that its target needs.
+
+    Raises:
+        CheckpointError: it has another shape.
+    """
     shape = tensors.shape(name)
     if shape != target.shape:
         raise CheckpointError(f"{checkpoint.path}: tensor {name} has shape {shape}, the config says {target.shape}")
@@ -169,10 +209,13 @@ def check_shape(checkpoint: Checkpoint, tensors: OpenTensors, name: str, target:
 def check_names(
     checkpoint: Checkpoint, model: CausalLM, targets_by_name: Mapping[str, Target], names: Iterable[str]
 ) -> set[str]:
-    """Refuse a file whose tensors are not those of the model; returns the names of copies that are not needed.
+    """Check that the files contain exactly the tensors of the model.
+
+    Returns:
+        Names of redundant copies, such as a tied head.
 
     Raises:
-        CheckpointError: tensors are missing or left over, with what the files are instead where that shows.
+        CheckpointError: there are no weights, or tensors are missing or unexpected.
     """
     present = {name for name in names if not name.endswith("rotary_emb.inv_freq")}
     if not present:
@@ -197,7 +240,7 @@ def check_names(
 
 
 def _way_out(checkpoint: Checkpoint, missing: list[str], unexpected: list[str]) -> str:
-    """Advice for an error about names; empty where none is known."""
+    """Return the advice of an error about names; empty if there is none."""
     if any(".lora_" in name or ".base_layer." in name for name in unexpected):
         return "; an adapter that is not merged: merge it (PeftModel.merge_and_unload(), then save_pretrained)"
     if missing == [rename("lm_head.weight", checkpoint.names)] and not unexpected:

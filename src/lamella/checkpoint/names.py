@@ -1,4 +1,4 @@
-"""What each parameter is called in a file."""
+"""Mapping of parameters to tensors of checkpoint files."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ from lamella.parallel.sharding import Split
 
 @dataclass(frozen=True)
 class Target:
-    """Where one tensor of a file goes: rows [start, stop) of a parameter, all of it where they are None.
+    """Destination of one tensor of a file: rows [start, stop) of a parameter.
 
-    `parameter` may be a part of one. `splits` say of its leading dimensions what of the tensor goes there; the others
-    go whole. `load` is the parameter's own way to be filled, see `ParameterLayout`.
+    Attributes:
+        parameter: a parameter, or a slice of one.
+        path: dotted path of the tensor in the model.
+        splits: parts of the tensor's leading dimensions that belong to this rank; further dimensions are not divided.
+        start: first row; None for all rows.
+        stop: row after the last one; None for all rows.
+        load: fills the parameter itself, see `ParameterLayout`; None: copy.
     """
 
     parameter: Tensor
@@ -28,38 +33,38 @@ class Target:
     load: LoadFunction | None = None
 
     @property
-    def place(self) -> Tensor:
-        """The part of the parameter that the tensor fills, or a rank's part of the tensor."""
+    def destination(self) -> Tensor:
+        """Slice of the parameter that the tensor, or this rank's shard of it, fills."""
         return self.parameter[self.start : self.stop]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor in the file."""
-        return (*(split.full for split in self.splits), *self.place.shape[len(self.splits) :])
+        """Shape of the whole tensor in the file."""
+        return (*(split.full for split in self.splits), *self.destination.shape[len(self.splits) :])
 
     def pieces(self, nbytes: int) -> Iterator[Target]:
-        """The same, some of the leading places at a time: as many as `nbytes` of the parameter's hold, one at least."""
-        place = self.place
-        first, *others = self.splits or (Split.whole(place.shape[0]),)
-        if place.nbytes <= nbytes or len(first.spans) > 1:
+        """Divide the target along the first dimension into pieces of at most `nbytes` bytes, or of one row."""
+        destination = self.destination
+        first, *others = self.splits or (Split.whole(destination.shape[0]),)
+        if destination.nbytes <= nbytes or len(first.spans) > 1:
             yield self
             return
         (start, _), *_ = first.spans
-        step = max(1, nbytes * first.size // place.nbytes)
+        step = max(1, nbytes * first.size // destination.nbytes)
         for index in range(0, first.size, step):
             stop = min(index + step, first.size)
             split = Split(first.full, ((start + index, start + stop),))
-            yield Target(place[index:stop], self.path, (split, *others), load=self.load)
+            yield Target(destination[index:stop], self.path, (split, *others), load=self.load)
 
 
 def targets(model: nn.Module, names: Mapping[str, str], present: Collection[str] = ()) -> dict[str, Target]:
-    """Return every tensor that a checkpoint of `model` holds, by its name in the file. A tied parameter is in it once.
+    """Return the targets of all tensors of a checkpoint, by their names in the files. A tied parameter occurs once.
 
     Args:
-        model: its modules state the layouts of their parameters, see `ParameterLayout`.
+        model: its modules declare the layouts of their parameters, see `ParameterLayout`.
         names: see `Architecture.checkpoint_names`.
-        present: names in the files. If any tensor that files may hold in place of a parameter is among them, and the
-            parameter itself is not, these tensors are returned in its place.
+        present: names in the files. If the files have separate tensors instead of a parameter, see
+            `ParameterLayout.separate`, these are returned instead of the parameter.
     """
     modules, present = dict(model.named_modules()), set(present)
     found: dict[str, Target] = {}
@@ -79,7 +84,7 @@ def targets(model: nn.Module, names: Mapping[str, str], present: Collection[str]
 
 
 def separate_tensors(model: nn.Module) -> Iterator[tuple[str, str, SeparateTensor]]:
-    """Yield the tensors that some files hold in place of a parameter: its path, the tensor's path, and its place."""
+    """Yield (path of a parameter, path of a tensor, tensor) for tensors that files may have instead of parameters."""
     for owner, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             separate = layout_of(module, leaf).separate

@@ -1,4 +1,4 @@
-"""`hf_overrides`: values in the place of a config file's."""
+"""Application of `hf_overrides` to the values of a config file."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 
 from lamella.config.config_keys import KeyRules
 
-# Keys that say how the rotation is scaled, where they may stand beside the section that holds the others.
+# RoPE parameters: sections, and keys that may be at the top level instead of inside a section.
 _SECTIONS = ("rope_scaling", "rope_parameters")
 _TOP = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-# What stays when a section states another kind of scaling.
+# Keys that are kept if an override changes the type of scaling.
 _OF_EVERY_KIND = ("rope_theta", "partial_rotary_factor")
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `values` with `overrides` in their place; where both are mappings, with those inside.
+    """Return `values` with `overrides` applied. Nested mappings are merged; null removes a key.
 
-    A null removes its key. The two forms of a rotation, `rope_scaling` beside `rope_theta` and `rope_parameters`, are
-    one: whichever the overrides state goes before whichever the file has. A section that states another `rope_type`
-    replaces the file's scaling, else it changes the keys that it has.
+    The two notations of RoPE, `rope_parameters` and `rope_scaling` with `rope_theta`, are treated as one: an override
+    in either notation replaces the file's value in either notation. An override with another `rope_type` replaces the
+    whole scaling; otherwise it changes only the given keys.
     """
     values, overrides = _override_rotation(dict(values), dict(overrides))
     for key, value in overrides.items():
@@ -35,16 +35,16 @@ def apply_overrides(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
 
 
 def _override_rotation(values: dict[str, Any], overrides: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return both without the keys of the rotation; where overridden, they stand in the values' `rope_parameters`."""
+    """Merge overrides of RoPE keys into `rope_parameters` of the values, and remove them from the overrides."""
     stated_keys = [key for key in (*_SECTIONS, *_TOP) if key in overrides]
     sections = [source.get(key) or {} for source in (values, overrides) for key in _SECTIONS]
     if not stated_keys or not all(isinstance(section, Mapping) for section in sections):
-        return values, overrides  # what is wrong with a section, the reader says
+        return values, overrides  # the reader reports what is wrong with a section
     if any(isinstance(value, Mapping) for section in sections for value in section.values()):
-        return values, overrides  # a rotation for each kind of layer
+        return values, overrides  # one RoPE per kind of layer
     if not any(key in values for key in _SECTIONS) and not any(key in overrides for key in _SECTIONS):
-        return values, overrides  # the older form in both
-    scaling, parameters, new_scaling, new_parameters = (_named(section) for section in sections)
+        return values, overrides  # top-level keys in both
+    scaling, parameters, new_scaling, new_parameters = (_with_rope_type(section) for section in sections)
     current = {**{key: values[key] for key in _TOP if values.get(key) is not None}, **scaling, **parameters}
     new = {**new_scaling, **new_parameters, **{key: overrides[key] for key in _TOP if key in overrides}}
     cleared = any(key in overrides and overrides[key] is None for key in _SECTIONS)
@@ -58,6 +58,6 @@ def _override_rotation(values: dict[str, Any], overrides: dict[str, Any]) -> tup
     }
 
 
-def _named(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The section with the newer name of its kind."""
+def _with_rope_type(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section with the older key `type` renamed to `rope_type`."""
     return {("rope_type" if key == "type" else key): value for key, value in section.items()}

@@ -1,11 +1,11 @@
-"""Prefixes of tensors' names that wrappers add or remove."""
+"""Normalization of name prefixes that wrappers of a model add or remove."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
 
-# Of the language model's inner part; the head stands outside of it.
+# Prefix of the language model without its head.
 _INNER = "model."
 _ANCHOR = re.compile(r"(?P<prefix>(?:.*\.)?)(?:embed_tokens\.weight|(?:decoder\.blocks|layers)\.0\..+)$")
 _LINGUA = re.compile(r"(?P<prefix>(?:.*\.)?)(?:tok_embeddings\.weight)$")
@@ -14,16 +14,18 @@ _LINGUA = re.compile(r"(?P<prefix>(?:.*\.)?)(?:tok_embeddings\.weight)$")
 def canonical_names(
     names: Collection[str], own: Callable[[str], str | None], lingua: bool = False
 ) -> tuple[dict[str, str | None], str | None]:
-    """Return what each tensor of a file is called in the architecture's own words, and the prefix that was replaced.
+    """Return the architecture's name of each tensor of a file.
 
-    Names may carry more than `model.` (of `torch.compile`, DDP, PEFT, a wrapper of several models) or less (of a bare
-    inner model). Where the embedding or the first layer shows one such prefix, it is replaced in all names; the prefix
-    is None where nothing was.
+    The prefix `model.` may be longer (`torch.compile`, DDP, PEFT, wrappers of several models) or missing (an inner
+    model that was saved alone). If the embedding or the first layer has another prefix, it is replaced in all names.
 
     Args:
-        names: as they stand in the files.
-        own: what the architecture calls a tensor, None where it belongs to another part of a larger model.
-        lingua: whether the names are lingua's, whose inner part has no prefix.
+        names: in the files.
+        own: returns the architecture's name of a tensor, or None for a tensor of another part of a larger model.
+        lingua: True for names of lingua, whose inner model has no prefix.
+
+    Returns:
+        Architecture's names by names in the files, and the prefix that was replaced; None if no prefix was replaced.
     """
     named = {name: own(name) for name in names}
     inner, anchor = ("", _LINGUA) if lingua else (_INNER, _ANCHOR)
@@ -45,6 +47,6 @@ def _canonical(
     if not prefix:
         return name if name.startswith("lm_head.") else inner + name
     if name.startswith(prefix):
-        rest = name.removeprefix(prefix)
-        return rest if rest.startswith("lm_head.") else inner + rest
+        suffix = name.removeprefix(prefix)
+        return suffix if suffix.startswith("lm_head.") else inner + suffix
     return own(next((name.removeprefix(part) for part in outer if name.startswith(part)), name))

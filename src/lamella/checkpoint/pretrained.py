@@ -1,4 +1,4 @@
-"""`from_pretrained` of the model classes: a checkpoint as a plain module."""
+"""Implementation of the model classes' `from_pretrained`."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def load_pretrained(
     device: torch.device | str = "cpu",
     hf_overrides: Mapping[str, Any] | None = None,
 ) -> Model:
-    """Load the model of a checkpoint, with the arguments of `CausalLM.from_pretrained`.
+    """Load the model of a checkpoint. See `CausalLM.from_pretrained`.
 
     Args:
-        model_class: the class that the model must have; `CausalLM` for any.
-        path: a folder or a Hub id, whatever its format.
-        dtype: to compute in; "auto" is the checkpoint's own.
-        device: where the weights go.
-        hf_overrides: values that replace the config file's.
+        model_class: class that the model must have; `CausalLM` for any.
+        path: folder, GGUF file or Hub id.
+        dtype: to compute in; "auto" is the dtype of the checkpoint.
+        device: of the parameters.
+        hf_overrides: values that replace those of the config file.
 
     Raises:
-        CheckpointError: a tensor is missing, left over or of the wrong shape, or the model is of another class.
+        CheckpointError: a tensor is missing, unexpected or of the wrong shape, or the model is of another class.
     """
     checkpoint = open_checkpoint(path, hf_overrides)
     model = load_model(checkpoint, dtype=dtype, device=device)

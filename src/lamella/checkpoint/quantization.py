@@ -1,7 +1,8 @@
-"""Quantized files: their forms, and the weights that their numbers and scales stand for.
+"""Dequantization of quantized checkpoints.
 
-Forms: compressed-tensors (one number an element: "float-", "int-" and "naive-quantized"), FBGEMM's FP8 as transformers
-writes it, ModelOpt's FP8, and FP8 in blocks ("fp8"). Activations are not quantized, whatever the files say of them.
+Supported formats: compressed-tensors with one number per element ("float-quantized", "int-quantized",
+"naive-quantized"), FBGEMM's FP8 as transformers writes it, ModelOpt's FP8, and FP8 with scales per block ("fp8").
+Scales of activations are ignored: activations are not quantized.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lamella.parallel.sharding import Split
 
 logger = logging.getLogger("lamella")
 
-# What the scale of a tensor is called, behind the tensor's own name.
+# Suffixes of a scale's name, after the name of its tensor.
 _SCALES = ("_scale", "_scale_inv", "_weight_scale")
 _OFFSET = "_zero_point"
 _OF_ACTIVATIONS = re.compile(r"(^|[._])(input_scale(_ub)?|input_zero_point|output_scale|[qkv]_scale)$")
@@ -39,8 +40,8 @@ class Quantization:
     """Quantization of a file's weights.
 
     Attributes:
-        method: as the file calls it.
-        blocks: numbers of places that share a scale, along any dimension, other than one and all of them.
+        method: name in the file.
+        blocks: block sizes: numbers of consecutive indices of a dimension that share a scale, other than one and all.
     """
 
     method: str
@@ -48,14 +49,14 @@ class Quantization:
 
     @classmethod
     def read(cls, values: Mapping[str, Any], config_file: Path) -> Quantization | None:
-        """Return what a config.json states, or a ModelOpt file beside it; None if nothing is quantized.
+        """Read the quantization from config.json, or from a ModelOpt file in its folder; None if there is none.
 
         Args:
-            values: of the config.json.
+            values: content of config.json.
             config_file: its path.
 
         Raises:
-            ConfigError: the form is none of those above.
+            ConfigError: the format is not supported.
         """
         stated, source = values.get("quantization_config"), config_file
         own_file = config_file.parent / _MODELOPT_FILE
@@ -94,7 +95,7 @@ def _mapping(source: Path, key: str, value: object) -> Mapping[str, Any]:
 
 
 def _sizes(source: Path, key: str, value: object) -> frozenset[int]:
-    """The sizes of blocks: one, or one for each dimension; none where there is no value."""
+    """Return block sizes, given as one number or one per dimension; empty if there is no value."""
     sizes = [] if value is None else value if isinstance(value, list) else [value]
     if any(type(size) is not int or size < 1 for size in sizes):
         raise ConfigError(f"{source}: quantization_config: {key}={value!r}: must be positive integers")
@@ -102,7 +103,7 @@ def _sizes(source: Path, key: str, value: object) -> frozenset[int]:
 
 
 def _read_compressed(stated: Mapping[str, Any], source: Path) -> frozenset[int]:
-    """The sizes of the groups and blocks that share a scale."""
+    """Return the sizes of groups and blocks of compressed-tensors that share a scale."""
     for key in ("sparsity_config", "transform_config"):
         inner = stated.get(key) or {}
         if inner and inner != {"format": "dense"}:
@@ -114,7 +115,7 @@ def _read_compressed(stated: Mapping[str, Any], source: Path) -> frozenset[int]:
         _require(source, "format", inner.get("format") or stated.get("format"), _FORMATS)
         weights = _mapping(source, f"{name}.weights", inner.get("weights") or {})
         blocks |= _sizes(source, "block_structure", weights.get("block_structure"))
-        if weights.get("group_size") != -1:  # whole rows
+        if weights.get("group_size") != -1:  # -1: one scale per row
             blocks |= _sizes(source, "group_size", weights.get("group_size"))
     if not groups:
         _require(source, "format", stated.get("format"), _FORMATS)
@@ -123,13 +124,13 @@ def _read_compressed(stated: Mapping[str, Any], source: Path) -> frozenset[int]:
 
 @dataclass(frozen=True)
 class Scales:
-    """The quantized tensors of a file, and what turns their numbers into weights.
+    """Quantized tensors of a file, with their scales and zero points.
 
     Attributes:
         quantization: of the file.
-        path: the checkpoint, for errors.
-        scales: a tensor -> its scale.
-        offsets: a tensor -> its zero points, for those that have some.
+        path: of the checkpoint, for error messages.
+        scales: name of the scale by name of the tensor.
+        offsets: name of the zero points by name of the tensor, for tensors that have them.
     """
 
     quantization: Quantization
@@ -139,7 +140,7 @@ class Scales:
 
     @classmethod
     def find(cls, names: Collection[str], quantization: Quantization, path: Path) -> Scales:
-        """Return the scales among the tensors of a file.
+        """Find the scales among the tensors of a file.
 
         Raises:
             CheckpointError: a tensor has several scales.
@@ -154,105 +155,115 @@ class Scales:
         return cls(quantization, path, scales_by_name, offsets)
 
     def dequantize(self, name: str, splits: Sequence[Split], tensors: TensorReader) -> Tensor:
-        """Read a part of a tensor that has a scale, and return the weights in fp32.
+        """Read a quantized tensor, or a part of it, and return the weights in fp32.
 
         Args:
-            name: the tensor.
-            splits: the places of its leading dimensions to read.
-            tensors: the file's tensors, as they are stored.
+            name: of the tensor, which has a scale.
+            splits: parts of its leading dimensions to read.
+            tensors: stored tensors of the file.
 
         Raises:
-            CheckpointError: the tensor is not quantized, is packed, or its scale has the wrong shape.
+            CheckpointError: the tensor is not quantized or is packed, or its scale has the wrong shape.
         """
         tensor = tensors.load(name, splits)
         if tensor.dtype.itemsize > 1:
             raise CheckpointError(
-                f"{self.path}: tensor {name} is {tensor.dtype}, which {self.scales[name]} is no scale of"
+                f"{self.path}: tensor {name} is {tensor.dtype}, which is not quantized, and has a scale "
+                f"{self.scales[name]}: download the files again"
             )
         if tensor.dtype == torch.uint8:
-            raise CheckpointError(f"{self.path}: tensor {name} is {tensor.dtype}: packed weights are not read")
+            raise CheckpointError(
+                f"{self.path}: tensor {name} is {tensor.dtype}: packed weights are not supported; take files of "
+                "another format"
+            )
         value = tensor.float()
         if name in self.offsets:
             value -= self._spread(self.offsets[name], name, splits, tensors)
         return value.mul_(self._spread(self.scales[name], name, splits, tensors))
 
     def _spread(self, factor: str, name: str, splits: Sequence[Split], tensors: TensorReader) -> Tensor:
-        """Return a scale, or zero points, in fp32, in a shape that broadcasts to the part of the tensor."""
+        """Return a scale, or zero points, in fp32, in a shape that broadcasts to the selected part of the tensor."""
         full, found = tensors.shape(name), tensors.load(factor).float()
         misfit = CheckpointError(f"{self.path}: {factor} has shape {tuple(found.shape)}, and {name} has {full}")
         if found.dim() > len(full):
             raise misfit
         if self.quantization.method == "fbgemm_fp8" and found.dim() == 3 and found.shape[-1] == 1:
-            found = found.transpose(1, 2)  # of experts (E, in, out): the scales of outputs are in a column
+            found = found.transpose(1, 2)  # experts (E, in, out) have scales (E, out, 1)
         found = found[(...,) + (None,) * (len(full) - found.dim())]
-        for dim, places in enumerate(full):
+        for dim, size in enumerate(full):
             if found.shape[dim] == 1:
                 continue
-            block = self._block(places, found.shape[dim])
+            block = self._block_size(size, found.shape[dim])
             if block is None:
                 raise misfit
-            spans = splits[dim].spans if dim < len(splits) else ((0, places),)
+            spans = splits[dim].spans if dim < len(splits) else ((0, size),)
             index = torch.cat([torch.arange(start, stop) for start, stop in spans])
             found = found.index_select(dim, index // block)
         return found
 
-    def _block(self, places: int, scales: int) -> int | None:
-        """Return the number of places that share a scale; None if it is ambiguous."""
-        if places == scales:
+    def _block_size(self, size: int, scales: int) -> int | None:
+        """Return the block size of a dimension with `size` indices and `scales` scales; None if it is ambiguous."""
+        if size == scales:
             return 1
-        fitting = [size for size in self.quantization.blocks if -(-places // size) == scales]
+        fitting = [block for block in self.quantization.blocks if -(-size // block) == scales]
         return fitting[0] if len(fitting) == 1 else None
 
 
 @dataclass(frozen=True)
 class DequantizingMethod(DenseMethod):
-    """A `LinearMethod` for files of any known quantization: dense weights, dequantized when they are loaded."""
+    """`LinearMethod` for any supported format: weights are dequantized on loading and used as dense weights."""
 
     scales: Scales
 
-    def load(self, name: str, place: Tensor, splits: Sequence[Split], tensors: TensorReader) -> None:
+    def load(self, name: str, target: Tensor, splits: Sequence[Split], tensors: TensorReader) -> None:
         """See `LinearMethod.load`."""
-        place.copy_(self.scales.dequantize(name, splits, tensors))
+        target.copy_(self.scales.dequantize(name, splits, tensors))
 
 
 class DequantizedTensors:
-    """A source of quantized files, whose tensors are read as the weights that they stand for."""
+    """Source of quantized files that returns dequantized weights."""
 
     def __init__(self, source: TensorSource, quantization: Quantization, path: Path) -> None:
-        """Wrap the source of the tensors as they are stored."""
-        self._source, self._quantization, self._path, self._said = source, quantization, path, False
+        """Wrap a source of stored tensors.
+
+        Args:
+            source: of the stored tensors.
+            quantization: of the files.
+            path: of the checkpoint, for messages.
+        """
+        self._source, self._quantization, self._path, self._has_logged = source, quantization, path, False
 
     @contextmanager
     def opened(self) -> Iterator[DequantizedView]:
-        """Open the files."""
+        """Open the files, and yield their dequantized tensors."""
         with self._source.opened() as tensors:
             yield DequantizedView(tensors, Scales.find(tensors.names(), self._quantization, self._path))
 
     def log(self, view: DequantizedView) -> None:
-        """Log, once, how many tensors are dequantized on loading, and how many are computed with as they are."""
-        if self._said:
+        """Log, once, how many tensors are dequantized on loading, and how many keep the file's format."""
+        if self._has_logged:
             return
-        self._said = True
+        self._has_logged = True
         kept = len(view.stored_as_is)
         logger.info(
-            "%s: %d tensors (%s) are dequantised on loading%s; activations and the cache are not quantised, and "
-            "%d scales of theirs are not read",
+            "%s: %d tensors (%s) are dequantised on loading%s; activations and the cache are not quantised, so %d "
+            "scales of them are not read",
             self._path,
             len(view.scales.scales) - kept,
             self._quantization.method,
-            f", and {kept} are computed with in their format" if kept else "",
+            f", and {kept} are kept in their format" if kept else "",
             view.num_unread,
         )
 
 
 class DequantizedView:
-    """The tensors of an opened quantized file, dequantized in fp32; scales are not among the names.
+    """Tensors of opened quantized files, dequantized to fp32. Scales are not among the names.
 
     Attributes:
-        stored: the tensors as they are in the file.
-        scales: which of them are quantized.
-        num_unread: scales of activations and caches, which are left out.
-        stored_as_is: quantized tensors that a linear method computes with in the file's format.
+        stored: tensors in the format of the file.
+        scales: scales of the quantized tensors.
+        num_unread: number of ignored scales of activations and caches.
+        stored_as_is: quantized tensors that a linear method uses in the format of the file.
     """
 
     def __init__(
@@ -268,8 +279,8 @@ class DequantizedView:
         Args:
             stored: see the class.
             scales: see the class.
-            loaded_by_methods: tensors that `load` returns as they are stored, since a linear method reads them.
-            claimed: scales and zero points that have a parameter of their own, and so are among the names.
+            loaded_by_methods: tensors that `load` does not dequantize, since a linear method reads them.
+            claimed: scales and zero points with their own parameters, which therefore are among the names.
             stored_as_is: see the class.
         """
         self.stored, self.scales, self.stored_as_is = stored, scales, frozenset(stored_as_is)
@@ -281,7 +292,7 @@ class DequantizedView:
         self.num_unread = len(others) - len(self._names)
 
     def names(self) -> list[str]:
-        """Return the names of the tensors that parameters may be filled from."""
+        """Return the names of the tensors that parameters can be filled from."""
         return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -289,7 +300,7 @@ class DequantizedView:
         return self.stored.shape(name)
 
     def load(self, name: str, splits: Sequence[Split] = ()) -> Tensor:
-        """Read a tensor or a part of it, dequantized in fp32 unless a linear method reads it as it is stored."""
+        """Read a tensor or a part of it. Quantized ones are dequantized to fp32, unless a linear method reads them."""
         if name in self._dequantized:
             return self.scales.dequantize(name, splits, self.stored)
         return self.stored.load(name, splits)

@@ -1,6 +1,6 @@
-"""Sources of a checkpoint's tensors: safetensors or PyTorch files, or a lingua `.pth`.
+"""Sources of a checkpoint's tensors: safetensors files, PyTorch files, or a lingua `.pth` file.
 
-Nothing is unpickled as code.
+PyTorch files are loaded with `weights_only=True`, so no pickled code is executed.
 """
 
 from __future__ import annotations
@@ -28,46 +28,55 @@ logger = logging.getLogger("lamella")
 
 
 class TensorSource(Protocol):
-    """Named tensors, read one at a time while `opened()`."""
+    """Source of named tensors, which are read one at a time."""
 
     def opened(self) -> Any:
-        """A context manager that gives an `OpenTensors`."""
+        """Return a context manager that opens the files and yields an `OpenTensors`."""
         ...
 
 
 class OpenTensors(Protocol):
-    def names(self) -> list[str]: ...
+    """Tensors of opened files."""
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors."""
+        ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the whole tensor; nothing is read."""
+        """Return the shape of a whole tensor, without reading it."""
         ...
 
     def load(self, name: str, splits: Sequence[Split] = ()) -> Tensor:
-        """The tensor, or what `splits` say of its leading dimensions: no more than that is read."""
+        """Read a tensor, or only the parts of its leading dimensions that `splits` select."""
         ...
 
 
 class SafetensorsFolder:
-    """The model's `*.safetensors` of a folder, see `find_weights`.
-
-    `own` says what a tensor of the files is called here, or None where it does not belong to `part` and is left aside,
-    unread; the log says so once, unless `part` is None.
-    """
+    """Safetensors files of a folder that contain the model, see `find_weights`."""
 
     def __init__(
         self, folder: Path, own: Callable[[str], str | None] = str, part: str | None = "the language model"
     ) -> None:
+        """Make a source; no file is opened.
+
+        Args:
+            folder: of the files.
+            own: returns the architecture's name of a tensor of the files, or None for a tensor of another part of a
+                larger model, which is not read.
+            part: name of the part of the model that is read, for one log message about tensors that are not read; None:
+                no message.
+        """
         self.folder = folder
         self._view = _View(folder, own, part)
 
     @cached_property
     def found(self) -> WeightFiles:
-        """The files, chosen when they are first needed."""
+        """Files of the model, chosen on first use."""
         return find_weights(self.folder)
 
     @contextmanager
     def opened(self) -> Iterator[OpenTensors]:
-        """Open the files, and give their tensors by the names that they have here."""
+        """Open the files, and yield their tensors by the architecture's names."""
         with ExitStack() as stack:
             handles: dict[str, Any] = {}
             for file in self.found.files:
@@ -75,15 +84,15 @@ class SafetensorsFolder:
                     handle = stack.enter_context(safe_open(str(file), framework="pt"))
                 except (SafetensorError, OSError) as error:
                     raise unreadable_safetensors(file, error) from error
-                for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
+                for name in handle.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
                     if name in handles:
-                        raise _doubled(file, name)
+                        raise _duplicate_error(file, name)
                     handles[name] = handle
             yield _Handles(handles, self._view.names(handles, self.found))
 
 
 class TorchFolder:
-    """The model's `pytorch_model*.bin` of a folder, see `find_weights`; otherwise like `SafetensorsFolder`."""
+    """PyTorch files of a folder that contain the model, see `find_weights`; otherwise like `SafetensorsFolder`."""
 
     def __init__(self, folder: Path, own: Callable[[str], str | None] = str) -> None:
         self.folder = folder
@@ -91,24 +100,24 @@ class TorchFolder:
 
     @cached_property
     def found(self) -> WeightFiles:
-        """The files, chosen when they are first needed."""
+        """Files of the model, chosen on first use."""
         return find_weights(self.folder, TORCH)
 
     @contextmanager
     def opened(self) -> Iterator[OpenTensors]:
-        """Map the files into memory, and give their tensors by the names that they have here."""
+        """Map the files into memory, and yield their tensors by the architecture's names."""
         tensors: dict[str, Tensor] = {}
         for file in self.found.files:
             for name, tensor in _state_dict(file).items():
                 if name in tensors:
-                    raise _doubled(file, name)
+                    raise _duplicate_error(file, name)
                 tensors[name] = tensor
         names = self._view.names(tensors, self.found)
         yield _Tensors({known: tensors[name] for known, name in names.items()})
 
 
 class TorchFile:
-    """A state dict of lingua in a `.pth` file, mapped into memory, under the key `model` or bare."""
+    """State dict of lingua in a `.pth` file, either the whole file or under the key `model`."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -116,18 +125,18 @@ class TorchFile:
 
     @contextmanager
     def opened(self) -> Iterator[OpenTensors]:
-        """Map the file into memory, and give its tensors."""
+        """Map the file into memory, and yield its tensors."""
         tensors = _state_dict(self.file)
         names = self._view.names(tensors)
         yield _Tensors({known: tensors[name] for known, name in names.items()})
 
 
-# What an index may name although no file holds it: a tied head, which is the embedding, and tables of angles.
+# Tensors that an index may list although no file contains them: a tied head, and RoPE frequencies.
 _DISPENSABLE = ("lm_head.weight", "rotary_emb.inv_freq")
 
 
 class _View:
-    """Names of a source's tensors; logs once what is left aside."""
+    """Maps names of tensors in the files to the architecture's names, and logs once which tensors are not read."""
 
     def __init__(
         self,
@@ -137,11 +146,15 @@ class _View:
         lingua: bool = False,
     ) -> None:
         self._folder, self._own, self._part, self._lingua = folder, own, part, lingua
-        self._said = False
+        self._has_reported = False
 
     def names(self, present: Collection[str], files: WeightFiles | None = None) -> dict[str, str]:
-        """Names here -> in the files."""
-        if self._part is None and not self._lingua:  # a part of a larger model has names of its own
+        """Return the name in the files of each tensor by its architecture's name.
+
+        Raises:
+            CheckpointError: two tensors have the same name, or a tensor of the index is in no file.
+        """
+        if self._part is None and not self._lingua:  # parts of a larger model have no common prefix to replace
             canonical, prefix = {name: self._own(name) for name in present}, None
         else:
             canonical, prefix = canonical_names(present, self._own, self._lingua)
@@ -162,11 +175,11 @@ class _View:
         return names
 
     def _report(self, names: Mapping[str, str], present: set[str], prefix: str | None, files: WeightFiles) -> None:
-        if self._said or self._part is None:
+        if self._has_reported or self._part is None:
             return
-        self._said = True
-        if aside := sorted(present - set(names.values())):
-            logger.info("%s: not read for %s: %s", self._folder, self._part, listed(aside, 3))
+        self._has_reported = True
+        if unread := sorted(present - set(names.values())):
+            logger.info("%s: not read for %s: %s", self._folder, self._part, listed(unread, 3))
         if files.skipped:
             logger.info("%s: not part of the model, not read: %s", self._folder, listed(files.skipped, 8))
         if prefix is not None:
@@ -176,17 +189,17 @@ class _View:
 
 
 def open_weights(folder: Path, own: Callable[[str], str | None] = str) -> TensorSource:
-    """Return the weights of a Hugging Face folder: safetensors, else PyTorch files."""
+    """Return the weights of a Hugging Face folder: safetensors files, or PyTorch files if there are none."""
     if not has_weights(folder) and has_weights(folder, TORCH):
         return TorchFolder(folder, own)
     return SafetensorsFolder(folder, own)
 
 
 def _state_dict(file: Path) -> dict[str, Tensor]:
-    """The tensors of a PyTorch file, bare or under the key that trainers give them."""
+    """Return the tensors of a PyTorch file: its content, or the state dict that trainers store in it under a key."""
     try:
         state = _load_torch(file)
-    except Exception as error:  # a dozen types, from zipfile's to pickle's
+    except Exception as error:  # torch.load raises many types, for example of zipfile and pickle
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise unreadable_torch(file, reason) from error
     if isinstance(state, dict):
@@ -209,15 +222,17 @@ def _load_torch(file: Path) -> Any:
     except RuntimeError as error:
         if "mmap" not in str(error):
             raise
-        # The format before torch 1.6 cannot be mapped.
+        # Files in the format before torch 1.6 cannot be mapped.
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _doubled(file: Path, name: str) -> CheckpointError:
-    return CheckpointError(f"{file}: tensor {name} stands in another file of {file.parent} too; delete one of them")
+def _duplicate_error(file: Path, name: str) -> CheckpointError:
+    return CheckpointError(f"{file}: tensor {name} is in another file of {file.parent}, too; delete one of them")
 
 
 class _Handles:
+    """`OpenTensors` of safetensors files."""
+
     def __init__(self, handles: dict[str, Any], names: dict[str, str]) -> None:
         self._handles, self._names = handles, names
 
@@ -225,17 +240,19 @@ class _Handles:
         return list(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        there = self._names[name]
-        return tuple(self._handles[there].get_slice(there).get_shape())
+        stored = self._names[name]
+        return tuple(self._handles[stored].get_slice(stored).get_shape())
 
     def load(self, name: str, splits: Sequence[Split] = ()) -> Tensor:
-        there = self._names[name]
+        stored = self._names[name]
         if all(split == Split.whole(split.full) for split in splits):
-            return self._handles[there].get_tensor(there)
-        return shard_tensor(self._handles[there].get_slice(there), splits)
+            return self._handles[stored].get_tensor(stored)
+        return shard_tensor(self._handles[stored].get_slice(stored), splits)
 
 
 class _Tensors:
+    """`OpenTensors` of tensors that are mapped into memory."""
+
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self._tensors = tensors
 

@@ -1,9 +1,9 @@
-"""The tokenizer of a folder, from all the files that say something of it.
+"""Loading of the tokenizer of a folder, with its special tokens and chat templates.
 
-`tokenizer.json` is the tokenizer; `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` add tokens
-and name the special ones, by the rules of transformers 5: what is added around a text says the post-processor of
-`tokenizer.json`, not `add_bos_token`. Without `tokenizer.json`, transformers converts SentencePiece
-and tiktoken files, where it is installed; remote code is never run.
+`tokenizer.json` defines the tokenizer. `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` add
+tokens and define the special ones, by the rules of transformers 5: the post-processor of `tokenizer.json`, not
+`add_bos_token`, decides which tokens are added around a text. Without `tokenizer.json`, transformers converts
+SentencePiece and tiktoken files, if it is installed. Remote code is never executed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lamella")
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# Files of tokenizers that only transformers converts.
+# Tokenizer files that only transformers can convert.
 _CONVERTED = (
     "tokenizer.model",
     "*.tiktoken",
@@ -38,13 +38,13 @@ _CONVERTED = (
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """A tokenizer with its tokens' roles.
+    """Tokenizer with its special tokens.
 
     Attributes:
         tokenizer: of the tokenizers library.
-        special: role (bos_token, eos_token, ...) -> text of the token.
-        extra_special: texts of special tokens without a role of these.
-        folder: where the files are.
+        special: text of each special token by role (`bos_token`, `eos_token`, ...).
+        extra_special: texts of special tokens without a role.
+        folder: of the files; None if there is none.
     """
 
     tokenizer: tokenizers.Tokenizer
@@ -53,13 +53,13 @@ class LoadedTokenizer:
     folder: Path | None = None
 
     def token_id(self, role: str) -> int | None:
-        """Return the id of a role's token; None where the role or the token does not exist."""
+        """Return the id of the token with a role; None if the role or the token does not exist."""
         text = self.special.get(role)
         return None if text is None else self.tokenizer.token_to_id(text)
 
 
 def load_tokenizer(folder: Path) -> LoadedTokenizer | None:
-    """Return the tokenizer of a folder or of a GGUF file, None where no file is one.
+    """Load the tokenizer of a folder or of a GGUF file; return None if there are no tokenizer files.
 
     Raises:
         CheckpointError: a file cannot be read, contradicts another, or needs a library that is not installed.
@@ -69,16 +69,16 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer | None:
             return None
         return LoadedTokenizer(read_tokenizer(gguf), special_tokens(gguf), (), folder)
     if not is_present(folder / "tokenizer.json"):
-        return _converted(folder)
+        return _convert(folder)
     tokenizer = _read(folder / "tokenizer.json")
-    config = _optional(folder / "tokenizer_config.json")
-    special, extra, added = _stated(folder, config)
+    config = _read_optional_json(folder / "tokenizer_config.json")
+    special, extra, added = _read_special_tokens(folder, config)
     _add_tokens(folder, tokenizer, added, {*special.values(), *extra})
     return LoadedTokenizer(tokenizer, special, tuple(extra), folder)
 
 
 def eos_of_tokenizer(folder: Path) -> tuple[int, ...]:
-    """Return the end-of-text id that the tokenizer's files name, without loading what needs transformers."""
+    """Return the end-of-text token of the tokenizer files; empty if they need a conversion by transformers."""
     if _gguf_of(folder) is None and not is_present(folder / "tokenizer.json"):
         return ()
     loaded = load_tokenizer(folder)
@@ -87,7 +87,7 @@ def eos_of_tokenizer(folder: Path) -> tuple[int, ...]:
 
 
 def _gguf_of(folder: Path) -> GgufFile | None:
-    """Return the GGUF file that has the tokenizer, if `folder` is one or holds one and no files of Hugging Face's."""
+    """Return the GGUF file with the tokenizer, if `folder` is a GGUF file or has one and no Hugging Face files."""
     if folder.is_file():
         return open_gguf(folder)
     if is_present(folder / "tokenizer.json") or is_present(folder / "config.json"):
@@ -96,7 +96,7 @@ def _gguf_of(folder: Path) -> GgufFile | None:
     return None if file is None else open_gguf(file)
 
 
-def _optional(file: Path) -> dict[str, Any]:
+def _read_optional_json(file: Path) -> dict[str, Any]:
     return read_json(file) if is_present(file) else {}
 
 
@@ -112,19 +112,19 @@ def _read(file: Path) -> tokenizers.Tokenizer:
 
 
 def _text(token: Any) -> str | None:
-    """A token as files write it: its text, or a mapping with its text."""
+    """Return the text of a token, which files write as a text or as a mapping."""
     token = token.get("content") if isinstance(token, Mapping) else token
     return token if isinstance(token, str) and token else None
 
 
-def _stated(
+def _read_special_tokens(
     folder: Path, config: Mapping[str, Any]
 ) -> tuple[dict[str, str], list[str], dict[str, tuple[int | None, dict[str, Any]]]]:
-    """Roles, other special tokens, and added tokens (text -> id, where stated, and flags).
+    """Return special tokens by role, other special tokens, and added tokens (text -> id or None, and flags).
 
-    Like transformers: where tokenizer_config.json has `added_tokens_decoder`, the older files say nothing.
+    As in transformers, the older files are ignored if tokenizer_config.json has `added_tokens_decoder`.
     """
-    said, added = dict(config), dict[str, tuple[int | None, dict[str, Any]]]()
+    values, added = dict(config), dict[str, tuple[int | None, dict[str, Any]]]()
     decoder = config.get("added_tokens_decoder")
     if isinstance(decoder, Mapping):
         for index, token in decoder.items():
@@ -134,15 +134,15 @@ def _stated(
                 )
             added[text] = int(index), {key: token[key] for key in _FLAGS if isinstance(token.get(key), bool)}
     else:
-        said |= _optional(folder / "special_tokens_map.json")
-    special = {role: text for role in SPECIAL if (text := _text(said.get(role))) is not None}
+        values |= _read_optional_json(folder / "special_tokens_map.json")
+    special = {role: text for role in SPECIAL if (text := _text(values.get(role))) is not None}
     extra: list[str] = []
     for key in ("additional_special_tokens", "extra_special_tokens"):
-        tokens = said.get(key) or []
+        tokens = values.get(key) or []
         extra += [t for token in (tokens.values() if isinstance(tokens, Mapping) else tokens) if (t := _text(token))]
     if not isinstance(decoder, Mapping):
         file = folder / "added_tokens.json"
-        for text, index in sorted(_optional(file).items(), key=lambda item: str(item[1]).zfill(12)):
+        for text, index in sorted(_read_optional_json(file).items(), key=lambda item: str(item[1]).zfill(12)):
             if isinstance(index, bool) or not isinstance(index, int):
                 raise CheckpointError(f"{file}: {text!r}={index!r}: must be a token id; correct the file")
             is_special = text in special.values() or text in extra
@@ -161,7 +161,7 @@ def _add_tokens(
     added: Mapping[str, tuple[int | None, dict[str, Any]]],
     special: set[str],
 ) -> None:
-    """Add what tokenizer.json lacks, in the order of the stated ids; a token that has a role is special."""
+    """Add the tokens that tokenizer.json lacks, in the order of their ids. Tokens with a role are special."""
     import tokenizers
 
     known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
@@ -180,8 +180,8 @@ def _add_tokens(
             )
 
 
-def _converted(folder: Path) -> LoadedTokenizer | None:
-    """A tokenizer of other files, by transformers."""
+def _convert(folder: Path) -> LoadedTokenizer | None:
+    """Convert other tokenizer files with transformers; return None if there are none."""
     found = sorted(path.name for pattern in _CONVERTED for path in folder.glob(pattern))
     if not found or (found == ["vocab.json"] and not (folder / "merges.txt").is_file()):
         return None
@@ -198,7 +198,7 @@ def _converted(folder: Path) -> LoadedTokenizer | None:
         ) from error
     try:
         converted = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # whatever a conversion raises
+    except Exception as error:  # conversions raise many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{folder}: transformers cannot convert {found[0]} ({reason}): pip install sentencepiece protobuf "
@@ -217,10 +217,10 @@ def _converted(folder: Path) -> LoadedTokenizer | None:
 
 
 def chat_templates_of(folder: Path) -> str | dict[str, str] | None:
-    """Return the chat template of a folder, several by name, or None if there is none.
+    """Return the chat template of a folder, several templates by name, or None if there is none.
 
-    As transformers does, `chat_template.jinja` with `additional_chat_templates/NAME.jinja` comes before
-    `chat_template.json`, and that before `tokenizer_config.json`.
+    As in transformers, `chat_template.jinja` with `additional_chat_templates/NAME.jinja` has precedence over
+    `chat_template.json`, and that over `tokenizer_config.json`.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -234,10 +234,10 @@ def chat_templates_of(folder: Path) -> str | dict[str, str] | None:
             named["default"] = _read_text(file)
         return named["default"] if set(named) == {"default"} else named
     for name in ("chat_template.json", "tokenizer_config.json"):
-        template = _optional(folder / name).get("chat_template")
+        template = _read_optional_json(folder / name).get("chat_template")
         if isinstance(template, list):
-            pairs = [(entry.get("name"), entry.get("template")) for entry in template if isinstance(entry, Mapping)]
-            named = {key: text for key, text in pairs if isinstance(key, str) and isinstance(text, str)}
+            entries = [(entry.get("name"), entry.get("template")) for entry in template if isinstance(entry, Mapping)]
+            named = {key: text for key, text in entries if isinstance(key, str) and isinstance(text, str)}
             if named:
                 return named
         if isinstance(template, str):

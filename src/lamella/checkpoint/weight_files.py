@@ -1,4 +1,4 @@
-"""Choosing the files of a folder that hold the model's weights."""
+"""Selection of the files of a folder that contain the model's weights."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ logger = logging.getLogger("lamella")
 
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)$")
-# Files beside a model: adapters, states of training, and the same weights in Mistral's own format.
+# Names of other files in model folders: adapters, training state, and weights in Mistral's own format.
 _OTHER = re.compile(r"adapter|optim|scheduler|random_states|rng_state|training|consolidated|lora|(^|_)ema|embeddings$")
-_SAMPLE = 256  # bytes at the start, middle and end of a tensor that are compared
+_SAMPLE = 256  # bytes to compare at the start, middle and end of a tensor
 _HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """Files of one format.
+    """Weight files of one format.
 
     Attributes:
-        files: in the order of their names; empty where the folder has none.
-        indexed: the tensors that an index promises.
+        files: files of the model, sorted by name; empty if the folder has none.
+        indexed: names of the tensors that the index lists; empty without an index.
         skipped: names of other files of the format.
     """
 
@@ -39,11 +39,19 @@ class WeightFiles:
 
 @dataclass(frozen=True)
 class _Format:
+    """File format of weights.
+
+    Attributes:
+        main: name of a single file without its suffix.
+        suffix: of all files.
+    """
+
     main: str
     suffix: str
 
     @property
     def index(self) -> str:
+        """Name of the index file."""
         return f"{self.main}{self.suffix}.index.json"
 
 
@@ -52,26 +60,30 @@ TORCH = _Format("pytorch_model", ".bin")
 
 
 def has_weights(folder: Path, kind: _Format = SAFETENSORS) -> bool:
-    """Return whether a folder has files of a format that may be the model's, whether or not they can be read."""
+    """Return True if a folder has files of a format that may contain the model. The files are not read."""
     if (folder / kind.index).is_file():
         return True
-    there = (path for path in folder.glob(f"*{kind.suffix}") if not path.name.startswith("."))
+    present = (path for path in folder.glob(f"*{kind.suffix}") if not path.name.startswith("."))
     return any(
-        path.stem.startswith(kind.main) or (kind is SAFETENSORS and not _OTHER.search(path.stem)) for path in there
+        path.stem.startswith(kind.main) or (kind is SAFETENSORS and not _OTHER.search(path.stem)) for path in present
     )
 
 
 def find_weights(folder: Path, kind: _Format = SAFETENSORS) -> WeightFiles:
-    """Return the files of a format that hold the model.
+    """Return the files of a format that contain the model.
 
-    An index says which; else it is `model.safetensors` (`pytorch_model.bin`), else a complete set of shards, else, of
-    safetensors, all files whose names are not those of adapters or of training.
+    In order of preference: the files of the index; `model.safetensors` (`pytorch_model.bin`); a complete set of shards;
+    for safetensors, all files whose names do not denote adapters or training state.
+
+    Args:
+        folder: to search.
+        kind: the format.
 
     Raises:
-        CheckpointError: files that an index or the names of shards promise are not there, or an index and
-            `model.safetensors` hold different weights, and which is newer does not show.
+        CheckpointError: files of the index or of a set of shards are missing; or the index and `model.safetensors` have
+            different weights, and it is not clear which are newer.
     """
-    there = sorted(path for path in folder.glob(f"*{kind.suffix}") if not path.name.startswith("."))
+    present = sorted(path for path in folder.glob(f"*{kind.suffix}") if not path.name.startswith("."))
     main, index = folder / f"{kind.main}{kind.suffix}", folder / kind.index
     indexed: frozenset[str] = frozenset()
     if is_present(index):
@@ -79,7 +91,7 @@ def find_weights(folder: Path, kind: _Format = SAFETENSORS) -> WeightFiles:
         files = [folder / name for name in sorted(set(weight_map.values()))]
         indexed = frozenset(weight_map)
         missing = [file.name for file in files if not is_present(file)]
-        if main not in files and main in there and (missing or _is_newer(main, files, weight_map, kind)):
+        if main not in files and main in present and (missing or _is_newer(main, files, weight_map, kind)):
             logger.warning(
                 "%s: %s is read, not the %s: delete what is not to be read",
                 folder,
@@ -94,10 +106,10 @@ def find_weights(folder: Path, kind: _Format = SAFETENSORS) -> WeightFiles:
     elif is_present(main):
         files = [main]
     else:
-        files = _shards(folder, there, kind)
+        files = _shards(folder, present, kind)
         if not files and kind is SAFETENSORS:
-            files = [file for file in there if not _OTHER.search(file.stem)]
-    skipped = tuple(file.name for file in there if file not in files)
+            files = [file for file in present if not _OTHER.search(file.stem)]
+    skipped = tuple(file.name for file in present if file not in files)
     return WeightFiles(tuple(files), indexed, skipped)
 
 
@@ -113,9 +125,9 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     return found
 
 
-def _shards(folder: Path, there: Sequence[Path], kind: _Format) -> list[Path]:
-    """The set of shards with the model's name, where there is no index."""
-    shards = {file: match for file in there if (match := _SHARD.match(file.stem)) and match["stem"] == kind.main}
+def _shards(folder: Path, present: Sequence[Path], kind: _Format) -> list[Path]:
+    """Return the shards with the model's name, for a folder without an index; empty if there are none."""
+    shards = {file: match for file in present if (match := _SHARD.match(file.stem)) and match["stem"] == kind.main}
     if not shards:
         return []
     counts = {match["count"] for match in shards.values()}
@@ -131,15 +143,15 @@ def _shards(folder: Path, there: Sequence[Path], kind: _Format) -> list[Path]:
 
 
 def _is_newer(main: Path, shards: Sequence[Path], weight_map: Mapping[str, str], kind: _Format) -> bool:
-    """Return True where the single file holds a later save of the model than the shards."""
+    """Return True if the single file contains a newer save of the model than the shards."""
     if kind is SAFETENSORS:
         whole = _offsets(main)
         if set(weight_map) - set(whole) - {_HEAD}:
-            return False  # a part of the model, or something else
-        parts = {name: (shard, offsets) for shard in shards for name, offsets in _offsets(shard).items()}
-        common = [name for name in whole if name in parts]
-        if len(common) == len(whole) and all(_is_equal(main, whole[name], *parts[name]) for name in common):
-            return False  # the same weights, twice
+            return False  # not the whole model
+        sharded = {name: (shard, offsets) for shard in shards for name, offsets in _offsets(shard).items()}
+        common = [name for name in whole if name in sharded]
+        if len(common) == len(whole) and all(_is_equal(main, whole[name], *sharded[name]) for name in common):
+            return False  # both have the same weights
     elif what_it_is(main):
         return False
     changed, others = main.stat().st_mtime_ns, [shard.stat().st_mtime_ns for shard in shards]
@@ -155,7 +167,7 @@ def _is_newer(main: Path, shards: Sequence[Path], weight_map: Mapping[str, str],
 
 
 def _offsets(file: Path) -> dict[str, tuple[int, int]]:
-    """Byte ranges of the tensors in a safetensors file."""
+    """Return the byte ranges of the tensors in a safetensors file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -167,15 +179,15 @@ def _offsets(file: Path) -> dict[str, tuple[int, int]]:
     return {name: (start + first, start + last) for name, (first, last) in data_offsets(file).items()}
 
 
-def _is_equal(a: Path, at: tuple[int, int], b: Path, there: tuple[int, int]) -> bool:
-    """Compare samples of two tensors' bytes."""
-    size = at[1] - at[0]
-    if size != there[1] - there[0]:
+def _is_equal(a: Path, a_range: tuple[int, int], b: Path, b_range: tuple[int, int]) -> bool:
+    """Compare two tensors by samples of their bytes."""
+    size = a_range[1] - a_range[0]
+    if size != b_range[1] - b_range[0]:
         return False
     with a.open("rb") as first, b.open("rb") as second:
-        for place in {0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)}:
-            first.seek(at[0] + place)
-            second.seek(there[0] + place)
+        for offset in {0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)}:
+            first.seek(a_range[0] + offset)
+            second.seek(b_range[0] + offset)
             if first.read(min(_SAMPLE, size)) != second.read(min(_SAMPLE, size)):
                 return False
     return True

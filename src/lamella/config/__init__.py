@@ -1,8 +1,8 @@
-"""A model is a tuple of layers: frozen configs of every part, and the strict reader of `config.json` files.
+"""Model descriptions: frozen configs of all parts of a model, and the strict reader of `config.json` files.
 
-The configs are the only thing that an architecture's reader returns and the only thing that the layers read. They say
-nothing of devices, engines or checkpoints; `lamella.layers.build` makes modules of them. All sizes are in elements, all
-token counts in tokens.
+A model is a tuple of layer configs. Configs are the only output of an architecture's reader, and the only input of
+layers. They do not depend on devices, engines or checkpoints. `lamella.layers.build` builds modules from them. Sizes
+are in elements, lengths in tokens.
 """
 
 from lamella.config.feed_forward import FeedForwardConfig, MLPConfig, MoEConfig

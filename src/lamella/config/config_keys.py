@@ -1,4 +1,4 @@
-"""Rules for config keys that no reader has read. The rules themselves are data: `config_keys.json`."""
+"""Rules for config keys that no reader has read. The rules are in `config_keys.json`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class KeyRules:
     """Rules for the keys of a config file that the architecture's reader has not read.
 
     Attributes:
-        silent: keys of every file; nothing is said of them.
-        ignored: pattern -> who writes it; it changes nothing, and one warning lists it.
-        inactive: pattern -> the values at which it changes nothing, and what another value would mean.
-        refused: pattern -> what it would change, at any value but False.
+        silent: keys of many files that are ignored without a log message.
+        ignored: pattern -> origin of keys that change nothing; one warning lists those of a file.
+        inactive: pattern -> values at which the key changes nothing, and the meaning of other values.
+        refused: pattern -> what the key changes, at any value except False.
         null_is_a_value: keys for which null differs from a missing key.
     """
 
@@ -48,7 +48,7 @@ class KeyRules:
         )
 
     def why_ignored(self, key: str, value: Any) -> str | None:
-        """Return the reason why `key` at `value` changes nothing, None where no rule says so."""
+        """Return the reason why `key` at `value` changes nothing; None if there is no such rule."""
         for pattern, (values, _) in self.inactive.items():
             if fnmatchcase(key, pattern):
                 return "switched off" if _is_one_of(value, values) else None
@@ -57,7 +57,7 @@ class KeyRules:
         return next((why for pattern, why in self.ignored.items() if fnmatchcase(key, pattern)), None)
 
     def why_refused(self, key: str) -> str | None:
-        """Return what `key` would change, None where no rule knows it."""
+        """Return what `key` changes; None if there is no rule for it."""
         for pattern, (_, otherwise) in self.inactive.items():
             if fnmatchcase(key, pattern):
                 return otherwise
@@ -65,38 +65,38 @@ class KeyRules:
 
 
 def _is_one_of(value: Any, values: tuple[Any, ...]) -> bool:
-    """Compare without taking True for 1 or False for 0."""
+    """Return True if `value` equals one of `values`, where True differs from 1, and False from 0."""
     return any(isinstance(value, bool) == isinstance(other, bool) and value == other for other in values)
 
 
 class IgnoredKeys:
-    """Keys of one file that are ignored, and what else is said of it, each once per load."""
+    """Collects the ignored keys of one file, and logs each message about the file once per load."""
 
     def __init__(self) -> None:
         self._found: dict[str, Any] = {}
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
 
     def add(self, name: str, value: Any) -> None:
-        """Remember a key by its path in the file."""
+        """Add a key by its path in the file."""
         self._found.setdefault(name, value)
 
     def say(self, text: str) -> None:
-        """Log a line that no earlier one was."""
-        if text not in self._said:
-            self._said.add(text)
+        """Log a message, unless it has been logged before."""
+        if text not in self._logged:
+            self._logged.add(text)
             logger.info("%s", text)
 
     def log(self, source: str) -> None:
-        """Warn once of the keys that no earlier warning has listed."""
-        new = sorted(set(self._found) - self._said)
+        """Log one warning that lists the keys that no earlier warning has listed."""
+        new = sorted(set(self._found) - self._logged)
         if new:
-            self._said.update(new)
+            self._logged.update(new)
             listed = ", ".join(f"{name}={shown(self._found[name], 63)}" for name in new)
             logger.warning("%s: ignored keys, which change nothing that the model computes: %s", source, listed)
 
 
 def way_out(paths: list[tuple[str, ...]]) -> str:
-    """Return the command-line option that removes the keys at `paths` of a config file."""
+    """Return the command-line option that removes keys of a config file, given by their paths."""
     removed: dict[str, Any] = {}
     for path in paths:
         inner = removed

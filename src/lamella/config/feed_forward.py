@@ -1,4 +1,4 @@
-"""The channel-mixing parts of layers."""
+"""Configs of feed-forward parts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,15 @@ ACTIVATIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class MLPConfig:
-    """Feed-forward `down(act(gate(x)) * up(x))`, or `down(act(up(x)))` where not `gated`; SwiGLU by default.
+    """Feed-forward `down(act(gate(x)) * up(x))`, by default SwiGLU; `down(act(up(x)))` if not `gated`.
 
-    With an optional canon over [gate|up].
+    Attributes:
+        intermediate_size: channels between the projections.
+        gated: True if there is a gate projection.
+        activation: one of `ACTIVATIONS`.
+        gate_up_bias: True if gate and up projections have a bias.
+        down_bias: True if the down projection has a bias.
+        canon: convolution over [gate|up] ("canon D"); None: no convolution.
     """
 
     intermediate_size: int
@@ -34,23 +40,28 @@ class MLPConfig:
 
     @property
     def canons(self) -> tuple[CanonConfig, ...]:
-        """Canon convolutions inside the part."""
+        """Canon convolutions inside the feed-forward."""
         return () if self.canon is None else (self.canon,)
 
     @property
     def is_swiglu(self) -> bool:
-        """True for `silu(gate) * up`, which has kernels of its own."""
+        """True for `silu(gate) * up`, which has its own kernels."""
         return self.gated and self.activation == "silu"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """Experts, of which each token has some, as in Llama 4: `shared(x) + sum of expert_e(w_e x)`.
+    """Mixture of experts as in Llama 4: `shared(x) + sum of expert_e(w_e x)` over the token's `top_k` experts.
 
-    A token's experts are the `top_k` of the largest router logits, and w_e is the sigmoid of the logit, of each by
-    itself. It weighs what enters the expert: a gated expert is not homogeneous, so weighing what comes out would be
-    another model. Experts are SwiGLU of width `intermediate_size`, and so is the one that all tokens share, of width
-    `shared_size` where there is one.
+    The experts of a token have its `top_k` largest router logits. w_e is the sigmoid of expert e's logit, without
+    normalization over experts. It scales the input of the expert, not its output: a gated expert is not homogeneous, so
+    the two differ. All experts are SwiGLU.
+
+    Attributes:
+        num_experts: number of routed experts.
+        top_k: routed experts per token.
+        intermediate_size: width of a routed expert.
+        shared_size: width of the expert that all tokens use; None: no shared expert.
     """
 
     num_experts: int
@@ -68,5 +79,5 @@ class MoEConfig:
         check(self.shared_size is None or self.shared_size > 0, "moe.shared_size", self.shared_size, "positive")
 
 
-# What can stand as a layer's feed-forward. Other packages' configs stand beside this union, see `lamella.layers.build`.
+# Feed-forwards of this package. Other packages can define their own configs, see `lamella.layers.build`.
 FeedForwardConfig = MLPConfig | MoEConfig

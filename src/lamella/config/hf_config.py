@@ -1,7 +1,7 @@
-"""Strict reading of Hugging Face `config.json` files: typed values, and an account of every key.
+"""Strict reader of Hugging Face `config.json` files, with typed getters.
 
-A key that the reader has not read is ignored with a warning, or an error: `config_keys.json` has the rules. Numbers are
-accepted as int or float where that loses nothing.
+A key that no reader has read is either ignored with a warning or an error, by the rules of `config_keys.json`. Numbers
+can be int or float, if the conversion is exact.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lamella.errors import ConfigError
 
 
 class _Missing(Enum):
-    """Type of the default of keys that must be there."""
+    """Type of the default of required keys."""
 
     MISSING = 0
 
@@ -26,24 +26,24 @@ _MISSING: Final = _Missing.MISSING
 _Required: TypeAlias = Literal[_Missing.MISSING]
 _Item = TypeVar("_Item")
 
-# A larger number means that the file is damaged. A list with one entry per layer would exhaust the memory before any
-# other check fails.
+# Larger numbers mean that the file is damaged. Without a limit, a list with one entry per layer would exhaust the
+# memory before another check fails.
 _LAYER_COUNTS = frozenset({"num_hidden_layers", "num_blocks", "n_layers"})
-_MOST_LAYERS, _MOST = 4096, 2**53
+_MAX_LAYERS, _MAX_INT = 4096, 2**53
 
 
 class HFConfig:
-    """Values of a config file, each marked as read when asked for.
+    """Values of a config file. Getters mark keys as read.
 
-    Each getter returns the default if the key is missing or null, and raises `ConfigError` if there is no default. Its
+    A getter returns its default if the key is missing or null, and raises `ConfigError` if there is no default. Its
     result can be None only if the default is None.
 
     Attributes:
-        values: keys of the file, or of a section of it.
-        source: name of the file in errors.
-        max_length: context length in tokens that an engine will use; None if it is not known.
-        list_tensors: lists the names of the checkpoint's tensors; None if there are no files to look at.
-        path: keys of the sections around this one.
+        values: content of the file, or of a section of it.
+        source: name of the file in error messages.
+        max_length: context length that an engine will use, in tokens; None if unknown.
+        list_tensors: returns the names of the checkpoint's tensors, or None if there are no files.
+        path: keys of the enclosing sections.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class HFConfig:
             list_tensors: see the class.
             ignored: collects the ignored keys, for one warning per load.
             path: see the class.
-            origins: path in the file of each key that is not at `path`.
+            origins: paths in the file of keys that are not at `path`.
         """
         self.values: dict[str, object] = dict(values)
         self.source, self.max_length = source, max_length
@@ -107,9 +107,9 @@ class HFConfig:
             raise self.error(key, value, "a whole number")
         if value < minimum:
             raise self.error(key, value, f"at least {minimum}")
-        most = _MOST_LAYERS if key in _LAYER_COUNTS else _MOST
-        if value > most:
-            raise self.error(key, value, f"at most {most}")
+        limit = _MAX_LAYERS if key in _LAYER_COUNTS else _MAX_INT
+        if value > limit:
+            raise self.error(key, value, f"at most {limit}")
         return int(value)
 
     @overload
@@ -141,7 +141,7 @@ class HFConfig:
         return None if value is None else bool(value)
 
     def text(self, key: str, default: str, allowed: str) -> str:
-        """Return a string; `allowed` describes the values that are allowed, for the error."""
+        """Return a string; `allowed` describes allowed values in the error message."""
         value = self.get(key, default)
         if not isinstance(value, str):
             raise self.error(key, value, allowed)
@@ -162,7 +162,7 @@ class HFConfig:
         return cast(_Item, value)
 
     def list(self, key: str, allowed: str = "a list") -> builtins.list[object] | None:
-        """Return a list; None if there is none. `allowed` describes the values that are allowed, for the error."""
+        """Return a list; None if there is none. `allowed` describes allowed values in the error message."""
         value = self.get(key, None)
         if value is None:
             return None
@@ -171,18 +171,18 @@ class HFConfig:
         return list(value)
 
     def mapping(self, key: str) -> dict[str, object]:
-        """Return a nested mapping without its nulls; empty if there is none."""
+        """Return a nested mapping without null values; empty if there is none."""
         return {name: item for name, item in self.raw_mapping(key).items() if item is not None}
 
     def raw_mapping(self, key: str) -> Mapping[str, object]:
-        """Return a nested mapping with its nulls; empty if there is none."""
+        """Return a nested mapping with null values; empty if there is none."""
         value = self.get(key, {})
         if not isinstance(value, Mapping):
             raise self.error(key, value, "a mapping")
         return value
 
     def token_ids(self, key: str, default: builtins.int | tuple[builtins.int, ...] = ()) -> tuple[builtins.int, ...]:
-        """Return a token id, a list of them, or nothing, as a tuple."""
+        """Return one token id, or a list of them, as a tuple; empty if there is none."""
         value = self.get(key, default)
         ids = value if isinstance(value, list | tuple) else [value]
         if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
@@ -192,7 +192,7 @@ class HFConfig:
     def section(
         self, key: str, values: Mapping[str, object], origins: Mapping[str, tuple[str, ...]] | None = None
     ) -> HFConfig:
-        """Return a nested mapping with the same strictness; `origins` as in the constructor."""
+        """Return a reader of a nested mapping, which checks its keys, too; `origins`: see the constructor."""
         self._read.add(key)
         source, path = f"{self.source}: {key}", self.path_of(key)
         return HFConfig(values, source, self.max_length, self.list_tensors, self._ignored, path, origins)
@@ -202,14 +202,14 @@ class HFConfig:
         return self._origins.get(key, (*self.path, key))
 
     def ignore(self, *keys: str) -> None:
-        """Mark keys as read, and list those that the file has among the ignored ones."""
+        """Mark keys as read, and add those that the file has to the ignored keys."""
         for key in keys:
             self._read.add(key)
             if self.values.get(key) is not None:
                 self._ignored.add(".".join(self.path_of(key)), self.values[key])
 
     def say(self, message: str) -> None:
-        """Log how the file is read, once per load."""
+        """Log how the file is interpreted, once per load."""
         self._ignored.say(f"{self.source}: {message}")
 
     def error(self, key: str, value: object, allowed: str) -> ConfigError:
@@ -217,22 +217,22 @@ class HFConfig:
         return ConfigError(f"{self.source}: {key}={value!r} is not supported: must be {allowed}")
 
     def finish(self, harmless: Iterable[str] = ()) -> None:
-        """Ignore or refuse the keys that nothing has read, see `KeyRules`.
+        """Ignore or reject the keys that no getter has read, see `KeyRules`.
 
         Keys that are null or start with an underscore are skipped.
 
         Args:
-            harmless: keys of this architecture that compute nothing.
+            harmless: keys of this architecture that do not change what is computed.
 
         Raises:
             ConfigError: a key changes what the model computes, or may do so.
         """
         rules = KeyRules.read()
         known = self._read | rules.silent | set(harmless)
-        left = [k for k, v in self.values.items() if k not in known and v is not None and not k.startswith("_")]
+        unread = [k for k, v in self.values.items() if k not in known and v is not None and not k.startswith("_")]
         unsupported: dict[str, str] = {}
         unknown: list[str] = []
-        for key in sorted(left):
+        for key in sorted(unread):
             if rules.why_ignored(key, self.values[key]) is not None:
                 self.ignore(key)
             elif (why := rules.why_refused(key)) is not None:

@@ -1,6 +1,6 @@
-"""Keys of `config.json` that decoders like Llama share: head size, activation, biases, windows, and the model around.
+"""Readers of `config.json` keys that many decoders share: head size, activation, biases, windows, model-level keys.
 
-RoPE has a module of its own, `hf_rope`.
+RoPE: see `hf_rope`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def read_head_dim(config: HFConfig) -> int:
     return head_dim or hidden_size // heads
 
 
-# transformers' names (ACT2FN) of activations that have another name here. Several names are one function, computed in
+# Names of activations in transformers (ACT2FN) -> name here. Several names denote the same function, computed in
 # different ways.
 _ACT2FN = {
     "swish": "silu",
@@ -37,10 +37,10 @@ _ACT2FN = {
 
 
 def read_activation(config: HFConfig, key: str = "hidden_act") -> str:
-    """Return our name of a feed-forward's activation, which a file calls as transformers' ACT2FN does.
+    """Return the name of an activation here, from its name in transformers' ACT2FN.
 
     Raises:
-        ConfigError: the name is unknown, or means a function with weights of its own (prelu, xielu).
+        ConfigError: the name is unknown, or denotes a function with learned weights (prelu, xielu).
     """
     name = config.get(key, "silu")
     known = [other for other in (*ACTIVATIONS, *_ACT2FN) if other != "identity"]
@@ -50,9 +50,14 @@ def read_activation(config: HFConfig, key: str = "hidden_act") -> str:
 
 
 def read_output_bias(config: HFConfig, stated: bool) -> bool:
-    """Return True if `o_proj` has a bias: by the checkpoint's tensors, else by `stated`, the file's `attention_bias`.
+    """Return True if `o_proj` has a bias.
 
-    Files of models with biases of queries, keys and values only state `attention_bias` too.
+    `attention_bias` is also true in files of models with biases only in the query, key and value projections. So the
+    checkpoint's tensors decide, if their names are available.
+
+    Args:
+        config: the model's config file.
+        stated: `attention_bias` of the file.
     """
     tensors = config.list_tensors() if stated else None
     if tensors is None or any(name.endswith("o_proj.bias") for name in tensors):
@@ -62,7 +67,7 @@ def read_output_bias(config: HFConfig, stated: bool) -> bool:
 
 
 def read_windows(config: HFConfig, num_layers: int, window: int | None, first: int) -> list[int | None]:
-    """Return the attention window of each layer: from `layer_types`, else `window` for the layers from `first` on."""
+    """Return the attention window of each layer: by `layer_types`, or `window` for all layers from `first` on."""
     if config.get("layer_types", None) is None:
         return [window if index >= first else None for index in range(num_layers)]
     allowed = f"a list of num_hidden_layers={num_layers} names"
@@ -88,24 +93,27 @@ def read_model(
     length_is_known: bool = True,
     harmless: Iterable[str] = (),
 ) -> ModelConfig:
-    """Read the keys around the layers, and refuse keys that no reader has asked for.
+    """Read the model-level keys, and reject keys that no reader has read.
 
     Args:
         config: the model's config file.
-        architecture: its name.
-        layers: in order.
-        eps: of the norm behind the last layer.
-        max_positions: longest context in tokens that the file claims to support.
-        defaults: the architecture's own of vocab_size, hidden_size, bos_token_id and eos_token_id, as far as it has
-            some. Without one, a file must state the sizes, and need not state the tokens.
-        length_is_known: False if `max_positions` claims nothing.
-        harmless: keys of the architecture that compute nothing here.
+        architecture: name of the architecture.
+        layers: layer configs, in order.
+        eps: of the norm after the last layer.
+        max_positions: longest context that the file supports, in tokens.
+        defaults: default values of the architecture for vocab_size, hidden_size, bos_token_id and eos_token_id. Sizes
+            without a default are required.
+        length_is_known: False if `max_positions` is a default, not a limit of the file.
+        harmless: keys of the architecture that do not change what is computed.
+
+    Returns:
+        The model config.
 
     Raises:
-        ConfigError: a key is missing, not supported, or left over.
+        ConfigError: a key is missing, not supported, or unknown.
     """
     for key in ("is_encoder_decoder", "add_cross_attention", "pruned_heads"):
-        config.choice(key, (False, {}), False)  # transformers writes these out
+        config.choice(key, (False, {}), False)  # transformers writes these keys to every file
     defaults = defaults or {}
     bos = config.token_ids("bos_token_id", defaults.get("bos_token_id", ()))
 

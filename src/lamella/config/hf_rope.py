@@ -1,4 +1,4 @@
-"""Rotary position embedding as `config.json` files state it: the kinds of scaling and their parameters."""
+"""Reader of the RoPE keys of `config.json` files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lamella.config.rope import (
 )
 from lamella.errors import ConfigError
 
-# "su" is the name of longrope in Phi-3's first files.
+# "su" is the former name of longrope, in the first Phi-3 files.
 _ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "su")
 
 
@@ -30,31 +30,31 @@ def read_rope(
     dim: int | None = None,
     default_theta: float = 10000.0,
 ) -> RopeConfig | None:
-    """Return the RoPE from `rope_parameters`, or from the older `rope_theta` and `rope_scaling`.
+    """Read the RoPE from `rope_parameters`, or from the older `rope_theta` and `rope_scaling`.
 
     Args:
         config: the model's config file.
         head_dim: channels of a head.
-        max_positions: longest context in tokens that the file claims to support.
-        interleaved: rotate the pairs (2i, 2i + 1) instead of (i, i + dim / 2).
-        dim: channels of a head that are rotated; by default from `partial_rotary_factor`.
-        default_theta: base if the file has none.
+        max_positions: longest context that the file supports, in tokens.
+        interleaved: True to rotate channel pairs (2i, 2i + 1) instead of (i, i + dim / 2).
+        dim: number of rotated channels of a head; default: by `partial_rotary_factor`.
+        default_theta: base, if the file has none.
 
     Returns:
         The RoPE, or None if no channel is rotated.
 
     Raises:
-        ConfigError: the keys contradict each other, or the kind of scaling is unknown.
+        ConfigError: keys contradict each other, or the type of scaling is unknown.
     """
     fields = _collect_parameters(config)
     kind = fields.choice("rope_type", _ROPE_TYPES, "default")
     theta = fields.float("rope_theta", default_theta)
     factor = fields.float("partial_rotary_factor", 1.0)
     if dim is None:
-        dim = int(head_dim * factor + 1e-6)  # a quotient of whole numbers that rounding made a little too small
+        dim = int(head_dim * factor + 1e-6)  # rounding may have made a quotient of integers slightly too small
     scaling = _read_scaling(fields, kind, max_positions, dim)
-    # A file may carry these for kinds that do not use them; `finetuned` belongs to dynamic YaRN, which files cannot ask
-    # for.
+    # Files may have these keys for scalings that do not use them. `finetuned` belongs to dynamic YaRN, which has no
+    # `rope_type`.
     fields.ignore("finetuned")
     fields.finish(harmless=("factor", "original_max_position_embeddings"))
     if dim == 0:
@@ -63,11 +63,11 @@ def read_rope(
 
 
 def _collect_parameters(config: HFConfig) -> HFConfig:
-    """Return the parameters of all places of the file as one section."""
+    """Return the RoPE parameters from all sections of the file as one section."""
     parameters: dict[str, object] = {}
     origins: dict[str, tuple[str, ...]] = {}
     top = {key: config.get(key, None) for key in ("rope_theta", "partial_rotary_factor")}
-    for place, section in (
+    for location, section in (
         ("rope_parameters", config.mapping("rope_parameters")),
         ("rope_scaling", config.mapping("rope_scaling")),
         (None, top),
@@ -77,12 +77,12 @@ def _collect_parameters(config: HFConfig) -> HFConfig:
             if value is None:
                 continue
             if parameters.setdefault(name, value) != value:
-                stated = f"{place}.{key}" if place else key
+                stated = f"{location}.{key}" if location else key
                 raise ConfigError(
                     f"{config.source}: {stated}={value!r} contradicts {name}={parameters[name]!r} elsewhere"
                 )
-            origins.setdefault(name, (*config.path, place, key) if place else config.path_of(key))
-    # The top-level original length wins over the nested one, as in transformers.
+            origins.setdefault(name, (*config.path, location, key) if location else config.path_of(key))
+    # The top-level original length has precedence over the nested one, as in transformers.
     original = config.get("original_max_position_embeddings", None)
     if original is not None:
         parameters["original_max_position_embeddings"] = original
@@ -95,7 +95,7 @@ def _read_scaling(fields: HFConfig, kind: str, max_positions: int, dim: int) -> 
     if kind == "linear":
         return LinearScaling(factor=fields.float("factor"))
     if kind == "dynamic":
-        # transformers scales beyond max_position_embeddings, whatever the original length says.
+        # As in transformers, scaling starts beyond max_position_embeddings, not beyond the original length.
         length = max(fields.max_length or max_positions, max_positions)
         return DynamicScaling(factor=fields.float("factor"), original_length=max_positions, length=length)
     original = fields.int("original_max_position_embeddings", max_positions)
@@ -121,16 +121,16 @@ def _read_scaling(fields: HFConfig, kind: str, max_positions: int, dim: int) -> 
 
 
 def _read_longrope(fields: HFConfig, max_positions: int, original: int, dim: int) -> LongRopeScaling:
-    """Return the factors of one length: the engine's, since cached keys cannot be rotated again."""
+    """Return the factors for the engine's context length, since cached keys cannot be rotated again."""
     factor = fields.float("factor", max_positions / original)
     magnitude = 1.0 if factor <= 1 or original <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     factors = {key: _read_factors(fields, key, dim // 2) for key in ("short_factor", "long_factor")}
     length = fields.max_length or max_positions
-    # Phi-3 MoE's files have a factor of attention for each of both cases.
-    parts = {"short_factor": "short_mscale", "long_factor": "long_mscale"}
+    # Files of Phi-3 MoE have one attention factor for each of the two lists.
+    scale_names = {"short_factor": "short_mscale", "long_factor": "long_mscale"}
     chosen = "long_factor" if length > original else "short_factor"
     explicit = fields.float("attention_factor", None)
-    scales = {key: fields.float(name, None) for key, name in parts.items()}
+    scales = {key: fields.float(name, None) for key, name in scale_names.items()}
     if explicit is None:
         explicit = scales[chosen]
     return LongRopeScaling(factors=factors[chosen], attention_factor=magnitude if explicit is None else explicit)
@@ -154,7 +154,7 @@ def _yarn_attention_factor(fields: HFConfig, factor: float) -> float:
 
     explicit, scale = fields.float("attention_factor", None), fields.float("mscale", None)
     scale_all = fields.float("mscale_all_dim", None)
-    # The name of YaRN's authors, and of vLLM: it multiplies the default, and does not replace it.
+    # Key of YaRN's authors and of vLLM. It multiplies the default factor; `attention_factor` replaces it.
     multiplier = fields.float("attn_factor", 1.0)
     if explicit is not None:
         if multiplier not in (1.0, explicit):

@@ -1,4 +1,4 @@
-"""The token-mixing parts of layers."""
+"""Configs of token mixers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from lamella.config.rope import RopeConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TemperatureConfig:
-    """Queries that grow with their position p (Llama 4): times `1 + scale * log(1 + floor((p + 1) / floor_scale))`.
+    """Attention temperature (Llama 4): queries are scaled by `1 + scale * log(1 + floor((p + 1) / floor_scale))`.
 
-    The first `floor_scale - 1` positions are left as they are.
+    `p` is the position. The factor is 1 for the first `floor_scale - 1` positions.
+
+    Attributes:
+        scale: strength; 0 disables it.
+        floor_scale: positions per step of the factor.
     """
 
     scale: float = 0.1
@@ -29,22 +33,34 @@ class TemperatureConfig:
 class AttentionConfig:
     """Causal softmax attention with grouped key/value heads.
 
-    Order inside: projections, `qk_norm`, `canon` over [q|k|v], `rope`, `temperature`, attention, output projection. A
-    `qk_norm_scope` of "head" normalises each head by itself (Qwen3), "full" all heads of q (or k) in one reduction
-    (LlamaCanon). Without `qk_norm_weight` (Llama 4) the norm of each head has no weight and stands behind the rotation,
-    which leaves it as it is but for rounding.
+    Order of operations: projections, `qk_norm`, `canon` over [q|k|v], `rope`, `temperature`, attention, output
+    projection.
 
-    A `window` of w lets a token see itself and the w - 1 tokens before it. A `chunk` of c lets it see what stands in
-    its own chunk up to itself, chunks being the positions [0, c), [c, 2c) and so on. Nothing is ever compared across
-    chunks, and a rotation shows only in differences of positions: so tokens turn by their positions in their chunks,
-    whose angles stay exact however long the context.
+    Attributes:
+        num_heads: number of query heads.
+        num_kv_heads: number of key/value heads; divides `num_heads`.
+        head_dim: channels per head.
+        scale: factor of the attention scores.
+        qkv_bias: True if all three projections have a bias, or the names of those that have one ("q_proj", ...).
+        output_bias: True if the output projection has a bias.
+        qk_norm: norm of queries and keys; None: no norm.
+        qk_norm_scope: "head" normalizes each head by itself (Qwen3), "full" all heads of q (or k) in one reduction
+            (LlamaCanon).
+        qk_norm_weight: False (Llama 4): the norm of each head has no weight and comes after the rotation.
+        rope: rotary position embedding; None: no position embedding.
+        temperature: scaling of queries by position; None: no scaling.
+        window: sliding window: a token sees itself and the `window - 1` tokens before it.
+        chunk: chunk size: a token sees the tokens of its own chunk up to itself. Chunks are the positions [0, chunk),
+            [chunk, 2 chunk), ... RoPE depends only on differences of positions, and no token sees another chunk. So
+            tokens are rotated by their position in the chunk, whose angles are exact for contexts of any length.
+        canon: convolution over [q|k|v] ("canon B"); None: no convolution.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float
-    qkv_bias: bool | tuple[str, ...] = False  # of all three projections, or of those named ("q_proj", ...)
+    qkv_bias: bool | tuple[str, ...] = False
     output_bias: bool = False
     qk_norm: NormConfig | None = None
     qk_norm_scope: str = "head"
@@ -75,26 +91,34 @@ class AttentionConfig:
 
     @property
     def canons(self) -> tuple[CanonConfig, ...]:
-        """Canon convolutions inside the part."""
+        """Canon convolutions inside the mixer."""
         return () if self.canon is None else (self.canon,)
 
     @property
     def query_size(self) -> int:
-        """Channels of all query heads."""
+        """Number of channels of all query heads."""
         return self.num_heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
-        """Channels of all key heads; values have as many."""
+        """Number of channels of all key heads, and of all value heads."""
         return self.num_kv_heads * self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatedDeltaNetConfig:
-    """Gated delta net (arXiv 2412.06464): a matrix for each value head, decayed as a whole, corrected by a delta rule.
+    """Gated delta net (arXiv 2412.06464): a state matrix per value head, with one decay per head and a delta rule.
 
-    Value head h has key head h // (value_heads / key_heads). A convolution of width `kernel` with SiLU stands before
-    queries, keys and values; the output is normed a head at a time, then multiplied by SiLU of a gate.
+    Value head h uses key head h // (value_heads / key_heads). Queries, keys and values pass a convolution with SiLU.
+    The output is normalized per head, then multiplied by SiLU of a gate.
+
+    Attributes:
+        value_heads: number of value heads.
+        key_heads: number of query and key heads; divides `value_heads`.
+        key_head_dim: channels per query and key head.
+        value_head_dim: channels per value head.
+        kernel: width of the convolution in tokens.
+        norm: norm of the output heads.
     """
 
     value_heads: int
@@ -116,26 +140,32 @@ class GatedDeltaNetConfig:
 
     @property
     def canons(self) -> tuple[CanonConfig, ...]:
-        """Canon convolutions inside the part."""
+        """Canon convolutions inside the mixer."""
         return ()
 
     @property
     def key_size(self) -> int:
-        """Channels of all key heads."""
+        """Number of channels of all key heads."""
         return self.key_heads * self.key_head_dim
 
     @property
     def value_size(self) -> int:
-        """Channels of all value heads."""
+        """Number of channels of all value heads."""
         return self.value_heads * self.value_head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
 class KimiDeltaConfig:
-    """Kimi delta attention (arXiv 2510.26692): the same with a decay for each key channel, from a low-rank projection.
+    """Kimi delta attention (arXiv 2510.26692): gated delta net with one decay per key channel.
 
-    Queries, keys and values have `num_heads` heads of `head_dim`, each kind a convolution of its own; the output's gate
-    is low-rank too, with the activation `gate`, "silu" or "sigmoid".
+    Decays and output gate come from low-rank projections. Queries, keys and values each have their own convolution.
+
+    Attributes:
+        num_heads: number of query, key and value heads.
+        head_dim: channels per head.
+        kernel: width of the convolutions in tokens.
+        norm: norm of the output heads.
+        gate: activation of the output gate, "silu" or "sigmoid".
     """
 
     num_heads: int
@@ -151,23 +181,31 @@ class KimiDeltaConfig:
 
     @property
     def canons(self) -> tuple[CanonConfig, ...]:
-        """Canon convolutions inside the part."""
+        """Canon convolutions inside the mixer."""
         return ()
 
     @property
     def size(self) -> int:
-        """Channels of all heads."""
+        """Number of channels of all heads."""
         return self.num_heads * self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
 class MambaConfig:
-    """Selective scan with grouped inputs, for attention to be distilled into ("Mamba in the Llama", arXiv 2408.15237).
+    """Mamba selective scan with grouped heads, distilled from attention ("Mamba in the Llama", arXiv 2408.15237).
 
-    Heads of `state_size` channels, each channel with `state_size` numbers of state. `inner_size` channels come out;
-    what is scanned and what is written (x and B) have `kv_size` channels, whose heads are repeated like keys and
-    values: x before its convolution, or behind it unless `repeat_before_conv`. The bias of the step size counts twice,
-    as in the training code.
+    The bias of the step size is added twice, as in the training code.
+
+    Attributes:
+        state_size: channels per head, and state values per channel.
+        inner_size: output channels.
+        kv_size: channels of x and B, whose heads are repeated up to `inner_size` channels like keys and values.
+        dt_rank: rank of the step size projection.
+        kernel: width of the convolution in tokens.
+        repeat_before_conv: True if heads of x are repeated before the convolution, False if after it.
+        conv_bias: True if the convolution has a bias.
+        dt_bias: True if the step size has a bias.
+        linear_bias: True if the linear projections have a bias.
     """
 
     state_size: int
@@ -195,7 +233,7 @@ class MambaConfig:
 
     @property
     def canons(self) -> tuple[CanonConfig, ...]:
-        """Canon convolutions inside the part."""
+        """Canon convolutions inside the mixer."""
         return ()
 
     @property
@@ -211,9 +249,11 @@ class MambaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StochasticConfig:
-    """Several mixers of which one is active: a layer of a supernet. `mixers` are (name, config) pairs.
+    """Layer of a supernet: several mixers, one of which is active, see `lamella.config.placement`.
 
-    Which one it is, is a *placement*'s to say, see `lamella.config.placement`; `main` where none says anything.
+    Attributes:
+        mixers: (name, config) of each mixer.
+        main: name of the mixer that is active without a placement.
     """
 
     mixers: tuple[tuple[str, SingleMixerConfig], ...]
@@ -231,7 +271,7 @@ class StochasticConfig:
 
     @property
     def canons(self) -> tuple[CanonConfig, ...]:
-        """Canon convolutions inside the part."""
+        """Canon convolutions inside the mixer."""
         return tuple(canon for _, mixer in self.mixers for canon in mixer.canons)
 
 
@@ -241,6 +281,6 @@ def _check_positive(config: object, name: str, *fields: str) -> None:
         check(value > 0, f"{name}.{field}", value, "positive")
 
 
-# What can stand as a layer's mixer. Other packages' configs stand beside these unions, see `lamella.layers.build`.
+# Mixers of this package. Other packages can define their own mixer configs, see `lamella.layers.build`.
 SingleMixerConfig = AttentionConfig | GatedDeltaNetConfig | KimiDeltaConfig | MambaConfig
 MixerConfig = SingleMixerConfig | StochasticConfig

@@ -1,4 +1,4 @@
-"""A decoder layer, and the model that is a tuple of them."""
+"""Configs of a decoder layer and of a model, which is a tuple of layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from lamella.config.parts import CanonConfig, NormConfig
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """One pre-norm decoder layer: `x += mixer(canon(norm(x)))`, then `x += feed_forward(canon(norm(x)))`."""
+    """One pre-norm decoder layer: `x += mixer(canon(norm(x)))`, then `x += feed_forward(canon(norm(x)))`.
+
+    Attributes:
+        mixer: token mixer.
+        feed_forward: channel mixer.
+        norm: norm before the mixer and before the feed-forward.
+        mixer_canon: convolution before the mixer ("canon A"); None: no convolution.
+        feed_forward_canon: convolution before the feed-forward ("canon C"); None: no convolution.
+    """
 
     mixer: MixerConfig
     feed_forward: FeedForwardConfig
@@ -26,7 +34,7 @@ class LayerConfig:
 
     @property
     def canons(self) -> tuple[CanonConfig, ...]:
-        """Canon convolutions of the layer, those inside its parts included."""
+        """All canon convolutions of the layer, including those inside mixer and feed-forward."""
         around = (self.mixer_canon, self.feed_forward_canon)
         inside = (canon for part in (self.mixer, self.feed_forward) for canon in getattr(part, "canons", ()))
         return (*(canon for canon in around if canon is not None), *inside)
@@ -34,10 +42,20 @@ class LayerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A whole decoder: embedding, layers, final norm, head.
+    """Whole decoder: embedding, layers, final norm and head.
 
-    `max_position_embeddings` is the longest context that the checkpoint claims to support, in tokens; where
-    `length_is_known` is false it claims nothing, and this is what to take where nobody says more.
+    Attributes:
+        architecture: name of the architecture.
+        vocab_size: number of tokens.
+        hidden_size: channels of the residual stream.
+        layers: in order.
+        norm: norm after the last layer.
+        tie_word_embeddings: True if the head uses the embedding's weight.
+        max_position_embeddings: longest context that the checkpoint supports, in tokens. If `length_is_known` is False,
+            the checkpoint states no limit, and this is the default length.
+        length_is_known: see `max_position_embeddings`.
+        bos_token_id: token that starts a text.
+        eos_token_ids: tokens that end a text.
     """
 
     architecture: str

@@ -1,4 +1,4 @@
-"""Parts that a layer has in several places: norms and short convolutions."""
+"""Configs of components that occur at several places of a layer: norms and short convolutions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from lamella.config.checks import check
 
 @dataclass(frozen=True, kw_only=True)
 class NormConfig:
-    """Normalisation with a learned weight.
+    """Normalization with a learned weight.
 
-    The `kind` is "rms", by the root mean square, or "layer", by mean and variance, which has a bias too.
+    Attributes:
+        eps: added to the mean square or variance.
+        kind: "rms" (root mean square), or "layer" (mean and variance, with a learned bias).
     """
 
     eps: float
@@ -24,9 +26,13 @@ class NormConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CanonConfig:
-    """Canon layer (arXiv 2512.17351): a causal depthwise convolution of width `kernel`.
+    """Canon layer (arXiv 2512.17351): causal depthwise convolution, `y = x + act(bias + conv(x))`.
 
-    `y = [residual] x + act(bias + conv(x))`, with SiLU as act when `activation`.
+    Attributes:
+        kernel: width in tokens.
+        bias: True if the convolution has a bias.
+        activation: True for SiLU as `act`, False for the identity.
+        residual: True if `x` is added.
     """
 
     kernel: int = 4

@@ -1,6 +1,6 @@
-"""Placements of a supernet: which mixer is active in each layer, and the ways to write that down.
+"""Placements of a supernet: the active mixer of each layer, and the notations for it.
 
-A placement is a tuple with a name for each decoder layer, None where a layer has no choice.
+A placement is a tuple with one mixer name per decoder layer; None for a layer without a choice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lamella.errors import ConfigError
 
 Placement: TypeAlias = tuple[str | None, ...]
 
-# What users write: the small language of `_spell`, a list of names, or names by layer.
+# Notations of users: a string (see `_names_from_string`), a list of names, or names by layer.
 PlacementLike: TypeAlias = "str | Sequence[str | None] | Mapping[int, str] | Mapping[str, str]"
 
 SHORT_NAMES = {"swa": "sliding_window", "attn": "attention"}
@@ -24,39 +24,44 @@ _EVERY = re.compile(r"every(\d+)(?:st|nd|rd|th)-(.+)")
 
 
 def stochastic_layers(config: ModelConfig) -> dict[int, StochasticConfig]:
-    """The layers that have a choice."""
+    """Return the layers that have a choice of mixers, by index."""
     return {i: layer.mixer for i, layer in enumerate(config.layers) if isinstance(layer.mixer, StochasticConfig)}
 
 
 def every_mixer(mixer: MixerConfig) -> tuple[SingleMixerConfig, ...]:
-    """The mixers that a layer may compute with: one, where it has no choice."""
+    """Return all mixers of a layer; a single one for a layer without a choice."""
     return tuple(sub for _, sub in mixer.mixers) if isinstance(mixer, StochasticConfig) else (mixer,)
 
 
 def main_placement(config: ModelConfig) -> Placement:
-    """The one that the checkpoint's config says."""
+    """Return the placement of the checkpoint's config."""
     return tuple(layer.mixer.main if isinstance(layer.mixer, StochasticConfig) else None for layer in config.layers)
 
 
 def mixer_names(config: ModelConfig) -> tuple[str, ...]:
-    """The mixers that any layer can have, in the order of the layers; empty where no layer has a choice."""
+    """Return the mixer names of all layers, without duplicates; empty if no layer has a choice."""
     return tuple(dict.fromkeys(name for mixer in stochastic_layers(config).values() for name in mixer.names))
 
 
 def read_placement(written: PlacementLike | None, config: ModelConfig) -> Placement:
-    """Return a placement from one of the forms in which users write it.
+    """Return the placement that a user has written.
 
-    None is the main placement. Other forms:
+    Args:
+        written: None for the main placement, or one of these forms:
 
-    * a string: `all-X`; `everyNth-X` (X in each Nth stochastic layer, attention in the others); `bookend-attn-X`
-      (attention in the first and last two); or names separated by commas. "swa" is short for sliding_window, "attn" for
-      attention;
-    * a list with a name for each stochastic layer, or for each layer of the model (those of layers without a choice do
-      not count);
-    * a mapping from layers, by their index in the model, to names; other layers keep their main mixer.
+            * A string: `all-X`; `everyNth-X` (X in every Nth stochastic layer, attention in the others);
+              `bookend-attn-X` (attention in the first two and last two stochastic layers, X in the others); or names
+              separated by commas. "swa" is short for sliding_window, "attn" for attention.
+            * A list with one name per stochastic layer, or per layer of the model (names of layers without a choice are
+              ignored).
+            * A mapping from layer indices to names; other layers keep their main mixer.
+        config: of the supernet.
+
+    Returns:
+        The placement.
 
     Raises:
-        ConfigError: a layer or a name does not exist; the error names it.
+        ConfigError: a layer or a mixer does not exist.
     """
     main = main_placement(config)
     if written is None:
@@ -72,7 +77,7 @@ def read_placement(written: PlacementLike | None, config: ModelConfig) -> Placem
                 raise ConfigError(f"placement: layer {key!r} has no choice; those that have: {_listed(choices)}")
             chosen[layer] = name
     else:
-        names = _spell(written, len(choices)) if isinstance(written, str) else list(written)
+        names = _names_from_string(written, len(choices)) if isinstance(written, str) else list(written)
         if len(names) == len(choices):
             chosen.update(zip(choices, names, strict=True))
         elif len(names) == len(config.layers):
@@ -84,8 +89,8 @@ def read_placement(written: PlacementLike | None, config: ModelConfig) -> Placem
     return tuple(_resolve(layer, chosen[layer], choices[layer]) if layer in choices else None for layer in chosen)
 
 
-def _spell(written: str, count: int) -> list[str]:
-    """The names of a placement in the small language, for `count` stochastic layers."""
+def _names_from_string(written: str, count: int) -> list[str]:
+    """Return the names of `count` stochastic layers from the string form of a placement."""
     every = _EVERY.fullmatch(written)
     if every is not None:
         step = int(every[1])
@@ -101,7 +106,7 @@ def _spell(written: str, count: int) -> list[str]:
 
 
 def _resolve(layer: int, name: object, mixer: StochasticConfig) -> str:
-    """The layer's own name for a mixer that may be named in short."""
+    """Return the full name of a layer's mixer from its full or short name."""
     if isinstance(name, str):
         for candidate in (name, SHORT_NAMES.get(name, name)):
             if candidate in mixer.names:
@@ -114,21 +119,21 @@ def _listed(layers: Mapping[int, StochasticConfig]) -> str:
 
 
 def covering_placements(config: ModelConfig) -> list[Placement]:
-    """As few as have every mixer of every layer in one of them; one, where no layer has a choice."""
+    """Return the fewest placements that use every mixer of every layer; a single one if no layer has a choice."""
     choices = stochastic_layers(config)
     count = max((len(mixer.names) for mixer in choices.values()), default=1)
 
-    def name(layer: int, turn: int) -> str | None:
-        return choices[layer].names[turn % len(choices[layer].names)] if layer in choices else None
+    def name(layer: int, number: int) -> str | None:
+        return choices[layer].names[number % len(choices[layer].names)] if layer in choices else None
 
-    return [tuple(name(layer, turn) for layer in range(len(config.layers))) for turn in range(count)]
+    return [tuple(name(layer, number) for layer in range(len(config.layers))) for number in range(count)]
 
 
 def chosen_mixer(placement: Placement, layer: int) -> str:
-    """Return the name of the mixer of a layer with a choice.
+    """Return a placement's mixer for a layer with a choice.
 
     Raises:
-        ConfigError: the placement has no mixer for the layer.
+        ConfigError: the placement names no mixer for the layer.
     """
     name = placement[layer]
     if name is None:
@@ -137,29 +142,29 @@ def chosen_mixer(placement: Placement, layer: int) -> str:
 
 
 def placed(config: ModelConfig, placement: Placement) -> ModelConfig:
-    """The model without a choice: what a supernet with this placement computes."""
+    """Return the model without choices that a supernet with this placement computes."""
 
-    def place(layer: LayerConfig, name: str | None) -> LayerConfig:
+    def fix_mixer(layer: LayerConfig, name: str | None) -> LayerConfig:
         if not isinstance(layer.mixer, StochasticConfig):
             return layer
         return replace(layer, mixer=next(mixer for own, mixer in layer.mixer.mixers if own == name))
 
-    return replace(config, layers=tuple(map(place, config.layers, placement)))
+    return replace(config, layers=tuple(map(fix_mixer, config.layers, placement)))
 
 
 def restricted(config: ModelConfig, placement: Placement) -> ModelConfig:
-    """The supernet whose layers have no mixer but the placement's: what it computes, under the same names."""
+    """Return a supernet with only the mixers of the placement. Unlike `placed`, tensor names do not change."""
 
     def restrict(layer: LayerConfig, name: str | None) -> LayerConfig:
         if not isinstance(layer.mixer, StochasticConfig):
             return layer
-        ((main, mixer),) = (pair for pair in layer.mixer.mixers if pair[0] == name)
+        ((main, mixer),) = (named for named in layer.mixer.mixers if named[0] == name)
         return replace(layer, mixer=replace(layer.mixer, mixers=((main, mixer),), main=main))
 
     return replace(config, layers=tuple(map(restrict, config.layers, placement)))
 
 
 def describe_placement(placement: Placement) -> str:
-    """In one line, as `read_placement` reads it: the names of the stochastic layers, `all-X` where they are one."""
+    """Return a placement as a string that `read_placement` accepts: names separated by commas, or `all-X`."""
     names = [name for name in placement if name is not None]
     return f"all-{names[0]}" if len(set(names)) == 1 else ",".join(names)

@@ -1,4 +1,4 @@
-"""Rotary position embedding and its scalings."""
+"""Configs of rotary position embedding (RoPE) and its scalings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lamella.config.checks import check
 
 @dataclass(frozen=True, kw_only=True)
 class LinearScaling:
-    """Positions divided by `factor`."""
+    """Position interpolation: positions are divided by `factor`."""
 
     factor: float
 
@@ -19,11 +19,15 @@ class LinearScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicScaling:
-    """NTK-aware base change for contexts of `length` tokens, beyond the trained `original_length`.
+    """NTK-aware change of the base for contexts longer than the trained length.
 
-    The rotation of a cached key cannot change afterwards, so `length` is chosen once, when the model is built (an
-    engine takes its `max_model_len`), and not per request as in `transformers`. Up to the trained length it is the
-    unscaled rotation.
+    The rotation of a cached key cannot change later. So `length` is fixed when the model is built, to the engine's
+    `max_model_len`, and not chosen per request as in `transformers`. Up to `original_length` the rotation is unscaled.
+
+    Attributes:
+        factor: scaling factor.
+        original_length: trained length in tokens.
+        length: context length in tokens.
     """
 
     factor: float
@@ -36,9 +40,15 @@ class DynamicScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
-    """Llama 3.1's "NTK by parts": long wavelengths divided by `factor`, short ones kept, a blend between.
+    """Llama 3.1's "NTK by parts": low frequencies are divided by `factor`, high ones kept, those between blended.
 
-    `low_freq_factor == high_freq_factor` (Llama 4 Scout) is a step instead of a blend.
+    With `low_freq_factor == high_freq_factor` (Llama 4 Scout) there is a step instead of a blend.
+
+    Attributes:
+        factor: divisor of low frequencies.
+        low_freq_factor: wavelengths longer than `original_length / low_freq_factor` are scaled.
+        high_freq_factor: wavelengths shorter than `original_length / high_freq_factor` are kept.
+        original_length: trained length in tokens.
     """
 
     factor: float
@@ -58,7 +68,17 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, kw_only=True)
 class YarnScaling:
-    """YaRN (arXiv 2309.00071): a blend by dimension, and cos/sin multiplied by `attention_factor`."""
+    """YaRN (arXiv 2309.00071): a blend of scaled and unscaled frequencies by channel.
+
+    Attributes:
+        factor: divisor of scaled frequencies.
+        original_length: trained length in tokens.
+        attention_factor: factor of cos and sin.
+        beta_fast: rotations over the trained length above which frequencies are kept.
+        beta_slow: rotations over the trained length below which frequencies are scaled.
+        truncate: True to round the limits of the blend to whole channels.
+        extrapolation_factor: weight of the unscaled frequencies in the blend.
+    """
 
     factor: float
     original_length: int
@@ -66,7 +86,7 @@ class YarnScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
-    extrapolation_factor: float = 1.0  # weight of the unscaled rotation in the blend
+    extrapolation_factor: float = 1.0
 
     def __post_init__(self) -> None:
         for field in ("factor", "beta_fast", "beta_slow"):
@@ -75,10 +95,14 @@ class YarnScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class LongRopeScaling:
-    """LongRoPE (arXiv 2402.13753): a factor for each pair, and cos/sin multiplied by `attention_factor`.
+    """LongRoPE (arXiv 2402.13753): one divisor per frequency.
 
-    A file has two lists of factors, for contexts up to the trained length and beyond. Like the length of
-    `DynamicScaling`, the list is chosen once, when the model is built, and not per request as in `transformers`.
+    A file has two lists of divisors, for contexts up to the trained length and for longer ones. As with
+    `DynamicScaling`, the list is chosen when the model is built, not per request as in `transformers`.
+
+    Attributes:
+        factors: divisor of each frequency.
+        attention_factor: factor of cos and sin.
     """
 
     factors: tuple[float, ...]
@@ -96,7 +120,11 @@ RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | Lon
 class RopeConfig:
     """Rotary position embedding of the first `dim` channels of each head.
 
-    `interleaved` rotates the pairs (2i, 2i+1), otherwise the pairs are (i, i + dim/2).
+    Attributes:
+        dim: number of rotated channels; even.
+        theta: base of the frequencies.
+        interleaved: True to rotate channel pairs (2i, 2i + 1), False for pairs (i, i + dim / 2).
+        scaling: change of the frequencies for longer contexts; None: no change.
     """
 
     dim: int

@@ -1,1 +1,1 @@
-"""GGUF files: metadata, quantized tensors, tokenizer and chat template, read by the `gguf` package."""
+"""GGUF files: metadata, quantized tensors, tokenizer and chat templates. Uses the `gguf` package."""

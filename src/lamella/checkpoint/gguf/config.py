@@ -1,6 +1,6 @@
-"""The metadata of a GGUF file in the words of `config.json`, and its tensors under Hugging Face's names.
+"""Conversion of a GGUF file's metadata to `config.json` values, and of its tensor names to Hugging Face's.
 
-Keys and names: llama.cpp's `gguf-py` (constants, tensor mapping) and its converter.
+Source of keys and names: llama.cpp's `gguf-py` (constants, tensor mapping) and its converter.
 """
 
 from __future__ import annotations
@@ -39,18 +39,19 @@ _LLAMA4 = {
     "ffn_down_shexp": "feed_forward.shared_expert.down_proj",
 }
 _EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
-# Tensors that say in numbers what the config says in words.
+# Tensors with numbers that follow from the config.
 _TABLES = ("rope_freqs",)
 
 
 @dataclass(frozen=True)
 class GgufArchitecture:
-    """Rules for reading an architecture of llama.cpp.
+    """Mapping of an architecture of llama.cpp to Hugging Face.
 
     Attributes:
-        name, model_type: Hugging Face's.
-        layer_names: parts of a layer's tensors, GGUF's name -> Hugging Face's.
-        interleaves: True if llama.cpp interleaves the rows of queries and keys.
+        name: architecture of Hugging Face.
+        model_type: `model_type` of Hugging Face.
+        layer_names: names of a layer's modules in Hugging Face, by their names in GGUF.
+        interleaves: True if llama.cpp interleaves the rows of query and key projections.
     """
 
     name: str
@@ -64,15 +65,15 @@ ARCHITECTURES = {
     "qwen3": GgufArchitecture("Qwen3ForCausalLM", "qwen3", {**_ATTENTION, **_MLP}),
     "llama4": GgufArchitecture("Llama4ForCausalLM", "llama4_text", {**_ATTENTION, **_LLAMA4}),
 }
-# What llama.cpp computes with for Llama 4, and writes into no file.
+# Constants of llama.cpp for Llama 4, which no file contains.
 _LLAMA4_CHUNK, _LLAMA4_NO_ROPE, _LLAMA4_SCALE, _LLAMA4_FLOOR = 8192, 4, 0.1, 8192
 
 
 def architecture_of(file: GgufFile) -> GgufArchitecture:
-    """Return how a file is read.
+    """Return the architecture of a file.
 
     Raises:
-        ConfigError: its architecture is not known.
+        ConfigError: the architecture is not supported.
     """
     name = file.require("general.architecture", str)
     if name not in ARCHITECTURES:
@@ -84,11 +85,11 @@ def architecture_of(file: GgufFile) -> GgufArchitecture:
 
 
 def read_values(file: GgufFile) -> dict[str, Any]:
-    """Return what `config.json` would say.
+    """Return the values of a `config.json` for a GGUF file.
 
     Raises:
-        CheckpointError: metadata is missing or of a wrong type.
-        ConfigError: the architecture is not known, or metadata says what is not supported.
+        CheckpointError: metadata is missing or has the wrong type.
+        ConfigError: the architecture or a value is not supported.
     """
     architecture, prefix = architecture_of(file), file.require("general.architecture", str)
 
@@ -166,7 +167,7 @@ def _llama4(file: GgufFile, get: Any, values: Mapping[str, Any]) -> dict[str, An
 
 
 def _scaling(file: GgufFile, prefix: str, values: Mapping[str, Any], rotated: int) -> dict[str, Any] | None:
-    """Return `rope_scaling`: from the metadata, or from the table of factors that llama.cpp makes of Llama 3's."""
+    """Return `rope_scaling`, from the metadata, or from the table of factors that llama.cpp writes for Llama 3."""
 
     def get(key: str, kind: type, default: Any = None) -> Any:
         return file.get(f"{prefix}.rope.scaling.{key}", kind, default)
@@ -175,7 +176,7 @@ def _scaling(file: GgufFile, prefix: str, values: Mapping[str, Any], rotated: in
     if "rope_freqs.weight" in file.tensors:
         if kind not in ("none", "linear") or (kind == "linear" and get("factor", float, 1.0) != 1.0):
             raise ConfigError(f"{file.path}: rope_freqs.weight beside rope.scaling.type={kind!r}: not supported")
-        return _of_factors(file, values, rotated)
+        return _scaling_from_factors(file, values, rotated)
     if kind == "none":
         return None
     if kind == "linear":
@@ -193,7 +194,8 @@ def _scaling(file: GgufFile, prefix: str, values: Mapping[str, Any], rotated: in
     raise ConfigError(f"{file.path}: rope.scaling.type={kind!r} is not supported: none, linear or yarn are")
 
 
-def _of_factors(file: GgufFile, values: Mapping[str, Any], rotated: int) -> dict[str, Any]:
+def _scaling_from_factors(file: GgufFile, values: Mapping[str, Any], rotated: int) -> dict[str, Any]:
+    """Return Llama 3's scaling if the table of factors matches it; else a LongRoPE scaling with the table itself."""
     tensor = file.tensors["rope_freqs.weight"]
     count = int(tensor.n_elements)
     if count != rotated // 2:
@@ -218,17 +220,17 @@ def _of_factors(file: GgufFile, values: Mapping[str, Any], rotated: int) -> dict
 
 
 def end_tokens(file: GgufFile) -> list[int]:
-    """Return the ids that end an answer: of a text, a turn and a message."""
+    """Return the tokens that end a text, a chat turn or a message."""
     keys = ("eos_token_id", "eot_token_id", "eom_token_id")
     found = [file.get(f"tokenizer.ggml.{key}", int) for key in keys]
     return list(dict.fromkeys(token for token in found if token is not None))
 
 
 def tensor_names(file: GgufFile) -> dict[str, GgufTensor]:
-    """Return Hugging Face's name -> where it is, of every tensor of the model.
+    """Return the source of each tensor of the model, by its Hugging Face name.
 
     Raises:
-        CheckpointError: a tensor has no place in the architecture.
+        CheckpointError: a tensor does not belong to the architecture.
     """
     architecture, prefix = architecture_of(file), file.require("general.architecture", str)
     heads = file.require(f"{prefix}.attention.head_count", int)
@@ -242,17 +244,17 @@ def tensor_names(file: GgufFile) -> dict[str, GgufTensor]:
             continue
         if base in _TABLES or base.rpartition(".")[2] in _TABLES:
             continue
-        _, _, rest = base.partition("blk.")
-        index, _, part = rest.partition(".")
-        if part in architecture.layer_names:
+        _, _, suffix = base.partition("blk.")
+        index, _, module = suffix.partition(".")
+        if module in architecture.layer_names:
             interleaved = {"attn_q": heads, "attn_k": kv_heads} if architecture.interleaves else {}
-            found[_LAYER.format(index) + f"{architecture.layer_names[part]}.{kind}"] = GgufTensor(
-                name, heads=interleaved.get(part)
+            found[_LAYER.format(index) + f"{architecture.layer_names[module]}.{kind}"] = GgufTensor(
+                name, heads=interleaved.get(module)
             )
-        elif part in _EXPERTS and architecture.name == "Llama4ForCausalLM":
+        elif module in _EXPERTS and architecture.name == "Llama4ForCausalLM":
             for expert in range(int(tensor.shape[-1])):
-                target = f"feed_forward.experts.{expert}.{_EXPERTS[part]}.{kind}"
-                found[_LAYER.format(index) + target] = GgufTensor(name, part=expert)
+                target = f"feed_forward.experts.{expert}.{_EXPERTS[module]}.{kind}"
+                found[_LAYER.format(index) + target] = GgufTensor(name, expert=expert)
         else:
             unknown.append(name)
     if unknown:

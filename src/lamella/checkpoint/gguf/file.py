@@ -1,4 +1,4 @@
-"""A GGUF model, in one file or in several: its metadata, and its tensors, dequantized as they are read."""
+"""Reader of GGUF models in one or several files: metadata, and tensors that are dequantized on reading."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     import gguf
 
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
-_ROWS_AT_A_TIME = 1 << 26  # values that are dequantized at a time
+_MAX_VALUES = 1 << 26  # values that are dequantized at a time
 
 
 def is_gguf(path: Path) -> bool:
-    """Return True if a file begins as GGUF files do."""
+    """Return True if a file starts with the magic number of GGUF."""
     try:
         with path.open("rb") as file:
             return file.read(4) == b"GGUF"
@@ -36,7 +36,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def find_gguf(folder: Path) -> Path | None:
-    """Return the GGUF model of a folder, the first of its files; None if there is none.
+    """Return the first file of the GGUF model in a folder; None if there is none.
 
     Raises:
         CheckpointError: there are several models.
@@ -53,7 +53,7 @@ def find_gguf(folder: Path) -> Path | None:
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """Return a GGUF model; the same object again while the file does not change, since parsing takes seconds."""
+    """Open a GGUF model. The result is cached until the file changes, since parsing takes seconds."""
     status = path.stat()
     return _opened(path.resolve(), status.st_mtime_ns, status.st_size)
 
@@ -69,34 +69,38 @@ class GgufTensor:
 
     Attributes:
         name: in the GGUF file.
-        heads: heads whose rows llama.cpp has interleaved, so that they must be put back in order; None if it has not.
-        part: index of the leading dimension that is the tensor, for one expert of several in one tensor; None for all.
+        heads: number of heads whose rows llama.cpp has interleaved; None if the rows are not interleaved.
+        expert: index of an expert in a tensor of all experts; None for a tensor that is not of experts.
     """
 
     name: str
     heads: int | None = None
-    part: int | None = None
+    expert: int | None = None
 
 
 class GgufFile:
-    """A GGUF model: a tensor source with Hugging Face's names."""
+    """GGUF model. A `TensorSource` with Hugging Face's names.
+
+    Attributes:
+        path: a file of the model.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Nothing is read yet; `path` is a file, any one of them if there are several."""
+        """Make a reader of the model that the file `path` belongs to. Nothing is read yet."""
         self.path = path
         self._names: Callable[[GgufFile], Mapping[str, GgufTensor]] | None = None
         self._lists: dict[str, list[Any]] = {}
 
     def use_names(self, names: Callable[[GgufFile], Mapping[str, GgufTensor]]) -> None:
-        """Set what gives the tensors' names."""
+        """Set the function that returns the source of each tensor by its Hugging Face name."""
         self._names = names
 
     @cached_property
     def files(self) -> list[Path]:
-        """The files of the model, in order.
+        """All files of the model, in order.
 
         Raises:
-            CheckpointError: one is missing.
+            CheckpointError: a file is missing.
         """
         shard = _SHARD.fullmatch(self.path.name)
         if shard is None:
@@ -114,7 +118,7 @@ class GgufFile:
 
     @cached_property
     def tensors(self) -> Mapping[str, gguf.ReaderTensor]:
-        """The tensors by the file's names."""
+        """All tensors by their names in the files."""
         found: dict[str, Any] = {}
         for file, reader in zip(self.files, self._readers, strict=True):
             for tensor in reader.tensors:
@@ -130,32 +134,32 @@ class GgufFile:
         return found
 
     def get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """Return a value of the metadata.
+        """Return a metadata value, or `default` if there is none.
 
         Raises:
-            CheckpointError: it is of another type.
+            CheckpointError: the value cannot be read, or has another type.
         """
         field = self._readers[0].fields.get(key)
         if field is None:
             return default
         try:
             value = self._lists[key] if key in self._lists else field.contents()
-        except Exception as error:  # of a damaged file
+        except Exception as error:  # damaged files raise many types
             raise CheckpointError(f"{self.path}: {key} cannot be read ({error}): download the file again") from error
         value = value.item() if isinstance(value, np.generic) else value
         if isinstance(value, list):
             self._lists[key] = value
         if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-            value = float(str(np.float32(value)))  # the number that was meant, not the nearest of float32
+            value = float(str(np.float32(value)))  # the shortest decimal, such as 1e-05, not the exact float32 value
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise CheckpointError(f"{self.path}: {key} is of type {type(value).__name__}: not a file of this kind")
         return value
 
     def require(self, key: str, kind: type) -> Any:
-        """Return a value of the metadata.
+        """Return a metadata value.
 
         Raises:
-            CheckpointError: it is missing, or of another type.
+            CheckpointError: the value is missing, or has another type.
         """
         value = self.get(key, kind)
         if value is None:
@@ -163,11 +167,11 @@ class GgufFile:
         return value
 
     def keys(self) -> list[str]:
-        """Return the names of the metadata."""
+        """Return the names of all metadata values."""
         return list(self._readers[0].fields)
 
     def stored_dtype(self) -> torch.dtype:
-        """Return the dtype to compute in by default: that of most values, bfloat16 for quantized ones."""
+        """Return the default dtype to compute in: the dtype of most values; bfloat16 if they are quantized."""
         import gguf
 
         sizes: dict[str, int] = {}
@@ -178,12 +182,14 @@ class GgufFile:
 
     @contextmanager
     def opened(self) -> Iterator[OpenTensors]:
-        """Give the tensors by Hugging Face's names."""
+        """Yield the tensors by their Hugging Face names."""
         assert self._names is not None
         yield _Opened(self, self._names(self))
 
 
 class _Opened:
+    """`OpenTensors` of a GGUF model."""
+
     def __init__(self, file: GgufFile, names: Mapping[str, GgufTensor]) -> None:
         self._file, self._names = file, names
 
@@ -195,10 +201,10 @@ class _Opened:
 
     def _shape(self, where: GgufTensor) -> tuple[int, ...]:
         shape = tuple(int(size) for size in reversed(self._file.tensors[where.name].shape))
-        return shape if where.part is None else shape[1:]
+        return shape if where.expert is None else shape[1:]
 
     def load(self, name: str, splits: Sequence[Split] = ()) -> Tensor:
-        """Dequantize the rows that are asked for, and no others."""
+        """Read and dequantize only the selected rows."""
         where = self._names[name]
         shape, tensor = self._shape(where), self._file.tensors[where.name]
         rows = np.concatenate([np.arange(*span) for span in splits[0].spans]) if splits else np.arange(shape[0])
@@ -206,26 +212,41 @@ class _Opened:
             # llama.cpp has (head, channel, half) where Hugging Face has (head, half, channel).
             order = np.arange(shape[0]).reshape(where.heads, -1, 2).swapaxes(1, 2).reshape(-1)
             rows = order[rows]
-        data = tensor.data if where.part is None else tensor.data[where.part]
+        data = tensor.data if where.expert is None else tensor.data[where.expert]
         whole = dequantize(self._file.path, where.name, data, tensor.tensor_type, rows, shape[1:])
-        rest = list(splits[1:])
-        return shard_tensor(whole, [Split.whole(whole.shape[0]), *rest]) if rest else whole
+        others = list(splits[1:])
+        return shard_tensor(whole, [Split.whole(whole.shape[0]), *others]) if others else whole
 
 
 def dequantize(
     path: Path, name: str, data: np.ndarray, kind: gguf.GGMLQuantizationType, rows: np.ndarray, shape: tuple[int, ...]
 ) -> Tensor:
-    """Return some rows of a tensor, (rows, *shape), in float32, or in the file's own type if it is not quantized."""
+    """Return rows of a tensor.
+
+    Args:
+        path: of the model, for error messages.
+        name: of the tensor.
+        data: raw data of the tensor.
+        kind: its quantization.
+        rows: (num_rows,) indices of the first dimension.
+        shape: further dimensions of the tensor; empty for a vector.
+
+    Returns:
+        (num_rows, *shape) in float32, or in the stored type for float16 and bfloat16.
+
+    Raises:
+        CheckpointError: the quantization is not supported.
+    """
     import gguf
 
     if not shape:  # a vector
         values = gguf.quants.dequantize(data, kind)[rows]
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-    at_a_time = max(1, _ROWS_AT_A_TIME // int(np.prod(shape)))
+    batch = max(1, _MAX_VALUES // int(np.prod(shape)))
     plain = {gguf.GGMLQuantizationType.F16: torch.float16, gguf.GGMLQuantizationType.BF16: torch.bfloat16}.get(kind)
     out = torch.empty((len(rows), *shape), dtype=plain or torch.float32)
-    for start in range(0, len(rows), at_a_time):
-        some = data[rows[start : start + at_a_time]]
+    for start in range(0, len(rows), batch):
+        some = data[rows[start : start + batch]]
         try:
             values = gguf.quants.dequantize(some, kind)
         except (NotImplementedError, KeyError) as error:
@@ -233,7 +254,7 @@ def dequantize(
                 f"{path}: {name} is quantized as {kind.name}, which the gguf package cannot dequantize: take another "
                 "quantization of the model, such as Q8_0, or pip install -U gguf"
             ) from error
-        out[start : start + at_a_time] = torch.from_numpy(np.ascontiguousarray(values)).reshape(-1, *shape)
+        out[start : start + batch] = torch.from_numpy(np.ascontiguousarray(values)).reshape(-1, *shape)
     return out
 
 
@@ -246,7 +267,7 @@ def _read(file: Path) -> gguf.GGUFReader:
         raise CheckpointError(f"{file}: not a GGUF file; download it again")
     try:
         return gguf.GGUFReader(str(file))
-    except Exception as error:  # the package has many kinds for damaged files
+    except Exception as error:  # damaged files raise many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{file}: cannot be read as GGUF ({reason}): download it again, or pip install -U gguf"

@@ -1,7 +1,7 @@
-"""The tokenizer and chat templates of a GGUF file.
+"""Tokenizer and chat templates of a GGUF file.
 
-Pre-tokenizers by the name that llama.cpp's converter writes (`tokenizer.ggml.pre`); their patterns are those of the
-models' own `tokenizer.json`.
+Pre-tokenizers are selected by the name that llama.cpp's converter writes (`tokenizer.ggml.pre`). Their patterns are
+those of the models' own `tokenizer.json`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,21 @@ _PATTERNS |= {"llama-v3": _PATTERNS["llama-bpe"], "llama3": _PATTERNS["llama-bpe
 _PATTERNS |= {"deepseek-r1-qwen": _PATTERNS["qwen2"], "gpt-4o": _PATTERNS["llama4"]}
 _GPT2 = ("default", "gpt-2", "phi-2", "jina-es", "jina-de", "mpt", "olmo", "trillion", "granite-docling")
 _DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-_WITHOUT_MERGES = ("llama-bpe", "llama-v3", "llama3", "llama4", "gpt-4o", "tekken")  # a whole word is taken as it is
+_WITHOUT_MERGES = (
+    "llama-bpe",
+    "llama-v3",
+    "llama3",
+    "llama4",
+    "gpt-4o",
+    "tekken",
+)  # words in the vocabulary are not split
 
 
 def read_tokenizer(file: GgufFile) -> tokenizers.Tokenizer:
-    """Return the tokenizer of a file.
+    """Build the tokenizer of a file.
 
     Raises:
-        CheckpointError: it is of a kind that is not supported, or its data is missing.
+        CheckpointError: the kind of tokenizer is not supported, or its data is missing.
     """
     import tokenizers
     from tokenizers import processors
@@ -68,13 +75,13 @@ def read_tokenizer(file: GgufFile) -> tokenizers.Tokenizer:
         raise CheckpointError(f"{file.path}: its tokenizer cannot be rebuilt ({error}): {_ADVICE}") from error
     before: list[tuple[str, int]] = []
     after: list[tuple[str, int]] = []
-    for place, flag, role, usual in (
+    for added, flag, role, default in (
         (before, "add_bos_token", "bos", kind == "llama"),
         (after, "add_eos_token", "eos", False),
     ):
         index = file.get(f"tokenizer.ggml.{role}_token_id", int)
-        if index is not None and file.get(f"tokenizer.ggml.{flag}", bool, usual):
-            place.append((tokens[index], index))
+        if index is not None and file.get(f"tokenizer.ggml.{flag}", bool, default):
+            added.append((tokens[index], index))
     if before or after:
         template = " ".join([*(token for token, _ in before), "$A", *(token for token, _ in after)])
         tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[*before, *after])
@@ -115,7 +122,7 @@ def _byte_level(file: GgufFile, tokens: Sequence[str]) -> tokenizers.Tokenizer:
 
 
 def _sentencepiece(file: GgufFile, tokens: Sequence[str]) -> tokenizers.Tokenizer:
-    """Return a BPE over SentencePiece's pieces: of two neighbours, those are merged whose joint piece scores best."""
+    """Return a BPE over SentencePiece's pieces: neighbours are merged in order of the score of their joint piece."""
     import tokenizers
     from tokenizers import decoders, models, normalizers
 
@@ -123,14 +130,14 @@ def _sentencepiece(file: GgufFile, tokens: Sequence[str]) -> tokenizers.Tokenize
     vocabulary = {token: index for index, token in enumerate(tokens)}
     merges = []
     for token, index in vocabulary.items():
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
+        for middle in range(1, len(token)):
+            left, right = token[:middle], token[middle:]
             if left in vocabulary and right in vocabulary:
                 merges.append((-scores[index], vocabulary[left], vocabulary[right], left, right))
-    pairs = [(left, right) for *_, left, right in sorted(merges)]
+    ordered = [(left, right) for *_, left, right in sorted(merges)]
     unknown = tokens[file.get("tokenizer.ggml.unknown_token_id", int, 0)]
     tokenizer = tokenizers.Tokenizer(
-        models.BPE(vocabulary, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+        models.BPE(vocabulary, ordered, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
     prefixed = file.get("tokenizer.ggml.add_space_prefix", bool, True)
     start = [normalizers.Prepend(_SPACE)] if prefixed else []
@@ -143,7 +150,7 @@ def _sentencepiece(file: GgufFile, tokens: Sequence[str]) -> tokenizers.Tokenize
 
 
 def special_tokens(file: GgufFile) -> dict[str, str]:
-    """Return role (bos_token, eos_token, ...) -> text of the special tokens."""
+    """Return the text of each special token by role (`bos_token`, `eos_token`, ...)."""
     tokens = file.get("tokenizer.ggml.tokens", list, [])
     roles = {
         "bos_token": "bos",
@@ -157,7 +164,7 @@ def special_tokens(file: GgufFile) -> dict[str, str]:
 
 
 def chat_templates(file: GgufFile) -> str | dict[str, str] | None:
-    """Return the chat template of a file, several by name, or None."""
+    """Return the chat template of a file, several templates by name, or None if there is none."""
     template = file.get("tokenizer.chat_template", str)
     names = file.get("tokenizer.chat_templates", list, [])
     named = {name: file.get(f"tokenizer.chat_template.{name}", str) for name in names}

@@ -238,9 +238,9 @@ def _copy(target: Target) -> Callable[[Tensor], None]:
 
     def fill(tensor: Tensor) -> None:
         part = shard_tensor(tensor, target.splits)
-        assert part.shape == target.place.shape
+        assert part.shape == target.destination.shape
         with torch.no_grad():
-            target.place.copy_(part)
+            target.destination.copy_(part)
 
     return fill
 
