@@ -70,9 +70,7 @@ class Inputs:
     def steps(self) -> QKVSteps:
         tokens = self.batch.num_tokens
         norms = HeadNorms(self.draw_fp32(16), self.draw_fp32(16), 1e-5)
-        return QKVSteps(
-            HeadSizes(4, 2, 16), norms, Rope(self.draw_fp32(tokens, 8), self.draw_fp32(tokens, 8), False)
-        )
+        return QKVSteps(HeadSizes(4, 2, 16), norms, Rope(self.draw_fp32(tokens, 8), self.draw_fp32(tokens, 8), False))
 
     def plan(self) -> AttentionPlan | None:
         if self.native:

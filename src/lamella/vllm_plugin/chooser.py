@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 
-from lamella.layers.block_input import BlockInput
 from lamella.layers.rotary import Positions
+from lamella.layers.sublayer_input import SublayerInput
 from lamella.layers.supernet.stochastic import Stochastic
 from lamella.vllm_plugin import operations  # noqa: F401 - registers torch.ops.lamella
 
@@ -25,7 +25,7 @@ class Chooser:
         assert prefix not in layers
         layers[prefix] = self
 
-    def __call__(self, positions: Positions, entry: BlockInput) -> Tensor:
+    def __call__(self, positions: Positions, entry: SublayerInput) -> Tensor:
         """Compute the layer. See `Stochastic.forward`."""
         x = entry.tensor()
         out = torch.empty_like(x)
@@ -34,4 +34,4 @@ class Chooser:
 
     def choose(self, x: Tensor, positions: Tensor) -> Tensor:
         """Return the output of the active mixer for x (T, C) at positions (T,). Called by the operation."""
-        return self._stochastic.mixers[self._stochastic.active](Positions(positions), BlockInput.ready(x))
+        return self._stochastic.mixers[self._stochastic.active](Positions(positions), SublayerInput.from_tensor(x))

@@ -44,7 +44,7 @@ class AttentionSpace:
         for part in self._parts:
             part.begin_step()
 
-    def part(self, index: int) -> AttentionSpace:
+    def subspace(self, index: int) -> AttentionSpace:
         """Return the space of one of a step's parts, whose layers' plans must not lie in the whole step's.
 
         It is the same one in each step, so that a graph finds it where it was captured.
