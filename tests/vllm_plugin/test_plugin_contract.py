@@ -17,8 +17,8 @@ from helpers import canon_config
 from lamella.config.hf_config import HFConfig
 from lamella.models.registry import architectures, resolve_architecture
 from lamella.parallel.sharding import Partition
-from lamella.parity.scorers.hf import why_not
-from lamella.parity.tested_model import TestedModel
+from lamella.parity.scorers.hf import why_unsupported
+from lamella.parity.tested_model import ModelUnderTest
 from lamella.vllm_plugin import PREFIX, compat
 from lamella.vllm_plugin.model import model_class
 from lamella.vllm_plugin.registration import OPERATIONS, register_all, served_names
@@ -89,7 +89,7 @@ class TestClasses:
 
 def test_a_registered_config_is_no_model_of_transformers(folder: Path) -> None:
     """Parity's truth must come from elsewhere."""
-    assert "no language model for LlamaCanon" in why_not(TestedModel.open(folder))
+    assert "no language model for LlamaCanon" in why_unsupported(ModelUnderTest.open(folder))
 
 
 @pytest.fixture(

@@ -201,7 +201,7 @@ def test_bfloat16_is_no_further_from_the_truth_than_plain_torch(folder: Path, mo
     result = compare(
         CHECKPOINT if model == "demo" else folder,
         engine="vllm",
-        oracle="reference",
+        reference="reference",
         dtype="bfloat16",
         prompts="random",
         count=6,

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
             checks,
             progress=status.update,
             engine=args.engine,
-            oracle=args.oracle,
+            reference=_reference(args),
             dtype=args.dtype,
             device=args.device,
             prompts="random" if args.random is not None else args.prompts,
@@ -54,6 +54,13 @@ def run(args: argparse.Namespace) -> int:
     elif args.json:
         Path(args.json).write_text(json.dumps(result, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0 if report.passed else 1
+
+
+def _reference(args: argparse.Namespace) -> str:
+    """Return the value of `--reference`, or of its deprecated alias `--oracle`."""
+    if args.oracle is not None and args.reference is not None:
+        raise ParameterError("--oracle: is the deprecated name of --reference, and both are given; remove --oracle")
+    return args.reference or args.oracle or "auto"
 
 
 def _words(words: list[str]) -> tuple[str, list[str]]:
