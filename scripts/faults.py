@@ -113,7 +113,7 @@ LISTED = (
     # distributed: what a rank holds
     Fault("Partition.even", "self.rank * part, (self.rank + 1) * part", "0, part"),
     Fault("Partition.kv_heads", "self.rank * full // self.size", "self.rank"),
-    Fault("Partition.whole_ones", "min(self.rank, more)", "self.rank"),
+    Fault("Partition.nearly_even", "min(self.rank, more)", "self.rank"),
     Fault("Replayer.replay", "request.num_in_flight = pending", "pass"),
     Fault("Recorder._tokens", "request.output_token_ids[known:]", "request.output_token_ids[known + 1 :]"),
     # checkpoint: names, rows, scales

@@ -43,7 +43,7 @@ MODELS = {
     "AC, activation": {"canon_set": "AC", "canon_activation": True, "canon_residual": False},
     "lingua rotation": {"rope_version": "lingua", "canon_kernel": 3, "tie_word_embeddings": True},
 }
-sound_speculation = pytest.mark.skipif(not compat.speculation_is_sound(), reason="this vLLM's speculation is refused")
+sound_speculation = pytest.mark.skipif(not compat.has_sound_speculation(), reason="this vLLM's speculation is refused")
 
 
 @pytest.fixture(scope="module")

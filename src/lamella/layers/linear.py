@@ -223,7 +223,7 @@ class SplitHead(Head):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (..., vocab) of x (..., inputs) in fp32."""
         part = super().forward(x)
-        missing = self.group.partition.vocabulary_part(self.vocab_size) - part.shape[-1]
+        missing = self.group.partition.vocabulary_shard_size(self.vocab_size) - part.shape[-1]
         if missing:
             part = nn.functional.pad(part, (0, missing))
         return self.group.all_gather(part)[..., : self.vocab_size].contiguous()

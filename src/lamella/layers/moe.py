@@ -93,7 +93,7 @@ class Experts(nn.Module):
         super().__init__()
         self.top_k = config.top_k
         if whole:
-            self.own = kit.partition.whole_ones(config.num_experts, "num_local_experts")
+            self.own = kit.partition.nearly_even(config.num_experts, "num_local_experts")
             self.channels = Split.whole(config.intermediate_size)
         else:
             self.own = Split.whole(config.num_experts)

@@ -65,7 +65,7 @@ class ImageEmbeddings(StepFeature):
     def run_largest(self) -> None:
         """Run the vision encoder, if there is one, on the largest image, to measure its memory."""
         if self.model is not None:
-            self.model.rows(torch.zeros(self.model.largest, dtype=self.dtype, device=self.device))
+            self.model.encode(torch.zeros(self.model.largest_shape, dtype=self.dtype, device=self.device))
 
     def _rows(self, placed: PlacedImage) -> Tensor:
         """Return the embeddings (n, hidden_size) of an image; zeros on ranks other than 0."""
@@ -74,7 +74,7 @@ class ImageEmbeddings(StepFeature):
             return torch.zeros(len(placed.places), self.hidden_size, dtype=self.dtype, device=self.device)
         if image.rows is None:
             assert self.model is not None and image.tiles is not None
-            image.rows = self.model.rows(image.tiles.to(self.device, self.dtype, non_blocking=True)).to(self.dtype)
+            image.rows = self.model.encode(image.tiles.to(self.device, self.dtype, non_blocking=True)).to(self.dtype)
             image.tiles = None
         return image.rows
 

@@ -108,7 +108,7 @@ class ImageReader:
         digest = hashlib.sha256(repr(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()).digest()
         known = self._known.get(digest)
         if known is None:
-            tiles, tokens = self.model.cut(pixels)
+            tiles, tokens = self.model.split_into_tiles(pixels)
             places = np.flatnonzero(np.array(tokens) == self.model.patch)
             known = self._known[digest] = Image(digest, tokens, places, tiles)
         return known
