@@ -1,4 +1,4 @@
-"""Building the CPU kernels: one C++ library, compiled on first use for the machine that it runs on, and cached."""
+"""Build of the CPU kernels: one C++ library, compiled on first use for this machine's CPU, and cached."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # not on this system: two processes may compile the same, and either result serves
+except ImportError:  # no file locks on this system: two processes may compile the same library, which is harmless
     fcntl = None  # type: ignore[assignment]
 
 FOLDER = Path(__file__).parent
@@ -23,18 +23,18 @@ _UNIT = FOLDER / "kernels.cpp"  # includes all other sources
 
 
 def sources() -> list[Path]:
-    """Return every file that the library is made of."""
+    """Return all source files of the library."""
     return sorted(path for path in FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
 
 
 def build() -> Path:
-    """Return the compiled library, from the cache if it is there.
+    """Return the compiled library; compile it if it is not cached.
 
     The environment variable `CXX` names the compiler, and `LAMELLA_NATIVE_MARCH` replaces the instruction set "native".
 
     Raises:
-        OSError: there is no such compiler, or the cache cannot be written.
-        subprocess.CalledProcessError: the compiler fails; `stderr` says why.
+        OSError: the compiler does not exist, or the cache cannot be written.
+        subprocess.CalledProcessError: the compiler fails; `stderr` has its output.
     """
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     march = os.environ.get("LAMELLA_NATIVE_MARCH", "native")
@@ -44,14 +44,14 @@ def build() -> Path:
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
-    # Of several processes that start at once, one compiles and the others wait for it.
+    # If several processes start at once, one compiles and the others wait for it.
     with _locked(library.parent / "lock"):
         if library.exists():
             return library
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             compiled, linked = f"{scratch}/kernels.o", f"{scratch}/kernels.so"
             _run(*compiler, *flags, "-c", str(_UNIT), "-o", compiled)
-            # Linked without -fopenmp: the OpenMP runtime has to be the one torch brought, see bindings.load.
+            # Linked without -fopenmp: the OpenMP runtime must be torch's, see bindings.load.
             _run(*compiler, "-shared", compiled, "-o", linked)
             os.replace(linked, library)
     return library
@@ -62,7 +62,7 @@ def _cache() -> Path:
 
 
 def _key(parts: list[str]) -> str:
-    """Return a hash of all sources, by name, and of what else the library depends on."""
+    """Return a hash of the names and contents of all sources, and of `parts`."""
     contents = [part for path in sources() for part in (path.name.encode(), path.read_bytes())]
     return hashlib.sha256(b"\0".join([*contents, *(part.encode() for part in parts)])).hexdigest()[:16]
 
@@ -72,7 +72,7 @@ def _run(*command: str) -> str:
 
 
 def _cpu() -> str:
-    """Return what -march=native depends on: the CPU's model, and the features that this (virtual) machine shows."""
+    """Return the CPU's model and features, on which -march=native depends."""
     try:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -82,7 +82,7 @@ def _cpu() -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file, released by the system when the process ends."""
+    """Hold an exclusive lock on a file; the system releases it if the process ends."""
     with path.open("w") as file:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
