@@ -28,7 +28,7 @@ from lamella.layers.rotary import Rotary, inverse_frequencies
 from lamella.models import Llama4ForCausalLM
 from lamella.ops.rotary import temperature
 from lamella.parity import reference_model as oracle
-from lamella.parity.tested_model import TestedModel
+from lamella.parity.tested_model import ModelUnderTest
 
 CHUNK = 8192
 STARTS = (0, 1 << 20, 10 * (1 << 20) - CHUNK)
@@ -61,7 +61,7 @@ def make(folder: Path) -> None:
     write_checkpoint(folder, model, VALUES)
 
 
-def truth(subject: TestedModel, ids: Tensor, start: int) -> Tensor:
+def truth(subject: ModelUnderTest, ids: Tensor, start: int) -> Tensor:
     """Log-probabilities (n, vocab) in fp64, by angles of the absolute positions in fp64."""
 
     def angles(rope: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder))
-        rows = measure(TestedModel.open(folder), Llama4ForCausalLM.from_pretrained(folder), args.tokens)
+        rows = measure(ModelUnderTest.open(folder), Llama4ForCausalLM.from_pretrained(folder), args.tokens)
     off = temperature_error()
     print(f"temperature off by {off:.1e}")
     print(json.dumps({"benchmark": "long_positions", "rows": rows, "temperature_error": off}))
@@ -98,7 +98,7 @@ def main() -> None:
         sys.exit(f"off by {worst:.1e} nats")
 
 
-def measure(subject: TestedModel, model: Llama4ForCausalLM, tokens: int) -> list[dict[str, Any]]:
+def measure(subject: ModelUnderTest, model: Llama4ForCausalLM, tokens: int) -> list[dict[str, Any]]:
     """By either rotation, from each start on."""
     rows = []
     mixers = [layer.mixer for layer in model.model.layers if layer.mixer.rotary is not None]

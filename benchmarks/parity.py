@@ -121,7 +121,7 @@ def summarise(architecture: str, dtype: str, reports: list) -> dict:
     return {
         "architecture": architecture,
         "dtype": dtype,
-        "oracle": reports[0].oracle,
+        "oracle": reports[0].reference,
         "ratio": round(statistics.mean(s.noise_floor_ratio for s in stats), 3),
         "ratio_min": round(min(s.noise_floor_ratio for s in stats), 3),
         "ratio_max": round(max(s.noise_floor_ratio for s in stats), 3),

@@ -57,12 +57,12 @@ LISTED = (
     Fault("SplitHead.forward", "[..., : self.vocab_size]", "[..., : self.vocab_size - 1]"),
     Fault("SplitEmbedding.forward", "input_ids >= self.stop", "input_ids > self.stop"),
     Fault("SplitRMSNorm.forward", "/ self.group.partition.size", ""),
-    Fault("_llama3", "(turns - low) / (high - low)", "(turns - high) / (high - low)"),
+    Fault("_llama3", "(rotations - low) / (high - low)", "(rotations - high) / (high - low)"),
     Fault("_yarn", "base / scaling.factor * (1 - kept)", "base * (1 - kept)", "layers"),
-    Fault("SelectedPart.of", "whole.seq_lens.masked_fill(others, 1)", "whole.seq_lens"),
-    Fault("CutPart.put", "out[self.tokens] = mixed", "out[: len(mixed)] = mixed"),
+    Fault("MaskedBatch.from_mask", "whole.seq_lens.masked_fill(others, 1)", "whole.seq_lens"),
+    Fault("GatheredBatch.scatter", "out[self.tokens] = mixed", "out[: len(mixed)] = mixed"),
     Fault(
-        "DecoderLayer.mix", "return mixer(positions, entry), entry.residual", "return mixer(positions, entry), residual"
+        "DecoderLayer.apply_mixer", "return mixer(positions, entry), entry.residual", "return mixer(positions, entry), residual"
     ),
     # state: bookkeeping, prefixes
     Fault("PagedState.first_visible", "position - self.window + 1", "position - self.window + 2"),
@@ -117,7 +117,7 @@ LISTED = (
     # distributed: what a rank holds
     Fault("Partition.even", "self.rank * part, (self.rank + 1) * part", "0, part"),
     Fault("Partition.kv_heads", "self.rank * full // self.size", "self.rank"),
-    Fault("Partition.whole_ones", "min(self.rank, more)", "self.rank"),
+    Fault("Partition.nearly_even", "min(self.rank, more)", "self.rank"),
     Fault("StepDecoder.decode", "request.num_in_flight = in_flight", "pass"),
     Fault("StepEncoder._new_tokens", "request.output_token_ids[start:]", "request.output_token_ids[start + 1 :]"),
     # checkpoint: names, rows, scales

@@ -8,7 +8,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from helpers import randomize
-from lamella.vision.llama4_tiling import TEXTS, ImageTokens, cut_tiles
+from lamella.vision.llama4_tiling import TEXTS, ImageTokens, split_image
 
 VOCAB, SIDE, PATCHES = 128, 56, 4  # a tile is 56 pixels wide, and becomes 4 rows
 TOKENS = ImageTokens(start=100, end=101, between_columns=102, after_row=103, image=104, patch=105)
@@ -68,7 +68,7 @@ def expected(model, given):
     images = iter(given["multi_modal_data"]["image"])
     for token in given["prompt_token_ids"]:
         if token == TOKENS.image:
-            cut, (rows, columns) = cut_tiles(next(images), SIDE)
+            cut, (rows, columns) = split_image(next(images), SIDE)
             tiles.append(cut.float())
             written += TOKENS.expand(rows, columns, PATCHES)
         else:

@@ -12,11 +12,11 @@ from helpers import randomize, save_lamella
 from lamella import register_architecture
 from lamella.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, NormConfig, RopeConfig
 from lamella.config.hf_config import HFConfig
-from lamella.layers.block_input import BlockInput
 from lamella.layers.context import require_batch
 from lamella.layers.kit import Kit
 from lamella.layers.rotary import Positions
 from lamella.layers.short_conv import ConvHistory
+from lamella.layers.sublayer_input import SublayerInput
 from lamella.models.base import CausalLM
 from lamella.parity.reference_model import MIXERS, ReferenceModel
 from lamella.parity.sites import Tap
@@ -55,7 +55,7 @@ class Recurrent(nn.Module):
         self.state = kit.slot_state((SlotState((heads, dim, dim), torch.float32),), f"{prefix}.state")
         self.state.parts = {"mix": self.mix}
 
-    def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
+    def forward(self, positions: Positions, entry: SublayerInput) -> Tensor:
         qkv = entry.project(self.qkv_proj)
         return self.o_proj(self.state.run("mix", (qkv,), qkv.shape[1] // 3))
 

@@ -19,11 +19,11 @@ from lamella.bench.ops import time_ops
 from lamella.checkpoint import linear_methods, load_model, open_checkpoint
 from lamella.checkpoint.linear_methods import register_linear_method
 from lamella.errors import CheckpointError
-from lamella.layers import block_input
-from lamella.layers.block_input import BlockInput
+from lamella.layers import sublayer_input
 from lamella.layers.linear import DENSE, DenseMethod, Linear, MergedLinear
 from lamella.layers.norm import RMSNorm
 from lamella.layers.parameters import ParameterLayout
+from lamella.layers.sublayer_input import SublayerInput
 from lamella.parallel.group import Group
 from lamella.parallel.sharding import Partition, Split
 from lamella.parity import compare
@@ -174,8 +174,8 @@ def test_the_method_that_was_registered_last_is_asked_first(folder, registered):
 @torch.no_grad()
 def test_fused_kernels_read_no_weight_that_is_not_dense(monkeypatch):
     """They read `weight` of the module, which here holds numbers without their scale."""
-    monkeypatch.setattr(block_input, "fuses", lambda x, weight: True)
-    monkeypatch.setattr(block_input, "fused_linear", lambda *args, **options: pytest.fail("read the weight"))
+    monkeypatch.setattr(sublayer_input, "fuses", lambda x, weight: True)
+    monkeypatch.setattr(sublayer_input, "fused_linear", lambda *args, **options: pytest.fail("read the weight"))
     norm = RMSNorm(6, 1e-5, CPU)
     norm.weight.fill_(1.0)
     linear = MergedLinear(
@@ -185,12 +185,12 @@ def test_fused_kernels_read_no_weight_that_is_not_dense(monkeypatch):
     linear.weight_scale.fill_(0.25)
     linear.bias.fill_(1.0)
     hidden, residual = torch.randn(3, 6), torch.randn(3, 6)
-    entry = BlockInput(hidden, residual, norm, None)
+    entry = SublayerInput(hidden, residual, norm, None)
     assert not entry.fuses(linear)
     expected = nn.functional.linear(norm(hidden + residual), linear.weight.float() * 0.25, linear.bias)
     torch.testing.assert_close(entry.project(linear), expected)
     dense = MergedLinear(Split.whole(6), {"a": Split.whole(4)}, False, torch.float32, CPU)
-    assert BlockInput(hidden, residual, norm, None).fuses(dense)
+    assert SublayerInput(hidden, residual, norm, None).fuses(dense)
 
 
 class Doubled(DenseMethod):

@@ -18,7 +18,7 @@ from lamella.errors import CheckpointError, ConfigError
 from lamella.parallel.group import Group
 from lamella.parallel.sharding import Partition
 from lamella.parity.reference_model import ReferenceModel
-from lamella.parity.tested_model import TestedModel
+from lamella.parity.tested_model import ModelUnderTest
 
 TEXT = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 24, "intermediate_size_mlp": 40, "num_hidden_layers": 4,
@@ -166,7 +166,7 @@ def test_what_transformers_writes_with_images(tmp_path):
 
 def test_the_reference_reads_experts_one_by_one(original, tmp_path):
     tensors, values, whole = original
-    tested = TestedModel.open(write(tmp_path, apart(tensors), values))
+    tested = ModelUnderTest.open(write(tmp_path, apart(tensors), values))
     ids = list(range(3, 33))
     oracle = ReferenceModel(tested.config, tested.weights(torch.device("cpu")), torch.float32)
     torch.testing.assert_close(oracle.logits(ids), plain_logits(whole, torch.tensor(ids)), rtol=1e-4, atol=1e-4)

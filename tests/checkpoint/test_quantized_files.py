@@ -172,7 +172,7 @@ def test_parity_takes_the_own_reference(original, tmp_path):
     result = compare(tmp_path, dtype="bfloat16", device="cpu", prompts="random", count=2, prompt_len=12, decode_len=4)
     assert result.noise_floor_ratio < 2
     with pytest.raises(ConfigError, match="hf: of a quantised file transformers would quantise activations"):
-        compare(tmp_path, oracle="hf", device="cpu", prompts="random", count=2)
+        compare(tmp_path, reference="hf", device="cpu", prompts="random", count=2)
 
 
 def test_they_are_not_converted(tmp_path):

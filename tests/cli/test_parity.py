@@ -48,6 +48,15 @@ def test_a_broken_kernel_is_found_and_the_status_says_so(capsys, monkeypatch):
     )
 
 
+def test_the_deprecated_flag_oracle_gives_the_same_report(capsys):
+    def stats(flag: str) -> dict:
+        assert main(["parity", "demo", "stats", flag, "reference", "--json", "-", *SMALL]) == 0
+        report = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return {name: report[name] for name in ("oracle", "stats", "worst_tokens", "inputs")}
+
+    assert stats("--oracle") == stats("--reference")
+
+
 def test_prompts_from_a_file(capsys, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text(
@@ -69,7 +78,9 @@ def test_prompts_from_a_file(capsys, tmp_path):
         (["demo", "--prompts", "no-such-file"], "prompts: no-such-file cannot be read"),
         (["demo", "--engine", "tgi"], "engine='tgi': must be one of"),
         (["demo", "--dtype", "int8"], "dtype='int8': must be auto"),
-        (["demo", "paths", "--engine", "reference"], "check 'paths': the engine reference can be asked for stats"),
+        (["demo", "paths", "--engine", "reference"], "check 'paths': the engine reference supports stats"),
+        (["demo", "--oracle", "gpt"], "oracle='gpt': must be auto, hf or reference"),
+        (["demo", "--oracle", "hf", "--reference", "hf"], "--oracle: is the deprecated name of --reference"),
         (["no/such/model/here"], "no/such/model/here: no such folder"),
     ],
 )
@@ -84,7 +95,7 @@ def test_a_dummy_model_and_the_old_number(capsys, tmp_path):
     (folder / "model.safetensors").unlink()
     options = ["--load-format", "dummy", "--dtype", "bfloat16", "--free-running"]
     assert main(["parity", str(folder), "stats", *SMALL, *options]) == 0
-    assert "texts that are still the same part at" in " ".join(capsys.readouterr().out.split())
+    assert "texts that are still equal diverge at" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_way_out_of_a_refused_config_works(capsys, tmp_path):

@@ -150,7 +150,7 @@ def test_another_program_is_an_error_that_says_why(tmp_path):
     llm = poisoned_llm(save_lamella(build(config), config, tmp_path / "model"), enable_compile=True)
     known = graphs()
     llm.engine.model.model.layers[1].feed_forward_norm.eps = 0.5
-    with pytest.raises(RuntimeError, match=r"(?s)_feed_0.*eps"):
+    with pytest.raises(RuntimeError, match=r"(?s)_run_feed_forward_0.*eps"):
         llm.generate(PROMPTS[:1], PARAMS, use_tqdm=False)
     assert graphs() == known
 

@@ -19,7 +19,7 @@ from helpers import canon_checkpoint, greedy, logprobs, poisoned_llm
 from image_models import PATCHES, SIDE, TOKENS, VOCAB, expected, image, image_checkpoint, image_prompt, write_tokenizer
 from lamella import LLM, AsyncLLM, SamplingParams
 from lamella.errors import CheckpointError, ConfigError, ParameterError
-from lamella.vision.llama4_tiling import cut_tiles
+from lamella.vision.llama4_tiling import split_image
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, prompt_logprobs=VOCAB, logprobs=VOCAB)
 PLAIN = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=VOCAB)
@@ -172,8 +172,8 @@ def test_other_images_are_other_answers(checkpoint):
 def test_the_tower_runs_once_for_each_image_and_its_rows_go_with_the_last_request(checkpoint, monkeypatch):
     llm = load(checkpoint, max_num_batched_tokens=8)
     reader, runs = llm.engine.admission._images, []
-    rows = reader.model.rows
-    monkeypatch.setattr(reader.model, "rows", lambda tiles: (runs.append(len(tiles)), rows(tiles))[1])
+    rows = reader.model.encode
+    monkeypatch.setattr(reader.model, "encode", lambda tiles: (runs.append(len(tiles)), rows(tiles))[1])
     ours, other = image("2 x 2", 1), image("one tile", 2)
     params = SamplingParams(max_tokens=4, ignore_eos=True, n=2)
     job = llm.engine.make_job("a", image_prompt(ours, ours), params)
@@ -308,8 +308,8 @@ def test_as_many_images_as_the_limit_allows_are_read(checkpoint, limited):
 def test_room_is_kept_for_the_image_of_most_tiles(checkpoint):
     model = load(checkpoint).engine.admission._images.model
     side, most = model.tiling.tile, model.tiling.max_tiles
-    tiles, _ = model.cut(torch.zeros((3, side, most * side), dtype=torch.uint8))
-    assert most > 1 and tiles.shape == model.largest
+    tiles, _ = model.split_into_tiles(torch.zeros((3, side, most * side), dtype=torch.uint8))
+    assert most > 1 and tiles.shape == model.largest_shape
 
 
 def test_an_image_needs_room(checkpoint):
@@ -419,5 +419,5 @@ def test_the_preprocessors_tiling_is_followed(checkpoint, tmp_path, file):
     values = {"max_patches": 2, "size": {"height": SIDE, "width": SIDE}, "image_mean": [0.5] * 3, "resample": 2}
     (folder / file).write_text(json.dumps(values if file.startswith("pre") else {"image_processor": values}))
     (output,) = generate(load((folder,)), image_prompt(image("2 x 2")))
-    cut, (rows, columns) = cut_tiles(image("2 x 2"), SIDE, 2)
+    cut, (rows, columns) = split_image(image("2 x 2"), SIDE, 2)
     assert rows * columns == 2 and output.prompt_token_ids.count(TOKENS.patch) == PATCHES * len(cut)

@@ -16,7 +16,7 @@ from helpers import random_prompts
 from lamella import LLM
 from lamella.engine.steps import graphs, runner
 from lamella.layers.context import BlockView, ForwardBatch
-from lamella.layers.supernet.batches import CutPlacements, SelectedPart, SelectedPlacements, unite
+from lamella.layers.supernet.batches import GatheredPlacements, MaskedBatch, MaskedPlacements, build_mixer_union
 from lamella.ops.backend import portable_only
 from lamella.ops.ragged import RaggedBatch
 from lamella.state.spec import PagedState
@@ -47,11 +47,11 @@ def select_rows(llm: LLM) -> list[int]:
         cut = step.batch.placements
         if cut is None or chunks[-1].count != 1:
             return step
-        assert isinstance(cut, CutPlacements)
-        union, said = unite(frozenset(cut.by_request))
+        assert isinstance(cut, GatheredPlacements)
+        union, said = build_mixer_union(frozenset(cut.by_request))
         tables = torch.tensor([said[placement] for placement in cut.by_request], dtype=torch.int32).T
         counts.append(len(chunks))
-        return replace(step, batch=replace(step.batch, placements=SelectedPlacements(union, tables)))
+        return replace(step, batch=replace(step.batch, placements=MaskedPlacements(union, tables)))
 
     inputs.build = selecting
     return counts
@@ -88,7 +88,9 @@ def test_rows_of_others_stand_on_the_dummies():
     spec = PagedState(2, 16, torch.float32)
     view = BlockView(torch.tensor([[5, 7], [6, 8]]), torch.tensor([73, 66]), torch.empty(0), 8)
     ragged = RaggedBatch.from_lengths([1, 1], [10, 3])
-    part = SelectedPart.of(ForwardBatch(ragged, {spec: view}, torch.tensor([4, 9])), torch.tensor([False, True]), None)
+    part = MaskedBatch.from_mask(
+        ForwardBatch(ragged, {spec: view}, torch.tensor([4, 9])), torch.tensor([False, True]), None
+    )
     seen = part.batch
     assert seen.blocks is not None and seen.slots is not None
     assert seen.ragged.seq_lens.tolist() == [10, 1] and seen.ragged.positions.tolist() == [9, 0]
@@ -99,18 +101,21 @@ class TestUnions:
     def test_layers_that_divide_the_placements_alike_share_a_table(self):
         one = ("gdn", None, "kda", "mamba", "gdn")
         other = ("attention", None, "kda", "attention", "kda")
-        union, said = unite(frozenset([one, other]))
+        union, said = build_mixer_union(frozenset([one, other]))
         assert union.names == (("attention", "gdn"), (), ("kda",), ("attention", "mamba"), ("gdn", "kda"))
         assert union.tables == (0, -1, -1, 0, 1) and union.num_tables == 2
         assert said == {one: (1, 0), other: (0, 1)}
 
     def test_one_placement_needs_no_table(self):
-        union, said = unite(frozenset([(None, "gdn")]))
+        union, said = build_mixer_union(frozenset([(None, "gdn")]))
         assert union.names == ((), ("gdn",)) and union.num_tables == 0 and said == {(None, "gdn"): ()}
 
     def test_a_union_is_its_mixers_whoever_needs_which(self):
-        one, other = unite(frozenset([("x", "x"), ("y", "z")])), unite(frozenset([("y", "x"), ("x", "z")]))
-        third = unite(frozenset([("x", "x"), ("x", "z"), ("y", "z"), ("y", "x")]))
+        one, other = (
+            build_mixer_union(frozenset([("x", "x"), ("y", "z")])),
+            build_mixer_union(frozenset([("y", "x"), ("x", "z")])),
+        )
+        third = build_mixer_union(frozenset([("x", "x"), ("x", "z"), ("y", "z"), ("y", "x")]))
         assert one[0].names == other[0].names == third[0].names
         assert one[0] != other[0] == replace(third[0], tables=other[0].tables)
 

@@ -1,7 +1,7 @@
 """Fuzz of everything that a caller gives: each case ends in success or in one line of a `LamellaError`.
 
-The fast suite runs 2,000 cases, the slow one 50,000, from fixed seeds. A case that takes 60 seconds is a failure, and so
-is a process whose memory grows by more than 2 GiB.
+The fast suite runs 2,000 cases, the slow one 50,000, from fixed seeds. A case that takes 60 seconds is a failure, and
+so is a process whose memory grows by more than 2 GiB.
 """
 
 from __future__ import annotations
@@ -163,7 +163,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     base = {
         "vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
-        "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "float32", "bos_token_id": 1,
+        "eos_token_id": 2,
     }  # fmt: skip
     kinds = {
         "llama": base | {
@@ -237,7 +238,8 @@ def test_lingua_params(tmp_path, examples):
 
     original = {
         "model": {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 60, "rope_theta": 10000.0,
-                  "canon_set": "ABCD", "canon_bias": False, "canon_activation": False, "canon_kernel": 4, "max_seqlen": 64},
+                  "canon_set": "ABCD", "canon_bias": False, "canon_activation": False, "canon_kernel": 4,
+                  "max_seqlen": 64},
         "data": {"seq_len": 64},
     }  # fmt: skip
     torch.save({"model": {}}, tmp_path / "consolidated.pth")
@@ -298,7 +300,8 @@ def test_index_files(folders, copied, examples):
 def test_tokenizer_files(folders, copied, examples):
     tokenizer = json.loads((folders["canon"] / "tokenizer.json").read_text())
     settings_file = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "w1", "eos_token": {"content": "w2", "lstrip": False},
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "w1",
+        "eos_token": {"content": "w2", "lstrip": False},
         "add_bos_token": True, "added_tokens_decoder": {"2": {"content": "w2", "special": True}},
         "chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}", "model_max_length": 64,
     }  # fmt: skip
@@ -379,7 +382,7 @@ def test_command_lines(folders, examples):
         st.text(max_size=6),
         st.sampled_from(
             "--json --dtype float32 --max-tokens 2 -1 0 1e9 nan --tokens 1,2 --num-blocks 8 --hf-overrides {} [1] "
-            '{"vocab_size":null} --temperature --top-k --stop --seed --placement all-gdn --debug --device cpu meta'.split()
+            '{"vocab_size":null} --temperature --top-k --stop --seed --placement all-gdn --device cpu meta'.split()
         ),
     )
 

@@ -11,12 +11,12 @@ from torch import nn
 from helpers import randomize
 from lamella.config import AttentionConfig, NormConfig, RopeConfig, TemperatureConfig
 from lamella.layers.attention import Attention
-from lamella.layers.block_input import BlockInput
-from lamella.layers.compiled.attention import AttentionForm, GivenPositions, PositionInputs, take_form
+from lamella.layers.compiled.attention import AttentionForm, GivenPositions, PositionInputs, apply_form
 from lamella.layers.context import ForwardBatch, forward_batch
 from lamella.layers.kernel_attention import KernelAttention, use_attention_kernels
 from lamella.layers.local_kit import LocalKit
 from lamella.layers.rotary import Positions
+from lamella.layers.sublayer_input import SublayerInput
 from lamella.ops.ragged import RaggedBatch
 
 PLAIN = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16, scale=0.25)
@@ -39,7 +39,7 @@ def built(config: AttentionConfig) -> Attention:
 
 def compute(layer: nn.Module, positions: Positions, x: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode(), forward_batch(ForwardBatch(RaggedBatch.from_lengths([7], [7]))):
-        return layer(positions, BlockInput.ready(x))
+        return layer(positions, SublayerInput.from_tensor(x))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -47,7 +47,7 @@ def test_a_form_with_more_operations_changes_no_bit(name):
     form = AttentionForm.from_config(CONFIGS["everything"])
     layer, x, index = built(CONFIGS[name]), torch.randn(7, 32), torch.arange(7)
     expected = compute(layer, Positions(index), x)
-    take_form(layer, form)
+    apply_form(layer, form)
     assert layer.rotary is not None and layer.head_norm is not None and layer.temperature is not None
     assert torch.equal(compute(layer, Positions(index), x), expected)
     given = GivenPositions(index, PositionInputs.from_layer(layer, Positions(index)))
@@ -65,7 +65,7 @@ def test_forms_that_rotate_otherwise_have_none_in_common():
 def test_layers_with_and_without_a_rotation_do_not_share_angles():
     """The identity that a form brings has a key of its own among the angles of a step."""
     layer, rotating = built(PLAIN), built(CONFIGS["rotation"])
-    take_form(layer, AttentionForm.from_config(CONFIGS["rotation"]))
+    apply_form(layer, AttentionForm.from_config(CONFIGS["rotation"]))
     positions = Positions(torch.arange(7))
     assert layer.rotary is not None and rotating.rotary is not None
     assert not torch.equal(positions.rope(layer.rotary).cos, positions.rope(rotating.rotary).cos)

@@ -76,6 +76,6 @@ def test_a_copys_separate_tensors_fill_the_copy():
         for parameter in layers.parameters():
             parameter.data.zero_()
     for _, path, part in separate_tensors(other):
-        part.place.fill_(1.0 if path.endswith("1.up_proj.weight") else 0.0)
+        part.target.fill_(1.0 if path.endswith("1.up_proj.weight") else 0.0)
     assert other["experts"].gate_up_proj[1, :, 3:].eq(1).all() and other["experts"].gate_up_proj.sum() == 12
     assert all(parameter.eq(0).all() for parameter in model.parameters())

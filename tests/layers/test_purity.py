@@ -11,13 +11,13 @@ from transformers import Qwen3Config
 from helpers import VOCAB, canon_checkpoint, hf_checkpoint, plain_logits, random_prompts
 from lamella import LLM, SamplingParams
 from lamella.checkpoint import load_model, open_checkpoint
-from lamella.layers.block_input import BlockInput
 from lamella.layers.canon import Canon
 from lamella.layers.context import forward_batch
 from lamella.layers.decoder import DecoderLayer, LanguageModel, plain_batch
 from lamella.layers.norm import RMSNorm
 from lamella.layers.rotary import Positions
 from lamella.layers.state_modules import PagedAttention
+from lamella.layers.sublayer_input import SublayerInput
 from lamella.ops.rotary import rotate
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -135,5 +135,5 @@ def test_the_stream_is_the_sum_of_the_pair(checkpoint):
     torch.testing.assert_close(model(ids), model.model.norm(stream), atol=1e-4, rtol=1e-4)
 
 
-def entry(stream: torch.Tensor, norm: RMSNorm, canon: Canon | None) -> BlockInput:
-    return BlockInput(torch.zeros_like(stream), stream, norm, canon)
+def entry(stream: torch.Tensor, norm: RMSNorm, canon: Canon | None) -> SublayerInput:
+    return SublayerInput(torch.zeros_like(stream), stream, norm, canon)

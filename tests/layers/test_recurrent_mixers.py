@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from covering import covering
 from lamella.config import GatedDeltaNetConfig, KimiDeltaConfig, MambaConfig, NormConfig
-from lamella.layers.block_input import BlockInput
 from lamella.layers.build import build
 from lamella.layers.context import ForwardBatch, forward_batch
 from lamella.layers.local_kit import LocalKit
 from lamella.layers.recurrent import RecurrentMixer
+from lamella.layers.sublayer_input import SublayerInput
 from lamella.models.base import initialize
 from lamella.ops.backend import portable_only
 from lamella.ops.ragged import RaggedBatch
@@ -118,7 +118,7 @@ def step(module: nn.Module, pieces: Sequence[Tensor], seen: Sequence[int], slots
     ragged = RaggedBatch.from_lengths(lengths, [new + old for new, old in zip(lengths, seen, strict=True)])
     batch = ForwardBatch(ragged, slots=None if slots is None else torch.tensor(slots))
     with forward_batch(batch):
-        return list(module(None, BlockInput.ready(torch.cat(list(pieces)))).split(lengths))
+        return list(module(None, SublayerInput.from_tensor(torch.cat(list(pieces)))).split(lengths))
 
 
 def run(module: nn.Module, xs: Sequence[Tensor], bounds: Sequence[Sequence[int]], slots: Sequence[int]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from helpers import randomize
 from lamella.config.hf_config import HFConfig
 from lamella.errors import CheckpointError, ConfigError, ParameterError
 from lamella.vision.llama4_encoder import Vision, VisionConfig
-from lamella.vision.llama4_tiling import ImageTokens, cut_tiles, fit, grid
+from lamella.vision.llama4_tiling import ImageTokens, fit, grid, split_image
 
 TEXT = {
     "vocab_size": 96, "hidden_size": 24, "intermediate_size": 16, "intermediate_size_mlp": 16, "num_hidden_layers": 1,
@@ -97,7 +97,7 @@ def test_configs_that_cannot_be_are_refused(changes, message):
 )
 def test_grids_tiles_and_tokens(height, width, rows, columns, tiles, tokens):
     assert grid(height, width) == (rows, columns)
-    cut, shape = cut_tiles(torch.randint(256, (3, height, width), dtype=torch.uint8))
+    cut, shape = split_image(torch.randint(256, (3, height, width), dtype=torch.uint8))
     assert cut.shape == (tiles, 3, 336, 336) and cut.dtype == torch.bfloat16 and shape == (rows, columns)
     ids = ImageTokens()
     written = ids.expand(rows, columns, 144)
@@ -111,7 +111,7 @@ def test_pixels_go_where_they_stand():
     """Padding lies right and below, and is black, which is -1; the last tile is the whole image."""
     image = torch.full((3, 400, 336), 255, dtype=torch.uint8)
     image[:, :, :10] = 0
-    tiles, shape = cut_tiles(image)
+    tiles, shape = split_image(image)
     assert shape == (2, 1) and tiles.shape[0] == 3
     assert (tiles[0, :, :, 10:] == 1).all() and (tiles[0, :, :, :10] == -1).all()
     assert (tiles[1, :, :64, 10:] == 1).all() and (tiles[1, :, 64:] == -1).all()
@@ -130,7 +130,7 @@ def test_what_is_no_image_is_refused():
         grid(0, 5)
     assert grid(1, 1) == (1, 1)
     with pytest.raises(ParameterError, match="uint8"):
-        cut_tiles(torch.zeros(3, 8, 8))
+        split_image(torch.zeros(3, 8, 8))
 
 
 def test_files_that_say_little_have_the_defaults_of_the_released_models():

@@ -303,9 +303,11 @@ def test_parts_of_a_step_have_plans_of_their_own():
     q, k_cache, v_cache, table, batch = random_case([1] * 4, context, heads, kv_heads, dim, block, None, torch.float32)
     expected = reference.paged_attention(q, cache_of(k_cache, v_cache, table), batch, 0.3, None)
     space = AttentionSpace(4, 160, device=torch.device(device))
-    whole, *parts = (s.decode_workspace(heads, kv_heads, dim, None) for s in (space, space.part(0), space.part(1)))
+    whole, *parts = (
+        s.decode_workspace(heads, kv_heads, dim, None) for s in (space, space.subspace(0), space.subspace(1))
+    )
     space.begin_step()
-    assert [space.part(index).decode_workspace(heads, kv_heads, dim, None) for index in (0, 1)] == parts
+    assert [space.subspace(index).decode_workspace(heads, kv_heads, dim, None) for index in (0, 1)] == parts
     assert all(part.parts is whole.parts and part.items is not whole.items for part in parts)
     mine = torch.tensor([True, False, True, False], device=device)
     for part, rows in zip(parts, (mine, ~mine), strict=True):

@@ -296,7 +296,7 @@ def test_devices_are_checked(monkeypatch):
 
 @pytest.mark.parametrize(("full", "size"), [(5, 3), (7, 4), (8, 4), (9, 4), (11, 5), (5, 5)])
 def test_whole_ones_are_each_held_once_and_evenly(full, size):
-    splits = [Partition(rank, size).whole_ones(full, "experts") for rank in range(size)]
+    splits = [Partition(rank, size).nearly_even(full, "experts") for rank in range(size)]
     held = [index for split in splits for start, stop in split.spans for index in range(start, stop)]
     assert held == list(range(full))
     assert {split.size for split in splits} <= {full // size, full // size + 1}

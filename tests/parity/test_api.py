@@ -15,10 +15,10 @@ from checkpoint.test_lingua import lingua_checkpoint
 from helpers import canon_checkpoint, hf_checkpoint
 from lamella.checkpoint.convert import convert
 from lamella.errors import CheckpointError, ConfigError, ParameterError
-from lamella.parity import assert_parity, check, compare, score
+from lamella.parity import ParityOptions, assert_parity, check, compare, score
 from lamella.parity.forcing import ForcedEngine
 from lamella.parity.sequences import split
-from lamella.parity.tested_model import TestedModel
+from lamella.parity.tested_model import ModelUnderTest
 from models.test_llama4 import CONFIGS as LLAMA4
 from parity.test_bisection import SHAPE, layer, load
 
@@ -66,9 +66,9 @@ def test_bfloat16_is_no_further_from_the_truth_than_the_reference(name, tmp_path
 @pytest.mark.parametrize("engine", ["lamella", "hf", "reference"])
 def test_engines_agree(engine, llama):
     sequences, ours = score(llama, engine=engine, dtype="float32", **INPUTS)
-    _, truth = score(llama, engine="reference", dtype="float32", **INPUTS)
+    _, reference = score(llama, engine="reference", dtype="float32", **INPUTS)
     assert [len(scores.target) for scores in ours] == [sequence.num_predictions for sequence in sequences]
-    for scores, expected in zip(ours, truth, strict=True):
+    for scores, expected in zip(ours, reference, strict=True):
         assert (scores.logprobs - expected.logprobs).abs().max() < 1e-4
         assert (scores.target - expected.target).abs().max() < 1e-4
 
@@ -123,7 +123,7 @@ def test_dummy_weights_need_no_file(tmp_path):
     (folder / "model.safetensors").unlink()
     assert_parity(folder, load_format="dummy", dtype="bfloat16", **INPUTS)
     with pytest.raises(ConfigError, match="hf: dummy weights are in no file"):
-        compare(folder, load_format="dummy", oracle="hf", **INPUTS)
+        compare(folder, load_format="dummy", reference="hf", **INPUTS)
 
 
 def test_nothing_on_disk_changes(llama):
@@ -141,10 +141,13 @@ def test_bad_options_are_one_line(llama):
         ({"top": 1}, "top=1: must be a whole number of at least 2"),
         ({"batch_size": 0}, "batch_size=0: must be a whole number of at least 1"),
         ({"engine": "hf", "engine_options": {"block_size": 4}}, "engine_options: hf has none"),
+        ({"reference": "gpt"}, "reference='gpt': must be auto, hf or reference"),
         ({"oracle": "gpt"}, "oracle='gpt': must be auto, hf or reference"),
+        ({"reference": "hf", "oracle": "hf"}, "oracle='hf': is the deprecated name of reference"),
+        ({"reference": "hf", "oracle": "reference"}, "oracle='reference': is the deprecated name of reference"),
         ({"engine_options": {"deterministic": True}}, "deterministic=True: must be False"),
-        ({"checks": ["speed"]}, "check 'speed': the engine lamella can be asked for stats, paths, bisect"),
-        ({"checks": ["paths"], "engine": "hf"}, "check 'paths': the engine hf can be asked for stats"),
+        ({"checks": ["speed"]}, "check 'speed': the engine lamella supports stats, paths, bisect"),
+        ({"checks": ["paths"], "engine": "hf"}, "check 'paths': the engine hf supports stats"),
     ):
         with pytest.raises(ConfigError, match=line):
             check(llama, **INPUTS | options)
@@ -154,6 +157,22 @@ def test_bad_options_are_one_line(llama):
         check(llama, prompt_length=3)
 
 
+@pytest.mark.parametrize("name", ["hf", "reference"])
+def test_the_deprecated_option_oracle_gives_the_same_result(llama, name):
+    options = INPUTS | {"dtype": "float32", "count": 2}
+    old, new = check(llama, ["stats"], oracle=name, **options), check(llama, ["stats"], reference=name, **options)
+    assert old.reference == new.reference == name
+    assert old.as_dict()["stats"] == new.as_dict()["stats"]
+    assert ParityOptions(oracle=name).reference == name and ParityOptions().reference == "auto"
+
+
+def test_reports_keep_the_older_names_of_their_keys(llama):
+    report = check(llama, ["stats"], reference="reference", **INPUTS | {"count": 1}).as_dict()
+    assert report["oracle"] == "reference" and report["truth_dtype"] == report["reference_dtype"]
+    for token in report["worst_tokens"]:
+        assert token["truth_logprob"] == token["reference_logprob"] and token["truth_top"] == token["reference_top"]
+
+
 def test_without_transformers_the_reference_still_serves():
     code = """
 import sys
@@ -161,7 +180,7 @@ sys.modules["transformers"] = None
 from lamella.cli.main import main
 assert main(["parity", "demo", "stats", "--engine", "reference", "--count", "2", "--prompt-len", "8"]) == 0
 assert main(["parity", "demo", "bisect", "--prompt-len", "8"]) == 0
-assert main(["parity", "demo", "stats", "--oracle", "hf"]) == 2
+assert main(["parity", "demo", "stats", "--reference", "hf"]) == 2
 assert main(["parity", "demo", "stats", "--engine", "hf"]) == 2
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -198,7 +217,7 @@ class TestOverrides:
 
     def test_all_checks_pass_against_transformers_and_the_report_knows(self, llama):
         before = (llama / "config.json").read_bytes()
-        report = assert_parity(llama, hf_overrides=OVERRIDES["a norm"], oracle="hf", **INPUTS)
+        report = assert_parity(llama, hf_overrides=OVERRIDES["a norm"], reference="hf", **INPUTS)
         (ranks,) = [cell for cell in report.paths.cells if cell.path == "two tensor-parallel ranks"]
         assert ranks.status == "pass"  # other processes, which open the checkpoint themselves
         plain, same = check(llama, ["stats"], **INPUTS), check(llama, ["stats"], hf_overrides={}, **INPUTS)
@@ -232,14 +251,14 @@ class TestOverrides:
         assert (without[0].logprobs - theirs[0].logprobs).abs().max() > 1e-2
 
     def test_a_folder_for_other_libraries_goes_with_its_subject(self, llama):
-        tested = TestedModel.open(llama, overrides={"rms_norm_eps": 0.05, "made_up": None})
+        tested = ModelUnderTest.open(llama, overrides={"rms_norm_eps": 0.05, "made_up": None})
         folder = tested.folder
         assert folder == tested.folder != llama
         assert json.loads((folder / "config.json").read_text())["rms_norm_eps"] == 0.05
         assert {file.name for file in folder.iterdir()} == {file.name for file in llama.iterdir()}
         del tested
         assert not folder.exists() and (llama / "model.safetensors").is_file()
-        assert TestedModel.open(llama).folder == llama
+        assert ModelUnderTest.open(llama).folder == llama
 
     def test_a_head_that_is_in_no_file_is_not_made_up(self, tmp_path):
         hf_checkpoint(tmp_path, LlamaConfig(**SHAPE, tie_word_embeddings=True))
@@ -265,9 +284,9 @@ class TestOverrides:
             assert line in str(caught.value) and "\n" not in str(caught.value)
 
     def test_a_size_that_no_tensor_has_is_one_line_with_every_oracle(self, llama):
-        for oracle in ("hf", "reference"):
+        for reference in ("hf", "reference"):
             with pytest.raises(CheckpointError) as caught:
-                check(llama, ["stats"], oracle=oracle, hf_overrides={"intermediate_size": 40}, **INPUTS)
+                check(llama, ["stats"], reference=reference, hf_overrides={"intermediate_size": 40}, **INPUTS)
             assert "\n" not in str(caught.value)
 
     def test_a_lingua_file_names_the_way_out(self, tmp_path):
@@ -275,7 +294,7 @@ class TestOverrides:
         options = {"hf_overrides": {"model": {"rope_theta": 30.0}}, "dtype": "float32", **INPUTS}
         assert check(folder, ["stats"], **options).passed  # by the reference, which reads it as lamella does
         with pytest.raises(ConfigError, match=r"lamella convert .* NEW_FOLDER --hf-overrides") as caught:
-            check(folder, ["stats"], oracle="hf", **options)
+            check(folder, ["stats"], reference="hf", **options)
         option, text = shlex.split(str(caught.value).partition("NEW_FOLDER ")[2].partition(";")[0])
         assert option == "--hf-overrides"
         convert(folder, tmp_path / "new", overrides=json.loads(text))

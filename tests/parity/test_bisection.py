@@ -23,7 +23,7 @@ from lamella.layers.state_modules import PagedAttention, SlotRows
 from lamella.models import LlamaForCausalLM, registry
 from lamella.parity import bisect
 from lamella.parity.bisection import CHUNKS, RATIO_LIMIT
-from lamella.parity.tested_model import TestedModel
+from lamella.parity.tested_model import ModelUnderTest
 from models.test_llama4 import CONFIGS as LLAMA4
 
 SHAPE = {
@@ -53,7 +53,7 @@ def folders(tmp_path_factory):
 
 
 def load(folder, dtype=torch.float32):
-    return TestedModel.open(folder).load(dtype, torch.device("cpu"))
+    return ModelUnderTest.open(folder).load(dtype, torch.device("cpu"))
 
 
 def layer(model, index=1):
@@ -336,7 +336,7 @@ def test_a_config_misread_is_named(field, folders, monkeypatch):
         return replace(read, layers=(broken, *read.layers[1:]))
 
     monkeypatch.setitem(registry._targets, "LlamaForCausalLM", replace(right, read_config=wrong))
-    first = bisect(folders["llama"], oracle="hf", **PROMPTS).first
+    first = bisect(folders["llama"], reference="hf", **PROMPTS).first
     assert (first.layer, first.op) == (0, "norm" if field == "rms_norm_eps" else "rotary")
 
 
@@ -405,21 +405,21 @@ def test_no_false_alarm(seed, tmp_path):
         assert all(row.ratio < 0.75 * RATIO_LIMIT for row in result.rows)  # nor was it a narrow escape
 
 
-@covering({"name": list(LLAMA4), "dtype": ["float32", "bfloat16"], "oracle": ["hf", "reference"]}, strength=1)
-def test_no_false_alarm_with_experts_and_chunks(name, dtype, oracle, tmp_path):
+@covering({"name": list(LLAMA4), "dtype": ["float32", "bfloat16"], "reference": ["hf", "reference"]}, strength=1)
+def test_no_false_alarm_with_experts_and_chunks(name, dtype, reference, tmp_path):
     hf_checkpoint(tmp_path, LLAMA4[name])
     options = {"prompts": "random", "count": 1, "prompt_len": 28, "decode_len": 12}
-    result = bisect(tmp_path, dtype=dtype, oracle=oracle, **options)
+    result = bisect(tmp_path, dtype=dtype, reference=reference, **options)
     assert result.first is None, str(result.first)
     assert all(row.ratio < 0.75 * RATIO_LIMIT for row in result.rows)
 
 
-def test_what_cannot_be_bisected(folders):
-    with pytest.raises(ConfigError, match="bisect: looks inside the engine lamella; hf"):
+def test_unsupported_bisections_are_refused(folders):
+    with pytest.raises(ConfigError, match="bisect: needs the engine lamella; the engine hf supports stats"):
         bisect(folders["llama"], engine="hf")
     with pytest.raises(ParameterError, match="bisect takes 12 to 256 tokens, not 9"):
         bisect(folders["llama"], prompts=[list(range(9))])
-    with pytest.raises(ConfigError, match="candidate: only the engine lamella takes a loaded one"):
+    with pytest.raises(ConfigError, match="candidate: only the engine lamella can test a loaded model"):
         bisect(folders["llama"], engine="vllm", candidate=load(folders["llama"]))
 
 
@@ -435,7 +435,7 @@ def test_a_damaged_weight_is_named_as_the_first_operation_that_gives_nan(folders
         weight = tensors[f"model.layers.1.{name}.weight"] = weight.double()
     weight.view(-1)[3] = value
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    row = bisect(copy, dtype="float32", device="cpu", oracle="reference", **PROMPTS).first_not_finite
+    row = bisect(copy, dtype="float32", device="cpu", reference="reference", **PROMPTS).first_not_finite
     assert row is not None and row.layer == 1 and row.out_of_line
     assert row.site.endswith(name.partition(".")[2] or "norm"), row.site
     assert row.not_finite == "both" or value == 1e300
@@ -447,7 +447,7 @@ def test_an_overflow_of_the_engines_dtype_is_the_engines(folders):
     with torch.no_grad():
         layer(model).feed_forward.down_proj.weight.mul_(3e5)
     row = bisect(
-        folders["llama"], dtype="float16", device="cpu", candidate=model, oracle="reference", **PROMPTS
+        folders["llama"], dtype="float16", device="cpu", candidate=model, reference="reference", **PROMPTS
     ).first_not_finite
     assert row is not None and (row.layer, row.not_finite) == (1, "engine") and row.site.endswith("down_proj")
 

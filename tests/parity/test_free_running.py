@@ -15,7 +15,7 @@ from lamella.parity.scores import Generation, Scores
 
 
 def generation(tokens, logits, top=None):
-    return Generation(tuple(tokens), Scores.of(logits, tokens, top))
+    return Generation(tuple(tokens), Scores.from_logits(logits, tokens, top))
 
 
 def make(prompts, steps, vocab, top=None, same=0.8, noise=0.5, dtype=torch.float32, seed=0):
@@ -134,7 +134,7 @@ def test_generations_that_part_at_once_are_no_longer_at_risk():
     ],
 )
 def test_hazard_is_partings_by_steps_at_risk(equal, hazard):
-    scores = Scores.of(torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), [0] * 3, None)
+    scores = Scores.from_logits(torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), [0] * 3, None)
     reference = [Generation((1, 2, 3), scores)] * len(equal)
     engine = [
         Generation(tuple(t if e == "1" else 0 for t, e in zip((1, 2, 3), row, strict=True)), scores) for row in equal

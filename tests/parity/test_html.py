@@ -374,7 +374,7 @@ def test_errors_of_many_magnitudes_get_a_logarithmic_axis() -> None:
 
 
 def test_engine_without_decode_or_error() -> None:
-    """Prefill alone, bitwise equal to the truth."""
+    """Prefill alone, bitwise equal to the reference."""
     report = full_report()
     report["stats"] |= {"engine_decode": None, "slope": None, "positions": []}
     report["stats"]["curve"] = [{"start": 0, "stop": 16, "engine_rms": 0.0, "floor_rms": 0.0}]

@@ -14,7 +14,7 @@ from lamella.parity import paths
 from lamella.parity.catalogue import catalogue
 from lamella.parity.forcing import ForcedEngine
 from lamella.parity.laboratory import Laboratory, NotExercised
-from lamella.parity.tested_model import TestedModel
+from lamella.parity.tested_model import ModelUnderTest
 from models.test_llama4 import CONFIGS as LLAMA4
 from parity.test_bisection import SHAPE, change_history, forgot_the_history, layer, load
 
@@ -59,7 +59,7 @@ def test_every_path_is_right(model, dtype, tmp_path):
 
 
 def test_the_cuts_are_where_state_changes_hands(canon):
-    names = {path.name for path in catalogue(TestedModel.open(canon).config, 48, CPU)}
+    names = {path.name for path in catalogue(ModelUnderTest.open(canon).config, 48, CPU)}
     assert {f"chunked, cut at {cut}" for cut in (1, 2, 3, 4, 5, 15, 16, 17, 46)} <= names  # W is 4, a block is 16
     assert {f"chunked, every {size}" for size in (2, 3, 4, 5, 15, 16, 17)} <= names
 
@@ -142,7 +142,7 @@ def test_a_path_that_was_not_taken_fails(canon, monkeypatch):
 
 
 def test_a_preemption_that_did_not_happen_fails(canon, monkeypatch):
-    tested = TestedModel.open(canon)
+    tested = ModelUnderTest.open(canon)
     lab = Laboratory(tested.load(torch.float32, CPU), CPU, range(40), 0)
     engine = lab.engine
     monkeypatch.setattr(lab, "engine", lambda **options: engine(**options | {"num_blocks": 100}))
@@ -164,7 +164,7 @@ def llama4(tmp_path_factory):
 
 
 def test_the_ends_of_chunks_are_cut_and_hit_at(llama4):
-    names = {path.name for path in catalogue(TestedModel.open(llama4).config, 48, CPU)}
+    names = {path.name for path in catalogue(ModelUnderTest.open(llama4).config, 48, CPU)}
     assert {
         "chunked, cut at 15",
         "chunked, cut at 16",

@@ -40,21 +40,23 @@ def make_sequences(shapes):
 
 def make_reference(sequences, top=None):
     rows = enumerate(sequences)
-    return [Scores.of(3 * randn(s.num_predictions, VOCAB, seed=i), s.token_ids[1:], top) for i, s in rows]
+    return [Scores.from_logits(3 * randn(s.num_predictions, VOCAB, seed=i), s.token_ids[1:], top) for i, s in rows]
 
 
-def moved(truth, change):
+def moved(reference, change):
     """`change(index)` added to the forced tokens' log-probabilities."""
-    return [replace(scores, target=scores.target + change(index)) for index, scores in enumerate(truth)]
+    return [replace(scores, target=scores.target + change(index)) for index, scores in enumerate(reference)]
 
 
-def noisy(truth, sigma, seed):
-    return moved(truth, lambda i: sigma * randn(len(truth[i].target), seed=1000 * seed + i))
+def noisy(reference, sigma, seed):
+    return moved(reference, lambda i: sigma * randn(len(reference[i].target), seed=1000 * seed + i))
 
 
-def deltas(truth, *runs):
+def deltas(reference, *runs):
     """One array for each sequence of each run."""
-    return [(ours.target - expected.target).numpy() for run in runs for expected, ours in zip(truth, run, strict=True)]
+    return [
+        (ours.target - expected.target).numpy() for run in runs for expected, ours in zip(reference, run, strict=True)
+    ]
 
 
 def rms(x):
@@ -63,14 +65,14 @@ def rms(x):
 
 @cache
 def case(sigma=1.0, shapes=SHAPES):
-    """Sequences, truth, an engine whose noise is `sigma` times the floors', and the two floors."""
+    """Sequences, reference, an engine whose noise is `sigma` times the floors', and the two floors."""
     sequences = make_sequences(shapes)
-    truth = make_reference(sequences)
+    reference = make_reference(sequences)
     return (
         sequences,
-        truth,
-        noisy(truth, 0.01 * sigma, 1),
-        {"eager": noisy(truth, 0.01, 2), "sdpa": noisy(truth, 0.01, 3)},
+        reference,
+        noisy(reference, 0.01 * sigma, 1),
+        {"eager": noisy(reference, 0.01, 2), "sdpa": noisy(reference, 0.01, 3)},
     )
 
 
@@ -90,7 +92,7 @@ def test_scores_are_log_softmax(dtype, error, top):
     logits = (4 * randn(20, 30)).to(dtype)
     tokens = random.Random(1).choices(range(30), k=20)
     expected = log_softmax(logits)
-    scores = Scores.of(logits, tokens, top)
+    scores = Scores.from_logits(logits, tokens, top)
     assert scores.target.dtype == torch.float64
     assert scores.logprobs.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     np.testing.assert_allclose(scores.target, expected[range(20), tokens], atol=error)
@@ -107,7 +109,7 @@ def test_scores_are_log_softmax(dtype, error, top):
 def test_likeliest_is_the_largest():
     logits = randn(50, 30)
     for top in (None, 1, 5):
-        assert likeliest(Scores.of(logits, [0] * 50, top)).tolist() == log_softmax(logits).argmax(-1).tolist()
+        assert likeliest(Scores.from_logits(logits, [0] * 50, top)).tolist() == log_softmax(logits).argmax(-1).tolist()
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_likeliest_is_the_largest():
 def test_likeliest_is_the_first_of_equals(top):
     logits = torch.randint(0, 4, (200, 50), generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = [row.index(max(row)) for row in logits.tolist()]
-    assert likeliest(Scores.of(logits, [0] * 200, top)).tolist() == expected
+    assert likeliest(Scores.from_logits(logits, [0] * 200, top)).tolist() == expected
 
 
 # divergence
@@ -128,11 +130,11 @@ def kl(p, q):
     return sum(a * (math.log(a / b) if b else math.inf) for a, b in zip(p, q, strict=True) if a)
 
 
-def coarse_kl(p, q, truth, engine):
+def coarse_kl(p, q, reference, engine):
     """Of two distributions over the vocabulary, coarsened to the tokens that both `Scores` name, and the rest."""
     values = []
     for row, (a, b) in enumerate(zip(p, q, strict=True)):
-        named = [set(range(len(a))) if s.ids is None else set(s.ids[row].tolist()) for s in (truth, engine)]
+        named = [set(range(len(a))) if s.ids is None else set(s.ids[row].tolist()) for s in (reference, engine)]
         both = sorted(named[0] & named[1])
         others = [token for token in range(len(a)) if token not in both]
         values.append(kl(*([*x[both], x[others].sum()] for x in (a, b))))
@@ -146,10 +148,12 @@ def test_divergence_is_that_of_the_tokens_both_name_and_the_rest(reference_top, 
     logits = (2 * randn(25, 40)).to(dtype)
     other = logits + randn(25, 40, seed=1).to(dtype)
     p, q = (np.exp(log_softmax(x)) for x in (logits, other))
-    truth, engine = (Scores.of(*x) for x in ((logits, [0] * 25, reference_top), (other, [0] * 25, engine_top)))
-    result = divergence(truth, engine)
+    reference, engine = (
+        Scores.from_logits(*x) for x in ((logits, [0] * 25, reference_top), (other, [0] * 25, engine_top))
+    )
+    result = divergence(reference, engine)
     assert result.shape == (25,) and result.dtype == torch.float64
-    np.testing.assert_allclose(result, coarse_kl(p, q, truth, engine), atol=error)
+    np.testing.assert_allclose(result, coarse_kl(p, q, reference, engine), atol=error)
     whole = np.array([kl(*pair) for pair in zip(p, q, strict=True)])
     assert ((result.numpy() >= 0) & (result.numpy() <= whole + error)).all()
     if reference_top is None and engine_top is None:
@@ -164,7 +168,7 @@ def test_coarsening_never_adds_divergence(data):
     top = st.none() | st.integers(1, vocab)
     p, q = (torch.tensor([data.draw(row)], dtype=torch.float64) for _ in range(2))
     whole, some = (
-        divergence(Scores.of(p, [0], a), Scores.of(q, [0], b)).item()
+        divergence(Scores.from_logits(p, [0], a), Scores.from_logits(q, [0], b)).item()
         for a, b in ((None, None), (data.draw(top), data.draw(top)))
     )
     assert 0 <= some <= whole + 1e-8
@@ -173,14 +177,14 @@ def test_coarsening_never_adds_divergence(data):
 @pytest.mark.parametrize("top", [None, 1, 5, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_divergence_of_equals_is_zero(dtype, top):
-    scores = Scores.of((10 * randn(25, 20)).to(dtype), [0] * 25, top)
+    scores = Scores.from_logits((10 * randn(25, 20)).to(dtype), [0] * 25, top)
     assert divergence(scores, scores).tolist() == [0.0] * 25
 
 
 @pytest.mark.parametrize("top", [None, 20])
 def test_divergence_is_never_negative_by_rounding(top):
     logits = (3 * randn(500, 40)).float()
-    scores = [Scores.of(x, [0] * 500, top) for x in (logits, logits + 1e-6 * randn(500, 40, seed=1).float())]
+    scores = [Scores.from_logits(x, [0] * 500, top) for x in (logits, logits + 1e-6 * randn(500, 40, seed=1).float())]
     p, q = (s.logprobs.double() for s in scores)
     assert top or ((p.exp() * (p - q)).sum(-1) < 0).any()
     assert (divergence(*scores) >= 0).all()
@@ -189,9 +193,9 @@ def test_divergence_is_never_negative_by_rounding(top):
 def test_coarsening_never_adds_divergence_where_float32_rounds_the_rest_away():
     logits = 12 * randn(500, 200)
     other = logits + 1e-3 * randn(500, 200, seed=1)
-    truth, whole = (Scores.of(x.float(), [0] * 500, None) for x in (logits, other))
-    assert divergence(truth, whole).max() < 3e-6
-    assert divergence(truth, Scores.of(other.float(), [0] * 500, 20)).max() < 3e-6
+    reference, whole = (Scores.from_logits(x.float(), [0] * 500, None) for x in (logits, other))
+    assert divergence(reference, whole).max() < 3e-6
+    assert divergence(reference, Scores.from_logits(other.float(), [0] * 500, 20)).max() < 3e-6
 
 
 @pytest.mark.parametrize("reference_top", [None, 3])
@@ -203,7 +207,9 @@ def test_what_the_truth_excludes_counts_nothing(reference_top, engine_top, both)
     if both:
         other[:, [1, 4]] = -math.inf
     p, q = (np.exp(log_softmax(x)) for x in (logits, other))
-    result = divergence(Scores.of(logits, [0] * 10, reference_top), Scores.of(other, [0] * 10, engine_top)).numpy()
+    result = divergence(
+        Scores.from_logits(logits, [0] * 10, reference_top), Scores.from_logits(other, [0] * 10, engine_top)
+    ).numpy()
     whole = np.array([kl(*pair) for pair in zip(p, q, strict=True)])
     assert ((result >= 0) & (result <= whole + 1e-12)).all()
     if both or (reference_top is None and engine_top is None):
@@ -212,11 +218,11 @@ def test_what_the_truth_excludes_counts_nothing(reference_top, engine_top, both)
 
 @pytest.mark.parametrize("ids", [None, torch.tensor([[2, 1, 0]])])
 def test_divergence_is_infinite_where_the_engine_excludes_what_the_truth_allows(ids):
-    truth = Scores.of(torch.tensor([[0.0, 1.0, 2.0, -9.0]]), [0], None if ids is None else 3)
-    engine = Scores.of(torch.tensor([[0.0, 1.0, -math.inf, -math.inf]]), [0], None)
+    reference = Scores.from_logits(torch.tensor([[0.0, 1.0, 2.0, -9.0]]), [0], None if ids is None else 3)
+    engine = Scores.from_logits(torch.tensor([[0.0, 1.0, -math.inf, -math.inf]]), [0], None)
     if ids is not None:
         engine = Scores(engine.target, engine.logprobs.gather(1, ids), ids)
-    assert divergence(truth, engine).tolist() == [math.inf]
+    assert divergence(reference, engine).tolist() == [math.inf]
 
 
 # Differences and Summary
@@ -228,8 +234,8 @@ def test_divergence_is_infinite_where_the_engine_excludes_what_the_truth_allows(
 )
 def test_predictions_are_numbered_by_decode_step_and_position(prompt, continuation, steps):
     sequences = make_sequences([(prompt, continuation), (2, 2), (prompt, continuation)])
-    truth = make_reference(sequences)
-    result = Differences.of(sequences, truth, truth)
+    reference = make_reference(sequences)
+    result = Differences.from_scores(sequences, reference, reference)
     positions = list(range(len(steps)))
     assert result.step.tolist() == [*steps, 0, 0, 1, *steps]
     assert result.position.tolist() == [*positions, 0, 1, 2, *positions]
@@ -241,11 +247,11 @@ def test_differences_are_engine_less_truth(reference_top, engine_top):
     sequences = make_sequences([(4, 3), (1, 1), (2, 9)])
     logits = [2 * randn(s.num_predictions, VOCAB, seed=i) for i, s in enumerate(sequences)]
     others = [x + randn(len(x), VOCAB, seed=10 + i) for i, x in enumerate(logits)]
-    truth, engine = (
-        [Scores.of(x, s.token_ids[1:], top) for x, s in zip(rows, sequences, strict=True)]
+    reference, engine = (
+        [Scores.from_logits(x, s.token_ids[1:], top) for x, s in zip(rows, sequences, strict=True)]
         for rows, top in ((logits, reference_top), (others, engine_top))
     )
-    result = Differences.of(sequences, truth, engine)
+    result = Differences.from_scores(sequences, reference, engine)
     p, q = (log_softmax(torch.cat(rows)) for rows in (logits, others))
     tokens = [token for s in sequences for token in s.token_ids[1:]]
     rows = range(len(tokens))
@@ -254,7 +260,9 @@ def test_differences_are_engine_less_truth(reference_top, engine_top):
     np.testing.assert_allclose(result.margin, ordered[:, -1] - ordered[:, -2], atol=1e-12)
     assert result.flipped.tolist() == (p.argmax(1) != q.argmax(1)).tolist()
     assert {True, False} == set(result.flipped.tolist())
-    np.testing.assert_allclose(result.kl, torch.cat([divergence(*pair) for pair in zip(truth, engine, strict=True)]))
+    np.testing.assert_allclose(
+        result.kl, torch.cat([divergence(*pair) for pair in zip(reference, engine, strict=True)])
+    )
     mask = result.step > 0
     for ours, column in zip(astuple(result.where(mask)), astuple(result), strict=True):
         assert ours.tolist() == [x for x, keep in zip(column.tolist(), mask.tolist(), strict=True) if keep]
@@ -304,9 +312,9 @@ def test_a_near_tie_is_a_flip_below_the_margin(margin, near, flipped):
 
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 4.0])
 def test_ratio_is_that_of_the_noise_within_its_own_error(sigma):
-    sequences, truth, engine, floors = case(sigma)
-    result = compare_scores(sequences, truth, engine, floors)
-    ours, noise = (np.abs(np.concatenate(deltas(truth, *runs))) for runs in ((engine,), floors.values()))
+    sequences, reference, engine, floors = case(sigma)
+    result = compare_scores(sequences, reference, engine, floors)
+    ours, noise = (np.abs(np.concatenate(deltas(reference, *runs))) for runs in ((engine,), floors.values()))
     assert result.noise_floor_ratio == pytest.approx(rms(ours) / rms(noise))
     assert result.p999_ratio == pytest.approx(np.quantile(ours, 0.999) / np.quantile(noise, 0.999))
     assert abs(result.noise_floor_ratio - sigma) < 4 * result.noise_floor_ratio_error
@@ -316,8 +324,8 @@ def test_ratio_is_that_of_the_noise_within_its_own_error(sigma):
 
 @pytest.mark.parametrize("shapes", [((5, 6),) * 3, ((1, 1), (9, 4), (2, 30), (1, 2)), ((3, 3), (4, 4))])
 def test_ratio_error_leaves_one_sequence_out_at_a_time(shapes):
-    sequences, truth, engine, floors = case(2.0, shapes)
-    ours, noise = deltas(truth, engine), [deltas(truth, floor) for floor in floors.values()]
+    sequences, reference, engine, floors = case(2.0, shapes)
+    ours, noise = deltas(reference, engine), [deltas(reference, floor) for floor in floors.values()]
     values = []
     for left_out in range(len(shapes)):
         kept = [i for i in range(len(shapes)) if i != left_out]
@@ -325,7 +333,7 @@ def test_ratio_error_leaves_one_sequence_out_at_a_time(shapes):
             rms(np.concatenate([ours[i] for i in kept])) / rms(np.concatenate([f[i] for f in noise for i in kept]))
         )
     expected = math.sqrt((len(values) - 1) * np.var(values))
-    result = compare_scores(sequences, truth, engine, floors)
+    result = compare_scores(sequences, reference, engine, floors)
     assert result.noise_floor_ratio_error == pytest.approx(expected)
 
 
@@ -335,8 +343,8 @@ def test_one_sequence_says_nothing_of_the_ratio_error():
 
 
 def test_an_exact_engine_has_ratio_zero():
-    sequences, truth, _, floors = case()
-    result = compare_scores(sequences, truth, truth, floors)
+    sequences, reference, _, floors = case()
+    result = compare_scores(sequences, reference, reference, floors)
     assert (result.noise_floor_ratio, result.noise_floor_ratio_error, result.p999_ratio) == (0, 0, 0)
     assert (result.engine.rms, result.engine.max, result.engine.kl_max, result.engine.agreement) == (0, 0, 0, 1)
     assert result.outliers["count"] == result.slope["per_step"] == 0
@@ -346,17 +354,17 @@ def test_an_exact_engine_has_ratio_zero():
 
 @pytest.mark.parametrize("bias", [-0.005, 0.002])
 def test_a_bias_is_found(bias):
-    sequences, truth, engine, floors = case()
-    result = compare_scores(sequences, truth, moved(engine, lambda i: bias), floors).engine
+    sequences, reference, engine, floors = case()
+    result = compare_scores(sequences, reference, moved(engine, lambda i: bias), floors).engine
     assert abs(result.bias - bias) < 4 * result.bias_error
     assert result.bias_error == pytest.approx(0.01 / math.sqrt(2000), rel=0.1)
 
 
 def test_phases_and_steps_have_their_own_summaries():
-    sequences, truth, engine, floors = case(2.0, ((5, 4), (2, 6), (1, 1)))
-    result = compare_scores(sequences, truth, engine, floors)
+    sequences, reference, engine, floors = case(2.0, ((5, 4), (2, 6), (1, 1)))
+    result = compare_scores(sequences, reference, engine, floors)
     by_step: dict[int, list[float]] = {}
-    for sequence, delta in zip(sequences, deltas(truth, engine), strict=True):
+    for sequence, delta in zip(sequences, deltas(reference, engine), strict=True):
         for prediction, value in enumerate(delta.tolist()):
             by_step.setdefault(max(0, prediction + 1 - len(sequence.prompt)), []).append(value)
     decode = [value for step, values in by_step.items() if step for value in values]
@@ -367,29 +375,32 @@ def test_phases_and_steps_have_their_own_summaries():
     assert [p["bias"] for p in result.positions] == pytest.approx([np.mean(by_step[s]) for s in sorted(by_step)])
     assert set(result.floor) == set(floors)
     for name, floor in floors.items():
-        assert result.floor[name].rms == pytest.approx(rms(np.concatenate(deltas(truth, floor))))
+        assert result.floor[name].rms == pytest.approx(rms(np.concatenate(deltas(reference, floor))))
     assert compare_scores(*case(1.0, ((5, 1), (1, 1)))).engine_decode is None
 
 
 def test_a_near_tie_is_measured_in_the_floors_rms():
     sequences = make_sequences([(1, 1)] * 3)
     zero = torch.zeros(1, dtype=torch.float64)
-    truth = [Scores(zero, torch.tensor([[0.0, margin]], dtype=torch.float64)) for margin in (0.1, 0.42, 0.43)]
-    engine = [replace(scores, logprobs=scores.logprobs.flip(1)) for scores in truth]
-    floors = {"eager": moved(truth, lambda i: 0.1), "sdpa": moved(truth, lambda i: -0.1)}  # 3 sqrt(2) 0.1 = 0.424
-    result = compare_scores(sequences, truth, engine, floors).engine
+    reference = [Scores(zero, torch.tensor([[0.0, margin]], dtype=torch.float64)) for margin in (0.1, 0.42, 0.43)]
+    engine = [replace(scores, logprobs=scores.logprobs.flip(1)) for scores in reference]
+    floors = {
+        "eager": moved(reference, lambda i: 0.1),
+        "sdpa": moved(reference, lambda i: -0.1),
+    }  # 3 sqrt(2) 0.1 = 0.424
+    result = compare_scores(sequences, reference, engine, floors).engine
     assert (result.flips, result.near_tie_flips) == (3, 2)
 
 
 def test_a_slope_in_the_decode_steps_is_found_within_its_error():
-    sequences, truth, _, floors = case()
+    sequences, reference, _, floors = case()
     steps = [np.maximum(0, np.arange(s.num_predictions) + 1 - len(s.prompt)) for s in sequences]
     signs = [(-1.0) ** np.arange(len(s)) for s in steps]
     engine = moved(
-        truth, lambda i: torch.tensor(signs[i] * (0.5 + 0.003 * steps[i])) + 0.05 * randn(len(steps[i]), seed=i)
+        reference, lambda i: torch.tensor(signs[i] * (0.5 + 0.003 * steps[i])) + 0.05 * randn(len(steps[i]), seed=i)
     )
-    slope = compare_scores(sequences, truth, engine, floors).slope
-    x, y = (np.concatenate(values) for values in (steps, deltas(truth, engine)))
+    slope = compare_scores(sequences, reference, engine, floors).slope
+    x, y = (np.concatenate(values) for values in (steps, deltas(reference, engine)))
     x, y = x[x > 0], np.abs(y[x > 0])
     design = np.stack((x, np.ones_like(x)), 1)
     fit, (left,), *_ = np.linalg.lstsq(design.astype(float), y, rcond=None)
@@ -407,29 +418,30 @@ def test_a_slope_needs_three_decode_steps(continuation, some):
 
 @pytest.mark.parametrize("count", [0, 1, 7])
 def test_outliers_are_those_beyond_twice_the_floors_worst(count):
-    sequences, truth, _, floors = case()
-    limit = 2 * np.abs(np.concatenate(deltas(truth, *floors.values()))).max()
+    sequences, reference, _, floors = case()
+    limit = 2 * np.abs(np.concatenate(deltas(reference, *floors.values()))).max()
 
     def plant(index):
-        x = torch.zeros_like(truth[index].target)
+        x = torch.zeros_like(reference[index].target)
         x[index] = 0.999 * limit
         x[20] = (-1) ** index * 1.001 * limit * (index < count)
         return x
 
-    result = compare_scores(sequences, truth, moved(truth, plant), floors)
+    result = compare_scores(sequences, reference, moved(reference, plant), floors)
     assert result.outliers == pytest.approx({"limit": limit, "count": count, "share": count / 2000})
 
 
 @pytest.mark.parametrize("shapes", [((1, 1),), ((5, 3), (1, 1)), ((20, 5),), ((20, 6),), ((90, 40), (3, 2)), SHAPES])
 def test_the_curve_covers_every_position_once(shapes):
-    sequences, truth, engine, floors = case(3.0, shapes)
-    bins = compare_scores(sequences, truth, engine, floors).curve
+    sequences, reference, engine, floors = case(3.0, shapes)
+    bins = compare_scores(sequences, reference, engine, floors).curve
     longest = max(sum(shape) for shape in shapes) - 1
     assert [position for b in bins for position in range(b["start"], b["stop"])] == list(range(longest))
     assert len(bins) == min(24, longest)
     for b in bins:
         ours, *noise = (
-            np.concatenate([x[b["start"] : b["stop"]] for x in deltas(truth, s)]) for s in (engine, *floors.values())
+            np.concatenate([x[b["start"] : b["stop"]] for x in deltas(reference, s)])
+            for s in (engine, *floors.values())
         )
         assert b["engine_rms"] == pytest.approx(rms(ours))
         assert b["floor_rms"] == pytest.approx(rms(np.concatenate(noise)))
@@ -448,20 +460,20 @@ def test_the_curve_covers_every_position_once(shapes):
     ],
 )
 def test_the_histogram_counts_every_prediction(engine, floors):
-    sequences, truth, *_ = case(1.0, ((9, 8),) * 5)
+    sequences, reference, *_ = case(1.0, ((9, 8),) * 5)
     # An amplitude of 0 is no difference at all; one that is not finite meets a single prediction.
-    ours = noisy(truth, engine if math.isfinite(engine) else 1.0, 1)
+    ours = noisy(reference, engine if math.isfinite(engine) else 1.0, 1)
     if not math.isfinite(engine):
         ours[0].target[3] = engine
-    noise = {str(i): noisy(truth, sigma, 2 + i) for i, sigma in enumerate(floors)}
-    histogram = compare_scores(sequences, truth, ours, noise).histogram
+    noise = {str(i): noisy(reference, sigma, 2 + i) for i, sigma in enumerate(floors)}
+    histogram = compare_scores(sequences, reference, ours, noise).histogram
     edges = np.array(histogram["edges"])
     assert len(edges) - 1 == len(histogram["engine"]) == len(histogram["floor"])
     assert (np.diff(edges) > 0).all()
     assert sum(histogram["engine"]) == sum(s.num_predictions for s in sequences)
     assert sum(histogram["floor"]) == pytest.approx(sum(s.num_predictions for s in sequences))
     for counts, runs in ((histogram["engine"], [ours]), (histogram["floor"], noise.values())):
-        sizes = np.abs(np.concatenate(deltas(truth, *runs)))
+        sizes = np.abs(np.concatenate(deltas(reference, *runs)))
         places = np.digitize(sizes[np.isfinite(sizes)], edges[1:-1])
         expected = np.bincount(places, minlength=len(counts)).astype(float)
         expected[-1] += (~np.isfinite(sizes)).sum()
@@ -469,10 +481,10 @@ def test_the_histogram_counts_every_prediction(engine, floors):
 
 
 def test_a_histogram_of_equal_differences_counts_them_all():
-    sequences, truth, *_ = case(1.0, ((9, 8),) * 5)
-    truth = [replace(scores, target=torch.zeros_like(scores.target)) for scores in truth]
-    engine = moved(truth, lambda i: 0.3)
-    histogram = compare_scores(sequences, truth, engine, {"eager": engine, "sdpa": engine}).histogram
+    sequences, reference, *_ = case(1.0, ((9, 8),) * 5)
+    reference = [replace(scores, target=torch.zeros_like(scores.target)) for scores in reference]
+    engine = moved(reference, lambda i: 0.3)
+    histogram = compare_scores(sequences, reference, engine, {"eager": engine, "sdpa": engine}).histogram
     assert sum(histogram["engine"]) == sum(histogram["floor"]) == 80
 
 
@@ -480,21 +492,21 @@ def test_a_histogram_of_equal_differences_counts_them_all():
 @pytest.mark.parametrize("top", [None, 3])
 def test_worst_are_the_largest_in_order(count, top):
     sequences = make_sequences([(4, 6), (1, 1), (12, 3), (1, 5)])
-    truth = make_reference(sequences, top)
+    reference = make_reference(sequences, top)
     engine = [
         replace(ours, target=expected.target + randn(len(expected.target), seed=90 + i))
-        for i, (ours, expected) in enumerate(zip(make_reference(sequences[::-1], top)[::-1], truth, strict=True))
+        for i, (ours, expected) in enumerate(zip(make_reference(sequences[::-1], top)[::-1], reference, strict=True))
     ]
     engine = [
         replace(e, logprobs=t.logprobs.flip(1), ids=t.ids if top is None else t.ids.flip(1))
-        for e, t in zip(engine, truth, strict=True)
+        for e, t in zip(engine, reference, strict=True)
     ]
     rows = []
     for number, sequence in enumerate(sequences):
         tokens = sequence.prompt + sequence.continuation
         for at in range(1, len(tokens)):
             step = at - len(sequence.prompt)
-            logprob, given = truth[number].target[at - 1].item(), engine[number].target[at - 1].item()
+            logprob, given = reference[number].target[at - 1].item(), engine[number].target[at - 1].item()
             rows.append(
                 dict(
                     sequence=number,
@@ -505,20 +517,20 @@ def test_worst_are_the_largest_in_order(count, top):
                     reference_logprob=logprob,
                     engine_logprob=given,
                     delta=given - logprob,
-                    reference_top=likeliest(truth[number])[at - 1].item(),
+                    reference_top=likeliest(reference[number])[at - 1].item(),
                     engine_top=likeliest(engine[number])[at - 1].item(),
                 )
             )
     rows.sort(key=lambda row: -abs(row["delta"]))
-    result = compare_scores(sequences, truth, engine, {"eager": noisy(truth, 0.1, 5)}, worst=count)
+    result = compare_scores(sequences, reference, engine, {"eager": noisy(reference, 0.1, 5)}, worst=count)
     assert result.worst == rows[:count]
 
 
 def test_what_is_no_number_is_the_worst():
-    sequences, truth, engine, floors = case()
+    sequences, reference, engine, floors = case()
     engine = moved(engine, lambda i: 0.0)
     engine[5].target[7], engine[3].target[85] = math.nan, -math.inf
-    first, second, *_ = compare_scores(sequences, truth, engine, floors).worst
+    first, second, *_ = compare_scores(sequences, reference, engine, floors).worst
     assert (first["sequence"], first["position"], first["phase"]) == (5, 8, "prefill")
     assert (second["sequence"], second["position"], second["phase"]) == (3, 86, "decode 6")
 
@@ -530,10 +542,10 @@ def test_what_is_no_number_is_the_worst():
 @pytest.mark.parametrize("floor", ["noise", "zero"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_engine_without_a_number_never_passes(value, floor, dtype):
-    sequences, truth, _, floors = case()
-    engine = moved(truth, lambda i: 0.0)
+    sequences, reference, _, floors = case()
+    engine = moved(reference, lambda i: 0.0)
     engine[5].target[7] = value
-    result = compare_scores(sequences, truth, engine, floors if floor == "noise" else {"eager": truth})
+    result = compare_scores(sequences, reference, engine, floors if floor == "noise" else {"eager": reference})
     assert not result.noise_floor_ratio < math.inf
     assert result.outliers["count"] == 1
     assert judge_stats(result, dtype, Tolerances())
@@ -547,21 +559,21 @@ def test_an_engine_without_a_number_never_passes(value, floor, dtype):
     ],
 )
 def test_a_floor_without_a_number_is_no_yardstick(value):
-    sequences, truth, engine, floors = case(500.0, ((5, 6),) * 3)
-    floor = moved(truth, lambda i: 0.0)
+    sequences, reference, engine, floors = case(500.0, ((5, 6),) * 3)
+    floor = moved(reference, lambda i: 0.0)
     floor[1].target[7] = value
-    result = compare_scores(sequences, truth, engine, {"eager": floor, "sdpa": floors["sdpa"]})
+    result = compare_scores(sequences, reference, engine, {"eager": floor, "sdpa": floors["sdpa"]})
     assert judge_stats(result, torch.bfloat16, Tolerances())
 
 
 def test_a_zero_floor_allows_nothing_but_equality():
-    sequences, truth, engine, _ = case()
-    floors = {"eager": truth, "sdpa": truth}
-    result = compare_scores(sequences, truth, engine, floors)
+    sequences, reference, engine, _ = case()
+    floors = {"eager": reference, "sdpa": reference}
+    result = compare_scores(sequences, reference, engine, floors)
     assert (result.noise_floor_ratio, result.p999_ratio) == (math.inf, math.inf)
     assert result.outliers == {"limit": 0, "count": 2000, "share": 1}
     assert len(judge_stats(result, torch.bfloat16, Tolerances())) >= 3
-    exact = compare_scores(sequences, truth, truth, floors)
+    exact = compare_scores(sequences, reference, reference, floors)
     assert (exact.noise_floor_ratio, exact.p999_ratio, exact.outliers["count"]) == (0, 0, 0)
     assert judge_stats(exact, torch.bfloat16, Tolerances()) == []
 
@@ -666,9 +678,11 @@ def test_small_differences_need_no_yardstick_in_fp32_alone(dtype, size, passes):
 
 def test_a_constant_bias_is_a_reason():
     sequences = make_sequences([(1, 1), (1, 1)])
-    truth = [
+    reference = [
         replace(scores, target=torch.full((1,), -1.0, dtype=torch.float64)) for scores in make_reference(sequences)
     ]
-    result = compare_scores(sequences, truth, moved(truth, lambda i: -0.5), {"eager": noisy(truth, 0.01, 1)})
+    result = compare_scores(
+        sequences, reference, moved(reference, lambda i: -0.5), {"eager": noisy(reference, 0.01, 1)}
+    )
     assert result.engine.bias == -0.5 and result.engine.bias_error == 0
     assert any("bias" in reason for reason in judge_stats(result, torch.bfloat16, Tolerances()))

@@ -20,7 +20,7 @@ from lamella.parity.scorers import vllm as module
 from lamella.parity.scorers.vllm import VllmScorer, open_scorer
 from lamella.parity.scores import Settings
 from lamella.parity.sequences import TokenSequence
-from lamella.parity.tested_model import TestedModel
+from lamella.parity.tested_model import ModelUnderTest
 from vllm_plugin.plugin_helpers import numba_hidden
 
 pytestmark = pytest.mark.vllm
@@ -73,7 +73,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     model = checkpoint(request.param, folder)
     settings = Settings(dtype=torch.float32, device=DEVICE, batch_size=2, options=SMALL)
     with numba_hidden():
-        scorer = open_scorer(TestedModel.open(folder), settings)
+        scorer = open_scorer(ModelUnderTest.open(folder), settings)
         yield scorer, model
         scorer.close()
 

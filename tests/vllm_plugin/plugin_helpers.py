@@ -22,7 +22,7 @@ from helpers import canon_checkpoint, random_prompts
 from lamella.demo import CHECKPOINT
 from lamella.demo.questions import Question, held_out
 from lamella.parity.reference_model import ReferenceModel
-from lamella.parity.tested_model import TestedModel
+from lamella.parity.tested_model import ModelUnderTest
 
 ON_CPU = not torch.cuda.is_available()
 DEVICE = torch.device("cpu" if ON_CPU else "cuda")
@@ -159,7 +159,7 @@ def tokens_of(outputs: Sequence[Any]) -> list[list[int]]:
 @cache
 def oracle(model: Path, placement: str | None = None) -> Callable[[list[int]], Tensor]:
     """Logits (n, vocab) of n tokens."""
-    tested = TestedModel.open(model, placement=placement)
+    tested = ModelUnderTest.open(model, placement=placement)
     logits = cache(ReferenceModel(tested.config, tested.weights(torch.device("cpu")), torch.float64).logits)
     return lambda ids: logits(tuple(ids))
 

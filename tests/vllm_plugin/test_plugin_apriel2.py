@@ -235,7 +235,7 @@ def test_a_supernet_has_no_whole_graphs(folders: dict[str, Path], asked: str | N
 
 def test_drafts_are_refused(folders: dict[str, Path]) -> None:
     with (
-        pytest.raises(Exception, match="recurrent state cannot go back to before a rejected draft"),
+        pytest.raises(Exception, match="recurrent state cannot be rolled back after a rejected draft"),
         running(folders["all"], speculative_config=NGRAM),
     ):
         pass

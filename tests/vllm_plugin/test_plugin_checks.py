@@ -50,7 +50,7 @@ class TestChecks:
         with refused("VLLM_SSM_CONV_STATE_LAYOUT=DS"):
             configured(folder)
 
-    @pytest.mark.skipif(compat.at_least(0, 32), reason="this vLLM has no such mode")
+    @pytest.mark.skipif(compat.is_at_least(0, 32), reason="this vLLM has no such mode")
     def test_states_at_every_block(self, folder: Path) -> None:
         with refused("mamba_cache_mode='all'"):
             configured(folder, mamba_cache_mode="all")
@@ -78,11 +78,11 @@ class TestChecks:
     def test_drafts_in_a_vllm_that_forgets_what_was_accepted(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(compat, "speculation_is_sound", lambda: False)
+        monkeypatch.setattr(compat, "has_sound_speculation", lambda: False)
         with refused(r"speculative_config: up to 0\.31"):
             configured(folder, speculative_config=NGRAM)
 
-    @pytest.mark.skipif(not compat.speculation_is_sound(), reason="this vLLM's speculation is refused")
+    @pytest.mark.skipif(not compat.has_sound_speculation(), reason="this vLLM's speculation is refused")
     def test_drafts_turn_prefix_caching_off_on_cpus(self, folder: Path, plugin_log: pytest.LogCaptureFixture) -> None:
         config = configured(folder, speculative_config=NGRAM)
         assert ("prefix caching is off" in plugin_log.text) == ON_CPU

@@ -17,8 +17,8 @@ from helpers import canon_config
 from lamella.config.hf_config import HFConfig
 from lamella.models.registry import architectures, resolve_architecture
 from lamella.parallel.sharding import Partition
-from lamella.parity.scorers.hf import why_not
-from lamella.parity.tested_model import TestedModel
+from lamella.parity.scorers.hf import why_unsupported
+from lamella.parity.tested_model import ModelUnderTest
 from lamella.vllm_plugin import PREFIX, compat
 from lamella.vllm_plugin.model import model_class
 from lamella.vllm_plugin.registration import OPERATIONS, register_all, served_names
@@ -58,7 +58,7 @@ class TestClasses:
         from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder
         from vllm.v1.attention.backends.short_conv_attn import ShortConvAttentionMetadataBuilder
 
-        wanted = ShortConvAttentionMetadataBuilder if compat.at_least(0, 29) else GDNAttentionMetadataBuilder
+        wanted = ShortConvAttentionMetadataBuilder if compat.is_at_least(0, 29) else GDNAttentionMetadataBuilder
         assert issubclass(StateMetadataBuilder, wanted)
 
     def test_what_a_request_of_an_8b_model_holds(self) -> None:
@@ -89,7 +89,7 @@ class TestClasses:
 
 def test_a_registered_config_is_no_model_of_transformers(folder: Path) -> None:
     """Parity's truth must come from elsewhere."""
-    assert "no language model for LlamaCanon" in why_not(TestedModel.open(folder))
+    assert "no language model for LlamaCanon" in why_unsupported(ModelUnderTest.open(folder))
 
 
 @pytest.fixture(
@@ -98,7 +98,7 @@ def test_a_registered_config_is_no_model_of_transformers(folder: Path) -> None:
         {},
         pytest.param(
             {"speculative_config": NGRAM, "enable_prefix_caching": False},
-            marks=pytest.mark.skipif(not compat.speculation_is_sound(), reason="this vLLM's speculation is refused"),
+            marks=pytest.mark.skipif(not compat.has_sound_speculation(), reason="this vLLM's speculation is refused"),
         ),
     ],
     ids=["", "drafts"],

@@ -43,7 +43,7 @@ MODELS = {
     "AC, activation": {"canon_set": "AC", "canon_activation": True, "canon_residual": False},
     "lingua rotation": {"rope_version": "lingua", "canon_kernel": 3, "tie_word_embeddings": True},
 }
-sound_speculation = pytest.mark.skipif(not compat.speculation_is_sound(), reason="this vLLM's speculation is refused")
+sound_speculation = pytest.mark.skipif(not compat.has_sound_speculation(), reason="this vLLM's speculation is refused")
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_bfloat16_is_no_further_from_the_truth_than_plain_torch(folder: Path, mo
     result = compare(
         CHECKPOINT if model == "demo" else folder,
         engine="vllm",
-        oracle="reference",
+        reference="reference",
         dtype="bfloat16",
         prompts="random",
         count=6,

@@ -147,7 +147,7 @@ class TestInt8:
     def amx(self, monkeypatch: pytest.MonkeyPatch) -> None:
         if not (ON_CPU and torch.cpu._is_vnni_supported()):
             pytest.skip("needs VNNI")
-        if not compat.at_least(0, 32):
+        if not compat.is_at_least(0, 32):
             pytest.skip("a kernel that routes by itself, and not as we do; or no such quantisation")
         cpu_moe = pytest.importorskip("vllm.model_executor.layers.fused_moe.experts.cpu_moe")
         monkeypatch.setattr(cpu_moe.CPUExpertsInt8, "_supports_current_device", staticmethod(lambda: True))

@@ -80,9 +80,9 @@ def folder(tmp_path_factory):
 def logprobs(folder):
     """Log-probabilities of a sequence by one full forward of the plain form, in float64."""
     from lamella.parity.reference_model import ReferenceModel
-    from lamella.parity.tested_model import TestedModel
+    from lamella.parity.tested_model import ModelUnderTest
 
-    tested = TestedModel.open(str(folder))
+    tested = ModelUnderTest.open(str(folder))
     oracle = ReferenceModel(tested.config, tested.weights(torch.device("cpu")), torch.float64)
     return lambda ids: oracle.logits(ids).log_softmax(-1)
 

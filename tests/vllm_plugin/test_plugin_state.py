@@ -201,7 +201,7 @@ class TestBlocks:
         size = 64 if mode == "none" else 8
         spec = MambaSpec(shapes=((3, 4),), dtypes=(torch.float32,), block_size=size, mamba_cache_mode=mode)
         managers = []
-        for kind, state_spec in ((MambaManager, spec), (StateManager, StateSpec.of(spec))):
+        for kind, state_spec in ((MambaManager, spec), (StateManager, StateSpec.from_spec(spec))):
             assert KVCacheSpecRegistry.get_manager_class(state_spec) is kind
             pool = BlockPool(num_gpu_blocks=24, enable_caching=mode == "align", hash_block_size=size)
             options = {"enable_caching": mode == "align", "kv_cache_group_id": 0, "scheduler_block_size": size}

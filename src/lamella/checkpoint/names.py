@@ -74,7 +74,9 @@ def targets(model: nn.Module, names: Mapping[str, str], present: Collection[str]
         if layout.separate is not None and present and rename(path, names) not in present:
             separate = {f"{owner}.{name}": part for name, part in layout.separate(parameter).items()}
             if any(rename(name, names) in present for name in separate):
-                found |= {rename(name, names): Target(part.place, name, part.splits) for name, part in separate.items()}
+                found |= {
+                    rename(name, names): Target(part.target, name, part.splits) for name, part in separate.items()
+                }
                 continue
         parent = owner.rpartition(".")[0]
         for part, splits, start, stop in layout.tensors():

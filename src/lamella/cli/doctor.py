@@ -82,7 +82,7 @@ def _plugin() -> dict[str, Any]:
         "prefix caching": "mode 'align'; hits end on block boundaries",
         "supernets": "placements by hf_overrides, by set_placement, by collective_rpc",
         "speculation (ngram, suffix)": "yes, without recurrent state"
-        if compat.speculation_is_sound()
+        if compat.has_sound_speculation()
         else "refused: needs vLLM 0.32",
         "prefix_match_unit": "yes" if compat.has_sound_partial_hits() else "refused: wrong in this vLLM",
     }

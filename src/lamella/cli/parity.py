@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
             checks,
             progress=status.update,
             engine=args.engine,
-            oracle=args.oracle,
+            reference=_reference(args),
             dtype=args.dtype,
             device=args.device,
             prompts="random" if args.random is not None else args.prompts,
@@ -56,6 +56,13 @@ def run(args: argparse.Namespace) -> int:
     elif args.json:
         write_text(Path(args.json), json.dumps(result, ensure_ascii=False) + "\n", ParameterError)
     return 0 if report.passed else 1
+
+
+def _reference(args: argparse.Namespace) -> str:
+    """Return the value of `--reference`, or of its deprecated alias `--oracle`."""
+    if args.oracle is not None and args.reference is not None:
+        raise ParameterError("--oracle: is the deprecated name of --reference, and both are given; remove --oracle")
+    return args.reference or args.oracle or "auto"
 
 
 def _model_and_checks(words: list[str]) -> tuple[str, list[str]]:

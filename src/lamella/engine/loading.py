@@ -254,7 +254,7 @@ def find_image_model(checkpoint: Checkpoint, load_format: str) -> type[ImageMode
     if path is None:
         return None
     found: type[ImageModel] = resolve_name(path)
-    return found if found.is_there(checkpoint, load_format) else None
+    return found if found.has_encoder(checkpoint, load_format) else None
 
 
 def load_images(

@@ -86,9 +86,9 @@ def memory_budget(device: torch.device, reserved: int, group: Group, utilization
     ranks = group.partition.size if device.type == "cpu" else 1  # ranks on a CPU share its memory
     free = _free_memory(device) - reserved
     if utilization is None:
-        return int(group.smallest(free) * _MEMORY_FRACTION[device.type] / ranks)
+        return int(group.all_reduce_min(free) * _MEMORY_FRACTION[device.type] / ranks)
     total = _total_memory(device)
-    budget = int(group.smallest(min(free, int(total * utilization) - (total - free))) / ranks)
+    budget = int(group.all_reduce_min(min(free, int(total * utilization) - (total - free))) / ranks)
     if budget <= 0:
         raise ConfigError(
             f"gpu_memory_utilization={utilization}: {(total - free) / total:.2f} of the memory of {device} is in use "

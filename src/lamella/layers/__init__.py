@@ -1,1 +1,1 @@
-"""Modules built from configs. They see tensors, a kit and the batch in flight, and never an engine."""
+"""Modules built from layer configs. They use tensors, a kit and the current batch; they never import an engine."""

@@ -6,31 +6,31 @@ import torch
 from torch import Tensor, nn
 
 from lamella.config import AttentionConfig
-from lamella.layers.block_input import BlockInput
 from lamella.layers.canon import build_canon
 from lamella.layers.kit import Kit
 from lamella.layers.norm import HeadNorm, RMSNorm
 from lamella.layers.rotary import Positions, Rotary, Temperature
 from lamella.layers.short_conv import ConvHistory
+from lamella.layers.sublayer_input import SublayerInput
 from lamella.ops.rotary import rotate
 from lamella.parallel.sharding import Split
 from lamella.state.spec import PagedState
 
 
 class Attention(nn.Module):
-    """Causal attention of the rank's heads.
+    """Causal self-attention over the query heads of this rank.
 
     Attributes:
-        heads: query heads.
-        kv_heads: key/value heads.
-        sizes: widths of the parts [q | k | v] of the projection.
-        q_norm: weighted norm of the queries, of each head or of all heads together; None where there is none.
-        k_norm: the same for the keys.
+        heads: number of query heads on this rank.
+        kv_heads: number of key/value heads on this rank.
+        sizes: widths of the sections [q | k | v] of the projection.
+        q_norm: weighted norm of the queries, per head or over all heads; None if the config has none.
+        k_norm: weighted norm of the keys, per head or over all heads; None if the config has none.
         canon: convolution of [q | k | v] over time, or None.
         rotary: rotation of queries and keys, or None.
-        head_norm: norm without a weight, of each rotated head, or None.
-        temperature: factors of the queries by position, or None.
-        attention: attention over the kit's state.
+        head_norm: norm without a weight, applied to each head after the rotation, or None.
+        temperature: position-dependent factors of the queries, or None.
+        attention: attention over the kit's paged state.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class Attention(nn.Module):
         spec = PagedState(kv_heads.size, dim, kit.dtype, config.window, config.chunk)
         self.attention = kit.attention(heads.size, config.scale, spec, f"{prefix}.attention")
 
-    def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
-        """(T, hidden_size) -> (T, hidden_size)."""
+    def forward(self, positions: Positions, entry: SublayerInput) -> Tensor:
+        """Return the output of the mixer (T, hidden_size) for an input (T, hidden_size)."""
         q, k, v = entry.project(self.qkv_proj).split(self.sizes, dim=-1)
         q, k = self.normalize(q, k)
         if self.canon is not None:
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         return self.o_proj(self.attention(q, k, v).flatten(1))
 
     def normalize(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return q (T, H * D) and k (T, KV * D) after the weighted norms, where there are any."""
+        """Return q (T, H * D) and k (T, KV * D) after the weighted norms; unchanged if the config has none."""
         if self.q_norm is None or self.k_norm is None:
             return q, k
         if self.config.qk_norm_scope == "full":

@@ -1,7 +1,7 @@
-"""Modules of a layer's parts, built from their configs.
+"""Build mixers and feed-forwards from their configs.
 
-In-tree configs are data only: a table here says which module each becomes. A config of another package has no entry in
-the table and builds its module itself, by a method `build` with the arguments of `build`.
+In-tree configs hold data only; the table in this file maps each to its module class. A config of another package has no
+entry in the table. It builds its own module in a method `build(kit, hidden_size, prefix, history)`.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ Builder: TypeAlias = Callable[[Any, Kit, int, str, ConvHistory | None], nn.Modul
 
 @runtime_checkable
 class BuildsItself(Protocol):
-    """A config of another package, which knows its own module."""
+    """Config of another package that builds its own module."""
 
     def build(self, kit: Kit, hidden_size: int, prefix: str, history: ConvHistory | None) -> nn.Module:
-        """Return the module, see `lamella.layers.build.build`."""
+        """Return the module; see `lamella.layers.build.build` for the arguments."""
         ...
 
 
@@ -56,18 +56,18 @@ def build(
     """Build a mixer or a feed-forward.
 
     Args:
-        config: one of `lamella.config`'s, or one with a method `build` of its own.
+        config: a config class of `lamella.config`, or any object with a method `build`.
         kit: supplies projections and state.
         hidden_size: width of the residual stream, in channels.
         prefix: dotted path of the module.
-        history: holds the state of the layer's canon convolutions; None if the layer has none.
+        history: state of the layer's canon convolutions; None if the layer has none.
 
     Returns:
-        The module. A mixer's forward is `(positions, block_input) -> (T, hidden_size)`, a feed-forward's
-        `(block_input) -> (T, hidden_size)`.
+        The module. The forward of a mixer is `(positions, sublayer_input) -> (T, hidden_size)`, and the forward of a
+        feed-forward is `(sublayer_input) -> (T, hidden_size)`.
 
     Raises:
-        ConfigError: no module is known for the config.
+        ConfigError: the config is not in the table and has no method `build`.
     """
     if isinstance(config, BuildsItself):
         return config.build(kit, hidden_size, prefix, history)
@@ -81,7 +81,7 @@ def build(
 
 
 def _without_history(module: Callable[[Any, Kit, int, str], nn.Module]) -> Builder:
-    """Return the builder of a module that takes no canon history: it has none, or one of its own."""
+    """Return a builder that drops the canon history, for modules that do not use the layer's history."""
     return lambda config, kit, hidden_size, prefix, history: module(config, kit, hidden_size, prefix)
 
 

@@ -1,4 +1,4 @@
-"""Canon layers: short causal convolutions with a skip."""
+"""Canon layers: short causal convolutions with a skip connection."""
 
 from __future__ import annotations
 
@@ -18,36 +18,39 @@ from lamella.parallel.sharding import Split
 
 
 class Canon(ShortConv):
-    """A canon convolution of the rank's channels, computed by itself, as a part of a projection, or behind a norm.
+    """Canon convolution over the channels of this rank.
 
-    `part` names it among those that share the layer's history.
+    It runs alone, fused into the projection before it, or fused with the norm before it.
+
+    Attributes:
+        part: name of the convolution; unique among the convolutions that share the layer's history.
     """
 
     def __init__(self, config: CanonConfig, channels: Split, kit: Kit, history: ConvHistory, part: str) -> None:
         computations: dict[str, Computation] = {
             part: self._convolve, f"{part}.swiglu": self._convolve_and_gate, f"{part}.after_norm": self._after_norm
         }  # fmt: skip
-        super().__init__(config, channels, kit, history, computations, alone=True)
+        super().__init__(config, channels, kit, history, computations, is_whole_state=True)
         self.part = part
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the convolution of x (T, channels): (T, channels)."""
+        """Convolve x (T, channels) over time; return (T, channels)."""
         return self.history.state_module.run(self.part, (x,), self.size)
 
     def swiglu(self, x: Tensor) -> Tensor:
-        """Return `silu(gate) * up` of the convolved x (T, channels) = [gate | up]."""
+        """Convolve x = [gate | up] (T, channels); return `silu(gate) * up` of the result, (T, channels / 2)."""
         if self.history.state_module.inline and not use_fused(x):
             return swiglu(self(x))
         return self.history.state_module.run(f"{self.part}.swiglu", (x,), self.size // 2)
 
     def after_norm(self, x: Tensor, residual: Tensor, norm: RMSNorm | LayerNorm) -> tuple[Tensor, Tensor]:
-        """Return the convolution of `norm(x, residual)`, and the new residual."""
+        """Return the convolution of `norm(x + residual)`, and the sum `x + residual`; both (T, channels)."""
         state_module = self.history.state_module
         if isinstance(norm, RMSNorm):
             if not state_module.inline:
                 return state_module.run_after_norm(self.part, x, residual, norm.weight, norm.eps)
             if use_fused(x) and not norm.round_twice and not require_batch().snapshots:
-                # Slots and positions are a step's first tensors, long before any layer's.
+                # `early` is safe: slots and positions are written at the start of the step, before any layer runs.
                 step = ResidualNorm(residual, norm.weight, norm.eps)
                 return norm_short_conv(x, step, self.weights(), require_batch().ragged, self.state(), early=True)
         normed, total = norm(x, residual)
@@ -55,12 +58,12 @@ class Canon(ShortConv):
 
     @property
     def is_step(self) -> bool:
-        """True if every request of the current batch has one new token, and a history."""
+        """True if every request of the current batch has slot state and exactly one new token."""
         batch = require_batch()
         return batch.slots is not None and batch.ragged.num_decodes == batch.ragged.num_requests
 
     def step(self) -> ConvStep:
-        """Return the convolution as a step of a larger kernel, where `is_step`."""
+        """Return the operands with which a larger kernel computes the convolution. Needs `is_step`."""
         state = self.state()
         assert state is not None
         return ConvStep(self.weights(), state, require_batch().ragged.positions)
@@ -81,16 +84,19 @@ class Canon(ShortConv):
 def build_canon(
     config: CanonConfig | None, channels: Split, kit: Kit, history: ConvHistory | None, part: str
 ) -> Canon | None:
-    """Return the canon of a part of a layer; None if the part has none.
+    """Build the canon of one part of a layer.
 
     Args:
-        config: of the part; None if it has no canon.
-        channels: of the part's tensor.
+        config: config of the canon; None if the part has none.
+        channels: channels of the convolved tensor, as divided over the ranks.
         kit: builds the slot state.
-        history: of the layer, which has one if any of its parts has a canon.
-        part: name of the part.
+        history: state of the layer's convolutions; not None if any part of the layer has a canon.
+        part: name of the part, unique in the layer.
+
+    Returns:
+        The convolution, or None if `config` is None.
     """
     if config is None:
         return None
-    assert history is not None, "a layer with a canon has a history"
+    assert history is not None, "a layer with a canon needs a ConvHistory"
     return Canon(config, channels, kit, history, part)

@@ -1,4 +1,4 @@
-"""The decoder: layers, the stack, and the language model around it."""
+"""Decoder layer, decoder stack, and the language model around the stack."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lamella.config import LayerConfig, ModelConfig
-from lamella.layers.block_input import BlockInput
 from lamella.layers.build import build
 from lamella.layers.canon import build_canon
 from lamella.layers.context import ForwardBatch, GivenEmbeddings, current_batch, forward_batch
@@ -17,12 +16,17 @@ from lamella.layers.kit import Kit
 from lamella.layers.norm import RMSNorm, build_norm
 from lamella.layers.rotary import Positions
 from lamella.layers.short_conv import ConvHistory
+from lamella.layers.sublayer_input import SublayerInput
 from lamella.ops.ragged import RaggedBatch
 from lamella.parallel.sharding import Split
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm block in the residual-pair form: the sum of `hidden` and `residual` is the stream."""
+    """Pre-norm decoder layer: an attention part, then a feed-forward part.
+
+    Activations travel as two tensors; the residual stream is `hidden + residual`. The sum is computed together with the
+    next norm, in one kernel.
+    """
 
     def __init__(self, config: LayerConfig, kit: Kit, hidden_size: int, prefix: str) -> None:
         super().__init__()
@@ -40,27 +44,29 @@ class DecoderLayer(nn.Module):
             self.history.declare(kit, f"{prefix}.history")
 
     def forward(self, positions: Positions, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden and residual (T, hidden_size) -> the same pair after the layer."""
-        hidden, residual = self.mix(self.mixer, positions, hidden, residual)
-        return self.feed(hidden, residual)
+        """Return `hidden` and `residual`, (T, hidden_size) each, after the layer."""
+        hidden, residual = self.apply_mixer(self.mixer, positions, hidden, residual)
+        return self.apply_feed_forward(hidden, residual)
 
-    def mix(self, mixer: nn.Module, positions: Positions, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def apply_mixer(
+        self, mixer: nn.Module, positions: Positions, hidden: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Return hidden and residual after the attention part, computed by `mixer`."""
-        entry = BlockInput(hidden, residual, self.mixer_norm, self.mixer_canon)
+        entry = SublayerInput(hidden, residual, self.mixer_norm, self.mixer_canon)
         return mixer(positions, entry), entry.residual
 
-    def feed(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def apply_feed_forward(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Return hidden and residual after the feed-forward part."""
-        entry = BlockInput(hidden, residual, self.feed_forward_norm, self.feed_forward_canon)
+        entry = SublayerInput(hidden, residual, self.feed_forward_norm, self.feed_forward_canon)
         return self.feed_forward(entry), entry.residual
 
 
-# Who computes a layer: what is called with it, and as it is.
+# Computes one layer: (layer, positions, hidden, residual) -> (hidden, residual).
 LayerCall: TypeAlias = Callable[[Any, Positions, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm."""
+    """Token embedding, decoder layers and final norm."""
 
     def __init__(self, config: ModelConfig, kit: Kit) -> None:
         super().__init__()
@@ -78,28 +84,43 @@ class Decoder(nn.Module):
         given: GivenEmbeddings | None = None,
         call: LayerCall = DecoderLayer.__call__,
     ) -> Tensor:
-        """ids and positions (T,) -> (T, hidden_size), each layer by way of `call`.
+        """Return the hidden states after the final norm.
 
-        The rows of `given` replace the embeddings of its tokens.
+        Args:
+            input_ids: (T,) int64.
+            positions: (T,) int64.
+            given: embeddings that replace those of some tokens.
+            call: computes one layer; another function than the layer's forward computes it in compiled form.
+
+        Returns:
+            (T, hidden_size).
         """
         residual = self.embed_tokens(input_ids)
         if given is not None:
             residual = residual.index_copy(0, given.tokens, given.rows)
         hidden = torch.zeros_like(residual)
-        at = Positions(positions)
+        shared_positions = Positions(positions)
         for layer in self.layers:
-            hidden, residual = call(layer, at, hidden, residual)
+            hidden, residual = call(layer, shared_positions, hidden, residual)
         return self.norm(hidden, residual)[0]
 
 
 def plain_batch(input_ids: Tensor) -> ForwardBatch:
-    """The batch of a forward without an engine: every row of ids (B, S), or the one of ids (T,), from nothing."""
+    """Return the batch of a forward without an engine.
+
+    Args:
+        input_ids: (B, S), one request per row; or (T,), one request.
+    """
     rows, length = input_ids.shape if input_ids.dim() == 2 else (1, input_ids.shape[0])
     return ForwardBatch(RaggedBatch.from_lengths([length] * rows, [length] * rows, input_ids.device))
 
 
 class LanguageModel(nn.Module):
-    """Decoder and head of any `ModelConfig`. Inside an engine's batch it continues requests; alone it starts afresh."""
+    """Decoder and language model head, built from any `ModelConfig`.
+
+    Inside `forward_batch` the model continues the requests of an engine. Outside it, every call is a plain forward
+    without stored state.
+    """
 
     def __init__(self, config: ModelConfig, kit: Kit) -> None:
         super().__init__()
@@ -110,14 +131,23 @@ class LanguageModel(nn.Module):
 
     @property
     def is_heterogeneous(self) -> bool:
-        """Whether any two layers differ."""
+        """True if any two layers have different configs."""
         return len(set(self.config.layers)) > 1
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Hidden states after the final norm.
+        """Return the hidden states after the final norm.
 
-        Without an engine: ids (batch, seq) or (tokens,), each row a request of its own from position 0; returns
-        (batch, seq, hidden) or (tokens, hidden). `positions`, of the shape of the ids, change only the rotation.
+        Args:
+            input_ids: (T,) int64 inside an engine's batch. Without an engine (batch, seq) or (tokens,); every row is a
+                request that starts at position 0.
+            positions: same shape as `input_ids`; used for the rotary embedding only. By default the positions of the
+                tokens in their requests.
+
+        Returns:
+            (*input_ids.shape, hidden_size).
+
+        Raises:
+            ValueError: `input_ids` is empty, or has another number of dimensions.
         """
         batch = current_batch()
         if batch is not None:
@@ -132,5 +162,5 @@ class LanguageModel(nn.Module):
             return self.model(input_ids.flatten(), flat).view(*input_ids.shape, -1)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., vocab) in fp32 for every row of hidden (..., hidden_size)."""
+        """Return logits (..., vocab_size) in fp32 for hidden states (..., hidden_size)."""
         return self.lm_head(hidden)

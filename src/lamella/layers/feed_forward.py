@@ -1,20 +1,23 @@
-"""The channel-mixing part of a layer."""
+"""Dense feed-forward of a layer."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from lamella.config import MLPConfig
-from lamella.layers.block_input import BlockInput
 from lamella.layers.canon import build_canon
 from lamella.layers.kit import Kit
 from lamella.layers.short_conv import ConvHistory
+from lamella.layers.sublayer_input import SublayerInput
 from lamella.ops.activation import activate
 from lamella.parallel.sharding import Split
 
 
 class MLP(nn.Module):
-    """`down(act(gate) * up)`, with [gate|up] through a canon first where there is one; or `down(act(up))`."""
+    """Gated feed-forward `down(act(gate) * up)`, or `down(act(up))` if the config is not gated.
+
+    If the config has a canon, it convolves [gate | up] before the activation.
+    """
 
     def __init__(
         self,
@@ -25,7 +28,7 @@ class MLP(nn.Module):
         history: ConvHistory | None,
         reduce: bool = True,
     ) -> None:
-        """Without `reduce` each rank gives its part of the sum, see `Kit.row_linear`."""
+        """Build the projections. Without `reduce` the output is this rank's partial sum, see `Kit.row_linear`."""
         super().__init__()
         self.config = config
         size = config.intermediate_size
@@ -36,8 +39,8 @@ class MLP(nn.Module):
         canon_channels = Split.join([channels] * len(parts))
         self.canon = build_canon(config.canon, canon_channels, kit, history, "feed_forward")
 
-    def forward(self, entry: BlockInput) -> Tensor:
-        """(T, hidden_size) -> (T, hidden_size)."""
+    def forward(self, entry: SublayerInput) -> Tensor:
+        """Return the output (T, hidden_size) for an input (T, hidden_size)."""
         if self.config.is_swiglu:
             return self.down_proj(entry.project(self.gate_up_proj, self.canon, gated=True))
         projected = entry.project(self.gate_up_proj, self.canon)

@@ -1,4 +1,4 @@
-"""The gated delta net mixer."""
+"""Gated delta net mixer (GDN)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 from torch import Tensor, nn
 
 from lamella.config import CanonConfig, GatedDeltaNetConfig
-from lamella.layers.block_input import BlockInput
 from lamella.layers.context import require_batch
 from lamella.layers.kit import Kit
 from lamella.layers.norm import RMSNorm
@@ -15,16 +14,21 @@ from lamella.layers.parameters import ParameterLayout
 from lamella.layers.recurrent import RecurrentMixer, fp32_parameter
 from lamella.layers.rotary import Positions
 from lamella.layers.short_conv import ShortConv
+from lamella.layers.sublayer_input import SublayerInput
 from lamella.ops.delta_rule import delta_rule
 from lamella.ops.gated_rms_norm import gated_rms_norm
 from lamella.parallel.sharding import Split
 
-# What `softplus` makes steps of 0.001 to 0.1 of, where training starts.
+# `softplus` maps these bounds to step sizes of 0.001 and 0.1: the range at the start of training.
 STEP_BIAS = (math.log(math.expm1(1e-3)), math.log(math.expm1(1e-1)))
 
 
 class GatedDeltaNet(RecurrentMixer):
-    """Projection to [q | k | v | z | beta | decay], convolution of [q | k | v], delta rule, gated norm, projection."""
+    """Gated delta net.
+
+    In order: projection to [q | k | v | z | beta | decay], convolution of [q | k | v], delta rule, RMS norm gated by z,
+    output projection.
+    """
 
     def __init__(self, config: GatedDeltaNetConfig, kit: Kit, hidden_size: int, prefix: str) -> None:
         super().__init__(config.kernel)
@@ -60,20 +64,20 @@ class GatedDeltaNet(RecurrentMixer):
 
     @property
     def output(self) -> nn.Module:
-        """The projection behind `core`."""
+        """The projection that follows `core`."""
         return self.out_proj
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Widths of the inputs of `core`, on the rank."""
+        """Widths of the inputs of `core` on this rank."""
         return (sum(self.sizes),)
 
-    def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
-        """(T, hidden_size) -> (T, hidden_size)."""
+    def forward(self, positions: Positions, entry: SublayerInput) -> Tensor:
+        """Return the output of the mixer (T, hidden_size) for an input (T, hidden_size)."""
         return self.out_proj(self.run((entry.project(self.qkvzba_proj),), self.sizes[1]))
 
     def core(self, projected: Tensor, out: Tensor | None) -> Tensor:  # type: ignore[override]
-        """Return the convolution and recurrence of the projections, gated: (T, width)."""
+        """Return the gated output (T, width) of the convolution and the recurrence; write it to `out` if given."""
         qkv, z, beta, decay = projected.split(self.sizes, -1)
         q, k, v = self.convolution(qkv).split(self.qkv_sizes, -1)
         key_dim, value_dim = self.config.key_head_dim, self.config.value_head_dim

@@ -1,4 +1,4 @@
-"""Attention layers on a GPU: the steps before attention in one kernel, or in attention's own."""
+"""Attention layers on a GPU: norm, rotation, scaling and cache write fused into one kernel or into attention itself."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from lamella.layers.attention import Attention
-from lamella.layers.block_input import BlockInput
 from lamella.layers.context import require_batch
 from lamella.layers.rotary import Positions
 from lamella.layers.state_modules import PagedAttention
+from lamella.layers.sublayer_input import SublayerInput
 from lamella.ops.attention.paged import is_few_decodes
 from lamella.ops.backend import use_fused
 from lamella.ops.operands import HeadNorms, HeadSizes, QKVSteps
@@ -17,9 +17,9 @@ from lamella.ops.qkv import prepare_qkv
 
 
 def use_attention_kernels(model: nn.Module) -> None:
-    """Have the attention layers of a model compute an engine's steps as `KernelAttention`.
+    """Convert the attention layers of a model to `KernelAttention` in place.
 
-    The modules stay the same objects: other parts of the engine refer to them.
+    The modules stay the same objects, because other parts of the engine refer to them.
     """
     for module in model.modules():
         if type(module) is Attention and isinstance(module.attention, PagedAttention):
@@ -27,35 +27,43 @@ def use_attention_kernels(model: nn.Module) -> None:
 
 
 class KernelAttention(Attention):
-    """An attention layer that computes the same as its base class in fewer kernels.
+    """Attention layer that computes the result of its base class with fewer kernels.
 
-    A plain forward, and operations that must be computed one by one, are left to the base class.
+    Plain forwards use the base class, and so do devices on which fused kernels are off.
     """
 
     attention: PagedAttention
 
-    def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
-        """(T, hidden_size) -> (T, hidden_size)."""
+    def forward(self, positions: Positions, entry: SublayerInput) -> Tensor:
+        """Return the output of the mixer (T, hidden_size) for an input (T, hidden_size)."""
         if require_batch().blocks is None or not use_fused(entry.source):
             return super().forward(positions, entry)
-        # Behind a query/key norm the convolution cannot be the projection's own.
+        # A query/key norm comes before the convolution, which then cannot be fused into the projection.
         canon, norms = self.canon, self.head_norm is not None or self.q_norm is not None
-        within = canon is not None and not norms and entry.fuses(self.qkv_proj, canon)
-        qkv = entry.project(self.qkv_proj, canon if within else None)
-        return self.o_proj(self._attend(positions, qkv, within).flatten(1))
+        is_fused = canon is not None and not norms and entry.fuses(self.qkv_proj, canon)
+        qkv = entry.project(self.qkv_proj, canon if is_fused else None)
+        return self.o_proj(self._attend(positions, qkv, is_fused).flatten(1))
 
     def _attend(self, positions: Positions, qkv: Tensor, convolved: bool) -> Tensor:
-        """Return attention's output (T, H, D) of the projected [q | k | v], with keys and values in the cache.
+        """Write keys and values to the cache and return the attention output.
 
-        The steps before attention are one kernel, or a part of attention's own where few requests decode. Exceptions
-        are computed separately: a norm over all heads or one that rounds twice, and a canon in a step in which requests
-        have several tokens each.
+        The operations before attention run as one kernel, or inside the attention kernel if few requests decode. These
+        run separately: a norm over all heads, a norm that rounds twice, and a canon when requests have several new
+        tokens.
+
+        Args:
+            positions: positions of the tokens.
+            qkv: projected [q | k | v], (T, (H + 2 * KV) * D).
+            convolved: whether the canon has been applied already.
+
+        Returns:
+            (T, H, D).
         """
         rope = None if self.rotary is None else positions.rope(self.rotary)
         q_scale = None if self.temperature is None else positions.temperature(self.temperature)
         norms, step, canon = None, None, None if convolved else self.canon
         if self.head_norm is not None:
-            # Before the rotation, which leaves the norm as it is.
+            # The kernel norms before it rotates. A rotation does not change the RMS of a head.
             norms = HeadNorms(self.head_norm.weight, self.head_norm.weight, self.head_norm.eps)
         elif self.q_norm is not None and self.k_norm is not None:
             separate = self.config.qk_norm_scope == "full" or self.q_norm.round_twice

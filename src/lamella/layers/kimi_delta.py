@@ -1,4 +1,4 @@
-"""The Kimi delta attention mixer."""
+"""Kimi delta attention mixer (KDA)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 from torch import Tensor, nn
 
 from lamella.config import CanonConfig, KimiDeltaConfig
-from lamella.layers.block_input import BlockInput
 from lamella.layers.context import require_batch
 from lamella.layers.gated_delta_net import STEP_BIAS
 from lamella.layers.kit import Kit
@@ -16,6 +15,7 @@ from lamella.layers.parameters import ParameterLayout
 from lamella.layers.recurrent import RecurrentMixer, fp32_parameter
 from lamella.layers.rotary import Positions
 from lamella.layers.short_conv import ShortConv
+from lamella.layers.sublayer_input import SublayerInput
 from lamella.ops.delta_rule import delta_rule
 from lamella.ops.gated_rms_norm import gated_rms_norm
 
@@ -23,8 +23,8 @@ from lamella.ops.gated_rms_norm import gated_rms_norm
 class KimiDelta(RecurrentMixer):
     """Kimi delta attention.
 
-    Projection to [q | k | v | beta], decay and gate by low-rank projections, convolution of [q | k | v], delta rule
-    with a decay for each key channel, gated norm, projection.
+    In order: projection to [q | k | v | beta], low-rank projections to decay and gate, convolution of [q | k | v],
+    delta rule with one decay per key channel, gated RMS norm, output projection.
     """
 
     def __init__(self, config: KimiDeltaConfig, kit: Kit, hidden_size: int, prefix: str) -> None:
@@ -55,23 +55,23 @@ class KimiDelta(RecurrentMixer):
 
     @property
     def output(self) -> nn.Module:
-        """The projection behind `core`."""
+        """The projection that follows `core`."""
         return self.o_proj
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Widths of the inputs of `core`, on the rank."""
+        """Widths of the inputs of `core` on this rank."""
         return (sum(self.sizes), self.sizes[0] // 3, self.sizes[0] // 3)
 
-    def forward(self, positions: Positions, entry: BlockInput) -> Tensor:
-        """(T, hidden_size) -> (T, hidden_size)."""
+    def forward(self, positions: Positions, entry: SublayerInput) -> Tensor:
+        """Return the output of the mixer (T, hidden_size) for an input (T, hidden_size)."""
         x, dim = entry.tensor(), self.config.head_dim
         decay, gate = self.low_proj(x).split(dim, -1)
         inputs = (self.qkvb_proj(x), self.decay_proj(decay), self.gate_proj(gate))
         return self.o_proj(self.run(inputs, self.sizes[0] // 3))
 
     def core(self, projected: Tensor, decay: Tensor, gate: Tensor, out: Tensor | None) -> Tensor:  # type: ignore[override]
-        """Return the convolution and recurrence of the projections, gated: (T, width)."""
+        """Return the gated output (T, width) of the convolution and the recurrence; write it to `out` if given."""
 
         def by_head(x: Tensor) -> Tensor:
             return x.unflatten(-1, (-1, self.config.head_dim))

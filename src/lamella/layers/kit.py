@@ -1,7 +1,7 @@
-"""The seam between layers and engines: who supplies projections, embeddings, attention and state.
+"""`Kit`: the interface by which an engine supplies layers with projections, embeddings, attention and state.
 
-Layers name no engine's classes; they ask their kit. Widths are those of the whole model, unless a kit is given a
-`Split`; a layer learns its rank's own sizes from the kit's `share`.
+Layers never name an engine's classes. Sizes passed to a kit are those of the whole model, except in a `Split`. A layer
+gets the sizes of its rank from the kit's `partition`.
 """
 
 from __future__ import annotations
@@ -22,81 +22,99 @@ from lamella.state.spec import PagedState, SlotState
 if TYPE_CHECKING:
     from lamella.config import MoEConfig
 
-# Of a checkpoint's tensor with several sections, or of one without.
+# Output width of a checkpoint tensor, or the widths of its sections.
 Widths: TypeAlias = int | Sequence[int]
 
 
 class Kit(Protocol):
-    """Parts that an engine supplies to layers.
+    """Factory for the engine-specific modules of a layer.
 
-    `prefix` is the module's dotted path, for errors and per-layer lookups.
+    The argument `prefix` of the methods is the module's dotted path; it is used for errors and per-layer lookups.
+
+    Attributes:
+        dtype: of weights and activations.
+        device: where parameters are allocated.
+        group: tensor-parallel process group.
+        partition: position of this rank in `group`.
     """
 
     dtype: torch.dtype
     device: torch.device
-    group: Group  # the tensor-parallel one
-    partition: Partition  # of it
+    group: Group
+    partition: Partition
 
     def merged_linear(self, in_size: int, parts: Mapping[str, Widths], bias: bool, prefix: str) -> nn.Module:
-        """Column-parallel projections of one input, as one product.
+        """Return column-parallel projections of one input, computed as one matrix product.
 
-        `parts` maps checkpoint names to output widths. A part with several widths is one tensor of the file whose
-        sections are sharded separately.
+        Args:
+            in_size: input channels.
+            parts: output widths by checkpoint name. A part with several widths is one checkpoint tensor whose sections
+                are sharded separately.
+            bias: whether the projections have a bias.
+            prefix: dotted path of the module.
         """
         ...
 
     def replicated_linear(self, in_size: int, parts: Mapping[str, int], bias: bool, prefix: str) -> nn.Module:
-        """Like `merged_linear`, but every rank holds all of it: narrow projections in front of wide ones."""
+        """Return projections like `merged_linear`, but replicated on every rank; for narrow (low-rank) projections."""
         ...
 
     def qkv_linear(
         self, in_size: int, heads: int, kv_heads: int, head_dim: int, bias: Biases, prefix: str
     ) -> nn.Module:
-        """The query, key and value projections as one product with output [q | k | v]."""
+        """Return the query, key and value projections as one product with output [q | k | v]."""
         ...
 
     def row_linear(self, in_size: int, out_size: int, bias: bool, prefix: str, reduce: bool = True) -> nn.Module:
-        """Row-parallel projection: the input is a column-parallel output, the output has the full width.
+        """Return a row-parallel projection: column-parallel input, output of full width.
 
-        Without `reduce`, which takes no bias, the caller sums over the ranks.
+        Args:
+            in_size: input channels over all ranks.
+            out_size: output channels.
+            bias: whether the projection has a bias; not supported with `reduce=False`.
+            prefix: dotted path of the module.
+            reduce: whether the module sums over the ranks. If False, the caller must.
         """
         ...
 
     def column_norm(self, channels: Split, eps: float) -> RMSNorm:
-        """RMS norm of a column-parallel output, over all ranks' channels."""
+        """Return the RMS norm of a column-parallel output over the channels of all ranks."""
         ...
 
     def embedding(self, vocab_size: int, hidden_size: int, prefix: str) -> nn.Module:
-        """Token embedding, ids (T,) -> (T, hidden)."""
+        """Return the token embedding; its forward is `ids (T,) -> (T, hidden_size)`."""
         ...
 
     def lm_head(self, vocab_size: int, hidden_size: int, tied: nn.Module | None, prefix: str) -> nn.Module:
-        """Logits (T, vocab), fp32, of hidden states; with `tied`, by that embedding's weight."""
+        """Return the head; its forward is `(T, hidden_size) -> logits (T, vocab_size) fp32`.
+
+        With `tied`, the head uses the weight of that embedding.
+        """
         ...
 
     def attention(self, heads: int, scale: float, spec: PagedState, prefix: str) -> nn.Module:
-        """Causal attention of the rank's heads over paged keys and values, which it also writes.
+        """Return causal attention of this rank's heads over paged state.
 
-        Its forward is `(q (T, H, D), k (T, KV, D), v (T, KV, D)) -> (T, H, D)`.
+        Its forward is `(q (T, H, D), k (T, KV, D), v (T, KV, D)) -> (T, H, D)`; it writes k and v to the cache first.
         """
         ...
 
     def experts(self, config: MoEConfig, hidden_size: int, prefix: str) -> nn.Module:
-        """Routed experts, the rank's part; the caller sums over the ranks.
+        """Return the routed experts of this rank; the caller sums over the ranks.
 
-        Its forward is `(x (T, H), router logits (T, E), base (T, H) or None) -> (T, H)`; the result includes `base`.
+        The forward is `(x (T, H), router logits (T, E), base (T, H) or None) -> (T, H)`; the result includes `base`.
         """
         ...
 
     def slot_state(self, specs: Sequence[SlotState], prefix: str) -> SlotStateModule:
-        """Fixed-size states of each request that belong together, the rank's shard; a convolution's window first."""
+        """Return the module for this rank's slot state of one mixer or layer; a convolution window must come first."""
         ...
 
     def caller(self, stochastic: nn.Module, prefix: str) -> Callable[..., Tensor] | None:
-        """Return the function that calls the active mixer of a stochastic layer; None: the layer does it itself."""
+        """Return a function that calls the active mixer of a stochastic layer; None if the layer calls it itself."""
         ...
 
 
 def sections(widths: Widths) -> Sequence[int]:
-    """Return the widths of a part's sections."""
+    """Return the widths of the sections of a checkpoint tensor."""
     return (widths,) if isinstance(widths, int) else widths

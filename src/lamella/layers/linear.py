@@ -1,4 +1,4 @@
-"""Projections and the embedding of the local engine, of which each rank holds its shard."""
+"""Projections, head and embedding of the local engine; each rank holds its shard of the weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lamella.ops.linear import linear as dense_linear
 from lamella.parallel.group import Group
 from lamella.parallel.sharding import Split
 
-# Whether all parts of a merged projection have a bias, or the names of those that have.
+# True or False for all parts of a merged projection, or the names of the parts that have a bias.
 Biases: TypeAlias = bool | tuple[str, ...]
 
 
@@ -24,12 +24,12 @@ class LinearShape:
     """A rank's shard of a projection, or of several projections of one input.
 
     Attributes:
-        inputs: input channels.
-        outputs: output channels, those of all `parts` side by side.
-        parts: output channels of each of a file's projections, by name, in order; empty if there is one, which has the
-            module's own name.
-        dtype: of inputs and outputs.
-        device: where the weights go.
+        inputs: input channels of this rank.
+        outputs: output channels of this rank, concatenated over all `parts`.
+        parts: output channels by the checkpoint's projection names, in order; empty for a single projection, whose
+            tensors have the module's name.
+        dtype: dtype of inputs and outputs.
+        device: device of the weights.
     """
 
     inputs: Split
@@ -40,26 +40,31 @@ class LinearShape:
 
 
 class LinearMethod(Protocol):
-    """A way for a projection to store its weight, fill it from files, and compute with it.
+    """Storage format of a projection's weight, with its loading and its matrix product.
 
-    One method may serve many projections. The bias is no part of it: it has the dtype of the inputs.
+    One method object may serve many projections. The bias is not part of the method; it has the dtype of the inputs.
     """
 
     def create(self, shape: LinearShape) -> Mapping[str, tuple[nn.Parameter, ParameterLayout]]:
-        """Return the parameters that stand for the weight, not filled, by name, with their layouts.
+        """Allocate the parameters that represent the weight.
 
-        The names are those of the file's tensors below a projection: `weight`, `weight_scale`.
+        Args:
+            shape: the rank's shard of the projection.
+
+        Returns:
+            Uninitialized parameters and their layouts by name. The names are the last part of the checkpoint's tensor
+            names, such as `weight` and `weight_scale`.
         """
         ...
 
-    def load(self, name: str, place: Tensor, splits: Sequence[Split], tensors: TensorReader) -> None:
-        """Fill a part of a parameter.
+    def load(self, name: str, target: Tensor, splits: Sequence[Split], tensors: TensorReader) -> None:
+        """Fill a slice of a parameter from a checkpoint tensor.
 
         Args:
-            name: the tensor in the file; others, such as a scale, may be read as well.
-            place: the part of the parameter. Of a large parameter it may be some of the rows of a file's tensor.
-            splits: the places of the tensor's leading dimensions that belong in `place`.
-            tensors: the file's tensors, as they are stored.
+            name: name of the checkpoint tensor. The method may read related tensors as well, such as scales.
+            target: the slice to fill. A large parameter is filled in several slices of rows.
+            splits: indices along the leading dimensions of the checkpoint tensor that belong in `target`.
+            tensors: reader of the checkpoint's tensors as stored.
         """
         ...
 
@@ -67,27 +72,27 @@ class LinearMethod(Protocol):
         """Return `x W^T + b`.
 
         Args:
-            linear: the module with the parameters that `create` has made.
+            linear: module with the parameters that `create` returned.
             x: (..., inputs).
             bias: (outputs,), or None.
 
         Returns:
-            (..., outputs), in the dtype of x.
+            (..., outputs) in the dtype of `x`.
         """
         ...
 
 
 class DenseMethod:
-    """The weight (outputs, inputs) in the model's dtype."""
+    """Dense weight (outputs, inputs) in the model's dtype."""
 
     def create(self, shape: LinearShape) -> Mapping[str, tuple[nn.Parameter, ParameterLayout]]:
         """See `LinearMethod.create`."""
         weight = torch.empty(shape.outputs.size, shape.inputs.size, dtype=shape.dtype, device=shape.device)
         return {"weight": (nn.Parameter(weight), ParameterLayout((shape.outputs, shape.inputs), shape.parts))}
 
-    def load(self, name: str, place: Tensor, splits: Sequence[Split], tensors: TensorReader) -> None:
+    def load(self, name: str, target: Tensor, splits: Sequence[Split], tensors: TensorReader) -> None:
         """See `LinearMethod.load`; converts the dtype."""
-        place.copy_(tensors.load(name, splits))
+        target.copy_(tensors.load(name, splits))
 
     def apply(self, linear: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
         """See `LinearMethod.apply`."""
@@ -98,13 +103,13 @@ DENSE = DenseMethod()
 
 
 class Linear(nn.Module):
-    """`x W^T + b`; what stands for W is its method's affair.
+    """Linear projection `x W^T + b` whose weight is stored and multiplied by a `LinearMethod`.
 
     Attributes:
-        shape: what the rank holds of the projection.
-        method: how the weight is stored, filled and multiplied by.
-        weight: (outputs, inputs) in the model's dtype if `dense_weight` is not None; else what the method makes it.
-        layouts: see `lamella.layers.parameters`.
+        shape: this rank's shard of the projection.
+        method: storage format and matrix product of the weight.
+        weight: (outputs, inputs) in the model's dtype if `dense_weight` is not None; otherwise defined by the method.
+        layouts: layouts of the parameters, see `lamella.layers.parameters`.
     """
 
     weight: nn.Parameter
@@ -124,7 +129,7 @@ class Linear(nn.Module):
         created = method.create(self.shape)
         for name, (parameter, _) in created.items():
             self.register_parameter(name, parameter)
-        # Without a function of its own, a parameter is copied from what the file's tensors stand for, with checks.
+        # Dense parameters need no load function: the loader dequantizes and copies the file's tensors, with checks.
         is_copied = isinstance(method, DenseMethod) and type(method).load is DenseMethod.load
         load = None if is_copied else method.load
         self.layouts = {name: replace(layout, load=load) for name, (_, layout) in created.items()}
@@ -133,9 +138,9 @@ class Linear(nn.Module):
 
     @property
     def dense_weight(self) -> Tensor | None:
-        """The weight for kernels that read it in place of calling `forward`; None if they must not.
+        """The dense weight, for kernels that read it instead of calling `forward`; None if they must call `forward`.
 
-        A method that derives from `DenseMethod` and multiplies in another way, such as one with adapters, has none.
+        A subclass of `DenseMethod` that overrides `apply`, such as one with LoRA adapters, must be called.
         """
         method = self.method
         return self.weight if isinstance(method, DenseMethod) and type(method).apply is DenseMethod.apply else None
@@ -146,9 +151,10 @@ class Linear(nn.Module):
 
 
 class MergedLinear(Linear):
-    """Several projections of one input as one product; a checkpoint holds them apart, under the names in `parts`.
+    """Several projections of one input, computed as one matrix product.
 
-    If only some have a bias, the bias of the others is zero and in no file.
+    A checkpoint stores them as separate tensors, under the names in `parts`. If only some parts have a bias, the bias
+    of the others is zero and is not stored.
     """
 
     def __init__(
@@ -169,12 +175,12 @@ class MergedLinear(Linear):
 
 
 def without_bias(parts: Iterable[str], bias: Biases) -> tuple[str, ...]:
-    """Return the parts that have no bias, if others have one."""
+    """Return the names of the parts without a bias if only some parts have one; otherwise an empty tuple."""
     return () if isinstance(bias, bool) else tuple(part for part in parts if part not in bias)
 
 
 class RowLinear(Linear):
-    """A projection whose input is divided over the ranks: the sum of their products."""
+    """Row-parallel projection: input channels are divided over the ranks, and the products are summed."""
 
     def __init__(
         self,
@@ -190,34 +196,34 @@ class RowLinear(Linear):
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the sum (..., outputs) over the ranks of the products with their x (..., inputs)."""
-        bias = self.bias if self.group.partition.rank == 0 else None  # which the sum must hold once
+        """Return the projection (..., outputs), summed over the ranks, of this rank's channels x (..., inputs)."""
+        bias = self.bias if self.group.partition.rank == 0 else None  # the sum over ranks must include it once
         return self.group.all_reduce(self.method.apply(self, x, bias))
 
 
 class Fp32Linear(Linear):
-    """A dense projection without bias whose result is fp32 whatever the model's dtype: router scores, logits."""
+    """Dense projection without bias whose output is always fp32, for router scores and logits."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the projection (..., outputs) fp32 of x (..., inputs)."""
+        """Return the projection (..., outputs) of x (..., inputs), in fp32."""
         return fp32_linear(x, self.weight)
 
 
 class Head(Fp32Linear):
-    """The last projection, to logits (..., vocab)."""
+    """Language model head: projection to logits (..., vocab) in fp32."""
 
 
 class SplitHead(Head):
-    """`Head` with a shard of the vocabulary on each rank; all of them get all logits."""
+    """`Head` with a shard of the vocabulary on each rank; every rank gets the logits of the whole vocabulary."""
 
     def __init__(self, inputs: Split, outputs: Split, dtype: torch.dtype, device: torch.device, group: Group) -> None:
         super().__init__(inputs, outputs, False, dtype, device)
         self.vocab_size, self.group = outputs.full, group
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits (..., vocab) of x (..., inputs)."""
+        """Return the logits (..., vocab) of x (..., inputs) in fp32."""
         part = super().forward(x)
-        missing = self.group.partition.vocabulary_part(self.vocab_size) - part.shape[-1]
+        missing = self.group.partition.vocabulary_shard_size(self.vocab_size) - part.shape[-1]
         if missing:
             part = nn.functional.pad(part, (0, missing))
         return self.group.all_gather(part)[..., : self.vocab_size].contiguous()
@@ -232,12 +238,15 @@ class Embedding(nn.Module):
         self.layouts = {"weight": ParameterLayout((tokens,))}
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Return the rows (..., hidden) of ids (...)."""
+        """Return the embeddings (..., hidden) of ids (...)."""
         return nn.functional.embedding(input_ids, self.weight)
 
 
 class SplitEmbedding(Embedding):
-    """`Embedding` with a shard of the vocabulary on each rank: rows of its tokens, zeros for others, and the sum."""
+    """`Embedding` with a shard of the vocabulary on each rank.
+
+    A rank looks up the tokens of its shard and uses zeros for the others; the results are summed over the ranks.
+    """
 
     def __init__(self, tokens: Split, hidden_size: int, dtype: torch.dtype, device: torch.device, group: Group) -> None:
         super().__init__(tokens, hidden_size, dtype, device)
@@ -245,7 +254,7 @@ class SplitEmbedding(Embedding):
         self.group = group
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Return the rows (..., hidden) of ids (...)."""
+        """Return the embeddings (..., hidden) of ids (...)."""
         others = (input_ids < self.start) | (input_ids >= self.stop)
         rows = super().forward((input_ids - self.start).masked_fill(others, 0))
         return self.group.all_reduce(rows.masked_fill(others[..., None], 0))

@@ -1,4 +1,4 @@
-"""`LocalKit`: plain torch modules on one device, or on one of several that share the model."""
+"""`LocalKit`: the kit of lamella's own engine, with plain torch modules for one rank."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class LocalKit:
-    """Plain torch modules on the device of one rank, their parameters allocated but not initialised."""
+    """Kit of the local engine: plain torch modules on the device of one rank, with uninitialized parameters."""
 
     def __init__(
         self,
@@ -43,14 +43,14 @@ class LocalKit:
         expert_parallel: bool = False,
         linear_method: Callable[[Sequence[str]], LinearMethod] = lambda projections: DENSE,
     ) -> None:
-        """Allocate on one device.
+        """Set where and how modules are built.
 
         Args:
-            dtype: of weights and activations.
-            device: where the weights go; "meta" allocates nothing.
-            group: the tensor-parallel group; a rank alone by default.
-            expert_parallel: a rank holds some experts whole, instead of a shard of each.
-            linear_method: returns the method of the projections that one module holds, given their dotted paths.
+            dtype: dtype of weights and activations.
+            device: device of the weights; "meta" allocates no memory.
+            group: tensor-parallel group; by default a group of one rank.
+            expert_parallel: whether a rank holds some whole experts, instead of a shard of every expert.
+            linear_method: returns the method of a module, given the dotted paths of the projections that it contains.
         """
         self.dtype, self.device = dtype, torch.device(device)
         self.group = group or Group()

@@ -1,4 +1,4 @@
-"""Feed-forward by experts, some of which each token goes to, beside one that all partition."""
+"""Mixture of experts: routed experts and an optional shared expert that every token uses."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lamella.config import MLPConfig, MoEConfig
-from lamella.layers.block_input import BlockInput
 from lamella.layers.feed_forward import MLP
 from lamella.layers.kit import Kit
 from lamella.layers.linear import Fp32Linear
 from lamella.layers.parameters import ParameterLayout, SeparateTensor
+from lamella.layers.sublayer_input import SublayerInput
 from lamella.ops import moe
 from lamella.ops.backend import use_fused
 from lamella.ops.moe.reference import route
@@ -21,9 +21,10 @@ from lamella.parallel.sharding import Split
 
 
 class MoE(nn.Module):
-    """`shared(x) + sum of expert_e(w_e x)`, see `MoEConfig`: the router whole on every rank, of experts a part of each.
+    """Mixture of experts `shared(x) + sum over e of expert_e(w_e x)`, see `MoEConfig`.
 
-    What the rank's parts give is summed over the ranks once, for the routed experts and the shared one together.
+    The router is replicated on every rank; the experts are sharded. One all-reduce sums the outputs of the routed
+    experts and of the shared expert together.
     """
 
     def __init__(self, config: MoEConfig, kit: Kit, hidden_size: int, prefix: str) -> None:
@@ -37,8 +38,8 @@ class MoE(nn.Module):
             shared = MLPConfig(intermediate_size=config.shared_size)
             self.shared_expert = MLP(shared, kit, hidden_size, f"{prefix}.shared_expert", None, reduce=False)
 
-    def forward(self, entry: BlockInput) -> Tensor:
-        """(T, hidden_size) -> (T, hidden_size)."""
+    def forward(self, entry: SublayerInput) -> Tensor:
+        """Return the output (T, hidden_size) for an input (T, hidden_size)."""
         x = entry.tensor()
         logits = self.router(x)
         shared = None if self.shared_expert is None else self.shared_expert(entry)
@@ -52,9 +53,19 @@ class MoE(nn.Module):
     def custom_routing_function(
         hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Return weights (T, topk) fp32 and experts (T, topk) int32 of the router's logits (T, E), for vLLM.
+        """Select the experts of each token; signature of vLLM's `custom_routing_function`.
 
-        The hidden states change nothing, and the weights are not made to add up to one.
+        Args:
+            hidden_states: (T, hidden_size), unused.
+            gating_output: (T, E) router logits.
+            topk: experts per token.
+            renormalize: must be False, because a weight is the sigmoid of its own logit.
+
+        Returns:
+            Weights (T, topk) fp32 and expert ids (T, topk) int32.
+
+        Raises:
+            ValueError: `renormalize` is True.
         """
         if renormalize:
             raise ValueError("renormalize=True: a weight is the sigmoid of its own logit, whatever the others are")
@@ -63,19 +74,26 @@ class MoE(nn.Module):
 
 
 class Experts(nn.Module):
-    """Routed experts: gate_up_proj (E, hidden, 2 I) with gates first, down_proj (E, I, hidden).
+    """Routed experts of this rank.
 
-    Of several ranks each has a shard of every expert, or some experts `whole`.
+    With tensor parallelism a rank holds a shard of every expert; with expert parallelism it holds some whole experts.
 
-    These are the shapes of Llama 4's files. In memory inputs lie side by side, as in any projection: the parameters are
-    views. Other files have every expert's projections by themselves, as those of an MLP; see `_separate`.
+    The parameters have the shapes of Llama 4's files. They are transposed views: in memory the input channels are
+    contiguous, as in any projection. Other files store the projections of each expert as separate tensors, see
+    `_separate`.
+
+    Attributes:
+        gate_up_proj: (E, hidden, 2 * I), gates first.
+        down_proj: (E, I, hidden).
+        own: the experts of this rank.
+        channels: the intermediate channels of each expert on this rank.
     """
 
     def __init__(self, config: MoEConfig, kit: Kit, hidden_size: int, whole: bool = False) -> None:
         super().__init__()
         self.top_k = config.top_k
         if whole:
-            self.own = kit.partition.whole_ones(config.num_experts, "num_local_experts")
+            self.own = kit.partition.nearly_even(config.num_experts, "num_local_experts")
             self.channels = Split.whole(config.intermediate_size)
         else:
             self.own = Split.whole(config.num_experts)
@@ -97,24 +115,34 @@ class Experts(nn.Module):
         }
 
     def forward(self, x: Tensor, logits: Tensor, base: Tensor | None = None) -> Tensor:
-        """Return the experts' output of x (T, hidden) by the router's logits (T, E), added to base (T, hidden)."""
+        """Return the weighted sum of the experts' outputs.
+
+        Args:
+            x: (T, hidden).
+            logits: (T, E) router logits over the experts of all ranks.
+            base: (T, hidden) to add to the result, or None.
+
+        Returns:
+            (T, hidden), this rank's partial sum.
+        """
         gate_up, down = self.gate_up_proj.transpose(1, 2), self.down_proj.transpose(1, 2)
         return moe.experts(x, logits, self.top_k, gate_up, down, base, self.first)
 
     @property
     def first(self) -> int:
-        """The first of the rank's experts."""
+        """Index of the first expert of this rank."""
         return self.own.spans[0][0]
 
     def _separate(self, names: Sequence[str], parameter: Tensor) -> Mapping[str, SeparateTensor]:
-        """Return the tensors of files that hold projections one by one, in place of a parameter (E, inputs, outputs).
+        """Return the per-expert tensors that some files store instead of one parameter (E, inputs, outputs).
 
         Args:
-            names: the projections that lie side by side in it: `gate_proj` and `up_proj`, or `down_proj`.
+            names: projections concatenated in the parameter: `gate_proj` and `up_proj`, or `down_proj`.
             parameter: `gate_up_proj` or `down_proj`.
 
         Returns:
-            The tensors (outputs, inputs) by name (`7.gate_proj.weight`). Those of other ranks' experts have no room.
+            The tensors (outputs, inputs) by name, such as `7.gate_proj.weight`. The target of a tensor is empty if its
+            expert belongs to another rank.
         """
         weights = parameter.detach().transpose(1, 2)
         hidden = Split.whole(weights.shape[2 if len(names) > 1 else 1])

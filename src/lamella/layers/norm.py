@@ -1,4 +1,4 @@
-"""Normalisations as modules."""
+"""Normalization modules."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from lamella.parallel.sharding import Split
 
 
 class RMSNorm(nn.Module):
-    """Weighted RMS norm over the last dimension. The weight is fp32 whatever the model's dtype.
+    """Weighted RMS norm over the last dimension, computed in fp32.
 
     Attributes:
-        round_twice: round before the weight too, as `transformers` does. Then it is no part of other kernels.
+        weight: (size,) fp32, whatever the model's dtype.
+        eps: added to the mean square.
+        round_twice: whether to round to the model's dtype before the multiplication by the weight too, as
+            `transformers` does. Such a norm is not fused with other operations.
     """
 
     def __init__(self, size: int, eps: float, device: torch.device) -> None:
@@ -28,14 +31,14 @@ class RMSNorm(nn.Module):
         self.round_twice = False
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of x (..., size); with a residual of its shape, (the norm of x + residual, x + residual)."""
+        """Return the norm of x (..., size), or the pair (norm of `x + residual`, `x + residual`) given a residual."""
         if residual is None:
             return ops.rms_norm(x, self.weight, self.eps, twice=self.round_twice)
         return ops.add_rms_norm(x, ResidualNorm(residual, self.weight, self.eps), self.round_twice)
 
 
 class HeadNorm(nn.Module):
-    """RMS norm of each head, without a weight."""
+    """RMS norm of each head without a weight."""
 
     weight: Tensor
 
@@ -50,9 +53,10 @@ class HeadNorm(nn.Module):
 
 
 class SplitRMSNorm(RMSNorm):
-    """RMS norm over channels that are spread over the ranks, each of which has as many.
+    """RMS norm over channels that are divided evenly over the ranks.
 
-    Channels that several ranks hold change nothing: each is held by equally many, so that the mean is the same.
+    Replicated channels (key/value heads) do not change the mean, because every channel is held by the same number of
+    ranks.
     """
 
     def __init__(self, channels: Split, eps: float, device: torch.device, group: Group) -> None:
@@ -60,7 +64,7 @@ class SplitRMSNorm(RMSNorm):
         self.layouts, self.group = {"weight": ParameterLayout((channels,), initial=(1.0, 1.0))}, group
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The norm of x (..., size), the rank's channels."""
+        """Return the norm of x (..., size), this rank's channels; the mean square is over all ranks' channels."""
         assert residual is None, "the residual stream is not split"
         x_fp32 = x.float()
         mean = self.group.all_reduce(x_fp32.square().mean(-1, keepdim=True)) / self.group.partition.size
@@ -71,7 +75,7 @@ class SplitRMSNorm(RMSNorm):
 
 
 class LayerNorm(nn.Module):
-    """Norm by mean and variance over the last dimension, with weight and bias in fp32."""
+    """Layer norm (mean and variance) over the last dimension, with weight and bias in fp32."""
 
     def __init__(self, size: int, eps: float, device: torch.device) -> None:
         super().__init__()
@@ -80,7 +84,7 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of x (..., size); with a residual of its shape, (the norm of x + residual, x + residual)."""
+        """Return the norm of x (..., size), or the pair (norm of `x + residual`, `x + residual`) given a residual."""
         if residual is not None:
             total = x + residual
             return self._norm(total), total
@@ -92,5 +96,5 @@ class LayerNorm(nn.Module):
 
 
 def build_norm(config: NormConfig, size: int, device: torch.device) -> RMSNorm | LayerNorm:
-    """The norm of a decoder layer's blocks."""
+    """Build the norm before a mixer or a feed-forward."""
     return (RMSNorm if config.kind == "rms" else LayerNorm)(size, config.eps, device)

@@ -1,7 +1,8 @@
-"""Facts about a parameter that a loader and an initializer must know, beside its shape.
+"""Layouts of parameters: what a loader and an initializer need besides the shape.
 
-A module states it in its attribute `layouts`, by the names of its own parameters. A parameter that is not in there is
-whole on every rank, is one tensor of the file, and starts from N(0, 0.02), or from zero if it is called "bias".
+A module lists the layouts of its parameters, by name, in its attribute `layouts`. A parameter without a layout is
+replicated on every rank, is one tensor of the file, and is initialized from N(0, 0.02), or with zeros if its name is
+"bias".
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from lamella.parallel.sharding import Split, shard_tensor
 
 
 class TensorReader(Protocol):
-    """The tensors of a file, by their names in it. A source of `lamella.checkpoint` is one."""
+    """Reader of a file's tensors by name; implemented by the sources of `lamella.checkpoint`."""
 
     def names(self) -> list[str]:
         """Return the names of all tensors."""
@@ -28,30 +29,34 @@ class TensorReader(Protocol):
         ...
 
     def load(self, name: str, splits: Sequence[Split] = ()) -> Tensor:
-        """Read a tensor, or the places of its leading dimensions that `splits` hold."""
+        """Read a tensor, or only the indices in `splits` along its leading dimensions."""
         ...
 
 
-# Fills a part of a parameter from a file: (tensor's name, the part, its splits, the file's tensors).
+# Fills a slice of a parameter from a file: (tensor name, target slice, splits of the tensor, reader).
 LoadFunction: TypeAlias = Callable[[str, Tensor, Sequence[Split], TensorReader], None]
 
 
 class SeparateTensor(NamedTuple):
-    """A tensor that some files hold in place of a part of a parameter.
+    """Tensor that some files store instead of a slice of a parameter.
 
     Attributes:
-        place: the part of the parameter that it fills; without elements if it belongs to another rank.
-        splits: the places of its leading dimensions that this rank holds.
+        target: the slice of the parameter that the tensor fills; empty if the slice belongs to another rank.
+        splits: indices along the tensor's leading dimensions that this rank holds.
     """
 
-    place: Tensor
+    target: Tensor
     splits: tuple[Split, ...]
 
 
 class StoredTensor(NamedTuple):
-    """A tensor of a file, and the rows [start, stop) of a parameter that it fills; None for all of them.
+    """Tensor of a file and the rows of a parameter that it fills.
 
-    `part` is its name beside the parameter's module (`q_proj`), None if it has the module's own.
+    Attributes:
+        part: name of the tensor's module (`q_proj`), a sibling of the parameter's module; None for the same module.
+        splits: indices along the tensor's leading dimensions that this rank holds.
+        start: first row of the parameter; None for all rows.
+        stop: row of the parameter after the last one; None for all rows.
     """
 
     part: str | None
@@ -62,16 +67,17 @@ class StoredTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class ParameterLayout:
-    """Layout of a parameter: its division over ranks, the tensors of a file that fill it, and its first values.
+    """Layout of a parameter: division over ranks, checkpoint tensors, and initial values.
 
     Attributes:
-        splits: the places of the leading dimensions that this rank holds; the other dimensions are whole.
-        parts: for a parameter that holds the rows of several tensors of a file: their names and rows, in order.
-        unstored: those of `parts` that no file has. Their rows stay as the module has made them.
-        separate: returns the tensors that some files hold in place of the parameter, by their paths below the module.
-        load: fills a part of the parameter from a file as it stores it; None if its tensors, made dense, are copied.
-        initial: bounds of the uniform distribution at the start of training; equal bounds are a constant. None for
-            N(0, 0.02), or zero if the parameter is called "bias".
+        splits: indices along the leading dimensions that this rank holds; further dimensions are not divided.
+        parts: names and rows, in order, of the file's tensors that are concatenated in this parameter; empty for one
+            tensor.
+        unstored: those of `parts` that are not in files. Their rows keep the values that the module set.
+        separate: returns the tensors that some files store instead of the parameter, by their paths below the module.
+        load: fills a slice of the parameter from stored tensors; None if the file's tensors are dequantized and copied.
+        initial: bounds of the uniform initial distribution; equal bounds give a constant. None for N(0, 0.02), or zeros
+            if the parameter's name is "bias".
     """
 
     splits: tuple[Split, ...] = ()
@@ -96,7 +102,7 @@ class ParameterLayout:
 
 @runtime_checkable
 class HasLayouts(Protocol):
-    """A module that states the layouts of its own parameters."""
+    """Module that declares the layouts of its own parameters."""
 
     layouts: Mapping[str, ParameterLayout]
 
@@ -105,36 +111,41 @@ _WHOLE = ParameterLayout()
 
 
 def layout_of(module: nn.Module, leaf: str) -> ParameterLayout:
-    """Return the layout of a module's own parameter called `leaf`."""
+    """Return the layout of the module's own parameter named `leaf`; the default layout if it declares none."""
     return module.layouts.get(leaf, _WHOLE) if isinstance(module, HasLayouts) else _WHOLE
 
 
 @torch.no_grad()
 def initialize(model: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Fill every parameter at random, as the architectures' training code starts; see `ParameterLayout.initial`.
+    """Fill every parameter with random values, distributed as at the start of training.
 
-    The numbers are the same for every dtype, and each rank has its part of the same model.
+    The values do not depend on the dtype, and all ranks hold shards of the same model.
+
+    Args:
+        model: model to fill; see `ParameterLayout.initial` for the distributions.
+        generator: source of random numbers on the model's device; None for torch's default generator.
     """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             layout = layout_of(module, name)
             low, high = layout.initial or (0.0, 0.0)
             if low < high:
-                room = _room(parameter, layout.splits).uniform_(low, high, generator=generator)
+                full = _empty_full(parameter, layout.splits).uniform_(low, high, generator=generator)
             elif layout.initial is not None or name == "bias":
                 parameter.fill_(low)
                 continue
             else:
-                room = _room(parameter, layout.splits).normal_(0.0, 0.02, generator=generator)
-            parameter.copy_(shard_tensor(room, layout.splits))
+                full = _empty_full(parameter, layout.splits).normal_(0.0, 0.02, generator=generator)
+            parameter.copy_(shard_tensor(full, layout.splits))
 
 
-def _room(parameter: nn.Parameter, splits: Sequence[Split]) -> Tensor:
-    """Return an empty tensor of the whole parameter's shape, fp32, in the parameter's order of strides.
+def _empty_full(parameter: nn.Parameter, splits: Sequence[Split]) -> Tensor:
+    """Return an uninitialized fp32 tensor with the shape of the parameter over all ranks, in its stride order.
 
-    A generator gives other numbers in other dtypes, for a part of a tensor, and in another order.
+    Drawing into this tensor keeps values equal for all dtypes and rank counts: a generator's numbers depend on dtype,
+    shape and stride order.
     """
     shape = [*(split.full for split in splits), *parameter.shape[len(splits) :]]
     order = sorted(range(len(shape)), key=parameter.stride, reverse=True)
-    room = torch.empty([shape[dim] for dim in order], dtype=torch.float32, device=parameter.device)
-    return room.permute([order.index(dim) for dim in range(len(order))])
+    full = torch.empty([shape[dim] for dim in order], dtype=torch.float32, device=parameter.device)
+    return full.permute([order.index(dim) for dim in range(len(order))])

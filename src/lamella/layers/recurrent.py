@@ -1,4 +1,4 @@
-"""What the recurrent mixers partition: a short convolution, a matrix for each head, and one computation over both."""
+"""Base class of recurrent mixers: a short convolution and a recurrent matrix per head, updated in one computation."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _PART = "mixer"
 
 
 class RecurrentMixer(nn.Module):
-    """A mixer that keeps the last inputs of its convolution and a recurrent matrix (fp32) for each request.
+    """Mixer with two slot states per request: a convolution window and recurrent fp32 matrices.
 
-    A subclass builds its `ShortConv` over `self.history`, calls `declare`, and computes in `core` what reads and writes
-    the state: to an engine that is one operation, which it calls as it likes. What comes out goes through the
-    projection `output`.
+    A subclass builds its `ShortConv` over `self.history`, calls `declare`, and reads and writes the state only in
+    `core`. An engine treats `core` as one operation and may call it in pieces or outside a compiled program. The result
+    goes through the projection `output`.
     """
 
     def __init__(self, kernel: int) -> None:
@@ -29,37 +29,41 @@ class RecurrentMixer(nn.Module):
 
     @property
     def output(self) -> nn.Module:
-        """The projection behind `core`."""
+        """The projection that follows `core`."""
         raise NotImplementedError
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Of the inputs of `core`, on the rank."""
+        """Widths of the inputs of `core` on this rank."""
         raise NotImplementedError
 
     def declare(self, kit: Kit, prefix: str, matrix: Sequence[int]) -> None:
-        """Ask for the state: the convolutions' windows, and a matrix of this shape on the rank."""
-        self.history.take(0, {_PART: self.core})
+        """Declare the state: the convolution window, and a recurrent state of shape `matrix` on this rank."""
+        self.history.reserve(0, {_PART: self.core})
         self.history.declare(kit, prefix, SlotState(tuple(matrix), torch.float32))
 
     def core(self, *inputs: Tensor | None) -> Tensor:
-        """Return the convolution, the recurrence, and what follows them, of inputs (T, ...): (T, width).
+        """Compute the convolution, the recurrence and the gate.
 
-        The last argument is where the output goes, or None.
+        Args:
+            inputs: tensors (T, ...) of the `widths`, then the output tensor (T, width) to write, or None.
+
+        Returns:
+            (T, width).
         """
         raise NotImplementedError
 
     def run(self, inputs: Sequence[Tensor], width: int) -> Tensor:
-        """`core` of inputs (T, ...), as the engine calls it: (T, width)."""
+        """Run `core` on inputs (T, ...) through the engine's state module; return (T, width)."""
         return self.history.state_module.run(_PART, inputs, width)
 
     def state(self) -> RecurrentState | None:
-        """Return the matrices (slots, ...) and slots of the current batch; None in a plain forward."""
+        """Return the recurrent matrices (slots, ...) and the batch's slot ids; None in a plain forward."""
         current = self.history.state_module.current()
         return None if current is None else RecurrentState(current.tensors[1], current.slots)
 
 
 def fp32_parameter(size: int | tuple[int, ...], kit: Kit) -> nn.Parameter:
-    """A parameter that is fp32 whatever the model's dtype, not filled yet."""
+    """Return an uninitialized parameter that is fp32 whatever the model's dtype."""
     shape = (size,) if isinstance(size, int) else size
     return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=kit.device))

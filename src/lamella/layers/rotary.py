@@ -1,6 +1,7 @@
-"""Rotary position embedding: frequencies of each variant, and the angles of a batch.
+"""Rotary position embedding (RoPE): frequencies of each scaling variant, and cos/sin of a batch.
 
-The variants follow `transformers`' modeling_rope_utils; everything is fp32, and no table bounds the positions.
+The variants follow `transformers.modeling_rope_utils`. All values are fp32. cos and sin are computed per step rather
+than read from a table, so positions have no upper bound.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lamella.ops.rotary import angles, temperature
 
 
 def inverse_frequencies(config: RopeConfig) -> Tensor:
-    """Return the angle per position of each pair of channels, (dim / 2,) fp32."""
+    """Return the RoPE frequencies, (dim / 2,) fp32: the rotation angle per position of each channel pair."""
     scaling = config.scaling
     if isinstance(scaling, DynamicScaling):
         return _frequencies(config.dim, _dynamic_theta(config, scaling))
@@ -54,17 +55,17 @@ def _dynamic_theta(config: RopeConfig, scaling: DynamicScaling) -> float:
 
 
 def _llama3(base: Tensor, scaling: Llama3Scaling) -> Tensor:
-    turns = scaling.original_length * base / (2 * math.pi)  # full turns within the trained context
+    rotations = scaling.original_length * base / (2 * math.pi)  # within the trained context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = (turns > high).float() if high == low else ((turns - low) / (high - low)).clamp(0, 1)
+    kept = (rotations > high).float() if high == low else ((rotations - low) / (high - low)).clamp(0, 1)
     return base * kept + base / scaling.factor * (1 - kept)
 
 
 def _yarn(base: Tensor, config: RopeConfig, scaling: YarnScaling) -> Tensor:
-    def pair_with_turns(turns: float) -> float:
-        return config.dim * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
+    def pair_with_rotations(rotations: float) -> float:
+        return config.dim * math.log(scaling.original_length / (rotations * 2 * math.pi)) / (2 * math.log(config.theta))
 
-    low, high = pair_with_turns(scaling.beta_fast), pair_with_turns(scaling.beta_slow)
+    low, high = pair_with_rotations(scaling.beta_fast), pair_with_rotations(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, config.dim - 1)
@@ -76,13 +77,14 @@ def _yarn(base: Tensor, config: RopeConfig, scaling: YarnScaling) -> Tensor:
 
 
 class Rotary:
-    """Angles of a layer's rotation: of the positions, or of the positions modulo a `period`.
+    """Rotary embedding of one layer.
 
     Attributes:
-        key: equal for two layers if their angles are the same.
-        frequencies: (dim / 2,) fp32, the angle per position of each pair of channels.
-        magnitude: factor of cos and sin.
-        interleaved: whether a pair's channels are neighbours.
+        period: positions are taken modulo this number before the rotation; None for absolute positions.
+        key: identifies the angles; two layers with equal keys have equal cos and sin.
+        frequencies: (dim / 2,) fp32, rotation angle per position of each channel pair.
+        magnitude: factor of cos and sin (YaRN's and LongRoPE's attention factor).
+        interleaved: True if a pair is channels (2i, 2i + 1), False if it is (i, i + dim / 2).
     """
 
     def __init__(self, config: RopeConfig, device: torch.device, period: int | None = None) -> None:
@@ -94,15 +96,15 @@ class Rotary:
         self.interleaved = config.interleaved
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin (T, dim / 2) fp32 of positions (T,)."""
+        """Return cos and sin, (T, dim / 2) fp32 each, of positions (T,)."""
         return angles(positions, self.frequencies, self.magnitude, self.period)
 
 
 class Temperature:
-    """Factors of the queries by position, see `ops.rotary.temperature`.
+    """Position-dependent factors of the queries, see `ops.rotary.temperature`.
 
     Attributes:
-        key: equal for two layers if their factors are the same.
+        key: identifies the factors; two layers with equal keys have equal factors.
     """
 
     def __init__(self, config: TemperatureConfig) -> None:
@@ -114,26 +116,26 @@ class Temperature:
 
 
 class Positions:
-    """Positions of a forward's tokens in their requests, and what layers compute from them, once for all alike."""
+    """Positions of the tokens of one forward, with cos/sin and temperatures cached across layers."""
 
     def __init__(self, index: Tensor) -> None:
-        """Take the absolute positions, index (T,)."""
+        """Start with empty caches; `index` (T,) holds the absolute positions."""
         self.index = index
         self._ropes: dict[str, Rope] = {}
         self._temperatures: dict[tuple[float, int], Tensor] = {}
 
     def rope(self, rotary: Rotary) -> Rope:
-        """Return the rotation of the tokens."""
+        """Return cos and sin of the tokens; layers with equal keys share one computation."""
         if rotary.key not in self._ropes:
             self._ropes[rotary.key] = Rope(*rotary.angles(self.index), rotary.interleaved)
         return self._ropes[rotary.key]
 
     def temperature(self, temperature: Temperature) -> Tensor:
-        """Return the factors of the tokens' queries, (T,) fp32."""
+        """Return the factors of the queries, (T,) fp32; layers with equal keys share one computation."""
         if temperature.key not in self._temperatures:
             self._temperatures[temperature.key] = temperature.factors(self.index)
         return self._temperatures[temperature.key]
 
     def rows(self, index: Tensor) -> Positions:
-        """Return the positions of some of the tokens, index (n,)."""
+        """Return the positions of the tokens `index` (n,), with empty caches."""
         return Positions(self.index[index])

@@ -1,8 +1,8 @@
-"""Steps in which slot state is kept in the middle of a chunk: what reads or writes it is computed piece by piece.
+"""Snapshots of slot state in the middle of a chunk.
 
-A convolution alone needs no pieces: its state at a token is its latest inputs there, which are copied from its input.
-
-Everything else of the step, projections and attention, is computed for whole chunks.
+Computations over slot state run segment by segment, and the state is copied between segments. A convolution alone needs
+no segments: its state after a token is the latest inputs up to that token, which are copied from its input tensor.
+Everything else in the step (projections, attention) is computed for whole chunks.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lamella.ops.ragged import RaggedBatch
 
 @dataclass(frozen=True)
 class Segment:
-    """The n-th piece of each request that has one.
+    """The n-th piece of every request that has at least n pieces.
 
     Attributes:
-        batch: the pieces, as requests of a batch of their own.
-        tokens: the pieces' tokens in the whole batch, a range or indices (n,) int64.
-        copies: slots (k, 2) int64 to copy afterwards, from and to; None without any.
+        batch: batch whose requests are the pieces.
+        tokens: tokens of the pieces in the whole batch, as a range or as indices (n,) int64.
+        copies: (2, k) int64, source and target slots to copy after the segment; None if there are none.
     """
 
     batch: ForwardBatch
@@ -34,22 +34,22 @@ class Segment:
 
 
 def segments(batch: ForwardBatch) -> Sequence[Segment]:
-    """Return the segments of a batch with `snapshots`, made once for all layers."""
-    return batch.once("segments", lambda: _divide(batch))
+    """Return the segments of a batch with `snapshots`; computed once for all layers."""
+    return batch.compute_once("segments", lambda: _split_at_snapshots(batch))
 
 
-def windows(batch: ForwardBatch, length: int) -> tuple[Tensor, Tensor] | None:
-    """Return where a convolution's inputs before each of the batch's `snapshots` are, made once for all layers.
+def snapshot_windows(batch: ForwardBatch, length: int) -> tuple[Tensor, Tensor] | None:
+    """Return the convolution inputs that each snapshot must hold; computed once for all layers.
 
     Args:
-        batch: with `snapshots`.
-        length: inputs that a slot keeps; that of position p is in row `p % length`.
+        batch: batch with k `snapshots`.
+        length: number of inputs that a slot holds. The input at position p is in row `p % length`.
 
     Returns:
-        Indices of the inputs in the whole batch (k, length) int64, and the slots (k,) int64 that they are copied to;
-        None if a window begins before its chunk.
+        Token indices of the inputs in the whole batch, (k, length) int64, and the target slots, (k,) int64. None if a
+        window starts before the chunk, so that its inputs are not in the batch.
     """
-    return batch.once(("windows", length), lambda: _find_windows(batch, length))
+    return batch.compute_once(("windows", length), lambda: _find_windows(batch, length))
 
 
 def _find_windows(batch: ForwardBatch, length: int) -> tuple[Tensor, Tensor] | None:
@@ -67,7 +67,8 @@ def _find_windows(batch: ForwardBatch, length: int) -> tuple[Tensor, Tensor] | N
     return torch.tensor(tokens).to(device, non_blocking=True), torch.tensor(slots).to(device, non_blocking=True)
 
 
-def _divide(batch: ForwardBatch) -> list[Segment]:
+def _split_at_snapshots(batch: ForwardBatch) -> list[Segment]:
+    """Divide each request's chunk at its snapshots, and group the n-th pieces of all requests into segment n."""
     assert batch.slots is not None
     whole, device = batch.ragged, batch.ragged.positions.device
     starts = [0, *accumulate(whole.query_lens)]
@@ -104,6 +105,7 @@ def _divide(batch: ForwardBatch) -> list[Segment]:
 
 
 def _tokens(spans: Sequence[range], device: torch.device) -> slice | Tensor:
+    """Return the tokens of the spans: a slice if the spans are contiguous, otherwise indices (n,) int64."""
     if all(one.stop == other.start for one, other in pairwise(spans)):
         return slice(spans[0].start, spans[-1].stop)
     return torch.tensor([token for span in spans for token in span]).to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Short causal convolutions, and what those of a layer or a mixer remember together."""
+"""Short causal convolutions, and the slot state that the convolutions of a layer or mixer share."""
 
 from __future__ import annotations
 
@@ -21,53 +21,71 @@ _LEAST_TAPS = 2
 
 
 class ConvHistory(nn.Module):
-    """The last W-1 inputs of several convolutions, side by side in one slot tensor.
+    """Last W-1 inputs of several convolutions, concatenated along the channels of one slot tensor.
 
-    One tensor instead of one per convolution keeps the kinds of state, and so an engine's bookkeeping, few. What else
-    the same computations keep, a recurrent matrix, is declared with it and lies in the same state_module.
+    One tensor for all convolutions keeps the number of slot states, and an engine's bookkeeping, small. Other state of
+    the same computations, such as a recurrent matrix, is declared together with it in the same state module.
+
+    Attributes:
+        state_module: slot state of the convolutions, from the kit; set by `declare`.
+        kernel: width W of the convolutions, at least 2.
     """
 
     state_module: SlotStateModule
 
     def __init__(self, kernel: int) -> None:
         super().__init__()
-        # The operations keep at least one input; a convolution of width 1 has a first tap of zeros, see `ShortConv`.
-        self.kernel, self._taken = max(kernel, _LEAST_TAPS), 0
+        # The ops need at least one stored input. `ShortConv` extends a convolution of width 1 by a tap of zeros.
+        self.kernel, self._num_channels = max(kernel, _LEAST_TAPS), 0
         self._parts: dict[str, Computation] = {}
         self._channels: dict[str, slice] = {}
         self._convolutions: set[str] = set()
 
-    def take(self, channels: int, parts: Mapping[str, Computation], alone: bool = False) -> slice:
-        """Reserve one convolution's channels.
+    def reserve(self, channels: int, parts: Mapping[str, Computation], is_whole_state: bool = False) -> slice:
+        """Reserve channels of the slot tensor for one convolution.
 
         Args:
-            channels: of the convolution.
-            parts: what reads and writes them, by name.
-            alone: whether the convolution of their first input is all the state that these parts have.
+            channels: number of channels of the convolution.
+            parts: computations that read and write these channels, by name.
+            is_whole_state: whether the convolution of their first input is the only state of these computations.
 
         Returns:
-            The channels in the slot tensor.
+            The reserved channels in the slot tensor.
         """
-        if alone and channels:
+        if is_whole_state and channels:
             self._convolutions |= set(parts)
-        start, self._taken = self._taken, self._taken + channels
+        start, self._num_channels = self._num_channels, self._num_channels + channels
         self._parts |= parts
         if channels:
-            self._channels |= dict.fromkeys(parts, slice(start, self._taken))
-        return slice(start, self._taken)
+            self._channels |= dict.fromkeys(parts, slice(start, self._num_channels))
+        return slice(start, self._num_channels)
 
-    def declare(self, kit: Kit, prefix: str, *more: SlotState) -> None:
-        """Ask for the state, once every convolution has taken its channels."""
-        self.state_module = kit.slot_state((SlotState((self.kernel - 1, self._taken), kit.dtype), *more), prefix)
+    def declare(self, kit: Kit, prefix: str, *other_states: SlotState) -> None:
+        """Create the state module, after every convolution has reserved its channels.
+
+        Args:
+            kit: builds the state module.
+            prefix: dotted path of the state.
+            other_states: further slot states of the same computations.
+        """
+        self.state_module = kit.slot_state(
+            (SlotState((self.kernel - 1, self._num_channels), kit.dtype), *other_states), prefix
+        )
         self.state_module.parts |= self._parts
         self.state_module.channels |= self._channels
         self.state_module.convolutions |= self._convolutions
 
 
 class ShortConv(nn.Module):
-    """A convolution of the rank's channels. weight (channels, 1, W), column W-1 multiplies the current token.
+    """Causal convolution over the channels of this rank.
 
-    A checkpoint may hold it as several, under the names that `channels` has.
+    A checkpoint may store several convolutions, under the keys of `channels`, that are concatenated here.
+
+    Attributes:
+        weight: (channels, 1, W); column W-1 multiplies the current token.
+        bias: (channels,), or None.
+        history: slot state shared with other convolutions.
+        channels: this convolution's channels in the slot tensor of `history`.
     """
 
     def __init__(
@@ -77,7 +95,7 @@ class ShortConv(nn.Module):
         kit: Kit,
         history: ConvHistory,
         computations: Mapping[str, Computation] | None = None,
-        alone: bool = False,
+        is_whole_state: bool = False,
     ) -> None:
         super().__init__()
         assert max(config.kernel, _LEAST_TAPS) == history.kernel
@@ -85,7 +103,7 @@ class ShortConv(nn.Module):
         if not isinstance(channels, Split):
             parts, channels = channels, Split.join(channels.values())
         self.config, self.size = config, channels.size
-        # A tap's weights of all channels lie side by side, so that kernels load many at once.
+        # The weights of one tap are contiguous over the channels, so that kernels load them in wide vectors.
         taps = torch.empty(config.kernel, self.size, dtype=kit.dtype, device=kit.device)
         self.weight = nn.Parameter(taps.T[:, None, :])
         self.bias = nn.Parameter(torch.empty(self.size, dtype=kit.dtype, device=kit.device)) if config.bias else None
@@ -93,22 +111,23 @@ class ShortConv(nn.Module):
         layout = ParameterLayout((channels,), parts, initial=(-bound, bound))
         self.layouts = {"weight": layout, "bias": layout}
         self.history = history
-        self.channels = history.take(self.size, computations or {}, alone)
+        self.channels = history.reserve(self.size, computations or {}, is_whole_state)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the convolution of x (T, channels), within a computation over the state: (T, channels)."""
+        """Convolve x (T, channels); return (T, channels). Call it only inside a computation over the slot state."""
         return short_conv(x, self.weights(), require_batch().ragged, self.state(x))
 
     def weights(self) -> ConvWeights:
-        """Return the weights as operations take them."""
+        """Return weight, bias and options in the form that the ops take."""
         weight = self.weight.squeeze(1)
         if self.config.kernel < _LEAST_TAPS:
             weight = torch.cat((torch.zeros_like(weight).T, weight.T)).T  # in the layout of the other taps
         return ConvWeights(weight, self.bias, self.config.activation, self.config.residual)
 
     def state(self, x: Tensor | None = None) -> ConvState | None:
-        """Return the state in the current batch; None in a plain forward.
+        """Return the state of this convolution in the current batch; None in a plain forward.
 
-        The input x is needed where the state_module is not `inline`.
+        Args:
+            x: input of the convolution (T, channels); required if the state module is not `inline`.
         """
         return self.history.state_module.window(self.channels, x)

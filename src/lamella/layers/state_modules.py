@@ -1,4 +1,4 @@
-"""Modules that hold a layer's state: paged keys and values, or slots. They are what an engine binds memory to."""
+"""State modules: the modules to which an engine binds paged key/value memory or slot memory."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor, nn
 
 from lamella.layers.context import ForwardBatch, forward_batch, require_batch
-from lamella.layers.segments import segments, windows
+from lamella.layers.segments import segments, snapshot_windows
 from lamella.ops import attention
 from lamella.ops.attention.paged import AttentionPlan
 from lamella.ops.operands import ConvState, PagedCache, QKVSteps
 from lamella.state.spec import PagedState, SlotState
 
-# What reads and writes slot state: its inputs, then where its outputs go, or None where it makes them.
+# Reads and writes slot state: (*inputs, out) -> output; `out` is None if the function allocates the output.
 Computation: TypeAlias = Callable[..., Any]
 
 
 class SlotRows(NamedTuple):
-    """Slot state of a batch.
+    """Slot tensors and the slots of the current batch.
 
     Attributes:
-        tensors: (slots, *shape), one for each spec.
-        slots: (R,) int64, the slot of each request.
+        tensors: (num_slots, *shape), one tensor per spec.
+        slots: (R,) int64, slot of each request.
     """
 
     tensors: Sequence[Tensor]
@@ -31,7 +31,15 @@ class SlotRows(NamedTuple):
 
 
 class PagedAttention(nn.Module):
-    """Attention over blocks that an engine binds, or over the tokens of the step in a plain forward."""
+    """Causal attention over a paged KV cache; in a plain forward, over the tokens of the step only.
+
+    Attributes:
+        heads: query heads of this rank.
+        scale: factor of the scores.
+        spec: paged state of the layer.
+        prefix: dotted path of the module.
+        bound: key and value cache (blocks, block_size, KV, D) each; None before `bind`.
+    """
 
     def __init__(self, heads: int, scale: float, spec: PagedState, prefix: str) -> None:
         super().__init__()
@@ -40,22 +48,22 @@ class PagedAttention(nn.Module):
         self.bound: tuple[Tensor, Tensor] | None = None
 
     def bind(self, *tensors: Tensor) -> None:
-        """Use these caches (blocks, block_size, KV, D) for this layer's keys and values."""
+        """Bind the key cache and the value cache, (blocks, block_size, KV, D) each."""
         k_cache, v_cache = tensors
         self.bound = k_cache, v_cache
 
     @property
     def k_cache(self) -> Tensor:
-        """The bound cache of keys."""
+        """The bound key cache (blocks, block_size, KV, D)."""
         return self._require_bound()[0]
 
     @property
     def v_cache(self) -> Tensor:
-        """The bound cache of values."""
+        """The bound value cache (blocks, block_size, KV, D)."""
         return self._require_bound()[1]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write k and v (T, KV, D) to the cache, and return attention of q (T, H, D) over all that it holds."""
+        """Write k and v (T, KV, D) to the cache; return the attention (T, H, D) of q (T, H, D) over the cache."""
         batch = require_batch()
         if batch.blocks is None:
             spec = self.spec
@@ -64,22 +72,22 @@ class PagedAttention(nn.Module):
         return self.read(q)
 
     def cache(self) -> PagedCache:
-        """Return the cache with the current step's block table and slot mapping."""
+        """Return the bound caches with the block table and slot mapping of the current step."""
         view = require_batch().blocks_of(self.spec)
         return PagedCache(*self._require_bound(), view.block_table, view.slot_mapping)
 
     def read(self, q: Tensor) -> Tensor:
-        """Return attention of q (T, H, D) over the cache, the step's own keys and values included."""
+        """Return the attention (T, H, D) of q (T, H, D) over the cache, which already includes the step's tokens."""
         batch, spec = require_batch(), self.spec
         return attention.paged_attention(
             q, self.cache(), batch.ragged, self.scale, spec.window, spec.chunk, self._plan(batch)
         )
 
     def decode(self, qkv: Tensor, steps: QKVSteps) -> Tensor:
-        """Return attention (T, H, D) of the projected qkv of few requests; see `decode_prepared`."""
+        """Return the attention (T, H, D) of projected qkv for a few decoding requests; see `decode_prepared`."""
         batch, spec = require_batch(), self.spec
         plan = self._plan(batch)
-        assert plan is not None, "steps of few requests need the engine's AttentionSpace"
+        assert plan is not None, "decode() needs the engine's AttentionSpace in the batch"
         return attention.decode_prepared(
             qkv, steps, self.cache(), batch.ragged, self.scale, spec.window, spec.chunk, plan
         )
@@ -89,11 +97,11 @@ class PagedAttention(nn.Module):
         return self.bound
 
     def _plan(self, batch: ForwardBatch) -> AttentionPlan | None:
-        """Return the step's plan, made once for all layers like this one; None where the device needs none."""
+        """Return the attention plan of the step, shared by layers with the same shape; None on a CPU."""
         spec, space = self.spec, batch.attention
         if space is None:
             return None
-        return batch.once(
+        return batch.compute_once(
             ("attention", spec, self.heads, self.scale),
             lambda: AttentionPlan(
                 space, batch.ragged, batch.blocks_of(spec).block_list, self.heads, spec.kv_heads, spec.head_dim,
@@ -103,13 +111,15 @@ class PagedAttention(nn.Module):
 
 
 class SlotStateModule(nn.Module):
-    """Holds slot tensors, each (slots, *shape), and knows what reads and writes them; computes nothing itself.
+    """Slot tensors of a layer or mixer, and the computations that read and write them.
 
     Attributes:
-        parts: the computations over the state, by names that are the layer's own.
-        channels: of parts that read and write only some channels of the first tensor, which.
-        convolutions: parts that only keep their first input's latest rows, in the first tensor.
-        inline: whether what is computed over the state may be a part of a larger kernel, in place of `run`.
+        specs: one spec per slot tensor.
+        rows: bound slot tensors, (num_slots, *shape) each; empty before `bind`.
+        parts: computations over the state, by names that the layer chooses.
+        channels: channels of the first tensor, for parts that use only some of them.
+        convolutions: parts whose only state is the latest rows of their first input, in the first tensor.
+        inline: True if a layer may compute on the state directly, in a larger kernel, instead of calling `run`.
     """
 
     inline = True
@@ -123,19 +133,28 @@ class SlotStateModule(nn.Module):
         self.convolutions: set[str] = set()
 
     def bind(self, *tensors: Tensor) -> None:
-        """The slots (slots, *shape), a tensor for each spec."""
+        """Bind the slot tensors, (num_slots, *shape) for each spec."""
         self.rows = tensors
 
     def run(self, part: str, inputs: Sequence[Tensor], width: int) -> Tensor:
-        """Return one of the `parts` of inputs (T, ...): (T, width)."""
+        """Run one of the `parts` over the current batch, and store the batch's snapshots.
+
+        Args:
+            part: name of the computation.
+            inputs: its inputs, (T, ...) each.
+            width: channels of its output.
+
+        Returns:
+            (T, width).
+        """
         batch = require_batch()
         if not batch.snapshots:
             result: Tensor = self.parts[part](*inputs, None)
             return result
-        kept = windows(batch, self.specs[0].shape[0]) if part in self.convolutions else None
-        if kept is not None:
+        window_copies = snapshot_windows(batch, self.specs[0].shape[0]) if part in self.convolutions else None
+        if window_copies is not None:
             result = self.parts[part](*inputs, None)
-            tokens, targets = kept
+            tokens, targets = window_copies
             self.rows[0][..., self.channels[part]].index_copy_(0, targets, inputs[0][tokens])
             return result
         out = inputs[0].new_empty(inputs[0].shape[0], width)
@@ -147,7 +166,7 @@ class SlotStateModule(nn.Module):
         return out
 
     def _copy(self, part: str, sources: Tensor, targets: Tensor) -> None:
-        """Copy slots, as far as a part reads and writes them: others of the layer stand at other tokens."""
+        """Copy slots, but only the channels of `part`: other parts of the layer have processed other tokens."""
         channels = self.channels.get(part)
         for rows in self.rows if channels is None else (self.rows[0][..., channels],):
             rows[targets] = rows[sources]
@@ -155,14 +174,24 @@ class SlotStateModule(nn.Module):
     def run_after_norm(
         self, part: str, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """Return one of the `parts` of the weighted RMS norm of x + residual, all (T, C), and the sum.
+        """Run one of the `parts` on the weighted RMS norm of `x + residual`.
 
-        Only state_modules that are not `inline` have it.
+        Implemented only by state modules that are not `inline`.
+
+        Args:
+            part: name of the computation.
+            x: (T, C).
+            residual: (T, C).
+            weight: (C,) fp32.
+            eps: added to the mean square.
+
+        Returns:
+            The output and the sum `x + residual`, (T, C) each.
         """
         raise NotImplementedError
 
     def current(self) -> SlotRows | None:
-        """Return the slot state of the current batch; None in a plain forward."""
+        """Return the slot tensors and slots of the current batch; None in a plain forward."""
         slots = require_batch().slots
         if slots is None:
             return None
@@ -170,15 +199,19 @@ class SlotStateModule(nn.Module):
         return SlotRows(self.rows, slots)
 
     def window(self, channels: slice, x: Tensor | None) -> ConvState | None:
-        """Return the state of a convolution of these channels; None in a plain forward.
+        """Return the convolution state of some channels; None in a plain forward.
 
-        The histories hold the inputs before x (T, channels); after the step they must hold those before the next
-        step's.
+        Args:
+            channels: channels of the first slot tensor.
+            x: input of the convolution (T, channels); unused here, needed by subclasses that are not `inline`.
+
+        Returns:
+            The inputs before `x`. The convolution must update them to the latest inputs, including `x`.
         """
         current = self.current()
         return None if current is None else ConvState(current.tensors[0][:, :, channels], current.slots)
 
 
 def find_state_modules(model: nn.Module) -> list[PagedAttention | SlotStateModule]:
-    """Every module of `model` that keeps state, in layer order."""
+    """Return the state modules of `model` in layer order."""
     return [module for module in model.modules() if isinstance(module, PagedAttention | SlotStateModule)]

@@ -1,4 +1,4 @@
-"""One file per architecture: its description, and a thin model class for callers that want a module."""
+"""Architectures: one file each, with a description and a thin model class for callers that want a module."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""Apriel2 (ServiceNow): a pre-norm decoder with a mixer of its own in each layer, or several to choose from.
+"""Apriel2 (ServiceNow): a pre-norm decoder whose layers have different mixers, or several mixers to choose from.
 
-The mixers are attention, sliding windows, Mamba, gated delta nets and Kimi delta attention. A layer with several is one
-of a supernet: a placement chooses.
+The mixers are attention, sliding-window attention, Mamba, gated delta nets and Kimi delta attention. A layer with
+several mixers belongs to a supernet, whose placement selects one.
 
-Three programs write these files and two read them, with defaults that differ. If they contradict each other, the
-checkpoint's tensors decide, then what training does:
+Three programs write these files and two read them, with different defaults. Contradictions are resolved by the
+checkpoint's tensors first, and then by what the training code does:
 
-* the tensors say whether a projection has a bias, and whether a feed-forward is gated;
-* a block's own epsilon is the one of its norms (the published Hugging Face class uses the head's);
+* the tensors decide whether a projection has a bias, and whether a feed-forward is gated;
+* the norms of a block use the block's own epsilon (the published Hugging Face class uses the head's);
 * `state_size` and `d_state` are the same number;
 * the sampling of supernets in training has no effect here;
-* the stated context length is a default of 2048 that no exporter sets, so it is no limit.
+* a context length of 2048 is a default that no exporter sets, so it is not a limit.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ logger = logging.getLogger("lamella")
 
 _OF_LAYER = re.compile(r"model\.decoder\.blocks\.(\d+)\.")
 _OF_MIXER = re.compile(r"model\.decoder\.blocks\.(\d+)\.mixer\.mixers\.[^.]+\.")
-# Those that Fast-LLM trains.
+# Activations that Fast-LLM trains.
 _ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "relu2", "sigmoid", "identity")
-_NO_LENGTH = 2048  # what the config class writes where nobody said anything
+_NO_LENGTH = 2048  # written by the config class by default
 
 
 def own_name(name: str) -> str | None:
-    """Return a tensor's name, None for the vision encoder."""
+    """Return a tensor's name; None for tensors of the vision encoder."""
     return None if name.startswith("model.vision_encoder.") else name
 
 
 def leftovers(names: Collection[str], expected: Collection[str]) -> set[str]:
-    """Return the tensors of mixers that thinning tools have removed from a layer's config and left in the files."""
+    """Return the tensors of mixers that pruning tools removed from the config but left in the files."""
     kept = {match[0] for name in expected if (match := _OF_MIXER.match(name))}
     layers = {match[1] for name in expected if (match := _OF_LAYER.match(name))}
     found = ((name, match) for name in names if (match := _OF_MIXER.match(name)))
@@ -77,7 +77,7 @@ def read_config(config: HFConfig) -> ModelConfig:
         raise head.error("normalization", "layer_norm", "rms_norm for the head")
     head.finish(harmless=("type",))
     embeddings = _section(config, "embeddings", {})
-    # vLLM looks for the length at the top of the file, so that some files have it there.
+    # vLLM reads the length from the top level of the file, so some files have it there.
     length = embeddings.int("max_position_embeddings", config.int("max_position_embeddings", _NO_LENGTH))
     embeddings.finish(harmless=("type",))
     blocks = _read_decoder(config, hidden_size)
@@ -96,7 +96,7 @@ def read_config(config: HFConfig) -> ModelConfig:
 
 
 def with_placement(values: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
-    """Return a supernet's values with another main mixer in each layer, as a pattern of blocks if they differ."""
+    """Return a supernet's config values with the main mixers of a placement, as a pattern of blocks if they differ."""
     decoder = values["decoder"]
     is_fixed = (decoder.get("type") or "fixed") == "fixed"
     blocks = {"block": decoder["block"]} if is_fixed else decoder["blocks"]
@@ -121,7 +121,7 @@ def with_placement(values: Mapping[str, Any], placement: Placement) -> dict[str,
 
 
 def _section(config: HFConfig, key: str, default: Mapping[str, Any]) -> HFConfig:
-    """A nested mapping, the default where there is none or an empty one."""
+    """Return a nested section; the default if it is missing or empty."""
     return config.section(key, config.mapping(key) or default)
 
 
@@ -134,7 +134,7 @@ def _read_norm(config: HFConfig, key: str, eps: float) -> NormConfig:
 
 
 def _read_decoder(config: HFConfig, hidden_size: int) -> list[tuple[str, HFConfig]]:
-    """The block of each layer, with its path in the file."""
+    """Return the name and the section of each layer's block."""
     default = {"type": "fixed", "num_blocks": 32, "block": _default_block(hidden_size)}
     decoder = _section(config, "decoder", default)
     kind = decoder.choice("type", ("fixed", "pattern"), "fixed")
@@ -150,7 +150,7 @@ def _read_decoder(config: HFConfig, hidden_size: int) -> list[tuple[str, HFConfi
         if name not in blocks.values:
             raise decoder.error("pattern", name, f"one of blocks: {', '.join(blocks.values)}")
     decoder.finish()
-    # A block that no layer has is of no consequence: it is not read.
+    # Blocks that no layer uses are not read.
     sections = {name: _section(blocks, name, {}) for name in dict.fromkeys(pattern)}
     names = [pattern[index % len(pattern)] for index in range(count)]
     return [(name, sections[name]) for name in names]
@@ -164,41 +164,41 @@ def _default_block(hidden_size: int) -> dict[str, Any]:
 
 
 class _BlockReader:
-    """Reads the blocks of one file. Layers with equal tensors and the same block share one config."""
+    """Reader of the blocks of one file."""
 
     def __init__(self, config: HFConfig, hidden_size: int, eps: float) -> None:
         self.config, self.hidden_size, self.eps = config, hidden_size, eps
         self.tensors = config.list_tensors()
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def layer(self, index: int, name: str, block: HFConfig) -> LayerConfig:
-        """The layer `index` by its block."""
-        at = f"model.decoder.blocks.{index}"
+        """Return the config of layer `index`, described by `block`."""
+        path = f"model.decoder.blocks.{index}"
         norm = _read_norm(block, "normalization", self.eps)
         if norm.eps != self.eps:
-            self._say(
+            self._warn_once(
                 "%s: block %s norms with its own epsilon, as in training; the published class takes the head's",
                 self.config.source,
                 name,
             )
         layer = LayerConfig(
-            mixer=self._mixer(_section(block, "mixer", {"type": "attention"}), f"{at}.mixer"),
-            feed_forward=self._mlp(_section(block, "mlp", {"type": "mlp"}), f"{at}.mlp"),
+            mixer=self._mixer(_section(block, "mixer", {"type": "attention"}), f"{path}.mixer"),
+            feed_forward=self._mlp(_section(block, "mlp", {"type": "mlp"}), f"{path}.mlp"),
             norm=norm,
         )
         block.finish()
         return layer
 
-    def _mixer(self, mixer: HFConfig, at: str) -> MixerConfig:
-        kind = mixer.choice("type", (*self._kinds, "stochastic"), "attention")
-        return self._stochastic(mixer, at) if kind == "stochastic" else self._single(mixer, at)
+    def _mixer(self, mixer: HFConfig, path: str) -> MixerConfig:
+        kind = mixer.choice("type", (*self._readers, "stochastic"), "attention")
+        return self._stochastic(mixer, path) if kind == "stochastic" else self._single(mixer, path)
 
-    def _single(self, mixer: HFConfig, at: str) -> SingleMixerConfig:
-        config = self._kinds[mixer.choice("type", tuple(self._kinds), "attention")](self, mixer, at)
+    def _single(self, mixer: HFConfig, path: str) -> SingleMixerConfig:
+        config = self._readers[mixer.choice("type", tuple(self._readers), "attention")](self, mixer, path)
         mixer.finish(harmless=("init", "lr_scale"))
         return config
 
-    def _stochastic(self, mixer: HFConfig, at: str) -> StochasticConfig:
+    def _stochastic(self, mixer: HFConfig, path: str) -> StochasticConfig:
         mixers = _section(mixer, "mixers", {})
         names = [name for name, values in mixers.values.items() if values is not None]
         for name in names:
@@ -209,22 +209,22 @@ class _BlockReader:
         main = mixer.get("main_mixer_name", names[0] if names else "")
         # The sampling of training has no effect here.
         harmless = ("sampling_strategy", "sampling_weights", "predefined_layouts", "predefined_layout_probabilities")
-        subs = [(name, self._single(_section(mixers, name, {}), f"{at}.mixers.{name}")) for name in names]
+        subs = [(name, self._single(_section(mixers, name, {}), f"{path}.mixers.{name}")) for name in names]
         mixer.finish(harmless=(*harmless, "init", "lr_scale", "seed_shift"))
         try:
-            return StochasticConfig(mixers=tuple(subs), main=cast(str, main))  # which is checked there
+            return StochasticConfig(mixers=tuple(subs), main=cast(str, main))  # checked by StochasticConfig
         except ConfigError as error:
             raise ConfigError(f"{mixer.source}: {error}") from error
 
-    def _attention(self, mixer: HFConfig, at: str) -> AttentionConfig:
+    def _attention(self, mixer: HFConfig, path: str) -> AttentionConfig:
         heads, head_dim = mixer.int("heads"), mixer.int("head_size")
         mixer.choice("causal", (True,), True)
         mixer.bool("cross_document_attention", True)
         linear_bias = mixer.bool("add_linear_biases", False)
         biased = {}
         for layer, name in zip(("query", "key", "value", "dense"), "qkvo", strict=True):
-            stated = self._stated_bias(mixer, f"{layer}_layer", linear_bias)
-            biased[name] = self._bias(f"{at}.{name}_proj", stated)
+            stated = self._read_bias(mixer, f"{layer}_layer", linear_bias)
+            biased[name] = self._has_bias(f"{path}.{name}_proj", stated)
         parts = tuple(f"{name}_proj" for name in "qkv" if biased[name])
         window = mixer.int("window_size", None)
         if mixer.get("type", "attention") == "sliding_window" and window is None:
@@ -268,7 +268,7 @@ class _BlockReader:
         rotary.finish()
         return RopeConfig(dim=head_dim, theta=theta, scaling=scaling)
 
-    def _mamba(self, mixer: HFConfig, at: str) -> MambaConfig:
+    def _mamba(self, mixer: HFConfig, path: str) -> MambaConfig:
         stated = (mixer.int(key, None) for key in ("state_size", "d_state"))
         sizes = {size for size in stated if size is not None}
         if len(sizes) > 1:
@@ -276,7 +276,7 @@ class _BlockReader:
         rank, expand = mixer.get("dt_rank", "auto"), mixer.int("expand", 2)
         linear_bias = mixer.bool("add_linear_biases", False)
         for key in ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "activation_type"):
-            mixer.get(key, None)  # of the start of training
+            mixer.get(key, None)  # used only to initialize training
         return MambaConfig(
             state_size=sizes.pop() if sizes else 16,
             inner_size=mixer.int("d_inner", expand * self.hidden_size),
@@ -284,12 +284,12 @@ class _BlockReader:
             dt_rank=-(-self.hidden_size // 16) if rank == "auto" else mixer.int("dt_rank"),
             kernel=mixer.int("d_conv", 4, minimum=2),
             repeat_before_conv=mixer.bool("repeat_kv_before_conv", True),
-            conv_bias=self._required(f"{at}.conv1d.bias", mixer, "conv_bias"),
-            dt_bias=self._required(f"{at}.dt_proj.bias", mixer, "dt_proj_bias"),
-            linear_bias=self._bias(f"{at}.in_proj", linear_bias),
+            conv_bias=self._read_required_bias(f"{path}.conv1d.bias", mixer, "conv_bias"),
+            dt_bias=self._read_required_bias(f"{path}.dt_proj.bias", mixer, "dt_proj_bias"),
+            linear_bias=self._has_bias(f"{path}.in_proj", linear_bias),
         )
 
-    def _gdn(self, mixer: HFConfig, at: str) -> GatedDeltaNetConfig:
+    def _gdn(self, mixer: HFConfig, path: str) -> GatedDeltaNetConfig:
         return GatedDeltaNetConfig(
             value_heads=mixer.int("value_heads", 32),
             key_heads=mixer.int("key_heads", 8),
@@ -299,7 +299,7 @@ class _BlockReader:
             norm=NormConfig(eps=mixer.float("norm_eps", 1e-5)),
         )
 
-    def _kda(self, mixer: HFConfig, at: str) -> KimiDeltaConfig:
+    def _kda(self, mixer: HFConfig, path: str) -> KimiDeltaConfig:
         norm = _section(mixer, "normalization", {})
         norm.choice("type", ("rms_norm", "gated_rms_norm"), "rms_norm")
         config = KimiDeltaConfig(
@@ -322,24 +322,24 @@ class _BlockReader:
         section.finish(harmless=("init", "bias"))
         return kernel
 
-    def _mlp(self, mlp: HFConfig, at: str) -> MLPConfig:
+    def _mlp(self, mlp: HFConfig, path: str) -> MLPConfig:
         mlp.choice("type", ("mlp",), "mlp")
         linear_bias, gated = mlp.bool("add_linear_biases", False), mlp.bool("gated", None)
-        first = self._stated_bias(mlp, "layer_1", linear_bias)
-        second = self._stated_bias(mlp, "layer_2", linear_bias)
+        first = self._read_bias(mlp, "layer_1", linear_bias)
+        second = self._read_bias(mlp, "layer_2", linear_bias)
         config = MLPConfig(
             intermediate_size=mlp.int("intermediate_size"),
-            gated=self._demand(f"{at}.gate_proj.weight", gated),
+            gated=self._is_required(f"{path}.gate_proj.weight", gated),
             activation=mlp.choice("activation", _ACTIVATIONS, "silu"),
-            gate_up_bias=self._bias(f"{at}.up_proj", first),
-            down_bias=self._bias(f"{at}.down_proj", second),
+            gate_up_bias=self._has_bias(f"{path}.up_proj", first),
+            down_bias=self._has_bias(f"{path}.down_proj", second),
         )
         mlp.finish(harmless=("init", "lr_scale"))
         return config
 
     @staticmethod
-    def _stated_bias(part: HFConfig, key: str, inherited: bool) -> bool:
-        """What a projection's own section says of its bias."""
+    def _read_bias(part: HFConfig, key: str, inherited: bool) -> bool:
+        """Return whether a projection's own section enables its bias."""
         layer = _section(part, key, {})
         bias = _section(layer, "bias", {})
         enabled = bias.bool("enabled", inherited)
@@ -347,28 +347,32 @@ class _BlockReader:
         layer.finish(harmless=("init", "weight", "lr_scale", "apply_peft"))
         return enabled
 
-    def _bias(self, projection: str, stated: bool) -> bool:
-        """Whether a projection has a bias, of which the published readers say now this and now that."""
-        return self._follow(f"{projection}.bias", stated)
+    def _has_bias(self, projection: str, stated: bool) -> bool:
+        """Return True if a projection has a bias; the published readers disagree, so the tensors decide."""
+        return self._has_tensor(f"{projection}.bias", stated)
 
-    def _required(self, tensor: str, part: HFConfig, key: str) -> bool:
-        """Whether there is a tensor of which the config must say so. Raises `ConfigError` where neither does."""
+    def _read_required_bias(self, tensor: str, part: HFConfig, key: str) -> bool:
+        """Return True if a bias tensor exists that the config must declare.
+
+        Raises:
+            ConfigError: the config does not declare it and the checkpoint's tensors are unknown.
+        """
         stated = part.bool(key, None)
         if stated is None and self.tensors is None:
             raise ConfigError(f"{part.source}: {key} is missing")
-        return self._demand(tensor, stated)
+        return self._is_required(tensor, stated)
 
-    def _demand(self, tensor: str, stated: bool | None) -> bool:
-        """The same of what no producer states without writing it: where it is stated, its lack is a loss."""
-        return stated is True or self._follow(tensor, stated)
+    def _is_required(self, tensor: str, stated: bool | None) -> bool:
+        """Like `_has_tensor`, but a tensor that the config declares is required; if it is missing, loading fails."""
+        return stated is True or self._has_tensor(tensor, stated)
 
-    def _follow(self, tensor: str, stated: bool | None) -> bool:
-        """Whether there is such a tensor: what the checkpoint has, else what the config says."""
+    def _has_tensor(self, tensor: str, stated: bool | None) -> bool:
+        """Return True if the checkpoint has the tensor; if its tensors are unknown, what the config declares."""
         if self.tensors is None:
             return bool(stated)
         there = tensor in self.tensors
         if stated is not None and there != stated:
-            self._say(
+            self._warn_once(
                 "%s: the config says %s of %s, the tensors say %s, which counts",
                 self.config.source,
                 stated,
@@ -377,14 +381,14 @@ class _BlockReader:
             )
         return there
 
-    def _say(self, message: str, *values: Any) -> None:
-        """A warning, once for all layers alike."""
+    def _warn_once(self, message: str, *values: Any) -> None:
+        """Log a warning, once for all layers with the same text."""
         text = message % values
-        if text not in self._said:
-            self._said.add(text)
+        if text not in self._warned:
+            self._warned.add(text)
             logger.warning("%s", text)
 
-    _kinds: ClassVar[Mapping[str, Callable[[_BlockReader, HFConfig, str], SingleMixerConfig]]] = {
+    _readers: ClassVar[Mapping[str, Callable[[_BlockReader, HFConfig, str], SingleMixerConfig]]] = {
         "attention": _attention,
         "sliding_window": _attention,
         "mamba": _mamba,
@@ -410,4 +414,4 @@ APRIEL2 = Architecture(
 
 
 class Apriel2ForCausalLM(CausalLM, description=APRIEL2):
-    """Apriel2, its text part."""
+    """Apriel2's language model."""

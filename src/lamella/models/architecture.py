@@ -1,4 +1,4 @@
-"""`Architecture`: the description of a family of models, from which everything else about it is derived."""
+"""`Architecture`: the description of a family of models, from which loaders, engines and converters derive the rest."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ def keep_name(name: str) -> str | None:
 
 
 def no_leftovers(names: Collection[str], expected: Collection[str]) -> set[str]:
-    """Return an empty set: every surplus tensor is an error."""
+    """Return an empty set: every unexpected tensor is an error."""
     return set()
 
 
 def no_placements(values: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
-    """Raise `NotImplementedError`: no model of the architecture is a supernet whose placement can be written."""
-    raise NotImplementedError("the architecture does not say how a placement is written into config.json")
+    """Raise `NotImplementedError`: the architecture has no supernets whose placement can be written."""
+    raise NotImplementedError("the architecture does not define how a placement is written into config.json")
 
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
-    """Description of an architecture, for reading its checkpoints. Data and functions only: no module, no weights.
+    """Description of an architecture: data and functions only, without modules or weights.
 
     Attributes:
-        name: as in `architectures` of a checkpoint's `config.json`.
+        name: name in `architectures` of a checkpoint's `config.json`.
         read_config: returns the layers that a `config.json` describes. Raises `ConfigError`.
-        checkpoint_names: rewrites our parameter paths into the checkpoint's. Each key is one or more path components of
-            ours ("mixer.canon"), each value what replaces them in the file.
-        packed_modules: our module -> the projections of the file that it holds, in order. LoRA and quantization tools
-            read it.
-        outer_prefix: prefix of the language model's names in files that hold more than it ("language_model.").
-        has_slot_state: False if no layer of any model of the architecture keeps more than keys and values.
+        checkpoint_names: rewrites lamella's parameter paths into the checkpoint's. Each key is one or more path
+            components of lamella ("mixer.canon"), each value replaces them in the file.
+        packed_modules: projections of the file, in order, by the lamella module that contains them. LoRA and
+            quantization tools read it.
+        outer_prefix: prefix of the language model's tensors in files of larger models ("language_model.").
+        has_slot_state: False if no layer of any model of the architecture has slot state.
         own_name: returns the name of a file's tensor without `outer_prefix`, or None if the tensor belongs to another
             part of a larger model and is not read.
-        leftovers: given the tensors that the model has no parameter for, and those that it needs, returns the ones
-            that the architecture's own tools leave behind and that are not an error.
+        leftovers: given the unexpected tensors of a file and the expected ones, returns those that the architecture's
+            own tools leave in files and that are not an error.
         with_placement: returns the values of a supernet's `config.json` with another main placement.
         image_model: "module:Class" of the `ImageModel` that encodes images; None if the architecture reads text only.
-        path: "module:attribute" by which another process imports the description; by default it is looked for in the
-            module of `read_config`.
+        path: "module:attribute" by which another process imports the description; by default the attribute is searched
+            in the module of `read_config`.
     """
 
     name: str

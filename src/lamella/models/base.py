@@ -23,24 +23,24 @@ from lamella.models.architecture import Architecture, keep_name, no_leftovers, n
 from lamella.models.names import LLAMA_NAMES, PACKED_MODULES, rename, shard_ids
 from lamella.models.weight_loaders import attach_weight_loaders
 
-# Loading is built on models, so it cannot be imported here.
+# Resolved on use: `lamella.checkpoint` imports this package.
 _LOADER = "lamella.checkpoint.pretrained:load_pretrained"
 
 _classes: dict[Architecture, type[CausalLM]] = {}
 
 
 class CausalLM(SupernetModel):
-    """Decoder and head of an architecture, with the constructors and loaders that callers know from other libraries.
+    """Decoder and head of an architecture, with the usual constructors and loaders of other libraries.
 
     A subclass names its description: `class LlamaForCausalLM(CausalLM, description=LLAMA)`. Its class attributes are
-    then those of the description. A subclass without one states the attributes itself, and has the description that
-    follows from them.
+    then copied from the description. A subclass without a description defines the attributes itself, and its
+    description is built from them.
 
     Attributes:
-        description: of the architecture. Engines, loaders and converters read it, and no other attribute of the class.
+        description: description of the architecture; the only attribute that engines, loaders and converters read.
         checkpoint_names: see `Architecture`.
-        packed_modules_mapping: `Architecture.packed_modules`, under the name that LoRA and quantization tools know.
-        packed_module_mapping: the same by the names in files, with the shard that a parameter's `weight_loader` takes.
+        packed_modules_mapping: `Architecture.packed_modules`, under the name that LoRA and quantization tools use.
+        packed_module_mapping: module and shard id for `weight_loader`, by the projection's name in files.
         outer_prefix: see `Architecture`.
         has_slot_state: see `Architecture`.
         image_model: see `Architecture`.
@@ -55,7 +55,7 @@ class CausalLM(SupernetModel):
     image_model: ClassVar[str | None] = None
 
     def __init__(self, config: ModelConfig, kit: Kit | None = None) -> None:
-        """Build a model with random weights (linears and embeddings N(0, 0.02), convolutions as torch's, norms one)."""
+        """Build a model with random weights (linear layers and embeddings N(0, 0.02), convolutions as in torch)."""
         super().__init__(config, kit or LocalKit(torch.get_default_dtype()))
         attach_weight_loaders(self)
         initialize(self)
@@ -87,7 +87,7 @@ class CausalLM(SupernetModel):
         _classes[cls.description] = cls
 
     def get_parameter(self, target: str) -> nn.Parameter:
-        """Return a parameter by its path here, or by its name in checkpoints, as vLLM-like loading loops ask for it."""
+        """Return a parameter by its path here or by its name in checkpoints, which vLLM-like loading loops use."""
         own = target
         if target not in (paths := [path for path, _ in self.named_parameters(remove_duplicate=False)]):
             own = next((path for path in paths if rename(path, self.checkpoint_names) == target), target)
@@ -95,27 +95,32 @@ class CausalLM(SupernetModel):
 
     @classmethod
     def read_config(cls, config: HFConfig) -> ModelConfig:
-        """Return the layers that a `config.json` describes, see `Architecture.read_config`."""
+        """Return the layers that a `config.json` describes; see `Architecture.read_config`."""
         raise NotImplementedError(f"{cls.__name__}.read_config")
 
     @classmethod
     def own_name(cls, name: str) -> str | None:
-        """Return what a file's tensor is called in the language model, see `Architecture.own_name`."""
+        """Return the name of a file's tensor in the language model; see `Architecture.own_name`."""
         return keep_name(name)
 
     @classmethod
     def leftovers(cls, names: Collection[str], expected: Collection[str]) -> set[str]:
-        """Return the surplus tensors that are not an error, see `Architecture.leftovers`."""
+        """Return the unexpected tensors that are not an error; see `Architecture.leftovers`."""
         return no_leftovers(names, expected)
 
     @classmethod
     def with_placement(cls, values: Mapping[str, Any], placement: Placement) -> dict[str, Any]:
-        """Return a supernet's config with another placement, see `Architecture.with_placement`."""
+        """Return a supernet's config values with another placement; see `Architecture.with_placement`."""
         return no_placements(values, placement)
 
     @classmethod
     def allocate(cls, config: ModelConfig, kit: Kit) -> Self:
-        """Build a model whose parameters are not initialised, for a loader to fill."""
+        """Build a model with uninitialized parameters, for a loader to fill.
+
+        Args:
+            config: config of the model.
+            kit: builds the modules and decides dtype and device.
+        """
         model = cls.__new__(cls)
         LanguageModel.__init__(model, config, kit)
         attach_weight_loaders(model)
@@ -123,7 +128,15 @@ class CausalLM(SupernetModel):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | Any, kit: Kit | None = None) -> Self:
-        """Build a model with random weights from a Hugging Face config: a dict, or a `transformers` config object."""
+        """Build a model with random weights from a Hugging Face config.
+
+        Args:
+            config: values of a `config.json`, or a config object of `transformers`.
+            kit: builds the modules; by default plain torch modules on the CPU in torch's default dtype.
+
+        Raises:
+            ConfigError: a value of the config is wrong or not supported.
+        """
         values = config if isinstance(config, Mapping) else config.to_dict()
         model = cls.allocate(cls.read_config(HFConfig(values)), kit or LocalKit(torch.get_default_dtype()))
         initialize(model)
@@ -137,23 +150,23 @@ class CausalLM(SupernetModel):
         device: torch.device | str = "cpu",
         hf_overrides: Mapping[str, Any] | None = None,
     ) -> Self:
-        """Load the model of a checkpoint, see `lamella.checkpoint.pretrained.load_pretrained`.
+        """Load the model of a checkpoint; see `lamella.checkpoint.pretrained.load_pretrained`.
 
         Args:
-            path: a folder or a Hub id, whatever its format.
-            dtype: to compute in; "auto" is the checkpoint's own.
-            device: where the weights go.
+            path: a folder or a Hub id, in any supported format.
+            dtype: dtype of weights and activations; "auto" is the checkpoint's.
+            device: device of the weights.
             hf_overrides: values that replace the config file's, see `EngineOptions.hf_overrides`.
 
         Raises:
-            CheckpointError: a tensor is missing, left over or of the wrong shape, or the model is of another class.
+            CheckpointError: a tensor is missing, unexpected or has the wrong shape, or the model has another class.
         """
         model: Self = resolve_name(_LOADER)(cls, path, dtype, device, hf_overrides)
         return model
 
 
 def model_class(architecture: Architecture) -> type[CausalLM]:
-    """Return the class of an architecture's models; made from the description if no class names it."""
+    """Return the model class of an architecture; build one from the description if no class names it."""
     if architecture not in _classes:
         contents = {"__module__": architecture.read_config.__module__}
         new_class(architecture.name, (CausalLM,), {"description": architecture}, lambda names: names.update(contents))

@@ -1,4 +1,4 @@
-"""Former path of the reader of `config.json`, for architectures of other packages; it is now in `lamella.config`."""
+"""Former path of the `config.json` reader, kept for architectures of other packages; it is now in `lamella.config`."""
 
 from lamella.config.hf_config import HFConfig as HFConfig
 from lamella.config.hf_layers import read_activation as read_activation

@@ -1,4 +1,4 @@
-"""Llama 2 and 3 (and Mistral-like files under that name): pre-norm attention with rotary positions, SwiGLU.
+"""Llama 2 and 3 (and Mistral-like files under that name): pre-norm attention with RoPE, SwiGLU.
 
 Math and keys: transformers' `models/llama`. Llama files may also carry vLLM's `bias` and `qkv_bias`.
 """
@@ -16,7 +16,7 @@ from lamella.config.hf_rope import read_rope
 from lamella.models.architecture import Architecture
 from lamella.models.base import CausalLM
 
-# RoPE scaling of Llama 3.2, for the constructor's defaults.
+# RoPE scaling of Llama 3.2, the default of the constructor.
 LLAMA_3_2_ROPE = {
     "rope_type": "llama3",
     "factor": 32.0,
@@ -62,7 +62,7 @@ def read_config(config: HFConfig) -> ModelConfig:
 
     window = config.int("sliding_window", None)
     if window is not None and config.get("layer_types", None) is None:
-        # Files of Qwen models saved as Llama keep a window that is switched off; a long one hides nothing.
+        # Qwen models saved as Llama keep a window that is turned off. A window of max_positions has no effect.
         if config.get("use_sliding_window", None) is not False and window < max_positions:
             raise config.error(
                 "sliding_window",
@@ -80,7 +80,7 @@ LLAMA = Architecture("LlamaForCausalLM", read_config, has_slot_state=False)
 
 
 class LlamaForCausalLM(CausalLM, description=LLAMA):
-    """Llama. The defaults of the keyword constructor are Llama 3.2 1B's."""
+    """Llama. The defaults of the keyword constructor are those of Llama 3.2 1B."""
 
     def __init__(
         self,
@@ -100,9 +100,24 @@ class LlamaForCausalLM(CausalLM, description=LLAMA):
         tie_word_embeddings: bool = True,
         rope_scaling: Mapping[str, Any] | None = LLAMA_3_2_ROPE,
     ) -> None:
-        """Build a model with random weights. `rope_scaling` is as in Hugging Face configs, None for unscaled RoPE.
+        """Build a model with random weights.
 
-        `block_size` is kept as an attribute for callers that set it; a forward without an engine has no blocks.
+        Args:
+            vocab_size: tokens in the vocabulary.
+            hidden_size: width of the residual stream.
+            head_dim: channels of a head.
+            num_qo_heads: query heads.
+            num_kv_heads: key/value heads.
+            has_attn_bias: whether the attention projections have biases.
+            rms_norm_epsilon: epsilon of the norms.
+            rope_base: base of the RoPE frequencies.
+            max_position_embeddings: longest supported sequence, in tokens.
+            intermediate_size: width of the feed-forward.
+            ffn_bias: whether the feed-forward projections have biases.
+            num_layers: number of layers.
+            block_size: kept as an attribute for callers that set it; a forward without an engine has no blocks.
+            tie_word_embeddings: whether the head uses the embedding's weight.
+            rope_scaling: as in Hugging Face configs; None for unscaled RoPE.
         """
         config = {
             "vocab_size": vocab_size,

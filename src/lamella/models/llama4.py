@@ -1,11 +1,11 @@
-"""Llama 4, the language model: layers that rotate and see a chunk, layers that do neither, experts in all or some.
+"""Llama 4's language model: chunked attention layers with RoPE, full attention layers without RoPE, and experts.
 
-Math and keys: transformers' `models/llama4`. The text part of `Llama4ForConditionalGeneration` checkpoints is served as
-well: their `text_config` is read, and of their tensors those of the language model.
+Math and keys: transformers' `models/llama4`. The language model of `Llama4ForConditionalGeneration` checkpoints is
+supported too: their `text_config` and the tensors of the language model are read.
 
-Files of different ages say the same in different ways, so numbers and truths are read generously here, as the released
-checkpoints need it. What is derived where nothing is said (which layers have experts, which rotate, which see a chunk)
-and what may be said explicitly is read as transformers does.
+Older and newer files express the same values in different ways, so numbers and booleans are parsed tolerantly, as the
+released checkpoints require. Defaults (which layers have experts, RoPE or chunks) and explicit lists are read like in
+transformers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lamella.models.rope_order import permute_heads, rope_order
 logger = logging.getLogger("lamella")
 
 CHUNKED, FULL = "chunked_attention", "full_attention"
-# What transformers takes where a key is missing, which null is not.
+# transformers' defaults for missing keys; null is not a missing key.
 _SIZES = {
     "vocab_size": 202048,
     "hidden_size": 5120,
@@ -56,33 +56,33 @@ _SIZES = {
 }
 _OUTER = "language_model."
 _OTHERS = ("vision_model.", "multi_modal_projector.")
-# Keys of training, of how a file was written, and of images.
+# Keys for training and for the file's origin, and keys for images: the language model does not use them.
 _NOT_COMPUTED = ("router_aux_loss_coef", "router_jitter_noise", "output_router_logits", "for_llm_compressor")
 _IMAGES = ("vision_config", "boi_token_index", "eoi_token_index", "image_token_index")
 
 
 def own_name(name: str) -> str | None:
-    """Return a tensor's name in the language model, None for the parts that encode images."""
+    """Return a tensor's name in the language model; None for tensors of the vision encoder."""
     return None if name.startswith(_OTHERS) else name.removeprefix(_OUTER)
 
 
 def read_config(config: HFConfig) -> ModelConfig:
-    """Return the layers of a Llama 4 `config.json`, of the text model or of one that reads images."""
+    """Return the layers of a Llama 4 `config.json`, of a text model or of the text part of an image model."""
     if "text_config" not in config.values:
         return _read_text(config)
     text = config.mapping("text_config")
     for key in _IMAGES:
         config.get(key, None)
-    # What stands around the text's own keys holds where these say nothing.
+    # Keys of the outer config are defaults for the text config.
     for key in ("tie_word_embeddings", "bos_token_id", "eos_token_id"):
-        around = config.get(key, None)
-        if around is not None and key == "tie_word_embeddings" and text.setdefault(key, around) != around:
-            raise ConfigError(f"{config.source}: {key}={around!r} contradicts text_config: {key}={text[key]!r}")
-        if around is not None:
-            text.setdefault(key, around)
+        outer = config.get(key, None)
+        if outer is not None and key == "tie_word_embeddings" and text.setdefault(key, outer) != outer:
+            raise ConfigError(f"{config.source}: {key}={outer!r} contradicts text_config: {key}={text[key]!r}")
+        if outer is not None:
+            text.setdefault(key, outer)
     # A null in the file is not a missing key.
-    stated = config.raw_mapping("text_config").items()
-    text |= {key: None for key, value in stated if value is None and key not in text}
+    given = config.raw_mapping("text_config").items()
+    text |= {key: None for key, value in given if value is None and key not in text}
     model = _read_text(config.section("text_config", text))
     for key in ("is_encoder_decoder", "add_cross_attention", "pruned_heads"):
         config.choice(key, (False, {}), False)
@@ -103,8 +103,8 @@ def _read_text(config: HFConfig) -> ModelConfig:
     temperature = _read_temperature(config)
     for key in _NOT_COMPUTED:
         config.get(key, None)
-    turns = _read_turns(config, num_layers)
-    chunks = _read_chunks(config, turns)
+    rotates = _read_rotating_layers(config, num_layers)
+    chunks = _read_chunks(config, rotates)
     feed_forwards = _read_feed_forwards(config, num_layers)
     layers = [
         LayerConfig(
@@ -115,22 +115,22 @@ def _read_text(config: HFConfig) -> ModelConfig:
                 scale=head_dim**-0.5,
                 qkv_bias=bias,
                 output_bias=bias,
-                qk_norm=norm if turned and use_qk_norm else None,
+                qk_norm=norm if is_rotating and use_qk_norm else None,
                 qk_norm_weight=False,
-                rope=rope if turned else None,
-                temperature=None if turned else temperature,
+                rope=rope if is_rotating else None,
+                temperature=None if is_rotating else temperature,
                 chunk=chunk,
             ),
             feed_forward=feed_forward,
             norm=norm,
         )
-        for turned, chunk, feed_forward in zip(turns, chunks, feed_forwards, strict=True)
+        for is_rotating, chunk, feed_forward in zip(rotates, chunks, feed_forwards, strict=True)
     ]
     return read_model(config, "Llama4ForCausalLM", layers, norm.eps, max_positions)
 
 
 def _read_rope(config: HFConfig, head_dim: int, max_positions: int) -> RopeConfig:
-    """The rotation of adjacent channels: the files keep the order in which the models were trained."""
+    """Return the RoPE config; pairs are adjacent channels, because the files keep the channel order of training."""
     rope = read_rope(config, head_dim, max_positions, interleaved=True, default_theta=500000.0)
     if rope is None or rope.dim != head_dim:
         raise config.error("partial_rotary_factor", config.get("partial_rotary_factor", None), "1")
@@ -138,66 +138,69 @@ def _read_rope(config: HFConfig, head_dim: int, max_positions: int) -> RopeConfi
     if isinstance(scaling, Llama3Scaling) and scaling.factor == 8 and config.get("num_local_experts", 0) == 16:
         logger.warning(
             "%s: a rope factor of 8 for 16 experts: Scout was trained with 16 (and low and high factors of 1); early "
-            "conversions may have got this wrong, and the file is believed",
+            "conversions may have this wrong; the file's value is used",
             config.source,
         )
     return rope
 
 
 def _read_temperature(config: HFConfig) -> TemperatureConfig | None:
-    """How queries of layers without rotation grow; on unless the file says otherwise.
+    """Return the query temperature of layers without RoPE; on by default, None if the file turns it off.
 
-    vLLM takes the length of the context for the answer, which changes what the model computes from position
-    `floor_scale - 1` on. Here the file is believed; an option of the engine, `hf_overrides`, goes before it.
+    vLLM turns it on or off by the context length, which changes the results from position `floor_scale - 1` on. Here
+    the file decides; the engine option `hf_overrides` can change it.
     """
-    stated = config.get("attn_temperature_tuning", None)
-    if stated is not None and not isinstance(stated, bool | int | float):
-        raise config.error("attn_temperature_tuning", stated, "true or false")
+    given = config.get("attn_temperature_tuning", None)
+    if given is not None and not isinstance(given, bool | int | float):
+        raise config.error("attn_temperature_tuning", given, "true or false")
     temperature = TemperatureConfig(scale=config.float("attn_scale", 0.1), floor_scale=config.int("floor_scale", 8192))
-    on = True if stated is None else bool(stated)
+    on = True if given is None else bool(given)
     logger.info(
         "attention temperature tuning is %s (%s)",
         "on" if on else "off",
-        "the default" if stated is None else f"attn_temperature_tuning={stated!r}",
+        "the default" if given is None else f"attn_temperature_tuning={given!r}",
     )
     return temperature if on else None
 
 
-def _read_turns(config: HFConfig, num_layers: int) -> list[bool]:
-    """Which layers rotate. In `no_rope_layers` those that do are the ones; an empty list says nothing."""
-    stated, interval = config.list("no_rope_layers"), config.int("no_rope_layer_interval", 4, minimum=0)
-    if not stated:
+def _read_rotating_layers(config: HFConfig, num_layers: int) -> list[bool]:
+    """Return whether each layer has RoPE: a 1 in `no_rope_layers` means RoPE; an empty list means the default."""
+    given, interval = config.list("no_rope_layers"), config.int("no_rope_layer_interval", 4, minimum=0)
+    if not given:
         if interval == 0:
             raise config.error("no_rope_layer_interval", interval, "at least 1 where no_rope_layers says nothing")
         return [(index + 1) % interval != 0 for index in range(num_layers)]
-    if len(stated) < num_layers or any(value not in (0, 1) for value in stated):
-        raise config.error("no_rope_layers", stated, f"a 0 or 1 for each of num_hidden_layers={num_layers}")
-    return [bool(value) for value in stated[:num_layers]]
+    if len(given) < num_layers or any(value not in (0, 1) for value in given):
+        raise config.error("no_rope_layers", given, f"a 0 or 1 for each of num_hidden_layers={num_layers}")
+    return [bool(value) for value in given[:num_layers]]
 
 
-def _read_chunks(config: HFConfig, turns: list[bool]) -> list[int | None]:
-    """The chunk that each layer sees, None where it sees all: said by `layer_types`, else where a layer rotates."""
-    stated = config.list("layer_types")
+def _read_chunks(config: HFConfig, rotates: list[bool]) -> list[int | None]:
+    """Return the attention chunk of each layer, None for full attention; by default layers with RoPE are chunked."""
+    given = config.list("layer_types")
     chunk = config.int("attention_chunk_size", None)  # null: there are no chunks
-    if stated is None:
-        return [chunk if turned else None for turned in turns]
-    if len(stated) != len(turns) or any(kind not in (CHUNKED, FULL) for kind in stated):
-        raise config.error("layer_types", stated, f"{CHUNKED} or {FULL} for each of num_hidden_layers={len(turns)}")
-    if CHUNKED in stated and chunk is None:
+    if given is None:
+        return [chunk if is_rotating else None for is_rotating in rotates]
+    if len(given) != len(rotates) or any(kind not in (CHUNKED, FULL) for kind in given):
+        raise config.error("layer_types", given, f"{CHUNKED} or {FULL} for each of num_hidden_layers={len(rotates)}")
+    if CHUNKED in given and chunk is None:
         raise ConfigError(f"{config.source}: layer_types has {CHUNKED}, which attention_chunk_size=null contradicts")
-    return [chunk if kind == CHUNKED else None for kind in stated]
+    return [chunk if kind == CHUNKED else None for kind in given]
 
 
 def _read_feed_forwards(config: HFConfig, num_layers: int) -> list[FeedForwardConfig]:
-    """Experts in the layers of `moe_layers`, else in every `interleave_moe_layer_step`-th; 0 of these means in none."""
+    """Return the feed-forwards: experts in `moe_layers`, or by default in every `interleave_moe_layer_step`-th layer.
+
+    A step of 0 means no experts.
+    """
     step = config.int("interleave_moe_layer_step", 1, minimum=0)
-    stated = config.list("moe_layers")
-    if stated is None:
+    given = config.list("moe_layers")
+    if given is None:
         with_experts = set(range(step - 1, num_layers, step)) if step else set()
     else:
-        with_experts = {i for i in stated if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < num_layers}
-        if len(with_experts) != len(stated):
-            raise config.error("moe_layers", stated, f"different layers below num_hidden_layers={num_layers}")
+        with_experts = {i for i in given if isinstance(i, int) and not isinstance(i, bool) and 0 <= i < num_layers}
+        if len(with_experts) != len(given):
+            raise config.error("moe_layers", given, f"different layers below num_hidden_layers={num_layers}")
     width, count = config.int("intermediate_size"), config.int("num_local_experts", 0, minimum=0)
     top_k = config.int("num_experts_per_tok", 1, minimum=0)
     dense = MLPConfig(intermediate_size=config.int("intermediate_size_mlp"))
@@ -218,7 +221,7 @@ LLAMA4 = Architecture(
     own_name=own_name,
 )
 LLAMA4_WITH_IMAGES = replace(
-    LLAMA4, name="Llama4ForConditionalGeneration", image_model="lamella.vision.llama4_model:Sight"
+    LLAMA4, name="Llama4ForConditionalGeneration", image_model="lamella.vision.llama4_model:Llama4ImageModel"
 )
 
 
@@ -226,13 +229,16 @@ class Llama4ForCausalLM(CausalLM, description=LLAMA4):
     """Llama 4's language model."""
 
     def permute_qk_weight_for_rotary(self, name: str, weight: Tensor) -> tuple[str, Tensor]:
-        """Return a tensor of a file for engines that rotate the halves of a head: rows of queries and keys reordered.
+        """Reorder query and key rows for engines whose RoPE pairs are (i, i + head_dim / 2).
 
-        Not needed here, where adjacent channels are rotated.
+        lamella does not need it, because it rotates adjacent channels.
 
         Args:
-            name: of the tensor; anything but queries and keys is returned as it is.
-            weight: a row for each channel: weights, biases, and scales of channels, but no scales of blocks.
+            name: name of the tensor. Tensors other than query and key projections are returned unchanged.
+            weight: (channels, ...), one row per channel: weights, biases or per-channel scales.
+
+        Returns:
+            The name and the reordered tensor.
         """
         if not re.search(r"\.self_attn\.[qk]_proj\.", name):
             return name, weight
@@ -243,4 +249,4 @@ class Llama4ForCausalLM(CausalLM, description=LLAMA4):
 
 
 class Llama4ForConditionalGeneration(Llama4ForCausalLM, description=LLAMA4_WITH_IMAGES):
-    """Llama 4's language model, beside which an engine loads the vision encoder."""
+    """Llama 4's language model; an engine loads the vision encoder in addition."""

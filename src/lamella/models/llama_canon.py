@@ -1,8 +1,8 @@
-"""LlamaCanon (PhysicsLM4, arXiv 2512.17351): Llama with up to four short convolutions in each layer.
+"""LlamaCanon (PhysicsLM4, arXiv 2512.17351): Llama with up to four short convolutions (canons) per layer.
 
-Canon A stands before the mixer, B on [q|k|v] after the query/key norm and before the rotation, C before the
-feed-forward, D on [gate|up]. The optional query/key norm spans all heads, the rotation may cover part of a head, and
-`rope_version` "lingua" rotates adjacent channels. A `rope_dim` of 0 means no rotation.
+Canon A is before the mixer, B on [q | k | v] after the query/key norm and before the rotation, C before the
+feed-forward, D on [gate | up]. The optional query/key norm spans all heads. The rotation may cover only some channels
+of a head, and `rope_version` "lingua" rotates adjacent channels. A `rope_dim` of 0 means no rotation.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _read_canons(config: HFConfig) -> dict[str, CanonConfig | None]:
     if not isinstance(letters, str):
         raise config.error("canon_set", letters, "a text of the letters A, B, C and D")
     if others := sorted(set(letters) - set("ABCD")):
-        # As in the published class, which asks for these four letters only.
+        # The published class ignores other letters too.
         config.say(f"canon_set={letters!r}: ignored letters: {', '.join(others)}")
     canon = CanonConfig(
         kernel=config.int("canon_kernel", 4),
@@ -83,7 +83,7 @@ def _read_canons(config: HFConfig) -> dict[str, CanonConfig | None]:
 
 
 def _read_rope(config: HFConfig, head_dim: int, max_positions: int) -> RopeConfig | None:
-    """`rope_dim` counts the rotated channels of a head; the files say the same again as a factor."""
+    """Return the RoPE config; `rope_dim` is the number of rotated channels, which files also give as a factor."""
     interleaved = config.choice("rope_version", ("huggingface", "lingua"), "huggingface") == "lingua"
     dim, factor = config.int("rope_dim", None, minimum=0), config.float("partial_rotary_factor", None)
     if dim is not None and factor is not None and abs(factor * head_dim - dim) >= 1:
@@ -111,4 +111,4 @@ LLAMA_CANON = Architecture(
 
 
 class LlamaCanonForCausalLM(CausalLM, description=LLAMA_CANON):
-    """LlamaCanon."""
+    """LlamaCanon: Llama with canon convolutions."""

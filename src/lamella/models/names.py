@@ -1,17 +1,17 @@
-"""Parameter paths of this package and of checkpoints: how one is rewritten into the other."""
+"""Mapping from lamella's parameter paths to the tensor names of checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-# Our parameter paths -> those of transformers' Llama, which most architectures partition.
+# lamella's path components -> those of transformers' Llama, which most architectures share.
 LLAMA_NAMES: Mapping[str, str] = {
     "mixer": "self_attn",
     "feed_forward": "mlp",
     "mixer_norm": "input_layernorm",
     "feed_forward_norm": "post_attention_layernorm",
 }
-# Our module -> the projections of a file that it holds.
+# lamella's merged modules -> the projections of a file that they contain.
 PACKED_MODULES: Mapping[str, Sequence[str]] = {
     "qkv_proj": ["q_proj", "k_proj", "v_proj"],
     "gate_up_proj": ["gate_proj", "up_proj"],
@@ -38,7 +38,7 @@ def rename(path: str, names: Mapping[str, str]) -> str:
 
 
 def shard_ids(packed: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, str | int]]:
-    """Return a packed mapping by the files' names: "q_proj" -> ("qkv_proj", "q"), "up_proj" -> ("gate_up_proj", 1)."""
+    """Invert a packed mapping: "q_proj" -> ("qkv_proj", "q"), "up_proj" -> ("gate_up_proj", 1)."""
 
     def entries() -> Iterator[tuple[str, tuple[str, str | int]]]:
         for merged, parts in packed.items():

@@ -42,7 +42,7 @@ def read_config(config: HFConfig) -> ModelConfig:
             norm=norm,
         )
 
-    # transformers' default applies where the key is missing; null means no window.
+    # A missing key means transformers' default; null means no window.
     window = config.int("sliding_window", None if "sliding_window" in config.values else 4096)
     first = config.int("max_window_layers", 28, minimum=0)
     if not config.bool("use_sliding_window", False):
@@ -78,11 +78,25 @@ class Qwen3ForCausalLM(CausalLM, description=QWEN3):
     ) -> None:
         """Build a model with random weights.
 
-        The attention scale is `scale / sqrt(head_dim)`; queries and keys are normalised whatever the biases.
+        The defaults are not those of a released Qwen3, which has base 1e6, eps 1e-6 and no feed-forward biases. Pass
+        the real values, or use `from_config`.
 
-        The defaults are not those of any released Qwen3 (which have base 1e6, eps 1e-6 and no MLP biases): give the
-        real ones, or use `from_config`. `block_size` is kept as an attribute for callers that set it; a
-        forward without an engine has no blocks.
+        Args:
+            vocab_size: tokens in the vocabulary.
+            hidden_size: width of the residual stream.
+            num_heads: query heads.
+            head_dim: channels of a head; None for `hidden_size / num_heads`.
+            scale: the attention scale is `scale / sqrt(head_dim)`.
+            num_kv_heads: key/value heads; None for `num_heads`.
+            rms_norm_epsilon: epsilon of the norms, including the query/key norm.
+            qkv_bias: whether the query, key and value projections have biases.
+            base: base of the RoPE frequencies.
+            max_position: longest supported sequence, in tokens.
+            intermediate_size: width of the feed-forward.
+            ffn_bias: whether the feed-forward projections have biases.
+            num_layers: number of layers.
+            tie_word_embeddings: whether the head uses the embedding's weight.
+            block_size: kept as an attribute for callers that set it; a forward without an engine has no blocks.
         """
         head_dim = head_dim or hidden_size // num_heads
         norm = NormConfig(eps=rms_norm_epsilon)

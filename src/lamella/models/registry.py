@@ -1,4 +1,4 @@
-"""Architectures by name. A module of `models/` is imported when its architecture is first looked up."""
+"""Registry of architectures by name. A module of `models/` is imported when its architecture is first looked up."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 ENTRY_POINT_GROUP = "lamella.architectures"
 
-# A description, a model class made from one (or with the same attributes), or "module:name" of either.
+# A description, a `CausalLM` subclass, or "module:name" of either.
 Target: TypeAlias = "str | Architecture | type[CausalLM]"
 
 _targets: dict[str, Target] = {
@@ -23,7 +23,7 @@ _targets: dict[str, Target] = {
     "Qwen3ForCausalLM": "lamella.models.qwen3:QWEN3",
     "LlamaCanonForCausalLM": "lamella.models.llama_canon:LLAMA_CANON",
     "Apriel2ForCausalLM": "lamella.models.apriel2:APRIEL2",
-    "Apriel2ForConditionalGeneration": "lamella.models.apriel2:APRIEL2",  # its text part
+    "Apriel2ForConditionalGeneration": "lamella.models.apriel2:APRIEL2",  # text part only
     "Llama4ForCausalLM": "lamella.models.llama4:LLAMA4",
     "Llama4ForConditionalGeneration": "lamella.models.llama4:LLAMA4_WITH_IMAGES",
 }
@@ -62,29 +62,31 @@ MODEL_REGISTRY = _Registry()
 
 
 def register_architecture(name: str, target: Target, aliases: tuple[str, ...] = ()) -> None:
-    """Make `target` serve checkpoints whose `architectures` say `name`. Registering the same twice is harmless.
+    """Register an architecture for checkpoints whose `architectures` contain `name`.
+
+    Registering the same target again has no effect.
 
     Args:
         name: the architecture's name in `config.json`.
         target: an `Architecture`, a `CausalLM` class, or "module:name" of either. With `tensor_parallel_size` > 1 it
-            must be one that other processes can import.
+            must be importable in other processes.
         aliases: other names, such as the `model_type` of config files.
 
     Raises:
-        ConfigError: a name is registered already, with another target.
+        ConfigError: a name is already registered with another target.
     """
-    for taken in (name, *aliases):
-        current = _targets.get(_aliases.get(taken, taken))
+    for requested in (name, *aliases):
+        current = _targets.get(_aliases.get(requested, requested))
         if current is not None and not _is_same(current, target):
-            raise ConfigError(f"architecture {taken!r} is registered already, as {_path(current)}")
+            raise ConfigError(f"architecture {requested!r} is registered already, as {_path(current)}")
     _targets[name] = target
     _aliases.update(dict.fromkeys(aliases, name))
 
 
 def registered() -> dict[str, str]:
-    """Return every registered name and alias with its "module:name", for another process to register.
+    """Return every registered name and alias with its "module:name", so that another process can register it.
 
-    Descriptions that no module holds are left out, since other processes cannot import them.
+    Descriptions that are not an attribute of a module are omitted, because other processes cannot import them.
     """
     names = {**{name: name for name in _targets}, **_aliases}
     paths = {name: _path(_targets[target]) for name, target in names.items()}
@@ -92,16 +94,16 @@ def registered() -> dict[str, str]:
 
 
 def model_types() -> dict[str, str]:
-    """Return each `model_type` of config files with the name to look up.
+    """Return the name to look up for each `model_type` of config files.
 
-    These are the aliases, and the entry points whose name is not that of the object they point to.
+    They are the aliases and the entry points whose name differs from the name of their object.
     """
     points = (point for point in entry_points(group=ENTRY_POINT_GROUP) if not point.value.endswith(f":{point.name}"))
     return {**{point.name: point.name for point in points}, **_aliases}
 
 
 def architectures() -> list[str]:
-    """Return the known names, those of installed entry points included."""
+    """Return all registered names, including installed entry points, sorted."""
     return sorted({*_targets, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
 
 
@@ -109,7 +111,7 @@ def find_architecture(name: str) -> Architecture:
     """Return the description of `name`, an architecture or an alias.
 
     Raises:
-        ConfigError: the name is not known; the error lists those that are.
+        ConfigError: the name is unknown; the message lists the known names.
     """
     name = _aliases.get(name, name)
     target = _targets.get(name)
@@ -131,15 +133,18 @@ def resolve_architecture(name: str) -> type[CausalLM]:
 
 
 def _describe(target: Target) -> Architecture:
+    """Return the description of a target; import it if it is a path."""
     found = resolve_name(target) if isinstance(target, str) else target
     return found if isinstance(found, Architecture) else found.description
 
 
 def _is_same(first: Target, second: Target) -> bool:
-    """Return True if both mean one description, or versions of one. Imports only what has different paths."""
+    """Return True if both targets are the same description, or versions of it. Equal paths are not imported."""
     if _path(first) == _path(second) is not None:
         return True
-    if isinstance(first, Architecture) and isinstance(second, Architecture):  # a notebook's cell may run again
+    if isinstance(first, Architecture) and isinstance(
+        second, Architecture
+    ):  # a notebook cell that runs twice creates two objects
         same_module = first.read_config.__module__ == second.read_config.__module__
         return first is second or (same_module and first.name == second.name)
     try:

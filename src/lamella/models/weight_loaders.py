@@ -1,4 +1,4 @@
-"""`weight_loader` on parameters: how vLLM-like loading loops fill a model, tensor by tensor."""
+"""`weight_loader` attributes of parameters, for vLLM-like loops that load a model tensor by tensor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lamella.parallel.sharding import Split, shard_tensor
 
 @dataclass(frozen=True)
 class _Shard:
-    """One tensor of a file in a parameter: rows [start, stop), and what of the tensor goes there."""
+    """Checkpoint tensor that fills rows [start, stop) of a parameter; `splits` are this rank's indices in it."""
 
     name: str
     splits: tuple[Split, ...]
@@ -24,11 +24,15 @@ class _Shard:
 
 @dataclass(frozen=True)
 class WeightLoader:
-    """Copies one tensor of a checkpoint to its place in a parameter: `parameter.weight_loader(parameter, tensor, "q")`.
+    """Copy one checkpoint tensor into a parameter: `parameter.weight_loader(parameter, tensor, "q")`.
 
-    A merged projection's tensors are told apart by their names (`q_proj`), these without `_proj` (`q`), or their number
-    in the order of the rows (0, "0"). Without any, the tensor is the whole parameter's, or of a merged one all of its
-    tensors', one after the other.
+    A tensor of a merged projection is identified by its name (`q_proj`), its name without `_proj` (`q`), or its index
+    in the order of rows (0 or "0"). Without an identifier, the tensor fills the whole parameter; for a merged
+    projection it is the concatenation of all its tensors.
+
+    Attributes:
+        path: path of the parameter, for errors.
+        shards: tensors that fill the parameter, in the order of rows.
     """
 
     path: str
@@ -36,15 +40,20 @@ class WeightLoader:
 
     @torch.no_grad()
     def __call__(self, parameter: nn.Parameter, tensor: Tensor, shard_id: str | int | None = None) -> None:
-        """Fill the parameter's place for `tensor` (its full shape; a rank takes its part).
+        """Fill the parameter, or one shard of it.
+
+        Args:
+            parameter: the parameter to fill.
+            tensor: full tensor of the checkpoint; this rank's shard is copied.
+            shard_id: identifies the tensor in a merged projection; None for the whole parameter.
 
         Raises:
-            CheckpointError: no such shard exists, or the tensor does not have its shape.
+            CheckpointError: there is no such shard, or the tensor has another shape.
         """
         if shard_id is None and len(self.shards) > 1:
             sizes = [shard.splits[0].full for shard in self.shards]
             if sum(sizes) != tensor.shape[0]:
-                raise self._misfit(tensor, f"{sum(sizes)} rows, of {self._names()}, or a shard_id")
+                raise self._shape_error(tensor, f"{sum(sizes)} rows, of {self._names()}, or a shard_id")
             for shard, part in zip(self.shards, tensor.split(sizes), strict=True):
                 self._fill(parameter, part, shard)
             return
@@ -57,23 +66,23 @@ class WeightLoader:
         raise CheckpointError(f"{self.path}: shard_id={shard_id!r}: there are {self._names()}")
 
     def _fill(self, parameter: nn.Parameter, tensor: Tensor, shard: _Shard) -> None:
-        place = parameter[shard.start : shard.stop]
-        full = (*(split.full for split in shard.splits), *place.shape[len(shard.splits) :])
+        target = parameter[shard.start : shard.stop]
+        full = (*(split.full for split in shard.splits), *target.shape[len(shard.splits) :])
         if tuple(tensor.shape) != full:
-            raise self._misfit(tensor, f"{full}, of {shard.name}")
-        place.copy_(shard_tensor(tensor, shard.splits))
+            raise self._shape_error(tensor, f"{full}, of {shard.name}")
+        target.copy_(shard_tensor(tensor, shard.splits))
 
     def _names(self) -> str:
         return ", ".join(shard.name for shard in self.shards)
 
-    def _misfit(self, tensor: Tensor, needed: str) -> CheckpointError:
+    def _shape_error(self, tensor: Tensor, needed: str) -> CheckpointError:
         return CheckpointError(
             f"{self.path}: a tensor of shape {tuple(tensor.shape)}, and the parameter takes {needed}"
         )
 
 
 def attach_weight_loaders(model: nn.Module) -> None:
-    """Give every parameter of a model its `weight_loader`."""
+    """Set the attribute `weight_loader` of every parameter of a model."""
     modules = dict(model.named_modules())
     for path, parameter in model.named_parameters():
         owner, _, leaf = path.rpartition(".")

@@ -1,5 +1,5 @@
-"""Operations on tensors: each a package with a plain fp32 `reference` and the fast paths that must agree with it.
+"""Operations (ops) on tensors: each is a package with a plain fp32 `reference` and fast backends that must match it.
 
-No operation waits for the device: sizes that a path needs on the host come with the `RaggedBatch`.
-But for the plain torch forms of recurrent mixers, which read the lengths of prompts where no kernel serves.
+Ops do not wait for the device: `RaggedBatch` has the sizes that backends need on the host. The exceptions are the
+plain torch backends of recurrent mixers, which read the lengths of prompts on the host.
 """

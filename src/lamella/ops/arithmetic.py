@@ -1,7 +1,8 @@
-"""Arithmetic in Triton kernels, in few instructions.
+"""Arithmetic for Triton kernels with few machine instructions.
 
-Where a kernel has much to do for each byte that it moves, the instructions take the time, and a compiler makes up to
-four times more of the plain words. Triton's interpreter knows no instructions of the machine: there, those stand.
+In kernels that do much work per byte, the number of instructions limits the speed, and the compiler generates up to
+four times more instructions for the plain expressions. Triton's interpreter has no machine instructions and uses the
+plain expressions.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)) of fp32."""
+    """Return 1 / (1 + exp(-x)) of x in fp32."""
     power = x * -1.4426950408889634  # exp(-x) = 2^power
     if _INTERPRETED:
         return 1.0 / (1.0 + tl.exp2(power))
-    # The plain words have more than half of their instructions for denormal numbers, which make no difference here.
+    # More than half of the plain expression's instructions handle denormal numbers, which do not matter here.
     power = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [power], tl.float32, is_pure=True, pack=1)
     return tl.inline_asm_elementwise(
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], tl.float32, is_pure=True, pack=1
@@ -27,9 +28,9 @@ def sigmoid(x):
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)) of fp32, to a few units in the last place wherever that is not as small as them."""
+    """Return log(1 + exp(x)) of x in fp32, with an error of a few units in the last place."""
     power = tl.exp(-tl.abs(x))
-    # 1 + power would round away what a small one adds; four terms of the series are exact there.
+    # For a small power, 1 + power loses its low bits; four terms of the series are exact there.
     series = power * (1.0 - power * (0.5 - power * (0.3333333333 - power * 0.25)))
     return tl.maximum(x, 0.0) + tl.where(power < 0.015625, series, tl.log(1.0 + power))
 
@@ -46,7 +47,7 @@ def _add_three(a, b, c, d, e, f):
 
 @triton.jit
 def sum_two(a, b):
-    """The sums over axis 0 of two tensors of one shape, which meet at the same barriers."""
+    """Return the sums over axis 0 of two tensors of equal shape, which share their barriers."""
     if _INTERPRETED:
         return tl.sum(a, axis=0), tl.sum(b, axis=0)
     return tl.reduce((a, b), 0, _add_two)
@@ -54,7 +55,7 @@ def sum_two(a, b):
 
 @triton.jit
 def sum_three(a, b, c):
-    """See `sum_two`."""
+    """Return the sums over axis 0 of three tensors of equal shape; see `sum_two`."""
     if _INTERPRETED:
         return tl.sum(a, axis=0), tl.sum(b, axis=0), tl.sum(c, axis=0)
     return tl.reduce((a, b, c), 0, _add_three)
@@ -62,10 +63,11 @@ def sum_three(a, b, c):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """Return x of fp32, rounded to dtype, in fp32."""
+    """Return x (fp32) rounded to dtype, in fp32."""
     if _INTERPRETED or dtype != tl.bfloat16:
         return x.to(dtype).to(tl.float32)
-    # One number takes a slow unit, two take a fast one; beside a zero, the result has fp32's bits at once.
+    # Converting one number uses a slow unit, converting two uses a fast one. With zero as the second number, the result
+    # is already the bit pattern of fp32.
     bits = tl.inline_asm_elementwise(
         "cvt.rn.bf16x2.f32 $0, $1, 0f00000000;", "=r,f", [x], tl.int32, is_pure=True, pack=1
     )
@@ -74,7 +76,7 @@ def rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def widened(rows):
-    """Each of a tuple of tensors, in fp32."""
+    """Return each tensor of a tuple in fp32."""
     result = ()
     for i in tl.static_range(len(rows)):
         result += (_widened(rows[i]),)

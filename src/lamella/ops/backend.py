@@ -1,18 +1,18 @@
-"""Choice of the implementation of an operation: a table of backends for each, in order of preference.
+"""Choice of an operation's implementation: one table of backends per operation, in order of preference.
 
-A package of `ops` declares an operation as a plain function with the operation's one signature, and a `BackendTable`
-beside it. Every backend has that signature. The declared function asks `BackendTable.choose` for the first backend that
-serves its inputs. The last one is the reference, which serves everything.
+A package of `ops` declares an operation as a plain function and a `BackendTable`. Every backend has the signature of
+the declared function, which calls the first backend that supports its inputs (`BackendTable.choose`). The last backend
+is the reference, which supports everything.
 
-Backends are named after what computes:
+Names of backends:
 
 =============  =====================================================================================================
-`triton`       our GPU kernels
-`native`       our C++ kernels for CPUs
-`flashinfer`   the library of that name, for a part of what a Triton backend computes
-`fla`          flash-linear-attention, likewise
+`triton`       lamella's GPU kernels
+`native`       lamella's C++ kernels for CPUs
+`flashinfer`   the FlashInfer library, for some of the work of a Triton backend
+`fla`          flash-linear-attention, for some of the work of a Triton backend
 `torch`        PyTorch's kernels in a fast form
-`composed`     the operation's parts, one operation after the other
+`composed`     a sequence of other operations
 `reference`    plain fp32 torch, which defines the result
 =============  =====================================================================================================
 """
@@ -38,17 +38,17 @@ logger = logging.getLogger("lamella")
 F = TypeVar("F", bound=Callable[..., Any])
 
 PORTABLE = "portable"
-"""Platform of a tensor that neither Triton nor the native kernels take: any device, under autograd, while tracing."""
+"""Platform of tensors that neither Triton nor the native kernels support: other devices, autograd, tracing."""
 
 _portable: ContextVar[bool] = ContextVar("portable_only", default=False)
 _separate: ContextVar[bool] = ContextVar("separate_operations", default=False)
 
 
 def platform(x: Tensor) -> str:
-    """Return whose kernels may be used on `x`: "triton", "native" or `PORTABLE`.
+    """Return the kernels that may be used on `x`: "triton", "native" or `PORTABLE`.
 
-    Our kernels know no gradients, and the native ones know two dtypes only. While torch.compile traces, plain torch
-    serves everything, since that is what it can fuse.
+    lamella's kernels have no gradients, and the native kernels support two dtypes only. While torch.compile traces,
+    plain torch computes everything, because torch.compile can fuse it.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or _portable.get():
         return PORTABLE
@@ -60,18 +60,18 @@ def platform(x: Tensor) -> str:
 
 
 def use_triton(x: Tensor) -> bool:
-    """Return whether our Triton kernels may be used on `x`."""
+    """Return True if lamella's Triton kernels may be used on `x`."""
     return platform(x) == "triton"
 
 
 def use_fused(x: Tensor) -> bool:
-    """Return whether neighbouring operations on `x` are to be one kernel where there is one."""
+    """Return True if consecutive operations on `x` may be computed by one fused kernel."""
     return platform(x) == "triton" and not _separate.get()
 
 
 @cache
 def has_triton() -> bool:
-    """Return whether Triton can be imported; log a warning once if not."""
+    """Return True if Triton can be imported; log a warning once if not."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -85,11 +85,11 @@ class Backend:
     """One implementation of an operation.
 
     Attributes:
-        name: what computes, see the module's docstring.
+        name: name of the backend, see the module's docstring.
         load: returns the implementation, which has the operation's signature.
-        limits: takes what `BackendTable.choose` is given, and says whether the backend serves it; None if its platform
-            is all that it needs.
-        within: the backend that uses this one for a part of its work, where it is not chosen by the table.
+        limits: given the arguments of `BackendTable.choose`, returns True if the backend supports them; None if it
+            supports everything on its platforms.
+        within: name of the backend that uses this one for some of its work; such a backend is not chosen by the table.
     """
 
     name: str
@@ -100,24 +100,25 @@ class Backend:
 
     @property
     def run(self) -> Callable[..., Any]:
-        """The implementation, loaded when first asked for."""
+        """The implementation; loaded on first access."""
         if self._loaded is None:
             self._loaded = self.load()
         return self._loaded
 
     @property
     def platforms(self) -> tuple[str, ...]:
-        """The platforms of the tensors that the backend takes."""
+        """Platforms that the backend supports."""
         return (self.name,) if self.name in ("triton", "native") else ("triton", "native", PORTABLE)
 
 
 class BackendTable:
-    """The backends of one operation, in the order in which they are asked.
+    """Backends of one operation, in order of preference.
 
     Attributes:
-        name: the operation's, which is the name of the function that declares it in `module`.
-        backends: those that `choose` walks, the reference last.
-        parts: those that another backend uses for a part of its work.
+        name: name of the operation, and of the function in `module` that declares it.
+        module: module that declares the operation.
+        backends: backends for `choose`, with the reference last.
+        parts: backends that other backends use for some of their work.
     """
 
     def __init__(self, name: str, module: str) -> None:
@@ -129,7 +130,7 @@ class BackendTable:
 
     @property
     def declared(self) -> Callable[..., Any]:
-        """The operation: the function whose signature every backend has."""
+        """The function that declares the operation; every backend has its signature."""
         return getattr(sys.modules[self.module], self.name)
 
     @property
@@ -140,7 +141,7 @@ class BackendTable:
     def backend(
         self, name: str, limits: Callable[..., bool] | None = None, within: str | None = None
     ) -> Callable[[F], F]:
-        """Return a decorator that registers an implementation behind those registered before; see `Backend`."""
+        """Return a decorator that registers an implementation after those registered before; see `Backend`."""
 
         def register(run: F) -> F:
             self._add(Backend(name, lambda: run, limits, within, run))
@@ -151,7 +152,7 @@ class BackendTable:
     def lazy(
         self, name: str, limits: Callable[..., bool] | None = None, within: str | None = None
     ) -> Callable[[Callable[[], F]], Backend]:
-        """Return a decorator like `backend`'s, for a function that imports the implementation and returns it."""
+        """Return a decorator like `backend`, for a function that imports and returns the implementation."""
 
         def register(load: Callable[[], F]) -> Backend:
             return self._add(Backend(name, load, limits, within))
@@ -168,24 +169,29 @@ class BackendTable:
         return backend
 
     def choose(self, x: Tensor, *more: Any) -> Callable[..., Any]:
-        """Return the first backend that serves the inputs: `x` gives the platform, and `more` goes to the limits."""
+        """Return the implementation of the first backend that supports the inputs.
+
+        Args:
+            x: tensor that decides the platform.
+            more: further arguments for `Backend.limits`.
+        """
         for backend in self._by_platform[platform(x)]:
             if backend.limits is None or backend.limits(x, *more):
                 return backend._loaded or backend.run
         raise AssertionError(f"{self.name}: no backend serves {x.dtype} on {x.device}")
 
     def get(self, name: str) -> Callable[..., Any]:
-        """Return the backend of this name."""
+        """Return the implementation of the backend with this name."""
         return next(backend.run for backend in (*self.backends, *self.parts) if backend.name == name)
 
 
 TABLES: list[BackendTable] = []
-"""Tables of the packages imported so far; `ops.catalogue` imports them all."""
+"""Tables of the packages that have been imported; `ops.catalogue` imports all of them."""
 
 
 @contextmanager
 def separate_operations() -> Iterator[None]:
-    """Within the block, in this thread, compute every operation by itself, so that its result can be seen."""
+    """Turn fused kernels off in this thread inside a `with` block, so that each operation's result can be observed."""
     token = _separate.set(True)
     try:
         yield
@@ -195,7 +201,7 @@ def separate_operations() -> Iterator[None]:
 
 @contextmanager
 def portable_only() -> Iterator[None]:
-    """Within the block, in this thread, have plain torch serve everything."""
+    """Use only plain torch backends in this thread inside a `with` block."""
     token = _portable.set(True)
     try:
         yield

@@ -1,4 +1,4 @@
-"""All operations with their backends, and which of these can run on this machine."""
+"""List of all operations with their backends, and whether each backend can run on this machine."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _PACKAGES = (
 
 
 class Entry(NamedTuple):
-    """A backend of an operation.
+    """Backend of an operation.
 
     Attributes:
-        op: the operation.
-        backend: see `ops.backend`.
-        missing: why it cannot run here; None if it can.
+        op: name of the operation.
+        backend: name of the backend, see `ops.backend`.
+        missing: reason why it cannot run here; None if it can.
     """
 
     op: str
@@ -33,14 +33,14 @@ class Entry(NamedTuple):
 
 
 def tables() -> Sequence[BackendTable]:
-    """Return the table of every operation, by name."""
+    """Return the tables of all operations, sorted by name."""
     for name in _PACKAGES:
         import_module(f"lamella.ops.{name}")
     return sorted(TABLES, key=lambda table: table.name)
 
 
 def entries() -> list[Entry]:
-    """Return every backend of every operation, in the order in which they are asked."""
+    """Return every backend of every operation, in order of preference."""
     return [
         Entry(table.name, backend.name, why_missing(backend.name))
         for table in tables()
@@ -50,7 +50,7 @@ def entries() -> list[Entry]:
 
 @cache
 def why_missing(backend: str) -> str | None:
-    """Return why a backend cannot run on this machine, in a few words; None if it can."""
+    """Return a short reason why a backend cannot run on this machine; None if it can."""
     if backend == "native":
         return native.why_unavailable()
     if backend in ("torch", "composed", "reference"):

@@ -1,10 +1,10 @@
-"""Launch Triton kernels, compiled or in Triton's interpreter.
+"""Launch of Triton kernels, compiled or in Triton's interpreter.
 
 Programmatic dependent launch (PDL): what a kernel may read before its wait
 ---------------------------------------------------------------------------
-A kernel launched with `dependent_launch` may start while earlier launches of its stream still run. Only after its wait
-is everything that those launches wrote complete and visible. How far back unfinished launches reach depends on when the
-launch directly ahead lets its successor start:
+A kernel launched with `dependent_launch` may start while earlier launches of its stream still run. The writes of those
+launches are complete and visible only after its wait. Which launches may be unfinished depends on when the launch
+directly ahead lets its successor start:
 
 =======================================================  =====================================================
 launch directly ahead                                    may be unfinished when this kernel starts
@@ -16,18 +16,18 @@ with `early`)
 any other kernel (PyTorch's, FlashInfer's)               its writes, which may not be visible yet
 =======================================================  =====================================================
 
-So before its wait a kernel may read
+Before its wait a kernel may therefore read
 
 * weights and other constants;
-* a step's inputs (slot mapping, block tables, slots, positions), since the step's embedding lies between: they are
-  copied to the device before the first layer;
+* a step's inputs (slot mapping, block tables, slots, positions), which are copied to the device before the first layer,
+  with the embedding kernel between;
 * state of earlier tokens (cached keys and values, convolution history), for the same reason;
-* an attention plan, behind which `plan_decode` launches an ordinary kernel.
+* an attention plan, after which `plan_decode` launches an ordinary kernel.
 
-Everything that a layer computes within the step (projections, angles, temperatures) is read after the wait, even where
-it is computed once for many layers: in the layer that computes it, its launch is directly ahead. Nothing is written
-before the wait, and at least one program of each kernel waits. `tests/ops/test_dependent_launch.py` checks these rules
-in Triton's interpreter, for a step of every kind of model.
+Everything that a layer computes within the step (projections, cos/sin, temperatures) must be read after the wait. This
+holds even for values that are computed once for many layers, because the first layer's launch is directly ahead. A
+kernel must not write before the wait, and at least one program of each kernel must wait.
+`tests/ops/test_dependent_launch.py` checks these rules in Triton's interpreter, for a step of every kind of model.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ from torch import Tensor
 
 
 def dependent_launch(x: Tensor) -> dict[str, Any]:
-    """Return keyword arguments that let a kernel on `x` start while the one ahead of it in the stream still runs.
+    """Return launch arguments that let a kernel on `x` start while the kernel ahead in the stream still runs.
 
-    The kernel takes a constexpr `PDL` and follows the rules of this module's docstring. Compute capability 9.0 on.
+    The kernel must have a constexpr `PDL` and follow the rules of this module's docstring. Needs compute capability
+    9.0.
     """
     if x.is_cuda and _has_dependent_launch(x.device):
         return {"PDL": True, "launch_pdl": True}
@@ -56,7 +57,7 @@ def _has_dependent_launch(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-# Triton's own of these names are made for constants within kernels, and take ten times as long on the host.
+# Triton's functions of these names are made for constants in kernels, and take ten times as long on the host.
 
 
 def cdiv(a: int, b: int) -> int:
@@ -65,20 +66,20 @@ def cdiv(a: int, b: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of 2 that is at least n, and 1."""
+    """Return the smallest power of 2 that is at least n; at least 1."""
     return 1 << max(0, n - 1).bit_length()
 
 
 @triton.jit
 def wait_for_predecessor(PDL: tl.constexpr):
-    """Wait until all earlier launches are complete and visible; only then let the next kernel start."""
+    """Wait until all earlier launches are complete and visible, and then let the next kernel start."""
     wait(PDL)
     start_successor(PDL)
 
 
 @triton.jit
 def start_successor(PDL: tl.constexpr):
-    """Let the next kernel start. Called before `wait`, it extends what that kernel must not read before its wait."""
+    """Let the next kernel start. Called before `wait`, it restricts what that kernel may read before its own wait."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 

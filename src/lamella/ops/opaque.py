@@ -1,7 +1,7 @@
-"""Operations that torch.compile does not look into, and the one for what has a memory, or speaks with other processes.
+"""Opaque operations, which torch.compile does not trace, including one for modules with state or communication.
 
-Who computes is told by a tensor with a number. A number of its own among a layer's attributes, or a name, would be
-compiled in, and each layer would be a program of its own.
+The module that computes is identified by a tensor with a number (a handle). A Python number or name would be compiled
+into the program, and each layer would need its own program.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ Result = TypeVar("Result", Tensor, tuple[Tensor, Tensor])
 
 
 def operation(signature: str, compute: Callable[..., Result], shape: Callable[..., Result]) -> Library:
-    """Make an operation of `torch.ops.lamella`, of this name and signature. It goes with the returned library.
+    """Register an operation in `torch.ops.lamella`.
 
     Args:
-        signature: as torch's schemas are written.
+        signature: name and signature, in the form of torch's schemas.
         compute: the implementation.
-        shape: the fake (meta) kernel, which returns tensors of the right shapes.
+        shape: fake (meta) kernel, which returns tensors with the output shapes.
+
+    Returns:
+        The library; the operation exists as long as this object.
     """
     library, name = Library("lamella", "FRAGMENT"), signature.partition("(")[0]
     library.define(signature, tags=(torch.Tag.needs_fixed_stride_order,))
@@ -33,32 +36,50 @@ def operation(signature: str, compute: Callable[..., Result], shape: Callable[..
     return library
 
 
-class StateModuleKit(Protocol):
-    """Whoever computes something that must not be traced."""
+class OpaqueModule(Protocol):
+    """Object whose computations must not be traced."""
 
     def compute(self, part: str, inputs: Sequence[Tensor]) -> Tensor:
-        """The part called `part` of inputs (T, ...): a new tensor (T, ..., width) of the first one's dtype."""
+        """Run the computation `part`.
+
+        Args:
+            part: name of the computation.
+            inputs: (T, ...) each.
+
+        Returns:
+            A new tensor (T, ..., width) in the dtype of the first input.
+        """
         ...
 
 
-_state_modules: WeakValueDictionary[int, StateModuleKit] = WeakValueDictionary()
+_modules: WeakValueDictionary[int, OpaqueModule] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def handle(state_module: StateModuleKit) -> Tensor:
-    """What `call` is given for a state_module: () int64 on the CPU. It keeps nothing alive."""
+def handle(module: OpaqueModule) -> Tensor:
+    """Return the handle of a module for `call`: () int64 on the CPU. It does not keep the module alive."""
     number = next(_numbers)
-    _state_modules[number] = state_module
+    _modules[number] = module
     return torch.tensor(number, device="cpu")
 
 
 def call(handle: Tensor, part: str, inputs: Sequence[Tensor], width: int) -> Tensor:
-    """What the state_module makes of the inputs: of the shape and dtype of the first, but `width` wide."""
+    """Run a computation of a module as one opaque operation.
+
+    Args:
+        handle: handle of the module.
+        part: name of the computation.
+        inputs: inputs of the computation.
+        width: size of the output's last dimension.
+
+    Returns:
+        The shape and dtype of the first input, except for the last dimension.
+    """
     return torch.ops.lamella.opaque(list(inputs), width, handle, part)
 
 
 def _opaque(inputs: Sequence[Tensor], width: int, handle: Tensor, part: str) -> Tensor:
-    out = _state_modules[int(handle)].compute(part, inputs).contiguous()
+    out = _modules[int(handle)].compute(part, inputs).contiguous()
     assert out.shape == (*inputs[0].shape[:-1], width)
     return out
 

@@ -1,6 +1,6 @@
-"""Arguments of operations that travel together. Each is complete: an operation takes one of them or None.
+"""Groups of op arguments that belong together. An op takes a whole group or None.
 
-All of them are immutable and cheap to make, since some are made for every layer of a decode step. The batch itself is
+They are immutable and cheap to create, because some are created for every layer of a decode step. The batch itself is
 `ops.ragged.RaggedBatch`.
 """
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 class ConvWeights(NamedTuple):
-    """Weights of a short causal convolution of C channels over W tokens, and what follows it.
+    """Weights of a short causal convolution of C channels over W tokens, and the operations after it.
 
     Attributes:
         weight: (C, W), any strides; column W-1 multiplies the current token.
         bias: (C,), or None.
-        activation: apply SiLU to the convolution's output.
-        residual: add the input to the result.
+        activation: whether SiLU is applied to the convolution's output.
+        residual: whether the input is added to the result.
     """
 
     weight: Tensor
@@ -31,7 +31,7 @@ class ConvState(NamedTuple):
     """Latest inputs of a short convolution, by slot.
 
     Attributes:
-        history: (slots, W-1, C), any strides: a ring of inputs per slot, the one at position p in row p % (W-1).
+        history: (slots, W-1, C), any strides: a ring buffer of inputs per slot, position p in row p % (W-1).
         slots: (R,) int64, the slot of each request.
     """
 
@@ -43,9 +43,9 @@ class ConvStep(NamedTuple):
     """A short convolution with state in a step where every request has one new token.
 
     Attributes:
-        weights: of the convolution.
-        state: its histories; `state.slots` is (T,).
-        positions: (T,) int64, absolute.
+        weights: weights of the convolution.
+        state: its history; `state.slots` is (T,).
+        positions: (T,) int64, absolute positions of the new tokens.
     """
 
     weights: ConvWeights
@@ -54,7 +54,7 @@ class ConvStep(NamedTuple):
 
 
 class RecurrentState(NamedTuple):
-    """Matrices of a recurrent mixer, by slot.
+    """Recurrent matrices of a mixer, by slot.
 
     Attributes:
         matrix: (slots, ...) fp32, contiguous within a slot.
@@ -65,7 +65,7 @@ class RecurrentState(NamedTuple):
     slots: Tensor
 
     def of_requests(self, requests: slice) -> RecurrentState:
-        """Return the state of some of the requests."""
+        """Return the state of a range of requests."""
         return RecurrentState(self.matrix, self.slots[requests])
 
 
@@ -73,7 +73,7 @@ class ResidualNorm(NamedTuple):
     """An RMS norm that first adds the residual stream.
 
     Attributes:
-        residual: (T, N), of the input's dtype.
+        residual: (T, N) in the input's dtype.
         weight: (N,) fp32.
         eps: added to the mean square.
     """
@@ -112,12 +112,12 @@ class HeadNorms(NamedTuple):
 
 
 class Rope(NamedTuple):
-    """Rotation of the first 2 P channels of every head.
+    """Rotation (RoPE) of the first 2 * P channels of every head.
 
     Attributes:
         cos: (T, P) fp32.
         sin: (T, P) fp32.
-        interleaved: whether the pairs are (2i, 2i + 1); otherwise (i, i + P).
+        interleaved: True for pairs (2i, 2i + 1), False for pairs (i, i + P).
     """
 
     cos: Tensor
@@ -126,13 +126,13 @@ class Rope(NamedTuple):
 
 
 class QKVSteps(NamedTuple):
-    """Steps from projected queries and keys to those of attention. A step that is None is left out.
+    """Operations on projected queries and keys before attention. An operation that is None is skipped.
 
     Attributes:
-        sizes: of the projection.
-        norms: applied first.
-        rope: rotation, after the convolution where there is one.
-        q_scale: (T,) fp32, a factor for the queries of each token, applied last.
+        sizes: widths of the projection.
+        norms: norms, applied first.
+        rope: rotation, applied after the convolution if there is one.
+        q_scale: (T,) fp32, factor of each token's queries, applied last.
     """
 
     sizes: HeadSizes
@@ -142,14 +142,14 @@ class QKVSteps(NamedTuple):
 
 
 class PagedCache(NamedTuple):
-    """Keys and values of one layer in blocks, and where a step finds and puts its own.
+    """Paged KV cache of one layer, with the block table and slot mapping of a step.
 
     Attributes:
         k: (num_blocks, block_size, KV, D).
-        v: the same for the values.
+        v: (num_blocks, block_size, KV, D).
         block_table: (R, B) int32. The token at position p of request r is in row `p % block_size` of block
-            `block_table[r, p // block_size]`. Entries of blocks that no query sees may be anything.
-        slot_mapping: (T,) int64, the flat row `block * block_size + offset` of each new token.
+            `block_table[r, p // block_size]`. Entries of blocks that no query sees may have any value.
+        slot_mapping: (T,) int64, flat row `block * block_size + offset` of each new token.
     """
 
     k: Tensor

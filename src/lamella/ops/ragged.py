@@ -1,4 +1,4 @@
-"""Requests as ranges of flat tokens, for operations over time."""
+"""`RaggedBatch`: requests as ranges of flat tokens."""
 
 from __future__ import annotations
 
@@ -12,25 +12,39 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RaggedBatch:
-    """R requests with T new tokens in all, request after request; no padding.
+    """R requests with T new tokens in total, concatenated without padding.
 
-    The first `num_decodes` requests have exactly one new token each. Lengths are kept twice, as tensors for kernels
-    and as tuples for host code, so that no operation has to wait for the device.
+    Lengths are kept twice, as tensors for kernels and as tuples for host code, so that no op must wait for the device.
+
+    Attributes:
+        positions: (T,) int64, absolute position of each new token in its request.
+        query_start_loc: (R + 1,) int32, bounds of each request's new tokens.
+        seq_lens: (R,) int32, tokens of each request, including the new ones.
+        token_request: (T,) int64, index of each token's request.
+        query_lens: R new tokens on the host; may be empty if unknown.
+        context_lens: values of `seq_lens` on the host; may be empty if unknown.
+        num_decodes: number of requests with exactly one new token; they come first.
     """
 
-    positions: Tensor  # (T,) int64, absolute position of each new token in its request
-    query_start_loc: Tensor  # (R + 1,) int32, bounds of each request's new tokens
-    seq_lens: Tensor  # (R,) int32, tokens of the request including the new ones
-    token_request: Tensor  # (T,) int64, index of the request that a token belongs to
-    query_lens: tuple[int, ...]  # R, new tokens
-    context_lens: tuple[int, ...]  # R, the same as seq_lens
+    positions: Tensor
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    token_request: Tensor
+    query_lens: tuple[int, ...]
+    context_lens: tuple[int, ...]
     num_decodes: int
 
     @classmethod
     def from_lengths(
         cls, query_lens: Sequence[int], context_lens: Sequence[int], device: torch.device | str = "cpu"
     ) -> RaggedBatch:
-        """Return the batch of `query_lens[r]` new tokens at the end of `context_lens[r]` tokens, both >= 1."""
+        """Return the batch of requests with these lengths.
+
+        Args:
+            query_lens: new tokens of each request, at least 1.
+            context_lens: tokens of each request, including the new ones.
+            device: device of the tensors.
+        """
         assert len(query_lens) == len(context_lens) and all(
             1 <= new <= total for new, total in zip(query_lens, context_lens, strict=True)
         )
@@ -38,7 +52,7 @@ class RaggedBatch:
         starts = [0, *accumulate(query_lens)]
         lengths = torch.tensor(query_lens, dtype=torch.int64)
         token_request = torch.repeat_interleave(torch.arange(len(query_lens)), lengths, output_size=starts[-1])
-        # Position = (context - new) + index in the request; the flat index less the request's start gives the latter.
+        # position = (context - new) + (flat index - start of the request)
         shift = torch.tensor([c - n - s for c, n, s in zip(context_lens, query_lens, starts, strict=False)])
         positions = torch.arange(starts[-1]) + shift[token_request]
 
@@ -57,7 +71,7 @@ class RaggedBatch:
 
     @classmethod
     def from_decodes(cls, positions: Tensor) -> RaggedBatch:
-        """Return the batch of requests with one new token each, at positions (T,); context lengths stay unknown."""
+        """Return the batch of requests with one new token each at positions (T,), without context lengths."""
         tokens = positions.shape[0]
         index = torch.arange(tokens + 1, device=positions.device)
         return cls(
@@ -72,10 +86,10 @@ class RaggedBatch:
 
     @property
     def num_tokens(self) -> int:
-        """New tokens of all requests."""
+        """Number of new tokens of all requests."""
         return self.positions.shape[0]
 
     @property
     def num_requests(self) -> int:
-        """Requests R."""
+        """Number of requests."""
         return self.query_start_loc.shape[0] - 1

@@ -1,4 +1,4 @@
-"""States of recurrent mixers in slots, and walking a ragged batch chunk by chunk, in plain torch."""
+"""Recurrent states in slots, and iteration over a ragged batch in padded chunks, in plain torch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lamella.ops.ragged import RaggedBatch
 
 
 def read_states(batch: RaggedBatch, state: RecurrentState | None, shape: tuple[int, ...]) -> Tensor:
-    """Return a copy of every request's state before its new tokens: (R, *shape) fp32.
+    """Return a copy (R, *shape) fp32 of every request's state before its new tokens.
 
-    The state is zero without `state`, and for a request whose first token is among the new ones.
+    It is zero for requests whose first token is among the new ones, and for all requests if `state` is None.
     """
     if state is None:
         return torch.zeros(batch.num_requests, *shape, device=batch.query_start_loc.device)
@@ -24,8 +24,8 @@ def read_states(batch: RaggedBatch, state: RecurrentState | None, shape: tuple[i
     return torch.where(old.view(-1, *(1 for _ in shape)), state.matrix[state.slots], 0.0)
 
 
-def decodes_of(batch: RaggedBatch) -> RaggedBatch:
-    """The first `num_decodes` requests of a batch, as one of their own; without its lengths on the host."""
+def select_decodes(batch: RaggedBatch) -> RaggedBatch:
+    """Return a batch of the decodes only, without lengths on the host."""
     count = batch.num_decodes
     return replace(
         batch,
@@ -38,8 +38,8 @@ def decodes_of(batch: RaggedBatch) -> RaggedBatch:
     )
 
 
-def prefills_of(batch: RaggedBatch) -> RaggedBatch:
-    """All other requests of a batch, as one of their own; without its lengths on the host."""
+def select_prefills(batch: RaggedBatch) -> RaggedBatch:
+    """Return a batch of the requests after the decodes, without lengths on the host."""
     count = batch.num_decodes
     if not count:
         return batch
@@ -55,55 +55,65 @@ def prefills_of(batch: RaggedBatch) -> RaggedBatch:
     )
 
 
-def by_kind(batch: RaggedBatch) -> Iterator[tuple[bool, slice, RaggedBatch]]:
-    """Yield the decodes, then the other requests, each where there are any.
+def split_by_kind(batch: RaggedBatch) -> Iterator[tuple[bool, slice, RaggedBatch]]:
+    """Yield the decodes and then the other requests, if there are any.
 
     Yields:
-        Whether they are decodes; the rows of their tokens, which from the first are those of the requests too; and a
-        batch of their own.
+        Whether they are decodes; the slice of their tokens, which is also the slice of the requests; and their batch.
     """
     if batch.num_decodes:
-        yield True, slice(0, batch.num_decodes), decodes_of(batch)
+        yield True, slice(0, batch.num_decodes), select_decodes(batch)
     if batch.num_decodes < batch.num_requests:
-        yield False, slice(batch.num_decodes, None), prefills_of(batch)
+        yield False, slice(batch.num_decodes, None), select_prefills(batch)
 
 
 class Chunk(NamedTuple):
-    """Some tokens of each of the first `requests` of a walk, padded to equal numbers."""
+    """Some tokens of each of the first `requests` requests, padded to equal numbers.
+
+    Attributes:
+        requests: number of requests.
+        token: (requests, width) int64, index in the flat batch; padding repeats the request's last token.
+        valid: (requests, width) bool, False for padding.
+        is_full: True if there is no padding.
+    """
 
     requests: int
-    token: Tensor  # (requests, width) int64, index into the flat batch; a pad repeats the request's last token
-    valid: Tensor  # (requests, width) bool, False for a pad
-    full: bool  # no pads
+    token: Tensor
+    valid: Tensor
+    is_full: bool
 
-    def take(self, x: Tensor) -> Tensor:
-        """Return x (T, heads, ...) of the chunk's tokens: (requests, heads, width, ...) fp32."""
+    def gather(self, x: Tensor) -> Tensor:
+        """Return the chunk's tokens (requests, heads, width, ...) fp32 of x (T, heads, ...)."""
         return x[self.token].float().transpose(1, 2)
 
-    def blank(self, x: Tensor) -> Tensor:
-        """Return x (requests, heads, width, ...) with zeros for the pads."""
-        if self.full:
+    def zero_padding(self, x: Tensor) -> Tensor:
+        """Return x (requests, heads, width, ...) with zeros for padding."""
+        if self.is_full:
             return x
         return torch.where(self.valid.view(self.requests, 1, -1, *(1 for _ in x.shape[3:])), x, 0.0)
 
-    def put(self, out: Tensor, values: Tensor) -> None:
+    def scatter(self, out: Tensor, values: Tensor) -> None:
         """Write values (requests, heads, width, ...) to their tokens' rows of out (T, heads, ...)."""
         values = values.transpose(1, 2)
-        if self.full:
+        if self.is_full:
             out[self.token] = values.to(out.dtype)
         else:
             out[self.token[self.valid]] = values[self.valid].to(out.dtype)
 
 
 def longest_first(batch: RaggedBatch) -> Tensor:
-    """The requests, ordered so that those that still have tokens are always the first: (R,) int64."""
+    """Return the requests (R,) int64 by descending length, so that requests with tokens left always come first."""
     return batch.query_start_loc.diff().argsort(descending=True, stable=True)
 
 
-def walk(batch: RaggedBatch, order: Tensor, size: int, multiple: int = 1) -> Iterator[Chunk]:
-    """The new tokens of the requests `order`, `size` of each at a time; widths are padded to a multiple.
+def iterate_chunks(batch: RaggedBatch, order: Tensor, size: int, multiple: int = 1) -> Iterator[Chunk]:
+    """Yield the new tokens in chunks. Reads the lengths on the host.
 
-    Reads the lengths on the host.
+    Args:
+        batch: lengths of the requests.
+        order: (R,) int64, requests by descending length.
+        size: maximum tokens of a request per chunk.
+        multiple: widths of chunks are padded to a multiple of this number.
     """
     starts, lengths = batch.query_start_loc[:-1][order].long(), batch.query_start_loc.diff()[order].long()
     on_host = lengths.tolist()

@@ -1,4 +1,4 @@
-"""The GPU's kernels against their references, on tiny tensors: where one is wrong, nothing may run silently."""
+"""Self-check at start-up: compare the GPU kernels with their references on tiny tensors."""
 
 from __future__ import annotations
 
@@ -33,14 +33,22 @@ from lamella.ops.selective_scan import reference as scan_reference
 from lamella.ops.short_conv import reference as conv_reference
 from lamella.ops.swiglu import reference as swiglu_reference
 
-# How far a result may be from its reference, in units of the reference's root mean square.
+# Maximum difference from the reference, relative to the reference's root mean square.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _BLOCK = 4
 
 
 @torch.inference_mode()
 def self_check(dtype: torch.dtype, device: torch.device) -> None:
-    """Run every kernel of ours once. Raises `KernelError` naming the first that is wrong."""
+    """Run every Triton kernel of lamella once, if they are used on this device.
+
+    Args:
+        dtype: dtype of activations.
+        device: device to check.
+
+    Raises:
+        KernelError: a kernel differs from its reference; the message names the kernel.
+    """
     if not use_triton(torch.empty(0, device=device)):
         return
     generator = torch.Generator(device).manual_seed(0)
@@ -126,9 +134,9 @@ def _attention_checks(
     rows = blocks[batch.token_request, batch.positions // _BLOCK].long() * _BLOCK + batch.positions % _BLOCK
     caches = [random(13, _BLOCK, kv_heads, dim) for _ in range(2)]
     frequencies = random(dim // 2).float()
-    turns = batch.positions.float()[:, None] * frequencies
+    radians = batch.positions.float()[:, None] * frequencies
     cos, sin = rotary.angles(batch.positions, frequencies, 1.0)
-    yield "angles", torch.cat((cos, sin)), torch.cat((turns.cos(), turns.sin()))
+    yield "angles", torch.cat((cos, sin)), torch.cat((radians.cos(), radians.sin()))
     periodic = (function.angles(batch.positions, frequencies, 1.0, 2)[1] for function in (rotary, rotary_reference))
     yield "angles within a period", *periodic
     growth = [function.temperature(batch.positions, 0.5, 2) for function in (rotary, rotary_reference)]

@@ -1,1 +1,1 @@
-"""Tensor parallelism as layers see it: the process group, and each rank's shard of a tensor."""
+"""Tensor parallelism for layers: the process group, and each rank's shard of a tensor."""

@@ -1,4 +1,4 @@
-"""Sums and gathers over the ranks of a tensor-parallel group."""
+"""Collective operations over the ranks of a tensor-parallel group."""
 
 from __future__ import annotations
 
@@ -13,56 +13,62 @@ from torch import Tensor
 from lamella.ops import opaque
 from lamella.parallel.sharding import Partition
 
-# How long a rank waits for the others: longer than the slowest compiles a kernel, since nobody waits while idle.
+# Maximum wait in a collective. It must exceed the longest kernel compilation; idle ranks do not wait in a collective.
 TIMEOUT = timedelta(minutes=5)
 
 
 class Group:
-    """A rank alone, which has nothing to wait for.
+    """Group of one rank, and the interface of larger groups.
 
     Attributes:
-        partition: what is this rank's of a model.
+        partition: position of this rank, and its shards of a model.
+        handle: handle for compiled programs, see `lamella.ops.opaque`; None unless an engine compiles.
     """
 
     def __init__(self, partition: Partition | None = None) -> None:
         self.partition = partition or Partition()
-        self.handle: Tensor | None = None  # of a compiling engine, see ops.opaque
+        self.handle: Tensor | None = None
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over all ranks, the same to the last bit on each; x may be overwritten."""
+        """Return the sum of x over all ranks, bitwise equal on each rank; x may be overwritten."""
         return x
 
     def compute(self, part: str, inputs: Sequence[Tensor]) -> Tensor:
-        """The sum of [x], untraced; x is left as it is."""
+        """Return the sum of inputs [x] over all ranks without changing x; called when the opaque operation runs."""
         (x,) = inputs
         return self.all_reduce(x.clone())
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """x (..., n) of all ranks side by side: (..., size * n)."""
+        """Return the tensors x (..., n) of all ranks, concatenated: (..., size * n)."""
         return x
 
-    def smallest(self, value: int) -> int:
-        """The least of all ranks' values."""
+    def all_reduce_min(self, value: int) -> int:
+        """Return the minimum of `value` over all ranks."""
         return value
 
     def abort(self) -> None:
-        """Make whoever waits for another rank give up; the group is of no use afterwards."""
+        """Abort pending collectives of this rank; the group cannot be used afterwards."""
 
 
 class TensorParallelGroup(Group):
-    """Ranks over NCCL on CUDA, over gloo on CPUs.
+    """Group of several ranks, over NCCL on CUDA and over gloo on CPUs.
 
-    It is a process group of its own, beside torch's default one, so that a process can have several engines and use
-    `torch.distributed` for its own ends. Nothing listens outside the host.
+    It uses its own process group instead of torch's default one, so that a process can have several engines and can use
+    `torch.distributed` itself. No socket is reachable from outside the host.
     """
 
     def __init__(self, partition: Partition) -> None:
-        """Knows its share at once; `connect` before anything is summed."""
+        """Set the partition; call `connect` before the first collective."""
         super().__init__(partition)
         self._group: Any = None
 
     def connect(self, folder: Path, device: torch.device) -> None:
-        """Meet the other ranks, through a file in `folder`. Returns when all are there."""
+        """Connect to the other ranks, and return when all are connected.
+
+        Args:
+            folder: folder for the rendezvous file, the same for all ranks.
+            device: CPU or CUDA device of this rank.
+        """
         import torch.distributed as dist
         from torch.distributed.distributed_c10d import AllgatherOptions
 
@@ -85,10 +91,11 @@ class TensorParallelGroup(Group):
         self._sum, self._min, self._gather = dist.AllreduceOptions(), dist.AllreduceOptions(), AllgatherOptions()
         self._min.reduceOp = dist.ReduceOp.MIN  # type: ignore[assignment]
         for each in (self._sum, self._min, self._gather):
-            each.asyncOp = False  # on the current stream, which a graph captures
-        self.smallest(0)  # NCCL opens its channels with the first operation, which must not be in a graph
+            each.asyncOp = False  # run on the current stream, so that CUDA graphs can capture it
+        self.all_reduce_min(0)  # NCCL sets up channels in the first collective, which a CUDA graph must not capture
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        """Return the sum of x over all ranks; x may be overwritten."""
         if self.handle is not None and torch.compiler.is_compiling():
             return opaque.call(self.handle, "all_reduce", (x,), x.shape[-1])
         x = x.contiguous()
@@ -96,21 +103,24 @@ class TensorParallelGroup(Group):
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
+        """Return the tensors x (..., n) of all ranks, concatenated: (..., size * n)."""
         every = x.new_empty(self.partition.size * x.numel())
         _wait(self._group._allgather_base(every, x.contiguous().flatten(), self._gather))
         return every.view(self.partition.size, *x.shape).movedim(0, -2).flatten(-2)
 
-    def smallest(self, value: int) -> int:
+    def all_reduce_min(self, value: int) -> int:
+        """Return the minimum of `value` over all ranks."""
         least = torch.tensor([value], device=self._device)
         _wait(self._group.allreduce([least], self._min))
         return int(least)
 
     def abort(self) -> None:
-        if self._group is not None and self._device.type == "cuda":  # gloo's ranks notice by themselves
+        """Abort pending collectives of this rank; the group cannot be used afterwards."""
+        if self._group is not None and self._device.type == "cuda":  # gloo detects closed connections itself
             self._group.abort()
 
 
 def _wait(work: Any) -> None:
-    """For a collective's result; one that NCCL has put on the current stream may have no handle, nor need one."""
+    """Wait for a collective. NCCL returns None if it has enqueued the collective on the current stream."""
     if work is not None:
         work.wait()

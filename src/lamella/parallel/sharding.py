@@ -1,7 +1,7 @@
-"""How a tensor-parallel group divides a model: which places of each width a rank holds. Pure arithmetic.
+"""Sharding of a model over a tensor-parallel group: the indices of each dimension that a rank holds.
 
-Projections of one input are split by output (whole heads; gate and up each), projections back to the full width by
-input, embedding and head by vocabulary. What comes before the split and after the sum is the same on every rank.
+Projections from the residual stream are split by output (whole heads; gate and up separately), projections back to the
+residual stream by input, and embedding and head by vocabulary. The residual stream is the same on every rank.
 """
 
 from __future__ import annotations
@@ -18,26 +18,33 @@ from lamella.errors import ConfigError
 
 @dataclass(frozen=True)
 class Split:
-    """What one rank holds of a dimension of `full` places: the `spans` [start, stop), one after the other."""
+    """Indices of a dimension that one rank holds.
+
+    Attributes:
+        full: size of the dimension over all ranks.
+        spans: ranges [start, stop) that the rank holds, concatenated in this order.
+    """
 
     full: int
     spans: tuple[tuple[int, int], ...]
 
     @classmethod
     def whole(cls, full: int) -> Split:
+        """Return the split of a dimension that is not divided."""
         return cls(full, ((0, full),))
 
     @property
     def size(self) -> int:
+        """Size of the dimension on this rank."""
         return sum(stop - start for start, stop in self.spans)
 
     def times(self, width: int) -> Split:
-        """With `width` places for each: a split of heads becomes one of channels."""
+        """Return the split with `width` indices for each index, such as channels for heads."""
         return Split(self.full * width, tuple((start * width, stop * width) for start, stop in self.spans))
 
     @staticmethod
     def join(parts: Iterable[Split]) -> Split:
-        """Of widths that lie side by side: the rank's part of each, side by side."""
+        """Return the split of concatenated dimensions: the rank's indices of each part, concatenated."""
         full = 0
         spans: list[tuple[int, int]] = []
         for part in parts:
@@ -52,20 +59,41 @@ class Split:
 
 @dataclass(frozen=True)
 class Partition:
-    """A rank of `size`, and what is its own."""
+    """Position of a rank in a group, and its shards of a model.
+
+    Attributes:
+        rank: index of this rank.
+        size: number of ranks.
+    """
 
     rank: int = 0
     size: int = 1
 
     def even(self, full: int, field: str) -> Split:
-        """An equal part of `full` places; `field` names them where they cannot be divided."""
+        """Return an equal shard of a dimension.
+
+        Args:
+            full: size of the dimension over all ranks.
+            field: name of the dimension, for the error.
+
+        Raises:
+            ConfigError: the size is not divisible by the number of ranks.
+        """
         if full % self.size:
             raise ConfigError(f"{field}={full}: must be divisible by tensor_parallel_size={self.size}")
         part = full // self.size
         return Split(full, ((self.rank * part, (self.rank + 1) * part),))
 
-    def whole_ones(self, full: int, field: str) -> Split:
-        """Of `full` places as many as any other rank's, or one more: the first ranks have those that are left over."""
+    def nearly_even(self, full: int, field: str) -> Split:
+        """Return a nearly equal shard of a dimension: the first ranks hold one index more if there is a remainder.
+
+        Args:
+            full: size of the dimension over all ranks, such as the number of experts.
+            field: name of the dimension, for the error.
+
+        Raises:
+            ConfigError: there are fewer indices than ranks.
+        """
         if full < self.size:
             raise ConfigError(f"{field}={full}: must be at least tensor_parallel_size={self.size}")
         each, more = divmod(full, self.size)
@@ -73,11 +101,19 @@ class Partition:
         return Split(full, ((start, start + each + (self.rank < more)),))
 
     def heads(self, full: int) -> Split:
-        """Query heads."""
+        """Return this rank's query heads.
+
+        Raises:
+            ConfigError: the number of heads is not divisible by the number of ranks.
+        """
         return self.even(full, "num_attention_heads")
 
     def kv_heads(self, full: int) -> Split:
-        """Key/value heads: those of the rank's query heads, so that ranks hold the same ones where there are fewer."""
+        """Return the key/value heads of this rank's query heads; several ranks hold the same head if there are fewer.
+
+        Raises:
+            ConfigError: neither the heads divide the ranks nor the ranks the heads.
+        """
         if full % self.size and self.size % full:
             raise ConfigError(
                 f"num_key_value_heads={full}: must divide tensor_parallel_size={self.size}, or be divisible by it"
@@ -86,21 +122,30 @@ class Partition:
         return Split(full, ((first, first + max(1, full // self.size)),))
 
     def vocabulary(self, full: int) -> Split:
-        """Tokens; the last rank may have fewer than the others."""
-        part = self.vocabulary_part(full)
+        """Return this rank's tokens of the vocabulary; the last rank may hold fewer than the others.
+
+        Raises:
+            ConfigError: the vocabulary is too small to give every rank a token.
+        """
+        part = self.vocabulary_shard_size(full)
         if part * (self.size - 1) >= full:
             raise ConfigError(f"vocab_size={full}: too small for tensor_parallel_size={self.size}")
         return Split(full, ((self.rank * part, min(full, (self.rank + 1) * part)),))
 
-    def vocabulary_part(self, full: int) -> int:
-        """Tokens of every rank but the last."""
+    def vocabulary_shard_size(self, full: int) -> int:
+        """Return the number of tokens of every rank except the last."""
         return -(-full // self.size)
 
 
 def shard_tensor(tensor: Any, splits: Sequence[Split], _index: tuple[slice, ...] = ()) -> Tensor:
-    """A rank's part of a full tensor (or of a file's, which reads no more than it is asked for).
+    """Return a rank's shard of a full tensor.
 
-    `splits` are of the leading dimensions; the others are whole. A view where every dimension has one span.
+    Args:
+        tensor: a tensor, or a slice object of a safetensors file, of which only the shard is read.
+        splits: splits of the leading dimensions; further dimensions are not divided.
+
+    Returns:
+        The shard; a view of `tensor` if every split has one span.
     """
     dim = len(_index)
     if dim == len(splits):

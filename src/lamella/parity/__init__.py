@@ -1,4 +1,4 @@
-"""Proof that an engine computes what the reference computes: teacher forcing, every path, and the first wrong layer."""
+"""Parity kit: compare an engine with a reference, teacher-forced, on every path, and operation by operation."""
 
 from __future__ import annotations
 

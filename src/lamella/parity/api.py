@@ -1,4 +1,4 @@
-"""The kit's functions. All take a model (a folder, `demo`, or a Hub id) and the keywords of `ParityOptions`."""
+"""Functions of the parity kit. All take a model (a folder, `demo`, or a Hub id) and the keywords of `ParityOptions`."""
 
 from __future__ import annotations
 
@@ -20,55 +20,60 @@ from lamella.parity.free_running import TOP, FreeRunning, compare_generations
 from lamella.parity.path_matrix import PathMatrix, run_paths
 from lamella.parity.reference_model import ATTENTION
 from lamella.parity.report.report import Report
-from lamella.parity.scorers import open_scorer, resolve_reference
+from lamella.parity.scorers import check_reference, open_scorer, resolve_reference
 from lamella.parity.scores import Generation, Scores, Settings
 from lamella.parity.sequences import Inputs, TokenSequence, make_inputs
 from lamella.parity.stats import Comparison, compare_scores
-from lamella.parity.tested_model import TestedModel
+from lamella.parity.tested_model import ModelUnderTest
 from lamella.parity.verdict import Tolerances, judge_bisection, judge_paths, judge_stats
 from lamella.validation import checked_int
 
 CHECKS = ("stats", "paths", "bisect")
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
-# Log-probabilities of all runs that are kept whole; beyond that, the likeliest of each position.
+# Keep log-probabilities of the whole vocabulary up to this size over all runs; otherwise the top _TOP per position.
 _WHOLE_BYTES = 2 << 30
 _TOP = 256
-# Options of an engine that the kit has itself.
-_OWN = frozenset({"dtype", "device", "load_format", "hf_overrides"})
+# Engine options that must be given as parity options, because the reference uses them too.
+_PARITY_OPTIONS = frozenset({"dtype", "device", "load_format", "hf_overrides"})
 _PATH_TOKENS = 64
 _BISECT_TOKENS = 48
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParityOptions:
-    """What to compare, on what.
+    """Options of a comparison.
 
     Attributes:
-        engine: whose numbers are in question: lamella, vllm, hf, reference. Paths and bisect look inside `lamella`.
-        oracle: who tells the truth: hf (`transformers`), reference (the kit's own plain torch, which needs nothing
-            else), or auto: hf where it has the model.
-        dtype: of the engine; "auto" is the checkpoint's, except that bisect takes float32, where rounding hides least.
-            The truth is computed in float32 for the 16-bit dtypes, and in float64 for float32.
-        device: "auto" (CUDA where there is one), "cpu", "cuda".
+        engine: engine under test: "lamella", "vllm", "hf" or "reference". The checks `paths` and `bisect` support only
+            "lamella".
+        reference: reference implementation: "hf" (`transformers`), "reference" (the kit's own plain torch code, without
+            dependencies), or "auto" for "hf" if `transformers` supports the model and "reference" otherwise.
+        oracle: deprecated name of `reference`; give only one of the two.
+        dtype: dtype of the engine. "auto" is the checkpoint's dtype; for bisect it is float32, which makes errors
+            easiest to see. The reference runs in float32 for 16-bit dtypes, and in float64 for float32.
+        device: "auto" (CUDA if available), "cpu" or "cuda".
         prompts: a file, a list of prompts, "random", or None for the bundled text; see `make_inputs`.
-        count: sequences at most (random: exactly; 16 if None).
-        prompt_len, decode_len: tokens of a sequence that are prefilled, and that follow one by one.
-        batch_size: sequences that the engine runs at a time.
-        seed: of random tokens and dummy weights.
-        top: likeliest tokens of each position that are compared; None is all where 2 GiB hold them, else 256.
+        count: maximum number of sequences; exact number for "random" (16 if None).
+        prompt_len: tokens of each sequence that are prefilled.
+        decode_len: tokens of each sequence that are decoded one by one.
+        batch_size: sequences that the engine runs at the same time.
+        seed: seed of random tokens and dummy weights.
+        top: number of likeliest tokens compared at each position; None for the whole vocabulary if that needs at most
+            2 GiB, and 256 otherwise.
         free_running: also generate freely and compare as published comparisons do.
         load_format: "auto", or "dummy" for random weights.
-        max_model_len: the length that a `dynamic` rotation is scaled for.
-        placement: of a supernet, see `lamella.config.read_placement`.
-        hf_overrides: values in the place of the config file's, for every engine and for the truth; see
+        max_model_len: length in tokens for which a `dynamic` RoPE scaling is computed.
+        placement: placement of a supernet, see `lamella.config.read_placement`.
+        hf_overrides: values that replace those of the config file, for all engines and for the reference; see
             `EngineOptions.hf_overrides`.
-        engine_options: of lamella or vllm, under the engine's own names, for stats; paths and bisect choose theirs.
-        candidate: a loaded model to test in the place of the checkpoint's own, for lamella, with its dtype and device;
-            the checkpoint stays the truth.
+        engine_options: options of lamella or vllm under the engine's own names. Used by `stats` only.
+        candidate: loaded model to test instead of the checkpoint's, with its dtype and device (engine "lamella" only).
+            The reference still uses the checkpoint.
     """
 
     engine: str = "lamella"
-    oracle: str = "auto"
+    reference: str = "auto"
+    oracle: str | None = None
     dtype: str | torch.dtype = "auto"
     device: str | torch.device = "auto"
     prompts: str | Path | Sequence[Any] | None = None
@@ -87,38 +92,72 @@ class ParityOptions:
     candidate: LanguageModel | None = None
 
     def __post_init__(self) -> None:
+        if self.oracle is not None:
+            if self.reference != "auto":
+                raise ConfigError(
+                    f"oracle={self.oracle!r}: is the deprecated name of reference, and reference is given too; "
+                    "remove oracle"
+                )
+            check_reference("oracle", self.oracle)
+            object.__setattr__(self, "reference", self.oracle)
         for name, least in (("batch_size", 1), ("top", 2)):
             if getattr(self, name) is not None:
                 checked_int(name, getattr(self, name), least)
         if self.engine_options and self.engine in ("hf", "reference"):
             raise ConfigError(f"engine_options: {self.engine} has none")
-        if self.engine == "lamella" and (own := sorted(_OWN & self.engine_options.keys())):
+        if self.engine == "lamella" and (own := sorted(_PARITY_OPTIONS & self.engine_options.keys())):
             raise ConfigError(
                 f"engine_options: {', '.join(own)} must be given as an option of parity, beside engine_options: the "
                 "reference follows it too"
             )
         if self.candidate is not None and self.engine != "lamella":
-            raise ConfigError(f"candidate: only the engine lamella takes a loaded one, not {self.engine}")
+            raise ConfigError(f"candidate: only the engine lamella can test a loaded model, not {self.engine}")
 
 
 def score(model: str | Path, **options: Any) -> tuple[list[TokenSequence], list[Scores]]:
-    """The sequences, and `engine`'s log-probabilities of each, tokens forced."""
+    """Score sequences with one engine, teacher-forced.
+
+    Args:
+        model: a folder, `demo`, or a Hub id.
+        options: keywords of `ParityOptions`.
+
+    Returns:
+        The sequences, and the engine's log-probabilities for each of them.
+    """
     run = _Run(model, ParityOptions(**options))
     return list(run.inputs.sequences), run.score(run.options.engine, run.dtype)
 
 
 def compare(model: str | Path, **options: Any) -> Comparison:
-    """`engine` against the truth and the noise floor, teacher-forced."""
+    """Compare the engine with the reference and with the noise floor, teacher-forced.
+
+    Args:
+        model: a folder, `demo`, or a Hub id.
+        options: keywords of `ParityOptions`.
+    """
     return _Run(model, ParityOptions(**options)).compare()
 
 
 def paths(model: str | Path, **options: Any) -> PathMatrix:
-    """Every way to compute a sequence of up to 64 tokens, against the engine's full forward, state included."""
+    """Compute one sequence on every execution path, and compare logits and state with the engine's full forward.
+
+    Args:
+        model: a folder, `demo`, or a Hub id.
+        options: keywords of `ParityOptions`. The sequence has at most 64 tokens.
+    """
     return _Run(model, ParityOptions(**options)).paths()
 
 
 def bisect(model: str | Path, **options: Any) -> Bisection:
-    """Every operation fed the truth's input; `.first` is the first that rounding cannot explain, or None."""
+    """Compare every operation, given the reference's input, with the reference's output.
+
+    Args:
+        model: a folder, `demo`, or a Hub id.
+        options: keywords of `ParityOptions`. The sequence has at most 48 tokens.
+
+    Returns:
+        The result; `.first` is the first operation whose error is larger than rounding explains, or None.
+    """
     return _Run(model, ParityOptions(**options)).bisect()
 
 
@@ -129,27 +168,47 @@ def check(
     progress: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> Report:
-    """The checks, judged, as one report; without names, all that the engine can be asked for.
+    """Run checks and judge their results.
 
-    `progress` is told what is being done.
+    Args:
+        model: a folder, `demo`, or a Hub id.
+        checks: names out of "stats", "paths" and "bisect"; by default all that the engine supports.
+        tolerances: limits of `stats`; None for the defaults.
+        progress: called with a line of text at the start of each part of the work.
+        options: keywords of `ParityOptions`.
+
+    Returns:
+        The report; `.passed` is the verdict.
+
+    Raises:
+        ConfigError: an option is wrong, or the engine does not support a check.
     """
     settings = ParityOptions(**options)
     possible = CHECKS if settings.engine == "lamella" else CHECKS[:1]
     for name in checks:
         if name not in possible:
-            raise ConfigError(f"check {name!r}: the engine {settings.engine} can be asked for {', '.join(possible)}")
+            raise ConfigError(f"check {name!r}: the engine {settings.engine} supports {', '.join(possible)}")
     return _Run(model, settings, progress).report(checks or possible, tolerances or Tolerances())
 
 
 def assert_parity(model: str | Path, checks: Sequence[str] = (), **options: Any) -> Report:
-    """For tests: raises `AssertionError` with the reasons where `check` fails."""
+    """Run `check` and return its report.
+
+    Args:
+        model: a folder, `demo`, or a Hub id.
+        checks: names out of "stats", "paths" and "bisect"; by default all that the engine supports.
+        options: keywords of `ParityOptions`.
+
+    Raises:
+        AssertionError: a check fails; the message lists the reasons.
+    """
     report = check(model, checks, **options)
     assert report.passed, f"{model}: " + "; ".join(report.reasons)
     return report
 
 
 class _Run:
-    """One model, one set of options."""
+    """One run of the kit: a model, its inputs, and a set of options."""
 
     def __init__(
         self, model: str | Path, options: ParityOptions, progress: Callable[[str], None] = lambda text: None
@@ -157,18 +216,22 @@ class _Run:
         self.options, self._progress = options, progress
         o = options
         checked = EngineOptions(model=model, device=o.device, hf_overrides=o.hf_overrides)
-        self.tested = TestedModel.open(model, o.load_format, o.seed, o.max_model_len, o.placement, o.hf_overrides)
+        self.tested = ModelUnderTest.open(model, o.load_format, o.seed, o.max_model_len, o.placement, o.hf_overrides)
         self.device = checked.resolve_device()
         self.dtype = self.tested.dtype(options.dtype)
         if options.candidate is not None:
-            self._follow(options.candidate)
-        self.oracle = resolve_reference(options.oracle, self.tested)
+            self._use_candidate(options.candidate)
+        self.reference = resolve_reference(options.reference, self.tested)
 
-    def _follow(self, candidate: LanguageModel) -> None:
-        """A loaded model has its dtype and device already."""
+    def _use_candidate(self, candidate: LanguageModel) -> None:
+        """Use the dtype and device of a loaded model.
+
+        Raises:
+            ConfigError: the options name another dtype or device.
+        """
         weight = candidate.get_parameter("model.embed_tokens.weight")
-        for name, asked, own in (("dtype", self.dtype, weight.dtype), ("device", self.device, weight.device)):
-            if getattr(self.options, name) != "auto" and asked != own:
+        for name, requested, own in (("dtype", self.dtype, weight.dtype), ("device", self.device, weight.device)):
+            if getattr(self.options, name) != "auto" and requested != own:
                 raise ConfigError(f"{name}={getattr(self.options, name)!r}: the candidate's is {own}")
         self.dtype, self.device = weight.dtype, weight.device
 
@@ -206,14 +269,14 @@ class _Run:
             scorer.close()
 
     def compare(self) -> Comparison:
-        truth = self.score(self.oracle, _WIDER[self.dtype])
-        floors = {attention: self.score(self.oracle, self.dtype, attention) for attention in ATTENTION}
-        return compare_scores(self.inputs.sequences, truth, self.score(self.options.engine, self.dtype), floors)
+        reference = self.score(self.reference, _WIDER[self.dtype])
+        floors = {attention: self.score(self.reference, self.dtype, attention) for attention in ATTENTION}
+        return compare_scores(self.inputs.sequences, reference, self.score(self.options.engine, self.dtype), floors)
 
     def free_running(self) -> FreeRunning:
-        """Both engines in the engine's dtype, as published comparisons have them."""
+        """Compare free-running generations; both sides use the engine's dtype, as in published comparisons."""
         engine = self._generate(self.options.engine, TOP)
-        return compare_generations(engine, self._generate(self.oracle, None))
+        return compare_generations(engine, self._generate(self.reference, None))
 
     def _generate(self, engine: str, top: int | None) -> list[Generation]:
         self._progress(f"{engine}, free-running")
@@ -228,7 +291,7 @@ class _Run:
         self._only_lamella("paths")
         return run_paths(
             self.tested,
-            self._longest(_PATH_TOKENS),
+            self._longest_sequence(_PATH_TOKENS),
             self.dtype,
             self.device,
             self.options.seed,
@@ -241,26 +304,26 @@ class _Run:
         given = self.options.dtype != "auto" or self.options.candidate is not None
         dtype = self.dtype if given else torch.float32
         self._progress("bisect")
-        tokens = self._longest(_BISECT_TOKENS)
-        return run_bisect(self.tested, tokens, dtype, self.device, self.oracle, self.options.candidate)
+        tokens = self._longest_sequence(_BISECT_TOKENS)
+        return run_bisect(self.tested, tokens, dtype, self.device, self.reference, self.options.candidate)
 
     def _only_lamella(self, check: str) -> None:
         if self.options.engine != "lamella":
-            raise ConfigError(f"{check}: looks inside the engine lamella; {self.options.engine} can be asked for stats")
+            raise ConfigError(f"{check}: needs the engine lamella; the engine {self.options.engine} supports stats")
 
-    def _longest(self, length: int) -> tuple[int, ...]:
-        """The first tokens of the longest sequence."""
+    def _longest_sequence(self, length: int) -> tuple[int, ...]:
+        """Return at most `length` tokens from the start of the longest sequence."""
         return max((sequence.token_ids for sequence in self.inputs.sequences), key=len)[:length]
 
     def report(self, checks: Sequence[str], tolerances: Tolerances) -> Report:
         start = time.perf_counter()
         reasons: list[str] = []
-        stats = matrix = bisection = free = None
+        stats = matrix = bisection = generations = None
         if "stats" in checks:
             stats = self.compare()
             reasons += judge_stats(stats, self.dtype, tolerances)
         if self.options.free_running:
-            free = self.free_running()
+            generations = self.free_running()
         if "paths" in checks:
             matrix = self.paths()
             reasons += judge_paths(matrix)
@@ -270,7 +333,7 @@ class _Run:
         return Report(
             tested=self.tested,
             engine=self.options.engine,
-            oracle=self.oracle,
+            reference=self.reference,
             dtype=_name(self.dtype),
             reference_dtype=_name(_WIDER[self.dtype]),
             device=str(self.device),
@@ -282,7 +345,7 @@ class _Run:
             stats=stats,
             paths=matrix,
             bisection=bisection,
-            free_running=free,
+            free_running=generations,
             seconds=time.perf_counter() - start,
         )
 

@@ -1,9 +1,9 @@
-"""Which operation is wrong: each is fed the truth's input, in the real engine, and its output is compared.
+"""Bisection: find the first wrong operation by feeding every operation of the engine the reference's input.
 
-The truth comes from one full forward in float64. The engine then computes the same tokens in chunks and single steps,
-over its blocks and slots, while every operation's result is noted and replaced by the true one; so an operation that is
-wrong shows at its own site, and nothing after it inherits the error. What rounding explains is measured the same way,
-with the reference in the engine's dtype against the reference in float64.
+The reference values come from one full forward in float64. The engine then computes the same tokens in chunks and
+single decode steps over its blocks and slots. The output of every operation is recorded and replaced by the reference's
+value, so that an error shows at its own site and is not passed on. The error that rounding explains is measured in the
+same way, with the reference in the engine's dtype against the reference in float64.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from lamella.parity.scorers import resolve_reference
 from lamella.parity.scores import Settings
 from lamella.parity.sequences import split
 from lamella.parity.sites import Tap, layer_of, operation
-from lamella.parity.tested_model import TestedModel
+from lamella.parity.tested_model import ModelUnderTest
 
-# Errors beyond so many times what rounding explains are out of line.
+# An operation is out of line if its error is more than this many times the rounding error.
 RATIO_LIMIT = 12.0
 MAX_TOKENS = 256
 
-# The first chunks: a cut inside a block, then one shorter than a short convolution's memory, then the prompt's rest.
+# Lengths of the first chunks: the first ends inside a block, the second is shorter than a short convolution's window.
+# The rest of the prompt is the third chunk.
 CHUNKS = (5, 2)
 DECODES = 8
 
 
-# What it means that an operation, fed with the truth's input, gives NaN or Inf.
+# Explanations for an operation that returns NaN or Inf for the reference's input.
 _NOT_FINITE = {
     "engine": "NaN or Inf in the engine, not in the reference: an overflow of the engine's dtype, or a wrong operation",
     "reference": "NaN or Inf in the reference, not in the engine",
@@ -46,19 +47,23 @@ _NOT_FINITE = {
 
 @dataclass(frozen=True)
 class Row:
-    """How one operation did.
+    """Result of one operation.
 
     Attributes:
-        site: its dotted path; `layer` and `op` say the same for people.
-        max, rms: of its errors against the truth.
-        relative: rms in units of the truth's own root mean square.
-        explained: rms of the errors that rounding to the engine's dtype brings.
-        ratio: the error in units of the explained one, at its worst position.
-        out_of_line: whether rounding cannot be why.
-        position, channel: the first position out of line, else the worst, and its worst channel.
-        missing: which side has no such operation, if one has not ("engine" or "reference").
-        not_finite: which side gives NaN or Inf, if one does ("engine", "reference" or "both"); `position` and `channel`
-            are then the first such value's.
+        site: dotted path of the operation.
+        layer: index of the layer; None outside the layers.
+        op: readable name of the operation.
+        max: largest absolute error against the reference.
+        rms: root mean square of the error.
+        relative: rms divided by the root mean square of the reference's value.
+        explained: rms of the error that rounding to the engine's dtype causes.
+        ratio: error divided by the rounding error, at the worst position.
+        out_of_line: whether the error is larger than rounding explains.
+        position: first position that is out of line, otherwise the worst.
+        channel: worst channel at `position`.
+        missing: the side that does not compute this operation ("engine" or "reference"); None if both do.
+        not_finite: the side with NaN or Inf ("engine", "reference" or "both"), or None. If set, `position` and
+            `channel` are those of the first such value.
     """
 
     site: str
@@ -76,82 +81,95 @@ class Row:
     not_finite: str | None = None
 
     def __str__(self) -> str:
-        place = f"{self.op} ({self.site})" if self.layer is None else f"layer {self.layer}, {self.op} ({self.site})"
+        location = f"{self.op} ({self.site})" if self.layer is None else f"layer {self.layer}, {self.op} ({self.site})"
         if self.missing:
-            return f"{place}: the {self.missing} does not compute it"
+            return f"{location}: the {self.missing} does not compute it"
         if self.not_finite:
-            return f"{place}, position {self.position}, channel {self.channel}: {_NOT_FINITE[self.not_finite]}"
+            return f"{location}, position {self.position}, channel {self.channel}: {_NOT_FINITE[self.not_finite]}"
         return (
-            f"{place}, position {self.position}, channel {self.channel}: rms error {self.rms:.3g}, largest "
+            f"{location}, position {self.position}, channel {self.channel}: rms error {self.rms:.3g}, largest "
             f"{self.max:.3g}, where rounding explains {self.explained:.3g}"
         )
 
 
 @dataclass(frozen=True)
 class Bisection:
-    """All operations in the order in which the truth computes them.
+    """Results of all operations.
 
     Attributes:
-        rows: one for each operation.
-        plan: tokens of each of the engine's steps.
-        oracle: whose truth it is.
+        rows: results in the order in which the reference computes the operations.
+        plan: number of tokens of each engine step.
+        reference: "hf" or "reference".
     """
 
     rows: tuple[Row, ...]
     plan: tuple[int, ...]
-    oracle: str
+    reference: str
 
     @property
     def first(self) -> Row | None:
-        """The first operation out of line."""
+        """The first operation out of line, or None."""
         return next((row for row in self.rows if row.out_of_line), None)
 
     @property
     def first_not_finite(self) -> Row | None:
-        """The first operation that gives NaN or Inf."""
+        """The first operation that returns NaN or Inf, or None."""
         return next((row for row in self.rows if row.not_finite), None)
 
 
 def run_bisect(
-    tested: TestedModel,
+    tested: ModelUnderTest,
     token_ids: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
-    oracle: str = "auto",
+    reference: str = "auto",
     candidate: LanguageModel | None = None,
 ) -> Bisection:
-    """Feed and compare every operation. `candidate` is tested in place of the one that the checkpoint gives."""
+    """Run the bisection over one sequence.
+
+    Args:
+        tested: model under test.
+        token_ids: 12 to 256 tokens.
+        dtype: dtype of the engine.
+        device: device of engine and reference.
+        reference: "auto", "hf" or "reference".
+        candidate: loaded model to test instead of the checkpoint's.
+
+    Raises:
+        ParameterError: too few or too many tokens.
+    """
     if not DECODES + 4 <= len(token_ids) <= MAX_TOKENS:
         raise ParameterError(f"bisect takes {DECODES + 4} to {MAX_TOKENS} tokens, not {len(token_ids)}")
-    oracle = resolve_reference(oracle, tested)
+    reference = resolve_reference(reference, tested)
     inputs = token_ids[:-1]
     weights = tested.weights(device)
     plain = ReferenceModel(tested.config, weights, torch.float64, device)
-    truth = _Recording()
-    if oracle == "hf":
+    recording = _Recording()
+    if reference == "hf":
         from lamella.parity.scorers.hf import HFModel
 
-        HFModel(tested, Settings(dtype=torch.float64, device=device)).logits(inputs, truth)
+        HFModel(tested, Settings(dtype=torch.float64, device=device)).logits(inputs, recording)
     else:
-        plain.logits(inputs, truth)
-    x_fp32, narrow = _Feeding(truth.values), _Feeding(truth.values)
-    plain.logits(inputs, x_fp32)
+        plain.logits(inputs, recording)
+    in_fp64, in_dtype = _Feeding(recording.values), _Feeding(recording.values)
+    plain.logits(inputs, in_fp64)
     del plain
-    ReferenceModel(tested.config, weights, dtype, device).logits(inputs, narrow)
-    engine = _Feeding(truth.values, lambda: require_batch().ragged.positions)
+    ReferenceModel(tested.config, weights, dtype, device).logits(inputs, in_dtype)
+    engine = _Feeding(recording.values, lambda: require_batch().ragged.positions)
     plan = _run_engine(candidate or tested.load(dtype, device), token_ids, device, engine)
     rows = []
-    for site, expected in truth.values.items():
-        rounding = narrow.values[site] - x_fp32.values[site]
+    for site, expected in recording.values.items():
+        rounding = in_dtype.values[site] - in_fp64.values[site]
         rows.append(_row(site, expected, engine.values.get(site), rounding, dtype))
-    if oracle == "reference":
-        # What the reference does not do, the engine must not do either; `transformers` may just not show it.
+    if reference == "reference":
+        # An operation that only the engine computes is an error. `transformers` may compute it where no tap sees it.
         rows += [_absent(site, "reference") for site in engine.extra]
-    return Bisection(tuple(rows), plan, oracle)
+    return Bisection(tuple(rows), plan, reference)
 
 
 def _run_engine(model: LanguageModel, token_ids: Sequence[int], device: torch.device, tap: Tap) -> tuple[int, ...]:
-    # A replayed graph calls no module, so there would be nothing to tap.
+    """Score the tokens with the engine through `tap`; return the number of tokens of each step."""
+    # Eager, because a replayed CUDA graph calls no module and so no tap.
     options = {"max_num_seqs": 1, "max_num_batched_tokens": MAX_TOKENS, "num_blocks": 64, "enforce_eager": True}
     engine = ForcedEngine(model, options, device)
     with tapped(model, tap):
@@ -159,7 +177,7 @@ def _run_engine(model: LanguageModel, token_ids: Sequence[int], device: torch.de
 
 
 class _Recording:
-    """A tap that keeps every value, in float64."""
+    """Tap that records every value in float64."""
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
@@ -170,31 +188,36 @@ class _Recording:
 
 
 class _Feeding:
-    """A tap that keeps every value and lets the truth go on in its place."""
+    """Tap that records every value and continues with the reference's value.
 
-    def __init__(self, truth: dict[str, Tensor], positions: Callable[[], Tensor] | None = None) -> None:
+    Attributes:
+        values: recorded values by site, in float64, at the positions that were computed.
+        extra: sites, in order, that the reference does not have.
+    """
+
+    def __init__(self, reference: dict[str, Tensor], positions: Callable[[], Tensor] | None = None) -> None:
         self.values: dict[str, Tensor] = {}
-        self.extra: dict[str, None] = {}  # sites, in order, where the truth has nothing
-        self._reference, self._positions = truth, positions
+        self.extra: dict[str, None] = {}
+        self._reference, self._positions = reference, positions
 
     def __call__(self, site: str, value: Tensor) -> Tensor:
         if site not in self._reference:
             self.extra[site] = None
             return value
-        truth = self._reference[site]
-        at = torch.arange(truth.shape[0], device=truth.device) if self._positions is None else self._positions()
-        if value.shape[1:] != truth.shape[1:]:
-            return value  # of another width: the engine does not compute what the truth does
-        self.values.setdefault(site, torch.full_like(truth, torch.nan))[at] = value.double()
-        return truth[at].to(value.dtype)
+        expected = self._reference[site]
+        at = torch.arange(expected.shape[0], device=expected.device) if self._positions is None else self._positions()
+        if value.shape[1:] != expected.shape[1:]:
+            return value  # another width: the two operations are not comparable
+        self.values.setdefault(site, torch.full_like(expected, torch.nan))[at] = value.double()
+        return expected[at].to(value.dtype)
 
 
-def _row(site: str, truth: Tensor, value: Tensor | None, rounding: Tensor, dtype: torch.dtype) -> Row:
+def _row(site: str, expected: Tensor, value: Tensor | None, rounding: Tensor, dtype: torch.dtype) -> Row:
     if value is None:
         return _absent(site, "engine")
-    error = (value - truth).abs()
-    size = _rms(truth)
-    # Where the reference happens to round nothing, half a unit in the last place is still nobody's mistake.
+    error = (value - expected).abs()
+    size = _rms(expected)
+    # Allow an eighth of the dtype's epsilon even if the reference happens to have no rounding error here.
     explained = max(_rms(rounding), torch.finfo(dtype).eps / 8 * size, torch.finfo(torch.float64).tiny)
     by_row = error.square().mean(1).sqrt() / rounding.square().mean(1).sqrt().clamp(min=explained)
     by_value = error.amax(1) / max(float(rounding.abs().max()), 4 * explained)
@@ -202,7 +225,7 @@ def _row(site: str, truth: Tensor, value: Tensor | None, rounding: Tensor, dtype
     out = ratios > RATIO_LIMIT
     position = int(out.to(torch.uint8).argmax() if out.any() else ratios.argmax())
     channel = int(error[position].nan_to_num(torch.inf).argmax())
-    sides = {"engine": ~value.isfinite(), "reference": ~truth.isfinite()}
+    sides = {"engine": ~value.isfinite(), "reference": ~expected.isfinite()}
     bad = [side for side, where in sides.items() if where.any()]
     if bad:
         position, channel = (int(index) for index in (sides["engine"] | sides["reference"]).nonzero()[0])
@@ -223,7 +246,7 @@ def _row(site: str, truth: Tensor, value: Tensor | None, rounding: Tensor, dtype
 
 
 def _absent(site: str, side: str) -> Row:
-    """An operation that only one of the two sides has."""
+    """Return the row of an operation that one side does not compute."""
     nan, inf = float("nan"), float("inf")
     return Row(site, layer_of(site), operation(site), nan, nan, nan, nan, inf, True, 0, 0, missing=side)
 

@@ -1,4 +1,4 @@
-"""The real engine, made to take given tokens: its scheduler, state and forwards, with the choice of tokens replaced."""
+"""Teacher forcing in the real engine: its scheduler, state and forwards, with given tokens in place of sampling."""
 
 from __future__ import annotations
 
@@ -30,22 +30,23 @@ from lamella.parity.scores import Scores
 from lamella.parity.sequences import TokenSequence
 from lamella.state.manager import DUMMY, Allocation, StateManager
 
-_LOGITS_ROWS = 256  # rows of the vocabulary's width at a time
+_LOGITS_ROWS = 256  # rows of logits computed at a time, to bound memory
 
 
 _in_flight: ContextVar[Sequence[tuple[Sequence[int], int, int]]] = ContextVar("in_flight", default=())
 
 
 def in_flight() -> Sequence[tuple[Sequence[int], int, int]]:
-    """What is being computed: of each request its tokens so far, and the start and the number of those computed. Rows
-    of the batch beyond belong to no request.
+    """Return the requests of the step being computed: (all tokens so far, first computed token, number of tokens).
+
+    Further rows of the batch are padding.
     """
     return _in_flight.get()
 
 
 @contextmanager
 def computing(requests: Sequence[tuple[Sequence[int], int, int]]) -> Iterator[None]:
-    """Within the block these are `in_flight`."""
+    """Set the requests that `in_flight` returns inside a `with` block."""
     token = _in_flight.set(requests)
     try:
         yield
@@ -55,19 +56,19 @@ def computing(requests: Sequence[tuple[Sequence[int], int, int]]) -> Iterator[No
 
 @dataclass
 class Record:
-    """What the engine made of one request.
+    """One request to run, and its results.
 
     Attributes:
-        prompt: its prompt.
-        forced: the tokens that follow whatever the logits say; None lets the likeliest follow.
-        count: how many tokens follow.
-        parts: by prediction, its scores; where a preempted request computed one twice, of the second time.
-        state: after the last prediction, by the layer's state path: (positions, ...) rows of blocks, or the slot.
-        steps: tokens of each step that computed some of it.
-        preemptions: how often it lost its state.
-        cached: tokens that it started with, from the prefix cache; their predictions are in nobody's `parts`.
-        placement: of a supernet, its own; None is the engine's.
-        token_ids: what followed in the end.
+        prompt: prompt tokens.
+        forced: tokens to generate whatever the logits are; None to generate greedily.
+        count: number of tokens to generate.
+        parts: scores by prediction. If a preempted request computed a prediction twice, the second result.
+        state: state after the last prediction, by path of the state module: (positions, ...) rows of blocks, or a slot.
+        steps: number of tokens of the request in each step that computed it.
+        preemptions: number of preemptions.
+        cached: tokens that came from the prefix cache; their predictions are not in `parts`.
+        placement: placement of the request in a supernet; None for the engine's.
+        token_ids: generated tokens.
     """
 
     prompt: tuple[int, ...]
@@ -83,11 +84,12 @@ class Record:
 
     @property
     def num_predictions(self) -> int:
+        """Number of predictions: one less than the number of tokens."""
         return len(self.prompt) + self.count - 1
 
     @property
     def scores(self) -> Scores:
-        """Of the predictions from the first that was computed on."""
+        """Scores of all predictions, starting with the first one that was computed."""
         rows = [self.parts[index] for index in range(min(self.parts), self.num_predictions)]
         ids = [row.ids for row in rows if row.ids is not None]
         return Scores(
@@ -97,13 +99,16 @@ class Record:
         )
 
 
-def record_of(sequence: TokenSequence) -> Record:
-    """A sequence to be scored."""
+def record_from_sequence(sequence: TokenSequence) -> Record:
+    """Return a record that forces the continuation of a sequence."""
     return Record(sequence.prompt, sequence.continuation, len(sequence.continuation))
 
 
 class ForcedEngine:
-    """An engine over a loaded model. Its pools start full of NaN, so that nothing unwritten can be read unseen."""
+    """Engine over a loaded model, with forced tokens.
+
+    The pools are filled with NaN first, so that a read of memory that was never written shows in the results.
+    """
 
     def __init__(
         self,
@@ -111,13 +116,21 @@ class ForcedEngine:
         options: Mapping[str, Any],
         device: torch.device,
         top: int | None = None,
-        pads: int = 0,
+        padding_rows: int = 0,
     ) -> None:
-        """`options` as of `LLM`, without a prefix cache unless they say so; `pads` rows that belong to no request join
-        each step that only decodes.
+        """Build the engine.
+
+        Args:
+            model: loaded model.
+            options: options as of `LLM`; the prefix cache is off unless enabled here.
+            device: device of the model.
+            top: number of likeliest tokens to record per position; None for the whole vocabulary.
+            padding_rows: padding rows to add to every step that only decodes.
         """
         settings = EngineOptions(model="", **{"enable_prefix_caching": False, **options})
-        self.engine = build_engine(model, settings, device, make_runner=partial(_ForcedRunner, top=top, pads=pads))
+        self.engine = build_engine(
+            model, settings, device, make_runner=partial(_ForcedRunner, top=top, padding_rows=padding_rows)
+        )
         assert isinstance(self.engine.runner, _ForcedRunner)
         self._runner = self.engine.runner
         self.engine.memory.poison()
@@ -125,13 +138,20 @@ class ForcedEngine:
 
     def score(self, sequences: Sequence[TokenSequence], budgets: Iterable[int] = ()) -> list[Record]:
         """Run the sequences as requests of one batch; see `run`."""
-        return self.run([record_of(sequence) for sequence in sequences], budgets)
+        return self.run([record_from_sequence(sequence) for sequence in sequences], budgets)
 
     def run(
         self, records: Sequence[Record], budgets: Iterable[int] = (), preempt_after: int | None = None
     ) -> list[Record]:
-        """Run the records' requests to their end. `budgets` are the tokens of the first steps, then the options'; after
-        so many steps all running requests are preempted once.
+        """Run the requests to their end.
+
+        Args:
+            records: requests; their results are filled in.
+            budgets: maximum tokens of the first steps; later steps use the engine's `max_num_batched_tokens`.
+            preempt_after: number of steps after which all running requests are preempted once; None for never.
+
+        Returns:
+            The records.
         """
         for record in records:
             params = SamplingParams(
@@ -164,7 +184,7 @@ class ForcedEngine:
 
 
 class _ForcedRunner(ModelRunner):
-    """Keeps the distribution of every position, and gives each request the token that its record says."""
+    """Model runner that records the distribution at every position and returns forced tokens instead of sampling."""
 
     def __init__(
         self,
@@ -176,25 +196,25 @@ class _ForcedRunner(ModelRunner):
         features: StepFeatures,
         forward: Forward | None,
         top: int | None,
-        pads: int,
+        padding_rows: int,
     ) -> None:
-        super().__init__(model, state, device, max_model_len, max_num_seqs + pads, features, forward)
+        super().__init__(model, state, device, max_model_len, max_num_seqs + padding_rows, features, forward)
         self.async_scheduling = False
         self.records: dict[Request, Record] = {}
         self._top = top
-        self._pads = [Request(f"padding {index}", [0], SamplingParams()) for index in range(pads)]
+        self._padding = [Request(f"padding {index}", [0], SamplingParams()) for index in range(padding_rows)]
 
     def launch(self, step: Sequence[Scheduled]) -> InFlightStep:
-        """A step that only decodes is padded, as a graph of fixed size would be: the dummy block, the dummy slot."""
-        pads = self._pads if all(chunk.count == 1 for chunk in step) else []
-        for pad in pads:
-            self.state.allocations[pad] = Allocation(DUMMY, [[DUMMY] for _ in self.state.groups])
+        """Pad steps that only decode, like a CUDA graph of fixed size, with rows on the dummy block and dummy slot."""
+        padding = self._padding if all(chunk.count == 1 for chunk in step) else []
+        for row in padding:
+            self.state.allocations[row] = Allocation(DUMMY, [[DUMMY] for _ in self.state.groups])
         known = [(chunk.request.token_ids(0, chunk.start + chunk.count), chunk.start, chunk.count) for chunk in step]
         with computing(known):
-            launched = super().launch([*step, *(Scheduled(pad, 0, 1, False) for pad in pads)])
-        for pad in pads:
-            del self.state.allocations[pad]
-        return replace(launched, chunks=[chunk for chunk in launched.chunks if chunk.request not in pads])
+            launched = super().launch([*step, *(Scheduled(row, 0, 1, False) for row in padding)])
+        for row in padding:
+            del self.state.allocations[row]
+        return replace(launched, chunks=[chunk for chunk in launched.chunks if chunk.request not in padding])
 
     def _prompt_logprobs(self, chunks: Sequence[Scheduled], hidden: Tensor) -> dict[Request, list[TokenLogprobs]]:
         return {}
@@ -203,7 +223,7 @@ class _ForcedRunner(ModelRunner):
         self, chunks: Sequence[Scheduled], hidden: Tensor, tensors: StepTensors, is_sampled: bool = False
     ) -> Choice | None:
         tokens: list[int] = []
-        counts = [chunk.count for chunk in chunks]  # the engine's own padding stands behind them
+        counts = [chunk.count for chunk in chunks]  # the engine's own padding rows follow
         every = torch.cat([self.model.compute_logits(part) for part in hidden[: sum(counts)].split(_LOGITS_ROWS)])
         for chunk, logits in zip(chunks, every.split(counts), strict=True):
             request = chunk.request
@@ -216,7 +236,7 @@ class _ForcedRunner(ModelRunner):
                 token = int(logits[-1].argmax()) if record.forced is None else record.forced[step]
                 tokens.append(token)
                 known = [*known, token]
-            scores = Scores.of(logits, known, self._top)
+            scores = Scores.from_logits(logits, known, self._top)
             for row in range(chunk.count):
                 ids = None if scores.ids is None else scores.ids[row : row + 1]
                 part = Scores(scores.target[row : row + 1], scores.logprobs[row : row + 1], ids)
@@ -226,7 +246,7 @@ class _ForcedRunner(ModelRunner):
         return Choice(torch.tensor(tokens)) if tokens else None
 
     def _snapshot(self, request: Request, length: int) -> dict[str, Tensor]:
-        """A request's state, wherever it lies, in the order of its positions."""
+        """Copy a request's state from its blocks and slots, with paged rows in the order of positions."""
         allocation, found = self.state.allocations[request], {}
         for state_module in find_active_state_modules(self.model, request.variant.placement or None):
             if isinstance(state_module, SlotStateModule):

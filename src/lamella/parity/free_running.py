@@ -1,9 +1,10 @@
-"""The old number: two engines generate freely, and whatever they say at the same position is compared.
+"""Free-running comparison: two engines generate greedily, and their log-probabilities at equal steps are compared.
 
 This is the procedure of published comparisons of an engine with `transformers`: greedy tokens, the engine's 20
-likeliest at each position, the mean of their absolute differences. After the first difference the two continue
-different texts, so the match falls by a constant factor at each step and most "outliers" compare unlike contexts. The
-hazard says what is behind it: how often two texts that are still the same part at the next step.
+likeliest tokens at each position, the mean of their absolute differences. After the first different token the two
+engines continue different texts. The match rate then falls by a constant factor per step, and most "outliers" compare
+different contexts.
+The hazard measures the cause: how often two texts that are still equal diverge at the next step.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ OUTLIER = 1.0  # nats, as published
 
 @dataclass(frozen=True)
 class FreeRunning:
-    """Free-running agreement; step 0 is the token after the prompt.
+    """Free-running agreement. Step 0 is the token after the prompt.
 
     Attributes:
-        positions: for each step its n, match (share of equal tokens), and of the mean differences in nats: mean, p50,
-            p95, max.
-        overall: match, and of all mean differences: mean, std, p10, p50, p90, p95, p99, max, outliers (beyond 1 nat)
-            and their share; outliers_same_text counts those before the texts part.
-        hazard: partings per step of texts that were the same until then.
+        positions: for each step: n, match (fraction of equal tokens), and mean, p50, p95 and max of the mean absolute
+            differences in nats.
+        overall: match over all steps; mean, std, p10, p50, p90, p95, p99 and max of all mean absolute differences;
+            outliers (beyond 1 nat), their share, and outliers_same_text, those before the texts diverge.
+        hazard: fraction of steps at which texts that were equal so far diverge.
     """
 
     positions: Sequence[dict[str, Any]]
@@ -39,7 +40,13 @@ class FreeRunning:
 
 
 def compare_generations(engine: Sequence[Generation], reference: Sequence[Generation]) -> FreeRunning:
-    """Both of the same prompts and lengths; the reference's scores of the whole vocabulary."""
+    """Compare two sets of generations.
+
+    Args:
+        engine: generations of the engine.
+        reference: generations of the reference for the same prompts, with the same lengths, and with scores of the
+            whole vocabulary.
+    """
     match = torch.tensor(
         [
             [a == b for a, b in zip(ours.token_ids, theirs.token_ids, strict=True)]
@@ -48,25 +55,25 @@ def compare_generations(engine: Sequence[Generation], reference: Sequence[Genera
     )
     gaps = torch.stack([_gaps(*pair) for pair in zip(engine, reference, strict=True)])  # (prompts, steps)
     same_before = torch.cat((torch.ones_like(match[:, :1]), match[:, :-1]), 1).cumprod(1).bool()
-    at_risk, parted = int(same_before.sum()), int((same_before & ~match).sum())
+    at_risk, diverged = int(same_before.sum()), int((same_before & ~match).sum())
     outliers = ~(gaps <= OUTLIER)
     positions = [
-        {"step": step, "n": len(match), "match": _chunk_size(match[:, step]), **_quantiles(gaps[:, step], (0.5, 0.95))}
+        {"step": step, "n": len(match), "match": _fraction(match[:, step]), **_quantiles(gaps[:, step], (0.5, 0.95))}
         for step in range(match.shape[1])
     ]
     overall = {
-        "match": _chunk_size(match),
+        "match": _fraction(match),
         **_quantiles(gaps.flatten(), (0.1, 0.5, 0.9, 0.95, 0.99)),
         "std": float(gaps.std()) if gaps.numel() > 1 else 0.0,
         "outliers": int(outliers.sum()),
-        "outlier_share": _chunk_size(outliers),
+        "outlier_share": _fraction(outliers),
         "outliers_same_text": int((outliers & same_before).sum()),
     }
-    return FreeRunning(positions, overall, parted / at_risk)
+    return FreeRunning(positions, overall, diverged / at_risk)
 
 
 def _gaps(engine: Generation, reference: Generation) -> Tensor:
-    """(steps,) mean absolute difference over the engine's likeliest tokens."""
+    """Return the mean absolute difference over the engine's likeliest tokens at each step, (steps,)."""
     assert reference.scores.ids is None
     ours, ids = engine.scores.logprobs.double(), engine.scores.ids
     if ids is None:
@@ -74,7 +81,7 @@ def _gaps(engine: Generation, reference: Generation) -> Tensor:
     return (ours[:, :TOP] - reference.scores.logprobs.double().gather(1, ids[:, :TOP])).abs().mean(1)
 
 
-def _chunk_size(x: Tensor) -> float:
+def _fraction(x: Tensor) -> float:
     return float(x.double().mean())
 
 

@@ -1,4 +1,4 @@
-"""Laboratory of the path matrix: one loaded model, one sequence, engines as each path needs them."""
+"""Laboratory of the path matrix: a loaded model and a sequence, with engines built as each path needs them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lamella.parity.sequences import TokenSequence, split
 from lamella.state.memory import StateCost
 
 BLOCK_SIZE = 16
-SMALL_BLOCK = 4  # where a block has to be short of the sequence
+SMALL_BLOCK = 4  # for paths that need blocks much shorter than the sequence
 
 
 class NotExercised(Exception):
@@ -27,7 +27,7 @@ class NotExercised(Exception):
 
 
 class Laboratory:
-    """One loaded model, one sequence, and engines as each path needs them."""
+    """Loaded model and sequence, with factories for engines and other requests."""
 
     def __init__(
         self,
@@ -37,14 +37,22 @@ class Laboratory:
         seed: int,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        """`options` of an engine that loads the same model, for paths that take a process more."""
+        """Keep the model and the sequence.
+
+        Args:
+            model: loaded model.
+            device: device of the model.
+            token_ids: the sequence under test.
+            seed: seed of the other requests' tokens.
+            options: engine options that load the same model, for paths that start another process.
+        """
         self.model, self.device, self.token_ids = model, device, tuple(token_ids)
         self.options = options or {}
-        self.routing = PinnedRouting(model, token_ids[:-1])  # the last is only predicted
-        self._random = random.Random(f"strangers {seed}")  # other tokens than a random sequence of the same seed has
+        self.routing = PinnedRouting(model, token_ids[:-1])  # the last token is only predicted
+        self._random = random.Random(f"strangers {seed}")  # differs from the tested sequence, which may use `seed`
 
-    def engine(self, pads: int = 0, **options: Any) -> ForcedEngine:
-        """Return a new engine over the model; decode steps get `pads` padding rows."""
+    def engine(self, padding_rows: int = 0, **options: Any) -> ForcedEngine:
+        """Return a new engine over the model; decode steps get `padding_rows` padding rows."""
         usual = {
             "max_num_seqs": 8,
             "max_num_batched_tokens": 4096,
@@ -52,18 +60,18 @@ class Laboratory:
             "num_blocks": 1024,
             "enforce_eager": True,
         }
-        return ForcedEngine(self.model, usual | options, self.device, pads=pads)
+        return ForcedEngine(self.model, usual | options, self.device, padding_rows=padding_rows)
 
-    def divided(self, size: int) -> Engine:
-        """An engine of so many tensor-parallel ranks."""
+    def sharded(self, size: int) -> Engine:
+        """Return an engine with `size` tensor-parallel ranks."""
         usual = {"max_num_seqs": 1, "block_size": BLOCK_SIZE, "num_blocks": 1024, "enforce_eager": True}
-        chunk = len(self.token_ids) * 2 // 3  # one chunk and a rest
+        chunk = len(self.token_ids) * 2 // 3  # two chunks
         return load_engine(
             EngineOptions(**{**usual, **self.options}, max_num_batched_tokens=chunk, tensor_parallel_size=size)
         )
 
     @property
-    def grows(self) -> bool:
+    def has_growing_state(self) -> bool:
         """True if any state grows with the sequence, so that a pool can run out."""
         return any(spec.reach is None for spec in StateCost.from_modules(find_active_state_modules(self.model)).paged)
 
@@ -73,17 +81,17 @@ class Laboratory:
         return StateCost.from_modules(find_active_state_modules(self.model)).bytes_per_request
 
     def sequence(self, prompt_len: int | None = None) -> TokenSequence:
-        """The sequence, all but the last token of it a prompt unless said otherwise."""
+        """Return the tested sequence; by default all tokens except the last are the prompt."""
         return split(self.token_ids, len(self.token_ids) - (prompt_len or len(self.token_ids) - 1))
 
     def stranger(self, prompt_len: int, count: int) -> TokenSequence:
-        """Random tokens of somebody else."""
+        """Return another request with random tokens."""
         vocab = self.model.config.vocab_size
         ids = [self._random.randrange(vocab) for _ in range(prompt_len + count)]
         return split(ids, count)
 
     def sharing(self, length: int) -> TokenSequence:
-        """Somebody else's tokens whose first `length` are ours, a token longer as a prompt than what is shared."""
+        """Return another request that shares the first `length` tokens and then has one different prompt token."""
         other = (self.token_ids[length] + 1) % self.model.config.vocab_size
         return TokenSequence((*self.token_ids[:length], other), self.stranger(1, 6).continuation)
 

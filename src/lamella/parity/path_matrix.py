@@ -1,4 +1,4 @@
-"""The path matrix: every way to compute the same tokens, each compared with a full forward, state included."""
+"""Path matrix: compute the same tokens on every execution path, and compare logits and state with a full forward."""
 
 from __future__ import annotations
 
@@ -21,33 +21,35 @@ from lamella.parity.catalogue import Path, catalogue
 from lamella.parity.forcing import Record
 from lamella.parity.laboratory import SMALL_BLOCK, Laboratory, NotExercised
 from lamella.parity.reference_model import ReferenceModel
-from lamella.parity.tested_model import TestedModel
+from lamella.parity.tested_model import ModelUnderTest
 
-SHORTEST = 4 * SMALL_BLOCK  # tokens; with fewer, nothing need be preempted or evicted
+SHORTEST = 4 * SMALL_BLOCK  # tokens; shorter sequences may cause no preemption and no eviction
 
-# What rounding may move: log-probabilities in fp32 and states in each dtype, both as shares of their own size.
+# Differences that rounding may cause, relative to the size: log-probabilities in fp32, and states by dtype.
 LOGPROB_LIMIT = 1e-4
 STATE_LIMITS = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
-# A path may stray from the full forward so many times as far as that strays from the truth.
+# A path may differ from the full forward by this many times the full forward's difference from the reference.
 NOISE_LIMIT = 4.0
-_UNHELD = "experts cannot be held there, and rounding decides between some: with dtype float32 it is tried"
+_NOT_PINNED = (
+    "the choice of experts cannot be pinned on this path, and rounding decides between close experts; use float32"
+)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """How one path compares with the full forward.
+    """Comparison of one path with the full forward.
 
     Attributes:
-        path: its name.
-        status: "pass", "fail" or "unavailable", and `why` unless it passes.
-        bitwise: whether every log-probability and state value was equal.
-        logprob_max, logprob_rms: of the differences of log-probabilities over the vocabulary, the largest, and the
-            root of the mean square.
-        agreement: share of positions with the same likeliest token.
-        state_max: the largest root mean square of a row's differences in any layer's state (a row is a head's keys of
-            one position, or one row of a slot), in units of that state's own root mean square; None where the path
-            leaves no state.
-        state_worst: where.
+        path: name of the path.
+        status: "pass", "fail" or "unavailable".
+        why: reason unless the path passes.
+        bitwise: whether all log-probabilities and state values are equal.
+        logprob_max: largest absolute difference of log-probabilities over the vocabulary.
+        logprob_rms: largest root mean square, over the vocabulary, of the differences at one position.
+        agreement: fraction of positions with the same likeliest token.
+        state_max: largest relative difference of the state: rms of the differences of a row (one head's keys at one
+            position, or one row of a slot) divided by the rms of the whole state; None if the path leaves no state.
+        state_worst: path of the state with the largest difference.
     """
 
     path: str
@@ -63,10 +65,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class PathMatrix:
-    """The cells, what they were allowed, and how far the full forward itself is from the reference's in fp32.
+    """Results of all paths.
 
-    That last figure is the largest root mean square, over the vocabulary, at one position; so is the limit of the
-    paths' log-probabilities. States may differ by the limit times their own root mean square.
+    Attributes:
+        cells: one result per path.
+        limits: limit of `logprob_rms` in nats, and limit of `state_max` ("state").
+        full_rms: difference between the engine's full forward and the reference in fp32: the largest root mean square,
+            over the vocabulary, at one position.
     """
 
     cells: tuple[Cell, ...]
@@ -75,11 +80,12 @@ class PathMatrix:
 
     @property
     def failures(self) -> list[Cell]:
+        """Cells of the paths that failed."""
         return [cell for cell in self.cells if cell.status == "fail"]
 
 
 def run_paths(
-    tested: TestedModel,
+    tested: ModelUnderTest,
     token_ids: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
@@ -87,10 +93,25 @@ def run_paths(
     candidate: LanguageModel | None = None,
     progress: Callable[[str], None] = lambda name: None,
 ) -> PathMatrix:
-    """All paths over one sequence. `candidate` is tested in place of the one that the checkpoint gives."""
+    """Run all paths over one sequence.
+
+    Args:
+        tested: model under test.
+        token_ids: at least 16 tokens.
+        dtype: dtype of the engine.
+        device: device of engine and reference.
+        seed: seed of the other requests' tokens.
+        candidate: loaded model to test instead of the checkpoint's.
+        progress: called with the name of each path before it runs.
+
+    Raises:
+        ParameterError: too few tokens.
+    """
     if len(token_ids) < SHORTEST:
         raise ParameterError(f"paths need a sequence of at least {SHORTEST} tokens, not {len(token_ids)}")
-    undivided = "the model is given, and no other process can load it" if candidate else _why_undivided(tested, device)
+    not_sharded = (
+        "the model is given, and no other process can load it" if candidate else _why_not_sharded(tested, device)
+    )
     options = {
         "model": tested.checkpoint.path,
         "dtype": dtype,
@@ -102,37 +123,37 @@ def run_paths(
         "hf_overrides": tested.overrides,
     }
     if find_image_model(tested.checkpoint, tested.load_format) is not None:
-        options["limit_mm_per_prompt"] = {"image": 0}  # tokens of images are tokens like any others here
+        options["limit_mm_per_prompt"] = {"image": 0}  # image placeholder tokens are ordinary tokens here
     lab = Laboratory(candidate or tested.load(dtype, device), device, token_ids, seed, options)
     with lab.routing.recorded():
         full = lab.full()
-    truth = (
+    reference = (
         ReferenceModel(tested.config, tested.weights(device), torch.float32, device)
         .logits(token_ids[:-1])
         .log_softmax(-1)
     )
-    own, size = _worst_row(full.scores.logprobs - truth.cpu()), float(truth.square().mean().sqrt())
+    own, size = _worst_row(full.scores.logprobs - reference.cpu()), float(reference.square().mean().sqrt())
     limits = {
-        # A full forward that is broken itself must not excuse its paths.
+        # Bounded, so that a wrong full forward does not raise the limit without end.
         "logprob_rms": max(LOGPROB_LIMIT * max(1.0, size), NOISE_LIMIT * min(own, 0.5)),
         "state": STATE_LIMITS[dtype],
     }
     cells = []
-    hold = bool(lab.routing) and dtype != torch.float32
-    for path in catalogue(tested.config, len(token_ids), device, undivided, has_choice(lab.model)):
+    pin = bool(lab.routing) and dtype != torch.float32
+    for path in catalogue(tested.config, len(token_ids), device, not_sharded, has_choice(lab.model)):
         progress(path.name)
-        if hold and path.holds_no_routing:
-            path = replace(path, unavailable=path.unavailable or _UNHELD)
-        with lab.routing.held() if hold else nullcontext():
+        if pin and path.cannot_pin_routing:
+            path = replace(path, unavailable=path.unavailable or _NOT_PINNED)
+        with lab.routing.pinned() if pin else nullcontext():
             cells.append(_cell(path, lab, full, limits))
     return PathMatrix(tuple(cells), limits, own)
 
 
-def _why_undivided(tested: TestedModel, device: torch.device) -> str | None:
-    """Why two ranks cannot share the model."""
+def _why_not_sharded(tested: ModelUnderTest, device: torch.device) -> str | None:
+    """Return the reason why the model cannot be sharded over two ranks; None if it can."""
     kinds = {type(part) for layer in tested.config.layers for part in (layer.mixer, layer.feed_forward)}
     if not kinds <= {*get_args(SingleMixerConfig), *get_args(FeedForwardConfig)}:
-        return "a layer of a kind that may not know how to be divided"
+        return "a layer of another package may not support tensor parallelism"
     try:
         options = EngineOptions(model=tested.checkpoint.path, device=device.type, tensor_parallel_size=2)
         options.resolve_device()
@@ -143,7 +164,7 @@ def _why_undivided(tested: TestedModel, device: torch.device) -> str | None:
 
 
 def _why(path: Path, cell: Cell, logprob_rms: float, limits: dict[str, float]) -> str | None:
-    """Return why a cell fails. Comparisons are written so that a NaN fails."""
+    """Return the reason why a cell fails, or None. NaN fails every comparison."""
     if path.bitwise and not cell.bitwise:
         return "must be bitwise equal, and is not"
     logprobs, state = limits["logprob_rms"], limits["state"]
@@ -155,12 +176,12 @@ def _why(path: Path, cell: Cell, logprob_rms: float, limits: dict[str, float]) -
 
 
 def _worst_row(difference: Tensor) -> float:
-    """The largest root mean square of a row."""
+    """Return the largest root mean square of a row."""
     return float(difference.double().square().mean(-1).sqrt().max())
 
 
 def _relative(ours: Tensor, expected: Tensor) -> float:
-    """The worst row in units of the expected tensor's root mean square; infinite where one is not a number."""
+    """Return the worst row's rms difference divided by the rms of `expected`; infinite if a value is NaN."""
     if ours.shape != expected.shape:
         return math.inf
     difference = _worst_row(ours.double() - expected.double())
@@ -180,7 +201,7 @@ def _cell(path: Path, lab: Laboratory, full: Record, limits: dict[str, float]) -
     states = {name: _relative(record.state[name], full.state[name]) for name in record.state}
     for name, logits in lab.routing.seen.items():
         there = ~logits.isnan().all(-1)
-        states[f"{name}.router"] = _relative(logits[there], lab.routing.truth[name][there])
+        states[f"{name}.router"] = _relative(logits[there], lab.routing.reference[name][there])
     worst = max(states, key=lambda name: states[name], default=None)
     bitwise = torch.equal(ours, expected) and all(value == 0 for value in states.values())
     logprob_rms = _worst_row(difference)

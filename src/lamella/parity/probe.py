@@ -1,4 +1,4 @@
-"""Tapping a model: hooks that pass what every operation gives through a `Tap`, under the site's name."""
+"""Taps of the engine's model: forward hooks that pass the output of every operation through a `Tap`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lamella.layers.state_modules import PagedAttention
 from lamella.ops.backend import separate_operations
 from lamella.parity.sites import Tap
 
-# What feeds these projections is a plain function.
+# The input of these projections comes from a function without a module, which is tapped in front of the projection.
 FED_BY = {"down_proj": "activation"}
 
 
 @contextmanager
 def tapped(model: nn.Module, tap: Tap) -> Iterator[None]:
-    """Within the block, every operation of one of our models passes its result through `tap`.
+    """Pass the result of every operation of a lamella model through `tap` inside a `with` block.
 
-    Operations that a kernel would compute together are computed apart.
+    Fused operations are computed separately inside the block.
     """
     handles = []
     for path, module in model.named_modules():
@@ -48,7 +48,7 @@ def tapped(model: nn.Module, tap: Tap) -> Iterator[None]:
 
 
 def _hook(module: nn.Module, site: str, tap: Tap) -> Callable[..., Any] | None:
-    """The forward hook of a module that is an operation: its result as (n, channels) to the tap, and back."""
+    """Return the forward hook of a module that is an operation, which taps the result as (n, channels); else None."""
     if isinstance(module, MergedLinear):
         parent, sizes = site.rpartition(".")[0], {name: split.size for name, split in module.parts.items()}
 
@@ -73,7 +73,7 @@ def _hook(module: nn.Module, site: str, tap: Tap) -> Callable[..., Any] | None:
 
 
 def _pre_hook(module: nn.Module, site: str, tap: Tap) -> Callable[..., Any] | None:
-    """The hook in front of a module that is fed by an operation without a module of its own."""
+    """Return the pre-forward hook of a module whose input comes from an operation without a module; else None."""
     parent, _, name = site.rpartition(".")
     if isinstance(module, PagedAttention):
 
@@ -87,10 +87,10 @@ def _pre_hook(module: nn.Module, site: str, tap: Tap) -> Callable[..., Any] | No
 
 
 def _fed(site: str, tap: Tap) -> Callable[..., Any]:
-    """The hook that takes a module's only input for the result of the operation at `site`."""
+    """Return a pre-forward hook that taps the module's only input as the result of the operation at `site`."""
     return lambda _, args: (tap(site, args[0]),)
 
 
 def _flat(site: str, value: Tensor, tap: Tap) -> Tensor:
-    """`value` (n, ...) through the tap as (n, channels)."""
+    """Pass `value` (n, ...) through the tap as (n, channels)."""
     return tap(site, value.reshape(value.shape[0], -1)).view(value.shape)

@@ -1,10 +1,11 @@
-"""A second opinion: every architecture's forward in plain torch, written again from the config.
+"""Reference implementation: the forward of every architecture in plain torch, written independently from the config.
 
-It shares the config and the checkpoint's tensors with the engine, and no layer, kernel, state or loader, so that one
-mistake cannot stand in both. It computes every operation as `transformers`' modeling code does, rounding after each:
-in float32 and float64 it is the truth, and in bfloat16 its error is the one that users of `transformers` live with.
+It shares the config and the checkpoint's tensors with the engine, but no layer, kernel, state or loader, so that a
+mistake in one is not repeated in the other. It computes and rounds every operation like `transformers`' modeling code.
+In float32 and float64 it is the reference for correctness; in bfloat16 its error is the error that users of
+`transformers` have.
 
-A new kind of mixer or feed-forward adds its plain form to `MIXERS` or `FEED_FORWARDS`.
+A new kind of mixer or feed-forward adds its function to `MIXERS` or `FEED_FORWARDS`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ ATTENTION = ("eager", "sdpa")
 
 
 class ReferenceModel:
-    """One full causal forward of one sequence from nothing: no cache, no batch, no chunk."""
+    """Full causal forward of one sequence, without cache, batch or chunks."""
 
     def __init__(
         self,
@@ -51,16 +52,31 @@ class ReferenceModel:
         device: torch.device | str = "cpu",
         attention: str = "eager",
     ) -> None:
-        """`weights` by our parameter paths, projections apart: `model.layers.0.mixer.q_proj.weight`."""
+        """Convert the weights.
+
+        Args:
+            config: config of the model.
+            weights: tensors by lamella's parameter paths, with separate projections:
+                `model.layers.0.mixer.q_proj.weight`.
+            dtype: dtype of weights and activations.
+            device: device of weights and activations.
+            attention: "eager" or "sdpa".
+        """
         assert attention in ATTENTION
         self.config, self.dtype, self.device, self.attention = config, dtype, torch.device(device), attention
         self._weights = {name: tensor.to(device, dtype) for name, tensor in weights.items()}
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], tap: Tap = untouched) -> Tensor:
-        """Logits (n, vocab) in the oracle's dtype.
+        """Compute the logits of every token.
 
-        `tap(site, value)` sees what every operation gives, as (n, channels), and returns what goes on.
+        Args:
+            token_ids: n token ids.
+            tap: called with the site and the value (n, channels) of every operation; returns the value to continue
+                with.
+
+        Returns:
+            (n, vocab_size) in the model's dtype.
         """
         x = self._weights["model.embed_tokens.weight"][torch.tensor(token_ids, device=self.device)]
         x = tap("embed_tokens", x)
@@ -71,29 +87,29 @@ class ReferenceModel:
         return tap("lm_head", F.linear(x, self._weights[head]))
 
     def _layer(self, layer: LayerConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
-        for part, config, canon, kinds in (
+        for part, config, canon, forms in (
             ("mixer", layer.mixer, layer.mixer_canon, MIXERS),
             ("feed_forward", layer.feed_forward, layer.feed_forward_canon, FEED_FORWARDS),
         ):
-            if type(config) not in kinds:
+            if type(config) not in forms:
                 raise ConfigError(f"{name}.{part}: the reference has no plain form of {type(config).__name__}")
             x = tap(f"{name}.{part}_norm.residual", x)
             y = tap(f"{name}.{part}_norm", self.norm(x, layer.norm, f"{name}.{part}_norm"))
             y = tap(f"{name}.{part}_canon", self.canon(y, canon, f"{name}.{part}_canon")) if canon else y
-            x = x + kinds[type(config)](self, config, y, f"{name}.{part}", tap)
+            x = x + forms[type(config)](self, config, y, f"{name}.{part}", tap)
         return x
 
     def fp32_parameter(self, name: str) -> Tensor:
-        """A parameter in fp32, or fp64 for an fp64 oracle, as far as its dtype here is that exact."""
+        """Return a parameter in fp32, or in fp64 for an fp64 model; its precision is that of the model's dtype."""
         weight = self._weights[f"model.{name}"]
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
-    def find_wide(self, name: str) -> Tensor | None:
-        """The same of one that may not be there."""
+    def find_fp32_parameter(self, name: str) -> Tensor | None:
+        """Return `fp32_parameter(name)`, or None if there is no such parameter."""
         return self.fp32_parameter(name) if f"model.{name}" in self._weights else None
 
     def norm(self, x: Tensor, config: NormConfig, name: str | None) -> Tensor:
-        """The norm whose weight has this name, or none."""
+        """Return the norm of x; `name` is the path of its weights, None for a norm without weights."""
         if config.kind == "layer":
             weight, bias = (self.fp32_parameter(f"{name}.{part}") for part in ("weight", "bias"))
             return F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, config.eps).to(x.dtype)
@@ -102,11 +118,12 @@ class ReferenceModel:
         return x_fp32.to(x.dtype) if name is None else self._weights[f"model.{name}.weight"] * x_fp32.to(x.dtype)
 
     def linear(self, x: Tensor, name: str, tap: Tap) -> Tensor:
+        """Return the tapped projection of x with the weight and bias called `name`."""
         weight, bias = self._weights[f"model.{name}.weight"], self._weights.get(f"model.{name}.bias")
         return tap(name, F.linear(x, weight, bias))
 
     def experts(self, name: str, count: int) -> tuple[Tensor, Tensor]:
-        """The experts' weights (E, H, 2 I), gates first, and (E, I, H), as a file has them whole or one by one."""
+        """Return the experts' weights (E, H, 2 * I), gates first, and (E, I, H), from joint or per-expert tensors."""
         prefix = f"model.{name}"
         if f"{prefix}.gate_up_proj" in self._weights:
             return self._weights[f"{prefix}.gate_up_proj"], self._weights[f"{prefix}.down_proj"]
@@ -117,9 +134,10 @@ class ReferenceModel:
         return torch.cat((gate, up), -1), down
 
     def canon(self, x: Tensor, config: CanonConfig, name: str) -> Tensor:
+        """Return the canon convolution of x (n, channels)."""
         weight, bias = self._weights[f"model.{name}.weight"], self._weights.get(f"model.{name}.bias")
         padded = F.pad(x.T, (config.kernel - 1, 0))
-        if self.dtype == torch.float64:  # which torch's convolution needs 40 times longer for
+        if self.dtype == torch.float64:  # torch's float64 convolution is 40 times slower
             windows = padded.unfold(-1, config.kernel, 1)
             y = ((windows * weight).sum(-1) + (0 if bias is None else bias[:, None])).T
         else:
@@ -128,81 +146,84 @@ class ReferenceModel:
         return x + y if config.residual else y
 
 
-def attention(oracle: ReferenceModel, config: AttentionConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
-    q, k, v = (oracle.linear(x, f"{name}.{part}_proj", tap) for part in "qkv")
+def attention(model: ReferenceModel, config: AttentionConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
+    """Compute an attention mixer of x (n, hidden_size)."""
+    q, k, v = (model.linear(x, f"{name}.{part}_proj", tap) for part in "qkv")
     if config.qk_norm and config.qk_norm_weight:
         shape = (-1, config.head_dim) if config.qk_norm_scope == "head" else (1, -1)
         q, k = (
-            oracle.norm(side.unflatten(-1, shape), config.qk_norm, site)
+            model.norm(side.unflatten(-1, shape), config.qk_norm, site)
             for side, site in ((q, f"{name}.q_norm"), (k, f"{name}.k_norm"))
         )
         q, k = tap(f"{name}.q_norm", q.flatten(1)), tap(f"{name}.k_norm", k.flatten(1))
     if config.canon:
-        joined = oracle.canon(torch.cat((q, k, v), -1), config.canon, f"{name}.canon")
+        joined = model.canon(torch.cat((q, k, v), -1), config.canon, f"{name}.canon")
         q, k, v = tap(f"{name}.canon", joined).split((config.query_size, config.kv_size, config.kv_size), -1)
     q, k, v = (side.unflatten(-1, (-1, config.head_dim)).transpose(0, 1) for side in (q, k, v))  # (heads, n, D)
-    turned = torch.cat((q, k))
+    rotated = torch.cat((q, k))
     if config.rope:
-        turned = _rotate(turned, *_angles(config.rope, x), config.rope)
+        rotated = _rotate(rotated, *_angles(config.rope, x), config.rope)
     if config.qk_norm and not config.qk_norm_weight:
-        turned = oracle.norm(turned, config.qk_norm, None)
+        rotated = model.norm(rotated, config.qk_norm, None)
     if config.temperature:
         positions = torch.arange(x.shape[0], device=x.device).float()
-        grown = torch.log1p(torch.floor((positions + 1.0) / config.temperature.floor_scale))
-        grown = (grown * config.temperature.scale + 1.0)[:, None]
-        q, k = turned.split((config.num_heads, config.num_kv_heads))
-        turned = torch.cat(((q * grown).to(q.dtype), k))
-    turned = tap_turned(tap, name, config, turned.transpose(0, 1))
-    q, k = turned.transpose(0, 1).split((config.num_heads, config.num_kv_heads))
+        factors = torch.log1p(torch.floor((positions + 1.0) / config.temperature.floor_scale))
+        factors = (factors * config.temperature.scale + 1.0)[:, None]
+        q, k = rotated.split((config.num_heads, config.num_kv_heads))
+        rotated = torch.cat(((q * factors).to(q.dtype), k))
+    rotated = tap_queries_keys(tap, name, config, rotated.transpose(0, 1))
+    q, k = rotated.transpose(0, 1).split((config.num_heads, config.num_kv_heads))
     k, v = (side.repeat_interleave(config.num_heads // config.num_kv_heads, 0) for side in (k, v))
-    y = _ATTEND[oracle.attention](q, k, v, config.scale, _visible(x.shape[0], config, x.device))
-    return oracle.linear(tap(f"{name}.attention", y.transpose(0, 1).flatten(1)), f"{name}.o_proj", tap)
+    y = _ATTEND[model.attention](q, k, v, config.scale, _visible(x.shape[0], config, x.device))
+    return model.linear(tap(f"{name}.attention", y.transpose(0, 1).flatten(1)), f"{name}.o_proj", tap)
 
 
-def mlp(oracle: ReferenceModel, config: MLPConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
-    sides = [oracle.linear(x, f"{name}.{part}_proj", tap) for part in (("gate", "up") if config.gated else ("up",))]
+def mlp(model: ReferenceModel, config: MLPConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
+    """Compute a dense feed-forward of x (n, hidden_size)."""
+    sides = [model.linear(x, f"{name}.{part}_proj", tap) for part in (("gate", "up") if config.gated else ("up",))]
     if config.canon:
-        joined = tap(f"{name}.canon", oracle.canon(torch.cat(sides, -1), config.canon, f"{name}.canon"))
+        joined = tap(f"{name}.canon", model.canon(torch.cat(sides, -1), config.canon, f"{name}.canon"))
         sides = list(joined.chunk(len(sides), -1))
     y = _ACTIVATIONS[config.activation](sides[0])
     y = y * sides[1] if config.gated else y
-    return oracle.linear(tap(f"{name}.activation", y), f"{name}.down_proj", tap)
+    return model.linear(tap(f"{name}.activation", y), f"{name}.down_proj", tap)
 
 
-def tap_turned(tap: Tap, name: str, config: AttentionConfig, turned: Tensor) -> Tensor:
-    """The site of what attention is given: queries and keys (n, heads, D), as one.
+def tap_queries_keys(tap: Tap, name: str, config: AttentionConfig, rotated: Tensor) -> Tensor:
+    """Tap the inputs of attention, rotated queries and keys (n, heads, D), as one site.
 
-    Where attention sees chunks, the engine turns by positions in the chunk. This is another angle for all of a chunk
-    alike, which no product of a query and a key shows; but the site would show it. So there the engine's angles stand.
+    For chunked attention the engine rotates by positions within the chunk. All queries and keys of a chunk then differ
+    by one common angle, which changes no dot product but would show at this site. The tap therefore gets values rotated
+    by the engine's angles.
     """
     site, rope, chunk = f"{name}.queries_keys", config.rope, config.chunk
     if tap is untouched or rope is None or chunk is None:
-        return tap(site, turned.flatten(1)).view(turned.shape)
-    positions, (frequencies, _) = torch.arange(turned.shape[0]), _frequencies(rope)
-    here, there = ((at.float()[:, None] * frequencies).double() for at in (positions, positions % chunk))
+        return tap(site, rotated.flatten(1)).view(rotated.shape)
+    positions, (frequencies, _) = torch.arange(rotated.shape[0]), _frequencies(rope)
+    own_angles, engine_angles = ((at.float()[:, None] * frequencies).double() for at in (positions, positions % chunk))
 
-    def turn(x: Tensor, angles: Tensor) -> Tensor:
+    def rotate(x: Tensor, angles: Tensor) -> Tensor:
         cos, sin = angles.cos().to(x.device), angles.sin().to(x.device)
         return _rotate(x.double().transpose(0, 1), cos, sin, rope).transpose(0, 1)
 
-    shown = turn(turned, there - here)
-    shown = tap(site, shown.flatten(1)).view(shown.shape)
-    return turn(shown, here - there).to(turned.dtype)
+    tapped = rotate(rotated, engine_angles - own_angles)
+    tapped = tap(site, tapped.flatten(1)).view(tapped.shape)
+    return rotate(tapped, own_angles - engine_angles).to(rotated.dtype)
 
 
-def moe(oracle: ReferenceModel, config: MoEConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
-    """Every expert of every token, of which those not chosen are given zeros."""
-    logits = oracle.linear(x, f"{name}.router", tap)
+def moe(model: ReferenceModel, config: MoEConfig, x: Tensor, name: str, tap: Tap) -> Tensor:
+    """Compute a mixture of experts of x (n, hidden_size): all experts for all tokens, with weight 0 if not chosen."""
+    logits = model.linear(x, f"{name}.router", tap)
     chosen, ids = logits.topk(config.top_k, dim=1)
     weights = torch.full_like(logits, -torch.inf).scatter(1, ids, chosen)
     weights = torch.sigmoid(weights.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
-    gate_up, down = oracle.experts(f"{name}.experts", config.num_experts)
+    gate_up, down = model.experts(f"{name}.experts", config.num_experts)
     gate, up = torch.bmm(x[None] * weights.T[:, :, None], gate_up).chunk(2, -1)
     routed = torch.bmm(up * F.silu(gate), down).sum(0)
     routed = tap(f"{name}.experts", routed)
     if config.shared_size is None:
         return routed
-    return mlp(oracle, MLPConfig(intermediate_size=config.shared_size), x, f"{name}.shared_expert", tap) + routed
+    return mlp(model, MLPConfig(intermediate_size=config.shared_size), x, f"{name}.shared_expert", tap) + routed
 
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -234,7 +255,7 @@ FEED_FORWARDS: dict[type, Callable[..., Tensor]] = {MLPConfig: mlp, MoEConfig: m
 
 
 def _visible(length: int, config: AttentionConfig, device: torch.device) -> Tensor:
-    """(n, n), true where a query (row) sees a key (column)."""
+    """Return (n, n) bool: whether a query (row) sees a key (column)."""
     keys = torch.arange(length, device=device)
     queries = keys[:, None]
     seen = (keys <= queries) & (queries - keys < (config.window or length))
@@ -254,29 +275,28 @@ _ATTEND = {"eager": _attend_eager, "sdpa": _attend_sdpa}
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, rope: RopeConfig) -> Tensor:
-    """x (heads, n, D) with its first `rope.dim` channels turned.
+    """Rotate the first `rope.dim` channels of x (heads, n, D).
 
-    Adjacent channels are turned as complex numbers of at least fp32, and rounded once, as they are in the code that
-    they come from (lingua, Llama 4).
+    Interleaved pairs are rotated as complex numbers of at least fp32 and rounded once, as in lingua and Llama 4.
     """
-    turned, rest = x[..., : rope.dim], x[..., rope.dim :]
+    rotated, rest = x[..., : rope.dim], x[..., rope.dim :]
     if rope.interleaved:
-        x_fp32 = torch.promote_types(x.dtype, torch.float32)
-        pairs = torch.view_as_complex(turned.to(x_fp32).unflatten(-1, (-1, 2)).contiguous())
+        compute_dtype = torch.promote_types(x.dtype, torch.float32)
+        pairs = torch.view_as_complex(rotated.to(compute_dtype).unflatten(-1, (-1, 2)).contiguous())
         joined = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
     else:
-        first, second = turned.chunk(2, -1)
+        first, second = rotated.chunk(2, -1)
         joined = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
     return torch.cat((joined, rest), -1)
 
 
 def _frequencies(rope: RopeConfig) -> tuple[Tensor, float]:
-    """The angle of each pair at position 1, (dim / 2,) fp32, and what cos and sin are multiplied by."""
+    """Return the angle of each pair at position 1, (dim / 2,) fp32, and the factor of cos and sin."""
     exponents = torch.arange(0, rope.dim, 2, dtype=torch.int64).float() / rope.dim
     theta, scaling, factor = rope.theta, rope.scaling, 1.0
     if isinstance(scaling, DynamicScaling) and scaling.length > scaling.original_length:
-        grown = scaling.factor * scaling.length / scaling.original_length - (scaling.factor - 1)
-        theta *= grown ** (rope.dim / (rope.dim - 2))
+        growth = scaling.factor * scaling.length / scaling.original_length - (scaling.factor - 1)
+        theta *= growth ** (rope.dim / (rope.dim - 2))
     frequencies = 1.0 / theta**exponents
     if isinstance(scaling, Llama3Scaling):
         frequencies = _llama3(frequencies, scaling)
@@ -290,21 +310,21 @@ def _frequencies(rope: RopeConfig) -> tuple[Tensor, float]:
 
 
 def _angles(rope: RopeConfig, x: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (n, dim / 2): fp32 angles by definition, in the dtype of x, or at least fp32 where interleaved."""
+    """Return cos and sin (n, dim / 2) of fp32 angles, in the dtype of x, or at least fp32 for interleaved pairs."""
     frequencies, factor = _frequencies(rope)
     angles = torch.arange(x.shape[0]).float()[:, None] * frequencies
     if rope.interleaved:
-        turns, dtype = (
+        rotations, dtype = (
             torch.polar(torch.ones_like(angles), angles) * factor,
             torch.promote_types(x.dtype, torch.float32),
         )
-        return turns.real.to(x.device, dtype), turns.imag.to(x.device, dtype)
+        return rotations.real.to(x.device, dtype), rotations.imag.to(x.device, dtype)
     cos, sin = (angles.cos() * factor, angles.sin() * factor)
     return cos.to(x.device, x.dtype), sin.to(x.device, x.dtype)
 
 
 def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
-    """Wavelengths beyond original / low are divided, those below original / high kept, a line between."""
+    """Divide the frequencies of wavelengths above original / low, keep those below original / high, and interpolate."""
     wavelengths = 2 * math.pi / frequencies
     long, short = (scaling.original_length / f for f in (scaling.low_freq_factor, scaling.high_freq_factor))
     slow = frequencies / scaling.factor
@@ -318,10 +338,10 @@ def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
 
 
 def _yarn(frequencies: Tensor, rope: RopeConfig, scaling: YarnScaling) -> Tensor:
-    """Dimensions that turn more than beta_fast times in the trained context are kept, slow ones divided."""
+    """Keep frequencies with more than beta_fast rotations in the trained context, and divide slow ones."""
 
-    def dimension(turns: float) -> float:
-        return rope.dim * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+    def dimension(rotations: float) -> float:
+        return rope.dim * math.log(scaling.original_length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
     if scaling.truncate:

@@ -1,7 +1,8 @@
-"""Experts held: in bfloat16 a path may send a token to another expert where two are as good, and be none the worse.
+"""Pinned routing of experts for the path matrix.
 
-So where a path is compared with the full forward, its tokens go to the experts that the full forward chose, and what
-the path's own routers say is compared like a state: a decision by rounding is no difference, a wrong router is.
+In 16-bit dtypes rounding decides between experts with nearly equal scores, so that two correct paths may choose
+different experts. Every path therefore uses the experts that the full forward chose. The router logits of the path are
+recorded and compared like a state, so that a wrong router is still found.
 """
 
 from __future__ import annotations
@@ -18,42 +19,42 @@ from lamella.parity.forcing import in_flight
 
 
 class PinnedRouting:
-    """The routing of one sequence of tokens by one model.
+    """Routing of one sequence by one model.
 
     Attributes:
-        truth: by router, its logits (n, E) of the sequence's positions in the full forward.
-        seen: the same of a path, NaN where it computed none.
+        reference: by router, the logits (n, E) of the full forward.
+        seen: by router, the logits (n, E) of the current path; NaN at positions that were not computed.
     """
 
     def __init__(self, model: nn.Module, token_ids: Sequence[int]) -> None:
         self.token_ids = tuple(token_ids)
         self._routers = {name: part.router for name, part in model.named_modules() if isinstance(part, MoE)}
-        self.truth: dict[str, Tensor] = {}
+        self.reference: dict[str, Tensor] = {}
         self.seen: dict[str, Tensor] = {}
 
     def __bool__(self) -> bool:
-        """Whether the model has routers at all."""
+        """Return True if the model has routers."""
         return bool(self._routers)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """The block computes the full forward."""
+        """Record the router logits of the full forward, which runs inside the `with` block."""
         self.seen = {}
-        with self._hooked(hold=False):
+        with self._hooked(pin=False):
             yield
-        self.truth, self.seen = self.seen, {}
+        self.reference, self.seen = self.seen, {}
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """The block computes the sequence in another way, beginnings that others have in common with it included."""
+    def pinned(self) -> Iterator[None]:
+        """Pin the experts inside a `with` block, for the sequence and for prefixes shared by other requests."""
         self.seen = {}
-        with self._hooked(hold=True):
+        with self._hooked(pin=True):
             yield
 
     @contextmanager
-    def _hooked(self, hold: bool) -> Iterator[None]:
+    def _hooked(self, pin: bool) -> Iterator[None]:
         handles = [
-            router.register_forward_hook(lambda _, args, logits, name=name: self._route(name, logits, hold))
+            router.register_forward_hook(lambda _, args, logits, name=name: self._route(name, logits, pin))
             for name, router in self._routers.items()
         ]
         try:
@@ -62,17 +63,19 @@ class PinnedRouting:
             for handle in handles:
                 handle.remove()
 
-    def _route(self, name: str, logits: Tensor, hold: bool) -> Tensor:
-        rows, positions = self._ours()
+    def _route(self, name: str, logits: Tensor, pin: bool) -> Tensor:
+        rows, positions = self._matching_rows()
         every = self.seen.setdefault(name, torch.full((len(self.token_ids), logits.shape[1]), torch.nan))
         if rows:
             every[positions] = logits[rows].float().cpu()
-        if not hold or not rows:
+        if not pin or not rows:
             return logits
-        return logits.index_copy(0, torch.tensor(rows, device=logits.device), self.truth[name][positions].to(logits))
+        return logits.index_copy(
+            0, torch.tensor(rows, device=logits.device), self.reference[name][positions].to(logits)
+        )
 
-    def _ours(self) -> tuple[list[int], list[int]]:
-        """Of the batch in flight, the rows that are the sequence's or a beginning of it, and their positions."""
+    def _matching_rows(self) -> tuple[list[int], list[int]]:
+        """Return the rows of the current batch that belong to the sequence or a shared prefix, and their positions."""
         rows: list[int] = []
         positions: list[int] = []
         row = 0

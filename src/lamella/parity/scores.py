@@ -1,4 +1,4 @@
-"""What an engine says of a sequence: the seam between the engines and the statistics."""
+"""Scores of sequences: the interface between engines and statistics."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from lamella.parity.sequences import TokenSequence
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings of an engine that scores, given when it is opened.
+    """Settings with which a scorer is opened.
 
     Attributes:
-        dtype, device: of weights and activations.
-        attention: "eager" or "sdpa", for engines with a choice: the full forwards of `hf` and `reference`.
+        dtype: dtype of weights and activations.
+        device: device of weights and activations.
+        attention: "eager" or "sdpa"; used by the full forwards of `hf` and `reference`.
         batch_size: sequences at a time, for engines that batch.
-        options: passed on to the engine, under its own names.
-        candidate: a loaded model to use in the place of the checkpoint's, for the engine lamella.
+        options: further engine options, under the engine's own names.
+        candidate: loaded model to use instead of the checkpoint's (engine lamella only).
     """
 
     dtype: torch.dtype
@@ -35,13 +36,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Scores:
-    """Natural log-probabilities for one sequence; row t is the distribution that predicts token t + 1. On the CPU.
+    """Natural log-probabilities for one sequence, on the CPU; row t is the distribution that predicts token t + 1.
 
     Attributes:
-        target: (N,) float64, of the tokens that come.
-        logprobs: (N, V) float32 or float64 of the whole vocabulary; or (N, K) of the K likeliest tokens, likeliest
-            first.
-        ids: (N, K) int64, the tokens of the columns; None where the columns are the vocabulary.
+        target: (N,) float64, log-probabilities of the actual next tokens.
+        logprobs: (N, V) float32 or float64 over the whole vocabulary, or (N, K) of the K likeliest tokens in descending
+            order.
+        ids: (N, K) int64, token ids of the columns; None if the columns are the whole vocabulary.
     """
 
     target: Tensor
@@ -49,15 +50,21 @@ class Scores:
     ids: Tensor | None = None
 
     @classmethod
-    def of(cls, logits: Tensor, token_ids: Sequence[int], top: int | None) -> Scores:
-        """From logits (N, V) whose row t predicts `token_ids[t]`; `top` keeps only so many columns."""
+    def from_logits(cls, logits: Tensor, token_ids: Sequence[int], top: int | None) -> Scores:
+        """Compute scores from logits.
+
+        Args:
+            logits: (N, V); row t predicts `token_ids[t]`.
+            token_ids: N token ids.
+            top: number of likeliest tokens to keep; None for the whole vocabulary.
+        """
         logprobs = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         targets = torch.tensor(token_ids, device=logits.device)
         target = logprobs.gather(1, targets[:, None])[:, 0].double().cpu()
         if top is None or top >= logprobs.shape[1]:
             return cls(target, logprobs.cpu())
         kept, ids = logprobs.topk(top)
-        # Of equal ones, topk may take any: the first column is the one that argmax would choose.
+        # topk returns tied values in any order. Put the token that argmax chooses first.
         first = logprobs.argmax(-1, keepdim=True)
         ids = torch.where(ids == first, ids[:, :1], ids)
         ids[:, :1] = first
@@ -66,29 +73,30 @@ class Scores:
 
 @dataclass(frozen=True)
 class Generation:
-    """Tokens that an engine chose freely, each the likeliest, and its distribution at every step."""
+    """Greedily generated tokens and the distribution at every step."""
 
     token_ids: tuple[int, ...]
     scores: Scores
 
 
 class Scorer(Protocol):
-    """One engine with one model. Another engine joins by a module with such a class, and a line in `scorers`."""
+    """Engine with one model. To add an engine, write a module with such a class and list it in `scorers.ENGINES`."""
 
     name: str
 
     def score(self, sequences: Sequence[TokenSequence], top: int | None = None) -> list[Scores]:
-        """The engine's own log-probabilities of every sequence, tokens forced.
+        """Return the engine's log-probabilities for every sequence, with forced tokens.
 
-        Engines that prefill and decode make the prediction of continuation token k >= 1 by a decode step. `top` asks
-        for the K likeliest tokens of each position only; None for all.
+        Args:
+            sequences: an engine with a decode path predicts continuation token k >= 1 in a decode step.
+            top: number of likeliest tokens of each position to return; None for the whole vocabulary.
         """
         ...
 
     def generate(self, prompts: Sequence[tuple[int, ...]], count: int, top: int | None = None) -> list[Generation]:
-        """`count` greedy tokens after each prompt, none of which ends it."""
+        """Generate `count` greedy tokens after each prompt, ignoring end-of-text tokens."""
         ...
 
     def close(self) -> None:
-        """Free the model."""
+        """Release the model."""
         ...

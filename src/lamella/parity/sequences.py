@@ -1,4 +1,4 @@
-"""What is scored: token sequences, each a prompt and a continuation that every engine is forced to take."""
+"""Token sequences to score: a prompt, and a continuation that every engine is forced to generate."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from lamella.engine.requests.tokenizer import Tokenizer
 from lamella.errors import ParameterError
 from lamella.validation import checked_int
 
-# A tokenizer that makes fewer distinct tokens than this of the bundled text was made for something else.
+# A tokenizer that produces fewer distinct tokens from the bundled text cannot represent English.
 _FEWEST_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """A prompt, at least one token, and its continuation, at least one.
+    """Prompt and continuation, at least one token each.
 
-    Its predictions are those of tokens 1..n-1. Those of the prompt and of the first continuation token come of the
-    prefill; the one of `continuation[k]`, k >= 1, comes of decode step k.
+    The n tokens have n - 1 predictions, for tokens 1..n-1. The prefill predicts the prompt and `continuation[0]`;
+    decode step k predicts `continuation[k]`.
+
+    Attributes:
+        prompt: tokens that are prefilled.
+        continuation: tokens that are forced one by one.
     """
 
     prompt: tuple[int, ...]
@@ -35,20 +39,29 @@ class TokenSequence:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
+        """All tokens in order."""
         return self.prompt + self.continuation
 
     @property
     def num_predictions(self) -> int:
+        """Number of predictions: one less than the number of tokens."""
         return len(self.prompt) + len(self.continuation) - 1
 
     def decode_step(self, prediction: int) -> int:
-        """The decode step that makes the prediction of token `prediction + 1`; 0 for those of the prefill."""
+        """Return the decode step that predicts token `prediction + 1`; 0 for the prefill."""
         return max(0, prediction + 1 - len(self.prompt))
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Sequences, and where they come from, for the report."""
+    """Sequences with their origin.
+
+    Attributes:
+        sequences: the sequences to score.
+        source: description of the origin, for the report.
+        prompt_len: requested tokens per prompt.
+        decode_len: requested tokens per continuation.
+    """
 
     sequences: tuple[TokenSequence, ...]
     source: str
@@ -57,7 +70,7 @@ class Inputs:
 
 
 def split(token_ids: Sequence[int], decode_len: int) -> TokenSequence:
-    """The last `decode_len` tokens as the continuation, fewer where the sequence is short."""
+    """Split off the last `decode_len` tokens as the continuation, and leave at least one token for the prompt."""
     cut = max(1, len(token_ids) - decode_len)
     return TokenSequence(tuple(token_ids[:cut]), tuple(token_ids[cut:]))
 
@@ -71,12 +84,22 @@ def make_inputs(
     decode_len: int = 16,
     seed: int = 0,
 ) -> Inputs:
-    """`count` sequences of `prompt_len` + `decode_len` tokens at most.
+    """Build the sequences to score.
 
-    `prompts` is a file (a prompt a line: text, a JSON list of token ids, or an object with `prompt` or
-    `prompt_token_ids`; text that begins with a bracket needs the object), a list of such prompts, "random" for random
-    tokens, or None for the bundled text; a model whose tokenizer cannot read that text, or that has none, gets random
-    tokens. Raises `ParameterError` with the line that cannot be used.
+    Args:
+        vocab_size: token ids must be below this number.
+        tokenizer: encodes texts; None if the model has none.
+        prompts: a file with one prompt per line (text, a JSON list of token ids, or an object with `prompt` or
+            `prompt_token_ids`; text that starts with a bracket needs the object); a list of such prompts; "random" for
+            random tokens; or None for the bundled text. Without a tokenizer that can encode the bundled text, None
+            gives random tokens.
+        count: maximum number of sequences; for random tokens the exact number, 16 if None.
+        prompt_len: maximum tokens per prompt.
+        decode_len: maximum tokens per continuation.
+        seed: seed of random tokens.
+
+    Raises:
+        ParameterError: a prompt cannot be used; the message names its line or index.
     """
     counts = {"prompt_len": prompt_len, "decode_len": decode_len, "count": 1 if count is None else count}
     for name, value in counts.items():
@@ -122,30 +145,30 @@ def _given(
         entries, source = [(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)], "given prompts"
     if not entries:
         raise ParameterError(f"prompts: {source} is empty")
-    return [_tokens(entry, place, vocab_size, tokenizer) for place, entry in entries], source
+    return [_tokens(entry, location, vocab_size, tokenizer) for location, entry in entries], source
 
 
-def _parse(line: str, place: str) -> Any:
+def _parse(line: str, location: str) -> Any:
     if not line.lstrip().startswith(("[", "{")):
         return line
     try:
         return json.loads(line)
     except ValueError as error:
-        raise ParameterError(f"{place}: not JSON ({error})") from error
+        raise ParameterError(f"{location}: not JSON ({error})") from error
 
 
-def _tokens(entry: Any, place: str, vocab_size: int, tokenizer: Tokenizer | None) -> list[int]:
+def _tokens(entry: Any, location: str, vocab_size: int, tokenizer: Tokenizer | None) -> list[int]:
     if isinstance(entry, dict):
         if len(entry) != 1 or not set(entry) <= {"prompt", "prompt_token_ids"}:
-            raise ParameterError(f"{place}: an object needs one key, prompt or prompt_token_ids")
+            raise ParameterError(f"{location}: an object needs one key, prompt or prompt_token_ids")
         (entry,) = entry.values()
     if isinstance(entry, str):
         if tokenizer is None:
-            raise ParameterError(f"{place}: the model has no tokenizer.json; give token ids")
+            raise ParameterError(f"{location}: the model has no tokenizer.json; give token ids")
         entry = tokenizer.encode(entry)
     ids = list(entry) if isinstance(entry, list | tuple) else None
     if ids is None or any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab_size for i in ids):
-        raise ParameterError(f"{place}: must be text or token ids below {vocab_size}")
+        raise ParameterError(f"{location}: must be text or token ids below {vocab_size}")
     if len(ids) < 2:
-        raise ParameterError(f"{place}: {len(ids)} tokens, at least 2 are needed")
+        raise ParameterError(f"{location}: {len(ids)} tokens, at least 2 are needed")
     return ids

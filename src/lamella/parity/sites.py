@@ -1,8 +1,8 @@
-"""Sites: the names of what every operation gives, the same for the engine, the reference and `transformers`.
+"""Sites: names of operation outputs that are the same for the engine, the reference and `transformers`.
 
-A site is a dotted path such as `layers.3.mixer.o_proj`; its value is (n, channels) for the n tokens of one sequence.
-A `Tap` is called at every site with the value and returns the value to go on with: to record it, compare it, or put
-the truth's in its place, so that every later operation is fed what it should have been.
+A site is a dotted path such as `layers.3.mixer.o_proj`. Its value is (n, channels) for the n tokens of one sequence.
+A `Tap` is called with the site and the value of every operation, and returns the value to continue with. It can record
+or compare the value, or replace it by the reference's value, so that later operations get correct input.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _WORDS = {
 
 
 def layer_of(site: str) -> int | None:
-    """The decoder layer that a site lies in."""
+    """Return the index of the decoder layer that contains a site; None outside the layers."""
     parts = site.split(".")
     return int(parts[1]) if parts[0] == "layers" else None
 
 
 def operation(site: str) -> str:
-    """What computes the value of a site, in the field's words."""
+    """Return a readable name of the operation at a site, such as "norm" or "rotary"."""
     path = ".".join(site.split(".")[2:]) if site.startswith("layers.") else site
     if path.endswith(".residual"):
         return "residual add"
@@ -43,5 +43,5 @@ def operation(site: str) -> str:
 
 
 def untouched(site: str, value: Tensor) -> Tensor:
-    """The tap of an ordinary forward."""
+    """Return the value unchanged: the tap of an ordinary forward."""
     return value

@@ -1,7 +1,7 @@
-"""How far an engine is from the truth, and how far it may be: statistics of teacher-forced log-probabilities.
+"""Statistics of teacher-forced log-probabilities: the engine's error compared with the noise floor.
 
-All differences are of natural log-probabilities, engine less truth. The yardstick is the noise floor: what the
-reference itself loses when it computes in the engine's dtype, under two implementations of attention.
+All differences are of natural log-probabilities, engine minus reference. The noise floor is the error of the reference
+itself when it computes in the engine's dtype, with two implementations of attention.
 """
 
 from __future__ import annotations
@@ -18,30 +18,37 @@ from torch import Tensor
 from lamella.parity.scores import Scores
 from lamella.parity.sequences import TokenSequence
 
-# A flip of the likeliest token is a near-tie where the truth prefers its own by less than this many floor rms: three
-# standard deviations of the difference of two such errors.
+# A flip of the likeliest token is a near-tie if the reference's margin is below this many floor rms. This is three
+# standard deviations of the difference of two errors of that size.
 NEAR_TIE = 3 * math.sqrt(2)
-# An outlier is off by more than so many times the floor's own worst.
+# An outlier differs by more than this factor times the largest error of the floor.
 OUTLIER = 2.0
 _BINS = 24
-# The rest of float32 probabilities is known to about this much.
+# Accuracy of "1 minus the sum of float32 probabilities".
 _LEAST_REST = 1e-6
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Differences over some predictions.
+    """Summary of the differences over a set of predictions. Log-probabilities are those of the forced tokens, in nats.
 
     Attributes:
-        n: predictions.
-        bias, bias_error: mean difference of the forced token's log-probability, and its standard error.
-        rms: its root mean square.
-        p50, p90, p95, p99, p999, max: quantiles of its size.
-        kl_mean, kl_max: divergence KL(truth || engine) in nats, over the vocabulary, or over the tokens that both
-            sides name and the rest as one.
-        agreement: share of predictions with the same likeliest token.
-        flips: predictions with another one.
-        near_tie_flips: those of them that the truth itself holds for nearly a tie.
+        n: number of predictions.
+        bias: mean difference of the log-probability.
+        bias_error: standard error of `bias`.
+        rms: root mean square of the difference.
+        p50: median of the absolute difference.
+        p90: 90th percentile of the absolute difference.
+        p95: 95th percentile of the absolute difference.
+        p99: 99th percentile of the absolute difference.
+        p999: 99.9th percentile of the absolute difference.
+        max: largest absolute difference.
+        kl_mean: mean of KL(reference || engine) over the vocabulary, or over the tokens that both sides list and one
+            entry for the remaining probability.
+        kl_max: maximum of the same divergence.
+        agreement: fraction of predictions with the same likeliest token.
+        flips: number of predictions with different likeliest tokens.
+        near_tie_flips: flips at which the reference itself has a near-tie.
     """
 
     n: int
@@ -63,20 +70,33 @@ class Summary:
 
 @dataclass(frozen=True)
 class Differences:
-    """One value for each prediction of all sequences, (N,) float64: what a `Summary` is made of."""
+    """Differences of each prediction of all sequences, the input of a `Summary`.
+
+    Attributes:
+        delta: (N,) float64, log-probability of the forced token, engine minus reference.
+        kl: (N,) float64, KL(reference || engine).
+        flipped: (N,) bool, whether the likeliest tokens differ.
+        margin: (N,) float64, the reference's log-probability of its likeliest token minus that of the second.
+        step: (N,) int64, decode step; 0 for the prefill.
+        position: (N,) int64, position of the token before the predicted one.
+        sequence: (N,) int64, index of the sequence.
+    """
 
     delta: Tensor
     kl: Tensor
-    flipped: Tensor  # bool
-    margin: Tensor  # by how much the truth prefers its likeliest token to the next
-    step: Tensor  # int64, 0 for the prefill's, else the decode step
-    position: Tensor  # int64, of the token in front of the predicted one
-    sequence: Tensor  # int64
+    flipped: Tensor
+    margin: Tensor
+    step: Tensor
+    position: Tensor
+    sequence: Tensor
 
     @classmethod
-    def of(cls, sequences: Sequence[TokenSequence], truth: Sequence[Scores], engine: Sequence[Scores]) -> Differences:
+    def from_scores(
+        cls, sequences: Sequence[TokenSequence], reference: Sequence[Scores], engine: Sequence[Scores]
+    ) -> Differences:
+        """Compute the differences of all sequences; the scores are in the order of `sequences`."""
         parts = []
-        for index, (sequence, expected, ours) in enumerate(zip(sequences, truth, engine, strict=True)):
+        for index, (sequence, expected, ours) in enumerate(zip(sequences, reference, engine, strict=True)):
             count = sequence.num_predictions
             top = expected.logprobs.double().topk(2).values
             parts.append(
@@ -93,10 +113,11 @@ class Differences:
         return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def where(self, mask: Tensor) -> Differences:
+        """Return the predictions selected by `mask` (N,) bool."""
         return Differences(*(column[mask] for column in vars(self).values()))
 
     def summary(self, tie: float) -> Summary:
-        """`tie` is the margin below which a flip counts as a near-tie."""
+        """Summarize all predictions; a flip with a margin below `tie` nats counts as a near-tie."""
         size = self.delta.abs()
         count = len(size)
         return Summary(
@@ -120,19 +141,21 @@ class Differences:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An engine against the truth and the noise floor.
+    """Comparison of an engine with the reference and the noise floor.
 
     Attributes:
-        noise_floor_ratio: rms of the engine's differences over that of the floor's; at most 1 is the goal.
-        noise_floor_ratio_error: its standard error (leave one sequence out at a time).
-        p999_ratio: the same of the 99.9th percentile.
-        engine, engine_prefill, engine_decode: summaries of all, the prefill's and the decode steps' predictions.
-        floor: summaries of the reference's runs in the engine's dtype, by implementation of attention.
-        positions: a summary for the prefill (step 0) and for each decode step.
-        slope: per decode step, of the size of the difference, with its standard error; None below three steps.
-        curve: rms against the position in the sequence, engine and floor, in bins.
-        histogram: counts of the size of differences, engine and floor, and the bins' edges.
-        outliers: predictions that are off by more than the floor ever is, `OUTLIER` times over.
+        noise_floor_ratio: rms of the engine's differences divided by the rms of the floor's; the goal is at most 1.
+        noise_floor_ratio_error: standard error of `noise_floor_ratio`, from a jackknife over sequences.
+        p999_ratio: ratio of the 99.9th percentiles.
+        engine: summary of all predictions.
+        engine_prefill: summary of the prefill's predictions.
+        engine_decode: summary of the decode steps' predictions; None without decode steps.
+        floor: summaries of the reference's runs in the engine's dtype, by attention implementation.
+        positions: summary of the prefill (step 0) and of each decode step.
+        slope: slope of the absolute difference over decode steps, with its standard error; None below three steps.
+        curve: rms of engine and floor in bins over the position in the sequence.
+        histogram: counts of absolute differences of engine and floor, and the edges of the bins.
+        outliers: limit (`OUTLIER` times the floor's largest error), count and share of the predictions beyond it.
         worst: the predictions with the largest differences.
     """
 
@@ -153,14 +176,22 @@ class Comparison:
 
 def compare_scores(
     sequences: Sequence[TokenSequence],
-    truth: Sequence[Scores],
+    reference: Sequence[Scores],
     engine: Sequence[Scores],
     floors: Mapping[str, Sequence[Scores]],
     worst: int = 20,
 ) -> Comparison:
-    """Everything about one engine's scores. All scores are of the same `sequences`, in their order."""
-    ours = Differences.of(sequences, truth, engine)
-    noise = {name: Differences.of(sequences, truth, scores) for name, scores in floors.items()}
+    """Compute all statistics of an engine.
+
+    Args:
+        sequences: the scored sequences.
+        reference: the reference's scores, in the order of `sequences`.
+        engine: the engine's scores, in the order of `sequences`.
+        floors: scores of the reference in the engine's dtype, by attention implementation.
+        worst: number of worst predictions to list.
+    """
+    ours = Differences.from_scores(sequences, reference, engine)
+    noise = {name: Differences.from_scores(sequences, reference, scores) for name, scores in floors.items()}
     level = rms(torch.cat([some.delta for some in noise.values()]))
     tie = NEAR_TIE * level
     floor_sizes = torch.cat([some.delta.abs() for some in noise.values()])
@@ -181,35 +212,35 @@ def compare_scores(
         curve=_curve(ours, list(noise.values())),
         histogram=_histogram(ours.delta.abs(), floor_sizes, len(noise)),
         outliers={"limit": limit, "count": count, "share": count / len(ours.delta)},
-        worst=_worst(sequences, truth, engine, ours, worst),
+        worst=_worst(sequences, reference, engine, ours, worst),
     )
 
 
 def likeliest(scores: Scores) -> Tensor:
-    """(N,) the token with the largest log-probability; the first of equals."""
+    """Return the ids (N,) of the tokens with the largest log-probability; the first of tied tokens."""
     if scores.ids is None:
         return scores.logprobs.argmax(-1)
     return scores.ids[:, 0]
 
 
-def divergence(truth: Scores, engine: Scores) -> Tensor:
-    """KL(truth || engine), (N,) nats."""
-    ids = truth.ids if truth.ids is not None else engine.ids
+def divergence(reference: Scores, engine: Scores) -> Tensor:
+    """Return KL(reference || engine) of each prediction, (N,) in nats."""
+    ids = reference.ids if reference.ids is not None else engine.ids
     if ids is None:
-        return _kl(truth.logprobs.double(), engine.logprobs.double())
-    (p, in_reference), (q, in_engine) = _of_tokens(truth, ids), _of_tokens(engine, ids)
+        return _kl(reference.logprobs.double(), engine.logprobs.double())
+    (p, in_reference), (q, in_engine) = _logprobs_of(reference, ids), _logprobs_of(engine, ids)
     rest = ~(in_reference & in_engine)
     return _kl(_with_rest(p.masked_fill(rest, -torch.inf)), _with_rest(q.masked_fill(rest, -torch.inf)))
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """Over log-probabilities (N, K). Tokens that p excludes count nothing."""
+    """Return KL(p || q) of log-probabilities (N, K). Tokens with p = 0 contribute zero."""
     terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
     return terms.sum(-1).clamp(min=0.0)
 
 
-def _of_tokens(scores: Scores, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, K) log-probabilities of given tokens, and whether the scores name them."""
+def _logprobs_of(scores: Scores, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities (N, K) of tokens `ids` (N, K), and (N, K) bool: whether the scores list them."""
     if scores.ids is None:
         return scores.logprobs.double().gather(1, ids), torch.ones_like(ids, dtype=torch.bool)
     match = ids[:, :, None] == scores.ids[:, None, :]
@@ -217,25 +248,26 @@ def _of_tokens(scores: Scores, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _with_rest(logprobs: Tensor) -> Tensor:
-    """(N, K) -> (N, K + 1), with all that is not named as one."""
+    """Append the log of the remaining probability: (N, K) -> (N, K + 1)."""
     rest = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=_LEAST_REST)
     return torch.cat((logprobs, rest.log()), -1)
 
 
 def rms(x: Tensor) -> float:
+    """Return the root mean square of all elements."""
     return float(x.square().mean().sqrt())
 
 
 def _ratio(ours: float, floor: float) -> float:
     if not math.isfinite(floor):
-        return math.nan  # a floor that is broken itself measures nothing
+        return math.nan  # a floor with NaN or Inf cannot serve as a yardstick
     if floor == 0:
         return 0.0 if ours == 0 else math.inf
     return ours / floor
 
 
 def _quantile(x: Tensor, q: float) -> float:
-    """By sorting: torch's own limits the number of elements."""
+    """Return a quantile by sorting, because `torch.quantile` limits the number of elements."""
     ordered = x.sort().values
     at = q * (len(ordered) - 1)
     low = int(at)
@@ -244,13 +276,13 @@ def _quantile(x: Tensor, q: float) -> float:
 
 
 def _jackknife(ours: Differences, noise: Sequence[Differences]) -> float:
-    """Standard error of the ratio, from leaving out one sequence at a time."""
+    """Return the standard error of the noise floor ratio, leaving out one sequence at a time."""
     sequences = ours.sequence.unique().tolist()
     if len(sequences) < 2:
         return math.nan
     values = []
-    for left_out in sequences:
-        kept = ours.sequence != left_out
+    for excluded in sequences:
+        kept = ours.sequence != excluded
         values.append(_ratio(rms(ours.delta[kept]), rms(torch.cat([some.delta[kept] for some in noise]))))
     estimates = torch.tensor(values, dtype=torch.float64)
     count = len(values)
@@ -258,7 +290,7 @@ def _jackknife(ours: Differences, noise: Sequence[Differences]) -> float:
 
 
 def _slope(x: Tensor, y: Tensor) -> dict[str, float] | None:
-    """Least squares of y on x."""
+    """Return the least-squares slope of y over x with its standard error; None with fewer than three values of x."""
     if len(x.unique()) < 3:
         return None
     centred = x - x.mean()
@@ -281,7 +313,10 @@ def _curve(ours: Differences, noise: Sequence[Differences]) -> list[dict[str, fl
 
 
 def _histogram(ours: Tensor, floor: Tensor, runs: int) -> dict[str, list[float]]:
-    """Over sizes in logarithmic bins; the floor's counts are of one run. The first takes all that is smaller."""
+    """Count absolute differences in logarithmic bins; the first bin includes all smaller values.
+
+    The counts of the floor are divided by the number of `runs`.
+    """
     both = torch.cat((ours, floor))
     finite = both[both.isfinite() & (both > 0)]
     if not len(finite):
@@ -296,7 +331,7 @@ def _histogram(ours: Tensor, floor: Tensor, runs: int) -> dict[str, list[float]]
 
 def _worst(
     sequences: Sequence[TokenSequence],
-    truth: Sequence[Scores],
+    reference: Sequence[Scores],
     engine: Sequence[Scores],
     ours: Differences,
     count: int,
@@ -305,7 +340,7 @@ def _worst(
     rows = []
     for index in size.argsort(descending=True)[:count].tolist():
         number, position = int(ours.sequence[index]), int(ours.position[index])
-        expected, given = truth[number], engine[number]
+        expected, given = reference[number], engine[number]
         tokens = sequences[number].token_ids
         step = int(ours.step[index])
         rows.append(

@@ -1,4 +1,4 @@
-"""The model under test, as a checkpoint: everything that the engines, the oracle and the report want to know of it."""
+"""Model under test: the checkpoint with all options that engines, reference and report need."""
 
 from __future__ import annotations
 
@@ -33,9 +33,17 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class TestedModel:
-    """A checkpoint and how to take it; `load_format="dummy"` fills it at random, by `seed`, instead of reading it, and
-    of a supernet `placement` says which mixers compute. `overrides` are in the checkpoint's values already.
+class ModelUnderTest:
+    """Checkpoint with loading options.
+
+    Attributes:
+        name: the model as the user gave it.
+        checkpoint: opened checkpoint; `overrides` have been applied to its values.
+        load_format: "auto", or "dummy" for random weights instead of the checkpoint's.
+        seed: seed of dummy weights.
+        max_model_len: length for which a `dynamic` RoPE scaling is computed; None for the config's.
+        placement: placement of a supernet; None for the main mixers.
+        overrides: config values that the user replaced.
     """
 
     name: str
@@ -55,8 +63,13 @@ class TestedModel:
         max_model_len: int | None = None,
         placement: PlacementLike | None = None,
         overrides: Mapping[str, Any] | None = None,
-    ) -> TestedModel:
-        """Reads the config only. Raises `CheckpointError` or `ConfigError`."""
+    ) -> ModelUnderTest:
+        """Open a checkpoint and read its config, but no weights.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be read.
+            ConfigError: the config or an option is wrong.
+        """
         overrides = _as_json(overrides)
         checkpoint = open_checkpoint(model, overrides)
         tested = cls(str(model), checkpoint, load_format, seed, max_model_len, placement, overrides)
@@ -65,29 +78,29 @@ class TestedModel:
 
     @cached_property
     def whole_config(self) -> ModelConfig:
-        """Of all that the checkpoint holds."""
+        """Config of the whole checkpoint, with all mixers of a supernet."""
         return self.checkpoint.read_config(self.max_model_len)
 
     @cached_property
     def config(self) -> ModelConfig:
-        """Of what is computed: a supernet's placement is a model without a choice."""
+        """Config of the model that runs: a supernet is reduced to its placement."""
         whole = self.whole_config
         return placed(whole, read_placement(self.placement, whole))
 
     @cached_property
     def config_hash(self) -> str:
-        """Of the config file's values, whatever their order."""
+        """Hash of the config file's values; independent of their order."""
         return hashlib.sha256(json.dumps(self.checkpoint.values, sort_keys=True).encode()).hexdigest()[:12]
 
     @cached_property
     def folder(self) -> Path:
-        """Folder from which other libraries read the same model: the checkpoint's own if nothing is overridden.
+        """Folder from which other libraries read the model: the checkpoint's own if nothing is overridden.
 
-        Otherwise a temporary one that lasts as long as the tested: links to the checkpoint's files, and a config.json
-        with the overridden values. Other libraries merge overrides by rules of their own.
+        With overrides it is a temporary folder that exists as long as this object: links to the checkpoint's files and
+        a config.json with the new values. Other libraries would merge the overrides by their own rules.
 
         Raises:
-            ConfigError: the values are those of a lingua file, which has no config.json to replace.
+            ConfigError: overrides are given for a lingua checkpoint, which has no config.json to replace.
         """
         own, config_file = self.checkpoint.path, self.checkpoint.config_file
         if not self.overrides:
@@ -107,26 +120,31 @@ class TestedModel:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
+        """Tokenizer of the checkpoint; None if it has none."""
         return Tokenizer.load(self.checkpoint.path)
 
-    def dtype(self, asked: torch.dtype | str) -> torch.dtype:
-        """The dtype that "auto" or a name means for this checkpoint."""
-        return resolve_dtype(self.checkpoint, asked)
+    def dtype(self, requested: torch.dtype | str) -> torch.dtype:
+        """Return the dtype for "auto" or a dtype name."""
+        return resolve_dtype(self.checkpoint, requested)
 
     def load(self, dtype: torch.dtype, device: torch.device) -> CausalLM:
-        """The engine's model."""
+        """Load the engine's model and activate the placement."""
         model = load_model(self.checkpoint, dtype, device, self.load_format, self.max_model_len, self.seed)
         model.set_placement(self.placement)
         return model
 
     def skeleton(self) -> CausalLM:
-        """The engine's model without weights."""
+        """Return the engine's model on the meta device, without weights."""
         return self.checkpoint.allocate(self.whole_config, LocalKit(torch.float32, "meta"))
 
     def weights(self, device: torch.device) -> dict[str, Tensor]:
-        """Every tensor that computes something, by our path, projections apart, read from the files one by one: nothing
-        of the loader's packing is used. Dummy weights are nowhere but in a loaded model, and come out of one on the
-        engine's `device`, which has random numbers of its own.
+        """Read the tensors of all active modules one by one, without the packing of the engine's loader.
+
+        Args:
+            device: device of the engine. Dummy weights are drawn there, because random numbers depend on the device.
+
+        Returns:
+            Tensors by lamella's parameter path, with merged projections as separate tensors.
         """
         if self.load_format == "dummy":
             model = self.load(torch.float32, device)
@@ -137,7 +155,7 @@ class TestedModel:
             return {path: tensors.load(name) for path, name in names.items()}
 
     def _placed(self, by_path: dict[str, _T]) -> dict[str, _T]:
-        """What belongs to the model of `config`, by its own paths: the active mixer is the layer's mixer."""
+        """Return the items that belong to the active mixers, with the paths of a model without a choice of mixers."""
         active = {
             f"model.layers.{layer}.mixer.mixers.{name}.": f"model.layers.{layer}.mixer."
             for layer, name in enumerate(read_placement(self.placement, self.whole_config))
@@ -153,7 +171,7 @@ class TestedModel:
 
 
 def _as_json(overrides: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return a copy of the overrides as JSON keeps them, since a report and other libraries read them as JSON."""
+    """Return the overrides after a round trip through JSON, because reports and other libraries read them as JSON."""
     if not overrides:
         return {}
     try:

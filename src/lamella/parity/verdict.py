@@ -1,4 +1,4 @@
-"""What is good enough: the tolerances, and the reasons why a result is not."""
+"""Verdict: the tolerances, and the reasons why a result fails."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from lamella.parity.stats import Comparison
 
 @dataclass(frozen=True)
 class Tolerances:
-    """What `stats` allows; the paths' and the bisection's limits stand with them.
+    """Limits of `stats`. The limits of paths and bisection are constants in their modules.
 
     Attributes:
-        ratio: of the engine's rms error to the noise floor's. Two standard errors are added for the sample's chance,
-            up to `ratio_at_most`.
-        ratio_at_most: see there.
-        p999_ratio: the same of the 99.9th percentiles, which few samples fix badly.
-        bias: of the mean difference, in floor rms, unless it is within four of its own standard errors.
-        outlier_share: of predictions that are off by more than twice what the floor ever is.
-        exact: differences in fp32 that need no yardstick: where none is larger, all of the above holds.
+        ratio: limit of the noise floor ratio. Two standard errors are added to allow for sampling noise, up to
+            `ratio_at_most`.
+        ratio_at_most: upper bound of the limit after adding the standard errors.
+        p999_ratio: limit of the ratio of the 99.9th percentiles, which are noisy with few samples.
+        bias: limit of the absolute mean difference in units of the floor's rms; a bias within four standard errors
+            passes too.
+        outlier_share: limit of the fraction of outliers.
+        exact: if no fp32 difference is larger than this number of nats, all limits above count as met.
     """
 
     ratio: float = 1.0
@@ -34,11 +35,11 @@ class Tolerances:
 
 
 def judge_stats(result: Comparison, dtype: torch.dtype, tolerances: Tolerances) -> list[str]:
-    """Why the engine is further from the truth than it may be; nothing where it is not. NaN never passes."""
+    """Return the reasons why the statistics fail; an empty list if they pass. NaN always fails."""
     if dtype == torch.float32 and result.engine.max <= tolerances.exact:
         return []
     error = result.noise_floor_ratio_error
-    # A single sequence says nothing of chance: half the way is left to it.
+    # With one sequence the standard error is unknown: allow half of the range up to ratio_at_most.
     chance = 2 * error if error == error else (tolerances.ratio_at_most - tolerances.ratio) / 2
     allowed = max(tolerances.ratio, min(tolerances.ratio + chance, tolerances.ratio_at_most))
     floor = max(summary.rms for summary in result.floor.values())
@@ -59,10 +60,12 @@ def judge_stats(result: Comparison, dtype: torch.dtype, tolerances: Tolerances) 
 
 
 def judge_paths(matrix: PathMatrix) -> list[str]:
+    """Return the reasons why the path matrix fails; an empty list if it passes."""
     return [f"path {cell.path!r}: {cell.why}" for cell in matrix.failures]
 
 
 def judge_bisection(bisection: Bisection) -> list[str]:
+    """Return the first wrong operation and the first with NaN or Inf as reasons; an empty list if there are none."""
     first, not_finite = bisection.first, bisection.first_not_finite
     reasons = [] if not_finite is None else [f"first operation that gives NaN or Inf: {not_finite}"]
     if first is not None and first is not not_finite:

@@ -1,1 +1,1 @@
-"""Models that turn images into embeddings."""
+"""Vision encoders, which turn images into embeddings."""

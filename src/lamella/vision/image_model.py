@@ -1,4 +1,4 @@
-"""The protocol between the engine and a model that reads images."""
+"""`ImageModel`: the interface between the engine and a vision encoder."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ class ImageModel(Protocol):
     """Vision encoder of an architecture, with its image preprocessing.
 
     Attributes:
-        placeholder, placeholder_text: token that marks an image in a prompt, and its text.
-        patch: token at whose positions image embeddings replace token embeddings.
-        largest: shape of the tiles tensor of the largest image.
+        placeholder: id of the token that marks an image in a prompt.
+        placeholder_text: text of that token.
+        patch: id of the token at whose positions image embeddings replace token embeddings.
+        largest_shape: shape of the tiles tensor of the largest image.
     """
 
     placeholder: int
     placeholder_text: str
     patch: int
-    largest: tuple[int, ...]
+    largest_shape: tuple[int, ...]
 
     @staticmethod
-    def is_there(checkpoint: Checkpoint, load_format: str) -> bool:
-        """Return True if the checkpoint has a vision encoder; otherwise the log says so. No tensor is read.
+    def has_encoder(checkpoint: Checkpoint, load_format: str) -> bool:
+        """Return True if the checkpoint has a vision encoder; log a line if it has none. No tensor is read.
 
         Raises:
             ConfigError: the config lacks the encoder that the tensors have.
@@ -46,22 +47,36 @@ class ImageModel(Protocol):
         load_format: str,
         seed: int,
     ) -> Self:
-        """Load the vision encoder of a checkpoint; `token_id` returns the tokenizer's id of a token's text, or None.
+        """Load the vision encoder of a checkpoint.
+
+        Args:
+            checkpoint: opened checkpoint.
+            dtype: dtype of weights and activations.
+            device: device of the weights.
+            token_id: returns the tokenizer's id for the text of a token, or None.
+            load_format: "auto", or "dummy" for random weights.
+            seed: seed of random weights.
 
         Raises:
-            ConfigError: the config or the tokenizer lacks something.
-            CheckpointError: the tensors do not fit.
+            ConfigError: a value is missing in the config, or a token in the tokenizer.
+            CheckpointError: the tensors do not fit the config.
         """
         ...
 
-    def cut(self, pixels: Tensor) -> tuple[Tensor, list[int]]:
-        """Return an image (3, H, W) uint8 as tiles for the encoder, and the tokens that replace the placeholder.
+    def split_into_tiles(self, pixels: Tensor) -> tuple[Tensor, list[int]]:
+        """Split an image into tiles.
+
+        Args:
+            pixels: (3, H, W) uint8.
+
+        Returns:
+            The tiles for `encode`, and the token ids that replace the placeholder in the prompt.
 
         Raises:
             ParameterError: the image has no pixels.
         """
         ...
 
-    def rows(self, tiles: Tensor) -> Tensor:
-        """Encode tiles into image embeddings (n, hidden_size), one row for each patch token, in order."""
+    def encode(self, tiles: Tensor) -> Tensor:
+        """Return the image embeddings (n, hidden_size) of tiles, one row per patch token, in order."""
         ...

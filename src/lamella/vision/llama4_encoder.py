@@ -1,7 +1,7 @@
-"""Llama 4's sight: from the tiles of images to rows that stand in place of patch tokens in the language model's input.
+"""Llama 4's vision encoder: from image tiles to the embeddings of patch tokens in the language model's input.
 
-Math and names: transformers' `models/llama4`. Every tile is by itself, and sees all of itself. The modules are named as
-in the files, whose tensors they are filled with one to one.
+Math and names: transformers' `models/llama4`. Tiles are encoded independently, with full attention within a tile. The
+modules have the names of the file's tensors, which they are filled from one to one.
 """
 
 from __future__ import annotations
@@ -29,10 +29,21 @@ PARTS = ("vision_model.", "multi_modal_projector.")
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """Sizes of the tower, in elements; `image_size` is a tile's side and `patch_size` a patch's, in pixels.
+    """Sizes of the vision encoder.
 
-    After the tower `shuffle` patches each way become one row, which the adapter brings from `adapter_in` to
-    `adapter_out` and the projector to `output_size`, the language model's width.
+    Attributes:
+        hidden_size: width of the encoder, in channels.
+        num_layers: number of layers.
+        num_heads: number of attention heads.
+        intermediate_size: width of the feed-forward, in channels.
+        image_size: side of a tile, in pixels.
+        patch_size: side of a patch, in pixels.
+        adapter_in: intermediate width of the adapter.
+        adapter_out: output width of the adapter.
+        output_size: width of the language model.
+        shuffle: the pixel shuffle joins `shuffle` x `shuffle` patches into one row.
+        channels: channels of an image.
+        theta: base of the RoPE frequencies.
     """
 
     hidden_size: int
@@ -61,12 +72,16 @@ class VisionConfig:
 
     @property
     def rows_per_tile(self) -> int:
-        """Rows that a tile becomes, and so patch tokens that stand for it."""
+        """Number of embeddings, and of patch tokens, per tile."""
         return (self.side // self.shuffle) ** 2
 
     @classmethod
     def read(cls, config: HFConfig) -> VisionConfig:
-        """From a `Llama4ForConditionalGeneration` config file. Raises `ConfigError` naming the key."""
+        """Read the sizes from a `Llama4ForConditionalGeneration` config file.
+
+        Raises:
+            ConfigError: a value is wrong or not supported; the message names the key.
+        """
         text = HFConfig(config.mapping("text_config"), config.source)
         vision = config.section("vision_config", config.mapping("vision_config"))
         vision.choice("hidden_act", ("gelu",), "gelu")
@@ -102,7 +117,7 @@ class VisionConfig:
 
 
 class Attention(nn.Module):
-    """All of a tile to all of it."""
+    """Full self-attention within each tile."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -111,7 +126,7 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(size, size) for _ in range(4))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (N, n, C), angles of the n patches (n, D / 2) fp32."""
+        """Return the attention output (N, n, C) for x (N, n, C), with cos and sin of the n patches (n, D / 2) fp32."""
         tiles, count, _ = x.shape
         shape = tiles * count, self.heads, self.head_dim
         q, k, v = (part(x).view(shape) for part in (self.q_proj, self.k_proj, self.v_proj))
@@ -121,25 +136,30 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two projections with a GELU between, and after the second as well where it is `last`."""
+    """Two projections with GELU between them, and also after the second if `activate_output`."""
 
-    def __init__(self, sizes: tuple[int, int, int], bias: bool, last: bool = False) -> None:
+    def __init__(self, sizes: tuple[int, int, int], bias: bool, activate_output: bool = False) -> None:
         super().__init__()
-        self.fc1, self.fc2, self.last = nn.Linear(*sizes[:2], bias=bias), nn.Linear(*sizes[1:], bias=bias), last
+        self.fc1, self.fc2, self.activate_output = (
+            nn.Linear(*sizes[:2], bias=bias),
+            nn.Linear(*sizes[1:], bias=bias),
+            activate_output,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output (..., sizes[2]) for x (..., sizes[0])."""
         x = self.fc2(F.gelu(self.fc1(x)))
-        return F.gelu(x) if self.last else x
+        return F.gelu(x) if self.activate_output else x
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's, whose weight starts from one."""
+    """torch's layer norm, with an initial weight of one for dummy weights."""
 
     layouts: ClassVar = {"weight": ParameterLayout(initial=(1.0, 1.0))}
 
 
 class Layer(nn.Module):
-    """A pre-norm block."""
+    """Pre-norm transformer layer."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -149,12 +169,13 @@ class Layer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = LayerNorm(size), LayerNorm(size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Return the output (N, n, C) for x (N, n, C)."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Tower(nn.Module):
-    """Patches, blocks, and the adapter: tiles (N, channels, S, S) to (N, rows, adapter_out)."""
+class VisionEncoder(nn.Module):
+    """Patch embedding, transformer layers, pixel shuffle and adapter."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -165,48 +186,58 @@ class Tower(nn.Module):
         self.positional_embedding_vlm = nn.Parameter(torch.zeros(config.side**2 + 1, size))
         self.layernorm_pre, self.layernorm_post = LayerNorm(size), LayerNorm(size)
         self.model = nn.ModuleDict({"layers": nn.ModuleList(Layer(config) for _ in range(config.num_layers))})
-        adapter = MLP((size * config.shuffle**2, config.adapter_in, config.adapter_out), bias=False, last=True)
+        adapter = MLP(
+            (size * config.shuffle**2, config.adapter_in, config.adapter_out), bias=False, activate_output=True
+        )
         self.vision_adapter = nn.ModuleDict({"mlp": adapter})
 
     def forward(self, tiles: Tensor) -> Tensor:
+        """Return (N, rows_per_tile, adapter_out) for tiles (N, channels, S, S)."""
         patch = self.config.patch_size
         patches = F.unfold(tiles, patch, stride=patch).transpose(1, 2)
         x = self.patch_embedding["linear"](patches)
-        # The class token stands last, unturned, and is dropped in the end.
+        # The class token is last, is not rotated, and is dropped at the end.
         x = torch.cat((x, self.class_embedding.expand(x.shape[0], 1, -1)), 1) + self.positional_embedding_vlm
         x, angles = self.layernorm_pre(x), patch_angles(self.config).to(x.device)
         for layer in self.model["layers"].children():
             x = layer(x, angles.cos(), angles.sin())
-        return self.vision_adapter["mlp"](self._joined(self.layernorm_post(x)[:, :-1]))
+        return self.vision_adapter["mlp"](self._pixel_shuffle(self.layernorm_post(x)[:, :-1]))
 
-    def _joined(self, x: Tensor) -> Tensor:
-        """Squares of patches (N, side^2, C) as one row each, line by line: (N, rows, shuffle^2 C)."""
+    def _pixel_shuffle(self, x: Tensor) -> Tensor:
+        """Join squares of patches (N, side^2, C) into rows, line by line: (N, rows_per_tile, shuffle^2 * C)."""
         side, step = self.config.side, self.config.shuffle
         squares = x.unflatten(1, (side // step, step, side // step, step)).permute(0, 1, 3, 2, 4, 5)
         return squares.flatten(1, 2).flatten(2)
 
 
 class Vision(nn.Module):
-    """The tower and the projector to the language model's width."""
+    """Vision encoder and projector to the language model's width."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        self.vision_model = Tower(config)
+        self.vision_model = VisionEncoder(config)
         projector = nn.Linear(config.adapter_out, config.output_size, bias=False)
         self.multi_modal_projector = nn.ModuleDict({"linear_1": projector})
 
     def forward(self, tiles: Tensor) -> Tensor:
-        """Tiles (N, channels, S, S) -> (N, rows_per_tile, output_size)."""
+        """Return the embeddings (N, rows_per_tile, output_size) of tiles (N, channels, S, S)."""
         return self.multi_modal_projector["linear_1"](self.vision_model(tiles))
 
     @classmethod
     def from_pretrained(
         cls, path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Vision:
-        """The vision part of the checkpoint in a folder; of its tensors only these are read.
+        """Load the vision part of a checkpoint.
 
-        Raises `CheckpointError` where one is missing, left over or of the wrong shape.
+        Args:
+            path: folder of the checkpoint; only the vision tensors are read.
+            dtype: dtype of the weights.
+            device: device of the weights.
+
+        Raises:
+            ConfigError: a value of the config is wrong or not supported.
+            CheckpointError: a tensor is missing, unexpected or has the wrong shape.
         """
         file = Path(path) / "config.json"
         vision = cls.allocate(VisionConfig.read(HFConfig(read_json(file), str(file))), dtype, device)
@@ -215,14 +246,16 @@ class Vision(nn.Module):
 
     @classmethod
     def allocate(cls, config: VisionConfig, dtype: torch.dtype, device: torch.device | str) -> Vision:
-        """One whose parameters are not initialised."""
+        """Return a module with uninitialized parameters."""
         with torch.device("meta"):
             vision = cls(config)
         return vision.to(dtype).to_empty(device=device).eval().requires_grad_(False)
 
     def fill(self, folder: Path) -> None:
-        """Read the parameters. Raises `CheckpointError` where a tensor is missing, left over, quantised or of the wrong
-        shape.
+        """Read the parameters from a folder.
+
+        Raises:
+            CheckpointError: a tensor is missing, unexpected, quantised, or has the wrong shape.
         """
         wanted = self.state_dict()
         with vision_tensors(folder).opened() as tensors:
@@ -230,26 +263,28 @@ class Vision(nn.Module):
             for kind, some in (("missing", set(wanted) - names), ("unexpected", names - set(wanted))):
                 if some:
                     raise CheckpointError(f"{folder}: vision tensors {kind}: {', '.join(sorted(some)[:20])}")
-            for name, place in wanted.items():
-                if tensors.shape(name) != tuple(place.shape):
-                    shapes = f"has shape {tensors.shape(name)}, the config says {tuple(place.shape)}"
+            for name, target in wanted.items():
+                if tensors.shape(name) != tuple(target.shape):
+                    shapes = f"has shape {tensors.shape(name)}, the config says {tuple(target.shape)}"
                     raise CheckpointError(f"{folder}: tensor {name} {shapes}")
                 tensor = tensors.load(name)
                 check_dtype(folder, name, tensor)
-                place.copy_(tensor)
+                target.copy_(tensor)
 
 
 def vision_tensors(folder: Path) -> SafetensorsFolder:
-    """The vision part's tensors in a checkpoint's folder."""
+    """Return the vision tensors of the checkpoint in a folder."""
     return SafetensorsFolder(folder, lambda name: name if name.startswith(PARTS) else None, None)
 
 
 def patch_angles(config: VisionConfig) -> Tensor:
-    """The angle of each pair of channels, (patches + 1, head_dim / 2) fp32: by column, then by row; the class token's
-    are zero.
+    """Return the RoPE angles of each patch and of the class token.
+
+    Returns:
+        (patches + 1, head_dim / 2) fp32: the first half by column, the second half by row; zeros for the class token.
     """
     pairs = config.hidden_size // config.num_heads // 4
     frequencies = 1.0 / config.theta ** (torch.arange(pairs).float() / pairs)
-    place = torch.arange(config.side**2)
-    across, down = ((part + 1)[:, None] * frequencies for part in (place % config.side, place // config.side))
+    target = torch.arange(config.side**2)
+    across, down = ((part + 1)[:, None] * frequencies for part in (target % config.side, target // config.side))
     return torch.cat((torch.cat((across, down), -1), torch.zeros(1, 2 * pairs)))

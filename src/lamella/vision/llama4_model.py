@@ -1,4 +1,4 @@
-"""Llama 4's images from pixels to rows of the language model's input: the tiles, the tokens and the tower together."""
+"""Llama 4's image model: tiling, tokens and vision encoder together."""
 
 from __future__ import annotations
 
@@ -13,20 +13,26 @@ from lamella.config.hf_config import HFConfig
 from lamella.errors import ConfigError
 from lamella.layers.parameters import initialize
 from lamella.vision.llama4_encoder import Vision, VisionConfig, vision_tensors
-from lamella.vision.llama4_tiling import TEXTS, ImageTokens, Tiling, cut_tiles
+from lamella.vision.llama4_tiling import TEXTS, ImageTokens, Tiling, split_image
 
 logger = logging.getLogger("lamella")
 
 
-class Sight:
-    """See `lamella.vision.image_model.ImageModel`."""
+class Llama4ImageModel:
+    """`ImageModel` of Llama 4.
+
+    Attributes:
+        vision: vision encoder with projector.
+        tokens: ids of the image tokens.
+        tiling: rules for tiles.
+    """
 
     def __init__(self, vision: Vision, tokens: ImageTokens, tiling: Tiling) -> None:
         self.vision, self.tokens, self.tiling = vision, tokens, tiling
         self.placeholder, self.placeholder_text, self.patch = tokens.image, TEXTS["image"], tokens.patch
-        # The whole image once more, and no image of one tile has two.
+        # An image of several tiles has one more tile that shows the whole image.
         count = tiling.max_tiles + (tiling.max_tiles > 1)
-        self.largest: tuple[int, ...] = (count, vision.config.channels, tiling.tile, tiling.tile)
+        self.largest_shape: tuple[int, ...] = (count, vision.config.channels, tiling.tile, tiling.tile)
 
     @classmethod
     def load(
@@ -37,8 +43,8 @@ class Sight:
         token_id: Callable[[str], int | None],
         load_format: str,
         seed: int,
-    ) -> Sight:
-        """See `ImageModel.load`."""
+    ) -> Llama4ImageModel:
+        """Load the vision encoder of a checkpoint; see `ImageModel.load`."""
         values = checkpoint.hf_config(checkpoint.values)
         config = VisionConfig.read(values)
         if config.channels != 3:
@@ -54,8 +60,8 @@ class Sight:
         return cls(vision, tokens, tiling)
 
     @staticmethod
-    def is_there(checkpoint: Checkpoint, load_format: str) -> bool:
-        """Whether the checkpoint has a vision part; the log says where it has none."""
+    def has_encoder(checkpoint: Checkpoint, load_format: str) -> bool:
+        """Return True if the checkpoint has vision tensors; see `ImageModel.has_encoder`."""
         stated = bool(checkpoint.values.get("vision_config"))
         if stated and load_format == "dummy":
             return True
@@ -67,10 +73,12 @@ class Sight:
             logger.info("%s: no tensors of a vision part: served as a text model", checkpoint.path)
         return bool(names)
 
-    def cut(self, pixels: Tensor) -> tuple[Tensor, list[int]]:
+    def split_into_tiles(self, pixels: Tensor) -> tuple[Tensor, list[int]]:
+        """Split an image into tiles; see `ImageModel.split_into_tiles`."""
         tiling = self.tiling
-        tiles, (rows, columns) = cut_tiles(pixels, tiling.tile, tiling.max_tiles, tiling.largest)
+        tiles, (rows, columns) = split_image(pixels, tiling.tile, tiling.max_tiles, tiling.largest)
         return tiles, self.tokens.expand(rows, columns, self.vision.config.rows_per_tile)
 
-    def rows(self, tiles: Tensor) -> Tensor:
+    def encode(self, tiles: Tensor) -> Tensor:
+        """Return the image embeddings (n, hidden_size) of tiles."""
         return self.vision(tiles).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What Llama 4 makes of an image before it sees it: a grid of tiles, and the tokens that stand for them in a prompt.
+"""Llama 4's image preprocessing: a grid of tiles, and the tokens that represent the tiles in a prompt.
 
 Rules: transformers' `image_processing_llama4.py` and `processing_llama4.py`.
 """
@@ -21,7 +21,7 @@ from lamella.errors import ConfigError, ParameterError
 TILE = 336  # pixels
 MAX_TILES = 16
 _MEAN = _STD = 0.5
-# What a tokenizer calls the tokens, and where a config says them.
+# Texts of the tokens in a tokenizer, and keys of the tokens in a config.
 TEXTS = {
     "start": "<|image_start|>",
     "end": "<|image_end|>",
@@ -35,26 +35,41 @@ _KEYS = {"start": "boi_token_index", "end": "eoi_token_index", "patch": "image_t
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTokens:
-    """The token ids that surround and stand for tiles."""
+    """Ids of the tokens that surround and represent tiles.
+
+    Attributes:
+        start: before an image.
+        end: after an image.
+        between_columns: between two tiles of a row.
+        after_row: after a row of tiles.
+        image: before the tile of the whole image; also the placeholder in a prompt.
+        patch: replaced by the embeddings of the vision encoder.
+    """
 
     start: int = 200080
     end: int = 200081
     between_columns: int = 200084
     after_row: int = 200085
     image: int = 200090
-    patch: int = 200092  # in whose place the rows of the tower stand
+    patch: int = 200092
 
     @classmethod
-    def read(cls, config: HFConfig, vocab_size: int, named: Callable[[str], int | None]) -> ImageTokens:
-        """What the config says, else what the tokenizer has, `named` by the text, else what the released models have.
+    def read(cls, config: HFConfig, vocab_size: int, token_id: Callable[[str], int | None]) -> ImageTokens:
+        """Read the ids from the config, or else from the tokenizer, or else use those of the released models.
 
-        Raises `ConfigError` where these differ, or an id is no token's, or that of several.
+        Args:
+            config: config of the whole model.
+            vocab_size: number of tokens in the vocabulary.
+            token_id: returns the tokenizer's id for the text of a token, or None.
+
+        Raises:
+            ConfigError: config and tokenizer differ, or an id is outside the vocabulary or used twice.
         """
         ids: dict[str, int] = {}
         for field in fields(cls):
             key, text = _KEYS.get(field.name), TEXTS[field.name]
             stated = None if key is None else config.int(key, None, minimum=0)
-            known = named(text)
+            known = token_id(text)
             if stated is not None and known is not None and stated != known:
                 raise ConfigError(f"{config.source}: {key}={stated}: the tokenizer's {text} is {known}")
             token = stated if stated is not None else known if known is not None else getattr(cls, field.name)
@@ -66,7 +81,13 @@ class ImageTokens:
         return cls(**ids)
 
     def expand(self, rows: int, columns: int, patches: int) -> list[int]:
-        """An image of so many tiles, of `patches` tokens each; more than one are followed by one of the whole image."""
+        """Return the tokens of an image.
+
+        Args:
+            rows: rows of tiles.
+            columns: columns of tiles.
+            patches: patch tokens per tile. With several tiles, one tile of the whole image follows them.
+        """
         tokens = [self.start]
         if rows * columns > 1:
             line = [self.patch] * patches
@@ -77,7 +98,13 @@ class ImageTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """How images are cut, see `grid` and `cut_tiles`."""
+    """Rules for splitting an image into tiles, see `grid` and `split_image`.
+
+    Attributes:
+        tile: side of a tile, in pixels.
+        max_tiles: maximum number of tiles, without the tile of the whole image.
+        largest: whether to enlarge images as far as `max_tiles` allows.
+    """
 
     tile: int = TILE
     max_tiles: int = MAX_TILES
@@ -85,9 +112,14 @@ class Tiling:
 
     @classmethod
     def read(cls, folder: Path, tile: int) -> Tiling:
-        """What the checkpoint's preprocessor says, or transformers' defaults; `tile` is what the tower takes.
+        """Read the rules from the checkpoint's preprocessor config; use transformers' defaults if there is none.
 
-        Raises `ConfigError` where it does something else to the pixels than `cut_tiles` does.
+        Args:
+            folder: folder of the checkpoint.
+            tile: side of the vision encoder's input, in pixels.
+
+        Raises:
+            ConfigError: the preprocessor does something that `split_image` does not.
         """
         own, whole = folder / "preprocessor_config.json", folder / "processor_config.json"
         file = own if own.is_file() or not whole.is_file() else whole
@@ -111,26 +143,52 @@ class Tiling:
 def grid(
     height: int, width: int, tile: int = TILE, max_tiles: int = MAX_TILES, largest: bool = False
 ) -> tuple[int, int]:
-    """Rows and columns of the tiles for an image: those that shrink it least, and of those that need not shrink it the
-    ones with the least enlargement (or, for `largest`, with the most); the fewest where several do equally well.
+    """Choose the grid of tiles for an image.
+
+    The grid must shrink the image as little as possible. Among grids that do not shrink it, the one that enlarges it
+    least is chosen, or with `largest` the one that enlarges it most. Ties are resolved to the fewest tiles.
+
+    Args:
+        height: height of the image, in pixels.
+        width: width of the image, in pixels.
+        tile: side of a tile, in pixels.
+        max_tiles: maximum number of tiles.
+        largest: whether to enlarge images as far as possible.
+
+    Returns:
+        Rows and columns.
+
+    Raises:
+        ParameterError: the image has no pixels.
     """
     if height < 1 or width < 1:
         raise ParameterError(f"an image of {height} x {width} pixels has nothing to see")
     grids = [(rows, columns) for rows in range(1, max_tiles + 1) for columns in range(1, max_tiles // rows + 1)]
     sizes = torch.tensor(grids) * tile
-    # In fp32, as there: which scales are equal is decided by it.
+    # In fp32 as in transformers, because rounding decides which scales are equal.
     scales = torch.minimum(sizes[:, 0] / height, sizes[:, 1] / width)
     enough = scales[scales >= 1]
     chosen = scales.max() if largest or not len(enough) else enough.min()
     return min((grids[index] for index in (scales == chosen).nonzero().flatten().tolist()), key=math.prod)
 
 
-def cut_tiles(
+def split_image(
     image: Tensor, tile: int = TILE, max_tiles: int = MAX_TILES, largest: bool = False
 ) -> tuple[Tensor, tuple[int, int]]:
-    """An image (3, H, W) uint8 as tiles (N, 3, tile, tile) bfloat16 from -1 to 1, and their rows and columns.
+    """Resize an image and split it into tiles.
 
-    Line by line, and then, of more than one, the whole image once more in a single tile.
+    Args:
+        image: (3, H, W) uint8.
+        tile: side of a tile, in pixels.
+        max_tiles: maximum number of tiles.
+        largest: whether to enlarge images as far as possible.
+
+    Returns:
+        The tiles (N, 3, tile, tile) bfloat16 in [-1, 1], line by line, and the grid (rows, columns). With several
+        tiles, one more tile shows the whole image.
+
+    Raises:
+        ParameterError: the image has another shape or dtype, or no pixels.
     """
     if image.dtype != torch.uint8 or image.dim() != 3:
         raise ParameterError(
@@ -138,28 +196,28 @@ def cut_tiles(
         )
     height, width = image.shape[1:]
     rows, columns = grid(height, width, tile, max_tiles, largest)
-    room = rows * tile, columns * tile
-    # It is not enlarged beyond one tile's side unless that is asked for.
-    target = room if largest else (min(max(height, tile), room[0]), min(max(width, tile), room[1]))
+    canvas = rows * tile, columns * tile
+    # Enlarge the image at most to one tile's side, unless `largest`.
+    target = canvas if largest else (min(max(height, tile), canvas[0]), min(max(width, tile), canvas[1]))
     resized = _resize(image, fit(height, width, target))
-    padded = F.pad(resized, (0, room[1] - resized.shape[2], 0, room[0] - resized.shape[1]))
+    padded = F.pad(resized, (0, canvas[1] - resized.shape[2], 0, canvas[0] - resized.shape[1]))
     tiles = padded.unflatten(1, (rows, tile)).unflatten(3, (columns, tile)).permute(1, 3, 0, 2, 4).flatten(0, 1)
     if rows * columns > 1:
         tiles = torch.cat((tiles, _resize(image, (tile, tile))[None]))
     return (tiles.to(torch.bfloat16) * (1 / 255) - _MEAN) / _STD, (rows, columns)
 
 
-def fit(height: int, width: int, room: tuple[int, int]) -> tuple[int, int]:
-    """The largest size within `room` of the image's proportions, at least a pixel each way."""
-    down, across = room[0] / height, room[1] / width
+def fit(height: int, width: int, canvas: tuple[int, int]) -> tuple[int, int]:
+    """Return the largest size within `canvas` with the image's proportions, at least one pixel in each direction."""
+    down, across = canvas[0] / height, canvas[1] / width
     if across < down:
-        return max(1, min(math.floor(height * across), room[0])), room[1]
-    return room[0], max(1, min(math.floor(width * down), room[1]))
+        return max(1, min(math.floor(height * across), canvas[0])), canvas[1]
+    return canvas[0], max(1, min(math.floor(width * down), canvas[1]))
 
 
 def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, with the frequencies that the smaller image cannot hold filtered out; uint8."""
+    """Resize by bilinear interpolation with antialiasing; return uint8."""
     if tuple(image.shape[1:]) == size:
         return image
-    wide = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False, antialias=True)[0]
-    return wide.round().clamp(0, 255).to(torch.uint8)
+    resized = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False, antialias=True)[0]
+    return resized.round().clamp(0, 255).to(torch.uint8)

@@ -1,21 +1,21 @@
-"""lamella's architectures inside vLLM: a plugin in the entry-point group `vllm.general_plugins`.
+"""vLLM plugin: lamella's architectures inside vLLM, through the entry-point group `vllm.general_plugins`.
 
-vLLM calls `register` in each of its processes, before it reads a model's config. No file of vLLM is touched.
+vLLM calls `register` in each of its processes before it reads a model's config. vLLM's files are not modified.
 """
 
 from __future__ import annotations
 
 import logging
 
-logger = logging.getLogger("vllm.lamella")  # whose lines stand among vLLM's own
+logger = logging.getLogger("vllm.lamella")  # a child of vLLM's logger, so that vLLM formats the lines
 
-PREFIX = "Lamella"  # of the names under which architectures are served here that vLLM has a class of its own for
+PREFIX = "Lamella"  # for the names of architectures that vLLM already implements
 
 
 def register() -> None:
-    """Make vLLM know every architecture that lamella knows, and the formats "lamella" of configs and weights.
+    """Register lamella's architectures, and the config and load format "lamella", with vLLM.
 
-    Cheap, and harmless when called again. Nothing that goes wrong here keeps vLLM from starting: it is one log line.
+    Repeated calls have no effect. A failure does not stop vLLM from starting; it is logged as one warning.
     """
     from lamella.vllm_plugin import compat
 

@@ -1,4 +1,4 @@
-"""vLLM's attention over paged state."""
+"""Attention over paged state by vLLM's attention layers."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 
 class VllmAttention(nn.Module):
-    """vLLM's attention with the kit's shapes; chunked only if a request may be longer than a chunk."""
+    """vLLM's attention with the shapes of the kit; chunked only if a request can be longer than a chunk."""
 
     def __init__(self, heads: int, scale: float, spec: PagedState, config: VllmConfig, prefix: str) -> None:
         """Create vLLM's layer.
 
         Args:
-            heads: query heads of the rank.
-            scale: of the scores.
-            spec: the paged state.
-            config: vLLM's.
-            prefix: name of the layer.
+            heads: query heads of this rank.
+            scale: factor of the scores.
+            spec: paged state of the layer.
+            config: vLLM's config.
+            prefix: dotted path of the layer.
 
         Raises:
-            ConfigError: a chunk ends within a block.
+            ConfigError: the block size does not divide the chunk size.
         """
         super().__init__()
         self.heads, self.head_dim = heads, spec.head_dim
@@ -51,5 +51,5 @@ class VllmAttention(nn.Module):
             self.attn = ChunkedLocalAttention(heads, spec.head_dim, scale, spec.chunk, **common)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return the attention of q (T, H, D) over k and v (T, KV, D) and the cache: (T, H, D)."""
+        """Return the attention (T, H, D) of q (T, H, D) over the cache and the new k and v (T, KV, D)."""
         return self.attn(q.flatten(1), k.flatten(1), v.flatten(1)).view(-1, self.heads, self.head_dim)

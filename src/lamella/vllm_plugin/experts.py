@@ -1,4 +1,4 @@
-"""Routed experts by vLLM's fused layer, for what it can do and ours cannot: quantised ones, and a rank's whole ones."""
+"""Routed experts by vLLM's fused layer, for quantised experts and expert parallelism."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ from lamella.vllm_plugin import compat
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization import QuantizationConfig
 
-# The projections that are one parameter in vLLM, in the order in which files have them side by side.
+# vLLM's parameters with the projections that they hold, in the order in which files concatenate them.
 _PROJECTIONS = {"w13_": {"gate_proj": "w1", "up_proj": "w3"}, "w2_": {"down_proj": "w2"}}
-_SIDE_BY_SIDE = {"w13_": "gate_up_proj", "w2_": "down_proj"}
+_MERGED_NAMES = {"w13_": "gate_up_proj", "w2_": "down_proj"}
 
 
 @dataclass(frozen=True)
 class ExpertTensor:
-    """A tensor that files may hold: its name, the parameter that it goes to, and how.
+    """Tensor that a file may contain.
 
-    `stands_for` are the names of the tensors of single experts that are in it.
+    Attributes:
+        name: name in the file.
+        parameter: path of the parameter that it fills.
+        fill: copies the tensor into the parameter.
+        stands_for: names of the per-expert tensors that it contains.
     """
 
     name: str
@@ -38,11 +42,11 @@ class ExpertTensor:
 
 
 class VllmExperts(nn.Module):
-    """The routed experts as vLLM computes them; what `Experts` is called with, and what it gives.
+    """Routed experts computed by vLLM, with the interface of `Experts`.
 
-    vLLM is given a row for each pair of a token and an expert of it, which has been weighted, and goes to that expert
-    with weight one. Its own weighting of inputs is for one expert a token, in the model's dtype, and not in all of its
-    kernels.
+    vLLM gets one row per pair of token and chosen expert. The row is already multiplied by the expert's weight and is
+    routed to that expert with weight one. vLLM's own weighting of inputs supports one expert per token only, computes
+    in the model's dtype, and is missing in some of its kernels.
     """
 
     def __init__(
@@ -55,19 +59,19 @@ class VllmExperts(nn.Module):
             top_k=1,
             hidden_size=hidden_size,
             intermediate_size=config.intermediate_size,
-            custom_routing_function=_settled,
+            custom_routing_function=_fixed_routing,
             renormalize=False,
-            reduce_results=False,  # over the ranks once, together with the shared expert
+            reduce_results=False,  # summed over the ranks once, together with the shared expert
             quant_config=quant_config,
             prefix=prefix,
         )
-        # vLLM's kernels for CPUs take no notice of which experts a rank has.
+        # vLLM's CPU kernels ignore the expert map of the rank.
         self.local_ids: Tensor | None = self.layer.expert_map if current_platform.is_cpu() else None
 
     def forward(self, x: Tensor, logits: Tensor, base: Tensor | None = None) -> Tensor:
-        """What the rank's experts make of x (T, hidden) by the router's logits (T, E), added to base (T, hidden)."""
+        """Return the weighted sum of this rank's experts; see `Experts.forward`."""
         ids, weights = route(logits, self.top_k)
-        if self.local_ids is not None:  # of others' rows zeros enter an expert here, and leave it
+        if self.local_ids is not None:  # rows of other ranks' experts become zeros
             ids = self.local_ids[ids]
             weights, ids = weights * (ids >= 0), ids.clamp(min=0)
         rows = (x[:, None].float() * weights[..., None]).to(x.dtype).flatten(0, 1)
@@ -77,27 +81,33 @@ class VllmExperts(nn.Module):
         return out if base is None else base + out
 
     def tensors(self) -> Iterator[ExpertTensor]:
-        """All that files may hold: of each expert by itself, `7.gate_proj.weight` (I, hidden), or of all in one,
-        `gate_up_proj` (E, hidden, 2 I), with what belongs to a quantised one.
+        """Yield the tensors that files may contain, with those of quantised experts.
+
+        Files have either per-expert tensors, such as `7.gate_proj.weight` (I, hidden), or one tensor for all experts,
+        such as `gate_up_proj` (E, hidden, 2 * I).
         """
         parameters: dict[str, Any] = dict(self.named_parameters())
         for path, parameter in parameters.items():
             leaf = path.rpartition(".")[2]
-            kind = next(kind for kind in _PROJECTIONS if leaf.startswith(kind))
-            suffix = leaf.removeprefix(kind)
+            group = next(group for group in _PROJECTIONS if leaf.startswith(group))
+            suffix = leaf.removeprefix(group)
             load = partial(parameter.weight_loader, parameter, weight_name=path)
             names = []
-            for name, shard in _PROJECTIONS[kind].items():
+            for name, shard in _PROJECTIONS[group].items():
                 for expert in range(self.num_experts):
                     names.append(f"{expert}.{name}.{suffix}")
                     fill = partial(load, shard_id=shard, expert_id=expert)
                     yield ExpertTensor(names[-1], path, fill, (names[-1],))
-            whole = _SIDE_BY_SIDE[kind] + ("" if suffix == "weight" else f"_{suffix}")
-            shards = list(_PROJECTIONS[kind].values())
+            whole = _MERGED_NAMES[group] + ("" if suffix == "weight" else f"_{suffix}")
+            shards = list(_PROJECTIONS[group].values())
             yield ExpertTensor(whole, path, partial(self._fill_all, load, whole, shards), tuple(names))
 
     def _fill_all(self, load: Callable[..., Any], name: str, shards: Sequence[str], tensor: Tensor) -> None:
-        """A tensor (E, inputs, outputs) of all experts, or a number that holds for all of them."""
+        """Load a tensor (E, inputs, outputs) of all experts, or a single number for all of them.
+
+        Raises:
+            CheckpointError: the tensor has another shape.
+        """
         if tensor.numel() == 1:
             for shard in shards:
                 for expert in range(self.num_experts):
@@ -113,8 +123,8 @@ class VllmExperts(nn.Module):
                 load(weight, shard_id=shard, expert_id=expert)
 
 
-def _settled(hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """The routing in vLLM's form, of rows whose expert is settled: in place of logits they come with its number."""
+def _fixed_routing(hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """Route rows whose expert is already chosen; `gating_output` (rows, 1) holds the expert id instead of logits."""
     assert topk == 1 and not renormalize
     ids = gating_output.int()
     return torch.ones_like(ids, dtype=torch.float32), ids

@@ -1,4 +1,4 @@
-"""Config objects in the form that vLLM reads, of model types that transformers does not know."""
+"""Config classes that vLLM reads, for model types that `transformers` does not support."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from lamella.models.registry import find_architecture, model_types
 from lamella.state.memory import StateCost
 from lamella.vllm_plugin import PREFIX
 
-# By this, and this alone, vLLM is told in all its versions that no layer of a model keeps slot state.
+# The value of `layer_types` that tells all versions of vLLM that no layer keeps slot state.
 _STATELESS = "attention"
 
-# What vLLM asks any config for.
+# Attributes that vLLM reads from every config.
 _SIZES = frozenset(
     """
     head_dim hidden_size max_position_embeddings num_attention_heads num_hidden_layers num_key_value_heads vocab_size
@@ -33,17 +33,20 @@ _SIZES = frozenset(
 
 
 class LamellaConfig(PretrainedConfig):
-    """A config.json as it stands, with the sizes that vLLM asks any model for.
+    """Values of a config.json, with the sizes that vLLM reads from every config.
 
-    What it means is read from it by the architecture's own reader, see `read_model_config`.
+    The architecture's own reader interprets the values, see `read_model_config`.
+
+    Attributes:
+        architecture: architecture of checkpoints that do not name one.
     """
 
-    architecture: ClassVar[str]  # of a checkpoint that does not say one
+    architecture: ClassVar[str]
     _placement: PlacementLike | None = None
 
     @property
     def placement(self) -> PlacementLike | None:
-        """Of a supernet, the only mixers that there shall be (`hf_overrides={"placement": ...}`)."""
+        """Placement to which a supernet is reduced (`hf_overrides={"placement": ...}`); None to keep all mixers."""
         return self._placement
 
     @placement.setter
@@ -54,13 +57,13 @@ class LamellaConfig(PretrainedConfig):
     def __init__(self, **values: Any) -> None:
         super().__init__(**values)
         if not values:
-            return  # transformers asks each class for its defaults
+            return  # transformers constructs each class without values to get its defaults
         self.architectures = self.architectures or [self.architecture]
         self._given = sorted(values)
         self._describe()
 
     def _describe(self) -> None:
-        """Add what vLLM asks any config for."""
+        """Set the attributes that vLLM reads from every config."""
         if not self.architectures:
             return
         config = read_model_config(self, self.architectures[0])
@@ -69,20 +72,22 @@ class LamellaConfig(PretrainedConfig):
         self.num_attention_heads, self.num_key_value_heads, self.head_dim = _heads(config)
         stateless = [_STATELESS] * len(config.layers)
         if not find_architecture(self.architectures[0].removeprefix(PREFIX)).has_slot_state:
-            return  # vLLM knows it by the class
-        if not _keeps_slots(config):
+            return  # vLLM recognizes stateless models by their class
+        if not _has_slot_state(config):
             self.layer_types = stateless
         elif getattr(self, "layer_types", None) == stateless:
             del self.layer_types
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> LamellaConfig:
-        """The config itself: a file's section called `decoder` is none."""
+        """Return the config itself; a section of the file named `decoder` is not a text config."""
         return self
 
 
 def _heads(config: ModelConfig) -> tuple[int, int, int]:
-    """Query heads, key heads and their size: the first attention's, or of a model without any something that can be
-    divided as its heads can.
+    """Return query heads, key/value heads and head size for vLLM.
+
+    They are those of the first attention layer. A model without attention gets numbers that are divisible by the same
+    tensor-parallel sizes as its own heads.
     """
     mixers = [mixer for layer in config.layers for mixer in every_mixer(layer.mixer)]
     first = next((mixer for mixer in mixers if isinstance(mixer, AttentionConfig)), None)
@@ -94,26 +99,31 @@ def _heads(config: ModelConfig) -> tuple[int, int, int]:
 
 
 @cache
-def _keeps_slots(config: ModelConfig) -> bool:
+def _has_slot_state(config: ModelConfig) -> bool:
+    """Return True if any layer has slot state."""
     return bool(StateCost.from_modules(find_state_modules(LanguageModel(config, LocalKit(device="meta")))).slots)
 
 
 def read_model_config(
     hf_config: PretrainedConfig, architecture: str, max_length: int | None = None, whole: bool = False
 ) -> ModelConfig:
-    """The layers of a config object, ours or transformers', by the reader of `architecture` (prefixed or not).
+    """Read the layers of a model from a config object, with the reader of its architecture.
 
-    A `placement` among the values (`hf_overrides={"placement": ...}`) leaves a supernet no other choice, unless the
-    `whole` of it is wanted.
+    Args:
+        hf_config: `LamellaConfig` or a config of `transformers`.
+        architecture: name with or without the prefix.
+        max_length: length for which a `dynamic` RoPE scaling is computed; None for the config's.
+        whole: whether to keep all mixers of a supernet, even if the values contain a `placement`.
 
-    Raises `ConfigError`, which names the key.
+    Raises:
+        ConfigError: a value is wrong or not supported; the message names the key.
     """
     values = hf_config.to_dict()
     if set(values.get("layer_types") or ()) == {_STATELESS}:
         del values["layer_types"]
-    if "_given" in values:  # what is ours beside it, its reader does not know
+    if "_given" in values:  # drop attributes that `_describe` added
         values = {key: value for key, value in values.items() if key in values["_given"] or key not in _SIZES}
-    # How it is quantised concerns the projections, which are vLLM's.
+    # vLLM's projections handle the quantization.
     values.pop("quantization_config", None)
     placement = values.pop("_placement", None)
     description, path = find_architecture(architecture.removeprefix(PREFIX)), getattr(hf_config, "name_or_path", "")
@@ -125,13 +135,13 @@ def read_model_config(
 
 @cache
 def _ignored_keys(source: str) -> IgnoredKeys:
-    """Ignored keys of a file, shared by the many times that vLLM has it read."""
+    """Return the record of ignored keys of a file, shared by repeated reads so that each key is logged once."""
     return IgnoredKeys()
 
 
 @cache
 def _tensor_names(path: str) -> frozenset[str] | None:
-    """Of the checkpoint in a folder; None where there is none to look at."""
+    """Return the tensor names of the checkpoint in a folder; None if there is no such folder or checkpoint."""
     if not path or not Path(path).is_dir():
         return None
     with SafetensorsFolder(Path(path)).opened() as tensors:
@@ -139,23 +149,23 @@ def _tensor_names(path: str) -> frozenset[str] | None:
 
 
 def register_config(model_type: str) -> None:
-    """Have a config.json with this `model_type` read, unless transformers knows it."""
+    """Register the config class of a `model_type`, unless `transformers` already has one."""
     if model_type not in CONFIG_MAPPING:
         AutoConfig.register(model_type, config_class(model_type), exist_ok=True)
 
 
 @cache
 def config_class(model_type: str) -> type[LamellaConfig]:
-    """The class for files of this `model_type`."""
+    """Return the config class of a `model_type`."""
     name = f"Config_{model_type}"
     contents: dict[str, Any] = {"model_type": model_type, "architecture": model_types()[model_type]}
-    # transformers writes an `__init__` for a class that has none of its own.
+    # transformers generates an `__init__` for a class without one in its own namespace.
     contents |= {"__init__": LamellaConfig.__init__, "__module__": __name__, "__qualname__": name}
     return type(name, (LamellaConfig,), contents)
 
 
 def __getattr__(name: str) -> type[LamellaConfig]:
-    """Config classes by name, as a worker that unpickles a config object looks them up."""
+    """Return a config class by name; workers that unpickle a config object look it up here."""
     model_type = name.removeprefix("Config_")
     if model_type == name or model_type not in model_types():
         raise AttributeError(f"module {__name__} has no attribute {name}")

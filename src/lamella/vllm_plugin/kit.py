@@ -1,4 +1,4 @@
-"""The kit that builds lamella's layers from vLLM's parts."""
+"""`VllmKit`: the kit that builds lamella's layers from vLLM's modules."""
 
 from __future__ import annotations
 
@@ -40,45 +40,48 @@ from lamella.vllm_plugin.state.state_module import VllmStateModule
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-logger = logging.getLogger("vllm.lamella")  # whose lines stand among vLLM's own
+logger = logging.getLogger("vllm.lamella")  # a child of vLLM's logger, so that vLLM formats the lines
 
 
 class VllmGroup(Group):
-    """vLLM's tensor-parallel group."""
+    """Tensor-parallel group of vLLM."""
 
     def __init__(self) -> None:
-        """Take the rank and size from vLLM."""
+        """Read rank and size from vLLM."""
         super().__init__(Partition(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()))
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """See `Group`."""
+        """Return the sum over the ranks."""
         return tensor_model_parallel_all_reduce(x)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """See `Group`."""
+        """Return the tensors of all ranks, concatenated along the last dimension."""
         return tensor_model_parallel_all_gather(x)
 
 
 class VllmKit:
-    """vLLM's projections, embeddings and attention, with its quantization and its tensor parallelism. See `Kit`.
+    """Kit with vLLM's projections, embeddings and attention, quantization and tensor parallelism; see `Kit`.
 
     Attributes:
-        packed: the modules that hold several projections of a checkpoint, and which ones.
+        packed: modules that hold several projections of a checkpoint, with these projections.
     """
 
     def __init__(self, config: VllmConfig, model: ModelConfig, names: Mapping[str, str]) -> None:
         """Plan the slot state.
 
         Args:
-            config: vLLM's.
-            model: the model to build.
-            names: see `Architecture.checkpoint_names`.
+            config: vLLM's config.
+            model: config of the model to build.
+            names: checkpoint names by lamella's names, see `Architecture.checkpoint_names`.
         """
         self.config, self._names = config, names
-        self.dtype, self.device = config.model_config.dtype, torch.empty(0).device  # where vLLM builds models
+        self.dtype, self.device = (
+            config.model_config.dtype,
+            torch.empty(0).device,
+        )  # vLLM sets the default device while it builds a model
         self.group: Group = VllmGroup()
         self.partition = self.group.partition
-        # All layers get slots of one shape, so that they are one group with small blocks.
+        # All layers use slots of one shape, so that vLLM puts them into one group with small blocks.
         self._layout = StateLayout.from_model(model, self.partition, self.dtype)
         self._spare_rows = compat.num_speculative_tokens(config)
         self._state_layers: dict[str, StateLayer] = {}
@@ -103,7 +106,8 @@ class VllmKit:
         return linear
 
     def replicated_linear(self, in_size: int, parts: Mapping[str, int], bias: bool, prefix: str) -> nn.Module:
-        # Narrow, and held whole: not worth quantising, nor known to vLLM in this form.
+        # lamella's own module: narrow projections gain nothing from quantization, and vLLM has no merged replicated
+        # linear.
         splits = {name: Split.whole(width) for name, width in parts.items()}
         return MergedLinear(Split.whole(in_size), splits, bias, self.dtype, self.device)
 
@@ -157,5 +161,5 @@ class VllmKit:
         return {"return_bias": False, **self._quantised(prefix)}
 
     def _quantised(self, prefix: str) -> dict[str, Any]:
-        # Which modules are left whole, a quantisation says by their names in the file, and by patterns of these.
+        # A quantization config lists unquantised modules by their names in the file, and by patterns of these names.
         return {"quant_config": self.config.quant_config, "prefix": rename(prefix, self._names)}

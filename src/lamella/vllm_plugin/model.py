@@ -1,5 +1,5 @@
-# No postponed annotations here: torch.compile support reads those of `Stack.forward` to know which sizes vary.
-"""One model class for every architecture: lamella's layers with vLLM around them."""
+# No postponed annotations here: vLLM's torch.compile support reads those of `Stack.forward` to find dynamic sizes.
+"""vLLM model class for every architecture of lamella."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -40,14 +40,14 @@ from lamella.vllm_plugin.state.layout import StateLayout
 
 
 def model_config(vllm_config: VllmConfig, architecture: str) -> ModelConfig:
-    """The layers of the model that vLLM was asked for."""
+    """Return the config of the model that vLLM loads."""
     model = vllm_config.model_config
     return read_model_config(model.hf_config, architecture, model.max_model_len)
 
 
 @support_torch_compile
 class Stack(nn.Module):
-    """Embedding, this pipeline stage's layers and final norm; the parts of other stages are missing."""
+    """Embedding, layers and final norm of this pipeline stage; modules of other stages are `PPMissingLayer`."""
 
     def __init__(
         self, *, vllm_config: VllmConfig, config: ModelConfig, names: Mapping[str, str], prefix: str = "model"
@@ -73,22 +73,23 @@ class Stack(nn.Module):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
+        """Return the hidden states (T, hidden_size); on earlier stages, `hidden_states` and `residual`."""
         if get_pp_group().is_first_rank:
             residual = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             hidden = torch.zeros_like(residual)
         else:
             assert intermediate_tensors is not None
             hidden, residual = intermediate_tensors["hidden_states"], intermediate_tensors["residual"]
-        at = Positions(positions)
+        shared_positions = Positions(positions)
         for layer in islice(self.layers, self.start_layer, self.end_layer):
-            hidden, residual = layer(at, hidden, residual)
+            hidden, residual = layer(shared_positions, hidden, residual)
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": hidden, "residual": residual})
         return self.norm(hidden, residual)[0]
 
 
 class Model(nn.Module, SupportsPP, SupportsLoRA, SupportsQuant):
-    """A model of `architecture`, whose layers keep keys and values only."""
+    """Model of `architecture` whose layers have paged state only."""
 
     architecture: str
     hf_to_vllm_mapper: WeightsMapper
@@ -96,8 +97,10 @@ class Model(nn.Module, SupportsPP, SupportsLoRA, SupportsQuant):
     embedding_modules = {"embed_tokens": "input_embeddings", "lm_head": "output_embeddings"}  # noqa: RUF012
 
     def __new__(cls, *, vllm_config: VllmConfig, prefix: str = "") -> Self:
-        """vLLM would give a quantisation's lists of modules our names, but not the patterns among them. Both keep the
-        file's, by which the kit calls projections.
+        """Configure the quantization before `__init__`.
+
+        vLLM would map the module lists of a quantization config to lamella's names, but not the patterns in them. Both
+        keep the names of the file, which the kit uses for projections.
         """
         model = super().__new__(cls)
         model.quant_config = vllm_config.quant_config
@@ -125,6 +128,7 @@ class Model(nn.Module, SupportsPP, SupportsLoRA, SupportsQuant):
         )
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Return the embeddings (T, hidden_size) of ids (T,)."""
         return self.model.embed_tokens(input_ids)
 
     def forward(
@@ -135,13 +139,19 @@ class Model(nn.Module, SupportsPP, SupportsLoRA, SupportsQuant):
         inputs_embeds: Tensor | None = None,
         **_: Any,
     ) -> Tensor | IntermediateTensors:
+        """Return the output of this pipeline stage; see `Stack.forward`."""
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden: Tensor) -> Tensor | None:
+        """Return the logits of hidden states; None on ranks that vLLM does not gather logits on."""
         return self.logits_processor(self.lm_head, hidden)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Fill the parameters of this rank and stage; raises `CheckpointError` where tensors do not fit the model."""
+        """Fill the parameters of this rank and stage; return their paths.
+
+        Raises:
+            CheckpointError: the tensors do not fit the model.
+        """
         architecture = find_architecture(self.architecture)
         own_name, leftovers = architecture.own_name, architecture.leftovers
         filler = WeightFiller(self, architecture.checkpoint_names, own_name=own_name, leftovers=leftovers)
@@ -149,25 +159,27 @@ class Model(nn.Module, SupportsPP, SupportsLoRA, SupportsQuant):
 
     @property
     def whole_config(self) -> ModelConfig:
-        """Of all that the checkpoint holds, mixers that a placement leaves out included."""
+        """Config of the whole checkpoint, including mixers that the placement excludes."""
         return read_model_config(self.vllm_config.model_config.hf_config, self.architecture, whole=True)
 
     @property
     def stochastic(self) -> dict[int, Stochastic]:
-        """The layers of this stage that have a choice of mixers."""
+        """Stochastic mixers of this stage's layers, by layer index."""
         layers = enumerate(self.model.layers)
         return {index: layer.mixer for index, layer in layers if isinstance(getattr(layer, "mixer", None), Stochastic)}
 
 
 class HybridModel(Model, HasInnerState, IsHybrid):
-    """A model some of whose layers keep slot state as well."""
+    """Model with slot state in some layers."""
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
+        """Return the shape of a state block; called by vLLM."""
         return (cls._layout(vllm_config).block(compat.num_speculative_tokens(vllm_config)),)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        """Return the dtype of a state block; called by vLLM."""
         return (cls._layout(vllm_config).dtype,)
 
     @classmethod
@@ -182,21 +194,21 @@ class HybridModel(Model, HasInnerState, IsHybrid):
         return layout
 
     def get_mamba_state_copy_func(self) -> tuple[Any, ...]:
-        """How a block's state becomes another block's: rows with their accepted drafts, or all bytes."""
+        """Return vLLM's function to copy a state block: rows up to the accepted drafts, or all bytes."""
         rows = self._layout(self.vllm_config).offsets is None
         return (get_conv_copy_spec if rows else get_temporal_copy_spec,)
 
     def get_mamba_state_copy_funcs(self, mamba_types: set[Any]) -> dict[Any, tuple[Any, ...]]:
-        """The same in the form of vLLM 0.29 and later."""
+        """Return the copy functions by state type, for vLLM 0.29 and later."""
         return dict.fromkeys(mamba_types, self.get_mamba_state_copy_func())
 
 
 @cache
 def model_class(name: str) -> type[Model]:
-    """The class under which vLLM knows an architecture, by its name with or without the prefix."""
+    """Return vLLM's model class of an architecture, by its name with or without the prefix."""
     architecture = find_architecture(name.removeprefix(PREFIX))
     base = HybridModel if architecture.has_slot_state else Model
-    # From the file's names to ours, the longest first, as adapters name projections.
+    # Map the file's names, which LoRA adapters use, to lamella's. Longer names first.
     renamed = sorted(((file, ours) for ours, file in architecture.checkpoint_names.items()), key=lambda p: -len(p[0]))
     contents = {
         "architecture": name.removeprefix(PREFIX),
@@ -211,7 +223,7 @@ def model_class(name: str) -> type[Model]:
 
 
 def __getattr__(name: str) -> type[Model]:
-    """The classes by name, as vLLM's registry imports them."""
+    """Return a model class by name; vLLM's registry imports the classes by name."""
     if not name.startswith("_"):
         with suppress(ConfigError):
             return model_class(name)

@@ -1,6 +1,6 @@
-"""Custom operations that torch.compile and CUDA graphs do not look into.
+"""Custom operations that torch.compile does not trace and piecewise CUDA graphs exclude.
 
-Each finds its layer by name in vLLM's forward context.
+Each operation finds its layer by name in vLLM's forward context.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lamella.vllm_plugin.registration import OPERATIONS
 
 
 def _stateful(inputs: list[Tensor], out: Tensor, layer: str, state_module: str, part: str) -> None:
-    """Run a computation of a state_module in the state layer `layer`: inputs (T, ...) into out (T, ...)."""
+    """Run the computation `part` of a state module on inputs (T, ...); write the result to out (T, ...)."""
     get_forward_context().no_compile_layers[layer].compute(state_module, part, inputs, (out,))
 
 
@@ -31,20 +31,20 @@ def _stateful_after_norm(
     state_module: str,
     part: str,
 ) -> None:
-    """Like `_stateful`, of the weighted RMS norm of x + residual; this sum goes into total."""
+    """Run a computation on the weighted RMS norm of x + residual; write the result to out and the sum to total."""
     get_forward_context().no_compile_layers[layer].compute(state_module, part, (x, residual), (out, total), weight, eps)
 
 
 def _chosen_mixer(x: Tensor, positions: Tensor, out: Tensor, layer: str) -> None:
-    """Run the active mixer of the stochastic layer `layer`: x (T, C) at positions (T,) into out (T, C)."""
+    """Run the active mixer of a stochastic layer on x (T, C) at positions (T,); write the result to out (T, C)."""
     out.copy_(get_forward_context().no_compile_layers[layer].choose(x, positions))
 
 
 def _fake(*_: Any) -> None:
-    """Fake (meta) kernel: outputs are arguments, so nothing is to be done."""
+    """Fake (meta) kernel: does nothing, because the outputs are arguments."""
 
 
-_library = Library("lamella", "FRAGMENT")  # the operations are removed with it
+_library = Library("lamella", "FRAGMENT")  # keep a reference: the operations are removed with the library object
 for _operation, _function, _outputs in (
     ("stateful", _stateful, ["out"]),
     ("stateful_after_norm", _stateful_after_norm, ["out", "total"]),

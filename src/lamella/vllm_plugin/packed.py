@@ -1,4 +1,4 @@
-"""Projections of a checkpoint that one module of vLLM holds."""
+"""Checkpoint projections that are packed into one module of vLLM."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of a tensor of the checkpoint, as a part of a packed projection.
+    """Rows of a checkpoint tensor that form one shard of a packed projection.
 
     Attributes:
-        name: of the part in vLLM's weight loader.
-        start: first row in the tensor; None for the whole tensor.
-        stop: last row + 1.
+        name: shard id for vLLM's weight loader.
+        start: first row in the checkpoint tensor; None for the whole tensor.
+        stop: row after the last one; None for the whole tensor.
     """
 
     name: str | int
@@ -23,11 +23,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class PackedProjections:
-    """The projections of a checkpoint that one module of vLLM holds.
+    """Checkpoint projections of one packed module.
 
     Attributes:
-        shards: by the name of a projection, the parts of its tensor.
-        unbiased: projections without a bias, if others have one.
+        shards: shards by the name of the projection.
+        unbiased: projections without a bias if others have one.
     """
 
     shards: Mapping[str, Sequence[Shard]]

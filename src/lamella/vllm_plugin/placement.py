@@ -1,4 +1,4 @@
-"""Placements of supernets in vLLM: what each worker can be told by `collective_rpc`, and the order that is safe."""
+"""Placements of supernets in vLLM: methods for `collective_rpc`, and a safe way to switch the placement."""
 
 from __future__ import annotations
 
@@ -10,22 +10,29 @@ from lamella.errors import ConfigError
 
 
 class PlacementWorker:
-    """What vLLM's workers of a supernet can do besides (`worker_extension_cls`); names and results as published for
-    Apriel2, except that a bad placement changes nothing.
+    """Extension of vLLM's workers for supernets (`worker_extension_cls`).
+
+    Names and results are those of the published plugin for Apriel2, except that a wrong placement changes nothing.
     """
 
     model_runner: Any
     vllm_config: Any
 
     def get_layer_placements(self) -> dict[int, str]:
-        """The active mixer of each stochastic layer that this worker has."""
+        """Return the active mixer of each stochastic layer of this worker, by layer index."""
         return {index: mixer.active for index, mixer in self._model().stochastic.items()}
 
     def set_layer_placements(self, placement: PlacementLike) -> dict[int, str]:
-        """Activate a placement, a name for each layer of the model or any form of `lamella.config.read_placement`, and
-        tell what `get_layer_placements` tells. All workers refuse a bad one alike, before anything changes.
+        """Activate a placement without handling running requests; use `set_placement` if there are any.
 
-        What is running goes on with state of the old placement, and cached prefixes stay findable: see `set_placement`.
+        Args:
+            placement: a mixer name for each layer, or any other form that `lamella.config.read_placement` accepts.
+
+        Returns:
+            The result of `get_layer_placements`.
+
+        Raises:
+            ConfigError: the placement is wrong, or prefix caching is on. All workers raise it before any change.
         """
         if self.vllm_config.cache_config.enable_prefix_caching:
             raise ConfigError(
@@ -36,22 +43,26 @@ class PlacementWorker:
         return self.get_layer_placements()
 
     def get_mixer_names(self) -> tuple[str, ...]:
-        """The mixers that a layer can have; empty where none has a choice."""
+        """Return the names of all mixers; an empty tuple if no layer has several."""
         return mixer_names(self._model().config)
 
     def clear_kv_cache(self) -> None:
-        """Fill every cache with zeros. Not needed for a switch: what a request starts from never depends on it."""
+        """Fill every cache with zeros. A switch does not need it: new requests never read old cache contents."""
         for layer in self.vllm_config.compilation_config.static_forward_context.values():
             caches = getattr(layer, "kv_cache", ())
             for cache in caches if isinstance(caches, list | tuple) else (caches,):
                 cache.zero_()
 
     def lamella_check_placement(self, placement: PlacementLike) -> None:
-        """Raises `ConfigError` where a placement is bad."""
+        """Check a placement.
+
+        Raises:
+            ConfigError: the placement is wrong.
+        """
         read_placement(placement, self._model().config)
 
     def lamella_activate(self, placement: PlacementLike) -> None:
-        """The middle step of `set_placement`, which has checked it."""
+        """Activate a placement that `set_placement` has checked."""
         self._activate(read_placement(placement, self._model().config))
 
     def _activate(self, placement: Placement) -> None:
@@ -64,14 +75,20 @@ class PlacementWorker:
 
 
 def set_placement(llm: Any, placement: PlacementLike) -> None:
-    """Switch a supernet that a vLLM `LLM` serves, with requests in flight and prefix caching or without: every token
-    before is the old placement's, every token after the new one's over its whole prefix, which is computed again.
+    """Switch the placement of a supernet, also with running requests and with prefix caching.
 
-    Raises what a worker raises for a bad placement (a `ConfigError`, maybe in vLLM's wrapping); nothing has changed
-    then.
+    Tokens before the switch come from the old placement. For later tokens the new placement recomputes the whole
+    prefix.
+
+    Args:
+        llm: vLLM's `LLM`.
+        placement: any form that `lamella.config.read_placement` accepts.
+
+    Raises:
+        ConfigError: the placement is wrong; vLLM may wrap the error. The active placement does not change.
     """
     llm.collective_rpc("lamella_check_placement", args=(placement,))
-    # Between two calls the engine would go on stepping.
+    # Pause the engine, which would otherwise run steps between the two calls.
     llm.sleep(level=0, mode="keep")
     try:
         llm.collective_rpc("lamella_activate", args=(placement,))

@@ -1,4 +1,4 @@
-"""What the plugin tells vLLM: architectures, config classes, formats, checks. Imports no model and no layer."""
+"""Registration with vLLM: architectures, config classes, formats, checks. Imports no model and no layer."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ OPERATIONS = ("lamella::stateful", "lamella::stateful_after_norm", "lamella::cho
 
 
 def served_names() -> dict[str, str]:
-    """The names under which vLLM is to find each architecture: its own unless vLLM has that, and always a prefixed
-    one.
-    """
+    """Return lamella's architectures by the names to register: a prefixed name, and the plain name if vLLM lacks it."""
     names = {f"{PREFIX}{name}": name for name in architectures()}
     return names | {name: name for name in architectures() if compat.module_of(name) in (None, MODULE)}
 
 
 def register_all() -> None:
-    """See `lamella.vllm_plugin.register`."""
+    """Register everything; see `lamella.vllm_plugin.register`."""
     from vllm.model_executor.models import ModelRegistry
 
     from lamella.vllm_plugin.checks import Checks

@@ -65,7 +65,7 @@ class ImageEmbeddings(StepFeature):
     def run_largest(self) -> None:
         """Encode an image of the largest size, if there is a vision encoder, to measure peak memory."""
         if self.model is not None:
-            self.model.rows(torch.zeros(self.model.largest, dtype=self.dtype, device=self.device))
+            self.model.encode(torch.zeros(self.model.largest_shape, dtype=self.dtype, device=self.device))
 
     def _embeddings(self, prompt_image: PromptImage) -> Tensor:
         """Return the embeddings (num_image_tokens, hidden_size) of an image; zeros on ranks other than 0."""
@@ -75,7 +75,7 @@ class ImageEmbeddings(StepFeature):
         if image.embeddings is None:
             assert self.model is not None and image.tiles is not None
             tiles = image.tiles.to(self.device, self.dtype, non_blocking=True)
-            image.embeddings = self.model.rows(tiles).to(self.dtype)
+            image.embeddings = self.model.encode(tiles).to(self.dtype)
             image.tiles = None
         return image.embeddings
 

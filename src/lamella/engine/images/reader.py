@@ -124,7 +124,7 @@ class ImageReader:
         digest = hashlib.sha256(repr(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()).digest()
         found = self._images.get(digest)
         if found is None:
-            tiles, tokens = self.model.cut(pixels)
+            tiles, tokens = self.model.split_into_tiles(pixels)
             positions = np.flatnonzero(np.array(tokens) == self.model.patch)
             found = self._images[digest] = Image(digest, tokens, positions, tiles)
         return found

@@ -12,7 +12,7 @@ from lamella.config import Placement
 from lamella.engine.scheduler import Scheduled
 from lamella.engine.steps.features import Fields, StepFeature
 from lamella.layers.decoder import LanguageModel
-from lamella.layers.supernet.batches import CutPlacements, MixerUnion, SelectedPlacements, unite
+from lamella.layers.supernet.batches import GatheredPlacements, MaskedPlacements, MixerUnion, build_mixer_union
 from lamella.layers.supernet.placing import activate, active_placement
 
 
@@ -42,7 +42,7 @@ class PlacementStep(StepFeature):
         own = self._placements(chunks)
         if not replay:
             return own or None
-        union, tables = unite(frozenset(own or [self._active]))
+        union, tables = build_mixer_union(frozenset(own or [self._active]))
         self._tables = [tables[placement] for placement in own]
         return union
 
@@ -61,8 +61,8 @@ class PlacementStep(StepFeature):
     ) -> Mapping[str, Any]:
         """Return the division of the batch among mixers."""
         if isinstance(form, MixerUnion):
-            return {"placements": SelectedPlacements(form, tensors["mixers"])}
-        return {"placements": CutPlacements(form)} if isinstance(form, tuple) else {}
+            return {"placements": MaskedPlacements(form, tensors["mixers"])}
+        return {"placements": GatheredPlacements(form)} if isinstance(form, tuple) else {}
 
     def reset(self) -> None:
         """Activate the active placement again: an exception may have interrupted its activation."""

@@ -1,1 +1,1 @@
-"""Forms of the plain layers that only torch.compile needs."""
+"""Wrappers around the plain layers that only torch.compile needs."""

@@ -1,7 +1,7 @@
-"""Attention layers that differ in what they do by positions, made alike, so that one program computes them.
+"""Unify attention layers that differ only in position-dependent operations, so that one program serves them all.
 
-A form is a set of operations. A layer takes a form that covers its own operations: it gets parts for the others that
-change no bit of its results, such as a rotation by zero.
+A form is a set of operations. A layer can run as any form that covers its own operations: the extra operations become
+exact no-ops, such as a rotation by angle zero, and the results stay bitwise equal.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class AttentionForm:
     """Operations of an attention layer on queries and keys between projection and attention.
 
     Attributes:
-        pairs: pairs of channels that are rotated; 0 for no rotation.
-        interleaved: whether a pair's channels are neighbours.
-        eps: of the norm without a weight; None where there is no such norm.
-        scales: whether queries are multiplied by a temperature.
+        pairs: number of channel pairs that are rotated; 0 for no rotation.
+        interleaved: True if a pair is channels (2i, 2i + 1), False if it is (i, i + pairs).
+        eps: epsilon of the head norm without a weight; None if there is no such norm.
+        scales: whether queries are multiplied by a position-dependent temperature.
     """
 
     pairs: int
@@ -37,7 +37,7 @@ class AttentionForm:
 
     @classmethod
     def from_config(cls, config: AttentionConfig) -> AttentionForm:
-        """Return the form of a layer's own operations."""
+        """Return the form that contains exactly the operations of a config."""
         return cls(
             pairs=config.rope.dim // 2 if config.rope else 0,
             interleaved=config.rope is not None and config.rope.interleaved,
@@ -48,13 +48,13 @@ class AttentionForm:
     def covers(self, other: AttentionForm) -> bool:
         """Return True if a layer of form `other` can run as this form.
 
-        This form has every operation that `other` has, and its further operations can be made to change nothing.
+        This form has every operation that `other` needs, and its extra operations can be made no-ops.
         """
         rotates = other.pairs == 0 or (other.pairs, other.interleaved) == (self.pairs, self.interleaved)
         return rotates and other.eps in (None, self.eps) and other.scales <= self.scales
 
     def join(self, other: AttentionForm) -> AttentionForm | None:
-        """Return the smallest form that covers both; None if there is none."""
+        """Return the smallest form that covers both forms; None if no form does."""
         rotating = self if self.pairs else other
         eps = other.eps if self.eps is None else self.eps
         both = AttentionForm(rotating.pairs, rotating.interleaved, eps, self.scales or other.scales)
@@ -62,7 +62,7 @@ class AttentionForm:
 
 
 class SwitchedHeadNorm(HeadNorm):
-    """A `HeadNorm` that a tensor switches on or off, so that layers with and without it are one program."""
+    """`HeadNorm` that a tensor turns on or off, so that layers with and without the norm share one program."""
 
     is_on: Tensor
 
@@ -71,12 +71,17 @@ class SwitchedHeadNorm(HeadNorm):
         self.register_buffer("is_on", torch.tensor(is_on, device=device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the norm of x (T, heads, size), or x."""
+        """Return the norm of x (T, heads, size) if `is_on`, otherwise x."""
         return torch.where(self.is_on, super().forward(x), x)
 
 
-def take_form(layer: Attention, form: AttentionForm) -> None:
-    """Give a layer the operations of a form that covers its own. Its results stay the same, bit for bit."""
+def apply_form(layer: Attention, form: AttentionForm) -> None:
+    """Add no-op operations to a layer until it has all operations of `form`. Results stay bitwise equal.
+
+    Args:
+        layer: changed in place.
+        form: must cover the layer's own form.
+    """
     own, device = AttentionForm.from_config(layer.config), next(layer.parameters()).device
     assert form.covers(own)
     if form.pairs and layer.rotary is None:
@@ -86,19 +91,24 @@ def take_form(layer: Attention, form: AttentionForm) -> None:
     if form.scales and layer.temperature is None:
         layer.temperature = Temperature(TemperatureConfig(scale=0.0, floor_scale=1))  # 1 + 0 * log(...)
     if form.eps is not None:
-        # Also where the layer has the norm: layers of one form have the same parts.
+        # Replace the layer's own norm too: layers of one form must have the same module types.
         layer.head_norm = SwitchedHeadNorm(layer.config.head_dim, form.eps, device, own.eps is not None)
 
 
 class PositionInputs(NamedTuple):
-    """Tensors that an attention layer computes from positions, as inputs of its program."""
+    """Tensors that depend on positions, as inputs of an attention layer's program.
+
+    Attributes:
+        rope: cos and sin, or None without a rotation.
+        temperature: (T,) fp32 factors of the queries, or None.
+    """
 
     rope: Rope | None
-    temperature: Tensor | None  # (T,) fp32
+    temperature: Tensor | None
 
     @classmethod
     def from_layer(cls, layer: Attention, positions: Positions) -> PositionInputs:
-        """Return a layer's, computed once for all layers alike."""
+        """Return the inputs of one layer; layers with equal angles or factors share one computation."""
         return cls(
             None if layer.rotary is None else positions.rope(layer.rotary),
             None if layer.temperature is None else positions.temperature(layer.temperature),
@@ -106,18 +116,18 @@ class PositionInputs(NamedTuple):
 
 
 class GivenPositions(Positions):
-    """Positions of one layer in its program: what would be computed from them is given."""
+    """`Positions` inside a program: returns precomputed cos/sin and temperatures instead of computing them."""
 
     def __init__(self, index: Tensor, inputs: PositionInputs | None) -> None:
         super().__init__(index)
         self._inputs = inputs
 
     def rope(self, rotary: Rotary) -> Rope:
-        """Return the given rotation."""
+        """Return the precomputed cos and sin."""
         assert self._inputs is not None and self._inputs.rope is not None
         return self._inputs.rope
 
     def temperature(self, temperature: Temperature) -> Tensor:
-        """Return the given factors."""
+        """Return the precomputed factors of the queries, (T,) fp32."""
         assert self._inputs is not None and self._inputs.temperature is not None
         return self._inputs.temperature

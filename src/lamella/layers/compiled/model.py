@@ -1,7 +1,8 @@
-"""The blocks of a model's layers through torch.compile: one program for each kind, however many layers there are.
+"""Compile a model's attention parts and feed-forward parts with torch.compile: one program for all parts that match.
 
-What differs between blocks of a kind reaches its program as tensors: weights, the angles of positions, and the number
-of whoever holds the state (`ops.opaque`). Nothing is compiled in that another layer has otherwise.
+Layers with the same operations and shapes share a program, so the number of programs does not grow with the depth. What
+differs between these layers is passed as tensors: weights, cos/sin of positions, and the handle of the state module
+(`ops.opaque`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lamella.errors import ConfigError
 from lamella.layers.attention import Attention
 from lamella.layers.compiled.attention import GivenPositions, PositionInputs
 from lamella.layers.compiled.opaque import make_opaque
-from lamella.layers.compiled.program_keys import feed_forward_kinds, mixer_kinds
+from lamella.layers.compiled.program_keys import feed_forward_program_keys, mixer_program_keys
 from lamella.layers.context import ForwardBatch, forward_batch, require_batch
 from lamella.layers.decoder import DecoderLayer, LanguageModel
 from lamella.layers.rotary import Positions
@@ -29,56 +30,62 @@ from lamella.ops.ragged import RaggedBatch
 
 logger = logging.getLogger("lamella")
 
-# torch.compile makes a program of its own for a dimension of 1.
+# torch.compile specializes on a dimension of size 1, which would need a second program.
 MIN_TOKENS = 2
-# Tokens of the forwards in a warm-up: one prompt, then decodes, which show that one program serves both.
+# Request lengths of the warm-up forwards: one prompt, then decodes, to check that one program serves both.
 _WARM_UPS = ((7,), (1,) * MIN_TOKENS)
 
-Pair: TypeAlias = tuple[Tensor, Tensor]  # hidden states and the residual, (T, hidden_size)
+HiddenAndResidual: TypeAlias = tuple[Tensor, Tensor]  # (T, hidden_size) each
 
 
 class CompiledModel:
-    """The forward of a model within a batch of at least `MIN_TOKENS` tokens, its blocks compiled by `warm_up`.
+    """Forward of a model through compiled programs, for batches of at least `MIN_TOKENS` tokens.
 
-    From then on nothing is compiled any more: whatever would need another program is a RuntimeError that says why.
+    `warm_up` compiles the programs. Afterwards a call that would need a recompilation raises a RuntimeError.
     """
 
     min_tokens = MIN_TOKENS
 
     def __init__(self, model: LanguageModel) -> None:
-        """Nothing is compiled yet. The model's layers are made alike where that changes none of their results."""
+        """Prepare the layers of `model` in place; compile nothing yet. Results of the layers stay bitwise equal."""
         self._model = model
         make_opaque(model)
-        self._mix, self._feed = _blocks(_mix, mixer_kinds(model)), _blocks(_feed, feed_forward_kinds(model))
+        self._mixer_programs, self._feed_forward_programs = (
+            _programs(_run_mixer, mixer_program_keys(model)),
+            _programs(_run_feed_forward, feed_forward_program_keys(model)),
+        )
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile what the active placement needs and has not been compiled yet. No state is touched.
+        """Compile the programs that the active placement needs and that are not compiled yet; change no state.
 
-        Raises `ConfigError` where something cannot be compiled.
+        Raises:
+            ConfigError: torch.compile fails.
         """
         layers = [layer for layer in self._model.model.layers if isinstance(layer, DecoderLayer)]
-        blocks = {self._mix[_active(layer)] for layer in layers} | {self._feed[layer] for layer in layers}
-        missing = [block for block in blocks if not block.ready]
+        programs = {self._mixer_programs[_active_mixer(layer)] for layer in layers} | {
+            self._feed_forward_programs[layer] for layer in layers
+        }
+        missing = [program for program in programs if not program.is_ready]
         if not missing:
             return
-        # Imported here: the compiler takes as long to import as all the rest, and few engines want it.
+        # Imported here because the compiler doubles the import time, and few engines use it.
         from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         start = time.perf_counter()
         try:
-            with tqdm(total=len(missing), desc="compiling", unit="kind of block", dynamic_ncols=True) as bar:
-                for block in missing:
-                    block.when_ready = bar.update
+            with tqdm(total=len(missing), desc="compiling", unit="program", dynamic_ncols=True) as bar:
+                for program in missing:
+                    program.on_ready = bar.update
                 for lengths in _WARM_UPS:
-                    self._forward_alone(lengths)
+                    self._forward_without_state(lengths)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             why = str(error).strip().partition("\n")[0]
             raise ConfigError(f"enable_compile=True: torch.compile fails: {why}") from error
-        logger.info("compiled %d kinds of blocks (%.1f s)", len(missing), time.perf_counter() - start)
+        logger.info("compiled %d programs (%.1f s)", len(missing), time.perf_counter() - start)
 
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """Return the hidden states (T, hidden_size) after the final norm, of the current batch's ids (T,)."""
+        """Return the hidden states (T, hidden_size) after the final norm for the current batch's ids (T,)."""
         with torch.compiler.set_stance("fail_on_recompile"):
             return self._forward(input_ids)
 
@@ -87,44 +94,49 @@ class CompiledModel:
         batch = require_batch()
         return self._model.model(input_ids, batch.ragged.positions, batch.given, self._call)
 
-    def _forward_alone(self, lengths: Sequence[int]) -> None:
-        """Of requests of these lengths, without state."""
+    def _forward_without_state(self, lengths: Sequence[int]) -> None:
+        """Run a forward of requests of these lengths, without stored state."""
         device = self._model.model.norm.weight.device
         with forward_batch(ForwardBatch(RaggedBatch.from_lengths(lengths, lengths, device))):
             self._forward(torch.zeros(sum(lengths), dtype=torch.int64, device=device))
 
-    def _call(self, layer: DecoderLayer, positions: Positions, hidden: Tensor, residual: Tensor) -> Pair:
-        mixer = _active(layer)
+    def _call(self, layer: DecoderLayer, positions: Positions, hidden: Tensor, residual: Tensor) -> HiddenAndResidual:
+        mixer = _active_mixer(layer)
         inputs = PositionInputs.from_layer(mixer, positions) if isinstance(mixer, Attention) else None
-        hidden, residual = self._mix[mixer](layer, mixer, positions.index, inputs, hidden, residual)
-        return self._feed[layer](layer, hidden, residual)
+        hidden, residual = self._mixer_programs[mixer](layer, mixer, positions.index, inputs, hidden, residual)
+        return self._feed_forward_programs[layer](layer, hidden, residual)
 
 
-class _Block:
-    """The program of one kind of block. Its inputs are modules, and tensors (T, ...) whose T may be any."""
+class _Program:
+    """Compiled function whose inputs are modules and tensors (T, ...), with any T of at least `MIN_TOKENS`.
 
-    def __init__(self, function: Callable[..., Pair], name: str) -> None:
-        # Code of its own: torch.compile keeps programs by code, and of all engines in the process together.
+    Attributes:
+        is_ready: whether the function has been compiled.
+        on_ready: called once after the compilation.
+    """
+
+    def __init__(self, function: Callable[..., HiddenAndResidual], name: str) -> None:
+        # A copy of the code object: torch.compile caches programs by code object, across all engines of the process.
         code = function.__code__.replace(co_name=name)
         self._run = torch.compile(FunctionType(code, function.__globals__, name), fullgraph=True, dynamic=False)
-        self.ready = False
-        self.when_ready: Callable[[], object] = lambda: None
+        self.is_ready = False
+        self.on_ready: Callable[[], object] = lambda: None
 
-    def __call__(self, *inputs: Any) -> Pair:
-        if self.ready:
+    def __call__(self, *inputs: Any) -> HiddenAndResidual:
+        if self.is_ready:
             return self._run(*inputs)
         from torch._dynamo import mark_dynamic
 
         for tensor in _tensors(inputs):
             mark_dynamic(tensor, 0)
-        pair = self._run(*inputs)
-        self.ready = True
-        self.when_ready()
-        return pair
+        result = self._run(*inputs)
+        self.is_ready = True
+        self.on_ready()
+        return result
 
 
 def _tensors(inputs: Iterable[Any]) -> Iterator[Tensor]:
-    """Those that have a row for each token."""
+    """Yield the tensors, also inside tuples, that have a row per token."""
     for value in inputs:
         if isinstance(value, tuple):
             yield from _tensors(value)
@@ -132,28 +144,30 @@ def _tensors(inputs: Iterable[Any]) -> Iterator[Tensor]:
             yield value
 
 
-def _blocks(function: Callable[..., Pair], kinds: Mapping[nn.Module, Hashable]) -> dict[nn.Module, _Block]:
-    """The block of each module, one for each kind."""
-    distinct = dict.fromkeys(kinds.values())
-    blocks = {kind: _Block(function, f"{function.__name__}_{index}") for index, kind in enumerate(distinct)}
-    return {module: blocks[kind] for module, kind in kinds.items()}
+def _programs(
+    function: Callable[..., HiddenAndResidual], keys: Mapping[nn.Module, Hashable]
+) -> dict[nn.Module, _Program]:
+    """Return the program of each module; modules with equal keys share one."""
+    distinct = dict.fromkeys(keys.values())
+    programs = {key: _Program(function, f"{function.__name__}_{index}") for index, key in enumerate(distinct)}
+    return {module: programs[key] for module, key in keys.items()}
 
 
-def _mix(
+def _run_mixer(
     layer: DecoderLayer,
     mixer: nn.Module,
     index: Tensor,
     inputs: PositionInputs | None,
     hidden: Tensor,
     residual: Tensor,
-) -> Pair:
-    return layer.mix(mixer, GivenPositions(index, inputs), hidden, residual)
+) -> HiddenAndResidual:
+    return layer.apply_mixer(mixer, GivenPositions(index, inputs), hidden, residual)
 
 
-def _feed(layer: DecoderLayer, hidden: Tensor, residual: Tensor) -> Pair:
-    return layer.feed(hidden, residual)
+def _run_feed_forward(layer: DecoderLayer, hidden: Tensor, residual: Tensor) -> HiddenAndResidual:
+    return layer.apply_feed_forward(hidden, residual)
 
 
-def _active(layer: DecoderLayer) -> nn.Module:
-    """The mixer that computes."""
+def _active_mixer(layer: DecoderLayer) -> nn.Module:
+    """Return the mixer of a layer, or the active mixer of a stochastic layer."""
     return layer.mixer.mixers[layer.mixer.active] if isinstance(layer.mixer, Stochastic) else layer.mixer

@@ -1,6 +1,6 @@
-"""State state_modules as operations that torch.compile does not look into, see `ops.opaque`.
+"""State modules as operations that torch.compile does not trace, see `ops.opaque`.
 
-Which state_module computes reaches a program as a tensor, its handle, so that layers alike are one program.
+A program gets the state module as a tensor (its handle), so that layers of the same kind share one program.
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ from lamella.ops import opaque
 
 
 class OpaqueAttention(PagedAttention):
-    """Paged attention that is one operation to torch.compile."""
+    """Paged attention that torch.compile sees as one opaque operation."""
 
     handle: Tensor
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See `PagedAttention.forward`."""
+        """Run `PagedAttention.forward`, as one opaque operation while compiling."""
         if torch.compiler.is_compiling():
             return opaque.call(self.handle, "attention", (q, k, v), self.spec.head_dim)
         return super().forward(q, k, v)
 
     def compute(self, part: str, inputs: Sequence[Tensor]) -> Tensor:
-        """Return attention of [q, k, v], when the operation runs."""
+        """Return the attention of inputs [q, k, v]; called when the opaque operation runs."""
         return self(*inputs)
 
 
 class OpaqueSlots(SlotStateModule):
-    """Slot state whose computations are one operation each to torch.compile."""
+    """Slot state module whose computations torch.compile sees as one opaque operation each."""
 
     handle: Tensor
 
     def run(self, part: str, inputs: Sequence[Tensor], width: int) -> Tensor:
-        """See `SlotStateModule.run`."""
+        """Run `SlotStateModule.run`, as one opaque operation while compiling."""
         if torch.compiler.is_compiling():
             return opaque.call(self.handle, part, inputs, width)
         return super().run(part, inputs, width)
 
     def compute(self, part: str, inputs: Sequence[Tensor]) -> Tensor:
-        """Return one of the `parts`, when the operation runs."""
+        """Return the result of one of the `parts`; called when the opaque operation runs."""
         result: Tensor = self.parts[part](*inputs, None)
         return result
 
 
 def make_opaque(model: LanguageModel) -> None:
-    """Have torch.compile take state, and sums over ranks, as operations that it does not look into.
+    """Turn the state modules and the all-reduce of a model into opaque operations, in place.
 
-    The state_modules stay the same objects: an engine has bound memory to them, and layers refer to them.
+    The state modules stay the same objects, because engines have bound memory to them and layers refer to them.
     """
     for state_module in find_state_modules(model):
         state_module.__class__ = OpaqueAttention if isinstance(state_module, PagedAttention) else OpaqueSlots

@@ -1,4 +1,4 @@
-"""Kinds of a model's parts: parts of one kind run the same operations on tensors of the same shapes."""
+"""Program keys of a model's parts: parts with equal keys run the same operations on tensors of the same shapes."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from torch import nn
 from lamella.config import AttentionConfig, LayerConfig
 from lamella.config.placement import every_mixer
 from lamella.layers.attention import Attention
-from lamella.layers.compiled.attention import AttentionForm, take_form
+from lamella.layers.compiled.attention import AttentionForm, apply_form
 from lamella.layers.decoder import DecoderLayer, LanguageModel
 from lamella.layers.supernet.stochastic import Stochastic
 
 
-def mixer_kinds(model: LanguageModel) -> dict[nn.Module, Hashable]:
-    """Return the kind of the attention part with each mixer of the model.
+def mixer_program_keys(model: LanguageModel) -> dict[nn.Module, Hashable]:
+    """Return the program key of the attention part for each mixer of the model.
 
-    Attention layers that differ in what they do by positions, and in what they see, are made one kind where there is a
-    form for all of them (`take_form`), which changes none of their results.
+    Attention layers that differ only in position-dependent operations or in their visible range get one key if a form
+    covers them all. These layers are changed in place by `apply_form`; their results stay bitwise equal.
     """
-    kinds: dict[nn.Module, Hashable] = {}
-    similar: dict[Hashable, list[Attention]] = {}
+    keys: dict[nn.Module, Hashable] = {}
+    by_key: dict[Hashable, list[Attention]] = {}
     for layer, config in _layers(model):
         around = (config.norm, config.mixer_canon)
         mixers = layer.mixer.mixers.values() if isinstance(layer.mixer, Stochastic) else (layer.mixer,)
         for mixer, own in zip(mixers, every_mixer(config.mixer), strict=True):
             if isinstance(mixer, Attention):
-                similar.setdefault((around, _without_positions(mixer.config)), []).append(mixer)
+                by_key.setdefault((around, _without_positions(mixer.config)), []).append(mixer)
             else:
-                kinds[mixer] = around, own
-    for kind, alike in similar.items():
-        forms = _covering(AttentionForm.from_config(attention.config) for attention in alike)
-        for attention in alike:
+                keys[mixer] = around, own
+    for key, attentions in by_key.items():
+        forms = _merge_forms(AttentionForm.from_config(attention.config) for attention in attentions)
+        for attention in attentions:
             own_form = AttentionForm.from_config(attention.config)
             index = next(index for index, (form, _) in enumerate(forms) if form.covers(own_form))
             form, several = forms[index]
             if several:
-                take_form(attention, form)
-            kinds[attention] = kind, index
-    return kinds
+                apply_form(attention, form)
+            keys[attention] = key, index
+    return keys
 
 
-def feed_forward_kinds(model: LanguageModel) -> dict[nn.Module, Hashable]:
-    """Return the kind of each layer's feed-forward part."""
+def feed_forward_program_keys(model: LanguageModel) -> dict[nn.Module, Hashable]:
+    """Return the program key of each layer's feed-forward part."""
     return {layer: (config.norm, config.feed_forward_canon, config.feed_forward) for layer, config in _layers(model)}
 
 
@@ -55,13 +55,17 @@ def _layers(model: LanguageModel) -> Iterator[tuple[DecoderLayer, LayerConfig]]:
 
 
 def _without_positions(config: AttentionConfig) -> AttentionConfig:
-    """Return a layer's config without its form, and without what only attention itself has to know."""
+    """Return the config without the operations of `AttentionForm` and without options of the attention op itself."""
     qk_norm = config.qk_norm if config.qk_norm_weight else None
     return replace(config, qk_norm=qk_norm, rope=None, temperature=None, window=None, chunk=None, scale=1.0)
 
 
-def _covering(forms: Iterable[AttentionForm]) -> list[tuple[AttentionForm, bool]]:
-    """Return few forms, one of which covers each of these, each with whether it stands for several."""
+def _merge_forms(forms: Iterable[AttentionForm]) -> list[tuple[AttentionForm, bool]]:
+    """Merge forms greedily into few forms that cover all of them.
+
+    Returns:
+        The merged forms, each with True if it covers more than one of the given forms.
+    """
     found: list[tuple[AttentionForm, bool]] = []
     for form in dict.fromkeys(forms):
         for index, (other, _) in enumerate(found):

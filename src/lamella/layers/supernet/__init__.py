@@ -1,1 +1,1 @@
-"""Layers with a choice of mixers, and batches of requests with several placements."""
+"""Supernets: layers with several mixers, and batches whose requests use different placements."""

@@ -1,8 +1,10 @@
-"""A batch whose requests have several placements: the mixers that a layer needs, and what each of them computes.
+"""Batches whose requests use different placements: the mixers that each layer runs, and the batch that each mixer gets.
 
-There are two forms. The batch is *cut*: each mixer computes the tokens of its own requests. Or, where all requests
-decode, rows are *selected*: each mixer computes every row, and each row is taken from its own. The second is the same
-operations whoever stands in which row, which is what a CUDA graph needs.
+There are two forms:
+
+* Gathered: each mixer computes only the tokens of its own requests. Works for any batch.
+* Masked: each mixer computes every row, and each row's result is selected from its own mixer. Works if all requests
+  decode. The operations do not depend on which request is in which row, as a CUDA graph requires.
 """
 
 from __future__ import annotations
@@ -24,51 +26,71 @@ from lamella.ops.ragged import RaggedBatch
 from lamella.state.manager import DUMMY
 
 
-class BatchPart(ABC):
-    """What one mixer computes of a batch.
+class MixerBatch(ABC):
+    """Batch that one mixer of a layer computes.
 
     Attributes:
-        batch: as the mixer is to see it.
+        batch: current batch while the mixer runs.
     """
 
     batch: ForwardBatch
 
     @abstractmethod
     def positions(self, whole: Positions) -> Positions:
-        """Those of the part's tokens."""
+        """Return the positions of this mixer's tokens, given the positions of the whole batch."""
 
     @abstractmethod
-    def take(self, x: Tensor) -> Tensor:
-        """The part's tokens (n, C) of x (T, C)."""
+    def gather(self, x: Tensor) -> Tensor:
+        """Return this mixer's tokens (n, C) of x (T, C)."""
 
     @abstractmethod
-    def put(self, mixed: Tensor, out: Tensor | None) -> Tensor:
-        """What the mixer made of them, (n, C), among what others made of theirs, (T, C); None for the first."""
+    def scatter(self, mixed: Tensor, out: Tensor | None) -> Tensor:
+        """Insert this mixer's output into the output of the layer.
+
+        Args:
+            mixed: (n, C) output of the mixer.
+            out: (T, C) output of the mixers that ran before; None for the first.
+
+        Returns:
+            (T, C).
+        """
 
 
 class Placements(ABC):
-    """Which mixers compute which requests of a batch."""
+    """Assignment of a batch's requests to the mixers of each layer."""
 
     @abstractmethod
     def names(self, layer: int) -> Sequence[str]:
-        """The mixers that a layer needs."""
+        """Return the names of the mixers that a layer must run."""
 
     @abstractmethod
-    def part(self, batch: ForwardBatch, layer: int, name: str) -> BatchPart:
-        """What one of them computes, where there are several."""
+    def mixer_batch(self, batch: ForwardBatch, layer: int, name: str) -> MixerBatch:
+        """Return the batch of one mixer, for layers that run several."""
 
 
 @dataclass(frozen=True)
-class CutPart(BatchPart):
-    """Some of a batch's requests, as a batch of their own. Their state lies where it lies."""
+class GatheredBatch(MixerBatch):
+    """Batch of some of the requests; blocks and slots are not copied.
+
+    Attributes:
+        batch: the gathered requests.
+        tokens: (n,) int64, indices of their tokens in the whole batch.
+        whole: number of tokens of the whole batch.
+    """
 
     batch: ForwardBatch
-    tokens: Tensor  # (n,) int64, which of the whole batch's tokens are theirs
-    whole: int  # tokens of the whole batch
+    tokens: Tensor
+    whole: int
 
     @classmethod
-    def of(cls, batch: ForwardBatch, requests: Sequence[int], space: AttentionSpace | None) -> CutPart:
-        """These requests, in their order in the batch."""
+    def from_requests(cls, batch: ForwardBatch, requests: Sequence[int], space: AttentionSpace | None) -> GatheredBatch:
+        """Gather requests of a batch.
+
+        Args:
+            batch: the whole batch.
+            requests: indices of the requests, in the order of the batch.
+            space: workspace of attention kernels; None on a CPU.
+        """
         whole, device = batch.ragged, batch.ragged.positions.device
         bounds = [0, *accumulate(whole.query_lens)]
         index = torch.tensor(requests).to(device, non_blocking=True)
@@ -77,66 +99,81 @@ class CutPart(BatchPart):
             [whole.query_lens[r] for r in requests], [whole.context_lens[r] for r in requests], device
         )
 
-        def cut(view: BlockView) -> BlockView:
+        def gather_view(view: BlockView) -> BlockView:
             size, prefills = view.block_size, requests[ragged.num_decodes :]
             rows = [view.block_table[r, : -(-whole.context_lens[r] // size)] for r in prefills]
             listed = torch.cat(rows) if rows and space is not None else view.block_list[:0]
             return BlockView(view.block_table[index], view.slot_mapping[tokens], listed, size)
 
-        blocks = None if batch.blocks is None else {spec: cut(view) for spec, view in batch.blocks.items()}
+        blocks = None if batch.blocks is None else {spec: gather_view(view) for spec, view in batch.blocks.items()}
         slots = None if batch.slots is None else batch.slots[index]
         snapshots = tuple(batch.snapshots[r] for r in requests) if batch.snapshots else ()
         return cls(ForwardBatch(ragged, blocks, slots, space, snapshots=snapshots), tokens, whole.num_tokens)
 
     def positions(self, whole: Positions) -> Positions:
-        # One object for all layers that share the part, so that each kind of angles is computed once.
-        return self.batch.once("positions", lambda: whole.rows(self.tokens))
+        """Return the positions of this mixer's tokens."""
+        # One object for all layers that use this batch, so that cos and sin are computed once.
+        return self.batch.compute_once("positions", lambda: whole.rows(self.tokens))
 
-    def take(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
+        """Return this mixer's tokens of x."""
         return x[self.tokens]
 
-    def put(self, mixed: Tensor, out: Tensor | None) -> Tensor:
+    def scatter(self, mixed: Tensor, out: Tensor | None) -> Tensor:
+        """Insert this mixer's output into the output of the layer."""
         out = mixed.new_empty(self.whole, mixed.shape[1]) if out is None else out
         out[self.tokens] = mixed
         return out
 
 
 @dataclass(frozen=True)
-class CutPlacements(Placements):
-    """The placement of each request, by which the batch is cut."""
+class GatheredPlacements(Placements):
+    """Assignment by gathering.
+
+    Attributes:
+        by_request: placement of each request.
+    """
 
     by_request: tuple[Placement, ...]
 
     def names(self, layer: int) -> Sequence[str]:
+        """Return the names of the mixers that a layer must run."""
         return _names(self.by_request, layer)
 
-    def part(self, batch: ForwardBatch, layer: int, name: str) -> BatchPart:
+    def mixer_batch(self, batch: ForwardBatch, layer: int, name: str) -> MixerBatch:
+        """Return the batch of one mixer."""
         requests = tuple(r for r, placement in enumerate(self.by_request) if placement[layer] == name)
-        return batch.part(requests, lambda space: CutPart.of(batch, requests, space))
+        return batch.mixer_batch(requests, lambda space: GatheredBatch.from_requests(batch, requests, space))
 
 
 @dataclass(frozen=True)
-class SelectedPart(BatchPart):
-    """All rows of a batch that only decodes, of which the `others` stand on the dummies with one token of context, so
-    that they read and write next to nothing. What comes of them may be anything, NaN too, and goes nowhere: no mixer
-    lets one row see another's.
+class MaskedBatch(MixerBatch):
+    """All rows of a batch that only decodes, with the rows of other mixers masked.
+
+    A masked row uses the dummy block and the dummy slot with one token of context, so that it reads and writes very
+    little. Its result is discarded and may be NaN; no mixer mixes values of different rows.
+
+    Attributes:
+        batch: the batch with masked rows.
+        others: (R,) bool, rows that other mixers compute.
     """
 
     batch: ForwardBatch
-    others: Tensor  # (R,) bool
+    others: Tensor
 
     @classmethod
-    def of(cls, batch: ForwardBatch, others: Tensor, space: AttentionSpace | None) -> SelectedPart:
+    def from_mask(cls, batch: ForwardBatch, others: Tensor, space: AttentionSpace | None) -> MaskedBatch:
+        """Mask the rows `others` (R,) bool of a batch in which every request decodes."""
         whole = batch.ragged
         assert whole.num_decodes == whole.num_requests
-        # The host's lengths stay those of the whole batch, which bound these, or unknown.
+        # Keep the host's lengths of the whole batch: they are upper bounds of the masked lengths, or unknown.
         ragged = replace(
             whole, positions=whole.positions.masked_fill(others, 0), seq_lens=whole.seq_lens.masked_fill(others, 1)
         )
         blocks = batch.blocks
         if blocks is not None:
-            # A place in the dummy block is all that a row of others may write to. The one block that it reads need not
-            # be the dummy, so that block tables, which are large, stay as they are.
+            # A masked row may write only to the dummy block. It may read its first block, so the large block tables
+            # need no change.
             blocks = {
                 spec: replace(view, slot_mapping=view.slot_mapping.masked_fill(others, DUMMY * view.block_size))
                 for spec, view in blocks.items()
@@ -145,23 +182,26 @@ class SelectedPart(BatchPart):
         return cls(ForwardBatch(ragged, blocks, slots, space), others)
 
     def positions(self, whole: Positions) -> Positions:
-        return whole  # whose angles are computed once for all mixers
+        """Return the positions of this mixer's tokens."""
+        return whole  # the same object for all mixers, so that cos and sin are computed once
 
-    def take(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
+        """Return this mixer's tokens of x."""
         return x
 
-    def put(self, mixed: Tensor, out: Tensor | None) -> Tensor:
+    def scatter(self, mixed: Tensor, out: Tensor | None) -> Tensor:
+        """Insert this mixer's output into the output of the layer."""
         return mixed if out is None else torch.where(self.others[:, None], out, mixed)
 
 
 @dataclass(frozen=True)
 class MixerUnion:
-    """The mixers that some placements need together, layer by layer, whoever needs which.
+    """Mixers that a set of placements needs in each layer.
 
     Attributes:
-        names: of each layer, in order; one where all placements agree, and none where the layer has no choice.
-        tables: of each layer, which of a step's tables says by which of its names a row is computed; -1 where that is
-            clear. Layers that divide the placements alike have one table.
+        names: mixer names of each layer, in order; one name if all placements agree, none if the layer has one mixer.
+        tables: for each layer, index of the table that maps rows to an index into `names`; -1 if the layer needs no
+            table. Layers that divide the placements in the same way share a table.
     """
 
     names: tuple[tuple[str, ...], ...]
@@ -169,40 +209,54 @@ class MixerUnion:
 
     @property
     def num_tables(self) -> int:
+        """Number of distinct tables."""
         return max(self.tables, default=-1) + 1
 
 
 @lru_cache(maxsize=256)
-def unite(placements: frozenset[Placement]) -> tuple[MixerUnion, Mapping[Placement, tuple[int, ...]]]:
-    """What placements need together, and of each of them, what the tables say of its rows."""
+def build_mixer_union(placements: frozenset[Placement]) -> tuple[MixerUnion, Mapping[Placement, tuple[int, ...]]]:
+    """Return the union of the mixers that placements need, and the table values of each placement.
+
+    Returns:
+        The union, and for each placement the value of its rows in each of the union's tables.
+    """
     names, tables = [], []
-    known: dict[tuple[int, ...], int] = {}  # tables, by what they say of each placement
+    known: dict[tuple[int, ...], int] = {}  # table indices, by the values for all placements
     for layer in range(len(next(iter(placements)))):
         names.append(_names(placements, layer))
         if len(names[-1]) > 1:
-            said = tuple(names[-1].index(name) for placement in placements if (name := placement[layer]) is not None)
-            tables.append(known.setdefault(said, len(known)))
+            chosen = tuple(names[-1].index(name) for placement in placements if (name := placement[layer]) is not None)
+            tables.append(known.setdefault(chosen, len(known)))
         else:
             tables.append(-1)
-    by_placement = {placement: tuple(said[index] for said in known) for index, placement in enumerate(placements)}
+    by_placement = {placement: tuple(chosen[index] for chosen in known) for index, placement in enumerate(placements)}
     return MixerUnion(tuple(names), tuple(tables)), by_placement
 
 
 @dataclass(frozen=True)
-class SelectedPlacements(Placements):
-    """The mixers of a union, and by which of them each row of a batch that only decodes is computed."""
+class MaskedPlacements(Placements):
+    """Assignment by masking, for a batch that only decodes.
+
+    Attributes:
+        union: mixers that the layers run.
+        tables: (union.num_tables, R) int32 on the device; entry (t, r) selects the mixer of row r.
+    """
 
     union: MixerUnion
-    tables: Tensor  # (union.num_tables, R) int32, on the device
+    tables: Tensor
 
     def names(self, layer: int) -> Sequence[str]:
+        """Return the names of the mixers that a layer must run."""
         return self.union.names[layer]
 
-    def part(self, batch: ForwardBatch, layer: int, name: str) -> BatchPart:
+    def mixer_batch(self, batch: ForwardBatch, layer: int, name: str) -> MixerBatch:
+        """Return the batch of one mixer."""
         table, index = self.union.tables[layer], self.union.names[layer].index(name)
-        return batch.part((table, index), lambda space: SelectedPart.of(batch, self.tables[table] != index, space))
+        return batch.mixer_batch(
+            (table, index), lambda space: MaskedBatch.from_mask(batch, self.tables[table] != index, space)
+        )
 
 
 def _names(placements: Sequence[Placement] | frozenset[Placement], layer: int) -> tuple[str, ...]:
-    """The mixers of a layer under any of the placements, each once, in one order whatever that of the placements."""
+    """Return the distinct mixer names of a layer over all placements, sorted."""
     return tuple(sorted({name for placement in placements if (name := placement[layer]) is not None}))

@@ -1,4 +1,4 @@
-"""The placement of a supernet: which mixer of each layer is active, and what the others hold."""
+"""Read and switch the placement of a supernet: the active mixer of each layer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lamella.layers.state_modules import PagedAttention, SlotStateModule, find_s
 from lamella.layers.supernet.stochastic import Stochastic
 
 
-def choices(model: LanguageModel) -> Iterator[tuple[int, Stochastic]]:
-    """Yield the layers that have several mixers: index and mixer module."""
+def stochastic_layers(model: LanguageModel) -> Iterator[tuple[int, Stochastic]]:
+    """Yield the index and the `Stochastic` module of each layer that has several mixers."""
     for index, layer in enumerate(model.model.layers):
         if isinstance(layer.mixer, Stochastic):
             yield index, layer.mixer
@@ -22,43 +22,43 @@ def choices(model: LanguageModel) -> Iterator[tuple[int, Stochastic]]:
 
 def has_choice(model: LanguageModel) -> bool:
     """Return True if any layer has several mixers."""
-    return any(True for _ in choices(model))
+    return any(True for _ in stochastic_layers(model))
 
 
 def active_placement(model: LanguageModel) -> Placement:
-    """Return the active mixer of each layer; None for a layer without a choice."""
-    active = {index: mixer.active for index, mixer in choices(model)}
+    """Return the name of each layer's active mixer; None for a layer with one mixer."""
+    active = {index: mixer.active for index, mixer in stochastic_layers(model)}
     return tuple(active.get(index) for index in range(len(model.model.layers)))
 
 
 def activate(model: LanguageModel, placement: Placement) -> None:
     """Activate a placement that `read_placement` returned."""
-    for index, mixer in choices(model):
+    for index, mixer in stochastic_layers(model):
         mixer.active = chosen_mixer(placement, index)
 
 
 def idle_mixers(model: LanguageModel, placement: Placement | None = None) -> Iterator[nn.Module]:
-    """Yield the mixers that compute nothing under a placement, by default the active one."""
+    """Yield the mixers that a placement does not use; by default the active placement."""
     placement = placement or active_placement(model)
-    for index, stochastic in choices(model):
+    for index, stochastic in stochastic_layers(model):
         yield from (mixer for name, mixer in stochastic.mixers.items() if name != placement[index])
 
 
 def idle_parameters(model: LanguageModel) -> Iterator[nn.Parameter]:
-    """Yield the parameters that compute nothing under the active placement."""
+    """Yield the parameters of mixers that the active placement does not use."""
     return (parameter for mixer in idle_mixers(model) for parameter in mixer.parameters())
 
 
 def find_active_state_modules(
     model: LanguageModel, placement: Placement | None = None
 ) -> list[PagedAttention | SlotStateModule]:
-    """Return the modules that keep state under a placement, by default the active one, in layer order."""
+    """Return the state modules that a placement uses, in layer order; by default the active placement."""
     idle = {module for mixer in idle_mixers(model, placement) for module in mixer.modules()}
     return [state_module for state_module in find_state_modules(model) if state_module not in idle]
 
 
 class SupernetModel(LanguageModel):
-    """A language model whose layers may have a choice of mixers."""
+    """Language model whose layers may have several mixers."""
 
     @property
     def has_choice(self) -> bool:
@@ -67,13 +67,16 @@ class SupernetModel(LanguageModel):
 
     @property
     def placement(self) -> Placement:
-        """The active mixer of each layer; None for a layer without a choice."""
+        """Name of each layer's active mixer; None for a layer with one mixer."""
         return active_placement(self)
 
     def set_placement(self, placement: PlacementLike | None) -> None:
-        """Activate a placement, see `read_placement`; all or nothing.
+        """Activate a placement. On an error the active placement does not change.
+
+        Args:
+            placement: see `lamella.config.read_placement`; None for the config's main mixers.
 
         Raises:
-            ConfigError: a name is wrong, or a layer has no such mixer.
+            ConfigError: the placement has a wrong name or length, or a layer has no such mixer.
         """
         activate(self, read_placement(placement, self.config))

@@ -1,4 +1,4 @@
-"""The activations of feed-forwards other than SwiGLU, by the names of config files."""
+"""Activations of feed-forwards other than SwiGLU, by their names in config files."""
 
 from __future__ import annotations
 

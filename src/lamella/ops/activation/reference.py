@@ -1,4 +1,4 @@
-"""Activations in plain torch: what else there is to fuse around them is little, since few models have them."""
+"""Activations in plain torch. There is no fused backend, because few models use them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,16 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def activate(x: Tensor, name: str, gated: bool) -> Tensor:
-    """`act(x)`, or `act(gate) * up` of x (T, 2 I) = [gate | up] where `gated`. In fp32, rounded once."""
+    """Apply an activation in fp32, and round once.
+
+    Args:
+        x: (T, I), or (T, 2 * I) = [gate | up] if `gated`.
+        name: name of the activation in `ACTIVATIONS`.
+        gated: whether to return `act(gate) * up` instead of `act(x)`.
+
+    Returns:
+        (T, I) in the dtype of x.
+    """
     function = ACTIVATIONS[name]
     if not gated:
         return function(x.float()).to(x.dtype)

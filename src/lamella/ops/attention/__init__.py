@@ -1,4 +1,4 @@
-"""Causal attention: over the tokens of a step, or over keys and values in blocks."""
+"""Causal attention: over the tokens of a step, or over a paged KV cache."""
 
 from __future__ import annotations
 
@@ -23,22 +23,31 @@ _prepared = BackendTable("decode_prepared", __name__)
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, scale: float, window: int | None, chunk: int | None = None
 ) -> Tensor:
-    """Return attention of every request over its own new tokens; see `reference.causal_attention`.
+    """Compute the attention of every request over its own new tokens; see `reference.causal_attention`.
 
     Args:
         q: (T, H, D).
         k: (T, KV, D), H a multiple of KV.
         v: (T, KV, D).
-        batch: the requests.
+        batch: lengths of the requests.
         scale: factor of the scores.
-        window: how many of the last keys a query sees; None for all.
-        chunk: a query sees keys from the last multiple of this position on; None for all.
+        window: number of latest keys that a query sees, including its own; None for all.
+        chunk: a query sees the keys from the last multiple of this number up to its own position; None for all.
+
+    Returns:
+        (T, H, D) in the dtype of q.
     """
     return _causal.choose(q)(q, k, v, batch, scale, window, chunk)
 
 
 def write_kv(k: Tensor, v: Tensor, cache: PagedCache) -> None:
-    """Write k and v (T, KV, D) to the rows `cache.slot_mapping` of the cache, in place."""
+    """Write keys and values to the cache, in place.
+
+    Args:
+        k: (T, KV, D).
+        v: (T, KV, D).
+        cache: is written at the rows `cache.slot_mapping`.
+    """
     _write.choose(k)(k, v, cache)
 
 
@@ -51,16 +60,19 @@ def paged_attention(
     chunk: int | None = None,
     plan: AttentionPlan | None = None,
 ) -> Tensor:
-    """Return attention (T, H, D) of q (T, H, D) over each request's whole context; see `reference.paged_attention`.
+    """Compute the attention of new tokens over each request's whole context; see `reference.paged_attention`.
 
     Args:
         q: (T, H, D).
-        cache: keys and values, the new tokens' among them.
-        batch: the requests.
+        cache: keys and values, including those of the new tokens.
+        batch: lengths of the requests.
         scale: factor of the scores.
         window: as for `causal_attention`.
         chunk: as for `causal_attention`.
-        plan: the step's, where the engine has an `AttentionSpace`.
+        plan: plan of the step if the engine has an `AttentionSpace`, otherwise None.
+
+    Returns:
+        (T, H, D) in the dtype of q.
     """
     return _paged.choose(q, plan)(q, cache, batch, scale, window, chunk, plan)
 
@@ -69,17 +81,20 @@ def decode_prepared(
     qkv: Tensor, steps: QKVSteps, cache: PagedCache, batch: RaggedBatch, scale: float, window: int | None,
     chunk: int | None, plan: AttentionPlan,
 ) -> Tensor:  # fmt: skip
-    """Return `prepare_qkv` and `paged_attention` of a step of few decodes, in one kernel on a GPU: (R, H, D).
+    """Compute `prepare_qkv` and `paged_attention` for a few decoding requests, in one kernel on a GPU.
 
     Args:
-        qkv: (R, (H + 2 KV) D), one new token of each request.
+        qkv: (R, (H + 2 * KV) * D), one new token of each request.
         steps: as for `prepare_qkv`.
-        cache: written and read.
-        batch: the requests, of which `paged.is_few_decodes` is true.
+        cache: is written and read.
+        batch: lengths of the requests; `paged.is_few_decodes` must be True.
         scale: factor of the scores.
         window: as for `causal_attention`.
         chunk: as for `causal_attention`.
-        plan: the step's.
+        plan: plan of the step.
+
+    Returns:
+        (R, H, D) in the dtype of qkv.
     """
     return _prepared.choose(qkv)(qkv, steps, cache, batch, scale, window, chunk, plan)
 

@@ -1,4 +1,4 @@
-"""Chunked attention as plain causal attention: a chunk of a request is a request of its own. Host arithmetic only."""
+"""Chunked attention as plain causal attention: each chunk is treated as a separate request. Host arithmetic only."""
 
 from __future__ import annotations
 
@@ -7,16 +7,29 @@ from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """New tokens of one request that lie in one chunk, and what they see."""
+    """New tokens of one request within one chunk.
+
+    Attributes:
+        request: index of the request.
+        new: number of new tokens.
+        first: position at which the chunk starts.
+        length: number of tokens from `first` to the last new token.
+    """
 
     request: int
-    new: int  # tokens
-    first: int  # the position where the chunk starts
-    length: int  # tokens of the chunk up to the last new one
+    new: int
+    first: int
+    length: int
 
 
 def pieces(query_lens: Sequence[int], context_lens: Sequence[int], chunk: int) -> list[Piece]:
-    """The last `query_lens[r]` of `context_lens[r]` tokens of each request r, cut at multiples of `chunk`, in order."""
+    """Split the new tokens of each request at multiples of `chunk`.
+
+    Args:
+        query_lens: new tokens of each request.
+        context_lens: tokens of each request, including the new ones.
+        chunk: tokens per chunk.
+    """
     found = []
     for request, (new, context) in enumerate(zip(query_lens, context_lens, strict=True)):
         position = context - new
@@ -29,9 +42,13 @@ def pieces(query_lens: Sequence[int], context_lens: Sequence[int], chunk: int) -
 
 
 def seen_blocks(query_lens: Sequence[int], context_lens: Sequence[int], chunk: int, block_size: int) -> list[int]:
-    """Where the blocks of all pieces, one after the other, stand among the requests' whole lists of blocks.
+    """Return the indices of the blocks of all pieces in the concatenated block lists of the requests.
 
-    `chunk` is a multiple of `block_size`, so that no block belongs to two pieces.
+    Args:
+        query_lens: new tokens of each request.
+        context_lens: tokens of each request, including the new ones.
+        chunk: tokens per chunk; a multiple of `block_size`, so that no block belongs to two pieces.
+        block_size: tokens per block.
     """
     found: list[int] = []
     start = 0

@@ -1,4 +1,4 @@
-"""Attention of prompts through FlashInfer, which plans a step on the host and has kernels for each kind of GPU."""
+"""Prefill attention through FlashInfer, which plans a step on the host and has kernels for each GPU generation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORKSPACE_BYTES = 256 << 20
 
 
 class Prefill:
-    """One planned step. A second one must not be planned before the first has run on the device."""
+    """One planned prefill step. Plan the next step only after this one has run on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -32,7 +32,19 @@ class Prefill:
         dtype: torch.dtype,
         scale: float,
     ) -> None:
-        """R requests whose last `query_lens` tokens of `context_lens` are new; block_list (N,) int32 on the device."""
+        """Plan a step.
+
+        Args:
+            query_lens: new tokens of each request.
+            context_lens: tokens of each request, including the new ones.
+            block_list: (N,) int32 on the device, concatenated block ids of the requests.
+            heads: query heads.
+            kv_heads: key/value heads.
+            head_dim: channels of a head.
+            block_size: tokens per block.
+            dtype: dtype of queries, keys and values.
+            scale: factor of the scores.
+        """
 
         def host(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int32)
@@ -54,5 +66,5 @@ class Prefill:
         )
 
     def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> None:
-        """Write attention of q (T, H, D) over the caches (blocks, block_size, KV, D) to out (T, H, D)."""
+        """Write the attention of q (T, H, D) over the caches (blocks, block_size, KV, D) to out (T, H, D)."""
         self._wrapper.run(q, (k_cache, v_cache), out=out)

@@ -1,4 +1,4 @@
-"""Paged attention on a GPU: what an engine keeps for it, and what a step plans once for all layers of a state group."""
+"""Paged attention on a GPU: workspaces of an engine, and the plan of a step, shared by layers of a state group."""
 
 from __future__ import annotations
 
@@ -20,44 +20,50 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lamella")
 
-FLASHINFER_HEAD_DIMS = (64, 128, 256)  # its Hopper kernels assert that it is one of these, as they compile
+FLASHINFER_HEAD_DIMS = (64, 128, 256)  # FlashInfer's Hopper kernels fail to compile for others
 
 
 class AttentionSpace:
-    """Device memory for the attention of one engine's steps, made when first asked for.
+    """Device memory for the attention of one engine, allocated on first use.
 
-    A step may be prepared while the one before it still runs, so there are two of what the host writes to.
+    A step may be prepared while the previous step still runs, so buffers that the host writes to exist twice.
     """
 
     def __init__(self, max_requests: int, max_length: int, device: torch.device) -> None:
-        """For steps of so many requests, padding included, of so many tokens each."""
+        """Set the limits.
+
+        Args:
+            max_requests: maximum requests per step, including padding.
+            max_length: maximum tokens per request.
+            device: device of the memory.
+        """
         self.max_requests, self.max_length, self.device = max_requests, max_length, device
         self._workspaces: dict[tuple[Any, ...], DecodeWorkspace] = {}
         self._prefills: dict[tuple[int, tuple[Any, ...]], Prefill] = {}
-        self._turn = 0
+        self._buffer = 0
         self._whole: AttentionSpace | None = None
-        self._parts: list[AttentionSpace] = []
+        self._subspaces: list[AttentionSpace] = []
 
     def begin_step(self) -> None:
-        """The host is about to prepare another step."""
-        self._turn = 1 - self._turn
-        for part in self._parts:
-            part.begin_step()
+        """Switch to the other set of buffers, before the host prepares the next step."""
+        self._buffer = 1 - self._buffer
+        for subspace in self._subspaces:
+            subspace.begin_step()
 
-    def part(self, index: int) -> AttentionSpace:
-        """Return the space of one of a step's parts, whose layers' plans must not lie in the whole step's.
+    def subspace(self, index: int) -> AttentionSpace:
+        """Return a separate space for one mixer batch of a step, whose plans must not overwrite those of others.
 
-        It is the same one in each step, so that a graph finds it where it was captured.
+        The space of an index is the same in every step, so that CUDA graphs find it at a fixed address.
         """
-        while len(self._parts) <= index:
-            self._parts.append(AttentionSpace(self.max_requests, self.max_length, self.device))
-            self._parts[-1]._whole = self
-        return self._parts[index]
+        while len(self._subspaces) <= index:
+            self._subspaces.append(AttentionSpace(self.max_requests, self.max_length, self.device))
+            self._subspaces[-1]._whole = self
+        return self._subspaces[index]
 
     def decode_workspace(
         self, heads: int, kv_heads: int, head_dim: int, window: int | None, chunk: int | None = None
     ) -> DecodeWorkspace:
-        """Return the memory for decodes of layers of this shape."""
+        """Return the workspace for decodes of layers with this shape."""
         from lamella.ops.attention import triton
 
         key = heads, kv_heads, head_dim, window, chunk
@@ -78,20 +84,20 @@ class AttentionSpace:
     def prefill(
         self, heads: int, kv_heads: int, head_dim: int, scale: float, dtype: torch.dtype, chunk: int | None = None
     ) -> Prefill | None:
-        """FlashInfer's attention of many tokens a request, for one plan of this turn; None where it cannot serve."""
-        if not _flashinfer_has(head_dim, dtype):
+        """Return FlashInfer's prefill attention for this step's buffers; None if FlashInfer cannot compute it."""
+        if not _flashinfer_supports(head_dim, dtype):
             return None
         from lamella.ops.attention.flashinfer import Prefill
 
         key = heads, kv_heads, head_dim, scale, chunk
-        if (self._turn, key) not in self._prefills:
-            self._prefills[self._turn, key] = Prefill(self.device)
-        return self._prefills[self._turn, key]
+        if (self._buffer, key) not in self._prefills:
+            self._prefills[self._buffer, key] = Prefill(self.device)
+        return self._prefills[self._buffer, key]
 
 
 @cache
-def _flashinfer_has(head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether that library is there and has kernels for these heads; says once what serves instead."""
+def _flashinfer_supports(head_dim: int, dtype: torch.dtype) -> bool:
+    """Return True if FlashInfer is installed and has kernels for these heads; log once which kernel is used."""
     if head_dim not in FLASHINFER_HEAD_DIMS or dtype == torch.float32:
         logger.info("attention of prompts by our Triton kernel: no FlashInfer for head_dim %d in %s", head_dim, dtype)
         return False
@@ -105,11 +111,11 @@ def _flashinfer_has(head_dim: int, dtype: torch.dtype) -> bool:
 
 
 class AttentionPlan:
-    """One step's work for the layers of a state group that have equally many query heads.
+    """Plan of one step for the layers of a state group with the same number of query heads.
 
     Attributes:
-        decode_workspace: of a step that has decodes.
-        prefill: FlashInfer's plan for the other requests, or None where our own kernel serves them.
+        decode_workspace: workspace of the decodes; set only if the step has decodes.
+        prefill: FlashInfer's plan for the other requests; None if lamella's kernel computes them.
     """
 
     decode_workspace: DecodeWorkspace
@@ -129,9 +135,21 @@ class AttentionPlan:
         flashinfer: bool = True,
         chunk: int | None = None,
     ) -> None:
-        """`block_list` (N,) int32: the blocks of the requests after the decodes, one request's after the other's.
+        """Plan a step.
 
-        Without `flashinfer`, our own kernel serves these requests even where that library is there.
+        Args:
+            space: workspaces of the engine.
+            batch: lengths of the requests.
+            block_list: (N,) int32, concatenated block ids of the requests after the decodes.
+            heads: query heads.
+            kv_heads: key/value heads.
+            head_dim: channels of a head.
+            block_size: tokens per block.
+            dtype: dtype of queries, keys and values.
+            scale: factor of the scores.
+            window: see `causal_attention`.
+            flashinfer: whether FlashInfer may be used.
+            chunk: see `causal_attention`.
         """
         from lamella.ops.attention import triton
 
@@ -140,26 +158,26 @@ class AttentionPlan:
             self.decode_workspace = space.decode_workspace(heads, kv_heads, head_dim, window, chunk)
             triton.plan_decode(batch.seq_lens[:decodes], window, self.decode_workspace, chunk)
         self.prefill: Prefill | None = None
-        # Beyond a window lie blocks that were given back: FlashInfer would read them, if only to weigh them by zero.
-        # Chunks are requests of their own to it, where each starts with a block.
-        apart = chunk is None or chunk % block_size == 0
-        if decodes < batch.num_requests and window is None and apart and flashinfer:
+        # Blocks outside a window may have been freed. FlashInfer would read them, although with weight zero. Chunks are
+        # separate requests for FlashInfer, which requires that each starts at a block boundary.
+        is_aligned = chunk is None or chunk % block_size == 0
+        if decodes < batch.num_requests and window is None and is_aligned and flashinfer:
             self.prefill = space.prefill(heads, kv_heads, head_dim, scale, dtype, chunk)
             if self.prefill is not None:
                 query_lens: Sequence[int] = batch.query_lens[decodes:]
                 context_lens: Sequence[int] = batch.context_lens[decodes:]
                 if chunk is not None:
-                    cut = pieces(query_lens, context_lens, chunk)
+                    segments = pieces(query_lens, context_lens, chunk)
                     seen = torch.tensor(seen_blocks(query_lens, context_lens, chunk, block_size))
                     block_list = block_list[seen.to(block_list.device, non_blocking=True)]
-                    query_lens, context_lens = [piece.new for piece in cut], [piece.length for piece in cut]
+                    query_lens, context_lens = [piece.new for piece in segments], [piece.length for piece in segments]
                 self.prefill.plan(
                     query_lens, context_lens, block_list, heads, kv_heads, head_dim, block_size, dtype, scale
                 )
 
 
 def is_few_decodes(batch: RaggedBatch) -> bool:
-    """Return whether `decode_prepared` is for this step: a few requests, and all decode."""
+    """Return True if `decode_prepared` supports this step: few requests, and all of them decode."""
     from lamella.ops.attention import triton
 
     return batch.num_requests <= triton.FEW_REQUESTS and batch.num_decodes == batch.num_requests
@@ -174,7 +192,7 @@ def paged_attention(
     chunk: int | None,
     plan: AttentionPlan,
 ) -> Tensor:
-    """See `reference.paged_attention`."""
+    """Compute paged attention by Triton kernels and FlashInfer; see `reference.paged_attention`."""
     from lamella.ops.attention import triton, triton_prefill
 
     decodes = batch.num_decodes

@@ -13,11 +13,21 @@ from lamella.ops.ragged import RaggedBatch
 def attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, chunk: int | None = None, first: int = 0
 ) -> Tensor:
-    """Attention of one request's last queries: q (n, H, D); k and v (m, KV, D), m >= n; returns (n, H, D).
+    """Compute the attention of the last n queries of one request, in fp32, rounded once.
 
-    `first` is the position of the first key. With a `window` of w a query sees the last w keys up to its own, with a
-    `chunk` of c those from the last position on that is a multiple of c. Query head h reads key/value head
-    `h // (H / KV)`; softmax and sums in fp32, rounded once.
+    Query head h reads key/value head `h // (H / KV)`.
+
+    Args:
+        q: (n, H, D).
+        k: (m, KV, D), m >= n.
+        v: (m, KV, D).
+        scale: factor of the scores.
+        window: number of latest keys that a query sees, including its own; None for all.
+        chunk: a query sees the keys from the last multiple of this number up to its own position; None for all.
+        first: position of the first key.
+
+    Returns:
+        (n, H, D) in the dtype of q.
     """
     group = q.shape[1] // k.shape[1]
     k, v = (side.float().repeat_interleave(group, dim=1) for side in (k, v))
@@ -36,7 +46,7 @@ def attend(
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, scale: float, window: int | None, chunk: int | None = None
 ) -> Tensor:
-    """Every request sees its own new tokens only. q (T, H, D); k and v (T, KV, D); returns (T, H, D)."""
+    """Compute the attention of every request over its new tokens only: q (T, H, D), k and v (T, KV, D) -> (T, H, D)."""
     parts = zip(*(side.split(batch.query_lens) for side in (q, k, v)), strict=True)
     return torch.cat([attend(queries, keys, values, scale, window, chunk) for queries, keys, values in parts])
 
@@ -50,9 +60,9 @@ def paged_attention(
     chunk: int | None = None,
     plan: object = None,
 ) -> Tensor:
-    """Every request sees its whole context, which lies in blocks; the new tokens' rows have been written already.
+    """Compute the attention of q (T, H, D) over each request's whole context in the cache; return (T, H, D).
 
-    q (T, H, D); returns (T, H, D). A `plan` changes no result.
+    The keys and values of the new tokens must be in the cache already. `plan` is unused.
     """
     block_size = cache.k.shape[1]
     outputs = []
@@ -78,5 +88,5 @@ def decode_prepared(
     qkv: Tensor, steps: QKVSteps, cache: PagedCache, batch: RaggedBatch, scale: float, window: int | None,
     chunk: int | None, plan: object,
 ) -> Tensor:  # fmt: skip
-    """Return `paged_attention` of the queries that `prepare_qkv` makes of qkv, for one new token of each request."""
+    """Compute `prepare_qkv` and then `paged_attention`, for one new token of each request."""
     return paged_attention(prepare_qkv(qkv, steps, cache)[0], cache, batch, scale, window, chunk)

@@ -1,4 +1,4 @@
-"""Attention through torch's fused `scaled_dot_product_attention`: the fast path that runs on every device."""
+"""Attention through torch's `scaled_dot_product_attention`, which runs on every device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lamella.ops.ragged import RaggedBatch
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, batch: RaggedBatch, scale: float, window: int | None, chunk: int | None = None
 ) -> Tensor:
-    """See `reference.causal_attention`. Requests (or chunks) of one length are one call."""
+    """Compute `reference.causal_attention`; requests (or chunks) of equal length share one call."""
     lengths = batch.query_lens
     if chunk is not None:
         lengths = tuple(piece.new for piece in pieces(lengths, lengths, chunk))
@@ -36,7 +36,7 @@ def paged_attention(
     chunk: int | None = None,
     plan: object = None,
 ) -> Tensor:
-    """See `reference.paged_attention`. All decodes are one call, and so are prefills of one shape."""
+    """Compute `reference.paged_attention`; all decodes share one call, and so do prefills of equal shape."""
     outputs = []
     decodes = batch.num_decodes
     if decodes:
@@ -48,15 +48,17 @@ def paged_attention(
 def prefill_attention(
     q: Tensor, cache: PagedCache, batch: RaggedBatch, scale: float, window: int | None, chunk: int | None = None
 ) -> list[Tensor]:
-    """Return the outputs of the requests after the decodes. Neighbours of equal shape are one call, chunks too."""
+    """Return the outputs of the requests after the decodes. Adjacent requests or chunks of equal shape share a call."""
     decodes = batch.num_decodes
     query_lens, context_lens = batch.query_lens[decodes:], batch.context_lens[decodes:]
-    # What is not cut into chunks is one piece of everything.
-    cut = pieces(query_lens, context_lens, chunk or max(context_lens, default=1))
+    # Without chunks, each request is one piece.
+    segments = pieces(query_lens, context_lens, chunk or max(context_lens, default=1))
     outputs = []
     start = decodes
-    for (new, chunk_start, length), run in groupby(cut, key=lambda piece: piece[1:]):
-        requests = [decodes + piece.request for piece in run]  # neighbours: two chunks of one start at different places
+    for (new, chunk_start, length), run in groupby(segments, key=lambda piece: piece[1:]):
+        requests = [
+            decodes + piece.request for piece in run
+        ]  # adjacent, because two chunks of one request differ in `first`
         table, count = cache.block_table[requests[0] : requests[-1] + 1], len(requests)
         first = chunk_start if window is None else max(0, length - new - window + 1)
         positions = torch.arange(first, chunk_start + length, device=q.device).expand(count, -1)
@@ -76,18 +78,18 @@ def _cache_rows(block_table: Tensor, positions: Tensor, block_size: int) -> Tens
 def _decode(
     q: Tensor, cache: PagedCache, batch: RaggedBatch, scale: float, window: int | None, chunk: int | None
 ) -> Tensor:
-    """Attention of one query a request, q (R, H, D), over contexts gathered to the longest one's length."""
+    """Compute the attention of one query per request, q (R, H, D), over contexts gathered to equal length."""
     num_requests, heads, dim = q.shape
     kv_heads, block_table = cache.k.shape[2], cache.block_table[: q.shape[0]]
     lengths = batch.context_lens[:num_requests]
     last = batch.seq_lens[:num_requests, None].long() - 1
-    seen, behind = max(lengths), last  # keys at most, and how many of them lie before the newest
+    seen, behind = max(lengths), last  # maximum number of keys, and the keys of each request before its newest
     if window is not None:
         seen = min(seen, window)
     if chunk is not None:
         seen, behind = max((length - 1) % chunk + 1 for length in lengths), last % chunk
-    # Counted back from the newest token; a shorter request repeats its oldest row, which the mask then hides, so that
-    # nothing outside a request's own rows is ever read.
+    # Positions are counted back from the newest token. A shorter request repeats its oldest row, which the mask hides,
+    # so that only the request's own rows are read.
     back = torch.arange(seen, device=q.device)
     rows = _cache_rows(block_table, last - torch.minimum(back, behind), cache.k.shape[1])
     k, v = (
@@ -95,13 +97,13 @@ def _decode(
         for side in cache[:2]
     )
     mask = (back <= behind)[:, None, None, :]
-    # The query heads of a group share their keys: as rows of one small matrix they are read once.
+    # The query heads of a group share their keys. As rows of one matrix, they read the keys once.
     grouped = q.view(num_requests, kv_heads, heads // kv_heads, dim)
     return scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(num_requests, heads, dim)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
-    """Attention of q (B, n, H, D) over k and v (B, m, KV, D), m >= n: (B, n, H, D)."""
+    """Return the attention (B, n, H, D) of q (B, n, H, D) over k and v (B, m, KV, D), m >= n."""
     new, length = q.shape[1], k.shape[1]
     mask = None
     if new != length or window is not None:

@@ -1,9 +1,9 @@
-"""Attention of one query token a request over paged keys and values.
+"""Decode attention in Triton: one query token per request over a paged KV cache.
 
-The visible context of a request is cut into chunks that depend on its own length alone, so that no sum ever depends on
-strangers. `plan_decode` lists the chunks of all requests once a step, the longest first, so that the programs end at
-about the same time. Then a fixed number of programs, whatever the lengths, work the list off for each layer. Of the
-programs that share a request, the last to finish adds up the parts.
+The visible context of a request is split into chunks that depend on its own length only, so that no sum depends on
+other requests. `plan_decode` lists the chunks of all requests once per step, longest first, so that programs finish at
+about the same time. For each layer, a fixed number of programs then processes the list. The last program of a request
+to finish combines the partial results of its chunks.
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ from torch import Tensor
 
 from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, wait_for_predecessor
 
-MAX_CHUNKS = tl.constexpr(64)  # of a request: beyond, its chunks grow
+MAX_CHUNKS = tl.constexpr(64)  # per request; longer requests get larger chunks
 LOG2_E = 1.4426950408889634
-_FIELDS = 6  # of an item: request, first and last position + 1, its part, the request's first part, its number of parts
+# Fields of an item: request, first position, last position + 1, index of its part, first part and number of parts of
+# the request.
+_FIELDS = 6
 
 
 class Settings(NamedTuple):
-    """How `decode_attention` runs; changes its speed, and results only in rounding."""
+    """Launch settings of `decode_attention`; they affect speed, and results only by rounding."""
 
-    tile: int  # tokens a program works on at a time, a power of two >= 16
+    tile: int  # tokens per iteration of a program, a power of two >= 16
     num_warps: int
     num_stages: int
     programs: int  # per multiprocessor
-    registers: int | None = None  # the most a thread may take, so that all programs run at a time
+    registers: int | None = None  # maximum per thread, so that all programs are resident
 
 
-# Few requests are cut finely, so that there is work for every multiprocessor; many give enough of it uncut.
+# With few requests, small chunks give work to every multiprocessor. Many requests need no small chunks.
 FEW_REQUESTS, _SHORT_CHUNK, _LONG_CHUNK = 8, 128, 1024
 # By head_dim, padded to a power of two, and bytes per element.
 _SETTINGS = {
@@ -51,7 +53,7 @@ _SETTINGS = {
 
 
 def max_items(requests: int, length: int) -> int:
-    """How many items the plan of at most `requests` requests of at most `length` visible tokens can have."""
+    """Return the maximum number of items in a plan of `requests` requests with at most `length` visible tokens each."""
     few = min(requests, FEW_REQUESTS)
     return max(few * _chunks(length, _SHORT_CHUNK), requests * _chunks(length, _LONG_CHUNK))
 
@@ -61,16 +63,16 @@ def _chunks(length: int, chunk: int) -> int:
 
 
 class DecodeWorkspace:
-    """Device memory for a plan and for the parts of outputs, to be used by one stream at a time.
+    """Device memory for a plan and for partial outputs; only one stream may use it at a time.
 
     Attributes:
-        items: (6, max_items) int32, the plan, the longest first; beyond `num_items`, anything.
+        items: (6, max_items) int32, the plan, longest items first; undefined beyond `num_items`.
         num_items: (1,) int32.
-        arrived: (1 + max_requests * kv_heads,) int32, zero between calls: units of work handed out, then parts finished
+        arrived: (1 + max_requests * kv_heads,) int32, zero between calls: units of work handed out, then finished parts
             of each request and key/value head.
-        parts: (max_items, heads, head_dim) fp32, and `maxima` and `sums` (max_items, heads) fp32.
-        chunk: tokens in a chunk of a request that has at most `MAX_CHUNKS` of them; None leaves it to the number of
-            requests in a step.
+        parts: (max_items, heads, head_dim) fp32, partial outputs; `maxima` and `sums` (max_items, heads) fp32 belong to
+            it.
+        chunk: tokens per chunk for requests with at most `MAX_CHUNKS` chunks; None to choose by the number of requests.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class DecodeWorkspace:
         *,
         chunk: int | None = None,
     ) -> None:
-        """`max_items` bounds the sum of the requests' chunks; the function of this name gives it."""
+        """Allocate the memory. `max_items` is the maximum number of chunks in a step, see the function of this name."""
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.chunk = chunk
         self.items = torch.zeros(_FIELDS, max_items, dtype=torch.int32, device=device)
@@ -98,18 +100,23 @@ class DecodeWorkspace:
         )
 
     def for_another_plan(self) -> DecodeWorkspace:
-        """A workspace that only shares the memory that nothing is kept in from one layer to the next."""
+        """Return a workspace with its own plan that shares the memory used within one layer only."""
         other = copy(self)
         other.items, other.num_items = torch.zeros_like(self.items), torch.zeros_like(self.num_items)
         return other
 
 
 def plan_decode(seq_lens: Tensor, window: int | None, workspace: DecodeWorkspace, span: int | None = None) -> None:
-    """Write into `workspace` the work of one step: seq_lens (R,) int32, each >= 1, the new token counted.
+    """Write the plan of one step into `workspace`.
 
-    A token sees itself and, with a window w, the w - 1 tokens before it; with a span s (`chunk` elsewhere, which is a
-    part of the work here), what lies from the last multiple of s up to its position on. How a request is cut depends on
-    its own length, and on whether the step has few requests or many.
+    The chunks of a request depend on its own length and on whether the step has few or many requests.
+
+    Args:
+        seq_lens: (R,) int32, at least 1, including the new token.
+        window: number of latest tokens that a token sees, including itself; None for all.
+        workspace: is written.
+        span: a token sees the tokens from the last multiple of this number on; None for all. (Other modules call it
+            `chunk`, which is a unit of work here.)
     """
     requests = seq_lens.shape[0]
     assert seq_lens.dtype == torch.int32 and seq_lens.is_contiguous()
@@ -122,7 +129,7 @@ def plan_decode(seq_lens: Tensor, window: int | None, workspace: DecodeWorkspace
         num_warps=1 if padded <= 128 else 4,
         **dependent_launch(seq_lens),
     )  # fmt: skip
-    # Attention reads the plan before it waits for the launch ahead of it, so that must not be the plan's own.
+    # Attention reads the plan before its wait, so an ordinary kernel must run between the plan and attention.
     workspace.arrived[:1].zero_()
 
 
@@ -137,10 +144,10 @@ def decode_attention(
     out: Tensor | None = None,
     settings: Settings | None = None,
 ) -> Tensor:
-    """Attention of one query token a request: q (R, H, D), returns (R, H, D), which is `out` if given.
+    """Compute the attention of one query token per request: q (R, H, D) -> (R, H, D), written to `out` if given.
 
-    The requests are those of `plan_decode`. Caches and block_table (R, P) int32 as in `PagedCache`; the workspace is
-    overwritten.
+    The requests must be those of `plan_decode`. Caches and block_table (R, P) int32 are as in `PagedCache`. The
+    workspace is overwritten.
     """
     requests, heads, dim = q.shape
     block_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
@@ -168,20 +175,20 @@ def decode_attention(
 
 
 def padded_dim(dim: int) -> int:
-    """Return the number of channels that a kernel works on for a head of `dim`."""
+    """Return the number of channels, with padding, that a kernel processes for a head of `dim` channels."""
     return max(16, next_power_of_2(dim))
 
 
 @triton.jit
 def _chunking(length, WINDOW: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr):
-    """Of requests: the first visible position, the tokens in a chunk, the number of chunks."""
+    """Return for each request: first visible position, tokens per chunk, number of chunks."""
     visible = length
     if WINDOW > 0:
         visible = tl.minimum(length, WINDOW)
     if SPAN > 0:
-        # Of what is no request, and has length 0, nothing is visible.
+        # Padding entries with length 0 have no chunks.
         visible = tl.where(length > 0, (length - 1) % SPAN + 1, 0)
-    # The least power of two, times CHUNK, that covers the context in MAX_CHUNKS.
+    # The smallest power of two, times CHUNK, with which MAX_CHUNKS chunks cover the context.
     size = visible * 0 + CHUNK
     for _ in tl.static_range(12):
         size = tl.where(visible > size * MAX_CHUNKS, size * 2, size)
@@ -205,8 +212,8 @@ def _plan_kernel(
     length = tl.load(lengths_ptr + request)
     start, size, count = _chunking(length, WINDOW, SPAN, CHUNK)
     chunks = tl.arange(0, MAX_CHUNKS)
-    # Every chunk's place is the number of those that go before it: longer ones, or as long and of requests before.
-    # All chunks of a request but the last have its size; of as long chunks, these go first.
+    # The index of a chunk in the list is the number of chunks before it: longer chunks, and equal ones of earlier
+    # requests. All chunks of a request except the last have full size; among equally long chunks, full ones come first.
     whole = tl.maximum(counts - 1, 0)
     lasts = lengths - starts - whole * sizes
     last = length - start - (count - 1) * size
@@ -248,10 +255,10 @@ def _decode_kernel(
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, PADDED)
     inside = dims < DIM
-    cells = rows[:, None] * DIM + dims[None, :]  # of a group's q, parts and output
+    cells = rows[:, None] * DIM + dims[None, :]  # offsets in a group's q, parts and output
     cell_mask = (rows < GROUP)[:, None] & inside[None, :]
     unit = tl.program_id(0)
-    # The item is loaded together with what tells whether there is such an item: at batch 1, a wait less.
+    # Load the item together with the number of items, before knowing whether it exists: one wait less at batch size 1.
     request, start, end, index, first, count = load_item(items_ptr, max_items, unit // KV_HEADS)
     units = tl.load(num_items_ptr) * KV_HEADS
     wait_for_predecessor(PDL)
@@ -262,7 +269,7 @@ def _decode_kernel(
         )  # fmt: skip
         while unit < units:
             kv_head = unit % KV_HEADS
-            # Asked for now, so that it is there when it is wanted.
+            # Load early, so that the value has arrived when it is needed.
             next_unit = _next_unit(unit, units, arrived_ptr)
             next_item = load_item(items_ptr, max_items, tl.minimum(next_unit, units - 1) // KV_HEADS)
             blocks_ptr = table_ptr + request.to(tl.int64) * table_stride
@@ -303,15 +310,15 @@ def _decode_kernel(
 
 @triton.jit
 def _next_unit(unit, units, arrived_ptr):
-    """Return the unit that follows `unit` for its program, at least `units` if there is none.
+    """Return the next unit of work after `unit` for this program; at least `units` if there is none.
 
-    The first units go by number; if there are more, whichever program is done first takes the next.
+    The first units are assigned by program number. Programs that finish take further units from a shared counter.
     """
     programs = tl.num_programs(0)
     unit += programs
     if units > programs:
         unit = programs + tl.atomic_add(arrived_ptr, 1, sem="relaxed", scope="gpu")
-        if unit == units + programs - 1:  # every program has asked in vain: no one will ask again
+        if unit == units + programs - 1:  # the last request to the counter in this launch
             tl.store(arrived_ptr, 0)
     return unit
 
@@ -326,7 +333,7 @@ def _load_first(
     q_ptr, q_stride, table_ptr, table_stride, request, start, end, kv_head, cells, cell_mask,
     GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """What an item needs before its keys: the queries, and the blocks of the first tile."""
+    """Load the queries of an item and the block ids of its first tile."""
     blocks = _load_blocks(table_ptr + request.to(tl.int64) * table_stride, start + tl.arange(0, TILE), end, BLOCK_SIZE)
     q = tl.load(q_ptr + request.to(tl.int64) * q_stride + kv_head * GROUP * DIM + cells, mask=cell_mask, other=0.0)
     return q, blocks
@@ -339,7 +346,7 @@ def finish(
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr,
     PADDED_GROUP: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Write what an item has given: the output, or a part of it; a request's last item to come adds up its parts."""
+    """Write the output of an item, or its part; the last item of a request to finish combines the parts."""
     HEADS: tl.constexpr = KV_HEADS * GROUP
     rows = tl.arange(0, ROWS)
     out_head_ptr = out_ptr + (request * HEADS + kv_head * GROUP) * DIM
@@ -350,7 +357,7 @@ def finish(
         tl.store(parts_ptr + head.to(tl.int64) * DIM + cells, part, mask=cell_mask)
         tl.store(maxima_ptr + head + rows, maximum, mask=rows < GROUP)
         tl.store(sums_ptr + head + rows, total, mask=rows < GROUP)
-        # All threads have stored before one of them announces it, and read the others' parts after that.
+        # All threads store before one of them signals it, and read other parts only afterwards.
         tl.debug_barrier()
         counter_ptr = arrived_ptr + 1 + request * KV_HEADS + kv_head
         if tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == count - 1:
@@ -367,7 +374,7 @@ def _combine(
     HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     PADDED_GROUP: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Add up the parts of one request and key/value head, PARTS at a time in their order."""
+    """Combine the parts of one request and key/value head, PARTS at a time in order."""
     rows = tl.arange(0, PADDED_GROUP)
     dims = tl.arange(0, PADDED)
     cells = rows[:, None] * DIM + dims[None, :]
@@ -379,7 +386,7 @@ def _combine(
         parts = part + tl.arange(0, PARTS)
         heads = (first + parts) * HEADS + first_head
         mask = (parts < count)[:, None] & (rows < GROUP)[None, :]
-        # Past the first-level cache, which does not see what other multiprocessors write.
+        # Bypass the L1 cache, which does not see writes of other multiprocessors.
         maxima = tl.load(
             maxima_ptr + heads[:, None] + rows[None, :], mask=mask, other=float("-inf"), cache_modifier=".cg"
         )
@@ -388,7 +395,7 @@ def _combine(
             parts_ptr + heads.to(tl.int64)[:, None, None] * DIM + cells[None],
             mask=(parts < count)[:, None, None] & cell_mask[None], other=0.0, cache_modifier=".cg",
         )  # fmt: skip
-        # Of the padding rows, which have no part at all, the maximum stays finite.
+        # Keep the maximum finite for padding rows, which have no parts.
         new_maximum = tl.maximum(maximum, tl.max(maxima, axis=0))
         new_maximum = tl.where(rows < GROUP, new_maximum, 0.0)
         weights = tl.exp2(maxima - new_maximum[None, :])

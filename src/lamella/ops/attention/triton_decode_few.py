@@ -1,8 +1,8 @@
-"""What `ops/qkv` prepares and attention over paged keys and values in one launch, for steps of few requests.
+"""Decode attention for few requests in one launch: `prepare_qkv` and attention over a paged KV cache.
 
-With few requests a step is latency-bound. So the kernel loads what no recent launch can write before it waits for the
-launch ahead of it: the plan, block ids, and the keys and values of older tokens. The new token's query, key and value
-never go through memory; every program prepares those it needs.
+With few requests a step is latency-bound. Before it waits for the launch ahead, the kernel therefore loads everything
+that recent launches do not write: the plan, block ids, and the keys and values of older tokens. Every program prepares
+the new token's query, key and value that it needs, without a round trip through memory.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lamella.ops.rms_norm.triton import row_scale
 
 
 class Settings(NamedTuple):
-    """How `decode_prepared` runs; changes its speed, and results only in rounding."""
+    """Launch settings of `decode_prepared`; they affect speed, and results only by rounding."""
 
-    tile: int  # tokens a program works on at a time, a power of two >= 16; the first of them are read early
+    tile: int  # tokens per iteration of a program, a power of two >= 16; the first tile is read before the wait
     num_warps: int
-    registers: int | None = None  # the most a thread may take: fewer leave room to start while the launch ahead runs
+    registers: int | None = None  # maximum per thread; fewer registers let the kernel start while the launch ahead runs
 
 
 # By head_dim, padded to a power of two, and bytes per element.
@@ -53,12 +53,12 @@ def decode_prepared(
     *,
     settings: Settings | None = None,
 ) -> Tensor:
-    """`prepare_qkv` and `decode_attention` of one token a request: qkv (R, (H + 2 KV) D), returns (R, H, D).
+    """Compute `prepare_qkv` and `decode_attention` for one token per request: qkv (R, (H + 2 * KV) * D) -> (R, H, D).
 
-    The requests are those of `plan_decode`, with this `window`. The rows `cache.slot_mapping` are replaced in place: v
-    as it is, k as `prepare_qkv` would, but that a norm may be rounded the other way. The workspace is overwritten.
-    Read before the wait (see `lamella.ops.launch`): the plan, the slot mapping, the block table, the norms' weights,
-    and the keys and values of older tokens.
+    The requests and `window` must be those of `plan_decode`. The rows `cache.slot_mapping` of the cache are written in
+    place: v unchanged, k as by `prepare_qkv`, except that a norm may round differently. The workspace is overwritten.
+    Read before the wait (see `lamella.ops.launch`): the plan, the slot mapping, the block table, the weights of the
+    norms, and the keys and values of older tokens.
     """
     (num_heads, num_kv_heads, head_dim), norms, rope, q_scale = steps
     k_cache, v_cache, block_table, rows = cache
@@ -95,7 +95,7 @@ def decode_prepared(
         ROWS=max(16, padded_group), PADDED_GROUP=padded_group, PADDED=padded, TILE=settings.tile,
         PARTS=max(1, 4096 // (padded_group * padded)),
         num_warps=settings.num_warps, num_stages=1, maxnreg=settings.registers,
-        enable_fp_fusion=False,  # so that the rotation has the bits of `prepare_qkv`
+        enable_fp_fusion=False,  # so that the rotation is bitwise equal to that of `prepare_qkv`
         **dependent_launch(qkv),
     )  # fmt: skip
     return out
@@ -103,7 +103,7 @@ def decode_prepared(
 
 @triton.jit
 def _load_gains(norm, channels, partners, mask, turned):
-    """The norm's weights of the channels and of their partners, in a tuple that is empty without a norm."""
+    """Return the norm weights of the channels and of their rotation partners; an empty tuple without a norm."""
     gains = ()
     if norm is not None:
         gains = (tl.load(norm + channels, mask=mask, other=0.0), tl.load(norm + partners, mask=turned, other=0.0))
@@ -112,7 +112,7 @@ def _load_gains(norm, channels, partners, mask, turned):
 
 @triton.jit
 def _prepare(x, partner, gains, cos, sin, DIM: tl.constexpr, PAIRS: tl.constexpr, eps):
-    """Some heads, normed and turned: channels, and those that they are turned against, rounded after each step."""
+    """Norm and rotate some heads, given the channels and their rotation partners; round after each step."""
     dtype: tl.constexpr = x.dtype
     if len(gains) > 0:
         scale = row_scale(x.to(tl.float32), DIM, eps)
@@ -128,7 +128,7 @@ def _load_tile(
     k_ptr, v_ptr, block_stride, row_stride, blocks_ptr, tile, end,
     DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values (TILE, PADDED) of the positions from `tile` on, zero from position `end` on."""
+    """Load keys and values (TILE, PADDED) from position `tile` on; zeros from position `end` on."""
     positions = tile + tl.arange(0, TILE)
     dims = tl.arange(0, PADDED)
     seen = positions < end
@@ -141,14 +141,14 @@ def _load_tile(
 
 @triton.jit
 def _score(q, k, tile, end, scale, TILE: tl.constexpr):
-    """Of each query and key (ROWS, TILE), the keys those of a tile, of which positions from `end` on are not seen."""
+    """Return the scores (ROWS, TILE) of queries and the keys of a tile; keys from position `end` on are masked."""
     scores = tl.dot(q, k.T, input_precision="ieee") * scale
     return tl.where((tile + tl.arange(0, TILE) < end)[None, :], scores, float("-inf"))
 
 
 @triton.jit
 def _add(scores, v, maximum, total, part):
-    """The running softmax (maximum, total, part) with one more tile."""
+    """Update the running softmax (maximum, total, part) with one more tile."""
     new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
     weights = tl.exp2(scores - new_maximum[:, None])
     shrink = tl.exp2(maximum - new_maximum)
@@ -168,16 +168,16 @@ def _decode_prepared(
 ):  # fmt: skip
     HEADS: tl.constexpr = KV_HEADS * GROUP
     item, kv_head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
-    # The item is loaded together with what tells whether there is such an item.
+    # Load the item together with the number of items, before knowing whether it exists.
     request, start, end, index, first, count = load_item(items_ptr, max_items, item)
     if item >= tl.load(num_items_ptr):
-        # Without a wait, to make room: there is always an item 0, whose programs wait.
+        # End without a wait, to free the multiprocessor. Item 0 always exists, and its programs wait.
         return
-    # The newest token is the last position of the last chunk. It is not in the cache: this is where it gets there.
+    # The newest token is the last position of the last chunk. It is not in the cache yet; it is written here.
     newest = index == first + count - 1
     end -= newest.to(tl.int32)
 
-    # Whatever has a head's channels is loaded in the shape of q, once a row, and so meets q in the same threads.
+    # Load everything per channel in the shape of q, repeated per row, so that it is in the same threads as q.
     rows, dims = tl.arange(0, ROWS), tl.arange(0, PADDED)
     channels = tl.zeros_like(rows)[:, None] + dims[None, :]
     inside = channels < DIM
@@ -199,14 +199,14 @@ def _decode_prepared(
     k, v = _load_tile(k_ptr, v_ptr, block_stride, row_stride, blocks_ptr, start, end, DIM, BLOCK_SIZE, PADDED, TILE)
 
     wait_for_predecessor(PDL)
-    cells = rows[:, None] * DIM + dims[None, :]  # of a group's q, parts and output
+    cells = rows[:, None] * DIM + dims[None, :]  # offsets in a group's q, parts and output
     cell_mask = (rows < GROUP)[:, None] & inside
     q_ptr = qkv_ptr + request.to(tl.int64) * qkv_stride + kv_head * GROUP * DIM
     new_k_ptr = q_ptr + (HEADS + kv_head - kv_head * GROUP) * DIM
     new_v_ptr = new_k_ptr + KV_HEADS * DIM
     q = tl.load(q_ptr + cells, mask=cell_mask, other=0.0)
     q_partner = tl.load(q_ptr + rows[:, None] * DIM + partners, mask=cell_mask & turned, other=0.0)
-    # A step's first layer of each kind computes its angles and temperatures directly ahead of this launch, so these
+    # A step's first layer of each kind computes its cos/sin and temperatures directly ahead of this launch, so these
     # loads must follow the wait.
     if PAIRS > 0:
         cos = tl.load(cos_ptr + angles, mask=turned, other=1.0)
@@ -225,7 +225,7 @@ def _decode_prepared(
     once = (rows == 0)[:, None] & inside & newest
     tl.store(k_ptr + cache_row + channels, new_k, mask=once)
     tl.store(v_ptr + cache_row + channels, new_v, mask=once)
-    # The softmax starts with the newest token, or with what the first tile shrinks to nothing.
+    # The softmax starts with the newest token, or with a value that the first tile scales to zero.
     score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), axis=1) * scale
     maximum = tl.where(newest, score, float("-inf"))
     total = tl.full((ROWS,), 1.0, tl.float32)

@@ -1,7 +1,7 @@
-"""Causal attention of many new tokens a request: over paged keys and values, or over the new tokens' own.
+"""Prefill attention in Triton: many new tokens per request, over a paged KV cache or over the new tokens only.
 
-A program has some neighbouring tokens and all query heads that share a key/value head, as the rows of one matrix, and
-walks through the tokens that any of them sees. Only at the edges of what they see does it look at who sees what.
+A program processes some adjacent tokens and all query heads of one key/value head, as rows of one matrix, and iterates
+over the keys that any row sees. It evaluates the mask only in tiles at the edges of the visible range.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, wait_for
 
 
 class Settings(NamedTuple):
-    """How the kernel runs; changes its speed, and results only in rounding."""
+    """Launch settings of the kernel; they affect speed, and results only by rounding."""
 
-    rows: int  # of a program: tokens times query heads of a group; a power of two >= 16
-    tile: int  # tokens it looks at at a time, a power of two >= 16
+    rows: int  # per program: tokens times query heads of a group; a power of two >= 16
+    tile: int  # keys per iteration, a power of two >= 16
     num_warps: int
     num_stages: int
 
@@ -56,11 +56,11 @@ def prefill_attention(
     out: Tensor | None = None,
     settings: Settings | None = None,
 ) -> Tensor:
-    """`reference.paged_attention`: q (T, H, D), returns (T, H, D), which is `out` if given.
+    """Compute `reference.paged_attention`: q (T, H, D) -> (T, H, D), written to `out` if given.
 
-    Request r has the queries from query_start_loc[r] to query_start_loc[r + 1], at most `max_query_len`, the last
-    tokens of its seq_lens[r]. Both (R + 1,) and (R,) are int32. A request may have none. Of queries that belong to no
-    request, the result keeps what was in memory.
+    Request r has the queries query_start_loc[r] to query_start_loc[r + 1], at most `max_query_len`, possibly none. They
+    are the last of its seq_lens[r] tokens. query_start_loc (R + 1,) and seq_lens (R,) are int32. Rows of queries that
+    belong to no request are not written.
     """
     assert block_table.dtype == torch.int32 and block_table.stride(1) == 1
     assert seq_lens.dtype == torch.int32 and seq_lens.is_contiguous()
@@ -84,7 +84,7 @@ def causal_attention(
     *,
     settings: Settings | None = None,
 ) -> Tensor:
-    """`reference.causal_attention`: q (T, H, D), k and v (T, KV, D), rows of any stride; returns (T, H, D)."""
+    """Compute `reference.causal_attention`: q (T, H, D), k and v (T, KV, D), rows of any stride -> (T, H, D)."""
     if k.stride() != v.stride():
         k, v = k.contiguous(), v.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -106,7 +106,7 @@ def _launch(
     settings: Settings | None,
     out: Tensor,
 ) -> None:
-    """Launch over k and v (blocks, block_size, KV, D); without a table every block is one token, in the order of q."""
+    """Launch over k and v (blocks, block_size, KV, D); without a table, each block is one token in the order of q."""
     _, heads, dim = q.shape
     kv_heads = k.shape[2]
     assert q.stride(2) == 1 and q.stride(1) == dim and k.stride(3) == 1
@@ -134,7 +134,7 @@ def _kernel(
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = ROWS // GROUP
-    first_token = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS  # the last tokens see most: they go first
+    first_token = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS  # the last tokens have most keys and start first
     kv_head = tl.program_id(1)
     request = tl.program_id(2)
     rows = tl.arange(0, ROWS)
@@ -159,7 +159,7 @@ def _kernel(
         mask=mask, other=0.0,
     )  # fmt: skip
 
-    # Any row sees tokens from `begin` to before `end`; all rows see those from `all_from` to before `all_to`.
+    # Some row sees tokens `begin` to `end` - 1; all rows see tokens `all_from` to `all_to` - 1.
     positions = context + tokens
     begin = 0
     end = context + tl.minimum(first_token + TOKENS, count)
@@ -171,13 +171,13 @@ def _kernel(
         begin = (context + first_token) // CHUNK * CHUNK
         all_from = (end - 1) // CHUNK * CHUNK
     all_to = context + first_token + 1
-    # Tiles lie at multiples of TILE, so that a row's sums do not depend on its neighbours.
+    # Tiles start at multiples of TILE, so that a row's sums do not depend on adjacent rows.
     tiles_from = begin // TILE * TILE
     inner_from = tl.cdiv(all_from, TILE) * TILE
     inner_to = tl.maximum(all_to // TILE * TILE, inner_from)
     k_ptr += kv_head * head_stride
     v_ptr += kv_head * head_stride
-    maximum = tl.full((ROWS,), -1e38, tl.float32)  # finite, for rows that see nothing of the first tile
+    maximum = tl.full((ROWS,), -1e38, tl.float32)  # finite, for rows that see no key of the first tile
     total = tl.zeros((ROWS,), tl.float32)
     sums = tl.zeros((ROWS, PADDED), tl.float32)
     if WINDOW > 0 or CHUNK > 0:
@@ -207,7 +207,7 @@ def _attend(
     DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, PADDED: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Rows q at `positions` look at the tokens of some tiles; unless EDGE, every row sees them all."""
+    """Update the softmax of rows q at `positions` with some tiles of keys; without EDGE, every row sees all of them."""
     dims = tl.arange(0, PADDED)
     for tile in tl.range(tiles_from, tiles_to, TILE):
         keys = tile + tl.arange(0, TILE)

@@ -13,7 +13,7 @@ from lamella.ops.delta_rule import cpu, reference
 from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
 
-_MAX_KEY_DIM = 256  # of a memory whose columns a program of our Triton kernel holds
+_MAX_KEY_DIM = 256  # limit of the Triton kernel, whose programs hold whole columns of a matrix
 
 _table = BackendTable("delta_rule", __name__)
 
@@ -40,9 +40,12 @@ def delta_rule(
         beta: (T, HV).
         a_log: (HV,) fp32.
         dt_bias: (HV,) or (HV, DK) fp32.
-        batch: the requests.
-        state: matrices (slots, HV, DK, DV), updated in place; None starts every request from zero.
-        out: (T, HV, DV) contiguous, where the result goes; None makes a new tensor.
+        batch: lengths of the requests.
+        state: matrices (slots, HV, DK, DV), updated in place; with None every request starts from zero.
+        out: (T, HV, DV) contiguous, is written; None to allocate it.
+
+    Returns:
+        (T, HV, DV) in the dtype of v.
     """
     return _table.choose(v, q)(q, k, v, decay, beta, a_log, dt_bias, batch, state, out)
 

@@ -1,8 +1,8 @@
-"""The gated delta rule in products of matrices: one step of many requests, and prompts in chunks.
+"""Gated delta rule by matrix products: decode steps of many requests at once, and prompts in chunks.
 
-Within a chunk the updates `u` of all tokens follow from one triangular system ("WY form"), where the token recurrence
-would pass over the whole state for each of them. Decays are sums of logarithms; none is ever the difference of two
-others, so that nothing overflows or cancels, however fast a head forgets.
+Within a chunk, one triangular system ("WY form") gives the updates `u` of all tokens, while the token recurrence would
+read the whole state for each token. Decays are sums of logarithms and never differences, so that nothing overflows or
+cancels, however fast a head forgets.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 from lamella.ops.delta_rule.reference import l2_norm, log_decay
 from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
-from lamella.ops.ragged_chunks import by_kind, longest_first, read_states, walk
+from lamella.ops.ragged_chunks import iterate_chunks, longest_first, read_states, split_by_kind
 
 CHUNK = 64
-BLOCK = 16  # with a decay for each key channel: tokens whose pairs are weighed one by one instead of in a product
+BLOCK = 16  # tokens whose pairs are computed one by one instead of by a product, with a decay per key channel
 
 
 def delta_rule(
@@ -31,12 +31,9 @@ def delta_rule(
     state: RecurrentState | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """See `reference.delta_rule`; the result is in `out` (T, HV, DV) where that is given.
-
-    The host reads the lengths, unless every request has one new token.
-    """
+    """Compute `reference.delta_rule`. The host reads the lengths, unless every request has one new token."""
     out = torch.empty_like(v, memory_format=torch.contiguous_format) if out is None else out
-    for decode, rows, part in by_kind(batch):
+    for decode, rows, part in split_by_kind(batch):
         some = None if state is None else state.of_requests(rows)
         operands = q[rows], k[rows], v[rows], decay[rows], beta[rows], a_log, dt_bias, part, some, out[rows]
         _step(*operands) if decode else _prefill(*operands)
@@ -55,7 +52,7 @@ def _step(
     state: RecurrentState | None,
     out: Tensor,
 ) -> None:
-    """One new token of each request."""
+    """Compute one new token of each request."""
     group = v.shape[1] // q.shape[1]
     queries, keys = _unit(q, k)
     product = (queries * keys).sum(-1, keepdim=True).repeat_interleave(group, 1)
@@ -63,7 +60,7 @@ def _step(
     factor = log_decay(decay, a_log, dt_bias).exp()
     factor = factor[..., None] if decay.dim() == 2 else factor
     memory = read_states(batch, state, (v.shape[1], q.shape[2], v.shape[2]))
-    # What the key and the query find in the old memory, decayed, in one pass over it.
+    # Read the decayed old state with key and query, in one pass.
     found = torch.stack((keys * factor, queries * factor), 2) @ memory
     update = beta.float().sigmoid()[..., None] * (v.float() - found[:, :, 0])
     out.copy_(found[:, :, 1] + product * update)
@@ -85,26 +82,26 @@ def _prefill(
     state: RecurrentState | None,
     out: Tensor,
 ) -> None:
-    """All requests and heads at once, chunk after chunk."""
+    """Compute all requests and heads at once, chunk by chunk."""
     group = v.shape[1] // q.shape[1]
     order = longest_first(batch)
     memory = read_states(batch, state, (v.shape[1], q.shape[2], v.shape[2]))[order]
     by_channel = decay.dim() == 3
     weigh = _weigh_by_channel if by_channel else _weigh_by_head
-    for chunk in walk(batch, order, CHUNK, BLOCK if by_channel else 1):
-        queries, keys = _unit(chunk.take(q), chunk.take(k))
-        keys = chunk.blank(keys)
-        rate = chunk.blank(chunk.take(beta).sigmoid())[..., None]
-        # The gates are those of the tokens, not of the chunk: a head's rate and bias are along their last dimensions.
-        logs = chunk.blank(
+    for chunk in iterate_chunks(batch, order, CHUNK, BLOCK if by_channel else 1):
+        queries, keys = _unit(chunk.gather(q), chunk.gather(k))
+        keys = chunk.zero_padding(keys)
+        rate = chunk.zero_padding(chunk.gather(beta).sigmoid())[..., None]
+        # Compute the decays token-major, as `log_decay` expects rate and bias along the last dimensions.
+        logs = chunk.zero_padding(
             log_decay(decay[chunk.token].flatten(0, 1), a_log, dt_bias).unflatten(0, chunk.token.shape).transpose(1, 2)
         )
         seen_keys, seen_queries, since_start, until_end = weigh(queries, keys, logs, group)
         queries, keys = queries.repeat_interleave(group, 1), keys.repeat_interleave(group, 1)
         now = memory[: chunk.requests]
-        right = rate * (chunk.take(v) - (keys * since_start) @ now)
+        right = rate * (chunk.gather(v) - (keys * since_start) @ now)
         update = torch.linalg.solve_triangular(rate * seen_keys, right, upper=False, unitriangular=True)
-        chunk.put(out, (queries * since_start) @ now + seen_queries @ update)
+        chunk.scatter(out, (queries * since_start) @ now + seen_queries @ update)
         now *= since_start[:, :, -1, :, None]
         now += (keys * until_end).transpose(-1, -2) @ update
     if state is not None:
@@ -115,11 +112,11 @@ def _unit(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return l2_norm(q) * q.shape[-1] ** -0.5, l2_norm(k)
 
 
-# Both functions below: what each token t of a chunk finds of each token s <= t before it, of what it decayed between,
-# `sum_d x_t[d] k_s[d] exp(sum of the logs after s up to t)`, for x the keys (s < t) and x the queries (s <= t):
-# (n, HV, C, C), anything or zero above the diagonal and on that of the keys; and the decays since the start of the
-# chunk, up to and with t, and after t until its end: (n, HV, C, DK or 1). q and k (n, HK, C, DK), logs (n, HV, C)
-# or (n, HV, C, DK).
+# The two functions below take q and k (n, HK, C, DK), and logs (n, HV, C) or (n, HV, C, DK). They return * two matrices
+# (n, HV, C, C), for x the keys (s < t) and x the queries (s <= t):   `sum_d x_t[d] k_s[d] exp(sum of the logs after s
+# up to t)` for each pair of tokens s and t of a chunk. Other entries   (above the diagonal, and on the diagonal for the
+# keys) are arbitrary; * the decays (n, HV, C, DK or 1) from the start of the chunk up to and including t, and after t
+# to the end of the chunk.
 
 
 def _weigh_by_head(q: Tensor, k: Tensor, logs: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -139,7 +136,8 @@ def _weigh_by_channel(q: Tensor, k: Tensor, logs: Tensor, group: int) -> tuple[T
     seen = logs.new_zeros(2, *logs.shape[:2], blocks, BLOCK, blocks, BLOCK)
     past = right[:, :, :0]
     for block in range(blocks):
-        # Of another block: decayed to its end, then over the blocks between, then from the start of this one.
+        # Pairs in different blocks: decay to the end of the block of s, over the blocks between, and into the block of
+        # t.
         if block:
             past = torch.cat((past * totals[:, :, block - 1, None, None].exp(), right[:, :, block - 1, None]), 2)
             columns = past.flatten(2, 3).transpose(-1, -2)
@@ -159,10 +157,10 @@ def _weigh_by_channel(q: Tensor, k: Tensor, logs: Tensor, group: int) -> tuple[T
 
 
 def _sum_before(x: Tensor) -> Tensor:
-    """Of x (..., n, D), the sums of the rows before each."""
+    """Return the sum of the rows before each row of x (..., n, D)."""
     return torch.cat((torch.zeros_like(x[..., :1, :]), x[..., :-1, :].cumsum(-2)), -2)
 
 
 def _sum_after(x: Tensor) -> Tensor:
-    """Of x (..., n, D), the sums of the rows after each."""
+    """Return the sum of the rows after each row of x (..., n, D)."""
     return _sum_before(x.flip(-2)).flip(-2)

@@ -1,4 +1,4 @@
-"""Prompts through the chunked kernels of flash-linear-attention (`fla-core`), where that is installed."""
+"""Delta rule of prompts through the chunked kernels of flash-linear-attention (`fla-core`), if it is installed."""
 
 from __future__ import annotations
 
@@ -14,25 +14,31 @@ from torch import Tensor
 
 from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
-from lamella.ops.ragged_chunks import prefills_of, read_states
+from lamella.ops.ragged_chunks import read_states, select_prefills
 
 logger = logging.getLogger("lamella")
 
-# These kernels take 1.4 to 2 ms whatever the prompts (about ten launches, most of them prepared in Python). The token
-# loop takes 0.45 us for each token of a request or, where it fills the device, about 1 ps for each number of state and
-# token: `benchmarks/recurrent_ops.py` on an H100 (14 heads of 64 x 64), and a model's prompts (32 of 128 x 128).
-MIN_LENGTH = 4096  # tokens of a request, on the average
-MIN_WORK = 1_500_000_000  # tokens times numbers of state
-_OLDEST = (0, 5)  # the first release in which a key head serves several value heads
+# These kernels take 1.4 to 2 ms for any prompts (about ten launches, most of them prepared in Python). The token loop
+# takes 0.45 us per token of a request or, if it fills the device, about 1 ps per state element and token. Measured by
+# `benchmarks/recurrent_ops.py` on an H100 (14 heads of 64 x 64), and with a model's prompts (32 heads of 128 x 128).
+MIN_LENGTH = 4096  # average tokens per request
+MIN_WORK = 1_500_000_000  # tokens times state elements
+_OLDEST = (0, 5)  # the first release in which several value heads share a key head
 
 Chunked = Callable[..., tuple[Tensor, Tensor]]
 
 
 def serves(v: Tensor, key_dim: int, tokens: int, requests: int) -> bool:
-    """Return whether these kernels take `tokens` tokens of prompts of so many requests, v (T, HV, DV).
+    """Return True if these kernels are used for prompts.
 
-    They take many tokens, in a narrow dtype (they would round fp32 to tf32), and outside of a graph, whose replays have
-    other lengths.
+    They need many tokens, a 16-bit dtype (they would round fp32 to tf32), and no graph capture (replays have other
+    lengths).
+
+    Args:
+        v: (T, HV, DV).
+        key_dim: channels of a key head.
+        tokens: tokens of the prompts.
+        requests: number of prompts.
     """
     if tokens * v.shape[1] * key_dim * v.shape[2] < MIN_WORK and tokens < MIN_LENGTH * requests:
         return False
@@ -51,11 +57,20 @@ def delta_rule(
     state: RecurrentState | None,
     out: Tensor,
 ) -> None:
-    """See `reference.delta_rule`, for the requests of `batch` after its decodes.
+    """Compute `reference.delta_rule` for the requests of `batch` after its decodes.
 
-    The operands and `out` are of these requests' tokens only; logs (T, HV) or (T, HV, DK) are the logarithms of the
-    decays and rates (T, HV) is sigmoid(beta), both fp32. The normed q and k are rounded to their dtype within. The host
-    waits for the device once a batch, where that does not know its lengths on the host.
+    The kernels round the normed q and k to their dtype. The host waits for the device once per batch if the batch has
+    no lengths on the host.
+
+    Args:
+        q: (T, HK, DK), tokens of these requests only, like all operands.
+        k: (T, HK, DK).
+        v: (T, HV, DV).
+        logs: (T, HV) or (T, HV, DK) fp32, logarithms of the decays.
+        rates: (T, HV) fp32, sigmoid(beta).
+        batch: the whole batch.
+        state: matrices (slots, HV, DK, DV), updated in place, or None.
+        out: (T, HV, DV), is written.
     """
     kernels = _kernels()
     some, bounds, bounds_on_host = _prompts(batch)
@@ -88,7 +103,7 @@ def _kernels() -> tuple[Chunked, ...]:
             raise ImportError(f"fla-core {version('fla-core')} is older than {'.'.join(map(str, _OLDEST))}")
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
         from fla.ops.kda import chunk_kda
-    except Exception as error:  # whatever the import of a package with kernels raises: there is another way
+    except Exception as error:  # importing a package with kernels can raise anything; the token loop is the fallback
         logger.warning("fla-core is not used (%s): long prompts of delta rule layers take much longer", error)
         return ()
     return chunk_gated_delta_rule, chunk_kda
@@ -99,15 +114,15 @@ _recent: deque[tuple[ReferenceType[RaggedBatch], _Prompts]] = deque(maxlen=4)  #
 
 
 def _prompts(batch: RaggedBatch) -> _Prompts:
-    """The batch without its decodes, and the bounds of its requests on the device and on the host.
+    """Return the batch without its decodes, and the bounds of its requests on the device and on the host.
 
-    Made once for all layers of a step: the device need not be asked again, and fla keeps, for the last few tensors of
-    bounds that it has seen, what it made of them. So a new step has to come with a new batch, and gets new tensors.
+    The result is cached per batch for all layers of a step. This avoids waiting for the device again. fla also caches
+    its own preparations by the identity of the bounds tensor, so each new batch must get new tensors.
     """
     for reference, prompts in _recent:
         if reference() is batch:
             return prompts
-    some = prefills_of(batch)
+    some = select_prefills(batch)
     bounds = some.query_start_loc.long().clone()
     lengths = batch.query_lens[batch.num_decodes :]
     on_host = torch.tensor([0, *lengths]).cumsum(0) if lengths else bounds.cpu()

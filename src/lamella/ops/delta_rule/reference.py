@@ -1,4 +1,4 @@
-"""The gated delta rule over a ragged batch in plain torch: token after token."""
+"""Gated delta rule over a ragged batch in plain torch, token by token."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ L2_EPS = 1e-6
 
 
 def log_decay(decay: Tensor, a_log: Tensor, dt_bias: Tensor) -> Tensor:
-    """`-exp(a_log) * softplus(decay + dt_bias)` in fp32, never positive: (T, HV) or (T, HV, DK), as `decay`.
+    """Return `-exp(a_log) * softplus(decay + dt_bias)` in fp32; never positive.
 
-    a_log (HV,) fp32; dt_bias (HV,) or (HV, DK) fp32.
+    Args:
+        decay: (T, HV) or (T, HV, DK).
+        a_log: (HV,) fp32.
+        dt_bias: (HV,) or (HV, DK) fp32.
+
+    Returns:
+        The shape of `decay`.
     """
     rate = a_log.float().exp()
     return -(rate if decay.dim() == 2 else rate[:, None]) * softplus(decay.float() + dt_bias.float())
 
 
 def l2_norm(x: Tensor) -> Tensor:
-    """`x / sqrt(sum(x^2) + 1e-6)` over the last dimension, in fp32; a zero vector stays one."""
+    """Return `x / sqrt(sum(x^2) + 1e-6)` over the last dimension, in fp32; zero vectors stay zero."""
     x_fp32 = x.float()
     return x_fp32 * torch.rsqrt(x_fp32.square().sum(-1, keepdim=True) + L2_EPS)
 
@@ -40,19 +46,30 @@ def delta_rule(
     state: RecurrentState | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Each value head's memory S (DK, DV), continued from what its request saw before.
+    """Update each value head's matrix S (DK, DV) token by token; in fp32, rounded once.
 
-    With q and k l2-normalised, q scaled by DK^-0.5, `g = -exp(a_log) * softplus(decay + dt_bias)` and
-    `b = sigmoid(beta)`, each token does `S <- exp(g) S` (a factor for the head, or one for each row of S),
-    `u = b (v - S^T k)`, `S <- S + k u^T`, and its output is `S^T q`. Arithmetic in fp32, rounded once.
-    Gated DeltaNet (https://arxiv.org/abs/2412.06464); a decay for each key channel: Kimi Delta Attention
-    (https://arxiv.org/abs/2510.26692).
+    With q and k l2-normalized, q scaled by DK^-0.5, `g = -exp(a_log) * softplus(decay + dt_bias)` and
+    `b = sigmoid(beta)`, each token computes `S <- exp(g) S` (one factor per head, or one per row of S),
+    `u = b (v - S^T k)`, `S <- S + k u^T`, and its output is `S^T q`.
 
-    q, k (T, HK, DK) and v (T, HV, DV), value head h reading key head `h // (HV / HK)`; decay (T, HV) or (T, HV, DK);
-    beta (T, HV); a_log (HV,) and dt_bias (HV,) or (HV, DK) fp32. state (slots, HV, DK, DV) fp32, contiguous within a
-    slot, replaced in place in the rows `slots` (R,) int64; a request whose first token is among the new ones starts
-    from zero, whatever its slot contains. Without a state every request starts from nothing. Returns (T, HV, DV) in
-    the dtype of v.
+    Gated DeltaNet: https://arxiv.org/abs/2412.06464; a decay per key channel: Kimi Delta Attention,
+    https://arxiv.org/abs/2510.26692.
+
+    Args:
+        q: (T, HK, DK).
+        k: (T, HK, DK).
+        v: (T, HV, DV); value head h reads key head `h // (HV / HK)`.
+        decay: (T, HV) or (T, HV, DK).
+        beta: (T, HV).
+        a_log: (HV,) fp32.
+        dt_bias: (HV,) or (HV, DK) fp32.
+        batch: lengths of the requests.
+        state: matrices (slots, HV, DK, DV) fp32, contiguous within a slot, updated in place. A request whose first
+            token is among the new ones starts from zero, whatever its slot contains. With None every request does.
+        out: (T, HV, DV) contiguous, is written; None to allocate it.
+
+    Returns:
+        (T, HV, DV) in the dtype of v.
     """
     group = v.shape[1] // q.shape[1]
     q_fp32 = (l2_norm(q) * q.shape[-1] ** -0.5).repeat_interleave(group, 1)

@@ -1,8 +1,8 @@
-"""The gated delta rule in Triton: token after token, with a tile of the memory in registers.
+"""Gated delta rule in Triton: token by token, with a tile of the state in registers.
 
-A program owns some columns of one value head's memory for all new tokens of a request, since columns do not notice
-each other. A step moves each entry of the state once in and once out, which is the time it takes; a long prompt is
-faster in chunks, see `fla`, and comes here where that is not to be had.
+A program processes some columns of one value head's state for all new tokens of a request; columns are independent. A
+decode step is bound by reading and writing the state once. Long prompts are faster in chunks (see `fla`), and use this
+kernel only if `fla` is not available.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
 
 MAX_KEY_DIM = 256
-# Columns of the memory a program: rows of 64 bytes, in as many registers of a thread as leave room for the rest. Both
-# are chosen by the head's sizes alone, so that a token's bits do not depend on how many others there are.
+# Columns of the state per program: rows of 64 bytes, in as many registers per thread as are available. Both depend on
+# the sizes of a head only, so that a token's bits do not depend on the number of other tokens.
 COLUMNS = 16
 ENTRIES_PER_WARP = 1024
 GATE_BLOCK = 1024
@@ -41,10 +41,10 @@ def delta_rule(
     *,
     chunked: bool | None = None,
 ) -> Tensor:
-    """See `reference.delta_rule`; DK <= 256. Tokens of the operands may lie apart; `out` is contiguous.
+    """Compute `reference.delta_rule` for DK <= 256. Operands may have any stride over tokens; `out` is contiguous.
 
-    Decodes have a launch of their own, so that their bits do not depend on the prompts beside them. Prompts go through
-    the chunked kernels of `fla` if `chunked`; by default where these serve and are faster.
+    Decodes have their own launch, so that their bits do not depend on prompts in the batch. Prompts use the chunked
+    kernels of `fla` if `chunked` is True; by default if these kernels are available and faster.
     """
     tokens, heads, value_dim = v.shape
     key_heads, key_dim = q.shape[1:]
@@ -75,7 +75,7 @@ def delta_rule(
 
 
 def gates(decay: Tensor, beta: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.log_decay`, (T, HV) or (T, HV, DK), and `sigmoid(beta)` (T, HV): fp32, contiguous."""
+    """Return `reference.log_decay` (T, HV) or (T, HV, DK), and `sigmoid(beta)` (T, HV); fp32, contiguous."""
     tokens, heads = beta.shape
     channels = decay[0, 0].numel()
     logs = torch.empty(decay.shape, dtype=torch.float32, device=decay.device)
@@ -115,7 +115,7 @@ def _launch(
     *,
     decode: bool,
 ) -> None:
-    """The requests from `first` on, `count` of them."""
+    """Launch the kernel for `count` requests from `first` on."""
     (_, heads, value_dim), (_, key_heads, key_dim) = v.shape, q.shape
     rows, columns = next_power_of_2(key_dim), min(COLUMNS, next_power_of_2(value_dim))
     blocks = cdiv(value_dim, columns)
@@ -158,7 +158,7 @@ def _launch(
 
 @triton.jit
 def log_decay(decay, rate, bias):
-    """See `reference.log_decay`; rate is exp(a_log)."""
+    """Return `reference.log_decay`; rate is exp(a_log)."""
     return -rate * softplus(decay.to(tl.float32) + bias)
 
 
@@ -180,7 +180,7 @@ def _load_token(
     column_mask,
     BY_CHANNEL: tl.constexpr,
 ):
-    """A token's operands of a head, whose pointers stand at the first token; zeros unless it is `live`."""
+    """Load a token's operands of a head from pointers to the first token; zeros unless it is `live`."""
     keys = tl.load(k + token * stride_k, mask=row_mask & live, other=0.0)
     queries = tl.load(q + token * stride_q, mask=row_mask & live, other=0.0)
     values = tl.load(v + token * stride_v, mask=column_mask & live, other=0.0)
@@ -193,10 +193,10 @@ def _load_token(
 
 @triton.jit
 def _step(memory, operands, rate, bias, scale, eps, BY_CHANNEL: tl.constexpr):
-    """The memory after a token, and the output: (rows, columns) and (columns,) fp32.
+    """Return the state after a token (rows, columns) and the output (columns,), fp32.
 
-    All sums are over the memory as it was, and those of the norms are applied to their results, so that none of them
-    waits for another.
+    All sums read the old state, and the norms are applied to their results, so that the sums do not wait for each
+    other.
     """
     q, k, v = operands[0].to(tl.float32), operands[1].to(tl.float32), operands[2].to(tl.float32)
     factor = tl.exp(log_decay(operands[3], rate, bias))
@@ -299,7 +299,7 @@ def _delta_rule(
             memory, y = _step(memory, operands, rate, bias, scale, eps, BY_CHANNEL)
             tl.store(out + tl.cast(index, tl.int64) * (HEADS * VALUE_DIM), y.to(out.dtype.element_ty), mask=column_mask)
     if state is not None:
-        tl.debug_barrier()  # where a tile is smaller than its threads, one may load what another stores
+        tl.debug_barrier()  # if a tile has fewer elements than threads, one thread may load what another stores
         tl.store(state, memory, mask=mask & (count > 0))
 
 

@@ -1,4 +1,4 @@
-"""RMS normalisation of each head's output, then a gate."""
+"""RMS norm of each head's output, multiplied by a gate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,18 @@ _table = BackendTable("gated_rms_norm", __name__)
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Activation = "silu") -> Tensor:
-    """Return `rms_norm(x) * act(gate)` of each head, x and gate (T, H, D); see `reference.gated_rms_norm`."""
+    """Return `rms_norm(x) * act(gate)` of each head; see `reference.gated_rms_norm`.
+
+    Args:
+        x: (T, H, D).
+        gate: (T, H, D).
+        weight: (D,) fp32.
+        eps: added to the mean square.
+        activation: "silu" or "sigmoid".
+
+    Returns:
+        (T, H, D) in the dtype of x.
+    """
     return _table.choose(x)(x, gate, weight, eps, activation)
 
 

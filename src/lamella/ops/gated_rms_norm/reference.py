@@ -1,4 +1,4 @@
-"""RMS normalisation of each head's output, then a gate, in plain torch."""
+"""RMS norm of each head's output, multiplied by a gate, in plain torch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ Activation = Literal["silu", "sigmoid"]
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Activation = "silu") -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight * act(gate)` over the last dimension, in fp32, rounded once.
+    """Return `x / sqrt(mean(x^2) + eps) * weight * act(gate)` over the last dimension, in fp32, rounded once.
 
-    x and gate (T, H, D), weight (D,) fp32; `activation` is "silu" or "sigmoid". Returns (T, H, D) in the dtype of x.
+    Args:
+        x: (T, H, D).
+        gate: (T, H, D).
+        weight: (D,) fp32.
+        eps: added to the mean square.
+        activation: "silu" or "sigmoid".
+
+    Returns:
+        (T, H, D) in the dtype of x.
     """
     x_fp32, gates = x.float(), gate.float()
     scale = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)

@@ -1,4 +1,4 @@
-"""RMS normalisation of each head's output, then a gate, in Triton."""
+"""RMS norm of each head's output, multiplied by a gate, in Triton."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lamella.ops.rms_norm.triton import row_block, row_scale
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, activation: Activation = "silu") -> Tensor:
-    """See `reference.gated_rms_norm`. Tokens and heads of x and gate may lie apart; the result is contiguous."""
+    """Compute `reference.gated_rms_norm`. x and gate may have any stride over tokens and heads."""
     tokens, heads, width = x.shape
     assert gate.shape == x.shape and x.stride(2) == gate.stride(2) == 1
     assert weight.shape == (width,) and weight.is_contiguous() and activation in ("silu", "sigmoid")

@@ -1,4 +1,4 @@
-"""The product with a weight matrix, alone or with what stands around it in a layer."""
+"""Product with a weight matrix, alone or fused with the operations around it in a layer."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lamella.ops.linear.limits import serves
 from lamella.ops.opaque import operation
 from lamella.ops.operands import ConvStep, ResidualNorm
 
-_BLOCK = 256  # rows that the native kernel takes at a time, see native.linear_rows
-_SLICE = 16384  # rows of the weight that the portable path widens at a time
+_BLOCK = 256  # rows per call of the native kernel, see native.linear_rows
+_SLICE = 16384  # rows of the weight that the portable path converts to fp32 at a time
 
 _linear = BackendTable("linear", __name__)
 _fused = BackendTable("fused_linear", __name__)
@@ -23,10 +23,18 @@ _fp32 = BackendTable("fp32_linear", __name__)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return `x W^T + b` for x (..., in), weight (out, in), bias (out,) or None, in the dtype of x.
+    """Return `x W^T + b`.
 
-    Few rows, where reading the weight is all the work, go to our own kernels. On a CPU the product is one opaque
-    operation to torch.compile, which would not read weights as fast.
+    For few rows, where reading the weight dominates, lamella's own kernels are used. On a CPU, torch.compile sees the
+    product as one opaque operation, because its own code would read the weight more slowly.
+
+    Args:
+        x: (..., in).
+        weight: (out, in).
+        bias: (out,), or None.
+
+    Returns:
+        (..., out) in the dtype of x.
     """
     if torch.compiler.is_compiling() and not x.is_cuda and not torch.is_grad_enabled():
         return torch.ops.lamella.linear(x, weight, bias)
@@ -38,7 +46,7 @@ def _choose_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def fuses(x: Tensor, weight: Tensor) -> bool:
-    """Return whether `fused_linear` has a kernel for x (T, in), and is allowed to use it."""
+    """Return True if `fused_linear` may be used for x (T, in)."""
     return use_fused(x) and _few_rows(x, weight)
 
 
@@ -50,28 +58,35 @@ def fused_linear(
     norm: ResidualNorm | None = None,
     conv: ConvStep | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return a product with what stands around it in a layer, in one kernel; see `reference.fused_linear`.
+    """Compute a product and the operations around it in one kernel; see `reference.fused_linear`.
 
-    Only where `fuses`, which is not asked again here.
+    Call it only if `fuses` is True; this is not checked.
 
     Args:
         x: (T, in).
         weight: (out, in).
         bias: (out,), or None.
-        gated: the product is [gate | up], and the result `silu(gate) * up`.
-        norm: applied to x first.
-        conv: applied to the product, before the gate.
+        gated: whether the product is [gate | up], and the result `silu(gate) * up`.
+        norm: norm applied to x first, or None.
+        conv: convolution applied to the product before the gate, or None.
 
     Returns:
-        The result (T, out), or (T, out / 2) if gated; and the new residual (T, in) where there is a norm.
+        The result (T, out), or (T, out / 2) if gated; and the new residual (T, in), None without a norm.
     """
     return _triton_fused.run(x, weight, bias, gated, norm, conv)
 
 
 def fp32_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Return `x W^T` in fp32 for x (..., in) of any float dtype, see `reference.fp32_linear`.
+    """Return `x W^T` in fp32; see `reference.fp32_linear`.
 
-    The sums stay unrounded, except under autograd, where they are rounded to the dtype of x before they become fp32.
+    The sums are not rounded, except under autograd, where they are rounded to the dtype of x first.
+
+    Args:
+        x: (..., in) of any float dtype.
+        weight: (out, in) in the dtype of x.
+
+    Returns:
+        (..., out) fp32.
     """
     rows = x.reshape(-1, x.shape[-1])
     return _fp32.choose(rows, weight)(rows, weight).view(*x.shape[:-1], weight.shape[0])
@@ -114,7 +129,7 @@ def _triton_fp32() -> Callable[..., Tensor]:
 
 @_fp32.backend("native", lambda x, weight: x.dtype != torch.float32 and x.shape[0] > 0)
 def _native_fp32(x: Tensor, weight: Tensor) -> Tensor:
-    # In blocks of what the kernel is fast for: the alternative is a copy of the whole weight.
+    # In blocks of rows for which the kernel is fast; the alternative would copy the whole weight.
     parts = [native.linear(part, weight, fp32_out=True) for part in x.split(_BLOCK)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -127,7 +142,7 @@ def _torch_fp32(x: Tensor, weight: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, weight).float()
     if x.is_cuda:
         return torch.mm(x, weight.T, out_dtype=torch.float32)
-    # A slice of the weight at a time: a whole copy in fp32 may not fit.
+    # One slice of the weight at a time: an fp32 copy of the whole weight may not fit into memory.
     slices = [torch.nn.functional.linear(x.float(), part.float()) for part in weight.split(_SLICE)]
     return torch.cat(slices, dim=-1)
 

@@ -1,4 +1,4 @@
-"""Products that our Triton kernel serves; without importing Triton."""
+"""Limits of the Triton kernel for products; does not import Triton."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 MAX_ROWS = 2
-_LARGE = 1 << 25  # weight elements from which on two rows are a library's
+_LARGE = 1 << 25  # weight elements from which cuBLAS computes two rows
 _MAX_INPUT = 1 << 14  # elements: the longest weight row that fits into a program's registers
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
-    """Return whether `linear` and its fused forms take x (T, in) and weight (out, in)."""
+    """Return True if the Triton kernels of `linear` support x (T, in) and weight (out, in)."""
     rows, size = x.shape
     return (
         1 <= rows <= (MAX_ROWS if weight.numel() < _LARGE else 1)

@@ -1,4 +1,4 @@
-"""The product with a weight matrix, and what stands around it in a layer, in fp32."""
+"""Product with a weight matrix, and the operations around it in a layer, in fp32."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def fp32_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Return `x W^T` in fp32."""
+    """Return `x W^T` (..., out) in fp32 for x (..., in) and weight (out, in)."""
     return torch.nn.functional.linear(x.float(), weight.float())
 
 
@@ -31,9 +31,9 @@ def fused_linear(
     norm: ResidualNorm | None = None,
     conv: ConvStep | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return `add_rms_norm`, `linear`, `short_conv` and `swiglu` one after the other, and the new residual.
+    """Compute `add_rms_norm`, `linear`, `short_conv` and `swiglu` in this order; return the result and new residual.
 
-    Parts that are None or not asked for are left out; each rounds to the dtype of x.
+    Steps whose argument is None or False are skipped. Each step rounds to the dtype of x.
     """
     total = None
     if norm is not None:

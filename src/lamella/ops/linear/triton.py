@@ -1,8 +1,8 @@
-"""Products of very few rows with a weight matrix: each program holds whole rows of the weight in registers.
+"""Products of very few rows with a weight matrix in Triton: each program holds whole rows of the weight in registers.
 
-At one row nothing counts but how fast the weight arrives. So every program asks for all of its weight at once, before
-it even waits for the kernel ahead of it, whose result it needs (see `launch.start_successor`). What stands before
-the product in a block, the residual sum and its norm, is cheap enough for every program to compute for itself.
+With one row, the time is that of reading the weight. Every program therefore issues the loads of all its weights at
+once, even before it waits for the kernel ahead, whose result it needs (see `launch.start_successor`). The residual sum
+and the norm before the product are cheap enough for every program to compute them itself.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _NO_CONV = ((None, None, False, False), (None, None), None)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """See `reference.linear`. Rows do not depend on one another."""
+    """Compute `reference.linear`. Rows do not depend on each other."""
     return _launch(x, weight, bias, False, False, None, None)[0]
 
 
 def fp32_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """See `reference.fp32_linear`."""
+    """Compute `reference.fp32_linear`."""
     return _launch(x, weight, None, True, False, None, None)[0]
 
 
@@ -42,7 +42,7 @@ def fused_linear(
     norm: ResidualNorm | None = None,
     conv: ConvStep | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See `reference.fused_linear`, with fewer roundings: only the new residual and what is convolved are rounded."""
+    """Compute `reference.fused_linear` with fewer roundings: only residual and convolved product are rounded."""
     return _launch(x, weight, bias, False, gated, norm, conv)
 
 
@@ -55,7 +55,7 @@ def _launch(
     norm: ResidualNorm | None,
     conv: ConvStep | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Launch the kernel: (y, new residual). With `fp32_out` y are the unrounded sums, in fp32."""
+    """Launch the kernel; return y and the new residual. With `fp32_out`, y are the unrounded sums in fp32."""
     rows, size = x.shape
     outputs = weight.shape[0] // (2 if gated else 1)
     y = torch.empty((rows, outputs), dtype=torch.float32 if fp32_out else x.dtype, device=x.device)
@@ -78,9 +78,9 @@ def _launch(
 
 
 def _tile(weight: Tensor, gated: bool, convolved: bool) -> tuple[int, int]:
-    """Weight elements of a program, and its warps.
+    """Return the weight elements of a program, and its warps.
 
-    32 KiB keep enough bytes on their way, small matrices want more programs, and long rows must fit into one.
+    32 KiB per program keep enough bytes in flight. Small matrices need more programs, and a long row must fit into one.
     """
     size = next_power_of_2(weight.shape[1])
     if size <= 1024:
@@ -92,13 +92,13 @@ def _tile(weight: Tensor, gated: bool, convolved: bool) -> tuple[int, int]:
 
 @triton.jit
 def _dot(weight, x):
-    """Sums over the inputs of weight (BLOCK, PADDED) times x (1, PADDED)."""
+    """Return the sums over the inputs of weight (BLOCK, PADDED) times x (1, PADDED)."""
     return tl.sum(weight.to(tl.float32) * x, axis=1)
 
 
 @triton.jit
 def _after(y, bias_ptr, scale, outputs, mask):
-    """What every product goes through: the norm's scale, then the bias."""
+    """Apply the norm's scale and then the bias to a product."""
     if scale is not None:
         y *= scale
     if bias_ptr is not None:
@@ -114,13 +114,13 @@ def _kernel(
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
     GATED: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, SKIP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    # The next kernel may ask for its weights too, while this one waits for its own.
+    # Let the next kernel load its weights while this kernel waits for its own.
     start_successor(PDL)
     outputs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inputs = tl.arange(0, PADDED)[None, :]
     inside = inputs < SIZE
     valid = outputs < OUTPUTS
-    # One pointer a thread, and constants from there on: the sooner the loads are under way, the better.
+    # One pointer per thread plus constant offsets, so that the loads are issued as early as possible.
     mask = (valid[:, None] | (OUTPUTS % BLOCK == 0)) & (inside | (PADDED == SIZE))
     offsets = tl.arange(0, BLOCK)[:, None] * SIZE + inputs
     weight_ptr += tl.program_id(0).to(tl.int64) * (BLOCK * SIZE)
@@ -133,7 +133,7 @@ def _kernel(
         taps = load_taps(taps_ptr, conv_bias_ptr, outputs, valid, stride_channel, stride_tap, WIDTH)
         if GATED:
             up_taps = load_taps(taps_ptr, conv_bias_ptr, outputs + OUTPUTS, valid, stride_channel, stride_tap, WIDTH)
-        # What a history holds was written in the step before.
+        # The history was written in the previous step.
         rows = ()
         up_rows = ()
         for row in tl.static_range(ROWS):
@@ -155,7 +155,7 @@ def _kernel(
             total = (x.to(tl.float32) + kept.to(tl.float32)).to(x.dtype)
             if tl.program_id(0) == 0:
                 tl.store(total_ptr + row * SIZE + inputs, total, mask=inside)
-            # The norm's scale is a factor of the whole sum: both sums are added up at once, and multiplied in the end.
+            # The norm's scale is a factor of the whole sum: compute both sums together, and multiply at the end.
             x_fp32 = total.to(tl.float32)
             scale = tl.rsqrt(tl.sum(x_fp32 * x_fp32, axis=1) / SIZE + eps)
             x_fp32 = x_fp32 * norm_weight
@@ -165,7 +165,7 @@ def _kernel(
         if GATED:
             up = _after(_dot(up_weight, x_fp32), bias_ptr, scale, outputs + OUTPUTS, valid)
         if WIDTH > 0:
-            # A program has its channels' history to itself.
+            # No other program accesses the history of these channels.
             slot_ptr = history_ptr + tl.load(slots_ptr + row) * stride_slot
             position = tl.load(positions_ptr + row)
             y = _convolve(
@@ -186,7 +186,7 @@ def _convolve(
     current, old, taps, history, stride_row, channels, mask, position,
     WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, SKIP: tl.constexpr,
 ):  # fmt: skip
-    """The convolution of one new token's channels behind the `old` ones, in fp32; the history takes them up."""
+    """Return the convolution (fp32) of one new token's channels after the `old` ones; store them in the history."""
     rows = old + (current,)  # noqa: RUF005 (Triton knows no starred tuple)
     store_history(history, stride_row, channels, mask, position, current, WIDTH)
     return convolve(rows, taps, 0, WIDTH, ACTIVATION, SKIP).to(tl.float32)

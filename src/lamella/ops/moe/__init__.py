@@ -1,4 +1,4 @@
-"""A mixture of experts: routing, and the experts' feed-forwards."""
+"""Mixture of experts: routing, and the feed-forwards of the experts."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ _table = BackendTable("experts", __name__)
 def experts(
     x: Tensor, logits: Tensor, top_k: int, gate_up: Tensor, down: Tensor, base: Tensor | None = None, first: int = 0
 ) -> Tensor:
-    """Return `base` plus what each token's experts compute of it; see `reference.experts`.
+    """Return `base` plus the weighted outputs of each token's experts; see `reference.experts`.
 
-    To torch.compile it is one opaque operation: what is computed depends on the routing.
+    torch.compile sees it as one opaque operation, because the computation depends on the routing.
 
     Args:
         x: (T, H).
-        logits: (T, E) fp32, of the router.
-        top_k: experts of a token.
-        gate_up: (L, 2 I, H), of the L experts at hand, gates first.
+        logits: (T, E) fp32, router logits over all experts.
+        top_k: experts per token.
+        gate_up: (L, 2 * I, H) of the L local experts, gates first.
         down: (L, H, I).
-        base: (T, H), or None.
-        first: the first of the experts at hand.
+        base: (T, H) to add to the result, or None.
+        first: index of the first local expert.
+
+    Returns:
+        (T, H) in the dtype of x.
     """
     if torch.compiler.is_compiling():
         return torch.ops.lamella.experts(x, logits, top_k, gate_up, down, base, first)

@@ -1,4 +1,4 @@
-"""A mixture of experts in plain torch, one token after the other."""
+"""Mixture of experts in plain torch, token by token."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ from torch import Tensor
 
 
 def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The experts (T, top_k) int64 of the largest of the logits (T, E), and the weights (T, top_k) fp32 of what enters.
+    """Choose the experts with the largest logits.
 
-    A weight is the sigmoid of its own logit, whatever the others are.
+    Args:
+        logits: (T, E).
+        top_k: experts per token.
+
+    Returns:
+        Expert ids (T, top_k) int64, and the weights (T, top_k) fp32 of the experts' inputs. A weight is the sigmoid of
+        its own logit.
     """
     chosen, ids = logits.float().topk(top_k, dim=-1)
     return ids, chosen.sigmoid()
@@ -18,11 +24,10 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def experts(
     x: Tensor, logits: Tensor, top_k: int, gate_up: Tensor, down: Tensor, base: Tensor | None = None, first: int = 0
 ) -> Tensor:
-    """`base + sum over a token's experts of expert_e(w_e x)` with `expert(z) = down(silu(gate(z)) * up(z))`.
+    """Return `base + sum over a token's experts of expert_e(w_e x)`, in fp32, rounded once.
 
-    x and base (T, H), logits (T, E) fp32, gate_up (L, 2 I, H) with the gates' rows first, down (L, H, I); returns
-    (T, H). The L experts at hand are those from `first` on, and others count nothing. In fp32, rounded once. Nothing
-    is changed in place.
+    `expert(z) = down(silu(gate(z)) * up(z))`. The L local experts are those from `first` on; other experts contribute
+    zero. The arguments are those of `lamella.ops.moe.experts`.
     """
     ids, weights = route(logits, top_k)
     rows = []

@@ -1,9 +1,10 @@
-"""A mixture of experts in Triton: a plan on the device, then two grouped products.
+"""Mixture of experts in Triton: a plan on the device, and then two grouped products.
 
-The plan sorts the pairs of tokens and their experts by expert; each expert's are cut into blocks of rows. How many
-blocks there are only the device knows, but not more than follows from the shapes: so many programs are launched, and
-those without a block end at once. Nothing waits for the device, and a graph's replay may route otherwise than the step
-that was captured.
+The plan sorts the pairs (token, expert) by expert and splits the pairs of each expert into blocks of rows. The number
+of
+blocks is known on the device only, but the shapes give an upper bound: that many programs are launched, and programs
+without a block end at once. The host does not wait for the device, and a replayed CUDA graph may route differently from
+the captured step.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ _LOWEST = tl.constexpr(-3e38)
 
 
 class Plan(NamedTuple):
-    """The T * top_k pairs of a token and its choice, sorted by expert.
+    """The T * top_k pairs (token, choice), sorted by expert.
 
     Attributes:
-        rows: (T * top_k,) int32, the pair at each place, as token * top_k + choice.
-        weights: (T * top_k,) fp32, of what enters the expert, by place.
-        bounds: (E + 1,) int32, the places of each expert.
+        rows: (T * top_k,) int32, sorted pairs as token * top_k + choice.
+        weights: (T * top_k,) fp32, factors of the experts' inputs, in sorted order.
+        bounds: (E + 1,) int32, range of each expert in the sorted order.
     """
 
     rows: Tensor
@@ -39,16 +40,16 @@ class Plan(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """How a grouped product runs; changes its speed, and results only in rounding."""
+    """Launch settings of a grouped product; they affect speed, and results only by rounding."""
 
-    rows: int  # of a block; a power of two >= 16
+    rows: int  # per block; a power of two >= 16
     columns: int
     inputs: int
     num_warps: int
     num_stages: int
 
 
-# By rows of a block and bytes per element: of the product with gate and up, which has two sums, and of that with down.
+# By rows per block and bytes per element: for the product with gate and up (two sums), and for the product with down.
 _GATE_UP = {
     (16, 2): Settings(16, 32, 256, 4, 4),
     (64, 2): Settings(64, 64, 64, 4, 4),
@@ -78,7 +79,7 @@ def experts(
     *,
     settings: tuple[Settings, Settings] | None = None,
 ) -> Tensor:
-    """See `reference.experts`. x with rows of any stride; `settings` are of the two products."""
+    """Compute `reference.experts`. x may have rows of any stride; `settings` are those of the two products."""
     (tokens, size), (count, width), everyone = x.shape, down.shape[::2], logits.shape[1]
     assert gate_up.shape == (count, 2 * width, size) and gate_up.is_contiguous() and down.is_contiguous()
     assert down.shape == (count, size, width) and logits.shape[0] == tokens and x.stride(1) == 1
@@ -86,7 +87,7 @@ def experts(
     assert 0 <= first <= everyone - count
     pairs = tokens * top_k
     if settings is None:
-        each = pairs // everyone  # rows of an expert, on average
+        each = pairs // everyone  # average rows per expert
         kind = 16 if each <= 16 else 64 if each <= 96 else 128
         settings = _GATE_UP[kind, x.itemsize], _DOWN[kind, x.itemsize]
     widening, narrowing = settings
@@ -101,7 +102,7 @@ def experts(
         ROWS=widening.rows, COLUMNS=widening.columns, INPUTS=widening.inputs,
         num_warps=widening.num_warps, num_stages=widening.num_stages, **dependent_launch(x),
     )  # fmt: skip
-    # A token's only expert gives the result itself; of several the parts are added up afterwards.
+    # With one expert per token, its product is the result. With several, their outputs are summed afterwards.
     single = top_k == 1
     out = torch.empty((pairs, size), dtype=x.dtype if single else torch.float32, device=x.device)
     if count < everyone and single and base is not None:
@@ -120,7 +121,7 @@ def experts(
 
 
 def make_plan(logits: Tensor, top_k: int) -> Plan:
-    """The plan for logits (T, E) fp32; among equal ones any may be chosen."""
+    """Return the plan for logits (T, E) fp32; ties are resolved arbitrarily."""
     (tokens, count), device = logits.shape, logits.device
     assert logits.dtype == torch.float32 and logits.stride(1) == 1
     padded_tokens, padded = next_power_of_2(tokens), next_power_of_2(count)
@@ -140,12 +141,12 @@ def make_plan(logits: Tensor, top_k: int) -> Plan:
 
 
 def _plan_warps(entries: int) -> int:
-    """One warp where several would have less than an entry a thread, which Triton 3.6 does not compile."""
+    """Return one warp if several would have less than one element per thread, which Triton 3.6 cannot compile."""
     return 1 if entries <= 128 else 4 if entries <= 4096 else 8
 
 
 def _max_blocks(pairs: int, count: int, rows: int) -> int:
-    """The most blocks of `rows` rows that so many pairs can make: an expert's last block has one row or more."""
+    """Return the maximum number of blocks of `rows` rows; the last block of an expert has at least one row."""
     return (pairs + min(pairs, count) * (rows - 1)) // rows
 
 
@@ -159,7 +160,7 @@ def _plan_kernel(
     inside = (token < tokens) & (expert < EXPERTS)
     wait_for_predecessor(PDL)
     logits = tl.load(logits_ptr + token * stride + expert, mask=inside, other=0.0)
-    # Rows that belong to no request may be anything; they too get their number of experts.
+    # Padding rows may contain anything; they also get their number of experts.
     logits = tl.where(logits > _LOWEST, logits, _LOWEST)
     left = tl.where(inside, logits, float("-inf"))
     choices = tl.zeros([PADDED_TOKENS, PADDED_EXPERTS], tl.int32)
@@ -182,7 +183,7 @@ def _plan_kernel(
 
 @triton.jit
 def _find(bounds_ptr, block, EXPERTS: tl.constexpr, PADDED_EXPERTS: tl.constexpr, ROWS: tl.constexpr):
-    """Of a block: its expert, its first place, and where the expert's places end; 0, 0, 0 if there is no such block."""
+    """Return a block's expert, its first index, and the end of the expert's range; 0, 0, 0 without such a block."""
     experts = tl.arange(0, PADDED_EXPERTS)
     real = experts < EXPERTS
     starts = tl.load(bounds_ptr + experts, mask=real, other=0)
@@ -202,7 +203,7 @@ def _gate_up_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_predecessor(PDL)
-    # Neighbouring programs share columns of the weight, which a cache keeps for all blocks of an expert.
+    # Adjacent programs use the same columns of the weight, which stay in the cache for all blocks of an expert.
     block, column = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     expert, start, end = _find(bounds_ptr, block, EXPERTS, PADDED_EXPERTS, ROWS)
     if start >= end:
@@ -220,7 +221,7 @@ def _gate_up_kernel(
         mask = rest[:, None] & inside[None, :]
         gate = tl.dot(x, tl.load(gate_ptrs + first, mask=mask, other=0.0), gate, input_precision="ieee")
         up = tl.dot(x, tl.load(gate_ptrs + first + WIDTH * SIZE, mask=mask, other=0.0), up, input_precision="ieee")
-    # The weight of what enters is a factor of the sums.
+    # The weight of the input is a factor of the sums.
     weights = tl.load(weights_ptr + places, mask=here, other=0.0)[:, None]
     inner = (silu(gate * weights) * (up * weights)).to(out_ptr.dtype.element_ty)
     cells = places.to(tl.int64)[:, None] * WIDTH + outputs[None, :]
@@ -233,7 +234,7 @@ def _down_kernel(
     EXPERTS: tl.constexpr, PADDED_EXPERTS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """From places back to pairs; with a base, pairs are tokens."""
+    """Write rows back from sorted order to pairs; with a base, pairs are tokens."""
     wait_for_predecessor(PDL)
     block, column = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     expert, start, end = _find(bounds_ptr, block, EXPERTS, PADDED_EXPERTS, ROWS)
@@ -258,7 +259,7 @@ def _down_kernel(
 
 
 def _add_up(parts: Tensor, base: Tensor | None, x: Tensor, top_k: int) -> Tensor:
-    """The sum of each token's parts, (T * top_k, H) fp32, and of base (T, H): (T, H) in the dtype of x."""
+    """Return the sum of each token's parts (T * top_k, H) fp32 and base (T, H): (T, H) in the dtype of x."""
     tokens, size = x.shape
     out = torch.empty((tokens, size), dtype=x.dtype, device=x.device)
     block = 1024

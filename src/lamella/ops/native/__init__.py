@@ -1,9 +1,9 @@
-"""Native CPU kernels: functions on tensors over a small C++ library.
+"""Native CPU kernels: Python functions over a small C++ library.
 
-Ask :func:`available` before calling anything else here; if it returns False, use the portable torch code. Every kernel
-takes float32 or bfloat16 CPU tensors (all of one dtype), computes in float32 and rounds once at the end. Unless a
-docstring says otherwise nothing is mutated and results are new contiguous tensors. The asserts check the callers'
-invariants; index tensors (block tables, slots, lengths) are trusted.
+Call :func:`available` first; if it returns False, use the portable torch code. Every kernel takes float32 or bfloat16
+CPU tensors (all of one dtype), computes in float32 and rounds once at the end. Unless a docstring says otherwise,
+arguments are not mutated and results are new contiguous tensors. Asserts check the invariants of callers; the contents
+of index tensors (block tables, slots, lengths) are not checked.
 
 `build.py` compiles the library, `bindings.py` loads it and declares the kernels' signatures.
 """
@@ -33,14 +33,14 @@ __all__ = [
 
 
 def linear_rows(dtype: torch.dtype, width: int) -> int:
-    """Up to how many rows of `width` elements :func:`linear` is the faster choice (measured against oneDNN's)."""
+    """Return the number of rows of `width` elements up to which :func:`linear` is faster than oneDNN (measured)."""
     if dtype == torch.float32:
         return 16
     return 256 if has_tiles() and width % 32 == 0 else 1
 
 
 def _dense_rows(x: Tensor) -> bool:
-    """Whether everything after the first dim is contiguous (the first may have any stride)."""
+    """Return True if all dimensions after the first are contiguous (the first may have any stride)."""
     return x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1) or x[:1].is_contiguous()
 
 
@@ -58,14 +58,23 @@ def decode_attention(
     window: int | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """Attention of one new token per request over its paged keys and values: (R, H, D).
+    """Compute the attention of one new token per request over its paged keys and values.
 
-    q (R, H, D), rows of any stride; k_cache, v_cache (P, block, KV, D) contiguous, H a multiple of KV; block_table
-    (R, max_blocks) int32; seq_lens (R,) int32, at least 1, counting the new token, whose key and value are in the cache
-    already. Position p of request r is in block ``block_table[r, p // block]`` at row ``p % block``. Under a window
-    only positions greater than ``seq_len - 1 - window`` are seen, with a chunk only those from the last multiple of it
-    up to ``seq_len - 1`` on. Nothing outside the visible range is read. A request's result does not depend on the
-    others, nor on the number of threads.
+    Position p of request r is in block ``block_table[r, p // block]`` at row ``p % block``. Nothing outside the visible
+    range is read. A request's result does not depend on other requests or on the number of threads.
+
+    Args:
+        q: (R, H, D), rows of any stride.
+        k_cache: (P, block, KV, D) contiguous; H is a multiple of KV.
+        v_cache: (P, block, KV, D) contiguous.
+        block_table: (R, max_blocks) int32.
+        seq_lens: (R,) int32, at least 1, including the new token, whose key and value are in the cache already.
+        scale: factor of the scores.
+        window: only positions greater than ``seq_len - 1 - window`` are visible; None for all.
+        chunk: only positions from the last multiple of `chunk` up to ``seq_len - 1`` are visible; None for all.
+
+    Returns:
+        (R, H, D).
     """
     R, H, D = q.shape
     _, block, KV, _ = k_cache.shape
@@ -97,16 +106,26 @@ def short_conv(
     activation: bool,
     residual: bool,
 ) -> Tensor:
-    """Depthwise causal convolution over the W last tokens of each request: y (T, D). **Mutates** ``state``.
+    """Compute the depthwise causal convolution over the last W tokens of each request. **Mutates** ``state``.
 
-    x (T, D), rows of any stride; weight (D, W) of any strides, ``weight[:, W-1]`` for the current token; bias (D,);
-    state (S, W-1, D), last dim contiguous, others of any stride: rings of the latest inputs, that at position p in row
-    p % (W-1); slots (R,) int64, all different: request r's row of the state (r itself when None); query_start_loc
-    (R+1,) int32: where each request's tokens (at least one) start; positions (T,) int64: absolute. Inputs before
-    position 0 count as zero whatever the state holds. ``c = bias + conv``; y is ``silu(c)`` with activation, plus x
-    with residual. The state takes up the new inputs, and has zeros for what stands before position 0. Without a state
-    the history is zero.
-    Cutting a request into several calls gives bitwise the same outputs and state.
+    With ``c = bias + conv``, the result is ``silu(c)`` with activation, plus x with residual. Inputs before position 0
+    count as zero, whatever the state holds. Splitting a request into several calls gives bitwise equal outputs and
+    state.
+
+    Args:
+        x: (T, D), rows of any stride.
+        weight: (D, W) of any strides; ``weight[:, W-1]`` multiplies the current token.
+        bias: (D,), or None.
+        state: (S, W-1, D), last dim contiguous: ring buffers of the latest inputs, position p in row p % (W-1). It is
+            updated, with zeros for positions before 0. None for a history of zeros.
+        slots: (R,) int64, distinct: slot of each request; None for slot r of request r.
+        query_start_loc: (R+1,) int32, start of each request's tokens (at least one).
+        positions: (T,) int64, absolute.
+        activation: whether to apply SiLU.
+        residual: whether to add x.
+
+    Returns:
+        (T, D).
     """
     (T, D), W, R = x.shape, weight.shape[1], query_start_loc.shape[0] - 1
     assert x.is_cpu and x.dtype == weight.dtype and _dense_rows(x)
@@ -128,9 +147,12 @@ def short_conv(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm: a tensor of the shape of ``x``.
+    """Return the RMS norm of ``x``.
 
-    x (T, N), or (T, heads, N) for a norm per head, last dim contiguous, others of any stride; weight (N,) float32.
+    Args:
+        x: (T, N), or (T, heads, N) for a norm per head; last dim contiguous, others of any stride.
+        weight: (N,) float32.
+        eps: added to the mean square.
     """
     normed = x.new_empty(x.shape)
     _run_norm(x, None, weight, eps, normed, None)
@@ -138,10 +160,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """RMS norm of ``x + residual``: (normed, new_residual).
+    """Return the RMS norm of ``x + residual`` and the sum. The sum is rounded to the dtype before it is normed.
 
-    x (T, N), last dim contiguous; residual of x's shape, each token contiguous; weight (N,) float32. The sum is rounded
-    to the dtype before it is normed, so that the norm is of what was kept.
+    Args:
+        x: (T, N), last dim contiguous.
+        residual: (T, N), each token contiguous.
+        weight: (N,) float32.
+        eps: added to the mean square.
     """
     assert residual.dtype == x.dtype and residual.shape == x.shape and x.dim() == 2 and _dense_rows(residual)
     normed = x.new_empty(x.shape)
@@ -164,7 +189,7 @@ def _run_norm(
 
 
 def silu_mul(x: Tensor) -> Tensor:
-    """``silu(x[:, :I]) * x[:, I:]`` of x (T, 2I), rows of any stride: (T, I)."""
+    """Return ``silu(x[:, :I]) * x[:, I:]`` (T, I) of x (T, 2I), rows of any stride."""
     T, width = x.shape
     assert x.is_cpu and width % 2 == 0 and _dense_rows(x)
     y = x.new_empty((T, width // 2))
@@ -175,11 +200,18 @@ def silu_mul(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, fp32_out: bool = False) -> Tensor:
-    """``x @ weight.T + bias`` for few rows, at the speed at which the weight comes from memory: (M, N).
+    """Return ``x @ weight.T + bias`` for few rows, limited by the memory bandwidth of reading the weight.
 
-    x (M, K), rows of any stride; weight (N, K) contiguous; bias (N,). The result has x's dtype, or is the unrounded
-    float32 sums when wide. A row's result does not depend on the other rows,
-    nor on how many there are, nor on the number of threads.
+    A row's result does not depend on other rows, on their number or on the number of threads.
+
+    Args:
+        x: (M, K), rows of any stride.
+        weight: (N, K) contiguous.
+        bias: (N,), or None.
+        fp32_out: whether to return the unrounded float32 sums.
+
+    Returns:
+        (M, N) in the dtype of x, or float32.
     """
     (M, K), N = x.shape, weight.shape[0]
     assert x.is_cpu and x.dtype == weight.dtype and _dense_rows(x)
@@ -193,10 +225,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, fp32_out: bool
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Turn the first r dims of every head by the angles of its token: new (q, k); the other dims are copied.
+    """Rotate the first r dims of every head (RoPE) and copy the others; return new q and k.
 
-    q (T, H, D) and k (T, KV, D), rows of any stride; cos, sin (T, r/2) float32 contiguous. The pairs are
-    (2i, 2i + 1) when interleaved, else (i, i + r/2).
+    Args:
+        q: (T, H, D), rows of any stride.
+        k: (T, KV, D), rows of any stride.
+        cos: (T, r/2) float32 contiguous.
+        sin: (T, r/2) float32 contiguous.
+        interleaved: True for pairs (2i, 2i + 1), False for pairs (i, i + r/2).
     """
     (T, H, D), KV, half = q.shape, k.shape[1], cos.shape[1]
     assert q.is_cpu and q.dtype == k.dtype and _dense_rows(q) and _dense_rows(k)
@@ -213,8 +249,12 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) ->
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Write row t of k and v to row ``slot_mapping[t]`` of the caches. **Mutates** ``k_cache`` and ``v_cache``.
 
-    k, v (T, KV, D), rows of any stride; k_cache, v_cache (P, block, KV, D) contiguous; slot_mapping (T,) int64, all
-    different: ``block * block_size + offset``.
+    Args:
+        k: (T, KV, D), rows of any stride.
+        v: (T, KV, D), rows of any stride.
+        k_cache: (P, block, KV, D) contiguous.
+        v_cache: (P, block, KV, D) contiguous.
+        slot_mapping: (T,) int64, distinct: ``block * block_size + offset``.
     """
     T, KV, D = k.shape
     assert k.is_cpu and k.dtype == v.dtype == k_cache.dtype == v_cache.dtype
@@ -241,12 +281,26 @@ def delta_rule(
     query_start_loc: Tensor,
     seq_lens: Tensor,
 ) -> Tensor:
-    """See ``lamella.ops.delta_rule.reference``: (T, HV, DV). **Mutates** ``state``.
+    """Compute ``lamella.ops.delta_rule.reference.delta_rule``. **Mutates** ``state``.
 
-    q, k (T, HK, DK), v (T, HV, DV), decay (T, HV) or (T, HV, DK) and beta (T, HV), rows of any stride; a_log and
-    dt_bias float32; state (S, HV, DK, DV) float32, slots of any stride; slots (R,) int64, all different;
-    query_start_loc (R+1,) and seq_lens (R,) int32. Cutting a request into several calls gives bitwise the same outputs
-    and state; a request's result does not depend on the others, nor on the number of threads.
+    Splitting a request into several calls gives bitwise equal outputs and state. A request's result does not depend on
+    other requests or on the number of threads.
+
+    Args:
+        q: (T, HK, DK), rows of any stride, like k, v, decay and beta.
+        k: (T, HK, DK).
+        v: (T, HV, DV).
+        decay: (T, HV) or (T, HV, DK).
+        beta: (T, HV).
+        a_log: (HV,) float32.
+        dt_bias: (HV,) or (HV, DK) float32.
+        state: (S, HV, DK, DV) float32, slots of any stride; None for zeros.
+        slots: (R,) int64, distinct; None without a state.
+        query_start_loc: (R+1,) int32.
+        seq_lens: (R,) int32.
+
+    Returns:
+        (T, HV, DV).
     """
     (_, HK, DK), (T, HV, DV), R = q.shape, v.shape, query_start_loc.shape[0] - 1
     rows = (q, k, v, decay, beta)
@@ -277,11 +331,26 @@ def selective_scan(
     query_start_loc: Tensor,
     seq_lens: Tensor,
 ) -> Tensor:
-    """See ``lamella.ops.selective_scan.reference``: (T, H, P). **Mutates** ``state``.
+    """Compute ``lamella.ops.selective_scan.reference.selective_scan``. **Mutates** ``state``.
 
-    x (T, X, P), dt (T, H, P), b (T, G, N), c (T, H, N) and z (T, H, P), rows of any stride; a_log (H, P, N), dt_bias
-    (H, P) and d (H, P) float32; state (S, H, P, N) float32; the rest, and what results do not depend on, as for
-    :func:`delta_rule`.
+    Results have the same invariances as those of :func:`delta_rule`.
+
+    Args:
+        x: (T, X, P), rows of any stride, like dt, b, c and z.
+        dt: (T, H, P).
+        b: (T, G, N).
+        c: (T, H, N).
+        z: (T, H, P).
+        a_log: (H, P, N) float32.
+        dt_bias: (H, P) float32, or None.
+        d: (H, P) float32.
+        state: (S, H, P, N) float32, slots of any stride; None for zeros.
+        slots: (R,) int64, distinct; None without a state.
+        query_start_loc: (R+1,) int32.
+        seq_lens: (R,) int32.
+
+    Returns:
+        (T, H, P).
     """
     (T, H, P), N, R = dt.shape, b.shape[2], query_start_loc.shape[0] - 1
     rows, X, G = (x, dt, b, c, z), x.shape[1], b.shape[1]

@@ -1,6 +1,6 @@
-"""Calling the C++ kernels through ctypes.
+"""ctypes bindings of the C++ kernels.
 
-`SIGNATURES` is the Python side of every kernel's signature; a test compares it with the C++ templates.
+`SIGNATURES` lists the argument types of every kernel; a test compares it with the C++ templates.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ SIGNATURES: dict[str, list[type]] = {
     "delta_rule": [*[_P, _I] * 5, _P, _P, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _B, _N],
     "selective_scan": [*[_P, _I] * 5, _P, _P, _P, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _I, _I, _N],
 }
-"""Argument types of each kernel, by its name in the C++."""
+"""Argument types of each kernel, by its name in C++."""
 
 _DTYPES = (torch.float32, torch.bfloat16)  # in the order in which the library exports a kernel
 
 kernels: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
-"""The kernels by name and dtype, once `available` has returned True."""
+"""Kernels by name and dtype; filled when `available` returns True."""
 
 _has_tiles = False
 
 
 @functools.cache
 def available() -> bool:
-    """Return whether the kernels can be called. The first call builds and loads the library."""
+    """Return True if the kernels can be called. The first call builds and loads the library."""
     return why_unavailable() is None
 
 
 @functools.cache
 def why_unavailable() -> str | None:
-    """Return why the kernels cannot be called, and log it once; None if they can.
+    """Return the reason why the kernels cannot be called, and log it once; None if they can.
 
-    `LAMELLA_NATIVE=0` switches them off; see also `build`.
+    `LAMELLA_NATIVE=0` turns the kernels off; see also `build`.
     """
     if os.environ.get("LAMELLA_NATIVE") == "0":
         logger.info("native CPU kernels are off (LAMELLA_NATIVE=0): using the portable torch path")
@@ -98,15 +98,16 @@ def _reason(error: Exception) -> str:
 
 
 def has_tiles() -> bool:
-    """Return whether bf16 products run on AMX."""
+    """Return True if bf16 products run on AMX."""
     return _has_tiles
 
 
 def load(library: Path) -> ctypes.CDLL:
-    """Load the library against torch's own OpenMP runtime.
+    """Load the library with torch's own OpenMP runtime.
 
-    torch's wheel brings a private copy under a name of its choice. A second runtime in the process would mean a second
-    pool of spinning threads, so the library names none, and finds its symbols in the copy that is mapped already.
+    torch's wheel contains a private copy of the runtime under its own name. A second runtime would create a second pool
+    of spinning threads. The library is therefore linked without one, and finds the symbols in the copy that is already
+    mapped.
     """
     mapped = re.findall(r"\s(/.*/lib(?:gomp|iomp5|omp)\b[^/\n]*\.so[^/\n]*)$", _maps(), re.MULTILINE)
     ctypes.CDLL(mapped[0] if mapped else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)

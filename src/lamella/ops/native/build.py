@@ -1,4 +1,4 @@
-"""Building the CPU kernels: one C++ library, compiled on first use for the machine that it runs on, and cached."""
+"""Build of the CPU kernels: one C++ library, compiled on first use for this machine's CPU, and cached."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # not on this system: two processes may compile the same, and either result serves
+except ImportError:  # no file locks on this system: two processes may compile the same library, which is harmless
     fcntl = None  # type: ignore[assignment]
 
 FOLDER = Path(__file__).parent
@@ -25,7 +25,7 @@ _UNIT = FOLDER / "kernels.cpp"  # includes all other sources
 
 
 def sources() -> list[Path]:
-    """Return every file that the library is made of."""
+    """Return all source files of the library."""
     return sorted(path for path in FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
 
 
@@ -143,7 +143,7 @@ def _cache() -> Path:
 
 
 def _key(parts: list[str]) -> str:
-    """Return a hash of all sources, by name, and of what else the library depends on."""
+    """Return a hash of the names and contents of all sources, and of `parts`."""
     contents = [part for path in sources() for part in (path.name.encode(), path.read_bytes())]
     return hashlib.sha256(b"\0".join([*contents, *(part.encode() for part in parts)])).hexdigest()[:16]
 
@@ -157,7 +157,7 @@ def _run(command: list[str], limit: float) -> str:
 
 
 def _cpu() -> str:
-    """Return what -march=native depends on: the CPU's model, and the features that this (virtual) machine shows."""
+    """Return the CPU's model and features, on which -march=native depends."""
     try:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Steps between the fused query/key/value projection and attention: norm, canon, rotation, cache write."""
+"""Operations between the fused query/key/value projection and attention: norm, canon, rotation, cache write."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def prepare_qkv(
     """Prepare the projected [q | k | v] for attention; see `reference.prepare_qkv`.
 
     Args:
-        qkv: (T, (H + 2 KV) D).
-        steps: the projection's sizes, norms, rotation and scaling.
-        cache: where keys and values go, written in place; None returns them.
-        canon: the convolution of [q | k | v] between norms and rotation.
+        qkv: (T, (H + 2 * KV) * D).
+        steps: sizes of the projection, norms, rotation and scaling.
+        cache: is written with keys and values; None to return them.
+        canon: convolution of [q | k | v] between norms and rotation, or None.
 
     Returns:
-        q (T, H, D), and k and v (T, KV, D) without a cache, None with one.
+        q (T, H, D), k and v (T, KV, D); k and v are None if `cache` is given.
     """
     return _table.choose(qkv)(qkv, steps, cache, canon)
 

@@ -1,4 +1,4 @@
-"""Norm, canon, rotation and cache write of queries, keys and values, by the operations' own references."""
+"""Norm, canon, rotation and cache write of queries, keys and values, composed of the ops' references."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from lamella.ops.short_conv.reference import short_conv
 def prepare_qkv(
     qkv: Tensor, steps: QKVSteps, cache: PagedCache | None = None, canon: ConvStep | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Prepare the projected [q | k | v] for attention: (q (T, H, D), k, v).
+    """Prepare the projected [q | k | v] for attention.
 
-    In this order: RMS norm of each head of q and of k; the convolution `canon` of [q | k | v], for one new token a
-    request; rotation of q and k; q times `steps.q_scale`; k and v written to the rows `cache.slot_mapping` of the
-    cache, in place. Each step is left out where its argument is None, and rounds to the dtype of qkv. k and v are
-    returned, each (T, KV, D), only without a cache.
+    In this order: RMS norm of each head of q and k; the convolution `canon` of [q | k | v], for one new token per
+    request; rotation of q and k; multiplication of q by `steps.q_scale`; write of k and v to the rows
+    `cache.slot_mapping` of the cache. An operation is skipped if its argument is None, and rounds to the dtype of qkv.
+
+    Returns:
+        q (T, H, D), k and v (T, KV, D); k and v are None if `cache` is given.
     """
     (num_heads, num_kv_heads, head_dim), norms, rope, q_scale = steps
     heads = num_heads, num_kv_heads, num_kv_heads

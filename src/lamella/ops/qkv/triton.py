@@ -1,4 +1,4 @@
-"""What lies between the fused query/key/value projection and attention, in one launch."""
+"""Operations between the fused query/key/value projection and attention, in one Triton launch."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from lamella.ops.operands import ConvStep, PagedCache, QKVSteps
 from lamella.ops.rms_norm.triton import row_scale
 from lamella.ops.short_conv.triton import convolve, load_history, load_taps, store_history
 
-WARPS = 2  # the norm has the bits of its own kernel if a warp has at least 512 channels
+WARPS = 2  # the norm is bitwise equal to its own kernel if a warp has at least 512 channels
 _NO_NORMS, _NO_ROPE = (None, None, 0.0), (None, None, False)
 
 
 def prepare_qkv(
     qkv: Tensor, steps: QKVSteps, cache: PagedCache | None = None, canon: ConvStep | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """See `reference.prepare_qkv`. Rows of qkv and heads in a row of a cache may be of any stride.
+    """Compute `reference.prepare_qkv`. Rows of qkv, and heads in a row of a cache, may have any stride.
 
-    With `canon`, the launch directly ahead in the stream may write qkv, and none of positions, slots and the history.
+    With `canon`, the launch directly ahead in the stream may write qkv, but not positions, slots or the history.
 
-    The same bits as rms_norm and short_conv in Triton, then rotation and write (the norm: where D is a multiple of 8,
-    and the stride of qkv's rows one of 16). Returns new contiguous tensors.
+    The result is bitwise equal to rms_norm and short_conv in Triton, followed by rotation and cache write (the norm: if
+    D is a multiple of 8 and the stride of qkv's rows is a multiple of 16). Returns new contiguous tensors.
     """
     (num_heads, num_kv_heads, head_dim), norms, rope, q_scale = steps
     tokens = qkv.shape[0]
@@ -97,7 +97,7 @@ def prepare_qkv(
         PAIR_COLUMNS=next_power_of_2(max(1, pairs)),
         BLOCK=block,
         num_warps=WARPS,
-        enable_fp_fusion=False,  # as in the kernels of which this is the composition
+        enable_fp_fusion=False,  # as in the separate kernels, for equal bits
         **dependent_launch(qkv),
     )
     return q, k, v
@@ -105,7 +105,7 @@ def prepare_qkv(
 
 @triton.jit
 def _load_gain(norm, column, D: tl.constexpr):
-    """The norm's weights of some columns, in a tuple that is empty without a norm."""
+    """Return the norm weights of some columns; an empty tuple without a norm."""
     gain = ()
     if norm is not None:
         gain = (tl.load(norm + column, mask=column < D, other=0.0),)
@@ -128,7 +128,7 @@ def _finish(
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """Some channels of some heads, normalised and, after what `past` holds, convolved."""
+    """Norm some channels of some heads, and convolve them after the inputs in `past`."""
     if len(gain) > 0:
         value = (value.to(tl.float32) * scale * gain[0]).to(value.dtype)
     if history is not None:
@@ -140,7 +140,7 @@ def _finish(
 
 @triton.jit
 def _turn(first, second, cos, sin):
-    """Pairs of channels turned, rounded to their dtype."""
+    """Rotate pairs of channels; round to their dtype."""
     left, right = first.to(tl.float32), second.to(tl.float32)
     return (left * cos - right * sin).to(first.dtype), (right * cos + left * sin).to(first.dtype)
 
@@ -190,12 +190,12 @@ def _prepare_heads(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """BLOCK of the HEADS heads a token has from channel FIRST on; to the rows `rows` of `out`, or token by token.
+    """Process BLOCK of a token's HEADS heads from channel FIRST on; write to the rows `rows` of `out`, or by token.
 
-    All channels are multiplied by the token's `factor` in the end, where there is one.
+    At the end, all channels are multiplied by the token's `factor`, if there is one.
     """
-    # Halves that are turned against each other are loaded as such: a pair must meet in one thread. Whole heads are
-    # loaded as well where they have channels that are not turned, and for the norm, whose sum has its own order.
+    # The two halves of a rotation are loaded separately, because a pair must be in one thread. Whole heads are loaded
+    # too if some channels are not rotated, and for the norm, whose sum has a fixed order.
     HALVES: tl.constexpr = PAIRS > 0 and not INTERLEAVED
     PAIR_BLOCK: tl.constexpr = COLUMNS // 2 if INTERLEAVED else PAIR_COLUMNS
     FIXED: tl.constexpr = 2 * PAIRS if HALVES else 0
@@ -228,7 +228,7 @@ def _prepare_heads(
         past_1 = load_history(history, stride_row, pair + PAIRS, pair_mask, position, WIDTH, dtype)
     wait_for_predecessor(PDL)
 
-    # All loads come before the first store, so that none waits for another.
+    # All loads come before the first store, so that no load waits for a store.
     if rows is not None:
         out += tl.load(rows + row, mask=valid, other=0)[:, None] * stride_out + head * stride_out_head
     else:

@@ -1,4 +1,4 @@
-"""RMS normalisation, alone or after adding the residual stream."""
+"""RMS norm, alone or after adding the residual stream."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lamella.ops.backend import BackendTable
 from lamella.ops.operands import ResidualNorm
 from lamella.ops.rms_norm import reference
 
-MAX_WIDTH = 16384  # of a row that one program of our Triton kernel holds
+MAX_WIDTH = 16384  # limit of the Triton kernel, whose programs hold whole rows
 
 _norm = BackendTable("rms_norm", __name__)
 _add_norm = BackendTable("add_rms_norm", __name__)
@@ -24,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, twice: bool = False) -> Tens
         x: (..., N).
         weight: (N,) fp32.
         eps: added to the mean square.
-        twice: round before the weight too.
+        twice: whether to round before the multiplication by the weight too.
 
     Returns:
         A new tensor of the shape and dtype of x.
@@ -33,7 +33,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, twice: bool = False) -> Tens
 
 
 def add_rms_norm(x: Tensor, norm: ResidualNorm, twice: bool = False) -> tuple[Tensor, Tensor]:
-    """Return `rms_norm` of x (T, N) + `norm.residual`, and that sum, rounded to the dtype of x."""
+    """Return the RMS norm of x + `norm.residual`, and the sum.
+
+    Args:
+        x: (T, N).
+        norm: residual, weight and epsilon.
+        twice: whether to round before the multiplication by the weight too.
+
+    Returns:
+        The norm and the sum, (T, N) each, in the dtype of x.
+    """
     return _add_norm.choose(x, twice)(x, norm, twice)
 
 

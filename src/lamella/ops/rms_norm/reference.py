@@ -1,4 +1,4 @@
-"""RMS normalisation in plain torch."""
+"""RMS norm in plain torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lamella.ops.operands import ResidualNorm
 def rms_norm(x: Tensor, weight: Tensor, eps: float, twice: bool = False) -> Tensor:
     """Return `x / sqrt(mean(x^2) + eps) * weight` over the last dimension, in fp32, rounded to the dtype of x.
 
-    With `twice` the normalised x is rounded before it is multiplied by the weight too, as `transformers` does.
+    With `twice`, the normalized x is also rounded before the multiplication by the weight, as in `transformers`.
 
     Args:
         x: (..., N).
@@ -27,9 +27,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, twice: bool = False) -> Tens
 
 
 def add_rms_norm(x: Tensor, norm: ResidualNorm, twice: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the norm of the new residual, and the new residual: x + `norm.residual`, rounded to their dtype.
-
-    The norm is of the rounded sum. x and the residual are (..., N).
-    """
+    """Return the norm of the rounded sum x + `norm.residual`, and the rounded sum; all are (..., N)."""
     total = (x.float() + norm.residual.float()).to(x.dtype)
     return rms_norm(total, norm.weight, norm.eps, twice), total

@@ -1,4 +1,4 @@
-"""RMS normalisation in Triton."""
+"""RMS norm in Triton."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lamella.ops.rms_norm import MAX_WIDTH
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, twice: bool = False) -> Tensor:
-    """See `reference.rms_norm`. x (T, N) or (T, heads, N), weight (N,) fp32; returns a new contiguous tensor."""
+    """Compute `reference.rms_norm` of x (T, N) or (T, heads, N), weight (N,) fp32; return a new contiguous tensor."""
     assert x.dim() in (2, 3)
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, None, weight, eps, normed, None, twice)
@@ -23,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, twice: bool = False) -> Tens
 def add_rms_norm(
     x: Tensor, norm: ResidualNorm, twice: bool = False, *, total: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.add_rms_norm`. x (T, N), weight fp32; returns new contiguous tensors, or the sum in `total`."""
+    """Compute `reference.add_rms_norm` of x (T, N), weight fp32; return new contiguous tensors."""
     residual, weight, eps = norm
     assert x.dim() == 2 and residual.shape == x.shape and residual.dtype == x.dtype and residual.stride(1) == 1
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -34,9 +34,9 @@ def add_rms_norm(
 
 
 def row_block(width: int) -> tuple[int, int, int]:
-    """Return how rows of `width` are divided: rows per program, columns with padding, warps.
+    """Return how rows of `width` elements are processed: rows per program, columns with padding, warps.
 
-    The order of a row's sum follows from the last two, so every kernel whose norm must have the same bits asks here.
+    The last two determine the order of a row's sum. Every kernel whose norm must be bitwise equal uses this function.
     """
     assert width <= MAX_WIDTH
     columns = next_power_of_2(width)
@@ -72,7 +72,7 @@ def _launch(
         ROWS=rows,
         TWICE=twice,
         num_warps=warps,
-        enable_fp_fusion=False,  # what is fused depends on the code around: other kernels must get the same bits
+        enable_fp_fusion=False,  # fusion depends on the surrounding code, but other kernels must give equal bits
         **dependent_launch(x),
     )
 

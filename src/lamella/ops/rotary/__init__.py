@@ -1,7 +1,7 @@
-"""Rotary position embedding of queries and keys, its angles, and the temperature of queries.
+"""Rotary position embedding (RoPE) of queries and keys, its cos and sin, and the temperature of queries.
 
-Angles and temperatures are opaque operations to torch.compile. They belong to the step, and the compiler would compute
-sines and logarithms again in each layer and for each head, which takes longer than the rotation itself.
+torch.compile sees cos/sin and temperatures as opaque operations. They are computed once per step; the compiler would
+recompute sines and logarithms in each layer and for each head, which takes longer than the rotation itself.
 """
 
 from __future__ import annotations
@@ -23,21 +23,49 @@ _temperature = BackendTable("temperature", __name__)
 
 
 def rotate(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-    """Return q (T, H, D) and k (T, KV, D) rotated, as new tensors; see `reference.rotate_heads`."""
+    """Rotate queries and keys; see `reference.rotate_heads`.
+
+    Args:
+        q: (T, H, D).
+        k: (T, KV, D).
+        rope: cos and sin of the tokens.
+
+    Returns:
+        New q and k.
+    """
     return _rotate.choose(q)(q, k, rope)
 
 
 def angles(
     positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return cos and sin (T, P) fp32 of positions (T,) int64 times frequencies (P,) fp32; see `reference.angles`."""
+    """Return cos and sin of positions times frequencies; see `reference.angles`.
+
+    Args:
+        positions: (T,) int64.
+        frequencies: (P,) fp32.
+        magnitude: factor of cos and sin.
+        period: positions are taken modulo this number; None for absolute positions.
+
+    Returns:
+        cos and sin, (T, P) fp32 each.
+    """
     if torch.compiler.is_compiling():
         return torch.ops.lamella.angles(positions, frequencies, magnitude, period)
     return _choose_angles(positions, frequencies, magnitude, period)
 
 
 def temperature(positions: Tensor, scale: float, floor_scale: int) -> Tensor:
-    """Return the factors (T,) fp32 of queries at positions (T,) int64; see `reference.temperature`."""
+    """Return the position-dependent factors of queries; see `reference.temperature`.
+
+    Args:
+        positions: (T,) int64.
+        scale: factor of the logarithm.
+        floor_scale: positions per step of the factor.
+
+    Returns:
+        (T,) fp32.
+    """
     if torch.compiler.is_compiling():
         return torch.ops.lamella.temperature(positions, scale, floor_scale)
     return _choose_temperature(positions, scale, floor_scale)

@@ -1,4 +1,4 @@
-"""Rotary position embedding, and the temperature of queries, in plain torch."""
+"""Rotary position embedding and the temperature of queries in plain torch."""
 
 from __future__ import annotations
 
@@ -9,40 +9,37 @@ from lamella.ops.operands import Rope
 
 
 def rotate_heads(q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-    """Return `rotate` of queries (T, H, D) and of keys (T, KV, D)."""
+    """Rotate queries (T, H, D) and keys (T, KV, D)."""
     return rotate(q, rope), rotate(k, rope)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Return x with the first 2 P channels of each head rotated, in fp32, rounded once; the others as they are.
-
-    x is (T, heads, D) with D >= 2 P.
-    """
+    """Rotate the first 2 * P channels of each head of x (T, heads, D) in fp32, rounded once; copy the others."""
     (cos, sin, interleaved), pairs = rope, rope.cos.shape[-1]
-    turned, rest = x[..., : 2 * pairs].float(), x[..., 2 * pairs :]
+    rotated, rest = x[..., : 2 * pairs].float(), x[..., 2 * pairs :]
     cos, sin = cos[:, None, :], sin[:, None, :]
     if interleaved:
-        first, second = turned[..., 0::2], turned[..., 1::2]
+        first, second = rotated[..., 0::2], rotated[..., 1::2]
     else:
-        first, second = turned[..., :pairs], turned[..., pairs:]
+        first, second = rotated[..., :pairs], rotated[..., pairs:]
     halves = (first * cos - second * sin, second * cos + first * sin)
-    turned = torch.stack(halves, dim=-1).flatten(-2) if interleaved else torch.cat(halves, dim=-1)
-    return torch.cat((turned.to(x.dtype), rest), dim=-1)
+    rotated = torch.stack(halves, dim=-1).flatten(-2) if interleaved else torch.cat(halves, dim=-1)
+    return torch.cat((rotated.to(x.dtype), rest), dim=-1)
 
 
 def angles(
     positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`magnitude` times cos and sin (T, P) fp32 of positions (T,) int64 times frequencies (P,) fp32.
+    """Return `magnitude` times cos and sin (T, P) fp32 of positions (T,) int64 times frequencies (P,) fp32.
 
-    With a `period`, of the positions modulo it, whose angles are as exact at a million as at the start.
+    With a `period`, positions are taken modulo it, so that large positions do not lose precision.
     """
     if period is not None:
         positions = positions % period
-    turns = positions.float()[:, None] * frequencies
-    return turns.cos() * magnitude, turns.sin() * magnitude
+    radians = positions.float()[:, None] * frequencies
+    return radians.cos() * magnitude, radians.sin() * magnitude
 
 
 def temperature(positions: Tensor, scale: float, floor_scale: int) -> Tensor:
-    """What queries are multiplied by at positions p (T,): `1 + scale log(1 + floor((p + 1) / floor_scale))`, fp32."""
+    """Return `1 + scale * log(1 + floor((p + 1) / floor_scale))` (T,) fp32 for positions p (T,)."""
     return torch.log1p(((positions + 1) // floor_scale).float()) * scale + 1.0

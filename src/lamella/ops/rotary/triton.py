@@ -1,4 +1,4 @@
-"""The angles of rotary position embedding, and temperatures, in Triton: one launch instead of one a function."""
+"""cos and sin of RoPE, and temperatures, in one Triton launch each."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, wait_for
 def angles(
     positions: Tensor, frequencies: Tensor, magnitude: float, period: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.angles`."""
+    """Compute `reference.angles`."""
     tokens, pairs = positions.shape[0], frequencies.shape[0]
     assert frequencies.dtype == torch.float32 and frequencies.is_contiguous() and positions.is_contiguous()
-    # No views of one tensor: outputs of an operation must not share memory.
+    # Separate tensors: outputs of a torch operation must not share memory.
     cos, sin = (torch.empty(tokens, pairs, dtype=torch.float32, device=positions.device) for _ in range(2))
     padded = next_power_of_2(pairs)
     rows = max(1, 512 // padded)
@@ -46,7 +46,7 @@ def _angles(
 
 
 def temperature(positions: Tensor, scale: float, floor_scale: int) -> Tensor:
-    """See `reference.temperature`."""
+    """Compute `reference.temperature`."""
     assert positions.is_contiguous()
     out = torch.empty(positions.shape, dtype=torch.float32, device=positions.device)
     block = 256

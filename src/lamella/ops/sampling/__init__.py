@@ -1,4 +1,4 @@
-"""From logits to tokens on the device, and from one step's tokens to the next one's input."""
+"""Sampling of tokens from logits on a GPU, and replacement of placeholder tokens in the next step's input."""
 
 from __future__ import annotations
 
@@ -10,39 +10,52 @@ from torch import Tensor
 from lamella.ops.backend import BackendTable
 from lamella.ops.sampling import reference
 
-_pending = BackendTable("placeholder_tokens", __name__)
+_placeholders = BackendTable("placeholder_tokens", __name__)
 
 GREEDY_BELOW = 1e-5
-"""Temperatures below this count as 0: dividing by them would only reproduce the argmax, at a loss of range."""
+"""Temperatures below this count as 0: dividing by them would give the argmax too, but could overflow."""
 
 
 NO_TOKEN = -1
-"""In the place of a row's token: its logits hold NaN or +Inf, or are all -Inf, so that nothing can be chosen."""
+"""Token of a row from which no token can be chosen: its logits contain NaN or +Inf, or are all -Inf."""
 
 
 def placeholder_tokens(input_ids: Tensor, tokens: Tensor) -> Tensor:
-    """Return input_ids (T,) int64 with tokens[r] (R,) int64 in place of each -1 - r.
+    """Replace placeholder tokens by the tokens that the previous step sampled.
 
-    In place of `NO_TOKEN` there is token 0: the request has ended, and the step's result for it is dropped.
+    `NO_TOKEN` becomes token 0: the request has ended, and its result in this step is discarded.
+
+    Args:
+        input_ids: (T,) int64; -1 - r is the placeholder for `tokens[r]`.
+        tokens: (R,) int64.
+
+    Returns:
+        (T,) int64.
     """
-    return _pending.choose(input_ids)(input_ids, tokens)
+    return _placeholders.choose(input_ids)(input_ids, tokens)
 
 
-@_pending.lazy("triton")
+@_placeholders.lazy("triton")
 def _triton_placeholders() -> Callable[..., Tensor]:
     from lamella.ops.sampling import triton_placeholders
 
     return triton_placeholders.placeholder_tokens
 
 
-_pending.backend("reference")(reference.placeholder_tokens)
+_placeholders.backend("reference")(reference.placeholder_tokens)
 
 
 def draw(logits: Tensor, sampling: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
-    """Choose a token for each row of logits (R, V) fp32 on a GPU, into `out` (R,) int64 if given.
+    """Sample a token for each row of logits on a GPU. The reference is `engine.steps.sampler`.
 
-    A row gets `NO_TOKEN` if none can be chosen. `sampling` has seed and step (R,) int64, top_k int32, temperature,
-    top_p and min_p fp32, with the meanings of `SamplingParams`. The reference is `engine.steps.sampler`.
+    Args:
+        logits: (R, V) fp32.
+        sampling: tensors (R,) with the meanings of `SamplingParams`: seed and step int64, top_k int32, temperature,
+            top_p and min_p fp32.
+        out: (R,) int64, is written; None to allocate it.
+
+    Returns:
+        (R,) int64; `NO_TOKEN` for rows from which no token can be chosen.
     """
     from lamella.ops.sampling import triton
 

@@ -1,11 +1,11 @@
-"""Tokens from logits in two launches, without sorting.
+"""Sampling of tokens from logits in two Triton launches, without sorting.
 
-The first kernel reads the logits once, many programs a row, and keeps the maximum and the sum of weights of every
-block, which is all that a greedy choice or a plain draw needs. The second has one program a row. Where top-k, top-p or
-min-p limit the row, it lists the few groups of tokens whose maximum says that they may matter, and looks for the limits
-among them by bisection over the logits' bits.
+The first kernel reads the logits once, with many programs per row, and stores the maximum and the sum of weights of
+every block. Greedy choice and sampling without limits need no more. The second kernel has one program per row. If
+top-k, top-p or min-p limit the row, it lists the few groups of tokens whose maximum is large enough to matter, and
+finds the limits among them by bisection over the bits of the logits.
 
-Weights are fp32 and their sums fp64: the choice is that of `sampler._draw` but where the seventh digit decides.
+Weights are fp32 and their sums fp64. The choice equals that of `sampler._draw`, except where the seventh digit decides.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, wait_for_predecessor
 from lamella.ops.sampling import GREEDY_BELOW, NO_TOKEN
 
-_BLOCK = 4096  # tokens of a program of the first kernel, and looked at at a time by the second
-_GROUP = 64  # tokens of which the second kernel knows the maximum
+_BLOCK = 4096  # tokens per program of the first kernel, and per iteration of the second
+_GROUP = 64  # tokens per group, for which the first kernel stores the maximum
 _GREEDY_BELOW = tl.constexpr(GREEDY_BELOW)
 _NO_TOKEN = tl.constexpr(NO_TOKEN)
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
-_LOWEST = tl.constexpr(-(2**31))  # below the key of every number
+_LOWEST = tl.constexpr(-(2**31))  # smaller than the key of any number
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -37,11 +37,19 @@ def sample(
     step: Tensor,
     out: Tensor,
 ) -> None:
-    """Write each row's next token to out (R,) int64, whatever the other rows are.
+    """Write each row's next token to out (R,) int64, independently of other rows.
 
-    logits (R, V) fp32, rows of any stride; temperature (below `GREEDY_BELOW`: greedy), top_p (1: none) and min_p
-    (0: none) (R,) fp32 or fp64; top_k (R,) int32 (0: none); seed (R,) int64; step (R,) int32 or int64. Equal logits
-    rank by ascending id. -inf is never chosen; a row that holds NaN or +inf, or nothing but -inf, gets `NO_TOKEN`.
+    Equal logits rank by ascending id. -inf is never chosen. A row with NaN or +inf, or with -inf only, gets `NO_TOKEN`.
+
+    Args:
+        logits: (R, V) fp32, rows of any stride.
+        temperature: (R,) fp32 or fp64; greedy below `GREEDY_BELOW`.
+        top_k: (R,) int32; 0 for no limit.
+        top_p: (R,) fp32 or fp64; 1 for no limit.
+        min_p: (R,) fp32 or fp64; 0 for no limit.
+        seed: (R,) int64.
+        step: (R,) int32 or int64.
+        out: (R,) int64, is written.
     """
     rows, vocab = logits.shape
     assert logits.dtype == torch.float32 and logits.stride(1) == 1
@@ -49,7 +57,7 @@ def sample(
     assert all(values.is_contiguous() for values in (temperature, top_k, top_p, min_p, seed, step, out))
     blocks = cdiv(vocab, _BLOCK)
     groups = blocks * (_BLOCK // _GROUP)
-    # Of each row, one entry a block and then one a group: maxima, and the likeliest tokens and a list of groups.
+    # For each row, one entry per block and then one per group: maxima, and likeliest tokens and a list of groups.
     maxima = logits.new_empty((rows, blocks + groups))
     indices = torch.empty_like(maxima, dtype=torch.int32)
     sums = logits.new_empty((rows, blocks), dtype=torch.float64)
@@ -65,13 +73,13 @@ def sample(
 
 @triton.jit
 def _ordered(x):
-    """NaN as +inf, which then is the maximum of its row, and -0 as 0, so that equal numbers have equal bits."""
+    """Replace NaN by +inf, which becomes the maximum of its row, and -0 by 0, so that equal numbers have equal bits."""
     return tl.where(x == 0, 0.0, tl.where(x == x, x, float("inf")))
 
 
 @triton.jit
 def _factors(temperature):
-    """log2(e) / temperature as a sum of two fp32 numbers: rounded to one, it would shift all weights alike."""
+    """Return log2(e) / temperature as a sum of two fp32 numbers; rounded to one, it would shift all weights."""
     factor = _LOG2_E / temperature.to(tl.float64)
     high = factor.to(tl.float32)
     return high, (factor - high.to(tl.float64)).to(tl.float32)
@@ -156,14 +164,14 @@ def _choose_kernel(
             x = _ordered(tl.load(logits_ptr + ids, mask=ids < vocab, other=float("-inf")))
             weights = _weight(x, maximum, factors).to(tl.float64)
             token = _first_above(tl.cumsum(weights), weights, target - before, ids)
-        # No weight was a number, say.
+        # For example, no weight was a finite number.
         token = tl.where((token >= 0) & (token < vocab), token, greedy)
     tl.store(out_ptr + row, tl.where(usable, token, _NO_TOKEN).to(tl.int64))
 
 
 @triton.jit
 def _first_above(sums, weights, target, ids):
-    """The first id of some weight whose running sum exceeds the target; should rounding leave none, the last one."""
+    """Return the first id whose running sum of weights exceeds the target; if rounding leaves none, the last one."""
     possible = weights > 0
     first = tl.min(tl.where(possible & (sums > target), ids, 2147483647))
     return tl.minimum(first, tl.max(tl.where(possible, ids, -1)))
@@ -171,7 +179,7 @@ def _first_above(sums, weights, target, ids):
 
 @triton.jit
 def _uniform(seed, step):
-    """`sampler.uniform`."""
+    """Return the uniform random number of `sampler.uniform`."""
     z = _mix(_mix(seed.to(tl.uint64) + _GOLDEN) + (step.to(tl.uint64) + 1) * _GOLDEN)
     return (z >> 11).to(tl.int64).to(tl.float64) * 1.1102230246251565e-16
 
@@ -185,7 +193,7 @@ def _mix(z):
 
 @triton.jit
 def _key(x):
-    """A whole number that is ordered as the fp32 numbers are."""
+    """Return an integer key that is ordered like the fp32 numbers."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -195,17 +203,17 @@ def _limited_draw(
     logits_ptr, vocab, maximum, factors, temperature, top_k, top_p, min_p, u, total, group_maxima_ptr, candidates_ptr,
     BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, PADDED_GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """The draw among the tokens with a key above `cut`, and the first `equals` of those that have it."""
+    """Sample among the tokens with a key above `cut`, and the first `equals` tokens with that key."""
     groups = tl.arange(0, PADDED_GROUPS)
     group_maxima = tl.load(group_maxima_ptr + groups, mask=groups < GROUPS, other=float("-inf"))
     group_keys = tl.where(groups < GROUPS, _key(group_maxima), _LOWEST)
     high = _key(maximum)
     by_rank = (top_k > 0) & (top_k < vocab)
-    # No token below the floor can matter, where
-    # - the top_k-th largest group has a maximum above, as this is no more than the top_k-th largest logit;
-    # - min-p leaves out all tokens below;
-    # - all tokens below together have too little weight for top-p to get at them.
-    # The factor 1/2 is for rounding.
+    # Tokens below the floor cannot be chosen if
+    # - the top_k-th largest group maximum is above it, because this is at most the top_k-th largest logit;
+    # - min-p excludes all tokens below it;
+    # - all tokens below it together have too little weight for top-p to reach them.
+    # The factor 1/2 allows for rounding.
     least = min_p
     if (top_p < 1) & (min_p == 0) & (not by_rank):
         least = (1 - top_p) * total / vocab
@@ -227,7 +235,7 @@ def _limited_draw(
     places = tl.cumsum(chosen.to(tl.int32)) - 1
     tl.store(candidates_ptr + places, groups, mask=chosen)
     tokens = tl.sum(chosen.to(tl.int32)) * GROUP
-    tl.debug_barrier()  # every thread reads what others have stored
+    tl.debug_barrier()  # threads read what other threads stored
 
     row = (logits_ptr, vocab, candidates_ptr, tokens, maximum, factors, min_p)
     cut = floor
@@ -264,13 +272,13 @@ def _limited_draw(
 
 @triton.jit
 def _middle(low, high):
-    """Of two int32, rounded down, without overflow."""
+    """Return the mean of two int32, rounded down, without overflow."""
     return (low & high) + ((low ^ high) >> 1)
 
 
 @triton.jit
 def _tile(row, tile, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """Ids, keys and fp64 weights of some candidates, by ascending id."""
+    """Return ids, keys and fp64 weights of some candidates, by ascending id."""
     logits_ptr, vocab, candidates_ptr, tokens, maximum, factors, min_p = row
     index = tile + tl.arange(0, BLOCK)
     group = tl.load(candidates_ptr + index // GROUP, mask=index < tokens, other=0)
@@ -283,7 +291,7 @@ def _tile(row, tile, BLOCK: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def _above(row, cut, BLOCK: tl.constexpr, GROUP: tl.constexpr, WEIGHTS: tl.constexpr):
-    """The weight, or the number, of the candidates with a key above `cut`."""
+    """Return the weight, or the number, of the candidates with a key above `cut`."""
     total = tl.zeros((), tl.float64)
     for tile in range(0, row[3], BLOCK):
         _, keys, weights = _tile(row, tile, BLOCK, GROUP)
@@ -304,13 +312,13 @@ def _weight_of_key(row, key):
 
 @triton.jit
 def _kept(row, cut, equals, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """The weight of the candidates above `cut` and of `equals` on it."""
+    """Return the weight of the candidates with a key above `cut` and of the first `equals` with that key."""
     return _above(row, cut, BLOCK, GROUP, True) + tl.where(equals > 0, _weight_of_key(row, cut) * equals, 0.0)
 
 
 @triton.jit
 def _search(row, low, high, limit, BLOCK: tl.constexpr, GROUP: tl.constexpr, WEIGHTS: tl.constexpr):
-    """The lowest key from `low` to `high` above which there is less than `limit`, and how much there is."""
+    """Return the lowest key from `low` to `high` above which there is less than `limit`, and that amount."""
     above = tl.zeros((), tl.float64)
     while low < high:
         middle = _middle(low, high)

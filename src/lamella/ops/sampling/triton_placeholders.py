@@ -1,4 +1,4 @@
-"""Filling in the tokens of the step before, in Triton: one launch."""
+"""Replacement of placeholder tokens in one Triton launch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BLOCK = 1024
 
 
 def placeholder_tokens(input_ids: Tensor, tokens: Tensor) -> Tensor:
-    """See the package's function of this name."""
+    """Replace placeholder tokens; see `lamella.ops.sampling.placeholder_tokens`."""
     assert input_ids.dtype == tokens.dtype == torch.int64 and input_ids.is_contiguous() and tokens.is_contiguous()
     out = torch.empty_like(input_ids)
     count = input_ids.shape[0]

@@ -12,7 +12,7 @@ from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
 from lamella.ops.selective_scan import cpu, reference
 
-_MAX_WIDTH = 256  # of a state that a program of our Triton kernel holds
+_MAX_WIDTH = 256  # limit of the Triton kernel, whose programs hold whole rows of a state
 
 _table = BackendTable("selective_scan", __name__)
 
@@ -41,9 +41,12 @@ def selective_scan(
         a_log: (H, P, N) fp32.
         dt_bias: (H, P) fp32, or None.
         d: (H, P) fp32.
-        batch: the requests.
-        state: matrices (slots, H, P, N), updated in place; None starts every request from zero.
-        out: (T, H, P) contiguous, where the result goes; None makes a new tensor.
+        batch: lengths of the requests.
+        state: matrices (slots, H, P, N), updated in place; with None every request starts from zero.
+        out: (T, H, P) contiguous, is written; None to allocate it.
+
+    Returns:
+        (T, H, P) in the dtype of x.
     """
     return _table.choose(x, b)(x, dt, b, c, z, a_log, dt_bias, d, batch, state, out)
 

@@ -1,4 +1,4 @@
-"""The selective scan of "The Mamba in the Llama" over a ragged batch in plain torch: token after token."""
+"""Selective scan of "The Mamba in the Llama" over a ragged batch in plain torch, token by token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lamella.ops.ragged_chunks import read_states
 
 
 def step_size(dt: Tensor, dt_bias: Tensor | None) -> Tensor:
-    """`softplus(dt + dt_bias)` in fp32."""
+    """Return `softplus(dt + dt_bias)` in fp32."""
     return softplus(dt.float() if dt_bias is None else dt.float() + dt_bias.float())
 
 
@@ -29,18 +29,30 @@ def selective_scan(
     state: RecurrentState | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Each head's state S (P, N), continued from what its request saw before.
+    """Update each head's state S (P, N) token by token; in fp32, rounded once.
 
-    With `delta = softplus(dt + dt_bias)` and `A = -exp(a_log)`, each token does
-    `S <- exp(delta A) S + delta x b^T` (elementwise; delta and x of each of the P channels), and its output is
-    `(S c + d x) silu(z)`. Arithmetic in fp32, rounded once. Mamba (https://arxiv.org/abs/2312.00752) with the heads
-    of the attention that it replaces (https://arxiv.org/abs/2408.15237).
+    With `delta = softplus(dt + dt_bias)` and `A = -exp(a_log)`, each token computes `S <- exp(delta A) S + delta x b^T`
+    (elementwise; delta and x per channel P), and its output is `(S c + d x) silu(z)`.
 
-    x (T, X, P) and b (T, G, N), head h reading x of `h // (H / X)` and b of `h // (H / G)`; c (T, H, N); z, dt
-    (T, H, P); a_log (H, P, N), d (H, P) and dt_bias (H, P) or None, fp32. state (slots, H, P, N) fp32, contiguous
-    within a slot, replaced in place in the rows `slots` (R,) int64; a request whose first token is among the new ones
-    starts from zero, whatever its slot contains. Without a state every request starts from nothing. Returns (T, H, P)
-    in the dtype of x.
+    Mamba (https://arxiv.org/abs/2312.00752) with the heads of the attention that it replaces
+    (https://arxiv.org/abs/2408.15237).
+
+    Args:
+        x: (T, X, P); head h reads x of `h // (H / X)`.
+        dt: (T, H, P).
+        b: (T, G, N); head h reads b of `h // (H / G)`.
+        c: (T, H, N).
+        z: (T, H, P).
+        a_log: (H, P, N) fp32.
+        dt_bias: (H, P) fp32, or None.
+        d: (H, P) fp32.
+        batch: lengths of the requests.
+        state: matrices (slots, H, P, N) fp32, contiguous within a slot, updated in place. A request whose first token
+            is among the new ones starts from zero, whatever its slot contains. With None every request does.
+        out: (T, H, P) contiguous, is written; None to allocate it.
+
+    Returns:
+        (T, H, P) in the dtype of x.
     """
     heads = dt.shape[1]
     x_fp32 = x.float().repeat_interleave(heads // x.shape[1], 1)

@@ -1,9 +1,9 @@
-"""The selective scan in Triton: a tile of states in registers, walking over tokens.
+"""Selective scan in Triton: token by token, with a tile of states in registers.
 
-A tile is some channels of any heads with the whole width of their states, since channels do not notice each other.
-Steps and short pieces walk over the tokens of a request in one launch. Few long prompts would leave the machine empty:
-they are cut into chunks in three launches. The first has what each chunk adds to a state, the second walks over the
-chunks for the state before each, the third has the outputs.
+A tile is some channels of any heads with the whole width of their states; channels are independent. Decode steps and
+short prompts iterate over the tokens of a request in one launch. Few long prompts would leave most of the GPU idle, so
+they are split into chunks in three launches: the first computes what each chunk adds to the state, the second iterates
+over the chunks to get the state before each of them, and the third computes the outputs.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from lamella.ops.launch import cdiv, dependent_launch, next_power_of_2, wait_for
 from lamella.ops.operands import RecurrentState
 from lamella.ops.ragged import RaggedBatch
 
-ENTRIES = 1024  # of the state a program
+ENTRIES = 1024  # state entries per program
 ENTRIES_PER_WARP = 256  # so that no entry of a smaller tile is in two warps
-MAX_WIDTH = 256  # of a state
+MAX_WIDTH = 256  # of a state row
 CHUNK = 64  # tokens
-# Chunks do nearly twice the work. They pay where requests have this many new tokens each, and there are not so many
-# programs without. Both to be measured.
+# Chunks do nearly twice the work. They pay off if requests have this many new tokens each, and if there would be fewer
+# programs than this without chunks. Neither limit has been measured.
 MIN_LENGTH = 128
 PROGRAMS = 1024
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -44,10 +44,10 @@ def selective_scan(
     *,
     chunked: bool | None = None,
 ) -> Tensor:
-    """See `reference.selective_scan`; N <= 256. Tokens of the operands may lie apart; `out` is contiguous.
+    """Compute `reference.selective_scan` for N <= 256. Operands may have any stride over tokens; `out` is contiguous.
 
-    Prompts are cut into chunks if `chunked`; where that is not given, if it should be faster. Decodes have a launch of
-    their own, so that their bits do not depend on the prompts beside them.
+    Prompts are split into chunks if `chunked` is True; by default if that should be faster. Decodes have their own
+    launch, so that their bits do not depend on prompts in the batch.
     """
     (tokens, heads, channels), width = dt.shape, b.shape[2]
     assert z.shape == dt.shape and x.shape == (tokens, x.shape[1], channels) and b.shape == (tokens, b.shape[1], width)
@@ -92,8 +92,8 @@ def selective_scan(
     if not chunked:
         _scan[(blocks, prompts)](*operands, *memory, decodes, *strides, DECODE=False, **sizes)
         return y
-    # Request r of the prompts has its chunks from number `start // CHUNK + r` on: no two have the same, and only few
-    # numbers, whose programs do nothing, stand for none.
+    # The chunks of prompt r have the numbers from `start // CHUNK + r` on. The numbers are unique; the few unused
+    # numbers belong to programs that do nothing.
     chunks = prompt_tokens // CHUNK + prompts
     states = torch.empty((chunks, *a_log.shape), dtype=torch.float32, device=x.device)
     totals = torch.empty((chunks, heads, channels), dtype=torch.float32, device=x.device)
@@ -128,7 +128,7 @@ def _load_constants(
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Return the rates of decay in powers of two (rows, columns), and each channel's step bias and factor, fp32."""
+    """Return the decay rates in powers of two (rows, columns), and each channel's step bias and factor, fp32."""
     inside = channel < CHANNELS
     mask = inside[:, None] & (column < WIDTH)[None, :]
     entry = channel[:, None] * WIDTH + column[None, :]
@@ -160,7 +160,7 @@ def _pointers(
     X_GROUP: tl.constexpr,
     B_GROUP: tl.constexpr,
 ):
-    """Pointers to the operands of the token `start`."""
+    """Return pointers to the operands of the token `start`."""
     head = channel // PER_HEAD
     x += start * stride_x + head // X_GROUP * PER_HEAD + channel % PER_HEAD
     dt += start * stride_dt + channel
@@ -184,7 +184,7 @@ def _load_token(
     mask,
     OUTPUTS: tl.constexpr,
 ):
-    """The operands of a token after the first; zeros unless it is `live`."""
+    """Load the operands of a later token; zeros unless it is `live`."""
     step = tl.load(pointers[1] + token * stride_dt, mask=inside & live, other=0.0)
     value = tl.load(pointers[0] + token * stride_x, mask=inside & live, other=0.0)
     entry = tl.load(pointers[2] + token * stride_b, mask=mask & live, other=0.0)
@@ -197,7 +197,7 @@ def _load_token(
 
 @triton.jit
 def _advance(memory, operands, rates, bias):
-    """The states after a token, and the size of its step."""
+    """Return the states after a token, and its step size."""
     step = softplus(operands[0].to(tl.float32) + bias)
     added = (step * operands[1].to(tl.float32))[:, None] * operands[2].to(tl.float32)
     return memory * tl.exp2(step[:, None] * rates) + added, step
@@ -205,7 +205,7 @@ def _advance(memory, operands, rates, bias):
 
 @triton.jit
 def _output(memory, operands, factor):
-    """The output at a token, from the states after it."""
+    """Return the output of a token, from the states after it."""
     y = tl.sum(memory * operands[3].to(tl.float32), axis=1) + factor * operands[1].to(tl.float32)
     gate = operands[4].to(tl.float32)
     return y * (gate * sigmoid(gate))
@@ -230,7 +230,7 @@ def _walk(
     CHANNELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ):
-    """The states after `count` tokens from the pointers on, and the sum of their steps; stores the outputs."""
+    """Process `count` tokens from the pointers on; store the outputs, return the states and the sum of the steps."""
     total = tl.zeros_like(bias)
     ahead = _load_token(
         pointers, 0, count > 0, stride_x, stride_dt, stride_b, stride_c, stride_z, inside, mask, OUTPUTS
@@ -281,7 +281,7 @@ def _scan(
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The requests from `first` on, each of them token after token."""
+    """Scan the requests from `first` on, token by token."""
     channel, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     request = first + tl.program_id(1)
     inside = channel < CHANNELS
@@ -315,13 +315,13 @@ def _scan(
             inside, mask, CHANNELS, True,
         )  # fmt: skip
     if state is not None:
-        tl.debug_barrier()  # where a tile is smaller than its threads, one may load what another stores
+        tl.debug_barrier()  # if a tile has fewer elements than threads, one thread may load what another stores
         tl.store(state, memory, mask=mask & (count > 0))
 
 
 @triton.jit
 def _first_chunk(query_start_loc, first, request, CHUNK: tl.constexpr):
-    """The number of the first chunk of a request of the prompts, whose tokens begin at the token `first`."""
+    """Return the number of a prompt's first chunk; its tokens start at the token `first`."""
     return (tl.load(query_start_loc + first + request) - first) // CHUNK + request
 
 
@@ -361,9 +361,9 @@ def _chunk(
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Compute the outputs of a chunk from the state before it, in `states`, if OUTPUTS.
+    """With OUTPUTS, compute the outputs of a chunk from the state before it, in `states`.
 
-    Otherwise the state that the chunk leaves of a zero state goes to `states`, and the sum of its steps to `totals`.
+    Otherwise write the state after the chunk, started from zero, to `states`, and the sum of its steps to `totals`.
     """
     channel, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     number = tl.program_id(1)
@@ -371,7 +371,7 @@ def _chunk(
     mask = inside[:, None] & (column < WIDTH)[None, :]
     rates, bias, factor = _load_constants(a_log, dt_bias, d, channel, column, CHANNELS, WIDTH)
     wait_for_predecessor(PDL)
-    # The last request whose first chunk has this number or a lower one.
+    # The last request whose first chunk has at most this number.
     low, high = 0, prompts
     while high - low > 1:
         middle = (low + high) // 2
@@ -415,7 +415,7 @@ def _between_chunks(
     COLUMNS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """In `states`, what each chunk leaves of nothing is replaced by the state before it; the last goes to the slot."""
+    """Replace each chunk's state in `states` by the state before the chunk; write the last state to the slot."""
     channel, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     request = first + tl.program_id(1)
     inside = channel < CHANNELS

@@ -1,4 +1,4 @@
-"""Short causal convolution with per-request history (canon layers, and the conv in front of recurrent mixers)."""
+"""Short causal convolution with per-request history, for canon layers and recurrent mixers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ def short_conv(
     """Convolve x (T, C) over time, continued from each request's history; see `reference.short_conv`.
 
     Args:
-        x: (T, C), tokens of `batch`.
-        conv: weights of C channels.
-        batch: the requests.
-        state: their histories, updated in place; None starts every request from nothing.
-        out: (T, C) contiguous, where the result goes; None makes a new tensor.
+        x: (T, C).
+        conv: weights for C channels.
+        batch: lengths of the requests.
+        state: history of the requests, updated in place; with None every request starts without history.
+        out: (T, C) contiguous, is written; None to allocate it.
+
+    Returns:
+        (T, C) in the dtype of x.
     """
     return _conv.choose(x)(x, conv, batch, state, out)
 
@@ -37,7 +40,18 @@ def short_conv(
 def short_conv_swiglu(
     x: Tensor, conv: ConvWeights, batch: RaggedBatch, state: ConvState | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """Return `swiglu` of the convolved x (T, 2 I), in one kernel on a GPU: (T, I). Arguments as for `short_conv`."""
+    """Compute `short_conv` and then `swiglu`, in one kernel on a GPU.
+
+    Args:
+        x: (T, 2 * I).
+        conv: weights for 2 * I channels.
+        batch: lengths of the requests.
+        state: history of the requests, updated in place, or None.
+        out: (T, I) contiguous, is written; None to allocate it.
+
+    Returns:
+        (T, I) in the dtype of x.
+    """
     return _conv_swiglu.choose(x)(x, conv, batch, state, out)
 
 
@@ -51,17 +65,20 @@ def norm_short_conv(
     total: Tensor | None = None,
     early: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the convolution of `add_rms_norm(x, norm)` and the new residual, in one kernel on a GPU.
+    """Compute `add_rms_norm(x, norm)` and then `short_conv`, in one kernel on a GPU.
 
     Args:
-        x: (T, C), as the residual.
-        norm: applied first.
-        conv: weights of C channels.
-        batch: the requests.
-        state: their histories, updated in place, or None.
-        out: (T, C) contiguous, where the convolution goes, or None.
-        total: (T, C) contiguous, where the new residual goes, or None.
+        x: (T, C).
+        norm: residual, weight and epsilon.
+        conv: weights for C channels.
+        batch: lengths of the requests.
+        state: history of the requests, updated in place, or None.
+        out: (T, C) contiguous, is written with the convolution; None to allocate it.
+        total: (T, C) contiguous, is written with the new residual; None to allocate it.
         early: whether the kernel may read history, slots and positions while the launch directly ahead still runs.
+
+    Returns:
+        The convolution and the new residual, (T, C) each.
     """
     return _norm_conv.choose(x)(x, norm, conv, batch, state, out, total, early)
 

@@ -1,4 +1,4 @@
-"""The short causal convolution over a ragged batch in plain torch, without a loop over requests."""
+"""Short causal convolution over a ragged batch in plain torch, without a loop over requests."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lamella.ops.swiglu.reference import swiglu
 def short_conv(
     x: Tensor, conv: ConvWeights, batch: RaggedBatch, state: ConvState | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """Depthwise causal convolution, continued from what each request saw before.
+    """Compute the depthwise causal convolution in fp32, rounded once.
 
-    `c_t = bias + sum_o weight[:, W-1-o] * x_{t-o}` with taps o = 0..W-1, where a tap counts only if o <= the token's
-    absolute position: inputs that an earlier request left in a slot are never read. Then `silu(c)` with
-    `conv.activation`, and `x + c` with `conv.residual`. Arithmetic in fp32, rounded once.
+    `c_t = bias + sum_o weight[:, W-1-o] * x_{t-o}` with taps o = 0..W-1. A tap counts only if o <= the token's absolute
+    position, so that inputs of an earlier request in the slot are never read. Then `silu(c)` with `conv.activation`,
+    and `x + c` with `conv.residual`.
 
-    The call writes the new inputs to the slots of `state`, and zeros for positions before a request's first token.
-    Without a state every request starts from nothing. Returns (T, C) in the dtype of x, or `out` if given.
+    The new inputs are written to the slots of `state`, and zeros for positions before a request's first token. The
+    arguments are those of `lamella.ops.short_conv.short_conv`.
     """
     (weight, bias, activation, residual), num_tokens = conv, x.shape[0]
     width = weight.shape[1]
@@ -54,7 +54,7 @@ def short_conv(
 def short_conv_swiglu(
     x: Tensor, conv: ConvWeights, batch: RaggedBatch, state: ConvState | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """Return `swiglu` of the convolved x (T, 2 I): (T, I)."""
+    """Compute `short_conv` of x (T, 2 * I) and then `swiglu`; return (T, I)."""
     y = swiglu(short_conv(x, conv, batch, state))
     return y if out is None else out.copy_(y)
 
@@ -69,20 +69,20 @@ def norm_short_conv(
     total: Tensor | None = None,
     early: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the convolution of `add_rms_norm(x, norm)`, and the new residual. `early` changes no result."""
+    """Compute `add_rms_norm(x, norm)` and then `short_conv`; return the result and the residual. `early` is unused."""
     normed, new_residual = add_rms_norm(x, norm)
     y = short_conv(normed, conv, batch, state, out)
     return y, new_residual if total is None else total.copy_(new_residual)
 
 
 def _next_history(x: Tensor, batch: RaggedBatch, old: Tensor) -> Tensor:
-    """Return the rings `old` (R, W-1, C) with each request's new tokens."""
+    """Return the ring buffers `old` (R, W-1, C) updated by each request's new tokens."""
     rows = old.shape[1]
     row = torch.arange(rows, device=x.device)
     bounds = batch.query_start_loc
     last = batch.seq_lens[:, None] - 1
-    position = last - (last - row) % rows  # the latest that belongs into each row; negative: there is none yet
-    local = position - last - 1 + bounds.diff()[:, None]  # among the new tokens; negative: it is there already
+    position = last - (last - row) % rows  # latest position stored in each row; negative if there is none yet
+    local = position - last - 1 + bounds.diff()[:, None]  # index among the new tokens; negative if the row is unchanged
     fresh = x[(bounds[:-1, None] + local).clamp(min=0)]
     state = torch.where((local >= 0)[:, :, None], fresh.to(old.dtype), old)
     return torch.where((position >= 0)[:, :, None], state, 0.0)

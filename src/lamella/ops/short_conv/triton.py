@@ -1,9 +1,9 @@
-"""The short causal convolution in Triton, alone or with the norm before it or the gate after it in the same launch.
+"""Short causal convolution in Triton, alone or fused with the norm before it or the gate after it.
 
-One launch serves prefill and decode together without a race on the histories: the first R programs own a request
-each, whose history nobody else touches, and compute those of its outputs that need the history; the programs after
-them compute all others, whose taps lie within x, walking over the tokens with the last taps in registers and the
-loads of the next tokens under way.
+One launch computes prefills and decodes together without a race on the histories. Each of the first R programs has one
+request; only this program accesses the request's history, and it computes the outputs that need the history. The
+further programs compute all other outputs, whose taps are within x. They iterate over tokens with the last taps in
+registers, while the next tokens are being loaded.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from lamella.ops.ragged import RaggedBatch
 from lamella.ops.rms_norm.triton import add_rms_norm, row_block, row_scale
 from lamella.ops.swiglu.triton import silu
 
-BLOCK = 512  # channels a program
-MAX_TOKENS = 32  # a program: a bit of an integer each
-CHUNK = 4  # tokens whose inputs are on their way at once; twice as many, a program's fewest, reach over W - 1
-PROGRAMS = 1024  # so many are wanted before a program gets more tokens than it must have
+BLOCK = 512  # channels per program
+MAX_TOKENS = 32  # per program; each is one bit of an integer
+CHUNK = 4  # tokens being loaded at the same time; twice as many, the minimum per program, are at least W - 1
+PROGRAMS = 1024  # number of programs to reach before programs get more tokens than the minimum
 _NO_STATE = (None, None)
 
 
 def short_conv(
     x: Tensor, conv: ConvWeights, batch: RaggedBatch, state: ConvState | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """See `reference.short_conv`; the channels of a history are contiguous.
+    """Compute `reference.short_conv`; the channels of a history must be contiguous.
 
-    A weight whose taps lie apart (stride 1 over channels) is read faster.
+    A weight with stride 1 over channels is read faster.
     """
     return _convolve(x, conv, batch, state, out, gated=False)
 
@@ -40,7 +40,7 @@ def short_conv(
 def short_conv_swiglu(
     x: Tensor, conv: ConvWeights, batch: RaggedBatch, state: ConvState | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """Return `swiglu(short_conv(x, ...))` with the same bits. x (T, 2 I); returns (T, I)."""
+    """Compute `swiglu(short_conv(x, ...))`, bitwise equal, of x (T, 2 * I); return (T, I)."""
     return _convolve(x, conv, batch, state, out, gated=True)
 
 
@@ -54,12 +54,12 @@ def norm_short_conv(
     total: Tensor | None = None,
     early: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm(x, norm)`, then `short_conv` of the norm, with the same bits: (convolved, new residual).
+    """Compute `add_rms_norm(x, norm)` and then `short_conv`, bitwise equal; return the result and the new residual.
 
-    One launch where every request has one new token, and rows are wide and aligned enough for the sum of the norm to
-    have its own kernel's order. x and residual (T, C); the norm's weight (C,) fp32. With `early` the launch directly
-    ahead in the stream may write x, and none of history, slots and positions; and the one behind starts as
-    `start_successor` says of one that comes before the wait.
+    One launch is used if every request has one new token, and if rows are wide and aligned enough to keep the order of
+    the norm's own sum. x and residual are (T, C), the norm's weight is (C,) fp32. With `early`, the launch directly
+    ahead in the stream may write x, but not history, slots or positions, and the next launch may start before this
+    kernel's wait (see `start_successor`).
     """
     residual, norm_weight, eps = norm
     rows, columns, warps = row_block(x.shape[1])
@@ -117,7 +117,7 @@ def _convolve(
     width = channels // (1 + gated)
     decode = batch.num_decodes == batch.num_requests
     blocks = cdiv(width, BLOCK)
-    # Many tokens a program share the loads of its weights and of the tokens before them; few fill the machine sooner.
+    # Many tokens per program share the loads of weights and previous tokens; few tokens give more programs.
     block_tokens = min(MAX_TOKENS, max(2 * CHUNK, next_power_of_2(tokens * blocks // PROGRAMS)))
     programs = batch.num_requests + (0 if decode else cdiv(tokens, block_tokens))
     y = torch.empty((tokens, width), dtype=x.dtype, device=x.device) if out is None else out
@@ -148,14 +148,14 @@ def _convolve(
         MAX_TOKENS=MAX_TOKENS,
         CHUNK=CHUNK,
         num_warps=_warps(gated, weight.shape[1], x.element_size()),
-        enable_fp_fusion=False,  # what is fused depends on the code around, and all these kernels must agree
+        enable_fp_fusion=False,  # fusion depends on the surrounding code, but all these kernels must give equal bits
         **dependent_launch(x),
     )
     return y
 
 
 def _warps(gated: bool, width: int, element_size: int) -> int:
-    """The windows and weights of a thread's channels live in registers: large ones leave room for fewer channels."""
+    """Return the channels per program: windows and weights are in registers, so wide windows allow fewer channels."""
     return 4 if (1 + gated) * width * element_size <= 16 else 8
 
 
@@ -175,7 +175,7 @@ def _history_strides(history: Tensor | None) -> tuple[int, int]:
 
 @triton.jit
 def load_taps(weight, bias, channel, mask, stride_channel, stride_tap, WIDTH: tl.constexpr):
-    """The WIDTH weights of each channel, oldest tap first, then the bias where there is one."""
+    """Load the WIDTH weights of each channel, oldest tap first, and then the bias if there is one."""
     taps = ()
     for tap in tl.static_range(WIDTH):
         pointer = weight + channel * stride_channel + tap * stride_tap
@@ -187,13 +187,13 @@ def load_taps(weight, bias, channel, mask, stride_channel, stride_tap, WIDTH: tl
 
 @triton.jit
 def load_history(history, stride_row, channel, mask, position, WIDTH: tl.constexpr, dtype: tl.constexpr):
-    """The WIDTH-1 inputs before `position`, oldest first, zero where there was none or without a history."""
+    """Load the WIDTH-1 inputs before `position`, oldest first; zeros before position 0 or without a history."""
     rows = ()
     for index in tl.static_range(WIDTH - 1):
         if history is None:
             rows += (tl.zeros(channel.shape, dtype),)
         else:
-            # The input at position - (WIDTH-1) + index, whose row is its position modulo WIDTH-1.
+            # The input at position - (WIDTH-1) + index; its row is that position modulo WIDTH-1.
             seen = position >= WIDTH - 1 - index
             row = (position + index).to(tl.int32) % (WIDTH - 1)
             rows += (tl.load(history + row * stride_row + channel, mask=mask & seen, other=0.0),)
@@ -202,12 +202,12 @@ def load_history(history, stride_row, channel, mask, position, WIDTH: tl.constex
 
 @triton.jit
 def store_history(history, stride_row, channel, mask, position, value, WIDTH: tl.constexpr):
-    """Keep, where there is a history, the input `value` at `position`, in place of that WIDTH-1 before it."""
+    """Store the input `value` at `position` in the history, if there is one, over the input WIDTH-1 before it."""
     if history is not None:
-        tl.debug_barrier()  # where a layout is unaligned, one thread may load what another stores
+        tl.debug_barrier()  # if a layout is unaligned, one thread may load what another stores
         newest = position.to(tl.int32) % (WIDTH - 1)
         for row in tl.static_range(WIDTH - 1):
-            # Of a request that begins, the rows of positions to come are another's: they become zero.
+            # At the start of a request, rows of later positions contain another request's inputs: set them to zero.
             kept = tl.where(row == newest, value, 0.0).to(value.dtype)
             tl.store(history + row * stride_row + channel, kept, mask=mask & ((row == newest) | (row > position)))
 
@@ -221,7 +221,7 @@ def convolve(
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """The output at the last of rows[first : first + WIDTH], rounded to their dtype."""
+    """Return the output at the last of rows[first : first + WIDTH], rounded to their dtype."""
     return _weigh(rows, taps, first, WIDTH, ACTIVATION, RESIDUAL).to(rows[first].dtype)
 
 
@@ -234,7 +234,7 @@ def _weigh(
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
-    """`convolve` before it rounds. Fused multiply-adds by name: what a compiler fuses depends on the code around."""
+    """Return `convolve` before rounding, with explicit FMAs: compiler fusion depends on the surrounding code."""
     current = rows[first + WIDTH - 1].to(tl.float32)
     total = current * taps[WIDTH - 1]
     if RESIDUAL and not ACTIVATION:
@@ -264,7 +264,7 @@ def _request_rows(
     WIDTH: tl.constexpr,
     DECODE: tl.constexpr,
 ):
-    """The WIDTH-1 inputs before a request's new tokens and as many (DECODE: one) of these; updates the history."""
+    """Load the WIDTH-1 inputs before a request's new tokens and as many new ones (DECODE: one); update the history."""
     rows = load_history(history, stride_row, channel, mask, position, WIDTH, x.dtype.element_ty)
     for token in tl.static_range(1 if DECODE else WIDTH - 1):
         pointer = x + (start + token) * stride_x + channel
@@ -275,7 +275,7 @@ def _request_rows(
         tl.debug_barrier()  # as in store_history
         last = position + count - 1
         for row in tl.static_range(WIDTH - 1):
-            # The latest position that belongs here: new, there already, or none, before the first.
+            # The latest position of this row: a new token, an old one, or negative if there is none.
             latest = last - (last - row + WIDTH - 1) % (WIDTH - 1)
             token = latest - position
             value = tl.load(x + (start + token) * stride_x + channel, mask=mask & (token >= 0), other=0.0)
@@ -306,7 +306,7 @@ def _request(
     GATED: tl.constexpr,
     DECODE: tl.constexpr,
 ):
-    """The outputs of a request that need its history, and the history after it."""
+    """Compute the outputs of a request that need its history, and update the history."""
     if DECODE:
         start = request.to(tl.int64)
         count = 1
@@ -329,7 +329,7 @@ def _request(
 
 @triton.jit
 def _load_rows(x, stride_x, channel, mask, first, end, COUNT: tl.constexpr):
-    """COUNT rows of x from row `first` on; anything from row `end` on, and outside of the mask."""
+    """Load COUNT rows of x from row `first` on; undefined from row `end` on and outside the mask."""
     rows = ()
     for i in tl.static_range(COUNT):
         row = tl.cast(first + i, tl.int64)
@@ -339,11 +339,11 @@ def _load_rows(x, stride_x, channel, mask, first, end, COUNT: tl.constexpr):
 
 @triton.jit
 def _free_tokens(token_request, first, end, WIDTH: tl.constexpr, MAX_TOKENS: tl.constexpr):
-    """Of the tokens from `first` to `end`, a bit for each that needs no history."""
+    """Return a bit for each token from `first` to `end` that needs no history."""
     index = tl.arange(0, MAX_TOKENS)
     token = first + index
     inside = (token >= WIDTH - 1) & (token < end)
-    # Where the oldest tap is of the same request, all are.
+    # If the oldest tap belongs to the same request, all taps do.
     oldest = tl.load(token_request + token - (WIDTH - 1), mask=inside, other=-1)
     free = inside & (oldest == tl.load(token_request + token, mask=inside, other=-1))
     return tl.sum(free.to(tl.int32) << index)
@@ -369,7 +369,7 @@ def _block(
     MAX_TOKENS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """The outputs of the tokens from `first` to `end`, but for those that need a history: their requests' programs'."""
+    """Compute the outputs of the tokens from `first` to `end` that need no history."""
     before = mask & (first > 0)
     rows = widened(_load_rows(x, stride_x, channel, before, first - (WIDTH - 1), end, WIDTH - 1))
     ahead = _load_rows(x, stride_x, channel, mask, first, end, CHUNK)
@@ -406,7 +406,7 @@ def _output(
     GATED: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """See `convolve`; GATED: of both halves, joined by the gate."""
+    """Return `convolve`; with GATED, of both halves, combined by the gate."""
     value = _weigh(rows, taps, first, WIDTH, ACTIVATION, RESIDUAL)
     if GATED:
         up = _weigh(up_rows, up_taps, first, WIDTH, ACTIVATION, RESIDUAL)
@@ -544,7 +544,7 @@ def _norm_step(
     x += token * stride_x
     residual += token * stride_residual
     kept = _sum(x, residual, channel, mask)
-    # Every program needs the norm of the whole row, in the layout of the norm's own kernel.
+    # Every program needs the norm of the whole row, in the layout of the norm's own kernel for equal bits.
     column = tl.arange(0, COLUMNS)[None, :]
     scale = row_scale(_sum(x, residual, column, column < N).to(tl.float32), N, eps)
     tl.store(total + token * N + channel, kept, mask=mask)

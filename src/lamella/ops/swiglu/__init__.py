@@ -1,4 +1,4 @@
-"""The gated activation of Llama's feed-forward."""
+"""SwiGLU, the gated activation of Llama's feed-forward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ _table = BackendTable("swiglu", __name__)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """Return `silu(gate) * up` of gate_up (..., 2 I) = [gate | up]: (..., I), see `reference.swiglu`."""
+    """Return `silu(gate) * up`; see `reference.swiglu`.
+
+    Args:
+        gate_up: (..., 2 * I) = [gate | up].
+
+    Returns:
+        (..., I) in the dtype of gate_up.
+    """
     return _table.choose(gate_up)(gate_up)
 
 

@@ -1,4 +1,4 @@
-"""The gated activation in Triton."""
+"""SwiGLU in Triton."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLOCK = 1024
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """See `reference.swiglu`. gate_up (T, 2 I), rows of any stride; returns (T, I)."""
+    """Compute `reference.swiglu` of gate_up (T, 2 * I), rows of any stride; return (T, I)."""
     assert gate_up.dim() == 2 and gate_up.stride(1) == 1 and gate_up.shape[1] % 2 == 0
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((tokens, width), dtype=gate_up.dtype, device=gate_up.device)
@@ -25,7 +25,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
         N=width,
         COLUMNS=BLOCK,
         num_warps=4,
-        enable_fp_fusion=False,  # as in every kernel that gates, so that all have the same bits
+        enable_fp_fusion=False,  # as in every kernel with a gate, for equal bits
         **dependent_launch(gate_up),
     )
     return out
@@ -33,13 +33,13 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 @triton.jit
 def silu(x):
-    """Return x * sigmoid(x) of fp32."""
+    """Return x * sigmoid(x) of x in fp32."""
     return x * sigmoid(x)
 
 
 @triton.jit
 def gate(left, right):
-    """silu(left) * right, rounded once to their dtype."""
+    """Return silu(left) * right, rounded once to their dtype."""
     return (silu(left.to(tl.float32)) * right.to(tl.float32)).to(left.dtype)
 
 

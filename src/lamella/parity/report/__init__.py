@@ -1,1 +1,1 @@
-"""Results for people and programs: one object, a terminal's tables, and a page."""
+"""Report of a parity run: a result object, tables for the terminal, and an HTML page."""

@@ -21,7 +21,7 @@ LOG_FROM = 30  # values that differ by more than this factor get a logarithmic a
 
 @dataclass(frozen=True)
 class Axis:
-    """Values from `low` to `high` on a line from `start` to `stop`. What lies beyond an end is drawn at it."""
+    """Axis that maps values from `low` to `high` to coordinates from `start` to `stop`; values beyond are clamped."""
 
     low: float
     high: float
@@ -31,7 +31,7 @@ class Axis:
 
     @classmethod
     def fit(cls, values: Sequence[float], start: float, stop: float) -> Axis:
-        """From 0, or over whole decades where that would press the small values flat."""
+        """Return an axis from 0 for the values, or a logarithmic axis over whole decades if they differ widely."""
         positive = [value for value in values if value > 0] or [1.0]
         low, high = min(positive), max(positive)
         if high > LOG_FROM * low:
@@ -45,7 +45,7 @@ class Axis:
         return round(self.start + (self.stop - self.start) * (value - low) / (high - low), 1)
 
     def ticks(self) -> list[float]:
-        """Round values between the ends, few enough for their labels."""
+        """Return round values between the ends, at most about seven so that their labels fit."""
         if not self.log:
             rough = (self.high - self.low) / 5
             unit = 10.0 ** math.floor(math.log10(rough))
@@ -63,7 +63,7 @@ class Axis:
 
 
 def decades(low: float, high: float) -> tuple[float, float]:
-    """The powers of ten around a range, at least one decade apart."""
+    """Return the powers of ten around a range, at least one decade apart."""
     first = math.floor(math.log10(low))
     return 10.0**first, 10.0 ** max(math.ceil(math.log10(high)), first + 1)
 
@@ -108,7 +108,7 @@ def y_ticks(axis: Axis) -> Markup:
 
 
 def plane(label: str, x: Axis, y: Axis, x_label: str, y_label: str, *content: object) -> Markup:
-    """A chart with both axes labelled and `content` upon them."""
+    """Return a chart with two labelled axes and `content` drawn over them."""
     return svg(
         label,
         HEIGHT,
@@ -122,13 +122,13 @@ def plane(label: str, x: Axis, y: Axis, x_label: str, y_label: str, *content: ob
 
 
 def hover(left: float, right: float, tooltip: str) -> Markup:
-    """An unseen column over the plane that shows a tooltip."""
+    """Return an invisible column over the plane that shows a tooltip."""
     width = round(right - left, 1)
     return tag("rect", tag("title", tooltip), x=left, y=TOP, width=width, height=BOTTOM - TOP, class_="hover")
 
 
 def chart_legend(report: Mapping[str, Any]) -> Markup:
-    """Return which colour is which engine."""
+    """Return the legend: the colours of engine and noise floor."""
     return tag(
         "figcaption",
         tag("span", f"{report['engine']} (engine)", class_="key engine"),
@@ -137,7 +137,7 @@ def chart_legend(report: Mapping[str, Any]) -> Markup:
 
 
 def curve(points: Iterable[tuple[float, float | None]], class_: str) -> Markup:
-    """A line through points in drawing units, broken where y is None."""
+    """Return a line through points in drawing units, interrupted where y is None."""
     path, marks, pen = "", [], "M"
     for x, y in points:
         if y is None:
@@ -150,6 +150,6 @@ def curve(points: Iterable[tuple[float, float | None]], class_: str) -> Markup:
 
 
 def staircase(edges: Sequence[float], heights: Sequence[float], x: Axis, y: Axis, class_: str) -> Markup:
-    """The outline of a histogram, filled."""
+    """Return the filled outline of a histogram."""
     steps = "".join(f"V{y.at(height)}H{x.at(edge)}" for height, edge in zip(heights, edges[1:], strict=True))
     return tag("path", d=f"M{x.at(edges[0])} {BOTTOM}{steps}V{BOTTOM}Z", class_=f"curve area {class_}")

@@ -1,4 +1,4 @@
-"""The parity report as one HTML page that needs nothing else: no script, no font, no network."""
+"""Render a parity report as one self-contained HTML page without scripts, fonts or network access."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SUMMARY = ["n", "bias", "rms", "p50", "p95", "p99.9", "max", "KL mean", "agreeme
 
 
 def render(report: Mapping[str, Any]) -> str:
-    """The whole page, from `<!doctype html>` on. Sections whose data is None are left out."""
+    """Return the page for a report as `Report.as_dict` returns it. Sections whose data is None are left out."""
     head = (
         Markup('<meta charset="utf-8">'),
         Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
@@ -122,7 +122,7 @@ def _compared(report: Mapping[str, Any]) -> Markup:
         "Model": f"{report['model']} ({report['architecture']})",
         "Config hash": tag("code", report["config_hash"]),
         "Engine": f"{report['engine']} in {report['dtype']} on {report['device']}",
-        "Reference": f"{report['oracle']} in {report['reference_dtype']} as truth, in {report['dtype']} as noise floor",
+        "Reference": f"{report['oracle']} in {report['reference_dtype']}, in {report['dtype']} as noise floor",
         "Inputs": f"{inputs['source']}: {number_text(inputs['sequences'])} sequences of "
         f"{number_text(inputs['prompt_len'])} + {number_text(inputs['decode_len'])} tokens, "
         f"{number_text(inputs['predictions'])} predictions, "
@@ -186,7 +186,7 @@ def _error_histogram(report: Mapping[str, Any], stats: Mapping[str, Any]) -> Mar
 
 
 def _histogram_chart(histogram: Mapping[str, Any], limit: float | None) -> Markup:
-    """Nothing where an error that is no number left no range to draw."""
+    """Return the histogram, or empty markup if NaN or Inf in the errors left no range to draw."""
     edges = finite_values(histogram["edges"])
     if len(edges) != len(histogram["edges"]) or not edges or not 0 < edges[0] < edges[-1]:
         return Markup()
@@ -242,7 +242,7 @@ def _summary(report: Mapping[str, Any], stats: Mapping[str, Any]) -> Markup:
         ["prefill" if one["step"] == 0 else f"decode {one['step']}", *_measures(one)] for one in stats["positions"]
     ]
     note = (
-        f"Log-probability of the true next token, {report['engine']} or the floor minus the truth, in nat. "
+        f"Log-probability of the true next token, {report['engine']} or the floor minus the reference, in nat. "
         "Quantiles are of its absolute value; agreement and flips are about the likeliest token."
     )
     per_step = (
@@ -252,7 +252,7 @@ def _summary(report: Mapping[str, Any], stats: Mapping[str, Any]) -> Markup:
 
 
 def _measures(one: Mapping[str, Any]) -> list[str]:
-    """The cells of SUMMARY."""
+    """Return the cells of one row under the headers `SUMMARY`."""
     return [
         number_text(one["n"]),
         with_error(one["bias"], one["bias_error"]),
@@ -317,7 +317,7 @@ def _place(row: Mapping[str, Any]) -> str:
 
 
 def _worst_of_each_layer(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """In order of appearance; what is outside the layers stands for itself."""
+    """Return the worst row of each layer in order of appearance; rows outside the layers stay separate."""
 
     def badness(row: Mapping[str, Any]) -> tuple[bool, float]:
         ratio = finite_or_none(row["ratio"])
@@ -331,7 +331,7 @@ def _worst_of_each_layer(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str,
 
 
 def _bars(rows: Sequence[Mapping[str, Any]]) -> Markup:
-    """One bar for each row, from ratio 1 to its own."""
+    """Return a chart with one bar per row, from ratio 1 to the row's ratio."""
     ratios = [ratio for ratio in finite_values(row["ratio"] for row in rows) if ratio > 0]
     x = Axis(*decades(min([0.5, *ratios]), max([2.0, *ratios])), BAR_LEFT, BAR_RIGHT, log=True)
     bottom = BAR_TOP + BAR_PITCH * len(rows)
@@ -347,7 +347,7 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> Markup:
 
 def _bar(row: Mapping[str, Any], x: Axis, top: float) -> Markup:
     ratio, out = finite_or_none(row["ratio"]), row["out_of_line"]
-    # A ratio that is no number is beyond the scale where the sub-block is out of line, and nothing to show elsewhere.
+    # Draw a NaN or infinite ratio to the end of the scale if the row is out of line, otherwise without length.
     end = x.at(ratio if ratio is not None else math.inf if out else 1.0)
     left, right = sorted((x.at(1.0), end))
     baseline, class_ = top + BAR_PITCH - 5, "out" if out else None
@@ -383,7 +383,7 @@ def _bisect_table(rows: Iterable[Mapping[str, Any]]) -> Markup:
 
 
 def _worst_tokens(tokens: Sequence[Mapping[str, Any]]) -> Markup:
-    headers = ["delta", "context and token", "where", "truth", "engine", "likeliest token", "token"]
+    headers = ["delta", "context and token", "where", "reference", "engine", "likeliest token", "token"]
     rows = [
         [
             number_text(token["delta"]),
@@ -398,13 +398,13 @@ def _worst_tokens(tokens: Sequence[Mapping[str, Any]]) -> Markup:
     ]
     return page_section(
         "Worst tokens",
-        tag("p", "Where the engine's log-probability of the marked token is furthest from the truth, in nat."),
+        tag("p", "Where the engine's log-probability of the marked token is furthest from the reference, in nat."),
         html_table("Worst tokens", headers, rows, text=("context and token", "where", "likeliest token")),
     )
 
 
 def _context(token: Mapping[str, Any]) -> Markup:
-    """What comes before, and the token marked; as ids where there is no text."""
+    """Return the context followed by the marked token; token ids if there is no text."""
     before, ids = token["context"], token["context_ids"]
     if before is None:
         before = "".join(f"{one} " for one in ids[-CONTEXT_IDS:])
@@ -414,8 +414,8 @@ def _context(token: Mapping[str, Any]) -> Markup:
 
 
 def _likeliest(token: Mapping[str, Any]) -> str:
-    truth, engine = token["reference_top"], token["engine_top"]
-    return f"{truth}, both" if truth == engine else f"truth {truth}, engine {engine}"
+    reference, engine = token["reference_top"], token["engine_top"]
+    return f"{reference}, both" if reference == engine else f"reference {reference}, engine {engine}"
 
 
 def _free_running(free: Mapping[str, Any]) -> Markup:
@@ -426,10 +426,10 @@ def _free_running(free: Mapping[str, Any]) -> Markup:
         "Mean ± std": with_error(overall["mean"], overall["std"]),
         ", ".join(quantiles): ", ".join(number_text(overall[key]) for key in quantiles),
         "Outliers": f"{number_text(overall['outliers'])} ({percent_text(overall['outlier_share'])}), of which "
-        f"{number_text(overall['outliers_same_text'])} before the texts part",
+        f"{number_text(overall['outliers_same_text'])} before the texts diverge",
     }
     if free["hazard"] is not None:
-        facts["Hazard"] = f"texts that are still the same part at {percent_text(free['hazard'])} of the steps"
+        facts["Hazard"] = f"texts that are still equal diverge at {percent_text(free['hazard'])} of the steps"
     rows = [
         [f"step {one['step']}", number_text(one["n"]), percent_text(one["match"])]
         + [number_text(one[key]) for key in ("mean", "p50", "p95", "max")]

@@ -1,4 +1,4 @@
-"""HTML that is escaped by construction, and numbers as the report shows them."""
+"""HTML markup that is escaped by construction, and formats of numbers in the report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STATUS_MARKS = {"pass": "✓", "fail": "✗", "unavailable": "○"}
 TIMES = "\N{MULTIPLICATION SIGN}"
 VISIBLE = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 
-# Markup: whatever is not Markup is escaped where it enters a tag.
+# Markup: `tag` escapes every value that is not Markup.
 
 
 class Markup(str):
@@ -21,7 +21,7 @@ class Markup(str):
 
 
 def escape(value: object) -> str:
-    """Text for HTML, with whitespace other than blanks, and characters that show nothing or reorder text, visible."""
+    """Escape a value for HTML; whitespace other than blanks and unprintable characters become visible symbols."""
     if isinstance(value, Markup):
         return value
     shown = (VISIBLE.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in str(value))
@@ -29,7 +29,7 @@ def escape(value: object) -> str:
 
 
 def tag(name: str, *children: object, **attributes: object) -> Markup:
-    """An element. Attributes that are None are left out; `class_` is class, `aria_label` is aria-label."""
+    """Return an element. Attributes that are None are left out; `class_` is class, `aria_label` is aria-label."""
     given = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"'
         for key, value in attributes.items()
@@ -56,7 +56,7 @@ def page_details(summary: str, *children: object) -> Markup:
 def html_table(
     label: str, headers: Sequence[str], rows: Iterable[Sequence[object]], text: Collection[str] = ()
 ) -> Markup:
-    """A table whose first column names the rows; the columns `text` are left aligned, the others are numbers."""
+    """Return a table whose first column names the rows; columns in `text` are left-aligned, the others are numbers."""
     kinds = ["text" if header in text else None for header in headers]
 
     def line(cells: Sequence[object], cell_tag: str) -> Markup:
@@ -73,7 +73,7 @@ def definition_list(pairs: Mapping[str, object]) -> Markup:
 
 
 def badge(status: str, label: str | None = None) -> Markup:
-    """A status in colour, sign and words; `label` in place of the status' own name."""
+    """Return a coloured status with a symbol; `label` replaces the name of the status."""
     return tag("span", f"{STATUS_MARKS[status]} {label or status}", class_=f"badge {status}")
 
 
@@ -81,7 +81,7 @@ def badge(status: str, label: str | None = None) -> Markup:
 
 
 def finite_or_none(value: Any) -> float | None:
-    """The number, or None for what a broken engine gives: NaN, an infinity, nothing."""
+    """Return the number, or None if the value is NaN, infinite or not a number."""
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
@@ -91,7 +91,7 @@ def finite_values(values: Iterable[Any]) -> list[float]:
 
 
 def number_text(value: Any) -> str:
-    """Three significant digits; integers whole."""
+    """Format a number with three significant digits; integers in full."""
     number = finite_or_none(value)
     if number is None:
         return "n/a"

@@ -1,4 +1,4 @@
-"""The result of a run as one object, which every form of the report is made from."""
+"""Result of a parity run, from which the terminal tables, the JSON and the HTML page are made."""
 
 from __future__ import annotations
 
@@ -17,17 +17,36 @@ from lamella.parity.free_running import FreeRunning
 from lamella.parity.path_matrix import PathMatrix
 from lamella.parity.sequences import Inputs
 from lamella.parity.stats import Comparison
-from lamella.parity.tested_model import TestedModel
+from lamella.parity.tested_model import ModelUnderTest
 from lamella.parity.verdict import Tolerances
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was compared, what came out, and whether it is good enough."""
+    """Options, results and verdict of a parity run.
 
-    tested: TestedModel
+    Attributes:
+        tested: model under test.
+        engine: name of the engine under test.
+        reference: "hf" or "reference".
+        dtype: dtype of the engine.
+        reference_dtype: dtype of the reference.
+        device: device of engine and reference.
+        seed: seed of random tokens and dummy weights.
+        inputs: scored sequences.
+        top: number of likeliest tokens compared; None for the whole vocabulary.
+        tolerances: limits of `stats`.
+        reasons: reasons why the run fails; empty if it passes.
+        stats: result of `stats`, if it ran.
+        paths: result of `paths`, if it ran.
+        bisection: result of `bisect`, if it ran.
+        free_running: result of the free-running comparison, if it ran.
+        seconds: duration of the run.
+    """
+
+    tested: ModelUnderTest
     engine: str
-    oracle: str
+    reference: str
     dtype: str
     reference_dtype: str
     device: str
@@ -44,10 +63,15 @@ class Report:
 
     @property
     def passed(self) -> bool:
+        """True if all checks passed."""
         return not self.reasons
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: numbers that are none become null."""
+        """Return the report for JSON; NaN and infinities become None.
+
+        The keys `oracle`, `truth_dtype`, `truth_logprob` and `truth_top` are older names that are kept for readers of
+        existing reports.
+        """
         stats = None if self.stats is None else asdict(self.stats)
         worst = [] if stats is None else [self._with_text(token) for token in stats.pop("worst")]
         predictions = sum(sequence.num_predictions for sequence in self.inputs.sequences)
@@ -59,9 +83,10 @@ class Report:
             "architecture": self.tested.config.architecture,
             "config_hash": self.tested.config_hash,
             "engine": self.engine,
-            "oracle": self.oracle,
+            "oracle": self.reference,
             "dtype": self.dtype,
             "reference_dtype": self.reference_dtype,
+            "truth_dtype": self.reference_dtype,
             "device": self.device,
             "seed": self.seed,
             "inputs": {
@@ -83,7 +108,7 @@ class Report:
                 "first": self.bisection.first,
                 "rows": self.bisection.rows,
                 "plan": " + ".join(map(str, self.bisection.plan)) + " tokens",
-                "oracle": self.bisection.oracle,
+                "oracle": self.bisection.reference,
             },
             "free_running": self.free_running,
             "seconds": self.seconds,
@@ -92,6 +117,8 @@ class Report:
         return plain
 
     def _with_text(self, token: dict[str, Any]) -> dict[str, Any]:
+        """Add the text of a worst token and its context, and the older names of its keys."""
+        token = {**token, "truth_logprob": token["reference_logprob"], "truth_top": token["reference_top"]}
         tokenizer = self.tested.tokenizer
         if tokenizer is None:
             return {**token, "text": None, "context": None}
@@ -103,7 +130,7 @@ class Report:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what computed, and the commit where lamella runs from a checkout."""
+    """Return the versions of the libraries that computed, and the commit if lamella runs from a checkout."""
     found: dict[str, str | None] = {"lamella": lamella.__version__, "python": platform.python_version()}
     for package in ("torch", "transformers", "vllm"):
         try:
@@ -127,7 +154,7 @@ def _commit() -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses, tuples and numbers that JSON has no word for, in JSON's terms."""
+    """Convert dataclasses, tuples and non-finite numbers to values that JSON supports."""
     if is_dataclass(value) and not isinstance(value, type):
         return _plain(asdict(value))
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The report as tables in a terminal."""
+"""Print a parity report as tables in the terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WORST_SHOWN = 5
 
 
 def show(console: Console, report: Mapping[str, Any]) -> None:
-    """`report` as of `Report.as_dict`."""
+    """Print a report, given as `Report.as_dict` returns it."""
     inputs = report["inputs"]
     console.print(
         f"[bold]{escape(report['architecture'])}[/bold] {escape(report['model'])}: {report['engine']} in "
@@ -40,7 +40,7 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
 
 def _show_stats(console: Console, report: Mapping[str, Any]) -> None:
     stats = report["stats"]
-    table = _table("log-probability of the forced token, less the truth's, in nats")
+    table = _table("log-probability of the forced token, minus the reference's, in nats")
     for name in ("", "rms", "p50", "p99.9", "max", "KL", "top-1", "flips (ties)"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     rows = {report["engine"]: stats["engine"], "  prefill": stats["engine_prefill"], "  decode": stats["engine_decode"]}
@@ -58,7 +58,7 @@ def _show_stats(console: Console, report: Mapping[str, Any]) -> None:
         )
     console.print(f"{stats['outliers']['count']} outliers")
     worst = _table("furthest off")
-    for name in ("phase", "position", "token", "truth", report["engine"], "after"):
+    for name in ("phase", "position", "token", "reference", report["engine"], "after"):
         worst.add_column(name)
     for token in report["worst_tokens"][:_WORST_SHOWN]:
         text = str(token["token"]) if token["text"] is None else f"{token['token']} {token['text']!r}"
@@ -115,7 +115,7 @@ def _show_free_running(console: Console, free: Mapping[str, Any]) -> None:
     overall, hazard = free["overall"], free["hazard"]
     console.print(
         f"{_percent(overall['match'])} match, {overall['outliers']} outliers ({overall['outliers_same_text']} on the "
-        f"same text); texts that are still the same part at {hazard:.2%} of the steps, and all that follows compares "
+        f"same text); texts that are still equal diverge at {hazard:.2%} of the steps, and all that follows compares "
         "different texts"
     )
 

@@ -1,4 +1,4 @@
-"""Scoring by one full forward of each sequence: no cache, no batch, no state."""
+"""Scorer that runs one full forward per sequence, without cache, batch or state."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from lamella.parity.sequences import TokenSequence
 
 
 class FullForward:
-    """A `Scorer` over a function from tokens (n,) to logits (n, vocab)."""
+    """`Scorer` around a function from n token ids to logits (n, vocab_size)."""
 
     def __init__(self, name: str, logits: Callable[[Sequence[int]], Tensor]) -> None:
         self.name, self._logits = name, logits
 
     def score(self, sequences: Sequence[TokenSequence], top: int | None = None) -> list[Scores]:
-        return [Scores.of(self._logits(s.token_ids[:-1]), s.token_ids[1:], top) for s in sequences]
+        """Score each sequence by one full forward; see `Scorer.score`."""
+        return [Scores.from_logits(self._logits(s.token_ids[:-1]), s.token_ids[1:], top) for s in sequences]
 
     def generate(self, prompts: Sequence[tuple[int, ...]], count: int, top: int | None = None) -> list[Generation]:
-        """Every token by a full forward of its own."""
+        """Generate greedily, with a full forward per token; see `Scorer.generate`."""
         return [self._generate(prompt, count, top) for prompt in prompts]
 
     def _generate(self, prompt: tuple[int, ...], count: int, top: int | None) -> Generation:
@@ -30,9 +31,10 @@ class FullForward:
             rows.append(self._logits(tokens)[-1])
             tokens.append(int(rows[-1].argmax()))
         chosen = tuple(tokens[len(prompt) :])
-        return Generation(chosen, Scores.of(torch.stack(rows), chosen, top))
+        return Generation(chosen, Scores.from_logits(torch.stack(rows), chosen, top))
 
     def close(self) -> None:
+        """Release the model."""
         self._logits = _closed
 
 

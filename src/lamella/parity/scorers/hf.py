@@ -1,4 +1,7 @@
-"""`transformers` as an engine: one full forward. The only place that imports it."""
+"""`transformers` as a scorer and as the reference: one full forward per sequence, without cache.
+
+The only module of the kit that imports `transformers`.
+"""
 
 from __future__ import annotations
 
@@ -13,27 +16,28 @@ from lamella.checkpoint.names import targets
 from lamella.errors import CheckpointError, ConfigError
 from lamella.models.names import rename
 from lamella.parity.probe import FED_BY
-from lamella.parity.reference_model import tap_turned
+from lamella.parity.reference_model import tap_queries_keys
 from lamella.parity.scorers.full_forward import FullForward
 from lamella.parity.scores import Settings
 from lamella.parity.sites import Tap, untouched
-from lamella.parity.tested_model import TestedModel
+from lamella.parity.tested_model import ModelUnderTest
 from lamella.validation import listed
 
 _TAPPED = "lamella_tapped"
-_OTHER = "--oracle reference names the tensors that do not fit the config"
+_OTHER = "--reference reference names the tensors that do not fit the config"
 
 
-def open_scorer(tested: TestedModel, settings: Settings) -> FullForward:
+def open_scorer(tested: ModelUnderTest, settings: Settings) -> FullForward:
+    """Open a scorer that computes with `transformers`."""
     return FullForward("hf", HFModel(tested, settings).logits)
 
 
-def why_not(tested: TestedModel) -> str | None:
-    """Why `transformers` cannot be asked about a model; None where it can."""
+def why_unsupported(tested: ModelUnderTest) -> str | None:
+    """Return the reason why `transformers` cannot be used for a model; None if it can."""
     if tested.load_format == "dummy":
         return "dummy weights are in no file that transformers could read"
     if tested.checkpoint.quantization is not None:
-        return "of a quantised file transformers would quantise activations too, or compute another way"
+        return "transformers computes a quantised checkpoint in another way, such as with quantised activations"
     try:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
     except ImportError:
@@ -44,16 +48,21 @@ def why_not(tested: TestedModel) -> str | None:
         return str(error)
     except (ValueError, KeyError, OSError) as error:
         return f"transformers does not know the model ({str(error).strip().splitlines()[0]})"
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # one that the vLLM plugin has registered, for instance
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # for example a config that the vLLM plugin registered
         return f"transformers has a config but no language model for {config.model_type}"
     return None
 
 
 class HFModel:
-    """A model of `transformers`, whose operations can be tapped under our names."""
+    """Model of `transformers` whose operations can be tapped under lamella's site names.
 
-    def __init__(self, tested: TestedModel, settings: Settings) -> None:
-        if (why := why_not(tested)) is not None:
+    Raises:
+        ConfigError: `transformers` does not support the model.
+        CheckpointError: `transformers` cannot load the checkpoint.
+    """
+
+    def __init__(self, tested: ModelUnderTest, settings: Settings) -> None:
+        if (why := why_unsupported(tested)) is not None:
             raise ConfigError(f"hf: {why}; `reference` needs neither")
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -81,7 +90,7 @@ class HFModel:
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], tap: Tap = untouched) -> Tensor:
-        """Logits (n, vocab) in the model's dtype; see `ReferenceModel.logits`."""
+        """Return logits (n, vocab_size) in the model's dtype; see `ReferenceModel.logits`."""
         ids = torch.tensor([list(token_ids)], device=self._device)
         if tap is untouched:
             return self._model(ids, use_cache=False).logits[0]
@@ -90,9 +99,9 @@ class HFModel:
 
     @contextmanager
     def _tapped(self, tap: Tap) -> Iterator[None]:
-        """Within the block every operation that stands in a module, or that attention sees, goes through `tap`.
+        """Pass the output of every module, and the inputs of attention, through `tap` inside a `with` block.
 
-        A checkpoint's tensors are named after the modules that own them, so its names find the modules too.
+        The mapping of tensor names also maps module paths, because a tensor is named after its module.
         """
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -115,10 +124,10 @@ class HFModel:
 
 
 def _hooks(module: nn.Module, site: str, tap: Tap) -> list[Any]:
-    """The hooks of one module of `transformers`, which works on (1, n, ...), or, among experts, on (n, channels)."""
+    """Register the hooks of one module, whose values are (1, n, ...), or (n, channels) inside a mixture of experts."""
 
     def flat(at: str, value: Tensor) -> Tensor:
-        # A copy goes on, since some of it is added to in place.
+        # Continue with a copy: later code adds to some of these values in place.
         return tap(at, value.reshape(value.shape[value.dim() > 2], -1)).view(value.shape).clone()
 
     parent, _, name = site.rpartition(".")
@@ -126,7 +135,7 @@ def _hooks(module: nn.Module, site: str, tap: Tap) -> list[Any]:
         return [module.register_forward_hook(special(site, tap))]
     hooks = [module.register_forward_hook(lambda _, args, output: flat(site, output))]
     if name in ("mixer_norm", "feed_forward_norm", "norm"):
-        # The stream also goes around the norm, where no hook can reach it: it is seen here, and not replaced.
+        # The residual stream also bypasses the norm, where no hook sees it. It is recorded here but cannot be replaced.
         hooks.append(module.register_forward_pre_hook(lambda _, args: (flat(f"{site}.residual", args[0]),)))
     if name in FED_BY:
         hooks.append(module.register_forward_pre_hook(lambda _, args: (flat(f"{parent}.{FED_BY[name]}", args[0]),)))
@@ -134,7 +143,7 @@ def _hooks(module: nn.Module, site: str, tap: Tap) -> list[Any]:
 
 
 def _router_hook(site: str, tap: Tap) -> Any:
-    """Llama 4's router gives the weights of all experts, zero where not chosen, and the logits that are the site."""
+    """Return a hook for Llama 4's router, which outputs (weights of all experts, logits); the site is the logits."""
 
     def hook(module: Any, _: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         logits = tap(site, output[1])
@@ -146,7 +155,7 @@ def _router_hook(site: str, tap: Tap) -> Any:
 
 
 def _experts_hook(site: str, tap: Tap) -> Any:
-    """Llama 4's experts give (E * n, channels), whose sum over E is the site."""
+    """Return a hook for Llama 4's experts, which output (E * n, channels); the site is the sum over E."""
 
     def hook(module: Any, _: Any, output: Tensor) -> Tensor:
         each = output.unflatten(0, (module.num_experts, -1))
@@ -157,7 +166,7 @@ def _experts_hook(site: str, tap: Tap) -> Any:
 
 
 def _tapped_attention(tap: Tap, mixers: Sequence[Any]) -> Any:
-    """Eager attention under `transformers`' interface, which hands over queries and keys after their rotation."""
+    """Return eager attention with `transformers`' interface, which passes queries and keys after the rotation."""
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
@@ -165,14 +174,14 @@ def _tapped_attention(tap: Tap, mixers: Sequence[Any]) -> Any:
         name = f"layers.{module.layer_idx}.mixer"
         heads = [query.shape[1], key.shape[1]]
         seen = torch.cat((query, key), 1)[0].transpose(0, 1)  # (n, heads, D)
-        seen = tap_turned(tap, name, mixers[module.layer_idx], seen)
+        seen = tap_queries_keys(tap, name, mixers[module.layer_idx], seen)
         query, key = seen.transpose(0, 1)[None].split(heads, 1)
         key, value = (side.repeat_interleave(heads[0] // heads[1], 1) for side in (key, value))
         scores = query @ key.transpose(2, 3) * scaling
         if attention_mask is not None:
             scores = scores + attention_mask
-        x_fp32 = torch.promote_types(query.dtype, torch.float32)
-        output = (scores.softmax(-1, dtype=x_fp32).to(query.dtype) @ value).transpose(1, 2)  # (1, n, H, D)
+        compute_dtype = torch.promote_types(query.dtype, torch.float32)
+        output = (scores.softmax(-1, dtype=compute_dtype).to(query.dtype) @ value).transpose(1, 2)  # (1, n, H, D)
         return tap(f"{name}.attention", output[0].flatten(1)).view(output.shape), None
 
     return attend

@@ -1,4 +1,4 @@
-"""vLLM, 0.26 and later: the log-probabilities of its prefill, and of decode steps whose tokens are forced."""
+"""vLLM (0.26 and later) as a scorer: log-probabilities of its prefill and of decode steps with forced tokens."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from torch import Tensor
 from lamella.errors import ConfigError, ParameterError
 from lamella.parity.scores import Generation, Scores, Settings
 from lamella.parity.sequences import TokenSequence
-from lamella.parity.tested_model import TestedModel
+from lamella.parity.tested_model import ModelUnderTest
 
 _FORCED = "lamella_forced_token_ids"
 
 
-def open_scorer(tested: TestedModel, settings: Settings) -> VllmScorer:
+def open_scorer(tested: ModelUnderTest, settings: Settings) -> VllmScorer:
+    """Open a scorer that computes with vLLM.
+
+    Raises:
+        ConfigError: the model has dummy weights, which vLLM cannot read.
+    """
     if tested.load_format == "dummy":
-        raise ConfigError("vllm: dummy weights are in no file that it could read")
+        raise ConfigError("vllm: vLLM cannot read dummy weights, which are in no file; use load_format='auto'")
     options = dict(settings.options)
     if tested.placement is not None:
         options["hf_overrides"] = {**options.get("hf_overrides", {}), "placement": tested.placement}
@@ -35,12 +40,19 @@ def open_scorer(tested: TestedModel, settings: Settings) -> VllmScorer:
 
 
 class VllmScorer:
-    """A model in vLLM's offline engine, its `Scorer`.
+    """`Scorer` around vLLM's offline engine.
 
-    The dtype "auto" is vLLM's own choice, which is a 16-bit one for a float32 checkpoint. The device is the one that
-    the installed vLLM was built for; a name instead of "auto" is checked against it. `options` go to `vllm.LLM`.
-    vLLM hands over Python numbers, in all some 170 bytes for each log-probability: ask for the whole of a large
-    vocabulary only with few tokens at a time.
+    vLLM returns log-probabilities as Python numbers, about 170 bytes each. With a large vocabulary, limit `top` or the
+    number of tokens.
+
+    Args:
+        model: folder or Hub id.
+        dtype: vLLM's dtype; "auto" is vLLM's choice, which is a 16-bit dtype for a float32 checkpoint.
+        device: "auto", or the device type that the installed vLLM must run on.
+        max_num_seqs: as in vLLM.
+        max_model_len: as in vLLM.
+        seed: as in vLLM.
+        options: further arguments of `vllm.LLM`.
 
     Raises:
         ConfigError: vLLM is not installed, it runs on another device, or the scorer sets one of `options` itself.
@@ -72,9 +84,9 @@ class VllmScorer:
             "max_model_len": max_model_len,
             "seed": seed,
             "skip_tokenizer_init": True,
-            "enable_prefix_caching": False,  # every prediction is to be computed
+            "enable_prefix_caching": False,  # a cached prefix would have no predictions
             "max_logprobs": -1,
-            "logprobs_mode": "raw_logprobs",  # as they are before the forcing
+            "logprobs_mode": "raw_logprobs",  # before tokens are forced
             "logits_processors": [f"{__name__}:ForcedTokens"],
         }
         options = dict(options or {})
@@ -83,11 +95,11 @@ class VllmScorer:
         self.llm: Any = LLM(**settings, **options)
 
     def score(self, sequences: Sequence[TokenSequence], top: int | None = None) -> list[Scores]:
-        """The engine's own log-probabilities of every sequence, all in one batch, one request each.
+        """Score all sequences in one batch, one request each; see `Scorer.score`.
 
         Raises:
-            ParameterError: a sequence is longer than the engine's `max_model_len`, or leaves the vocabulary.
-            RuntimeError: vLLM took another token than the forced one.
+            ParameterError: a sequence is longer than `max_model_len`, or has a token id outside the vocabulary.
+            RuntimeError: vLLM chose another token than the forced one.
         """
         outputs = self._run(
             [sequence.prompt for sequence in sequences],
@@ -97,20 +109,20 @@ class VllmScorer:
         )
         for sequence, output in zip(sequences, outputs, strict=True):
             if (taken := tuple(output.outputs[0].token_ids)) != sequence.continuation:
-                raise RuntimeError(f"vLLM took the tokens {taken} where {sequence.continuation} were forced")
+                raise RuntimeError(f"vLLM chose the tokens {taken} where {sequence.continuation} were forced")
         return [self._scores([output.prompt_logprobs, output.outputs[0].logprobs]) for output in outputs]
 
     def generate(self, prompts: Sequence[tuple[int, ...]], count: int, top: int | None = None) -> list[Generation]:
-        """`count` greedy tokens after each prompt, none of which ends it.
+        """Generate `count` greedy tokens after each prompt, ignoring end-of-text tokens.
 
         Raises:
-            ParameterError: a prompt leaves no room for them in `max_model_len`, or leaves the vocabulary.
+            ParameterError: prompt and tokens are longer than `max_model_len`, or a token id is outside the vocabulary.
         """
         outputs = [output.outputs[0] for output in self._run(prompts, [{"max_tokens": count}] * len(prompts), top)]
         return [Generation(tuple(output.token_ids), self._scores([output.logprobs])) for output in outputs]
 
     def close(self) -> None:
-        """Free the model; another engine can then start in this process."""
+        """Shut the engine down and free its memory, so that another engine can start in this process."""
         if self.llm is not None:
             from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -129,7 +141,7 @@ class VllmScorer:
         top: int | None,
         prompt_logprobs: bool = False,
     ) -> list[Any]:
-        """vLLM's output of each prompt with the sampling parameters `requests` says, greedy, to the last token."""
+        """Return vLLM's greedy output for each prompt, with the sampling parameters in `requests`."""
         from vllm import SamplingParams
 
         limit, vocab_size = self.llm.model_config.max_model_len, self._vocab_size
@@ -151,7 +163,7 @@ class VllmScorer:
         return self.llm.generate([{"prompt_token_ids": list(prompt)} for prompt in prompts], params, use_tqdm=False)
 
     def _scores(self, flat: Sequence[Any]) -> Scores:
-        """From `FlatLogprobs` one after the other; a position has the token that comes, then the likeliest ones."""
+        """Convert consecutive `FlatLogprobs`; each position holds the chosen token first, then the likeliest tokens."""
         count = sum(
             start < end for part in flat for start, end in zip(part.start_indices, part.end_indices, strict=True)
         )
@@ -164,14 +176,15 @@ class VllmScorer:
 
 
 class _Forcing:
-    """Leaves only the token that a request's `extra_args` name for the step.
+    """Logits processor that masks all tokens except the one that a request's `extra_args` force at this step.
 
-    It speaks both interfaces of vLLM's logits processors. The first model runner tells of its batch's rows by
-    `update_state`; the second one has slots, fills them by `add_request`, and says by a context which rows they are.
+    It implements both of vLLM's logits processor interfaces. The first model runner reports batch rows through
+    `update_state`. The second model runner fills slots through `add_request`, and `apply` gets a context that maps rows
+    to slots.
     """
 
     def __init__(self, config: Any, state: Any, pin_memory: bool = False) -> None:
-        self._state = state  # the second runner's, of its slots; the first one hands the device
+        self._state = state  # the second runner's request state; the first runner passes the device here
         self._rows: dict[int, tuple[list[int], list[int]]] = {}
         self._slots: dict[int, list[int] | None] = {}
 
@@ -192,7 +205,7 @@ class _Forcing:
         return self._slots[slot] is not None
 
     def apply(self, logits: Tensor, context: Any = None) -> Tensor:
-        """Logits (rows, V), in place."""
+        """Mask logits (rows, V) in place."""
         if context is None:
             steps = [(row, forced, len(taken)) for row, (forced, taken) in self._rows.items()]
         else:
@@ -202,7 +215,7 @@ class _Forcing:
                 for row, (slot, length) in enumerate(lengths)
             ]
         for row, forced, step in steps:
-            if 0 <= step < len(forced):  # a prompt's earlier chunk has rows too
+            if 0 <= step < len(forced):  # earlier chunks of a prompt have rows too
                 logits[row] = -torch.inf
                 logits[row, forced[step]] = 0
         return logits
@@ -215,7 +228,7 @@ def _forced_tokens() -> type:
     bases: list[type] = [LogitsProcessor]
     try:
         from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as SlotLogitsProcessor
-    except ImportError:  # a vLLM whose second model runner takes no such class, if it has one
+    except ImportError:  # versions without this interface
         pass
     else:
         bases.append(SlotLogitsProcessor)
@@ -223,7 +236,10 @@ def _forced_tokens() -> type:
 
 
 def __getattr__(name: str) -> Any:
-    """`ForcedTokens`, which vLLM imports by name, in its own process: its base classes are vLLM's."""
+    """Return the class `ForcedTokens`; created on access because its base classes are vLLM's.
+
+    vLLM imports the class by name in its own process.
+    """
     if name == "ForcedTokens":
         return _forced_tokens()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,1 +1,1 @@
-"""Load checkpoints into vLLM's model: names, formats, quantized tensors."""
+"""Loading of checkpoints into vLLM's model: names, formats, quantised tensors."""

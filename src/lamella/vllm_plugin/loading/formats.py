@@ -1,4 +1,4 @@
-"""The formats "lamella" of configs and weights: whatever lamella's own engine reads, lingua files among it."""
+"""vLLM's config format and load format "lamella": all checkpoints that lamella's engine reads, including lingua's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORMAT = "lamella"
 
 
 class Parser(ConfigParserBase):
-    """`--config-format lamella`."""
+    """Config parser of `--config-format lamella`."""
 
     def parse(
         self,
@@ -35,8 +35,15 @@ class Parser(ConfigParserBase):
         code_revision: str | None = None,
         **_: Any,
     ) -> tuple[dict[str, Any], PretrainedConfig]:
+        """Return the config's values and a config object; called by vLLM.
+
+        Raises:
+            ConfigError: a revision is given.
+        """
         if revision is not None or code_revision is not None:
-            raise ConfigError(f"revision={revision or code_revision!r}: format 'lamella' takes the newest files")
+            raise ConfigError(
+                f"revision={revision or code_revision!r}: format 'lamella' reads the newest files; leave it out"
+            )
         values = dict(open_checkpoint(model).values)
         architecture, model_type = values["architectures"][0], values.get("model_type")
         if model_type not in model_types():
@@ -45,12 +52,14 @@ class Parser(ConfigParserBase):
 
 
 class Loader(BaseModelLoader):
-    """`--load-format lamella`."""
+    """Weight loader of `--load-format lamella`."""
 
     def download_model(self, model_config: ModelConfig) -> None:
+        """Download the checkpoint; called by vLLM."""
         open_checkpoint(model_config.model)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Fill the model from the checkpoint; called by vLLM."""
         checkpoint = open_checkpoint(model_config.model)
         with checkpoint.tensors.opened() as tensors:
             log_dequantization(checkpoint, tensors)
@@ -60,7 +69,7 @@ class Loader(BaseModelLoader):
 
 
 def register_formats() -> None:
-    """Make both known, once."""
+    """Register parser and loader with vLLM; repeated calls have no effect."""
     global _registered
     if not _registered:
         register_config_parser(FORMAT)(Parser)

@@ -1,4 +1,7 @@
-"""Filling vLLM's modules from a checkpoint: every tensor is used, every parameter filled, or the error says which."""
+"""Fill vLLM's modules from a checkpoint.
+
+Every tensor must be used and every parameter filled; otherwise an error names the tensors.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +31,20 @@ from lamella.parallel.sharding import shard_tensor
 from lamella.vllm_plugin.experts import VllmExperts
 from lamella.vllm_plugin.packed import Shard
 
-logger = logging.getLogger("vllm.lamella")  # whose lines stand among vLLM's own
+logger = logging.getLogger("vllm.lamella")  # a child of vLLM's logger, so that vLLM formats the lines
 
-# Of quantised projections, what is not in every file: the order of inputs, and a bound that the config says.
+# Tensors of quantised projections that a file may lack: the order of inputs, and a bound that is in the config too.
 _OPTIONAL = ("g_idx", "input_scale_ub")
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where one tensor of a file goes.
+class _TensorTarget:
+    """Destination of one tensor of a file.
 
-    `stands_for` are the names of what it brings, where a file may hold that by other names as well; nothing where a
-    file need not have it.
+    Attributes:
+        path: path of the parameter that the tensor fills.
+        fill: copies the tensor into the parameter.
+        stands_for: names of the required tensors whose values it contains; empty if a file may lack the tensor.
     """
 
     path: str
@@ -48,27 +53,28 @@ class _Place:
 
 
 def untie_own_head(config: ModelConfig, model: str, architecture: str) -> ModelConfig:
-    """Return `config` untied if the files hold a head that differs from the embedding, as lamella's own engine does.
+    """Return `config` with an untied head if the files have a head that differs from the embedding.
 
-    Newer versions of vLLM do so themselves, for safetensors under the usual name. If the files cannot be looked at
-    before the model is built (a Hub id, a quantization that only vLLM reads), `WeightFiller` refuses such a head.
+    lamella's own engine does the same. Newer versions of vLLM do so too, for safetensors files under the usual name. If
+    the files cannot be read before the model is built (a Hub id, or a quantization that only vLLM reads),
+    `WeightFiller` refuses such a head.
 
     Args:
-        config: of the model that is about to be built.
-        model: vLLM's `model`, a folder or a Hub id.
-        architecture: the name under which lamella knows the model.
+        config: config of the model that is about to be built.
+        model: vLLM's `model`: a folder or a Hub id.
+        architecture: lamella's name of the architecture.
     """
     if not config.tie_word_embeddings or not Path(model).is_dir():
         return config
     try:
         checkpoint = open_checkpoint(model, {"architectures": [architecture]})
     except UserError:
-        return config  # loading says what is wrong, if anything is
+        return config  # if the checkpoint is wrong, loading reports it
     return replace(config, tie_word_embeddings=False) if checkpoint.has_own_head else config
 
 
 class WeightFiller:
-    """Loads what is this rank's and stage's of a checkpoint into a model of the plugin."""
+    """Load the shards of this rank and pipeline stage from a checkpoint into a model of the plugin."""
 
     def __init__(
         self,
@@ -78,36 +84,52 @@ class WeightFiller:
         own_name: Callable[[str], str | None] = str,
         leftovers: Callable[[Collection[str], Collection[str]], set[str]] = lambda names, expected: set(),
     ) -> None:
-        """`names`: our parameter paths -> the file's, see `Architecture.checkpoint_names`; `tied_head` is what a
-        tied head's redundant copy is called; `own_name` and `leftovers` as in `Architecture`.
+        """Collect the expected tensors.
+
+        Args:
+            model: `lamella.vllm_plugin.model.Model`.
+            names: checkpoint names by lamella's names, see `Architecture.checkpoint_names`.
+            tied_head: name of the redundant copy of a tied head in the file.
+            own_name: see `Architecture.own_name`.
+            leftovers: see `Architecture.leftovers`.
         """
         self.model, self.names, self._own_name, self._leftovers = model, names, own_name, leftovers
         self._skeleton = LanguageModel(model.config, LocalKit(torch.float32, "meta"))
         self._expected = targets(self._skeleton, names)
-        apart = {rename(part, names) for _, part, _ in separate_tensors(self._skeleton)}
-        # Which of both a file has shows only when all of it was there.
-        self._known = self._expected | targets(self._skeleton, names, apart)
-        # Of mixers that the placement leaves out.
+        separate = {rename(part, names) for _, part, _ in separate_tensors(self._skeleton)}
+        # A file has either joint or separate tensors. Which of them is known only after all names have been seen.
+        self._known = self._expected | targets(self._skeleton, names, separate)
+        # Tensors of mixers that the placement excludes.
         whole = targets(LanguageModel(model.whole_config, LocalKit(torch.float32, "meta")), names)
         self._idle = whole.keys() - self._expected.keys()
         self._redundant = {tied_head} if model.config.tie_word_embeddings else set()
         self._quantised = model.vllm_config.quant_config is not None
-        # What a quantised file has beside the weights, only their own stage knows.
+        # Extra tensors of a quantised file, such as scales, are known only to the stage that has the module.
         modules = model.named_modules()
-        elsewhere = [path for path, module in modules if isinstance(module, PPMissingLayer)]
-        self._elsewhere = tuple(f"{rename(path, names)}." for path in elsewhere)
+        other_stages = [path for path, module in modules if isinstance(module, PPMissingLayer)]
+        self._other_stages = tuple(f"{rename(path, names)}." for path in other_stages)
 
     def fill(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """The paths of the parameters that were filled."""
-        places = self._places()
+        """Fill the parameters.
+
+        Args:
+            weights: names and tensors of the checkpoint.
+
+        Returns:
+            The paths of the filled parameters.
+
+        Raises:
+            CheckpointError: tensors are missing, unexpected, duplicate, or have another shape.
+        """
+        destinations = self._find_targets()
         seen: set[str] = set()
-        unexpected, filled, brought = [], set[str](), set[str]()
-        tied: dict[str, Tensor] = {}  # the embedding, and what the file has beside it for the head
-        unread = 0
+        unexpected, filled, loaded = [], set[str](), set[str]()
+        tied: dict[str, Tensor] = {}  # the embedding, and the file's own tensor for the head
+        num_unused = 0
         for full_name, tensor in weights:
             name = self._own_name(full_name)
             if name is None:
-                unread += 1
+                num_unused += 1
                 continue
             if name.endswith("rotary_emb.inv_freq"):
                 continue
@@ -115,54 +137,58 @@ class WeightFiller:
                 tied[name] = tensor
                 continue
             if name in self._idle:
-                unread += 1
+                num_unused += 1
                 continue
             if name in seen:
                 raise CheckpointError(f"tensor {name} stands in the checkpoint twice")
             seen.add(name)
-            target, place = self._known.get(name), places.get(name)
+            target, destination = self._known.get(name), destinations.get(name)
             if self._redundant and target is not None and target.path == "model.embed_tokens.weight":
                 tied[name] = tensor
-            if target is None and not (self._quantised and (place or name.startswith(self._elsewhere))):
+            if target is None and not (self._quantised and (destination or name.startswith(self._other_stages))):
                 unexpected.append(name)
             elif target is not None and not self._is_packed(tensor) and tuple(tensor.shape) != target.shape:
                 raise CheckpointError(f"tensor {name} has shape {tuple(tensor.shape)}, the config says {target.shape}")
-            elif place is not None:
-                if not brought.isdisjoint(place.stands_for):
+            elif destination is not None:
+                if not loaded.isdisjoint(destination.stands_for):
                     raise CheckpointError(f"tensor {name}: what it holds stands in the checkpoint twice")
-                place.fill(tensor)
-                filled.add(place.path)
-                brought.update(place.stands_for)
-        if self._quantised:  # what stands for a weight is the method's own affair: whatever it has must be there
-            missing = {name for place in places.values() for name in place.stands_for} - brought
+                destination.fill(tensor)
+                filled.add(destination.path)
+                loaded.update(destination.stands_for)
+        if self._quantised:  # the quantization method decides which tensors there are; all of them must be loaded
+            missing = {name for destination in destinations.values() for name in destination.stands_for} - loaded
         else:
             expected = targets(self._skeleton, self.names, seen).keys()
             missing = expected - seen
             unexpected += (seen & self._known.keys()) - expected
-        left = self._leftovers(unexpected, [*self._known, *self._idle])
-        unread += len(left)
-        problems = {"missing": sorted(missing), "unexpected": sorted(set(unexpected) - left)}
+        leftover = self._leftovers(unexpected, [*self._known, *self._idle])
+        num_unused += len(leftover)
+        problems = {"missing": sorted(missing), "unexpected": sorted(set(unexpected) - leftover)}
         if any(problems.values()):
             listed = "; ".join(f"{kind}: {', '.join(some[:20])}" for kind, some in problems.items() if some)
             raise CheckpointError(f"tensors do not fit {type(self.model).__name__}; {listed}")
-        self._compare(tied)
-        if unread:
-            logger.info("%d tensors of other parts, or of mixers that the placement leaves out, are not used", unread)
+        self._check_tied_head(tied)
+        if num_unused:
+            logger.info("%d tensors of other model parts, or of mixers outside the placement, are not used", num_unused)
         return filled
 
     def _is_packed(self, tensor: Tensor) -> bool:
-        """Whether a tensor's shape is not that of the weights in it, but of bytes that hold several."""
+        """Return True if the tensor packs several weights into a byte, so that its shape differs from the weight's."""
         return self._quantised and tensor.dtype == torch.uint8
 
-    def _compare(self, tied: Mapping[str, Tensor]) -> None:
-        """Refuse a head of the file's own that a tied model does not compute with."""
+    def _check_tied_head(self, tied: Mapping[str, Tensor]) -> None:
+        """Check the file's own head of a tied model.
+
+        Raises:
+            CheckpointError: the head differs from the embedding that the model would use instead.
+        """
         if len(tied) != 2:
             return
         (head,) = tied.keys() & self._redundant
         (embedding,) = tied.keys() - self._redundant
         if torch.equal(tied[head].to(tied[embedding].dtype), tied[embedding]):
             return
-        if head != rename("lm_head.weight", self.names):  # lingua's copy, without which there would be no head
+        if head != rename("lm_head.weight", self.names):  # lingua files always have this copy
             logger.warning("%s differs from the embedding it is tied to, and is not used", head)
             return
         untied: dict[str, Any] = {"tie_word_embeddings": False}
@@ -173,34 +199,34 @@ class WeightFiller:
             f"the head of the file: --hf-overrides '{json.dumps(untied)}'"
         )
 
-    def _places(self) -> dict[str, _Place]:
-        """Where the tensors go that this rank and stage wants, by their names in the file."""
+    def _find_targets(self) -> dict[str, _TensorTarget]:
+        """Return the destinations of the tensors that this rank and stage need, by their names in the file."""
         modules, packed = dict(self.model.named_modules()), self.model.model.kit.packed
         experts = {path: module for path, module in modules.items() if isinstance(module, VllmExperts)}
         paths = {parameter: path for path, parameter in self.model.named_parameters()}
-        found: dict[str, _Place] = {}
+        found: dict[str, _TensorTarget] = {}
 
         def add(part: str, path: str, fill: Callable[[Tensor], None], *stands_for: str) -> None:
             names = tuple(rename(name, self.names) for name in stands_for)
-            found[rename(part, self.names)] = _Place(path, fill, names)
+            found[rename(part, self.names)] = _TensorTarget(path, fill, names)
 
         for part, target in targets(self.model, {}).items():
-            if not _is_vllms(modules, packed, paths[target.parameter]):
+            if not _loads_by_vllm(modules, packed, paths[target.parameter]):
                 add(part, paths[target.parameter], _copy(target), part)
-        for path, part, (place, splits) in separate_tensors(self.model):
-            add(part, path, _copy(Target(place, part, splits)), part)
+        for path, part, (part_target, splits) in separate_tensors(self.model):
+            add(part, path, _copy(Target(part_target, part, splits)), part)
         for owner, module in experts.items():
             for tensor in module.tensors():
                 stands_for = (f"{owner}.{name}" for name in tensor.stands_for)
                 add(f"{owner}.{tensor.name}", f"{owner}.{tensor.parameter}", tensor.fill, *stands_for)
         for path, parameter in self.model.named_parameters():
-            if not _is_vllms(modules, packed, path) or path.startswith(tuple(f"{owner}." for owner in experts)):
+            if not _loads_by_vllm(modules, packed, path) or path.startswith(tuple(f"{owner}." for owner in experts)):
                 continue
             owner, _, leaf = path.rpartition(".")
             projections = packed.get(modules[owner])
             load = getattr(parameter, "weight_loader", default_weight_loader)
             if isinstance(modules[owner], Attention):
-                for name in _names_beside(owner.rsplit(".", 2)[0], leaf):
+                for name in _scale_names(owner.rsplit(".", 2)[0], leaf):
                     add(name, path, partial(load, parameter))
                 continue
             optional = leaf.endswith(_OPTIONAL) or not parameter.numel()
@@ -216,25 +242,22 @@ class WeightFiller:
         return found
 
 
-def _names_beside(attention: str, leaf: str) -> tuple[str, ...]:
-    """What is called how by those who write scales of queries, keys and values: no file need have any."""
+def _scale_names(attention: str, leaf: str) -> tuple[str, ...]:
+    """Return the names under which different tools store a scale of queries, keys or values; all are optional."""
     projection = f"{attention}.{leaf[0]}_proj"
     names = f"{attention}.{leaf}", f"{attention}.attn.{leaf}", f"{projection}.{leaf}"
     return (*names, f"{projection}.output_scale") if leaf.endswith("_scale") else names
 
 
-def _is_vllms(modules: Mapping[str, nn.Module], packed: Collection[nn.Module], path: str) -> bool:
-    """Return True if a parameter is of a module that loads in vLLM's way.
-
-    Apart from those that the kit has packed, vLLM marks such parameters with a `weight_loader`.
-    """
+def _loads_by_vllm(modules: Mapping[str, nn.Module], packed: Collection[nn.Module], path: str) -> bool:
+    """Return True if vLLM loads a parameter: it is packed by the kit, part of attention, or has a `weight_loader`."""
     owner, _, leaf = path.rpartition(".")
     module = modules[owner]
     return isinstance(module, Attention) or module in packed or hasattr(module.get_parameter(leaf), "weight_loader")
 
 
 def _copy(target: Target) -> Callable[[Tensor], None]:
-    """How a place of ours takes its part of a tensor."""
+    """Return a function that copies this rank's shard of a tensor to `target`."""
 
     def fill(tensor: Tensor) -> None:
         part = shard_tensor(tensor, target.splits)
@@ -246,6 +269,6 @@ def _copy(target: Target) -> Callable[[Tensor], None]:
 
 
 def _load(load: Callable[..., None], parameter: nn.Parameter, pieces: Sequence[Shard], tensor: Tensor) -> None:
-    """The pieces of a tensor, each to where vLLM has it. (A scale of all of it has no rows.)"""
+    """Load the pieces of a tensor into vLLM's packed parameter. A single piece may be a scale without rows."""
     for piece in pieces:
         load(parameter, tensor if len(pieces) == 1 else tensor[piece.start : piece.stop], piece.name)

@@ -1,7 +1,7 @@
-"""The slot state of a decoder layer, as a layer of vLLM without computation.
+"""Slot state of a decoder layer as a layer of vLLM.
 
-vLLM keeps state in blocks of its cache: one block for each request and group of layers. It finds the blocks by the name
-of a layer. So each decoder layer has one layer of this kind, whose blocks hold the state.
+vLLM keeps state in blocks of its KV cache, one block per request and group of layers, and finds blocks by the name of a
+layer. Each decoder layer with slot state therefore has one `StateLayer`, whose blocks hold the state.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from lamella.vllm_plugin.state.state_blocks import StateSpec
 
 
 class StateLayer(nn.Module, MambaBase):
-    """The state of one decoder layer. vLLM's cache gives it blocks; it computes nothing itself.
+    """Slot state of one decoder layer in vLLM's blocks; it runs the computations of its state modules.
 
-    With speculation, a slot has spare rows: a step stores all its inputs, and the next step starts after those that
-    were accepted.
+    With speculation a slot has spare rows: a step stores all its inputs, and the next step starts after the accepted
+    ones.
     """
 
     def __init__(self, layout: StateLayout, spare_rows: int, prefix: str) -> None:
         """Register the layer with vLLM.
 
         Args:
-            layout: of a block.
-            spare_rows: rows of a slot for drafts.
-            prefix: name of the layer.
+            layout: layout of a block.
+            spare_rows: extra rows of a slot for draft tokens.
+            prefix: dotted path of the layer.
         """
         super().__init__()
         self.layout, self.spare_rows, self.prefix = layout, spare_rows, prefix
@@ -50,42 +50,42 @@ class StateLayer(nn.Module, MambaBase):
         layers[prefix] = self
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        """Return the shapes of a block, for vLLM."""
+        """Return the shapes of a block; called by vLLM."""
         return (self.shape,)
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        """Return the dtypes of a block, for vLLM."""
+        """Return the dtypes of a block; called by vLLM."""
         return (self.layout.dtype,)
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
-        """Kind of state, for vLLM."""
+        """Kind of state; read by vLLM."""
         return MambaAttentionBackendEnum.SHORT_CONV
 
     def get_attn_backend(self) -> type[AttentionBackend]:
-        """Return the backend that makes the metadata of a step, for vLLM."""
+        """Return the backend that builds the metadata of a step; called by vLLM."""
         return StateBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> StateSpec:
-        """Return the description of the state, for vLLM's memory planning."""
-        return StateSpec.of(super().get_kv_cache_spec(vllm_config))
+        """Return the spec of the state; called by vLLM's memory planning."""
+        return StateSpec.from_spec(super().get_kv_cache_spec(vllm_config))
 
     def slots(self, like: Tensor) -> Tensor:
-        """Return the blocks (slots, *shape); before vLLM has allocated them, one of zeros on the device of `like`."""
+        """Return the blocks (slots, *shape); before vLLM allocates them, one block of zeros on the device of `like`."""
         blocks = self.kv_cache[0]
         return blocks if blocks.numel() else torch.zeros((1, *self.shape), dtype=self.layout.dtype, device=like.device)
 
     def compute(
         self, state_module: str, part: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], *more: Any
     ) -> None:
-        """Run a computation of a state_module within the current step. Output rows after the step's tokens become zero.
+        """Run a computation of a state module in the current step. Output rows after the step's tokens become zero.
 
         Args:
-            state_module: prefix of the state_module.
+            state_module: prefix of the state module.
             part: name of the computation.
-            inputs: one row for each token (T, ...).
-            outputs: are written, one row for each token (T, ...).
-            more: arguments that are not rows of tokens.
+            inputs: (T, ...) each, one row per token.
+            outputs: (T, ...) each; are written.
+            more: further arguments that are not per token.
         """
         metadata = self.metadata()
         if metadata is None and (self.kv_cache[0].numel() or self.spare_rows):  # a dummy run
@@ -102,9 +102,9 @@ class StateLayer(nn.Module, MambaBase):
             self.state_modules[state_module].parts[part](*inputs, *more, *outputs)
 
     def _dummy_batch(self, x: Tensor) -> ForwardBatch:
-        """Return a step of one prompt, for vLLM's memory profiling, which runs before there are blocks.
+        """Return a step of one prompt, for vLLM's memory profiling, which runs before blocks are allocated.
 
-        So kernels are compiled before the first request comes, and use as much memory as later.
+        Kernels are thereby compiled before the first request, and the profile includes their memory.
         """
         tokens = x.shape[0]
         ragged = RaggedBatch.from_lengths([tokens], [tokens], x.device)

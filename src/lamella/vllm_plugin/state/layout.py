@@ -23,16 +23,16 @@ _ALIGNMENT = 16  # bytes
 
 @dataclass(frozen=True)
 class StateLayout:
-    """Shape of a block. All layers have the same one, so that vLLM puts them into one group with small blocks.
+    """Layout of a block. All layers use the same shape, so that vLLM puts them into one group with small blocks.
 
-    If all state is convolution windows in the model's dtype, a block is rows of channels. Speculation adds spare rows.
-    Otherwise a block is bytes, and the state of each module starts at an offset. The mixers of a stochastic layer share
-    an offset, since only one of them computes a request.
+    If all state is convolution windows in the model's dtype, a block is rows of channels, and speculation adds spare
+    rows. Otherwise a block is bytes, and the state of each module starts at an offset. The mixers of a stochastic layer
+    share an offset, because only one of them computes a request.
 
     Attributes:
-        shape: of a block, without spare rows.
-        dtype: of a block.
-        offsets: in bytes, by the prefix of the state_module; None for rows of channels.
+        shape: shape of a block without spare rows.
+        dtype: dtype of a block.
+        offsets: offsets in bytes by the prefix of the state module; None for rows of channels.
     """
 
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class StateLayout:
     @classmethod
     @cache
     def from_model(cls, model: ModelConfig, partition: Partition, dtype: torch.dtype) -> StateLayout | None:
-        """Return the layout on a rank; None if no layer keeps slot state."""
+        """Return the layout on a rank; None if no layer has slot state."""
         layers = LanguageModel(model, LocalKit(dtype, "meta", Group(partition)))
         state_modules = [
             state_module for state_module in find_state_modules(layers) if isinstance(state_module, SlotStateModule)
@@ -50,30 +50,32 @@ class StateLayout:
         if not state_modules:
             return None
         specs = [state_module.specs[0] for state_module in state_modules]
-        alone = len({decoder_layer(state_module.prefix) for state_module in state_modules}) == len(state_modules)
-        plain = all(
+        one_module_per_layer = len({decoder_layer(state_module.prefix) for state_module in state_modules}) == len(
+            state_modules
+        )
+        only_windows = all(
             len(state_module.specs) == 1 and len(state_module.specs[0].shape) == 2 for state_module in state_modules
         )
-        if alone and plain and {spec.dtype for spec in specs} == {dtype}:
+        if one_module_per_layer and only_windows and {spec.dtype for spec in specs} == {dtype}:
             rows, channels = (max(sizes) for sizes in zip(*(spec.shape for spec in specs), strict=True))
             return cls((rows, channels), dtype)
         offsets: dict[str, int] = {}
-        most = 0
+        largest = 0
         for _, group in groupby(state_modules, key=lambda state_module: decoder_layer(state_module.prefix)):
-            ours = sorted(
+            ordered = sorted(
                 group, key=lambda state_module: _CHOICE in state_module.prefix
             )  # modules outside the mixers first
             start = end = 0
-            for state_module in ours:
+            for state_module in ordered:
                 offsets[state_module.prefix] = start
                 stop = start + sum(padded_bytes(spec) for spec in state_module.specs)
                 end = max(end, stop)
                 start = start if _CHOICE in state_module.prefix else stop
-            most = max(most, end)
-        return cls((most,), torch.uint8, offsets)
+            largest = max(largest, end)
+        return cls((largest,), torch.uint8, offsets)
 
     def block(self, spare_rows: int) -> tuple[int, ...]:
-        """Return the shape of a block with `spare_rows` more rows."""
+        """Return the shape of a block with `spare_rows` extra rows."""
         if not spare_rows:
             return self.shape
         assert self.offsets is None

@@ -1,4 +1,4 @@
-"""A step of vLLM, in the terms of lamella's layers."""
+"""Metadata of a vLLM step, and its conversion to lamella's `ForwardBatch`."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from lamella.ops.ragged import RaggedBatch
 
 @dataclass
 class StateMetadata(AttentionMetadata):
-    """The tensors of vLLM's runner that describe a step, and the `ForwardBatch` made of them.
+    """Tensors of vLLM's model runner that describe a step, and the `ForwardBatch` built from them.
 
-    The first layer that asks makes the batch. If the step is captured in a CUDA graph, each replay makes it again on
-    the device, at no cost to the host.
+    The first layer of a step builds the batch. If the step is captured in a CUDA graph, each replay rebuilds it on the
+    device, without work on the host.
 
     Attributes:
-        block_table: (R, blocks), the blocks of each request's state. The current one is in the first column or, with
+        block_table: (R, blocks), blocks of each request's state. The current block is in the first column or, with
             `tokens_per_block`, in the column of the last token.
         query_start_loc: (R + 1,) on the device; may be longer.
         seq_lens: (R,) on the device, new tokens included; may be longer.
         index: 0, 1, 2, ... for as many tokens as a step may have.
-        num_tokens: of all requests.
-        num_decodes: requests with one new token, or with accepted drafts. They come first.
-        query_lens: (R,) on the host, if some request is not a decode.
-        tokens_per_block: with prefix caching, the tokens that a block stands for.
-        num_accepted_tokens: (R,) of the decodes, with speculation.
-        spare_rows: rows of a slot for drafts.
+        num_tokens: new tokens of all requests.
+        num_decodes: number of requests with one new token, or with accepted drafts. These requests come first.
+        query_lens: (R,) on the host if any request is not a decode; empty otherwise.
+        tokens_per_block: tokens per block of the prefix cache; None without prefix caching.
+        num_accepted_tokens: (R,) accepted tokens of the decodes; None without speculation.
+        spare_rows: extra rows of a slot for draft tokens.
     """
 
     block_table: Tensor
@@ -46,18 +46,18 @@ class StateMetadata(AttentionMetadata):
     _batch: ForwardBatch | None = None
 
     def batch(self) -> ForwardBatch:
-        """Return the batch. The host reads no tensor for it, so a graph can capture it."""
+        """Return the batch. Building it reads no tensor on the host, so a CUDA graph can capture it."""
         if self._batch is None:
             self._batch = self._make_batch()
         return self._batch
 
     def _make_batch(self) -> ForwardBatch:
         requests, tokens = self.block_table.shape[0], self.num_tokens
-        one_each = not self.query_lens and not self.spare_rows
-        if one_each:
+        is_one_token_each = not self.query_lens and not self.spare_rows
+        if is_one_token_each:
             requests = min(requests, tokens)  # padding requests of a step of decodes may have no token
         lengths, index = self.seq_lens[:requests], self.index[:tokens]
-        if one_each:
+        if is_one_token_each:
             positions, token_request = lengths - 1, index
             starts = self.index[: tokens + 1].int()
         else:
@@ -83,11 +83,11 @@ class StateMetadata(AttentionMetadata):
         return table[:, 0].long()
 
     def skipped_and_first(self, query_start_loc: Tensor) -> tuple[Tensor, Tensor]:
-        """Return, with speculation, two numbers of each request, each (R,).
+        """Return two numbers per request for steps with speculation, (R,) each.
 
         Returns:
-            Rows of the slot before the window: one less than the accepted tokens. And the entry of
-            [window | new inputs] that the slot starts with after the step.
+            The number of rows of the slot before the window (accepted tokens minus one), and the index in
+            [window | new inputs] of the slot's first row after the step.
         """
         lengths = query_start_loc.diff()
         skipped, first = torch.zeros_like(lengths), lengths.clone()

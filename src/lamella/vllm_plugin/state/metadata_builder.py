@@ -1,4 +1,4 @@
-"""The builder that vLLM calls for the metadata of each step."""
+"""Metadata builder and backend of the state layers, which vLLM calls in each step."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from lamella.vllm_plugin.state.metadata import StateMetadata
 
 
 class StateMetadataBuilder(ShortConvAttentionMetadataBuilder):
-    """Makes the metadata of a step from views of the runner's tensors, whose addresses a CUDA graph may keep.
+    """Build the metadata of a step from views of the runner's tensors, which have fixed addresses for CUDA graphs.
 
-    vLLM's own builder splits and copies them on the host in each step. With speculation, it still decides which
-    requests have drafts.
+    vLLM's own builder splits and copies these tensors on the host in each step. With speculation, vLLM's builder still
+    runs to determine which requests have drafts.
     """
 
     supports_update_block_table = False  # the metadata caches a batch made of the block table
     needs_causal_conv1d_metadata = False
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
-        """See vLLM's builder."""
+        """Allocate the index tensor; arguments as in vLLM's builder."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         scheduler = vllm_config.scheduler_config
         most = max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs) + 1
@@ -45,7 +45,7 @@ class StateMetadataBuilder(ShortConvAttentionMetadataBuilder):
         fast_build: bool = False,
         **options: Any,
     ) -> StateMetadata:
-        """Return the metadata of a step. See vLLM's builder."""
+        """Return the metadata of a step; arguments as in vLLM's builder."""
         step, requests = common_attn_metadata, common_attn_metadata.num_reqs
         lengths: tuple[int, ...] = ()
         if step.max_query_len > 1 or self._spare_rows:
@@ -53,10 +53,10 @@ class StateMetadataBuilder(ShortConvAttentionMetadataBuilder):
         table, tokens_per_block, accepted = step.block_table_tensor[:requests], self._tokens_per_block, None
         decodes = next((request for request, length in enumerate(lengths) if length != 1), requests)
         if self._spare_rows:
-            theirs = super().build(common_prefix_len, step, fast_build, **options)
-            table, tokens_per_block = _first_blocks(theirs), None
-            decodes, accepted = theirs.num_decodes, theirs.num_accepted_tokens
-            lengths = lengths if theirs.num_prefills else ()
+            vllm_metadata = super().build(common_prefix_len, step, fast_build, **options)
+            table, tokens_per_block = _first_blocks(vllm_metadata), None
+            decodes, accepted = vllm_metadata.num_decodes, vllm_metadata.num_accepted_tokens
+            lengths = lengths if vllm_metadata.num_prefills else ()
         return StateMetadata(
             block_table=table,
             query_start_loc=step.query_start_loc,
@@ -71,9 +71,13 @@ class StateMetadataBuilder(ShortConvAttentionMetadataBuilder):
         )
 
 
-def _first_blocks(theirs: ShortConvAttentionMetadata) -> Tensor:
-    """Return the first block of each request's state, (R, 1), from the two tables in which vLLM keeps them."""
-    tables = [table for table in (theirs.state_indices_tensor_d, theirs.state_indices_tensor_p) if table is not None]
+def _first_blocks(vllm_metadata: ShortConvAttentionMetadata) -> Tensor:
+    """Return the first block of each request's state, (R, 1), from vLLM's tables for decodes and prefills."""
+    tables = [
+        table
+        for table in (vllm_metadata.state_indices_tensor_d, vllm_metadata.state_indices_tensor_p)
+        if table is not None
+    ]
     columns = [table.reshape(table.shape[0], -1)[:, :1] for table in tables if table.shape[0]]
     return columns[0] if len(columns) == 1 else torch.cat(columns)
 
@@ -82,7 +86,7 @@ compat.accept_token_counts(StateMetadataBuilder)
 
 
 class StateBackend(ShortConvAttentionBackend):
-    """Backend of the state layers: vLLM gets the metadata builder from it."""
+    """Backend of the state layers, from which vLLM gets the metadata builder."""
 
     @staticmethod
     def get_name() -> str:

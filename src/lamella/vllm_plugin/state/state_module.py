@@ -1,7 +1,7 @@
-"""Access of mixers and convolutions to their slot state in vLLM's blocks.
+"""State module for mixers and convolutions whose slot state is in vLLM's blocks.
 
-Everything that reads or writes state is one custom operation, opaque to torch.compile and CUDA graphs. Inside of it,
-the layers compute as in lamella's own engine.
+Each computation over state is one custom operation, which torch.compile and piecewise CUDA graphs do not look into.
+Inside the operation, layers compute as in lamella's own engine.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from lamella.vllm_plugin.state.windows import advance_window
 
 
 class VllmStateModule(SlotStateModule):
-    """Slot state in a part of the blocks of a `StateLayer`. Mixers of a stochastic layer share this part."""
+    """Slot state in a region of the blocks of a `StateLayer`. The mixers of a stochastic layer share a region."""
 
     inline = False
 
     def __init__(self, specs: Sequence[SlotState], layer: StateLayer, prefix: str) -> None:
-        """Register the state_module with the layer.
+        """Register the state module with the layer.
 
         Args:
-            specs: its states.
-            layer: has the blocks.
-            prefix: name of the state_module.
+            specs: its slot states.
+            layer: state layer with the blocks.
+            prefix: dotted path of the state module.
         """
         super().__init__(specs, prefix)
         self.layer = layer
         layer.state_modules[prefix] = self
 
     def run(self, part: str, inputs: Sequence[Tensor], width: int) -> Tensor:
-        """See `SlotStateModule.run`."""
+        """Run one of the `parts` in a custom operation; see `SlotStateModule.run`."""
         out = inputs[0].new_empty(inputs[0].shape[0], width)
         torch.ops.lamella.stateful(list(inputs), out, self.layer.prefix, self.prefix, part)
         return out
@@ -48,8 +48,8 @@ class VllmStateModule(SlotStateModule):
     def run_after_norm(
         self, part: str, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """See `SlotStateModule.run_after_norm`."""
-        if self.layer.spare_rows:  # the rows after the norm must be stored
+        """Run one of the `parts` on the norm of x + residual; see `SlotStateModule.run_after_norm`."""
+        if self.layer.spare_rows:  # speculation stores the normed rows, so they must be computed separately
             normed, total = add_rms_norm(x, ResidualNorm(residual, weight, eps))
             return self.run(part, (normed,), x.shape[1]), total
         out, total = torch.empty_like(x), torch.empty_like(x)
@@ -59,7 +59,7 @@ class VllmStateModule(SlotStateModule):
         return out, total
 
     def current(self) -> SlotRows | None:
-        """See `SlotStateModule.current`."""
+        """Return the slot tensors as views of vLLM's blocks; see `SlotStateModule.current`."""
         slots = require_batch().slots
         if slots is None:
             return None
@@ -74,7 +74,7 @@ class VllmStateModule(SlotStateModule):
         return SlotRows(views, slots)
 
     def window(self, channels: slice, x: Tensor | None) -> ConvState | None:
-        """See `SlotStateModule.window`."""
+        """Return the convolution state of some channels; see `SlotStateModule.window`."""
         current = self.current()
         if current is None:
             return None

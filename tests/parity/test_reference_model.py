@@ -11,7 +11,7 @@ from lamella.errors import ConfigError
 from lamella.parity.reference_model import ATTENTION, MIXERS, ReferenceModel
 from lamella.parity.scorers.hf import HFModel
 from lamella.parity.scores import Settings
-from lamella.parity.tested_model import TestedModel
+from lamella.parity.tested_model import ModelUnderTest
 from models.canon_oracle import CanonReferenceModel, read_hf
 from models.test_canon_parity import OPTIONS as CANON
 from models.test_hf_parity import CASES
@@ -39,13 +39,13 @@ CASES = CASES | {f"llama 4: {name}": config for name, config in LLAMA4.items()}
 
 
 @pytest.fixture(scope="module", params=CASES)
-def tested(request, tmp_path_factory) -> TestedModel:
+def tested(request, tmp_path_factory) -> ModelUnderTest:
     folder = tmp_path_factory.mktemp("checkpoint")
     hf_checkpoint(folder, CASES[request.param])
-    return TestedModel.open(folder)
+    return ModelUnderTest.open(folder)
 
 
-def pair(tested: TestedModel, dtype: torch.dtype, attention: str = "eager") -> tuple[HFModel, ReferenceModel]:
+def pair(tested: ModelUnderTest, dtype: torch.dtype, attention: str = "eager") -> tuple[HFModel, ReferenceModel]:
     hf = HFModel(tested, Settings(dtype=dtype, device=CPU, attention=attention))
     return hf, ReferenceModel(tested.config, tested.weights(CPU), dtype, CPU, attention)
 
@@ -53,21 +53,21 @@ def pair(tested: TestedModel, dtype: torch.dtype, attention: str = "eager") -> t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_bit_is_that_of_transformers(tested, dtype):
     for attention in ATTENTION:
-        hf, oracle = pair(tested, dtype, attention)
+        hf, ours = pair(tested, dtype, attention)
         ids = tokens(90)
-        assert torch.equal(hf.logits(ids), oracle.logits(ids))
+        assert torch.equal(hf.logits(ids), ours.logits(ids))
 
 
 def test_float64_is_that_of_transformers_up_to_its_float32_norms(tested):
-    hf, oracle = pair(tested, torch.float64)
+    hf, ours = pair(tested, torch.float64)
     ids = tokens(90)
-    assert (hf.logits(ids) - oracle.logits(ids)).abs().max() < 1e-4
+    assert (hf.logits(ids) - ours.logits(ids)).abs().max() < 1e-4
 
 
 def test_every_site_is_that_of_transformers(tested):
-    hf, oracle = pair(tested, torch.float32)
+    hf, ours = pair(tested, torch.float32)
     ids = tokens(40)
-    (theirs, their_sites), (ours, our_sites) = recorded(hf.logits, ids), recorded(oracle.logits, ids)
+    (theirs, their_sites), (ours, our_sites) = recorded(hf.logits, ids), recorded(ours.logits, ids)
     assert their_sites.keys() == our_sites.keys() and torch.equal(theirs, ours)
     for site, value in our_sites.items():
         assert torch.equal(value, their_sites[site]), site
@@ -75,9 +75,9 @@ def test_every_site_is_that_of_transformers(tested):
 
 
 def test_a_tap_changes_what_goes_on(tested):
-    hf, oracle = pair(tested, torch.float32)
+    hf, ours = pair(tested, torch.float32)
     ids = tokens(20)
-    for model in (hf, oracle):
+    for model in (hf, ours):
         plain, sites = recorded(model.logits, ids)
         dense = "layers.1.feed_forward.activation" in sites
         inner = ("activation",) if dense else ("router", "experts", "shared_expert.activation")
@@ -91,7 +91,7 @@ def test_a_tap_changes_what_goes_on(tested):
 @pytest.mark.parametrize("name", CANON)
 def test_canon_is_that_of_its_formulas(name, tmp_path):
     folder = canon_checkpoint(tmp_path, **CANON[name])
-    tested = TestedModel.open(folder)
+    tested = ModelUnderTest.open(folder)
     expected = CanonReferenceModel(*read_hf(folder))
     ids = tokens(70)
     ours = ReferenceModel(tested.config, tested.weights(CPU), torch.float64).logits(ids)
@@ -102,7 +102,7 @@ def test_canon_is_that_of_its_formulas(name, tmp_path):
 def test_dummy_weights_are_the_engines(tmp_path):
     folder = canon_checkpoint(tmp_path, canon_bias=True, attention_bias=True)
     (folder / "model.safetensors").unlink()
-    tested = TestedModel.open(folder, load_format="dummy", seed=3)
+    tested = ModelUnderTest.open(folder, load_format="dummy", seed=3)
     model = tested.load(torch.float32, CPU)
     ids = tokens(30)
     expected = model.compute_logits(model(torch.tensor(ids)))
@@ -110,13 +110,13 @@ def test_dummy_weights_are_the_engines(tmp_path):
 
 
 def test_a_mixer_without_a_plain_form_is_named(tmp_path, monkeypatch):
-    tested = TestedModel.open(canon_checkpoint(tmp_path))
+    tested = ModelUnderTest.open(canon_checkpoint(tmp_path))
     monkeypatch.delitem(MIXERS, AttentionConfig)
     with pytest.raises(ConfigError, match=r"layers\.0\.mixer: .* no plain form of AttentionConfig"):
         ReferenceModel(tested.config, tested.weights(CPU), torch.float32).logits([1, 2])
 
 
 def test_transformers_says_why_it_cannot(tmp_path):
-    tested = TestedModel.open(canon_checkpoint(tmp_path))
+    tested = ModelUnderTest.open(canon_checkpoint(tmp_path))
     with pytest.raises(ConfigError, match=r"hf: transformers does not know the model .*; `reference`"):
         HFModel(tested, Settings(dtype=torch.float32, device=CPU))
