@@ -212,7 +212,7 @@ def test_stop_strings_at_every_split(text, stop, start, hit, include):
         expected = text if hit is None else text[:start] + (hit if include else "")
         assert (detokenizer.text, detokenizer.stop_reason) == (expected, hit)
         assert "".join(pieces) == expected
-        assert detokenizer.append(ids[0]) == ("" if hit else detokenizer._pieces[-1])
+        assert detokenizer.append(ids[0]) == ("" if hit else detokenizer.pieces[-1])
 
 
 @settings(max_examples=100, deadline=None)

@@ -44,13 +44,15 @@ class _Command(NamedTuple):
 class _OutputQueue:
     """Queue of a request's outputs, from the engine thread to the caller's event loop.
 
+    The engine thread adds views, which take constant time; the reader copies those that it reads.
+
     Attributes:
         is_closed: set by the reader when it stops reading.
     """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._items: deque[RequestOutput | Exception] = deque()
+        self._items: deque[Callable[[], RequestOutput] | Exception] = deque()
         self._lock = threading.Lock()
         self._ready = asyncio.Event()
         self.is_closed = False
@@ -60,8 +62,8 @@ class _OutputQueue:
         """True if no further output will be read: the reader has stopped, or its event loop is closed."""
         return self.is_closed or self._loop.is_closed()
 
-    def put(self, item: RequestOutput | Exception) -> None:
-        """Add an output. If the queue is full, it replaces the latest unread one."""
+    def put(self, item: Callable[[], RequestOutput] | Exception) -> None:
+        """Add a view of the output. If the queue is full, it replaces the latest unread one."""
         with self._lock:
             if len(self._items) >= _MAX_UNREAD:
                 self._items.pop()  # each output contains all earlier ones, so no token is lost
@@ -81,7 +83,7 @@ class _OutputQueue:
             item = self._items.popleft()
         if isinstance(item, Exception):
             raise item
-        return item
+        return item()
 
 
 class AsyncLLM:
@@ -330,7 +332,7 @@ class AsyncLLM:
     def _deliver(self, job: Job) -> None:
         reader = self._queues.get(job.request_id)
         if reader is not None:
-            reader.put(job.output())
+            reader.put(job.view())
             if job.finished:
                 del self._queues[job.request_id]
 

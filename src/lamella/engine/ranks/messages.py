@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import select
 import socket
 import struct
-from collections.abc import Sequence
+import threading
 from contextlib import suppress
 from typing import Any
 
@@ -99,6 +98,10 @@ class Ready(msgspec.Struct, tag=True):
     """Reply of a worker that has loaded its shard and waits for the other ranks."""
 
 
+class Alive(msgspec.Struct, tag=True):
+    """Sent by a worker every few seconds, whatever it is doing, so that rank 0 notices a process that has stopped."""
+
+
 class Failed(msgspec.Struct, tag=True):
     """Last message of a worker that ends with an error.
 
@@ -110,7 +113,8 @@ class Failed(msgspec.Struct, tag=True):
 
 
 _LENGTH = struct.Struct("<Q")
-Message = Start | Step | Switch | Ready | Failed
+_LONGEST = 1 << 34  # bytes of a message; a longer one is garbage
+Message = Start | Step | Switch | Ready | Failed | Alive
 
 
 class Channel:
@@ -118,6 +122,8 @@ class Channel:
 
     def __init__(self, end: socket.socket) -> None:
         self.socket, self.fd = end, end.fileno()
+        self._sending = threading.Lock()
+        self._received = bytearray()
         self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(Message)
 
     def send(self, message: Message) -> None:
@@ -126,8 +132,35 @@ class Channel:
         Raises:
             OSError: the other end is closed.
         """
-        frame = self._encoder.encode(message)
-        self.socket.sendall(_LENGTH.pack(len(frame)) + frame)
+        with self._sending:
+            frame = self._encoder.encode(message)
+            self.socket.sendall(_LENGTH.pack(len(frame)) + frame)
+
+    def receive_available(self) -> list[Message]:
+        """Read what has arrived, and return the messages that are complete. For a reader that polls the socket.
+
+        Raises:
+            EOFError: the other end is closed.
+            ValueError: what has arrived is not a message.
+        """
+        try:
+            data = self.socket.recv(1 << 20)
+        except ConnectionError:
+            data = b""
+        if not data:
+            raise EOFError("the other end is closed")
+        self._received += data
+        messages: list[Message] = []
+        while len(self._received) >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._received)
+            if length > _LONGEST:
+                raise ValueError(f"a message of {length} bytes")
+            end = _LENGTH.size + length
+            if len(self._received) < end:
+                break
+            messages.append(self._decoder.decode(self._received[_LENGTH.size : end]))
+            del self._received[:end]
+        return messages
 
     def receive(self) -> Message:
         """Wait for the next message, and return it.
@@ -155,11 +188,3 @@ class Channel:
         with suppress(OSError):  # already closed
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
-
-
-def wait_for_hang_up(channels: Sequence[Channel]) -> int:
-    """Wait until one of the channels is closed by either end, and return its file descriptor. Reads nothing."""
-    poll = select.poll()
-    for channel in channels:
-        poll.register(channel.fd, 0)  # an empty event mask: hang-ups are always reported
-    return poll.poll()[0][0]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import select
+import shutil
 import signal
 import socket
 import sys
@@ -20,7 +22,7 @@ import torch
 from lamella.checkpoint import open_checkpoint
 from lamella.engine.loading import build_engine, load_shard
 from lamella.engine.options import EngineOptions
-from lamella.engine.ranks.messages import Channel, Failed, Ready, Start, Step, Switch, wait_for_hang_up
+from lamella.engine.ranks.messages import Alive, Channel, Failed, Ready, Start, Step, Switch
 from lamella.engine.ranks.step_messages import StepDecoder
 from lamella.engine.ranks.workers import Workers
 from lamella.models.registry import register_architecture
@@ -29,15 +31,19 @@ from lamella.parallel.sharding import Partition
 
 logger = logging.getLogger("lamella")
 
+_ALIVE_SECONDS = 2.0
+
 
 def main() -> None:
     """Run a worker on the socket of the command line."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; rank 0 handles it
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
-    threading.Thread(target=_exit_on_close, args=(channel,), daemon=True).start()
+    folder: list[str] = []  # of rank 0, once it is known
+    threading.Thread(target=_keep_contact, args=(channel, folder), daemon=True).start()
     try:
         start = channel.receive()
         assert isinstance(start, Start)
+        folder.append(start.folder)
         logging.basicConfig(format=f"[rank {start.rank}] %(levelname)s: %(message)s")
         logger.setLevel(start.log_level)
         run(start, channel)
@@ -88,8 +94,20 @@ def run(start: Start, channel: Channel) -> None:
         engine.runner.launch(chunks)
 
 
-def _exit_on_close(channel: Channel) -> None:
-    wait_for_hang_up([channel])
+def _keep_contact(channel: Channel, folder: list[str]) -> None:
+    """Tell rank 0 every few seconds that this process runs, and end the process when rank 0 has ended.
+
+    Rank 0 cannot remove its folder if it was killed, so that its workers do.
+    """
+    poll = select.poll()
+    poll.register(channel.fd, 0)  # an empty event mask: hang-ups are always reported
+    try:
+        while not poll.poll(1000 * _ALIVE_SECONDS):
+            channel.send(Alive())
+    except OSError:
+        pass
+    for each in folder:
+        shutil.rmtree(each, ignore_errors=True)
     os._exit(0)
 
 

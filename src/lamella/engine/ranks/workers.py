@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +19,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import torch
 
-from lamella.engine.ranks.messages import Channel, Failed, Ready, Start, Switch, wait_for_hang_up
+from lamella.engine.ranks.messages import Channel, Failed, Ready, Start, Step, Switch
 from lamella.engine.ranks.step_messages import StepEncoder
 from lamella.engine.requests.variant import Variant
 from lamella.engine.scheduler import Scheduled
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lamella")
 
 _NOTICE_SECONDS = 2.0  # wait after an error on rank 0 for news that a worker's exit was the cause
+_POLL_SECONDS = 1.0
 _EXIT_SECONDS = 5.0  # wait for a worker to exit by itself before it is killed
 
 
@@ -95,7 +99,7 @@ class WorkerProcesses(Workers):
         size = options.tensor_parallel_size
         super().__init__(TensorParallelGroup(Partition(0, size)))
         self._folder = Path(tempfile.mkdtemp(prefix="lamella-"))
-        self._watch = _ExitWatch(self.group)
+        self._watch = _Watch(self.group)
         self._ranks: list[_Rank] = []
         self._releases: list[weakref.WeakMethod[Callable[[], None]]] = []
         self._process = os.getpid()
@@ -131,8 +135,7 @@ class WorkerProcesses(Workers):
     def connect(self, device: torch.device) -> None:
         """See `Workers`."""
         for rank in self._ranks:
-            if not rank.wait_until_ready():
-                raise WorkerError(rank.exit_reason())
+            self._watch.wait_until_ready(rank)
         assert isinstance(self.group, TensorParallelGroup)
         self.group.connect(self._folder, device)
 
@@ -142,8 +145,7 @@ class WorkerProcesses(Workers):
 
     def switch(self, variant: Variant) -> None:
         """See `Workers`."""
-        for rank in self._ranks:
-            rank.channel.send(Switch(variant))
+        self._send(Switch(variant))
 
     def call_before_stop(self, release: Callable[[], None]) -> None:
         """See `Workers`."""
@@ -153,8 +155,16 @@ class WorkerProcesses(Workers):
         """See `Workers`."""
         assert self._encoder is not None
         step = self._encoder.encode(chunks, copies)
+        self._send(step)
+
+    def _send(self, message: Step | Switch) -> None:
         for rank in self._ranks:
-            rank.channel.send(step)
+            try:
+                rank.channel.send(message)
+            except TimeoutError as error:
+                raise WorkerError(
+                    f"tensor-parallel rank {rank.rank} does not read its messages; make a new engine"
+                ) from (error)
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -180,7 +190,7 @@ class WorkerProcesses(Workers):
         if not self._finalizer.alive:
             raise WorkerError(f"the tensor-parallel ranks have been stopped: {self._why}; make a new engine")
         if self._watch.ended is not None:
-            why = self._watch.ended.exit_reason()
+            why = self._watch.ended.exit_reason
             self._stop(why)
             raise WorkerError(why) from cause
 
@@ -198,7 +208,6 @@ class _Rank:
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
-        self._reason: str | None = None
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
@@ -209,34 +218,26 @@ class _Rank:
                 # The same import path as rank 0, and no progress bars: rank 0 shows its own.
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TQDM_DISABLE": "1"},
             )
+        # A worker that does not read is ended by the watch; the limit here is for the case that the watch has ended.
+        ours.settimeout(4 * _silence_limit())
         self.channel = Channel(ours)
+        self.is_ready = False
+        self.exit_reason = f"tensor-parallel rank {rank} has ended"
 
-    def wait_until_ready(self) -> bool:
-        """Wait until the worker is ready; False if it has ended instead."""
-        try:
-            message = self.channel.receive()
-        except EOFError:
-            return False
-        self._reason = message.reason if isinstance(message, Failed) else None
-        return isinstance(message, Ready)
-
-    def exit_reason(self) -> str:
-        """Return in one line why a worker has ended."""
-        try:
-            while self._reason is None:
-                message = self.channel.receive()
-                self._reason = message.reason if isinstance(message, Failed) else None
-        except (EOFError, OSError):
-            pass
+    def note_exit(self, why: str | None) -> None:
+        """Write down in one line why the worker has ended; without a reason, its exit code says it."""
         try:
             code = f"ended with exit code {self.process.wait(_EXIT_SECONDS)}"
         except subprocess.TimeoutExpired:
             code = "closed its socket"
-        return f"tensor-parallel rank {self.rank} {code}" + (f": {self._reason}" if self._reason else "")
+        self.exit_reason = f"tensor-parallel rank {self.rank} {code}" + (f": {why}" if why else "")
 
 
-class _ExitWatch:
-    """Thread that detects the exit of a worker, and aborts the group, so that rank 0 does not wait for it forever.
+class _Watch:
+    """Thread that reads what the workers send, and notices a worker that has ended or has stopped.
+
+    Workers send `Alive` every few seconds. One that is silent for too long (stopped by a signal, swapped out, stuck) is
+    killed. When a worker ends, the group is aborted, so that rank 0 does not wait for it forever.
 
     Attributes:
         group: tensor-parallel group.
@@ -250,22 +251,84 @@ class _ExitWatch:
         self.ended: _Rank | None = None
         self.seen = threading.Event()
         self.closing = False
+        self._changed = threading.Condition()
 
     def start(self, ranks: Sequence[_Rank]) -> None:
         """Start the thread."""
         threading.Thread(target=self._run, args=(list(ranks),), name="lamella-watch", daemon=True).start()
 
+    def wait_until_ready(self, rank: _Rank) -> None:
+        """Return when a worker has loaded its shard.
+
+        Raises:
+            WorkerError: a worker has ended instead.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: rank.is_ready or self.ended is not None)
+        if self.ended is not None:
+            raise WorkerError(self.ended.exit_reason)
+
     def _run(self, ranks: Sequence[_Rank]) -> None:
-        fd = wait_for_hang_up([rank.channel for rank in ranks])
-        if not self.closing:
-            self.ended = next(rank for rank in ranks if rank.channel.fd == fd)
-            self.seen.set()
-            self.group.abort()
+        found = self._find_end(ranks)
+        if found is None or self.closing:
+            return
+        rank, why = found
+        rank.note_exit(why)
+        with self._changed:
+            self.ended = rank
+            self._changed.notify_all()
+        self.seen.set()
+        self.group.abort()
+
+    def _find_end(self, ranks: Sequence[_Rank]) -> tuple[_Rank, str | None] | None:
+        """Return the first worker that has ended, and why; None if rank 0 ends them."""
+        poll, by_fd = select.poll(), {rank.channel.fd: rank for rank in ranks}
+        for fd in by_fd:
+            poll.register(fd, select.POLLIN)
+        silent, limit, before = dict.fromkeys(by_fd, 0.0), _silence_limit(), time.monotonic()
+        while not self.closing:
+            ready = {fd for fd, _ in poll.poll(1000 * _POLL_SECONDS)}
+            now = time.monotonic()
+            # If this process was stopped too, a long time has passed in which no worker was late.
+            passed, before = min(now - before, 2 * _POLL_SECONDS), now
+            for fd, rank in by_fd.items():
+                if fd not in ready:
+                    silent[fd] += passed
+                    if silent[fd] > limit:
+                        rank.process.kill()
+                        return rank, f"it did not respond for {limit:g} s (stopped or stuck), and was killed"
+                    continue
+                silent[fd] = 0
+                try:
+                    messages = rank.channel.receive_available()
+                except EOFError:
+                    return rank, None
+                except (OSError, ValueError, msgspec.MsgspecError) as error:
+                    if self.closing:
+                        return None
+                    rank.process.kill()
+                    return rank, f"sent something that is not a message ({type(error).__name__})"
+                for message in messages:
+                    if isinstance(message, Failed):
+                        return rank, message.reason
+                    if isinstance(message, Ready):
+                        with self._changed:
+                            rank.is_ready = True
+                            self._changed.notify_all()
+        return None
+
+
+def _silence_limit() -> float:
+    """Return for how many seconds a worker may be silent: LAMELLA_WORKER_TIMEOUT, by default 60."""
+    try:
+        return max(1.0, float(os.environ.get("LAMELLA_WORKER_TIMEOUT") or 60))
+    except ValueError:
+        return 60.0
 
 
 def _stop(
     ranks: Sequence[_Rank],
-    watch: _ExitWatch,
+    watch: _Watch,
     folder: Path,
     releases: Sequence[weakref.WeakMethod[Callable[[], None]]],
     process: int,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from math import isnan
 
@@ -157,15 +157,27 @@ class Completion:
 
     def output(self) -> CompletionOutput:
         """Return a copy of the output so far."""
-        return CompletionOutput(
+        return self.view()()
+
+    def view(self) -> Callable[[], CompletionOutput]:
+        """Return a function that copies the output as it is now, in constant time.
+
+        The function may be called later and in another thread: the lists are only appended to, and it copies their
+        beginnings.
+        """
+        tokens, num_tokens = self.request.output_token_ids, len(self.request.output_token_ids)
+        pieces, num_pieces = self._text.pieces, len(self._text.pieces)
+        logprobs, total = self._logprobs, self._total
+        finish_reason, stop_reason, error = self.finish_reason, self.stop_reason, self.error
+        return lambda: CompletionOutput(
             index=self.index,
-            text=self._text.text,
-            token_ids=list(self.request.output_token_ids),
-            cumulative_logprob=None if self._logprobs is None else self._total,
-            logprobs=None if self._logprobs is None else list(self._logprobs),
-            finish_reason=self.finish_reason,
-            stop_reason=self.stop_reason,
-            error=self.error,
+            text="".join(pieces[:num_pieces]),
+            token_ids=tokens[:num_tokens],
+            cumulative_logprob=None if logprobs is None else total,
+            logprobs=None if logprobs is None else logprobs[:num_tokens],
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+            error=error,
         )
 
     def _token_text(self, token_id: int) -> str | None:
@@ -201,13 +213,20 @@ class Job:
 
     def output(self) -> RequestOutput:
         """Return a copy of the outputs so far."""
-        first = self.completions[0]
-        return RequestOutput(
+        return self.view()()
+
+    def view(self) -> Callable[[], RequestOutput]:
+        """Return a function that copies the outputs as they are now, see `Completion.view`."""
+        first, finished = self.completions[0], self.finished
+        views, num_cached = [completion.view() for completion in self.completions], first.request.num_cached_tokens
+        prompt_logprobs = first.prompt_logprobs
+        num_logprobs = 0 if prompt_logprobs is None else len(prompt_logprobs)
+        return lambda: RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=list(first.request.prompt_token_ids),
-            prompt_logprobs=None if first.prompt_logprobs is None else list(first.prompt_logprobs),
-            outputs=[completion.output() for completion in self.completions],
-            finished=self.finished,
-            num_cached_tokens=first.request.num_cached_tokens,
+            prompt_logprobs=None if prompt_logprobs is None else prompt_logprobs[:num_logprobs],
+            outputs=[view() for view in views],
+            finished=finished,
+            num_cached_tokens=num_cached,
         )

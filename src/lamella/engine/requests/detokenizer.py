@@ -23,6 +23,7 @@ class IncrementalDetokenizer:
 
     Attributes:
         stop_reason: the stop string that ended the text; None before. Afterwards the text does not change.
+        pieces: the text in pieces; only appended to.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
@@ -32,7 +33,7 @@ class IncrementalDetokenizer:
         self._stops = params.stop_strings
         self._include_stop = params.include_stop_str_in_output
         self._unstoppable = params.min_tokens  # number of next tokens that cannot complete a stop string
-        self._pieces: list[str] = []
+        self.pieces: list[str] = []
         self._held = ""  # decoded, but possibly the start of a stop string
         # Window of the latest tokens. Tokens before index `_read` are decoded and serve as context. The text of a token
         # is what it adds to the text of the window; decoded alone, it could lose a leading space.
@@ -42,7 +43,7 @@ class IncrementalDetokenizer:
     @property
     def text(self) -> str:
         """All text returned so far."""
-        return "".join(self._pieces)
+        return "".join(self.pieces)
 
     def append(self, token_id: int) -> str:
         """Append a token, and return the text that is complete now; often but not always the text of this token."""
@@ -136,7 +137,7 @@ class IncrementalDetokenizer:
             if not last:
                 size -= max(_overlap(text, stop) for stop in self._stops)
         self._held = text[size:]
-        self._pieces.append(text[:size])
+        self.pieces.append(text[:size])
         return text[:size]
 
     def _find_stop(self, text: str, old: int) -> tuple[int, str] | None:

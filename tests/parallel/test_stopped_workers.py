@@ -1,0 +1,147 @@
+"""Workers that stop, hang, send garbage, or outlive rank 0: an error within the time limit, and nothing left behind."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from helpers import hf_checkpoint
+from lamella import LLM, SamplingParams, WorkerError
+from lamella.engine.ranks import workers
+
+GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+OPTIONS = {"device": "cpu", "dtype": "float32", "tensor_parallel_size": 2, "num_blocks": 64, "max_num_seqs": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("two") / "llama"
+    hf_checkpoint(
+        folder,
+        LlamaConfig(
+            vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2,
+        ),
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def short_limit(monkeypatch):
+    monkeypatch.setenv("LAMELLA_WORKER_TIMEOUT", "3")
+
+
+def generate(llm):
+    return llm.generate({"prompt_token_ids": [3, 4, 5]}, GREEDY, use_tqdm=False)
+
+
+def worker_of(llm):
+    return llm.engine.workers._ranks[0].process
+
+
+def test_a_worker_that_is_stopped_in_a_step_is_an_error(folder):
+    llm = LLM(folder, **OPTIONS)
+    generate(llm)
+    worker_of(llm).send_signal(signal.SIGSTOP)
+    with pytest.raises(
+        WorkerError, match=r"rank 1 ended .*did not respond for 3 s \(stopped or stuck\), and was killed"
+    ):
+        generate(llm)
+    with pytest.raises(WorkerError, match="make a new engine"):
+        generate(llm)
+    assert worker_of(llm).poll() is not None
+
+
+def test_a_worker_that_is_stopped_while_it_loads_is_an_error(folder, monkeypatch):
+    real = workers._Rank.__init__
+
+    def stopped(self, rank):
+        real(self, rank)
+        self.process.send_signal(signal.SIGSTOP)
+
+    monkeypatch.setattr(workers._Rank, "__init__", stopped)
+    with pytest.raises(WorkerError, match="did not respond for 3 s"):
+        LLM(folder, **OPTIONS)
+
+
+def test_a_worker_that_does_not_read_a_large_message_is_an_error(folder):
+    llm = LLM(folder, **OPTIONS, max_model_len=200)
+    prompts = [{"prompt_token_ids": [3] * 150} for _ in range(3000)]
+    worker_of(llm).send_signal(signal.SIGSTOP)
+    with pytest.raises(WorkerError):
+        llm.generate(prompts, GREEDY, use_tqdm=False)
+
+
+def test_a_worker_that_is_idle_for_longer_than_the_limit_stays(folder):
+    llm = LLM(folder, **OPTIONS)
+    expected = generate(llm)[0].outputs[0].token_ids
+    time.sleep(5)
+    assert generate(llm)[0].outputs[0].token_ids == expected
+    llm.engine.close()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"\xff" * 64, b"\x05\0\0\0\0\0\0\0hello", b"\x02\0\0\0\0\0\0\0\x91\xc0"],
+    ids=["length", "text", "no message"],
+)
+def test_garbage_from_a_worker_is_an_error(folder, data):
+    llm = LLM(folder, **OPTIONS)
+    watch, rank = llm.engine.workers._watch, llm.engine.workers._ranks[0]
+    rank.channel._received += data  # as if it had been sent; the next message completes it
+    assert watch.seen.wait(20)
+    with pytest.raises(WorkerError, match="sent something that is not a message"):
+        generate(llm)
+    assert rank.process.poll() is not None
+
+
+_RANK_0 = """
+import sys, time
+from lamella import LLM
+llm = LLM(sys.argv[1], device="cpu", dtype="float32", tensor_parallel_size=2, num_blocks=64, max_num_seqs=4)
+print(llm.engine.workers._ranks[0].process.pid, llm.engine.workers._folder, flush=True)
+time.sleep(100)
+"""
+
+
+def test_nothing_is_left_of_a_rank_0_that_was_killed(folder):
+    process = subprocess.Popen([sys.executable, "-c", _RANK_0, str(folder)], stdout=subprocess.PIPE, text=True)
+    pid, scratch = process.stdout.readline().split()
+    assert Path(scratch).is_dir() and str(scratch).startswith(tempfile.gettempdir())
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    end = time.monotonic() + 30
+    while Path(scratch).exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not Path(scratch).exists()
+    while is_running(int(pid)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not is_running(int(pid))
+
+
+def is_running(pid):
+    """Return False for a process that has ended, also if its parent has not waited for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_no_thread_stays_behind(folder):
+    before = {thread.name for thread in threading.enumerate()}
+    llm = LLM(folder, **OPTIONS)
+    llm.engine.close()
+    end = time.monotonic() + 10
+    while "lamella-watch" in {thread.name for thread in threading.enumerate()} - before and time.monotonic() < end:
+        time.sleep(0.1)
+    assert "lamella-watch" not in {thread.name for thread in threading.enumerate()} - before
