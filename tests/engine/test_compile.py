@@ -31,7 +31,7 @@ def llama(layers: int) -> dict[str, Any]:
 
 
 def llama4(layers: int, step: int) -> dict[str, Any]:
-    """Return a Llama 4 config: every 4th layer has no RoPE or qk-norm but a temperature; every `step`-th has experts."""
+    """Return a Llama 4 config: every 4th layer has a temperature and no RoPE or norm; every `step`-th has experts."""
     experts = {"num_local_experts": 4, "intermediate_size_mlp": 40, "interleave_moe_layer_step": step}
     chunks = {"attention_chunk_size": 16, "floor_scale": 4, "attn_scale": 0.5}
     shape = {"architectures": ["Llama4ForCausalLM"], "head_dim": 8, "num_key_value_heads": 2}
