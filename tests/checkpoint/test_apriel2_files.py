@@ -1,4 +1,4 @@
-"""Apriel2's files: each tensor has one place and each place one tensor, or the error names it; a supernet's too."""
+"""Apriel2 files and supernets: every tensor is used once and every parameter filled once, or an error names it."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ OF_A_MIXER = {
 
 
 def shapes_of_a_supernet(layers: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the published format, written down by hand."""
+    """Return names and shapes of the published format, written by hand."""
     mixers = {f"mixer.mixers.{name}.{part}": s for name, parts in OF_A_MIXER.items() for part, s in parts.items()}
     every = OF_A_BLOCK | mixers
     return AROUND | {f"model.decoder.blocks.{i}.{name}": shape for i in range(layers) for name, shape in every.items()}
@@ -144,7 +144,7 @@ def copy(supernet, tmp_path) -> Path:
 
 
 class TestCoverage:
-    """Both ways, over every kind of mixer at once."""
+    """Missing and unexpected tensors, over all kinds of mixers."""
 
     def test_the_published_names_and_shapes_fit(self, supernet, caplog):
         model = load(supernet)
@@ -185,7 +185,7 @@ class TestCoverage:
         edit(copy, {name: torch.ones(4)})
         assert refused(copy) == f"{copy}: tensors do not fit Apriel2ForCausalLM; unexpected: {name}"
 
-    def test_mixers_that_thinning_left_in_the_files_are_not_read(self, copy, caplog):
+    def test_pruned_mixers_in_the_files_are_not_read(self, copy, caplog):
         before = plain_logits(load(copy), IDS)
         gone = {AT + f"mixer.mixers.{name}.o_proj.weight": torch.ones(4) for name in ("rwkv", "gone")}
         edit(copy, gone)
@@ -196,17 +196,17 @@ class TestCoverage:
             f"{copy}: 2 tensors of parts that the config no longer has are not read: {', '.join(sorted(gone))}"
         ]
 
-    def test_all_that_do_not_fit_are_named(self, copy):
+    def test_all_misfitting_tensors_are_named(self, copy):
         edit(copy, {AT + "mixer.mixers.gdn.A_log": None, "model.norm.weight": None, "extra": torch.ones(1)})
         refused(copy, f"missing: {AT}mixer.mixers.gdn.A_log, model.norm.weight", "unexpected: extra")
 
-    def test_the_older_shape_of_kimis_rates_is_named(self, copy):
+    def test_older_shape_of_kimi_decay_rates_is_named(self, copy):
         name = AT + "mixer.mixers.kda.A_log"
         edit(copy, {name: torch.ones(1, 1, 2, 1)})
         assert refused(copy) == f"{copy}: tensor {name} has shape (1, 1, 2, 1), the config says (2,)"
 
-    def test_every_tensor_counts(self, supernet, copy):
-        """A change of any tensor of a mixer changes what that mixer computes, and no other mixer."""
+    def test_every_tensor_changes_the_result(self, supernet, copy):
+        """A change of any tensor of a mixer changes the output of this mixer only."""
         before = {name: self.logits(supernet, name) for name in MIXERS}
         for name, parts in OF_A_MIXER.items():
             for part in parts:
@@ -230,8 +230,8 @@ class TestCoverage:
 
 class TestBiases:
     @pytest.mark.parametrize("present", ["q", "k", "v", "qv", "kv", "qkv"])
-    def test_one_that_is_not_there_is_zero(self, tmp_path, present, caplog):
-        """The same numbers as with all three, the others zero; and as with what the config says or leaves out."""
+    def test_missing_bias_equals_zero_bias(self, tmp_path, present, caplog):
+        """A missing bias equals a zero bias, with and without a statement in the config."""
         heads = {"q": 64, "k": 32, "v": 32}
         folder = checkpoint(tmp_path / "plain", fixed(ATTENTION))
         tensors = load_file(folder / FILE)
@@ -256,8 +256,8 @@ class TestBiases:
         assert torch.equal(plain_logits(quiet, IDS), expected) and torch.equal(plain_logits(loud, IDS), expected)
         assert (plain_logits(load(folder), IDS) - expected).abs().max() > 1e-3
 
-    def test_a_loaded_bias_is_not_kept_beside_dummy_weights(self, tmp_path):
-        """What a random model has follows the files where there are some, else the config."""
+    def test_dummy_weights_do_not_keep_a_loaded_bias(self, tmp_path):
+        """Biases of a model with dummy weights follow the files, if there are any, else the config."""
         values = fixed(ATTENTION | {"query_layer": BIAS})
         (tmp_path / "config.json").write_text(json.dumps(values))
         model = load(tmp_path, load_format="dummy")
@@ -273,13 +273,13 @@ class TestHead:
         model = load(folder)
         assert model.lm_head.weight is model.model.embed_tokens.weight
 
-    def test_a_head_of_its_own_is_used_although_the_config_ties_it(self, tmp_path, caplog):
+    def test_untied_head_in_the_files_is_used_despite_the_config(self, tmp_path, caplog):
         folder = checkpoint(tmp_path, fixed(MIXERS["gdn"]) | {"tie_word_embeddings": True})
         edit(folder, {"lm_head.weight": torch.ones(VOCAB, 32)})
         assert torch.equal(load(folder).lm_head.weight, torch.ones(VOCAB, 32))
         assert "lm_head.weight differs from the embedding: the files' own head is used" in caplog.text
 
-    def test_an_untied_one_is_needed(self, tmp_path):
+    def test_missing_untied_head_raises(self, tmp_path):
         folder = checkpoint(tmp_path, fixed(MIXERS["gdn"]) | {"tie_word_embeddings": True})
         (folder / "config.json").write_text(json.dumps(fixed(MIXERS["gdn"])))
         refused(folder, "missing: lm_head.weight")
@@ -291,8 +291,8 @@ class TestVision:
         "model_type": "apriel2",
     }
 
-    def test_its_tensors_are_passed_over_unread(self, tmp_path, caplog):
-        """They may be of a dtype that is not read, of any shape, and full of what is no number."""
+    def test_vision_tensors_are_not_read(self, tmp_path, caplog):
+        """Vision tensors can have an unsupported dtype, any shape, and NaN values."""
         folder = checkpoint(tmp_path, self.VALUES)
         before = plain_logits(load(folder), IDS)
         garbage = {
@@ -308,7 +308,7 @@ class TestVision:
         listed = ", ".join(sorted(garbage))
         assert said[0].message == f"{folder}: not read for the language model: {listed}"
 
-    def test_nothing_reads_their_bytes(self, tmp_path, monkeypatch):
+    def test_vision_bytes_are_not_read(self, tmp_path, monkeypatch):
         folder = edit(checkpoint(tmp_path, self.VALUES), {"model.vision_encoder.adapter.bias": torch.ones(4)})
         opened = open_checkpoint(folder)
         loaded = []
@@ -321,32 +321,32 @@ class TestVision:
         assert len(loaded) == len(load_file(folder / FILE)) - 1
         assert not any("vision" in name for name in loaded)
 
-    def test_only_the_whole_prefix_is_another_part(self, tmp_path):
+    def test_only_the_full_vision_prefix_is_skipped(self, tmp_path):
         folder = edit(checkpoint(tmp_path, self.VALUES), {"model.vision_encoder_norm.weight": torch.ones(4)})
         refused(folder, "unexpected: model.vision_encoder_norm.weight")
 
 
 class TestShards:
-    def test_many_files_are_one(self, supernet, copy):
+    def test_shards_equal_one_file(self, supernet, copy):
         shard(copy)
         for mixer in MIXERS:
             assert torch.equal(TestCoverage.logits(copy, mixer), TestCoverage.logits(supernet, mixer))
 
-    def test_biases_are_looked_for_in_all_of_them(self, tmp_path, caplog):
+    def test_biases_are_found_in_all_shards(self, tmp_path, caplog):
         values = fixed(ATTENTION | {"add_linear_biases": True})
         folder = checkpoint(tmp_path, values)
         shard(folder)
         assert load(folder).model.layers[1].mixer.qkv_proj.bias is not None
         assert caplog.records == []
 
-    def test_a_file_that_is_missing(self, copy):
+    def test_missing_shard_raises(self, copy):
         shard(copy)
         (copy / "model-00002-of-00003.safetensors").unlink()
         refused(copy, INDEX, "model-00002-of-00003.safetensors")
 
 
 class TestDtypes:
-    """What decays and scales is kept in fp32, whatever the model's dtype."""
+    """Decay rates and scales stay in fp32 for every dtype of the model."""
 
     ODD = 1.0 + 2.0**-20  # which bf16 cannot hold
 
@@ -359,16 +359,16 @@ class TestDtypes:
         }
         save_file(tensors, folder / FILE)
         model = load(folder)
-        wide = {key: p for key, p in model.named_parameters() if p.dtype == torch.float32}
-        assert {key.rpartition("mixer.")[2] for key in wide if ".mixer." in key} == {
+        fp32 = {key: p for key, p in model.named_parameters() if p.dtype == torch.float32}
+        assert {key.rpartition("mixer.")[2] for key in fp32 if ".mixer." in key} == {
             "attention": set(),
             "sliding_window": set(),
             "gdn": {"A_log", "dt_bias", "norm.weight"},
             "kda": {"A_log", "dt_bias", "norm.weight"},
             "mamba": {"A_log", "D", "step_bias"},
         }[name]
-        assert sum("norm" in key for key in wide) == 1 + 2 * 2 + 2 * (name in ("gdn", "kda"))
-        assert all(torch.equal(p, torch.full_like(p, self.ODD)) for p in wide.values())
+        assert sum("norm" in key for key in fp32) == 1 + 2 * 2 + 2 * (name in ("gdn", "kda"))
+        assert all(torch.equal(p, torch.full_like(p, self.ODD)) for p in fp32.values())
         assert torch.tensor(self.ODD).bfloat16().float() != self.ODD
         assert {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
         assert plain_logits(model, IDS).isfinite().all()
@@ -382,8 +382,8 @@ class TestDtypes:
         a_log = rounded["model.decoder.blocks.1.mixer.mixers.gdn.A_log"]
         assert torch.equal(model.model.layers[1].mixer.mixers["gdn"].A_log, a_log.float())
 
-    def test_a_model_of_mixed_dtypes_is_what_most_of_it_is(self, tmp_path):
-        """Where the config does not say: a few wide tensors do not make the others wide."""
+    def test_dtype_of_the_largest_tensor_is_used(self, tmp_path):
+        """Without a dtype in the config: a few fp32 tensors do not make the model fp32."""
         folder = checkpoint(tmp_path, fixed(SUPERNET) | {"tie_word_embeddings": True})
         mixed = {k: v if k.endswith(WIDE) else v.bfloat16() for k, v in load_file(folder / FILE).items()}
         save_file(mixed, folder / FILE)
@@ -415,7 +415,7 @@ class TestPlacements:
     def tiled(self, tmp_path) -> Path:
         return checkpoint(tmp_path / "tiled", TILED)
 
-    def test_a_tiled_supernet(self, tiled):
+    def test_set_placement_of_a_tiled_supernet(self, tiled):
         """Layers 0, 2 and 4 have a choice; 1 and 3 are plain."""
         model = load(tiled)
         assert model.placement == ("attention", None, "attention", None, "attention")
@@ -423,7 +423,7 @@ class TestPlacements:
         assert model.placement == ("gdn", None, "mamba", None, "sliding_window")
 
     @pytest.mark.parametrize("placement", ["all-gdn", "gdn,mamba,swa", "every2nd-kda", "attn,attn,gdn", "all-attn"])
-    def test_set_changes_nothing_else(self, tiled, placement, capsys):
+    def test_set_placement_changes_nothing_else(self, tiled, placement, capsys):
         before = json.loads((tiled / "config.json").read_text())
         old = open_checkpoint(tiled).read_config()
         weights = (tiled / FILE).read_bytes()
@@ -447,14 +447,14 @@ class TestPlacements:
         assert main(["placement", "set", str(tiled), "all-attention"]) == 0
         assert open_checkpoint(tiled).read_config() == old
 
-    def test_of_a_fixed_decoder_that_stays_one(self):
+    def test_set_uniform_placement_of_a_fixed_decoder(self):
         values = fixed(SUPERNET | {"sampling_strategy": "full_layout"}, layers=3)
         written = Apriel2ForCausalLM.with_placement(values, ("kda", "kda", "kda"))
         assert written == fixed(SUPERNET | {"sampling_strategy": "full_layout", "main_mixer_name": "kda"}, layers=3)
         assert values == fixed(SUPERNET | {"sampling_strategy": "full_layout"}, layers=3)
 
     @pytest.mark.parametrize("kind", ["null", "missing", "fixed"])
-    def test_of_a_fixed_decoder_however_it_says_so(self, tmp_path, kind):
+    def test_set_placement_of_all_forms_of_fixed_decoders(self, tmp_path, kind):
         values = fixed(SUPERNET, layers=2)
         values["decoder"] |= {"type": None} if kind == "null" else {}
         if kind == "missing":
@@ -463,8 +463,8 @@ class TestPlacements:
         assert main(["placement", "set", str(folder), "gdn,kda"]) == 0
         assert load(folder).placement == ("gdn", "kda")
 
-    def test_names_of_blocks_may_look_like_those_that_are_made(self, tmp_path):
-        """A plain block "a_gdn" beside a supernet's block "a", which is to be gdn."""
+    def test_generated_block_names_do_not_collide(self, tmp_path):
+        """A plain block "a_gdn" beside a supernet's block "a", whose placement becomes gdn."""
         blocks = {"a": block(SUPERNET), "a_gdn": block(MIXERS["mamba"])}
         decoder = {"type": "pattern", "num_blocks": 4, "pattern": ["a", "a_gdn"], "blocks": blocks}
         folder = checkpoint(tmp_path, config(decoder))
@@ -474,16 +474,16 @@ class TestPlacements:
         assert model.config.layers[1] == model.config.layers[3] == open_checkpoint(folder).read_config().layers[1]
         assert not hasattr(model.config.layers[1].mixer, "mixers")
 
-    def test_a_placement_for_dummy_weights(self, tmp_path):
-        """Without any file of weights; a bad one is told before anything is made."""
+    def test_placement_with_dummy_weights(self, tmp_path):
+        """Without weight files; a bad placement raises before anything is allocated."""
         (tmp_path / "config.json").write_text(json.dumps(TILED))
         assert len(served(tmp_path, load_format="dummy", placement="gdn,mamba,swa")) == 6
         with pytest.raises(ConfigError, match="layer 0 has no mixer 'rwkv'"):
             LLM(tmp_path, device="cpu", load_format="dummy", placement="all-rwkv")
 
 
-def test_a_file_that_ends_too_soon(copy):
-    """Only its header says so, and it is told by name."""
+def test_truncated_file_is_named(copy):
+    """Only the header shows that the file is truncated; the error names the file."""
     file = copy / FILE
     (size,) = struct.unpack("<Q", file.read_bytes()[:8])
     file.write_bytes(file.read_bytes()[: 8 + size + 100])

@@ -1,4 +1,4 @@
-"""Folders as people have them: stale indices, files of other tools, prefixes, unreadable files."""
+"""Folders in practice: stale indices, files of other tools, name prefixes, unreadable files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIZE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_laye
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
-    """Two models with the same config, and their logits."""
+    """Return two models with equal configs, and their logits."""
     folder = tmp_path_factory.mktemp("originals")
     models = [hf_checkpoint(folder / str(seed), LlamaConfig(**SIZE), seed) for seed in (0, 1)]
     return folder, [model(IDS).logits.detach() for model in models]
@@ -66,13 +66,13 @@ def age(file: Path, seconds: int) -> None:
 class TestStaleIndex:
     @pytest.fixture
     def both(self, originals, folder) -> Path:
-        """The first model in shards with an index, the second in one file."""
+        """Return a folder with the first model in shards with an index, and the second in one file."""
         shard(folder, 2)
         shutil.copy(originals[0] / "1/model.safetensors", folder)
         return folder
 
     @pytest.mark.parametrize("newer", ["file", "shards"])
-    def test_the_newer_weights_are_read_and_the_log_says_so(self, originals, both, newer, caplog):
+    def test_newer_weights_are_read_and_logged(self, originals, both, newer, caplog):
         for file in both.glob("model*.safetensors"):
             if (file.name == "model.safetensors") != (newer == "file"):
                 age(file, 100)
@@ -80,23 +80,23 @@ class TestStaleIndex:
         said = [record for record in caplog.records if record.levelno == logging.WARNING]
         assert len(said) == 1 and "model.safetensors" in said[0].message and INDEX in said[0].message
 
-    def test_weights_of_the_same_time_are_an_error(self, both):
+    def test_different_weights_of_equal_age_raise(self, both):
         for file in both.glob("model*.safetensors"):
             os.utime(file, (1e9, 1e9))
         refused(both, "hold different weights", "delete those")
 
-    def test_the_same_weights_twice_are_no_news(self, originals, folder, caplog):
+    def test_equal_weights_are_not_logged(self, originals, folder, caplog):
         whole = (folder / "model.safetensors").read_bytes()
         shard(folder, 2)
         (folder / "model.safetensors").write_bytes(whole)
         assert_is(folder, originals[1][0])
         assert not caplog.records
 
-    def test_a_part_of_the_model_does_not_hide_the_shards(self, originals, both):
+    def test_partial_file_does_not_replace_shards(self, originals, both):
         save_file({EMBEDDING: torch.zeros(64, 32)}, both / "model.safetensors")
         assert_is(both, originals[1][0])
 
-    def test_shards_that_are_gone_leave_the_one_file(self, originals, both, caplog):
+    def test_single_file_is_read_if_shards_are_missing(self, originals, both, caplog):
         (both / "model-00001-of-00002.safetensors").unlink()
         assert_is(both, originals[1][1])
         assert "some of which are missing" in caplog.text
@@ -104,7 +104,7 @@ class TestStaleIndex:
 
 class TestOtherFiles:
     @pytest.mark.parametrize("layout", ["main", "index", "shards"])
-    def test_files_beside_the_model_are_not_read(self, originals, folder, layout, caplog):
+    def test_other_files_are_not_read(self, originals, folder, layout, caplog):
         if layout != "main":
             shard(folder, 2, index=layout == "index")
         others = ["adapter_model.safetensors", "optimizer.safetensors", "consolidated.safetensors", "other.safetensors"]
@@ -116,23 +116,23 @@ class TestOtherFiles:
         (said,) = [record.message for record in caplog.records if "not part of the model" in record.message]
         assert said == f"{folder}: not part of the model, not read: {', '.join(sorted(others))}"
 
-    def test_one_file_of_another_name_is_the_model(self, originals, folder):
+    def test_single_file_with_another_name_is_read(self, originals, folder):
         (folder / "model.safetensors").rename(folder / "weights.safetensors")
         save_file({"x": torch.zeros(2)}, folder / "adapter_model.safetensors")
         assert_is(folder, originals[1][0])
 
-    def test_a_shard_that_is_missing_without_an_index_is_named(self, folder):
+    def test_missing_shard_without_index_is_named(self, folder):
         shard(folder, 3, index=False)
         (folder / "model-00002-of-00003.safetensors").unlink()
         refused(folder, "shards are not there: 2 of 3")
 
-    def test_shards_of_two_saves_are_an_error(self, folder):
+    def test_shards_of_two_saves_raise(self, folder):
         shard(folder, 3, index=False)
         save_file({"x": torch.zeros(2)}, folder / "model-00001-of-00002.safetensors")
         refused(folder, "shards of several sets, -of-00002, -of-00003")
 
     @pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"])
-    def test_index_entries_that_no_model_needs_are_passed_over(self, originals, folder, name, tmp_path):
+    def test_dispensable_index_entries_are_ignored(self, originals, folder, name, tmp_path):
         config = LlamaConfig(**SIZE, tie_word_embeddings=True)
         model = hf_checkpoint(tmp_path / "tied", config)
         shard(tmp_path / "tied", 2)
@@ -172,8 +172,8 @@ def test_prefixed_pytorch_files_load(originals, folder):
 
 
 @pytest.mark.parametrize("family", ["llama", "canon"])
-def test_a_stated_bias_that_the_files_lack_is_none(tmp_path, family, caplog):
-    """Files of models with biases of queries, keys and values only state `attention_bias` too."""
+def test_attention_bias_without_tensors_is_ignored(tmp_path, family, caplog):
+    """`attention_bias` is also true in files of models with biases only in query, key and value projections."""
     if family == "llama":
         hf_checkpoint(tmp_path, LlamaConfig(**SIZE, attention_bias=True))
     else:
@@ -193,7 +193,7 @@ def test_a_stated_bias_that_the_files_lack_is_none(tmp_path, family, caplog):
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_a_revision_of_the_hub_is_asked_for(folder, monkeypatch, kind):
+def test_hub_revision_is_requested(folder, monkeypatch, kind):
     asked = []
 
     def snapshot(model, revision, allow_patterns, ignore_patterns):
@@ -211,7 +211,7 @@ def test_a_revision_of_the_hub_is_asked_for(folder, monkeypatch, kind):
     assert not any("bin" in pattern for pattern in asked[0][2])
 
 
-def test_a_bare_inner_model_lacks_the_head_and_the_error_says_so(folder):
+def test_inner_model_without_head_raises(folder):
     inner = {name.removeprefix("model."): t for name, t in tensors_of(folder).items() if not name.startswith("lm_head")}
     save_file(inner, folder / "model.safetensors")
     refused(folder, "missing: lm_head.weight; if the head is the embedding: --hf-overrides")
@@ -225,8 +225,8 @@ def test_an_unmerged_adapter_is_named(folder):
     refused(folder, "an adapter that is not merged", "merge_and_unload")
 
 
-def test_a_tied_embedding_under_the_heads_name_loads(tmp_path):
-    """As tools write it that keep one name of two tensors with the same memory."""
+def test_tied_embedding_named_lm_head_loads(tmp_path):
+    """Some tools keep only one name of tensors that share memory."""
     model = hf_checkpoint(tmp_path, LlamaConfig(**SIZE, tie_word_embeddings=True))
     tensors = tensors_of(tmp_path)
     tensors["lm_head.weight"] = tensors.pop(EMBEDDING)
@@ -255,7 +255,7 @@ class TestPytorchFiles:
         (folder / "model.safetensors").unlink()
         assert_is(folder, originals[1][0])
 
-    def test_safetensors_go_before(self, originals, folder):
+    def test_safetensors_have_precedence(self, originals, folder):
         torch.save({}, folder / "pytorch_model.bin")
         assert_is(folder, originals[1][0])
 
@@ -300,13 +300,13 @@ def test_unreadable_weights_are_named_with_the_way_out(folder, kind):
     refused(folder, str(folder / "model.safetensors"), what, way_out)
 
 
-def test_a_truncated_file_tells_how_much_is_missing(folder):
+def test_truncated_file_error_states_missing_bytes(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     refused(folder, "truncated, 100 bytes are missing: download it again")
 
 
-def test_a_link_to_nowhere_is_named(folder):
+def test_broken_link_error_names_it(folder):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(".git/annex/objects/a")
     refused(folder, "model.safetensors", "git annex get")
@@ -316,7 +316,7 @@ def test_a_link_to_nowhere_is_named(folder):
 
 
 @pytest.mark.parametrize("name", ["config.json", INDEX])
-def test_pointers_in_place_of_json_are_named(folder, name):
+def test_lfs_pointers_instead_of_json_are_named(folder, name):
     (folder / name).write_text(POINTER)
     refused(folder, str(folder / name), "a Git LFS pointer", "git lfs pull")
 
@@ -336,7 +336,7 @@ OTHER_FORMATS = {
 
 @pytest.mark.parametrize("kind", OTHER_FORMATS)
 @pytest.mark.parametrize("config", [True, False])
-def test_folders_of_other_formats_are_told_what_they_are(folder, kind, config):
+def test_other_formats_are_named_in_errors(folder, kind, config):
     (folder / "model.safetensors").unlink()
     if not config:
         (folder / "config.json").unlink()
@@ -347,7 +347,7 @@ def test_folders_of_other_formats_are_told_what_they_are(folder, kind, config):
     refused(folder, what if config or files else "give the folder of a model")
 
 
-def test_paths_of_files_are_told_what_they_are(folder):
+def test_file_paths_are_explained_in_errors(folder):
     (folder / "m.gguf").write_bytes(b"GGUF")
     (folder / "renamed").write_bytes(b"GGUF")
     for name, what in (

@@ -1,4 +1,4 @@
-"""GGUF files: config, tensors, tokenizer and chat template, against the Hugging Face models that they were made of."""
+"""GGUF files: config, tensors, tokenizer and chat template, compared with the original Hugging Face models."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def check(model, path, kind="F32", **options):
 
 class TestTensors:
     @pytest.mark.parametrize("kind", KINDS)
-    def test_every_type_that_the_package_quantizes(self, tmp_path, kind):
+    def test_all_quantizable_types(self, tmp_path, kind):
         model = llama()
         path = write(tmp_path / "m.gguf", model.config, random_state(model), kind=kind)
         check(model, path, kind)
 
     @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0"])
-    def test_types_that_it_only_dequantizes(self, tmp_path, kind):
+    def test_all_dequantizable_types(self, tmp_path, kind):
         quantized = gguf.GGMLQuantizationType[kind]
         block, size = gguf.GGML_QUANT_SIZES[quantized]
         generator = torch.Generator().manual_seed(1)
@@ -86,11 +86,11 @@ class TestTensors:
         torch.testing.assert_close(found, expected[[4, 1]], equal_nan=True)
 
     @pytest.mark.parametrize("tied", [True, False])
-    def test_qwen3_keeps_its_rows(self, tmp_path, tied):
+    def test_qwen3_rows_are_not_reordered(self, tmp_path, tied):
         model = qwen(tie_word_embeddings=tied)
         check(model, write(tmp_path / "m.gguf", model.config, random_state(model), "qwen3"))
 
-    def test_biases_of_queries_and_keys_are_put_in_order(self, tmp_path):
+    def test_query_and_key_biases_are_reordered(self, tmp_path):
         model = llama(attention_bias=True, mlp_bias=True)
         check(model, write(tmp_path / "m.gguf", model.config, random_state(model)))
 
@@ -111,7 +111,7 @@ class TestTensors:
         path = write(tmp_path / "m.gguf", config, state, "llama4", metadata=more)
         check(model, path)
 
-    def test_several_files_from_any_of_them(self, tmp_path):
+    def test_split_model_opens_from_any_file(self, tmp_path):
         model = llama()
         first = write(tmp_path / "m.gguf", model.config, random_state(model), shards=3)
         check(model, first)
@@ -123,7 +123,7 @@ class TestTensors:
         with pytest.raises(CheckpointError, match=r"of 3 files m-00002-of-00003\.gguf are missing"):
             open_checkpoint(first)
 
-    def test_rows_of_one_rank_are_read(self, tmp_path):
+    def test_only_rows_of_the_rank_are_read(self, tmp_path):
         model = llama()
         path = write(tmp_path / "m.gguf", model.config, random_state(model), kind="Q8_0")
         one = LLM(path, device="cpu", dtype="float32", num_blocks=16)
@@ -141,13 +141,13 @@ class TestConfig:
         path = write(tmp_path / "m.gguf", model.config, random_state(model), architecture, **options)
         return open_checkpoint(path)
 
-    def test_values_are_those_of_the_model(self, tmp_path):
+    def test_values_equal_the_original_config(self, tmp_path):
         checkpoint = self.read(tmp_path, model=llama(rms_norm_eps=1e-5, rope_theta=5e5))
         assert checkpoint.values["rms_norm_eps"] == 1e-5 and checkpoint.values["torch_dtype"] == "float32"
         assert checkpoint.values["rope_theta"] in (5e5, 10000.0) and checkpoint.values["vocab_size"] == 96
 
     @pytest.mark.parametrize("base", ["llama3", "other"])
-    def test_the_table_of_rotation_factors(self, tmp_path, base):
+    def test_table_of_rope_factors(self, tmp_path, base):
         scaling = {
             "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192, "rope_theta": 500000.0,
@@ -189,13 +189,13 @@ class TestConfig:
             ({"more": {"rope_freqs.weight": torch.ones(3)}}, CheckpointError, "has 3 factors, 8 are needed"),
         ],
     )
-    def test_what_would_change_the_result_is_refused(self, tmp_path, options, error, said):
+    def test_unsupported_metadata_raises(self, tmp_path, options, error, said):
         model = llama()
         path = write(tmp_path / "m.gguf", model.config, random_state(model), **options)
         with pytest.raises(error, match=said):
             logits(path)
 
-    def test_damaged_files_are_one_line(self, tmp_path):
+    def test_damaged_files_raise_one_line(self, tmp_path):
         model = llama()
         whole = write(tmp_path / "m.gguf", model.config, random_state(model)).read_bytes()
         for name, content in {
@@ -232,7 +232,7 @@ TEXTS = [
 
 class TestTokenizer:
     def bpe(self, tmp_path, pre, pattern):
-        """A byte-level BPE trained on the texts, and a GGUF file with its tables."""
+        """Return a byte-level BPE trained on the texts, and a GGUF file with its tables."""
         trained = tokenizers.Tokenizer(models.BPE())
         trained.pre_tokenizer = pattern
         special = ["<s>", "</s>", "<|x|>"]
@@ -258,7 +258,7 @@ class TestTokenizer:
         return write(tmp_path / "t.gguf", model.config, random_state(model), metadata=more)
 
     @pytest.mark.parametrize("pre", ["default", "smollm", "llama-bpe", "qwen2", "tekken", "llama4"])
-    def test_the_pre_tokenizers_split_as_the_models_own(self, tmp_path, pre):
+    def test_pre_tokenizers_equal_the_models_own(self, tmp_path, pre):
         digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel
         llama3 = (
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -293,7 +293,7 @@ class TestTokenizer:
         assert tokenizer.decode(tokenizer.encode("<|x|>a"), skip_special_tokens=True) == "a"
         assert tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False) == "<s>x"
 
-    def test_pieces_of_sentencepiece(self, tmp_path):
+    def test_sentencepiece_tokenizer(self, tmp_path):
         space = "\u2581"
         pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
         pieces += [space, "a", "b", "c", "ab", f"{space}ab", "bc"]
@@ -308,7 +308,7 @@ class TestTokenizer:
         }
         tokenizer = read_tokenizer(open_gguf(self.file(tmp_path, more)))
         encoded = tokenizer.encode("abc ab\u00e9")
-        # "bc" scores best, and is merged first; what no piece has becomes bytes.
+        # "bc" has the best score and is merged first; characters without a piece become bytes.
         assert encoded.tokens == ["<s>", space, "a", "bc", f"{space}ab", "<0xC3>", "<0xA9>"]
         assert tokenizer.decode(encoded.ids) == "abc ab\u00e9"
 
@@ -321,14 +321,14 @@ class TestTokenizer:
             ({"tokenizer.ggml.token_type": [1]}, "token_type has not one entry"),
         ],
     )
-    def test_unknown_kinds_are_refused(self, tmp_path, changes, said):
+    def test_unknown_tokenizers_raise(self, tmp_path, changes, said):
         _, more = self.bpe(tmp_path, "default", pre_tokenizers.ByteLevel(add_prefix_space=False))
         with pytest.raises(CheckpointError, match=said):
             Tokenizer.load(self.file(tmp_path, {**more, **changes}))
 
 
 class TestConvert:
-    def test_the_folder_computes_what_the_file_does(self, tmp_path):
+    def test_converted_folder_computes_equal_logits(self, tmp_path):
         maker = TestTokenizer()
         _, more = maker.bpe(tmp_path, "default", pre_tokenizers.ByteLevel(add_prefix_space=False))
         more |= {"tokenizer.chat_template": "t", "tokenizer.ggml.eot_token_id": 2}
@@ -343,7 +343,7 @@ class TestConvert:
         assert written.chat_template == "t" and written.eos_token == "</s>"
         assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [1, 2]
 
-    def test_a_rotation_is_not_asked_of_it(self, tmp_path):
+    def test_rope_option_raises_for_gguf(self, tmp_path):
         model = llama()
         path = write(tmp_path / "m.gguf", model.config, random_state(model))
         with pytest.raises(ConfigError, match="must be keep for a GGUF file"):

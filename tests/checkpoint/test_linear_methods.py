@@ -1,4 +1,4 @@
-"""A linear method that computes in a file's own format: chosen, loaded, divided over ranks, and never bypassed."""
+"""Linear methods in a file's own format: choice, loading, sharding, and fused kernels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PROJECTION = re.compile(r"(self_attn|mlp)\.\w+_proj\.weight$")
 
 
 class Int8Rows:
-    """Whole numbers and a scale for each output channel, kept as they are in the file."""
+    """Linear method with int8 weights and one scale per output channel, as in the file."""
 
     def create(self, shape):
         numbers = torch.empty(shape.outputs.size, shape.inputs.size, dtype=torch.int8, device=shape.device)
@@ -52,14 +52,14 @@ class Int8Rows:
 
 
 def int8_rows(quantization, tensors, names):
-    """Serve weights of a scale for each row, without zero points."""
+    """Return `Int8Rows` for weights with one scale per row and no zero points."""
     whole = all(tensors.shape(f"{name}_scale") == (tensors.shape(name)[0], 1) for name in names)
     symmetric = not any(f"{name}_zero_point" in tensors.names() for name in names)
     return Int8Rows() if quantization.method == "compressed-tensors" and whole and symmetric else None
 
 
 def quantize(folder, only=PROJECTION):
-    """Write int8 numbers and scales in the place of a checkpoint's projections."""
+    """Replace the projections of a checkpoint by int8 numbers and scales."""
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if only.search(name)]:
         scale = tensors[name].abs().amax(1, keepdim=True) / 127
@@ -89,7 +89,7 @@ def linears(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("rank", [None, 0, 1])
-def test_weights_in_the_files_format_compute_what_they_stand_for(folder, registered, rank, monkeypatch):
+def test_method_equals_dequantized_weights(folder, registered, rank, monkeypatch):
     group = None if rank is None else Group(Partition(rank, 2))
     model = load_model(open_checkpoint(folder), group=group)
     kept = {path for path, module in linears(model).items() if isinstance(module.method, Int8Rows)}
@@ -106,7 +106,7 @@ def test_weights_in_the_files_format_compute_what_they_stand_for(folder, registe
         torch.testing.assert_close(plain_logits(model, ids), plain_logits(dense, ids), atol=1e-5, rtol=1e-5)
 
 
-def test_an_engine_generates_what_the_dequantized_model_does(folder, registered, monkeypatch):
+def test_engine_tokens_equal_the_dequantized_model(folder, registered, monkeypatch):
     def tokens():
         llm = LLM(folder, device="cpu", max_num_batched_tokens=8, num_blocks=20)
         outputs = llm.generate(random_prompts([3, 20]), SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
@@ -119,19 +119,19 @@ def test_an_engine_generates_what_the_dequantized_model_does(folder, registered,
     assert kept == dequantized and all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
-def test_parity_takes_what_the_numbers_stand_for(folder, registered):
+def test_parity_reference_uses_dequantized_weights(folder, registered):
     result = compare(folder, device="cpu", prompts="random", count=2, prompt_len=12, decode_len=4)
     assert result.engine.rms < 1e-5
 
 
-def test_operations_are_timed_that_have_no_dense_weight(folder, registered):
+def test_bench_ops_without_dense_weights(folder, registered):
     llm = LLM(folder, device="cpu", num_blocks=20)
     timed = {timing.op.rpartition(".")[2]: timing for timing in time_ops(llm, 2, 8, 10.0)}
     assert {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"} <= set(timed)
     assert all(timing.error < 1e-4 for timing in timed.values())
 
 
-def test_the_log_says_what_is_dequantized_and_what_is_not(folder, monkeypatch, caplog):
+def test_dequantization_is_logged(folder, monkeypatch, caplog):
     monkeypatch.setattr(linear_methods, "_factories", [])
     for factories, expected in (([], "14 tensors (compressed-tensors) are"), ([int8_rows], "0 tensors (compressed-")):
         linear_methods._factories[:] = factories
@@ -142,8 +142,8 @@ def test_the_log_says_what_is_dequantized_and_what_is_not(folder, monkeypatch, c
         assert expected in line and ("14 are kept in their format" in line) == bool(factories)
 
 
-def test_a_module_that_is_quantized_in_part_is_dequantized(tmp_path, registered):
-    """A method of the whole module would read numbers for weights."""
+def test_partly_quantized_module_is_dequantized(tmp_path, registered):
+    """A method for the whole module would use quantized numbers as weights."""
     folder = quantize(canon_checkpoint(tmp_path), re.compile(r"(q_proj|k_proj|o_proj)\.weight$"))
     model = load_model(open_checkpoint(folder))
     methods = {path.rpartition(".")[2]: type(module.method) for path, module in linears(model).items()}
@@ -155,7 +155,7 @@ def test_a_module_that_is_quantized_in_part_is_dequantized(tmp_path, registered)
     assert torch.equal(weight, torch.cat((rows[0] * scales[0], rows[1] * scales[1], rows[2])))
 
 
-def test_a_scale_that_is_missing_is_named(folder, registered):
+def test_missing_scale_is_named(folder, registered):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.down_proj.weight_scale"]
     save_file(tensors, folder / "model.safetensors")
@@ -163,7 +163,7 @@ def test_a_scale_that_is_missing_is_named(folder, registered):
         load_model(open_checkpoint(folder))
 
 
-def test_the_method_that_was_registered_last_is_asked_first(folder, registered):
+def test_last_registered_method_has_precedence(folder, registered):
     asked = []
     register_linear_method(lambda quantization, tensors, names: asked.append(tuple(names)))
     model = load_model(open_checkpoint(folder))
@@ -172,8 +172,8 @@ def test_the_method_that_was_registered_last_is_asked_first(folder, registered):
 
 
 @torch.no_grad()
-def test_fused_kernels_read_no_weight_that_is_not_dense(monkeypatch):
-    """They read `weight` of the module, which here holds numbers without their scale."""
+def test_fused_kernels_do_not_read_quantized_weights(monkeypatch):
+    """Fused kernels read `weight` of the module, which here contains numbers without their scale."""
     monkeypatch.setattr(sublayer_input, "fuses", lambda x, weight: True)
     monkeypatch.setattr(sublayer_input, "fused_linear", lambda *args, **options: pytest.fail("read the weight"))
     norm = RMSNorm(6, 1e-5, CPU)
@@ -194,13 +194,13 @@ def test_fused_kernels_read_no_weight_that_is_not_dense(monkeypatch):
 
 
 class Doubled(DenseMethod):
-    """A dense weight with something around the product, as adapters are."""
+    """Dense method with an additional operation after the product, like an adapter."""
 
     def apply(self, linear, x, bias):
         return super().apply(linear, 2 * x, bias)
 
 
-def test_a_method_around_the_dense_one_hides_the_weight_from_kernels():
+def test_wrapped_dense_method_disables_fused_kernels():
     arguments = Split.whole(3), Split.whole(2), False, torch.float32, CPU
     assert Linear(*arguments, Doubled()).dense_weight is None
     linear = Linear(*arguments)

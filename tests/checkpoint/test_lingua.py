@@ -1,4 +1,4 @@
-"""Lingua checkpoints load as they are, and convert to Hugging Face files that compute the same, exactly undoable."""
+"""Lingua checkpoints: loading, and exact conversion to Hugging Face files and back."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def to_lingua_name(name: str) -> str:
 
 
 def lingua_params(values: dict) -> dict:
-    """params.json of a model that canon_config describes, among what training leaves there."""
+    """Return params.json of a model that `canon_config` describes, with further keys of training."""
     model = {
         "dim": values["hidden_size"],
         "n_layers": values["num_hidden_layers"],
@@ -73,7 +73,7 @@ def write_lingua(folder: Path, tensors: dict[str, torch.Tensor], values: dict, w
 
 
 def lingua_checkpoint(folder: Path, where: str = "default", **changes) -> Path:
-    """A random lingua checkpoint."""
+    """Write a random lingua checkpoint."""
     return write_lingua(folder / "lingua", *read_hf(canon_checkpoint(folder / "hf", **changes)), where)
 
 
@@ -98,7 +98,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 def edit_params(folder: Path, where: str = "default", **changes: Any) -> None:
-    """Change fields of the model's section."""
+    """Change keys of the section `model`."""
     file = folder / where / "params.json"
     params = json.loads(file.read_text())
     params["model"] |= changes
@@ -117,14 +117,14 @@ class TestLoading:
         assert_engine_parity(folder, oracle, (1, 5, 200))
 
     @pytest.mark.parametrize("kernel", ["sdpa", "fmha", "flex_attention", None])
-    def test_the_trainers_choice_of_a_kernel_changes_nothing(self, tmp_path, sources, kernel):
-        """Its dataclass writes `attn_impl` into every file."""
+    def test_attn_impl_changes_nothing(self, tmp_path, sources, kernel):
+        """The trainer's dataclass writes `attn_impl` into every file."""
         folder = shutil.copytree(sources["lingua"], tmp_path / "model")
         edit_params(folder, attn_impl=kernel, z_loss=True, max_seqlen=4096)
         assert torch.equal(logits(folder), logits(sources["lingua"]))
 
     @pytest.mark.parametrize("kernel", ["sdpa", "fmha", "flex_attention"])
-    def test_a_window_counts_with_the_kernel_that_has_one(self, tmp_path, sources, kernel, caplog):
+    def test_window_applies_only_with_fmha(self, tmp_path, sources, kernel, caplog):
         folder = shutil.copytree(sources["lingua"], tmp_path / "model")
         edit_params(folder, attn_impl=kernel, sliding_window=7)
         windows = [layer.mixer.window for layer in open_checkpoint(folder).read_config().layers]
@@ -141,13 +141,13 @@ class TestLoading:
         (tmp_path / "0000000900" / "params.json").write_text("{}")
         assert torch.equal(logits(tmp_path), logits(sources["lingua"]))
 
-    def test_the_last_step_counts(self, tmp_path, sources):
+    def test_last_training_step_is_read(self, tmp_path, sources):
         for step in ("0000000900", "0000010000"):
             shutil.copytree(sources["lingua"] / "default", tmp_path / step / "consolidated")
         edit_params(tmp_path / "0000010000", "consolidated", rope_theta=5e5)
         assert open_checkpoint(tmp_path).values["rope_theta"] == 5e5
 
-    def test_a_step_that_is_not_consolidated_is_told_so(self, tmp_path):
+    def test_unconsolidated_step_raises(self, tmp_path):
         (tmp_path / "params.json").write_text(json.dumps({"model": PARAMS}))
         (tmp_path / "__0_0.distcp").touch()
         with pytest.raises(CheckpointError, match=r"consolidated\.pth is not: download it, or consolidate the step"):
@@ -169,7 +169,7 @@ class TestLoading:
             ({"max_position_embeddings": 77, "model": {"made_up": None}}, "max_position_embeddings", 77),
         ],
     )
-    def test_overrides_in_the_files_words_and_in_ours(self, tmp_path, sources, overrides, key, value):
+    def test_overrides_of_lingua_and_config_keys(self, tmp_path, sources, overrides, key, value):
         folder = shutil.copytree(sources["lingua"], tmp_path / "model")
         if "made_up" in overrides.get("model", {}):
             edit_params(folder, made_up=1)
@@ -179,13 +179,13 @@ class TestLoading:
                 open_checkpoint(folder)
         assert open_checkpoint(folder, overrides).values[key] == value
 
-    def test_the_other_rotation_would_be_wrong(self, sources):
+    def test_rope_pairing_matters(self, sources):
         tensors = read_lingua(sources["lingua"] / "default")
         _, values = read_hf(sources["lingua"].parent / "hf")
         half_split = CanonReferenceModel(tensors, values | {"rope_version": "huggingface"})(IDS)
         assert (logprobs(half_split) - logprobs(logits(sources["lingua"]))).abs().max() > 0.1
 
-    def test_safetensors_beside_it_are_preferred(self, tmp_path):
+    def test_safetensors_are_preferred_to_lingua(self, tmp_path):
         folder = lingua_checkpoint(tmp_path)
         for name in ("config.json", "model.safetensors"):
             (folder / name).write_bytes((tmp_path / "hf" / name).read_bytes())
@@ -203,10 +203,10 @@ class TestLoading:
             load_model(open_checkpoint(folder))
 
     @pytest.mark.parametrize("content", [{"model": {"norm.weight": 3}}, {"model": 3}, [1], torch.ones(2)], ids=str)
-    def test_files_that_are_no_state_dict(self, tmp_path, content):
+    def test_files_without_state_dict_raise(self, tmp_path, content):
         self.refused(tmp_path, content)
 
-    def test_code_in_a_pickle_does_not_run(self, tmp_path):
+    def test_pickled_code_is_not_executed(self, tmp_path):
         mark = tmp_path / "mark"
 
         class Code:
@@ -217,7 +217,7 @@ class TestLoading:
         assert not mark.exists()
 
     @pytest.mark.parametrize("content", [b"", b"not a torch file"])
-    def test_files_that_are_not_torchs(self, tmp_path, content):
+    def test_files_that_are_not_torch_raise(self, tmp_path, content):
         self.refused(tmp_path, content)
 
     @staticmethod
@@ -274,7 +274,7 @@ class TestParams:
             (100, {"ffn_dim_multiplier": 0.5, "multiple_of": 32, "hidden_dim": 77}, 77),
         ],
     )
-    def test_the_trainers_rule_goes_before_the_converters(self, tmp_path, dim, fields, hidden_dim):
+    def test_hidden_dim_follows_the_trainer(self, tmp_path, dim, fields, hidden_dim):
         assert self.read(tmp_path, {"model": PARAMS | {"dim": dim} | fields})["intermediate_size"] == hidden_dim
 
     def test_heads_follow_from_their_size(self, tmp_path):
@@ -321,7 +321,7 @@ SOURCES = pytest.mark.parametrize("source", ["lingua", "hf, lingua rotation", "h
 class TestConvert:
     @SOURCES
     @pytest.mark.parametrize("rope", ["keep", "huggingface", "lingua"])
-    def test_the_model_computes_the_same(self, sources, tmp_path, source, rope):
+    def test_converted_model_computes_equal_logits(self, sources, tmp_path, source, rope):
         before, files = logits(sources[source]), digest(sources[source])
         folder = convert(sources[source], tmp_path / "new/converted", rope)
         assert folder == tmp_path / "new/converted"
@@ -331,11 +331,11 @@ class TestConvert:
         tensors, values = read_hf(folder)
         stated = open_checkpoint(sources[source]).values.get("rope_version", "huggingface")
         assert values["rope_version"] == (stated if rope == "keep" else rope)
-        # The files themselves are what others can read: same names, and an independent model agrees.
+        # Other programs can read the files: names are right, and an independent model agrees.
         assert (logprobs(CanonReferenceModel(tensors, values)(IDS)) - logprobs(before)).abs().max() <= 1e-4
 
     @SOURCES
-    def test_there_and_back_is_bit_identical(self, sources, tmp_path, source):
+    def test_round_trip_is_bit_identical(self, sources, tmp_path, source):
         kept, _ = read_hf(convert(sources[source], tmp_path / "kept"))
         stated = open_checkpoint(sources[source]).values.get("rope_version", "huggingface")
         other = "huggingface" if stated == "lingua" else "lingua"
@@ -353,8 +353,8 @@ class TestConvert:
         assert tensors.keys() == {from_lingua_name(name) for name in state}
         assert all(torch.equal(tensors[from_lingua_name(name)], tensor) for name, tensor in state.items())
 
-    def test_all_query_and_key_channels_move_and_nothing_else(self, sources, tmp_path):
-        """By the formula; and leaving out any kind of tensor would change what the model computes."""
+    def test_only_query_and_key_channels_are_reordered(self, sources, tmp_path):
+        """Compare with the formula; omitting any kind of tensor would change the model's results."""
         source = sources["hf, lingua rotation"]
         old, values = read_hf(source)
         new, new_values = read_hf(convert(source, tmp_path / "converted", "huggingface"))
@@ -373,13 +373,13 @@ class TestConvert:
             elif kind in kinds:
                 expected = moved(tensor)
             assert torch.equal(new[name], expected), name
-        truth = logprobs(CanonReferenceModel(old, values)(IDS))
-        assert (logprobs(CanonReferenceModel(new, new_values)(IDS)) - truth).abs().max() <= 1e-9
+        expected = logprobs(CanonReferenceModel(old, values)(IDS))
+        assert (logprobs(CanonReferenceModel(new, new_values)(IDS)) - expected).abs().max() <= 1e-9
         for forgotten in ({"q_norm", "k_norm", "canonB"}, {"q_norm", "k_norm"}, {"canonB"}, {"bias"}, kinds | {"bias"}):
             partly = {
                 name: old[name] if forgotten & set(name.split(".")[-2:]) else tensor for name, tensor in new.items()
             }
-            assert (logprobs(CanonReferenceModel(partly, new_values)(IDS)) - truth).abs().max() > 0.1, forgotten
+            assert (logprobs(CanonReferenceModel(partly, new_values)(IDS)) - expected).abs().max() > 0.1, forgotten
 
     @pytest.mark.parametrize("shard_bytes", [1, 20_000])
     def test_shards(self, sources, tmp_path, shard_bytes):
@@ -394,7 +394,7 @@ class TestConvert:
             assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= shard_bytes
         assert (logits(folder) - logits(sources["lingua"])).abs().max() <= 1e-5
 
-    def test_dtypes_and_tokenizer_stay(self, tmp_path):
+    def test_dtypes_and_tokenizer_are_kept(self, tmp_path):
         source = canon_checkpoint(tmp_path / "source", **FULL)
         tensors = {name: t.float() if "norm" in name else t.bfloat16() for name, t in read_hf(source)[0].items()}
         save_file(tensors, source / "model.safetensors")

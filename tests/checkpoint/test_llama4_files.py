@@ -1,4 +1,4 @@
-"""Llama 4's files: with images or without, experts in one tensor or one by one; every rank reads its part."""
+"""Llama 4 files: with or without images, experts in one tensor or separate, and shards of ranks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EXPERTS = "model.layers.1.feed_forward.experts"
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """(tensors by name, config values, our model) of a text checkpoint."""
+    """Return tensors by name, config values and model of a text checkpoint."""
     folder = tmp_path_factory.mktemp("original")
     hf_checkpoint(folder, Llama4TextConfig(**TEXT))
     values = json.loads((folder / "config.json").read_text())
@@ -47,8 +47,8 @@ def write(folder: Path, tensors, values) -> Path:
     return folder
 
 
-def apart(tensors):
-    """Experts one by one, in the order of a projection's rows."""
+def separate_experts(tensors):
+    """Return the tensors with separate experts, in the row order of projections."""
     found = {}
     for name, tensor in tensors.items():
         parent, _, leaf = name.rpartition(".")
@@ -87,12 +87,12 @@ def same(model, other):
     return all(torch.equal(ours, other.state_dict()[name]) for name, ours in model.state_dict().items())
 
 
-@pytest.mark.parametrize("layout", [dict, apart], ids=["fused", "one by one"])
+@pytest.mark.parametrize("layout", [dict, separate_experts], ids=["fused", "one by one"])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_both_layouts_are_the_same_model_on_every_rank(original, layout, size, tmp_path, monkeypatch):
+def test_both_expert_layouts_are_equal_on_every_rank(original, layout, size, tmp_path, monkeypatch):
     tensors, values, whole = original
     checkpoint = open_checkpoint(write(tmp_path, layout(tensors), values | {"num_key_value_heads": 2}))
-    monkeypatch.setattr(loader, "_PIECE_BYTES", 3000)  # a few experts' at a time, or less than one's
+    monkeypatch.setattr(loader, "_PIECE_BYTES", 3000)  # pieces of a few experts, or of less than one
     parts = [load_model(checkpoint, group=Group(Partition(rank, size))) for rank in range(size)]
     if size == 1:
         assert same(parts[0], whole)
@@ -105,9 +105,9 @@ def test_both_layouts_are_the_same_model_on_every_rank(original, layout, size, t
             assert torch.equal(torch.cat((*gates, *ups), -1), full)
 
 
-@pytest.mark.parametrize("layout", [dict, apart], ids=["fused", "one by one"])
+@pytest.mark.parametrize("layout", [dict, separate_experts], ids=["fused", "one by one"])
 def test_whole_experts_on_every_rank(original, layout, tmp_path, monkeypatch):
-    """Three over two ranks; another rank's are not read, and their shapes are checked."""
+    """Three experts over two ranks; a rank reads only its own experts, and checks the shapes of all."""
     tensors, values, whole = original
     checkpoint = open_checkpoint(write(tmp_path, layout(tensors), values))
     monkeypatch.setattr(loader, "_PIECE_BYTES", 3000)
@@ -116,8 +116,8 @@ def test_whole_experts_on_every_rank(original, layout, tmp_path, monkeypatch):
         ours = [part.get_parameter(name) for part in parts]
         assert [part.shape[0] for part in ours] == [2, 1]
         assert torch.equal(torch.cat(ours), whole.get_parameter(name))
-    if layout is apart:
-        tensors = {**apart(tensors), f"{EXPERTS}.2.down_proj.weight": torch.zeros(3, 3)}
+    if layout is separate_experts:
+        tensors = {**separate_experts(tensors), f"{EXPERTS}.2.down_proj.weight": torch.zeros(3, 3)}
         checkpoint = open_checkpoint(write(tmp_path, tensors, values))
         with pytest.raises(CheckpointError, match=r"experts\.2\.down_proj\.weight has shape \(3, 3\)"):
             load_model(checkpoint, group=Group(Partition(0, 2)), expert_parallel=True)
@@ -131,7 +131,7 @@ def test_whole_experts_on_every_rank(original, layout, tmp_path, monkeypatch):
         ({"enable_expert_parallel": 1}, "enable_expert_parallel=1: must be True or False"),
     ],
 )
-def test_whole_experts_that_cannot_be(original, options, message, tmp_path):
+def test_impossible_expert_parallelism_raises(original, options, message, tmp_path):
     tensors, values, _ = original
     write(tmp_path, tensors, values)
     with pytest.raises(ConfigError, match=message):
@@ -139,9 +139,9 @@ def test_whole_experts_that_cannot_be(original, options, message, tmp_path):
 
 
 @pytest.mark.parametrize("stripped", [False, True])
-def test_of_a_checkpoint_with_images_the_language_model_is_read(original, stripped, tmp_path, caplog):
+def test_language_model_of_an_image_checkpoint_is_read(original, stripped, tmp_path, caplog):
     tensors, values, whole = original
-    tensors = with_images(apart(tensors))
+    tensors = with_images(separate_experts(tensors))
     if stripped:
         tensors = {name.removeprefix("language_model."): tensor for name, tensor in tensors.items()}
     write(tmp_path, tensors, around(values))
@@ -151,7 +151,7 @@ def test_of_a_checkpoint_with_images_the_language_model_is_read(original, stripp
     assert "multi_modal_projector.linear_1.weight" in line
 
 
-def test_what_transformers_writes_with_images(tmp_path):
+def test_image_checkpoint_written_by_transformers(tmp_path):
     config = Llama4Config(text_config=TEXT, vision_config=VISION)
     config._attn_implementation = "eager"
     model = Llama4ForConditionalGeneration(config).eval()
@@ -166,7 +166,7 @@ def test_what_transformers_writes_with_images(tmp_path):
 
 def test_the_reference_reads_experts_one_by_one(original, tmp_path):
     tensors, values, whole = original
-    tested = ModelUnderTest.open(write(tmp_path, apart(tensors), values))
+    tested = ModelUnderTest.open(write(tmp_path, separate_experts(tensors), values))
     ids = list(range(3, 33))
     oracle = ReferenceModel(tested.config, tested.weights(torch.device("cpu")), torch.float32)
     torch.testing.assert_close(oracle.logits(ids), plain_logits(whole, torch.tensor(ids)), rtol=1e-4, atol=1e-4)
@@ -186,16 +186,16 @@ def test_the_reference_reads_experts_one_by_one(original, tmp_path):
         ),
     ],
 )
-def test_what_does_not_fit_is_named(original, change, message, tmp_path):
+def test_misfitting_tensors_are_named(original, change, message, tmp_path):
     tensors, values, _ = original
-    changed = apart(tensors)
+    changed = separate_experts(tensors)
     change(changed)
     with pytest.raises(CheckpointError, match=message) as caught:
         load_model(open_checkpoint(write(tmp_path, changed, values)))
     assert "\n" not in str(caught.value)
 
 
-def test_an_override_goes_before_the_file(original, tmp_path):
+def test_override_has_precedence(original, tmp_path):
     tensors, values, _ = original
     write(tmp_path, with_images(tensors), around(values))
     overrides = {"text_config": {"attn_temperature_tuning": False}}

@@ -1,4 +1,4 @@
-"""Every tensor of a checkpoint is read once, every parameter filled once; what does not fit is named in one line."""
+"""Loading: every tensor is read once, every parameter filled once, and errors name what does not fit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Q, LAST = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory):
-    """A checkpoint of each family: folder and, but for canon, the transformers model."""
+    """Return a checkpoint of each family: folder and, except for canon, the transformers model."""
     folder = tmp_path_factory.mktemp("originals")
     tied = LlamaConfig(**SHAPE, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
     models = {
@@ -48,7 +48,7 @@ def originals(tmp_path_factory):
 
 @pytest.fixture
 def edit(originals, tmp_path):
-    """`edit("llama", changes)`: a copy of a checkpoint with tensors replaced, added, or (None) removed."""
+    """Return a function that copies a checkpoint with tensors replaced, added, or (None) removed."""
 
     def edited(family, changes=(), config=()):
         folder = tmp_path / family
@@ -160,7 +160,7 @@ def test_tensors_of_another_float_dtype_are_converted(originals, edit, dtype):
 
 
 class TestTiedHead:
-    def test_an_equal_copy_is_accepted(self, edit, caplog):
+    def test_equal_copy_of_a_tied_head_is_accepted(self, edit, caplog):
         folder = edit("tied")
         embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
         save_file(
@@ -172,7 +172,7 @@ class TestTiedHead:
         assert model.lm_head.weight is model.model.embed_tokens.weight
         assert not caplog.records
 
-    def test_a_head_of_its_own_is_used_although_the_config_ties_it(self, edit, caplog):
+    def test_untied_head_in_the_files_is_used_despite_the_config(self, edit, caplog):
         folder = edit("tied", {"lm_head.weight": torch.ones(VOCAB, 32)})
         with caplog.at_level(logging.WARNING, logger="lamella"):
             model = load_model(open_checkpoint(folder))
@@ -181,7 +181,7 @@ class TestTiedHead:
         (record,) = caplog.records
         assert "lm_head.weight differs from the embedding: the files' own head is used" in record.message
 
-    def test_one_other_row_makes_a_head_of_its_own(self, edit):
+    def test_one_different_row_unties_the_head(self, edit):
         folder = edit("tied")
         head = load_file(folder / "model.safetensors")["model.embed_tokens.weight"].clone()
         head[-1, -1] += 1
@@ -223,7 +223,7 @@ class TestFiles:
         (folder / "consolidated.safetensors").write_bytes(b"another format")
         load_model(open_checkpoint(folder))
 
-    def test_a_tensor_stands_in_two_files(self, edit):
+    def test_tensor_in_two_files_raises(self, edit):
         folder = edit("llama")
         (folder / "model.safetensors").rename(folder / "all.safetensors")
         save_file({Q: torch.ones(32, 32)}, folder / "more.safetensors")
@@ -246,7 +246,7 @@ class TestFolders:
     def test_no_such_folder(self, tmp_path):
         refused(tmp_path / "absent", str(tmp_path / "absent"))
 
-    def test_a_file_is_no_folder(self, originals):
+    def test_path_of_a_file_raises(self, originals):
         refused(originals[0] / "llama/config.json", "config.json", "no such folder")
 
     def test_no_config(self, tmp_path):
@@ -259,11 +259,11 @@ class TestFolders:
         refused(folder, str(folder / "config.json"))
 
     @pytest.mark.parametrize("changes", [{"architectures": []}, {"architectures": None}])
-    def test_model_type_stands_in_for_architectures(self, edit, changes):
+    def test_model_type_replaces_missing_architectures(self, edit, changes):
         load_model(open_checkpoint(edit("llama", config=changes)))
 
     @pytest.mark.parametrize("changes", [{"architectures": "LlamaForCausalLM"}, {"architectures": [3]}])
-    def test_unusable_architectures(self, edit, changes):
+    def test_bad_architectures_raise(self, edit, changes):
         refused(edit("llama", config=changes), "architectures")
 
     def test_neither_architectures_nor_model_type(self, edit):
@@ -299,7 +299,7 @@ class TestOptions:
         [
             ("auto", "bfloat16", torch.bfloat16),
             ("auto", "torch.float16", torch.float16),
-            ("auto", None, torch.float32),  # what the file holds
+            ("auto", None, torch.float32),  # dtype in the file
             ("float32", "bfloat16", torch.float32),
             ("half", "float32", torch.float16),
             (torch.bfloat16, "float32", torch.bfloat16),
@@ -313,18 +313,18 @@ class TestOptions:
             assert parameter.dtype == (torch.float32 if "norm" in name else expected)
 
     @pytest.mark.parametrize("dtype", ["float8", "int8", torch.int8, torch.float64, ""])
-    def test_unusable_dtypes(self, originals, dtype):
+    def test_bad_dtypes_raise(self, originals, dtype):
         with pytest.raises(ConfigError, match=r"dtype=.* must be"):
             load_model(open_checkpoint(originals[0] / "llama"), dtype=dtype)
 
-    def test_an_unusable_stated_dtype(self, edit):
+    def test_bad_dtype_in_config_raises(self, edit):
         refused(edit("llama", config={"dtype": "float8_e4m3fn"}), "float8_e4m3fn", error=ConfigError)
 
-    def test_unusable_load_format(self, originals):
+    def test_bad_load_format_raises(self, originals):
         with pytest.raises(ConfigError, match="load_format='pickle': must be one of auto, dummy"):
             load_model(open_checkpoint(originals[0] / "llama"), load_format="pickle")
 
-    def test_a_served_model_is_frozen(self, originals):
+    def test_loaded_model_has_no_gradients(self, originals):
         model = load_model(open_checkpoint(originals[0] / "llama"))
         assert not model.training
         assert not any(parameter.requires_grad for parameter in model.parameters())

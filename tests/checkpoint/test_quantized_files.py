@@ -1,4 +1,4 @@
-"""Quantised files are the model that their numbers and scales stand for, on every rank and in whatever pieces."""
+"""Quantized files: dequantization on every rank and in pieces of any size, and errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Llama4TextConfig
 
-from checkpoint.test_llama4_files import EXPERTS, TEXT, apart, same, write
+from checkpoint.test_llama4_files import EXPERTS, TEXT, same, separate_experts, write
 from helpers import canon_checkpoint, hf_checkpoint
 from lamella import LLM
 from lamella.checkpoint import load_model, loader, open_checkpoint
@@ -28,21 +28,21 @@ FUSED = re.compile(r"experts\.(gate_up|down)_proj$")
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """(tensors by name, config values) of a text checkpoint."""
+    """Return tensors by name and config values of a text checkpoint."""
     folder = tmp_path_factory.mktemp("original")
     hf_checkpoint(folder, Llama4TextConfig(**TEXT))
     return load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
 
 
 def narrow(weight, scale, dtype, offset=0.0):
-    """The numbers that stand for a weight, and what they stand for."""
+    """Return the quantized numbers of a weight, and the dequantized weight."""
     value = weight / scale + offset
     number = value.clamp(-448, 448).to(FP8) if dtype == FP8 else value.round().clamp(-128, 127).to(torch.int8)
     return number, (number.float() - offset) * scale
 
 
 def blocks(weight, rows, columns):
-    """A scale for each block (rows, columns) of a matrix, in the file's shape and spread over the weight's."""
+    """Return one scale per block (rows, columns) of a matrix, in the file's shape and in the shape of the weight."""
     counts = -(-weight.shape[0] // rows), -(-weight.shape[1] // columns)
     scale = torch.rand(counts) / 100 + 0.01
     return scale, scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: weight.shape[0], : weight.shape[1]]
@@ -116,31 +116,31 @@ FORMS = {
 
 
 def quantized(original, form):
-    """(tensors of the quantised file, the wide tensors that they stand for, its config)."""
+    """Return the tensors of a quantized file, the dequantized tensors, and the config."""
     torch.manual_seed(0)
     stated, quantize = FORMS[form]
     fused = quantize in (fbgemm, modelopt)
-    tensors = original[0] if fused else apart(original[0])
-    stored, wide = {}, {}
+    tensors = original[0] if fused else separate_experts(original[0])
+    stored, dequantized = {}, {}
     for name, tensor in tensors.items():
         if PROJECTION.search(name) or (fused and FUSED.search(name)):
-            wide[name], parts = quantize(name, tensor.contiguous())
+            dequantized[name], parts = quantize(name, tensor.contiguous())
             stored |= parts
         else:
-            wide[name] = stored[name] = tensor
+            dequantized[name] = stored[name] = tensor
     values = original[1] if stated is OWN_FILE else original[1] | {"quantization_config": stated}
-    return stored, wide, values
+    return stored, dequantized, values
 
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("form", FORMS)
-def test_the_model_is_what_the_numbers_stand_for(original, form, size, tmp_path, monkeypatch, caplog):
-    stored, wide, values = quantized(original, form)
+def test_model_equals_dequantized_weights(original, form, size, tmp_path, monkeypatch, caplog):
+    stored, dequantized, values = quantized(original, form)
     if FORMS[form][0] is OWN_FILE:
         (tmp_path / "hf_quant_config.json").write_text(json.dumps(OWN_FILE))
-    (tmp_path / "wide").mkdir()
-    expected = open_checkpoint(write(tmp_path / "wide", wide, original[1]))
-    monkeypatch.setattr(loader, "_PIECE_BYTES", 3000)  # a few experts' at a time, or less than one's
+    (tmp_path / "dequantized").mkdir()
+    expected = open_checkpoint(write(tmp_path / "dequantized", dequantized, original[1]))
+    monkeypatch.setattr(loader, "_PIECE_BYTES", 3000)  # pieces of a few experts, or of less than one
     with caplog.at_level(logging.INFO, "lamella"):
         checkpoint = open_checkpoint(write(tmp_path, stored, values))
         for rank in range(size):
@@ -148,25 +148,25 @@ def test_the_model_is_what_the_numbers_stand_for(original, form, size, tmp_path,
             assert same(load_model(checkpoint, group=group), load_model(expected, group=group))
     (line,) = (record.message for record in caplog.records if "dequantised" in record.message)
     scales = sum(name.endswith(("weight_scale", "_scale_inv", "_proj_scale")) for name in stored)
-    unread = len(stored) - len(wide) - scales - sum("zero_point" in name for name in stored)
+    unread = len(stored) - len(dequantized) - scales - sum("zero_point" in name for name in stored)
     assert f"{scales} tensors (" in line and f"{unread} scales" in line
 
 
-def test_an_engine_generates_from_one(original, tmp_path):
-    stored, wide, values = quantized(original, "channels")
-    (tmp_path / "wide").mkdir()
-    write(tmp_path / "wide", wide, original[1])
+def test_engine_with_quantized_checkpoint(original, tmp_path):
+    stored, dequantized, values = quantized(original, "channels")
+    (tmp_path / "dequantized").mkdir()
+    write(tmp_path / "dequantized", dequantized, original[1])
     write(tmp_path, stored, values)
 
     def tokens(folder):
         llm = LLM(folder, device="cpu", dtype="float32", num_blocks=8)
         return llm.generate({"prompt_token_ids": [3, 4, 5]}, use_tqdm=False)[0].outputs[0].token_ids
 
-    assert tokens(tmp_path) == tokens(tmp_path / "wide")
+    assert tokens(tmp_path) == tokens(tmp_path / "dequantized")
 
 
-def test_parity_takes_the_own_reference(original, tmp_path):
-    """Which is given what the numbers stand for; transformers would compute something else."""
+def test_parity_uses_the_own_reference(original, tmp_path):
+    """The reference gets dequantized weights; transformers would compute something else."""
     stored, _, values = quantized(original, "channels")
     write(tmp_path, stored, values)
     result = compare(tmp_path, dtype="bfloat16", device="cpu", prompts="random", count=2, prompt_len=12, decode_len=4)
@@ -175,7 +175,7 @@ def test_parity_takes_the_own_reference(original, tmp_path):
         compare(tmp_path, reference="hf", device="cpu", prompts="random", count=2)
 
 
-def test_they_are_not_converted(tmp_path):
+def test_convert_rejects_quantized_files(tmp_path):
     folder = canon_checkpoint(tmp_path / "from")
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | {"quantization_config": {"quant_method": "fp8"}}))
@@ -201,7 +201,7 @@ def test_they_are_not_converted(tmp_path):
         (compressed() | {"config_groups": {"group_0": 8}}, r"group_0=8: must be a mapping$"),
     ],
 )
-def test_other_forms_are_refused(original, config, message, tmp_path):
+def test_unsupported_quantization_raises(original, config, message, tmp_path):
     tensors, values = original
     with pytest.raises(ConfigError, match=message) as caught:
         open_checkpoint(write(tmp_path, tensors, values | {"quantization_config": config}))
@@ -226,7 +226,7 @@ def test_other_forms_are_refused(original, config, message, tmp_path):
         (lambda t, n: t.update({f"{n}_g_idx": torch.ones(24)}), r"unexpected: .*weight_g_idx$"),
     ],
 )
-def test_what_does_not_fit_is_named(original, change, message, tmp_path):
+def test_misfitting_tensors_are_named(original, change, message, tmp_path):
     stored, _, values = quantized(original, "channels")
     change(stored, f"{EXPERTS}.0.down_proj.weight")
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -234,7 +234,7 @@ def test_what_does_not_fit_is_named(original, change, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_the_dtype_must_be_said_somewhere(original, tmp_path):
+def test_missing_dtype_of_quantized_files_raises(original, tmp_path):
     stored, _, values = quantized(original, "channels")
     values = {key: value for key, value in values.items() if key not in ("dtype", "torch_dtype")}
     with pytest.raises(ConfigError, match="dtype='auto': the weights are quantised"):
@@ -242,7 +242,7 @@ def test_the_dtype_must_be_said_somewhere(original, tmp_path):
     assert load_model(open_checkpoint(tmp_path), "bfloat16").lm_head.weight.dtype == torch.bfloat16
 
 
-def test_blocks_that_could_be_several_are_refused(original, tmp_path):
+def test_ambiguous_block_sizes_raise(original, tmp_path):
     stored, _, values = quantized(original, "blocks")
     values["quantization_config"]["config_groups"]["group_1"] = {
         "weights": {"strategy": "block", "block_structure": [6, 6]}

@@ -1,4 +1,4 @@
-"""`lamella bench ops`: what is timed is what the placement computes, each checked against plain torch."""
+"""`lamella bench ops`: the operations of the active placement are measured and checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lamella.cli.main import main
 
 
 @pytest.mark.parametrize("name", mostly_slow(["gdn", "kda", "mamba", "attention"], fast=["kda", "attention"]))
-def test_the_active_mixers_operations_are_timed(tmp_path, capsys, name):
+def test_operations_of_active_mixers_are_timed(tmp_path, capsys, name):
     folder = checkpoint(tmp_path, fixed(SUPERNET))
     options = ["--device", "cpu", "--requests", "2", "--input-len", "8", "--output-len", "2", "--dtype", "float32"]
     assert main(["bench", "ops", str(folder), *options, "--placement", f"all-{name}"]) == 0

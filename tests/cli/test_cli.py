@@ -1,4 +1,4 @@
-"""The command line as a user meets it: output, exit status, and one line for every mistake."""
+"""Command line: output, exit status, and one-line errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def last_json(capsys) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_generate_gives_the_engines_tokens(folder, capsys):
+def test_generate_prints_the_engines_tokens(folder, capsys):
     expected = LLM(folder, device="cpu").generate(
         {"prompt_token_ids": [1, 2, 3]}, SamplingParams(temperature=0, max_tokens=5), use_tqdm=False
     )
@@ -60,7 +60,7 @@ def test_engine_settings_reach_the_engine(folder, capsys):
     assert "num_blocks=1" in capsys.readouterr().err
 
 
-def test_generate_demo_asks_and_checks_itself(capsys):
+def test_generate_demo_checks_its_answers(capsys):
     assert main(["generate", "demo"]) == 0
     out = capsys.readouterr().out
     assert out.count("right") == 6
@@ -71,7 +71,7 @@ def test_generate_demo_asks_and_checks_itself(capsys):
     assert all(answer["right"] and answer["said"].split() == answer["answer"].split() for answer in answers)
 
 
-def test_overrides_are_the_way_out_that_errors_name(tmp_path, capsys):
+def test_hf_overrides_named_in_errors_work(tmp_path, capsys):
     folder = canon_checkpoint(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"made_up": 1}))
@@ -192,7 +192,7 @@ def test_bench_ends_with_one_json_line(folder, workload, capsys):
         (["demo", "--questions", "0"], "--questions"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(folder, command, named, capsys):
+def test_user_error_is_one_line_and_status_2(folder, command, named, capsys):
     assert main([part.format(folder=folder) for part in command]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -218,17 +218,17 @@ def test_help_does_not_import_torch():
     assert done.stdout.splitlines()[-1] == "False"
 
 
-def test_cuda_is_refused_where_there_is_none(folder, capsys):
+def test_cuda_without_a_device_raises(folder, capsys):
     if torch.cuda.is_available():
         pytest.skip("a CUDA device is here")
     assert main(["generate", str(folder), "--tokens", "1", "--device", "cuda"]) == 2
     assert "device='cuda'" in capsys.readouterr().err
 
 
-def test_inspect_shows_what_the_engines_form_compiles(tmp_path, capsys, monkeypatch):
+def test_inspect_compile_shows_the_engines_form(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("lamella.bench.compile.FORMS", {"lamella": None})
     monkeypatch.setattr("lamella.bench.compile._ALONE", {})
-    # The key is refused by this process and by the one that compiles, unless both know the override.
+    # Both this process and the compiling process reject the key unless they get the override.
     (tmp_path / "config.json").write_text(json.dumps(LLAMA4 | {"made_up": 1}))
     way_out = ["--hf-overrides", '{"made_up": null}']
     assert main(["inspect", str(tmp_path), "--compile", "--layers", "4", "--json", *way_out]) == 0
@@ -239,7 +239,7 @@ def test_inspect_shows_what_the_engines_form_compiles(tmp_path, capsys, monkeypa
 
 @pytest.mark.slow
 def test_inspect_compiles_in_every_form(tmp_path, capsys, monkeypatch):
-    """The engine's and each layer by itself, at twice the depth, without the time that a start without caches takes."""
+    """The engine's form and each layer by itself, at twice the depth, in this process instead of a new one."""
     monkeypatch.setattr("lamella.bench.compile.FORMS", {"lamella": None, "each layer": None})
     monkeypatch.setattr("lamella.bench.compile._ALONE", {})
     (tmp_path / "config.json").write_text(json.dumps(LLAMA4))
@@ -252,7 +252,7 @@ def test_inspect_compiles_in_every_form(tmp_path, capsys, monkeypatch):
     assert max(ours["difference"], naive["difference"]) <= LIMIT
 
 
-def test_inspect_fails_where_compiling_changes_the_result(folder, capsys, monkeypatch):
+def test_inspect_fails_if_compiling_changes_results(folder, capsys, monkeypatch):
     right = CompileCost("lamella", 2, 2, [], False, 1.0, LIMIT)
     wrong = CompileCost("whole model", 2, 1, ["2 <= input_ids.size()[0]"] * 3, True, 1.0, 2 * LIMIT)
     monkeypatch.setattr("lamella.cli.inspect.compile_costs", lambda *_: iter([right, wrong]))
@@ -262,8 +262,8 @@ def test_inspect_fails_where_compiling_changes_the_result(folder, capsys, monkey
         assert shown in out
 
 
-def test_inspect_shows_what_layers_differ_in(tmp_path, capsys):
-    """Chunks, temperatures and experts, of which a step reads what its tokens go to."""
+def test_inspect_shows_differences_of_layers(tmp_path, capsys):
+    """Chunks, temperatures and experts; a decode step reads only the experts of its tokens."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA4))
     assert main(["inspect", str(tmp_path), "--json"]) == 0
     card = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -277,8 +277,8 @@ def test_inspect_shows_what_layers_differ_in(tmp_path, capsys):
     assert "experts" in capsys.readouterr().out
 
 
-def test_no_command_lacks_the_way_out_of_refused_configs():
-    """Errors of the config reader name `--hf-overrides`, whatever the command; `placement set` writes the file."""
+def test_commands_with_models_have_hf_overrides():
+    """Errors of the config reader name `--hf-overrides`, so all commands with a model have it, except `set`."""
 
     def leaves(command: argparse.ArgumentParser, name: str):
         below = [action for action in command._actions if isinstance(action, argparse._SubParsersAction)]
@@ -293,7 +293,7 @@ def test_no_command_lacks_the_way_out_of_refused_configs():
     assert [name for name, options in reading.items() if "--hf-overrides" not in options] == ["placement set"]
 
 
-def test_a_model_class_reads_overridden_values(tmp_path):
+def test_from_pretrained_accepts_hf_overrides(tmp_path):
     folder = canon_checkpoint(tmp_path)
     change_config(folder, made_up=1)
     model = LlamaCanonForCausalLM.from_pretrained(folder, hf_overrides={"made_up": None, "rms_norm_eps": 0.05})

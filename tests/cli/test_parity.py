@@ -1,4 +1,4 @@
-"""`lamella parity`: tables, files, and an exit status that can be trusted."""
+"""`lamella parity`: tables, report files, exit status, and errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_json_is_the_last_line(capsys):
 
 
 @pytest.mark.skipif(not native.available(), reason="breaks a native kernel")
-def test_a_broken_kernel_is_found_and_the_status_says_so(capsys, monkeypatch):
+def test_broken_kernel_fails_with_status_1(capsys, monkeypatch):
     right = native.add_rms_norm
     monkeypatch.setattr(native, "add_rms_norm", lambda x, residual, weight, eps: right(x, residual, weight, eps + 0.1))
     assert main(["parity", "demo", "bisect", *SMALL]) == 1
@@ -84,13 +84,13 @@ def test_prompts_from_a_file(capsys, tmp_path):
         (["no/such/model/here"], "no/such/model/here: no such folder"),
     ],
 )
-def test_mistakes_are_one_line(arguments, line, capsys):
+def test_user_errors_are_one_line(arguments, line, capsys):
     assert main(["parity", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("lamella: ") and line in captured.err and captured.err.count("\n") == 1
 
 
-def test_a_dummy_model_and_the_old_number(capsys, tmp_path):
+def test_dummy_model_and_free_running(capsys, tmp_path):
     folder = canon_checkpoint(tmp_path)
     (folder / "model.safetensors").unlink()
     options = ["--load-format", "dummy", "--dtype", "bfloat16", "--free-running"]
@@ -98,8 +98,8 @@ def test_a_dummy_model_and_the_old_number(capsys, tmp_path):
     assert "texts that are still equal diverge at" in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_way_out_of_a_refused_config_works(capsys, tmp_path):
-    """Whatever the reader refuses at whatever depth, and with engines that read the file themselves."""
+def test_override_named_in_config_error_works(capsys, tmp_path):
+    """For keys at any depth, and for engines that read the file themselves."""
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     hf_checkpoint(tmp_path, LlamaConfig(vocab_size=64, num_key_value_heads=1, head_dim=16, **shape))
     rotation = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "odd": 3}
@@ -130,7 +130,7 @@ def test_the_way_out_of_a_refused_config_works(capsys, tmp_path):
         ({"tie_word_embeddings": False}, "missing: lm_head.weight; if the head is the embedding: --hf-overrides"),
     ],
 )
-def test_overrides_that_do_not_fit_the_tensors_are_one_line(overrides, line, capsys, tmp_path):
+def test_overrides_that_contradict_tensors_raise_one_line(overrides, line, capsys, tmp_path):
     folder = canon_checkpoint(tmp_path)
     tensors = load_file(folder / "model.safetensors")
     if tensors.pop("lm_head.weight", None) is not None:
@@ -142,7 +142,7 @@ def test_overrides_that_do_not_fit_the_tensors_are_one_line(overrides, line, cap
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "null"])
-def test_overrides_that_are_no_json_object_are_refused(text, capsys):
+def test_overrides_that_are_not_json_objects_raise(text, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["parity", "demo", "--hf-overrides", text])
     assert exit.value.code == 2 and "--hf-overrides: " in capsys.readouterr().err

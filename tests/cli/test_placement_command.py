@@ -1,4 +1,4 @@
-"""`lamella placement`: what a supernet can be, what it is made, and what that would cost."""
+"""`lamella placement`: show, set and sweep."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def supernet(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def own(tmp_path) -> Path:
-    """A supernet with a plain layer between two that have a choice, to be written to."""
+    """Return a supernet folder that a test can change, with a plain layer between two layers with a choice."""
     blocks = {"super": block(SUPERNET), "plain": block(MIXERS["mamba"])}
     decoder = {"type": "pattern", "num_blocks": 3, "pattern": ["super", "plain"], "blocks": blocks}
     return checkpoint(tmp_path / "own", config(decoder))
@@ -53,7 +53,7 @@ def told(capsys: pytest.CaptureFixture[str], *command: str) -> dict[str, Any]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *command: str) -> str:
-    """The one line of a mistake; nothing else is said."""
+    """Run a command that fails, and return its one line of output."""
     assert main(["placement", *command]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("lamella: ") and captured.err.count("\n") == 1
@@ -62,13 +62,13 @@ def refused(capsys: pytest.CaptureFixture[str], *command: str) -> str:
 
 
 class TestShow:
-    def test_the_files_own(self, supernet, capsys):
+    def test_show_default_placement(self, supernet, capsys):
         found = told(capsys, "show", str(supernet))
         assert found["placement"] == "all-attention"
         assert found["layers"] == {str(i): {"mixers": NAMES, "active": "attention"} for i in range(3)}
         assert (found["bytes_per_token"], found["bytes_per_request"]) == (3 * ATTENTION_TOKEN, 0)
 
-    def test_another(self, supernet, capsys):
+    def test_show_given_placement(self, supernet, capsys):
         found = told(capsys, "show", str(supernet), "--placement", "gdn,attn,gdn")
         assert [layer["active"] for layer in found["layers"].values()] == ["gdn", "attention", "gdn"]
         assert (found["bytes_per_token"], found["bytes_per_request"]) == (ATTENTION_TOKEN, 2 * GDN_REQUEST)
@@ -78,16 +78,16 @@ class TestShow:
             active += sum(p.nbytes for p in model.model.layers[layer].mixer.mixers[name].parameters())
         assert found["decode_step_weight_bytes"] == active
 
-    def test_a_dtype(self, supernet, capsys):
+    def test_show_with_dtype(self, supernet, capsys):
         found = told(capsys, "show", str(supernet), "--dtype", "bfloat16")
         assert found["bytes_per_token"] == 3 * ATTENTION_TOKEN // 2
 
-    def test_layers_without_a_choice_count_in_the_cost_only(self, own, capsys):
+    def test_layers_without_a_choice_count_only_in_the_cost(self, own, capsys):
         found = told(capsys, "show", str(own))
         assert list(found["layers"]) == ["0", "2"]
         assert (found["bytes_per_token"], found["bytes_per_request"]) == (2 * ATTENTION_TOKEN, MAMBA_REQUEST)
 
-    def test_for_people(self, supernet, capsys):
+    def test_text_output(self, supernet, capsys):
         out = said(capsys, "show", str(supernet), "--placement", "all-gdn")
         for words in (
             "placement all-gdn",
@@ -101,8 +101,8 @@ class TestShow:
         (tmp_path / "config.json").write_text((supernet / "config.json").read_text())
         assert told(capsys, "show", str(tmp_path)) == told(capsys, "show", str(supernet))
 
-    def test_the_way_out_of_a_refused_config_works(self, supernet, tmp_path, capsys):
-        """With `set`, which takes no overrides, the file is what has to be changed."""
+    def test_override_named_in_config_error_works(self, supernet, tmp_path, capsys):
+        """`set` accepts no overrides, so its error says to change the file."""
         folder = checkpoint(tmp_path / "refused", fixed(SUPERNET, layers=3))
         values = json.loads((folder / "config.json").read_text())
         change_config(folder, decoder=values["decoder"] | {"made_up": 1})
@@ -128,7 +128,7 @@ class TestShow:
 
 
 class TestSet:
-    def test_it_is_written_and_said(self, own, capsys):
+    def test_set_writes_and_prints_the_placement(self, own, capsys):
         found = told(capsys, "set", str(own), "gdn,swa")
         assert found == {"placement": "gdn,sliding_window", "file": str(own / "config.json")}
         assert told(capsys, "show", str(own))["placement"] == "gdn,sliding_window"
@@ -137,7 +137,7 @@ class TestSet:
         assert "".join(out.split()) == f"{own / 'config.json'}:all-kda"
         assert sorted(file.name for file in own.iterdir()) == ["config.json", "model.safetensors"]
 
-    def test_a_bad_one_changes_nothing(self, own, capsys):
+    def test_set_with_bad_placement_changes_nothing(self, own, capsys):
         before = (own / "config.json").read_bytes()
         for written, why in (
             ("all-rwkv", f"placement: layer 0 has no mixer 'rwkv'; it has {', '.join(NAMES)}"),
@@ -178,8 +178,8 @@ class TestSet:
 
 
 class TestSweep:
-    def test_figures(self, supernet, capsys):
-        """Losses and distances are those of the parity kit, state is what the placement keeps."""
+    def test_sweep_figures(self, supernet, capsys):
+        """Losses and KL equal those of the parity kit; state sizes equal those of the placement."""
         found = told(capsys, "sweep", str(supernet), "all-attention", "all-gdn", "gdn,attn,gdn", *SIZES)
         assert (found["main"], found["workload"]) == ("all-attention", {"requests": 2, "input_len": 9})
         swept = {each["placement"]: each for each in found["placements"]}
@@ -202,7 +202,7 @@ class TestSweep:
         ]
         assert any(each["best"] for each in swept.values())
 
-    def test_by_default_the_main_one_and_the_usual(self, own, capsys):
+    def test_default_placements_of_a_sweep(self, own, capsys):
         found = told(capsys, "sweep", str(own), *SIZES, "--count", "1")
         placements = [each["placement"] for each in found["placements"]]
         usual = usual_placements(open_checkpoint(own).read_config())
@@ -211,12 +211,12 @@ class TestSweep:
         # Of two layers, between attention is all attention, and so is every fourth: each is computed once.
         assert "every2nd-gdn" in placements and not any(p.startswith(("bookend", "every4th")) for p in placements)
 
-    def test_for_people(self, supernet, capsys):
+    def test_text_output(self, supernet, capsys):
         out = said(capsys, "sweep", str(supernet), "all-kda", *SIZES)
         for words in ("2 requests of 9 tokens; KL from all-attention", "all-kda", "loss", "KL", "best"):
             assert words in out
 
-    def test_a_picture(self, supernet, tmp_path, capsys):
+    def test_plot_is_written(self, supernet, tmp_path, capsys):
         image = pytest.importorskip("matplotlib.image")
         file = tmp_path / "sweep.png"
         said(capsys, "sweep", str(supernet), "all-attention", "all-kda", *SIZES, "--plot", str(file))
@@ -225,22 +225,22 @@ class TestSweep:
         said(capsys, "sweep", str(supernet), "all-attention", *SIZES, "--plot", str(vector))
         assert "<svg" in vector.read_text()
 
-    def test_a_picture_without_matplotlib(self, supernet, capsys, monkeypatch, tmp_path):
-        """Told before anything is computed."""
+    def test_plot_without_matplotlib_raises_first(self, supernet, capsys, monkeypatch, tmp_path):
+        """The error is raised before anything is measured."""
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         error = refused(capsys, "sweep", str(supernet), *SIZES, "--plot", str(tmp_path / "x.png"))
         assert error == "--plot: matplotlib is not installed; pip install lamella[plot]"
 
     @pytest.mark.parametrize("file", ["{tmp}", "{tmp}/nowhere/x.png", "{tmp}/x", "{tmp}/x.doc", "{tmp}/folder.png"])
-    def test_a_picture_that_cannot_be_written(self, supernet, capsys, tmp_path, file):
+    def test_unwritable_plot_raises_first(self, supernet, capsys, tmp_path, file):
         pytest.importorskip("matplotlib")
         (tmp_path / "folder.png").mkdir()
         file = file.format(tmp=tmp_path)
         error = refused(capsys, "sweep", str(supernet), *SIZES, "--plot", file)
         assert error.startswith(f"--plot {file}: ")
 
-    def test_a_picture_that_turns_out_not_to_be_writable(self, supernet, capsys, tmp_path):
-        """What was measured is shown all the same."""
+    def test_failed_plot_keeps_the_table(self, supernet, capsys, tmp_path):
+        """The measured table is printed nevertheless."""
         pytest.importorskip("matplotlib")
         (tmp_path / "x.png").symlink_to("/nowhere/x.png")
         command = ["placement", "sweep", str(supernet), "all-kda", *SIZES, "--plot", str(tmp_path / "x.png")]
@@ -252,12 +252,12 @@ class TestSweep:
     @pytest.mark.parametrize(
         "option", [("--output-len", "1"), ("--output-len", "0"), ("--requests", "0"), ("--repeats", "0")]
     )
-    def test_too_little_to_measure(self, supernet, capsys, option):
+    def test_too_short_output_raises(self, supernet, capsys, option):
         error = refused(capsys, "sweep", str(supernet), "all-kda", *SIZES, *option)
         least = 2 if option == ("--output-len", "1") else 1
         assert error == f"{' '.join(option)}: must be at least {least}"
 
-    def test_a_bad_placement_among_good_ones(self, supernet, capsys):
+    def test_bad_placement_in_a_sweep_raises_first(self, supernet, capsys):
         error = refused(capsys, "sweep", str(supernet), "all-gdn", "all-rwkv", *SIZES)
         assert error == f"placement: layer 0 has no mixer 'rwkv'; it has {', '.join(NAMES)}"
 
@@ -274,17 +274,17 @@ class TestMistakes:
         ):
             assert self.run(capsys, command, folder) == f"{folder}: no layer has a choice of mixers"
 
-    def test_a_model_that_is_not_there(self, capsys, command, tmp_path):
+    def test_missing_model_raises(self, capsys, command, tmp_path):
         assert self.run(capsys, command, tmp_path / "nowhere") == f"{tmp_path / 'nowhere'}: no such folder"
 
-    def test_a_config_that_cannot_be_read(self, capsys, command, tmp_path):
+    def test_unreadable_config_raises(self, capsys, command, tmp_path):
         values = fixed(SUPERNET | {"surprise": 1})
         (tmp_path / "config.json").write_text(json.dumps(values))
         error = self.run(capsys, command, tmp_path)
         assert error.startswith(f"{tmp_path / 'config.json'}: decoder: block: mixer: unknown keys")
 
 
-def test_what_nothing_else_beats():
+def test_pareto_optimal_placements():
     def at(loss: float, time: float) -> Swept:
         return Swept("x", loss, 0.0, time, 1.0, 0, 0)
 

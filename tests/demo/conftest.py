@@ -1,4 +1,4 @@
-"""Makes the training script importable as `train`."""
+"""Make the training script importable as `train`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The demo's questions, and how well the bundled model answers them."""
+"""Questions of the demo, and accuracy of the bundled model."""
 
 import random
 from functools import cache
@@ -38,7 +38,7 @@ def some(task: str, count: int = 200) -> list[Question]:
 
 
 def solve(question: Question) -> list[str]:
-    """The answer worked out from the prompt alone."""
+    """Return the answer, computed from the prompt alone."""
     words = question.prompt.split()
     assert words.pop() == "="
     if question.task == "copy":
@@ -58,7 +58,7 @@ def solve(question: Question) -> list[str]:
 
 
 def answer_greedily(model: LlamaCanonForCausalLM, prompts: list[str]) -> list[str]:
-    """The likeliest token again and again, from whole forwards of rows filled up on the right."""
+    """Generate greedily with whole forwards of rows that are padded on the right."""
     encoded = [tokenizer().encode(prompt).ids for prompt in prompts]
     lengths = torch.tensor([len(ids) for ids in encoded])
     rows = torch.zeros(len(prompts), MAX_TOKENS, dtype=torch.int64)
@@ -77,7 +77,7 @@ def answer_greedily(model: LlamaCanonForCausalLM, prompts: list[str]) -> list[st
 
 
 @EVERY_TASK
-def test_a_question_has_the_answer_that_its_prompt_asks_for(task):
+def test_answers_follow_from_prompts(task):
     questions = some(task)
     assert all(question.task == task for question in questions)
     assert all(question.answer.split() == solve(question) for question in questions)
@@ -98,12 +98,12 @@ def test_only_the_whole_answer_is_right(task):
 
 
 @EVERY_TASK
-def test_held_out_questions_are_a_small_share_of_what_is_drawn(task):
+def test_fraction_of_held_out_questions(task):
     share = sum(is_held_out(question) for question in some(task, 4000)) / 4000
     assert 0.03 < share < 0.1
 
 
-def test_held_out_questions_are_different_and_take_turns():
+def test_held_out_questions_differ_and_alternate_tasks():
     questions = held_out(90, seed=3)
     assert len({question.prompt for question in questions}) == 90
     assert [question.task for question in questions] == [TASKS[index % len(TASKS)] for index in range(90)]
@@ -116,7 +116,7 @@ def test_one_task_of_held_out_questions(task):
     assert {question.task for question in held_out(20, task=task)} == {task}
 
 
-def test_the_prompt_alone_decides_what_is_held_out():
+def test_held_out_depends_only_on_the_prompt():
     for question in held_out(30):
         assert is_held_out(Question("any", question.prompt, "another answer"))
 
@@ -152,8 +152,8 @@ def test_the_model_answers_held_out_questions():
     assert len(wrong) <= 1, wrong
 
 
-def test_training_batches_hold_nothing_that_is_held_out():
-    """The rows of the training script, read back from their ids."""
+def test_training_batches_contain_no_held_out_questions():
+    """Decode rows of the training script from their ids."""
     train = pytest.importorskip("train", reason="the training script is not here")
     ids, labels = next(iter(train.TrainingBatches(rows=400, seed=0)))
     assert ids.shape == labels.shape == (400, MAX_TOKENS)
@@ -168,6 +168,6 @@ def test_training_batches_hold_nothing_that_is_held_out():
         assert answer.endswith(END)
 
 
-def test_the_model_called_demo_is_the_bundled_one():
-    """The checkpoint package knows the folder by itself, since it cannot import the demo's."""
+def test_demo_is_the_bundled_model():
+    """The checkpoint package defines the folder itself, since it cannot import `lamella.demo`."""
     assert find_folder(DEMO) == DEMO_FOLDER == CHECKPOINT and (CHECKPOINT / "config.json").is_file()

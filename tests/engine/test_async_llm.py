@@ -1,4 +1,4 @@
-"""Many callers on one event loop: each gets its own tokens, and leaving does no harm."""
+"""AsyncLLM: concurrent callers, cancellation, failed steps, and shutdown."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_concurrent_requests_get_their_own_tokens(folder, expected):
         assert [len(output.outputs[0].token_ids) for output in outputs] == list(range(1, 13))
 
 
-def test_leaving_and_aborting_free_what_was_held(folder, expected):
+def test_leaving_or_aborting_frees_blocks_and_slots(folder, expected):
     long = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
 
     async def scenario(llm):
@@ -87,7 +87,7 @@ def test_leaving_and_aborting_free_what_was_held(folder, expected):
     run(folder, scenario)
 
 
-def test_a_bad_request_is_refused_and_others_go_on(folder, expected):
+def test_bad_request_raises_and_others_continue(folder, expected):
     async def scenario(llm):
         good = asyncio.create_task(collect(llm, PROMPTS[0]))
         with pytest.raises(ParameterError, match="prompt_token_ids"):
@@ -97,7 +97,7 @@ def test_a_bad_request_is_refused_and_others_go_on(folder, expected):
     assert run(folder, scenario)[-1].outputs[0].token_ids == expected[0]
 
 
-def test_a_failed_step_ends_its_requests_and_not_the_engine(folder, expected):
+def test_failed_step_ends_its_requests_but_not_the_engine(folder, expected):
     async def scenario(llm):
         healthy = llm.engine.runner.launch
 
@@ -113,10 +113,10 @@ def test_a_failed_step_ends_its_requests_and_not_the_engine(folder, expected):
     assert run(folder, scenario)[-1].outputs[0].token_ids == expected[1]
 
 
-def test_two_requests_of_one_id_are_refused(folder):
+def test_duplicate_request_id_raises(folder):
     async def scenario(llm):
         first = asyncio.create_task(collect(llm, PROMPTS[0], request_id="same"))
-        await asyncio.sleep(0)  # until the task has asked
+        await asyncio.sleep(0)  # until the task has submitted its request
         with pytest.raises(ParameterError, match="same"):
             await collect(llm, PROMPTS[1], request_id="same")
         return await first
@@ -124,7 +124,7 @@ def test_two_requests_of_one_id_are_refused(folder):
     assert run(folder, scenario)[-1].finished
 
 
-def test_shutdown_ends_what_runs(folder):
+def test_shutdown_ends_running_requests(folder):
     async def main():
         llm = AsyncLLM(folder, device="cpu")
         task = asyncio.create_task(
@@ -140,7 +140,7 @@ def test_shutdown_ends_what_runs(folder):
     asyncio.run(main())
 
 
-def test_prefixes_are_found_and_forgotten(folder):
+def test_prefixes_hit_until_the_cache_is_reset(folder):
     prompt = random_prompts([40], seed=1)[0]
 
     async def scenario(llm):
@@ -155,7 +155,7 @@ LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
 
 
 async def until_idle(llm):
-    """Wait until no request is left; fails after two seconds."""
+    """Wait until the engine has no request; fail after two seconds."""
     for _ in range(100):
         if not llm.engine.has_work and not llm._queues:
             llm.engine.state.check_integrity()
@@ -165,7 +165,7 @@ async def until_idle(llm):
 
 
 def slow(llm, seconds=0.02):
-    """Make every step take so long, that orders pile up meanwhile."""
+    """Make every step slow, so that commands queue up meanwhile."""
     real = llm.engine.step
 
     def step():
@@ -175,7 +175,7 @@ def slow(llm, seconds=0.02):
     llm.engine.step = step
 
 
-def test_requests_cancelled_before_the_engine_has_seen_them_never_run(folder, expected):
+def test_requests_cancelled_before_they_start_never_run(folder, expected):
     async def scenario(llm):
         slow(llm)
         first = asyncio.create_task(collect(llm, PROMPTS[0]))
@@ -194,7 +194,7 @@ def test_requests_cancelled_before_the_engine_has_seen_them_never_run(folder, ex
     assert run(folder, scenario)[-1].outputs[0].token_ids == expected[0]
 
 
-def test_a_closed_event_loop_drops_its_requests_at_the_next_step(folder):
+def test_closed_event_loop_cancels_its_requests(folder):
     llm = AsyncLLM(folder, device="cpu")
     slow(llm, 0.01)
     loop, kept = asyncio.new_event_loop(), []
@@ -211,8 +211,8 @@ def test_a_closed_event_loop_drops_its_requests_at_the_next_step(folder):
     llm.shutdown()
 
 
-def test_a_long_prompt_is_dropped_between_its_chunks(folder):
-    """Nothing is delivered to its reader meanwhile, which would tell that it has left."""
+def test_long_prompt_is_cancelled_between_chunks(folder):
+    """Between chunks no output is delivered, so the reader's queue does not show that it was closed."""
 
     async def scenario(llm):
         slow(llm, 0.01)
@@ -226,7 +226,7 @@ def test_a_long_prompt_is_dropped_between_its_chunks(folder):
 
 
 class Panic(BaseException):
-    """As the panics of the tokenizers library, which are no `Exception`s."""
+    """Error that is not an `Exception`, like panics of the tokenizers library."""
 
 
 Panic.__name__ = "PanicException"
@@ -237,7 +237,7 @@ Panic.__name__ = "PanicException"
     "error", [SystemExit("signal"), KeyboardInterrupt(), Panic("not of a tokenizer"), GeneratorExit()]
 )
 @pytest.mark.parametrize("where", ["step", "order"])
-def test_what_ends_the_engines_thread_ends_every_call(folder, error, where):
+def test_end_of_the_engine_thread_ends_every_call(folder, error, where):
     def fail(*_):
         raise error
 
@@ -265,7 +265,7 @@ def test_what_ends_the_engines_thread_ends_every_call(folder, error, where):
     asyncio.run(main())
 
 
-def test_an_order_that_raises_ends_no_other_request(folder, expected):
+def test_failed_command_ends_no_other_request(folder, expected):
     def fail():
         raise RuntimeError("an order")
 
@@ -281,7 +281,7 @@ def test_an_order_that_raises_ends_no_other_request(folder, expected):
     assert run(folder, scenario)[-1].outputs[0].token_ids == expected[0]
 
 
-def test_a_tokenizers_panic_ends_its_own_request(folder, expected):
+def test_tokenizer_panic_ends_only_its_request(folder, expected):
     class Library:
         def encode(self, text, add_special_tokens=True):
             raise Panic("post-processor names an unknown token")
@@ -303,8 +303,8 @@ def test_a_tokenizers_panic_ends_its_own_request(folder, expected):
     assert run(folder, scenario)[-1].outputs[0].token_ids == expected[0]
 
 
-def test_text_that_cannot_be_made_ends_its_request_with_an_error(folder, expected):
-    """From the third token on, of one request of three in the batch."""
+def test_failed_detokenization_ends_only_its_request(folder, expected):
+    """Detokenization of one of three requests fails from its third token on."""
 
     async def scenario(llm):
         real = Completion._append
@@ -328,7 +328,7 @@ def test_text_that_cannot_be_made_ends_its_request_with_an_error(folder, expecte
     assert [outputs[-1].outputs[0].token_ids for outputs in run(folder, scenario)] == expected[1:3]
 
 
-def test_a_reader_that_lags_gets_the_newest_and_the_last_output(folder):
+def test_slow_reader_gets_newest_and_last_output(folder):
     async def scenario(llm):
         generator = llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
         first = await anext(generator)

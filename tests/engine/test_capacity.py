@@ -1,4 +1,4 @@
-"""The planned pools fill the budget, hold no block that nobody can use, and are refused where they cannot be."""
+"""Memory planning: pools fill the budget, have no useless blocks, and raise if nothing fits."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def plan(layers, budget, max_model_len=64, **changes):
     return dict(Capacity.plan(options, StateCost(layers, {}), max_model_len, budget).blocks)
 
 
-def test_full_attention_takes_what_the_budget_holds_and_requests_can_use():
+def test_full_attention_blocks_are_limited_by_budget_and_use():
     assert plan({FULL: 2}, 10 * 2 * BLOCK) == {FULL: 10}
     assert plan({FULL: 2}, 10 * 2 * BLOCK + 1) == {FULL: 10}
     assert plan({FULL: 2}, 10 * 2 * BLOCK - 1) == {FULL: 9}
     assert plan({FULL: 2}, 1 << 30) == {FULL: 2 * 16}  # two requests of 64 tokens
 
 
-def test_windows_take_their_reach_for_every_request_and_one_step():
+def test_windowed_groups_get_their_reach_per_request():
     assert plan({WINDOW: 1}, 1 << 30) == {WINDOW: 2 * (2 + 2) + 2}
     assert plan({WINDOW: 1}, 1 << 30, max_model_len=8) == {WINDOW: 2 * 2}  # no more than whole requests fill
     assert plan({FULL: 1, WINDOW: 3}, (10 * 3 + 5) * BLOCK) == {FULL: 5, WINDOW: 10}
 
 
-def test_the_prefix_cache_gets_room_where_there_is_some():
+def test_spare_memory_goes_to_the_prefix_cache():
     assert plan({WINDOW: 1}, 20 * BLOCK, enable_prefix_caching=True) == {WINDOW: 20}
     assert plan({WINDOW: 1}, 20 * BLOCK - 1, enable_prefix_caching=True) == {WINDOW: 10}
     assert plan({FULL: 1}, 1 << 30, enable_prefix_caching=True) == {FULL: 2 * 2 * 16}
@@ -51,7 +51,7 @@ def test_num_blocks_bounds_every_group():
 @pytest.mark.parametrize(
     ("layers", "least"), [({WINDOW: 1}, 10), ({FULL: 1}, 1), ({FULL: 1, WINDOW: 1}, 11), ({FULL: 1, WINDOW: 2}, 21)]
 )
-def test_too_small_a_budget_is_refused(layers, least, prefixes):
+def test_too_small_budget_raises(layers, least, prefixes):
     plan(layers, least * BLOCK, enable_prefix_caching=prefixes)
     with pytest.raises(ConfigError, match="max_num_seqs=2: the state of so many requests does not fit") as caught:
         plan(layers, least * BLOCK - 1, enable_prefix_caching=prefixes)

@@ -1,4 +1,4 @@
-"""Chats through the engine: prompts, defaults of generation_config.json, images, errors, `lamella chat`."""
+"""Chats: prompts, templates, images, errors, defaults of generation_config.json, and `lamella chat`."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ ONE = SamplingParams(max_tokens=1, temperature=0)
 
 
 class TestPrompts:
-    def test_the_templates_bos_stays_the_only_one(self, folder):
+    def test_bos_of_the_template_is_not_doubled(self, folder):
         output = load(folder).chat([USER], ONE, use_tqdm=False)[0]
         assert output.prompt == "<s>[user]hi[a]" and output.prompt_token_ids.count(256) == 1
 
-    def test_special_tokens_are_added_if_asked_for(self, folder):
+    def test_special_tokens_are_added_on_request(self, folder):
         output = load(folder).chat(
             [USER], ONE, use_tqdm=False, chat_template="hi", tokenization_kwargs={"add_special_tokens": True}
         )
@@ -73,18 +73,18 @@ class TestPrompts:
         ]
         assert output.prompt == "<s>[user]hi[assistant]I think "
 
-    def test_a_template_of_the_caller(self, folder):
+    def test_template_given_by_the_caller_is_used(self, folder):
         llm = load(folder)
         names = {"chat_template": "{{ x }}{{ tools[0].name }}", "chat_template_kwargs": {"x": 5}}
         (prompt,) = llm.preprocess_chat([USER], tools=[{"name": "f"}], **names)
         assert prompt == {"prompt": "5f", "add_special_tokens": False}
 
-    def test_parts_are_joined_for_templates_that_take_texts(self, folder):
+    def test_parts_are_joined_for_string_templates(self, folder):
         parts = [{"type": "text", "text": "a"}, "b", {"type": "input_text", "text": "c"}]
         (prompt,) = load(folder).preprocess_chat([{"role": "user", "content": parts}])
         assert prompt["prompt"] == "<s>[user]a\nb\nc[a]"
 
-    def test_parts_stay_for_templates_that_iterate(self, folder):
+    def test_parts_are_kept_for_openai_templates(self, folder):
         template = (
             "{% for m in messages %}{% for p in m['content'] %}({{ p.type }} {{ p.text }}){% endfor %}{% endfor %}"
         )
@@ -94,12 +94,12 @@ class TestPrompts:
         (prompt,) = llm.preprocess_chat([USER], chat_template=template, chat_template_content_format="openai")
         assert prompt["prompt"] == "(text hi)"
 
-    def test_a_stream_takes_the_prompt(self, folder):
+    def test_stream_accepts_a_preprocessed_chat(self, folder):
         llm = load(folder)
         (prompt,) = llm.preprocess_chat([USER])
         assert list(llm.stream(prompt, ONE))[-1].prompt == "<s>[user]hi[a]"
 
-    def test_tool_arguments_in_json_reach_the_template_as_objects(self):
+    def test_json_tool_arguments_are_parsed_for_the_template(self):
         call = {"function": {"name": "f", "arguments": '{"x": 1}'}}
         read, _ = read_messages([{"role": "assistant", "tool_calls": [call]}], "string", False, None)
         assert read[0]["tool_calls"] == [{"function": {"name": "f", "arguments": {"x": 1}}}]
@@ -108,7 +108,7 @@ class TestPrompts:
 
 
 class TestTemplates:
-    def test_files_in_the_order_of_transformers(self, tmp_path):
+    def test_template_files_have_transformers_precedence(self, tmp_path):
         assert chat_templates_of(tmp_path) is None
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "config"}))
         assert chat_templates_of(tmp_path) == "config"
@@ -131,7 +131,7 @@ class TestTemplates:
         with pytest.raises(ParameterError, match=r"several and no default: give one of rag"):
             select_template({"rag": "r"}, None, has_tools=False)
 
-    def test_a_model_without_a_template_says_what_to_do(self, folder):
+    def test_missing_template_error_names_the_way_out(self, folder):
         (folder / "chat_template.jinja").unlink()
         with pytest.raises(ParameterError, match=r"^chat: the model's files have no chat template .* chat_template="):
             load(folder).chat([USER])
@@ -154,23 +154,23 @@ class TestTemplates:
             "{{ 'a' * 200000000 }}",
         ],
     )
-    def test_what_a_template_must_not_do_is_one_line(self, template):
+    def test_forbidden_template_operations_raise_one_line(self, template):
         with pytest.raises(ParameterError, match=r"^chat_template: .*(give another|correct it)") as caught:
             render_chat(template, [USER])
         assert "\n" not in str(caught.value)
 
-    def test_templates_see_plain_data_only(self):
+    def test_templates_get_only_plain_data(self):
         class Secret:
             key = "x"
 
         assert plain({"a": (1, True, Secret())}) == {"a": [1, True, "<Secret>"]}
         assert render_chat("{{ messages[0].content.key }}", [{"role": "u", "content": Secret()}]) == ""
 
-    def test_names_of_training_render_their_body(self):
+    def test_generation_blocks_render_their_body(self):
         text = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
         assert render_chat(text, [USER, USER]) == "hi"
 
-    def test_a_broken_template_takes_texts(self):
+    def test_broken_template_has_string_format(self):
         assert content_format("{% for %}") == "string"
 
 
@@ -191,7 +191,7 @@ class TestErrors:
             ([[USER], "hi"], r"messages\[1\]: must be a list of messages"),
         ],
     )
-    def test_a_bad_chat_is_named(self, folder, messages, said):
+    def test_bad_chat_error_names_the_message(self, folder, messages, said):
         with pytest.raises(ParameterError, match=said):
             list(load(folder).chat(messages))
 
@@ -210,16 +210,16 @@ class TestErrors:
             ({"tokenization_kwargs": {"truncation": True}}, "'truncation' is not supported"),
         ],
     )
-    def test_a_bad_argument_is_named(self, folder, arguments, said):
+    def test_bad_chat_argument_error_names_it(self, folder, arguments, said):
         with pytest.raises(ParameterError, match=said):
             load(folder).chat([USER], **arguments)
 
-    def test_a_final_message_that_the_template_hides(self):
+    def test_hidden_final_message_cannot_be_continued(self):
         chat = [USER, {"role": "assistant", "content": "x"}]
         with pytest.raises(ParameterError, match="does not show the final message"):
             render_chat("nothing", chat, add_generation_prompt=False, continue_final_message=True)
 
-    def test_messages_given_to_generate_are_sent_to_chat(self, folder):
+    def test_generate_with_messages_points_to_chat(self, folder):
         llm = load(folder)
         for prompts in ([USER], [[USER]], USER):
             with pytest.raises(ParameterError, match=r"call chat\(messages\) instead"):
@@ -237,7 +237,7 @@ class TestImages:
         image.save(file, "PNG")
         return base64.b64encode(file.getvalue()).decode()
 
-    def test_images_of_parts_keep_their_order(self):
+    def test_images_in_parts_keep_their_order(self):
         parts = [
             {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{self.png()}"}},
             {"type": "text", "text": "and"},
@@ -258,7 +258,7 @@ class TestImages:
             ("data:image/png;base64,@", "the image cannot be read"),
         ],
     )
-    def test_what_is_no_image_is_refused(self, url, said):
+    def test_invalid_images_raise(self, url, said):
         pytest.importorskip("PIL")
         part = {"type": "image_url", "image_url": {"url": url}}
         with pytest.raises(ParameterError, match=said):
@@ -269,7 +269,7 @@ class TestDefaults:
     def write(self, folder, **values):
         (folder / "generation_config.json").write_text(json.dumps(values))
 
-    def test_the_files_values_are_the_defaults(self, folder):
+    def test_generation_config_values_are_defaults(self, folder):
         self.write(
             folder, temperature=0.6, top_p=0.9, top_k=1, repetition_penalty=1.1, max_new_tokens=3, do_sample=True
         )
@@ -282,7 +282,7 @@ class TestDefaults:
             assert outputs[0].outputs[0].token_ids == likeliest[0].outputs[0].token_ids
         assert len(llm.generate(prompt, SamplingParams(max_tokens=5, ignore_eos=True))[0].outputs[0].token_ids) == 5
 
-    def test_they_can_be_left_out_replaced_or_taken_from_elsewhere(self, folder, tmp_path_factory):
+    def test_defaults_can_be_disabled_replaced_or_read_elsewhere(self, folder, tmp_path_factory):
         self.write(folder, temperature=0.6, top_k=5)
         assert load(folder, generation_config="vllm").get_default_sampling_params() == SamplingParams()
         changed = load(folder, override_generation_config={"top_k": 9}).get_default_sampling_params()
@@ -302,12 +302,12 @@ class TestDefaults:
             ({"generation_config": 5}, ConfigError, "generation_config=5: must be auto, vllm or a folder"),
         ],
     )
-    def test_bad_values_are_named(self, folder, options, error, said):
+    def test_bad_default_error_names_the_value(self, folder, options, error, said):
         self.write(folder, temperature=-1)
         with pytest.raises(error, match=said):
             load(folder, **options)
 
-    def test_a_folder_without_the_file(self, folder, tmp_path_factory):
+    def test_missing_generation_config_raises(self, folder, tmp_path_factory):
         with pytest.raises(CheckpointError, match=r"generation_config=.* does not exist; give another folder"):
             load(folder, generation_config=str(tmp_path_factory.mktemp("empty")))
 
@@ -329,11 +329,11 @@ class TestCommand:
         assert len(result["answers"]) == 3 and all(answer["tokens"] <= 4 for answer in result["answers"])
         assert "/nothing: no such command" in done.stderr and "/reset  " in done.stderr and "tok/s" in done.stderr
 
-    def test_a_model_without_a_template_is_refused_at_once(self, folder):
+    def test_chat_command_without_template_raises_at_start(self, folder):
         (folder / "chat_template.jinja").unlink()
         done = self.run(folder, "hi\n")
         assert done.returncode == 2 and "no chat template" in done.stderr and not done.stdout
 
-    def test_a_conversation_that_is_too_long_ends_nothing(self, folder):
+    def test_too_long_message_keeps_the_conversation(self, folder):
         done = self.run(folder, "x" * 3000 + "\n/reset\nhi\n", "--max-model-len", "64")
         assert done.returncode == 0 and "/reset starts a new conversation" in done.stderr

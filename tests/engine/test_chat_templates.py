@@ -89,7 +89,7 @@ def ours(library):
 
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_text_is_what_transformers_renders(name, chat, ours, reference):
+def test_rendered_text_equals_transformers(name, chat, ours, reference):
     messages, arguments = CHATS[chat]
     arguments = {"add_generation_prompt": True, "tokenize": False, "chat_template": TEMPLATES[name], **arguments}
     try:
@@ -102,7 +102,7 @@ def test_the_text_is_what_transformers_renders(name, chat, ours, reference):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_most_chats_are_taken_by_every_template(name, ours):
+def test_templates_accept_most_chats(name, ours):
     taken = 0
     for messages, arguments in CHATS.values():
         try:
@@ -113,13 +113,13 @@ def test_most_chats_are_taken_by_every_template(name, ours):
     assert taken >= 8
 
 
-def test_the_form_of_contents_is_found():
+def test_content_format_is_detected():
     found = {name: content_format(text) for name, text in TEMPLATES.items()}
     assert found["gemma-3"] == found["tool_chat_template_llama4_json"] == "openai"
     assert found["SmolLM2"] == found["Qwen-Qwen3-0.6B"] == "string"
 
 
-def test_dates_are_those_of_the_day(ours, reference):
+def test_strftime_now_uses_the_current_date(ours, reference):
     import datetime
 
     class Day(datetime.datetime):

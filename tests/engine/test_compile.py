@@ -1,4 +1,4 @@
-"""Blocks compiled once for each kind: as many programs as there are kinds, the eager results, and no other program."""
+"""Compiled layers: one program per kind of part, results equal to eager ones, and no further compilation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def llama(layers: int) -> dict[str, Any]:
 
 
 def llama4(layers: int, step: int) -> dict[str, Any]:
-    """Every 4th layer neither rotates nor norms and has warmer queries, early; experts in every `step`-th."""
+    """Return a Llama 4 config: every 4th layer has a temperature and no RoPE or norm; every `step`-th has experts."""
     experts = {"num_local_experts": 4, "intermediate_size_mlp": 40, "interleave_moe_layer_step": step}
     chunks = {"attention_chunk_size": 16, "floor_scale": 4, "attn_scale": 0.5}
     shape = {"architectures": ["Llama4ForCausalLM"], "head_dim": 8, "num_key_value_heads": 2}
@@ -43,7 +43,7 @@ def hybrid(layers: int) -> dict[str, Any]:
 
 
 def all_mixers(layers: int) -> dict[str, Any]:
-    """Five mixers, of which attention and the sliding window are one kind."""
+    """Return a supernet config with five mixers; attention and sliding window compile to the same kind of part."""
     return pattern(["attention", "gdn", "kda", "mamba", "sliding_window"], layers=layers)
 
 
@@ -66,7 +66,7 @@ def build(config: dict[str, Any]) -> CausalLM:
 
 
 def graphs() -> int:
-    """So far, in this process."""
+    """Return the number of compiled graphs in this process so far."""
     return counters["stats"]["unique_graphs"]
 
 
@@ -83,13 +83,13 @@ def portable(model: CausalLM) -> torch.Tensor:
 
 
 def logprobs(outputs: list) -> torch.Tensor:
-    """Of every token of the vocabulary, behind the prompts and each token that follows."""
+    """Return the log-probabilities of all tokens at the prompt and output positions."""
     rows = [row for output in outputs for row in [*(output.prompt_logprobs or [])[1:], *output.outputs[0].logprobs]]
     return torch.tensor([[row[index].logprob for index in range(VOCAB)] for row in rows])
 
 
 @pytest.mark.parametrize("name", mostly_slow(list(KINDS), fast=["maverick", "canon", "all mixers"]))
-def test_there_is_a_program_for_each_kind_of_block_however_deep_the_stack(name):
+def test_one_program_per_kind_of_part_at_any_depth(name):
     make, kinds = KINDS[name]
     for layers in (5, 9):
         model = build(make(layers))
@@ -130,7 +130,7 @@ def test_every_path_gives_the_eager_log_probabilities(name, tmp_path):
     assert graphs() == known
 
 
-def test_images_enter_compiled_blocks(tmp_path):
+def test_image_embeddings_enter_compiled_layers(tmp_path):
     image_checkpoint(tmp_path)
     given, other = (image_prompt(image("2 x 2", seed)) for seed in (0, 1))
     options = {"device": "cpu", "dtype": "float32", "num_blocks": 200, "max_num_batched_tokens": 7}
@@ -145,7 +145,7 @@ def test_images_enter_compiled_blocks(tmp_path):
     assert len(another) == len(found) and [set(row) for row in another] != [set(row) for row in found]
 
 
-def test_another_program_is_an_error_that_says_why(tmp_path):
+def test_further_compilation_raises_with_reason(tmp_path):
     config = llama(3)
     llm = poisoned_llm(save_lamella(build(config), config, tmp_path / "model"), enable_compile=True)
     known = graphs()
@@ -155,7 +155,7 @@ def test_another_program_is_an_error_that_says_why(tmp_path):
     assert graphs() == known
 
 
-def test_a_switch_compiles_what_is_new(tmp_path):
+def test_placement_switch_compiles_new_mixers(tmp_path):
     supernet = {"type": "stochastic", "main_mixer_name": "attention"}
     mixers = {"attention": ATTENTION, "sliding_window": MIXERS["sliding_window"], "gdn": MIXERS["gdn"]}
     folder = checkpoint(tmp_path / "supernet", fixed({**supernet, "mixers": mixers}, layers=3))
@@ -175,7 +175,7 @@ def test_a_switch_compiles_what_is_new(tmp_path):
         assert graphs() - before == programs
 
 
-def test_what_cannot_be_compiled_is_a_config_error():
+def test_uncompilable_models_raise_config_error():
     model = build(llama(2))
     model.model.layers[0].feed_forward.register_forward_hook(lambda *_: torch._dynamo.graph_break())
     with pytest.raises(ConfigError, match=r"^enable_compile=True: torch.compile fails: .+$"):
@@ -191,12 +191,12 @@ def test_what_cannot_be_compiled_is_a_config_error():
         ({"enable_compile": 1}, "must be True or False"),
     ],
 )
-def test_contradictions_are_refused_in_one_line(options, named, monkeypatch):
+def test_contradicting_options_raise_one_line(options, named, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     with pytest.raises(ConfigError, match=rf"^enable_compile=.*{named}.*$"):
         EngineOptions(**{"model": Path("nowhere"), "enable_compile": True, **options}).resolve_device()
 
 
-def test_the_offline_interface_takes_the_setting():
+def test_llm_accepts_enable_compile():
     with pytest.raises(ConfigError, match="enforce_eager"):
         LLM("nowhere", enable_compile=True, enforce_eager=True)

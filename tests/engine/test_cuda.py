@@ -1,4 +1,4 @@
-"""The engine on a GPU: graphs, padding, running ahead, and what happens where a kernel is wrong."""
+"""Engine on a GPU: graphs, padding, asynchronous scheduling, and the kernel self-check."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def checkpoint(request, tmp_path_factory):
 
 
 def engine(folder, **options):
-    # As many blocks as any test needs: left to itself an engine takes all memory, and tests could not share a GPU.
+    # As many blocks as any test needs: by default an engine takes all memory, and tests could not share a GPU.
     llm = LLM(folder, **{"device": "cuda", "dtype": "bfloat16", "max_num_seqs": 16, "num_blocks": 512, **options})
     llm.engine.memory.poison()
     return llm
@@ -69,7 +69,7 @@ def tokens(outputs):
     return [out.outputs[0].token_ids for out in outputs]
 
 
-def test_graphs_change_no_bit(checkpoint):
+def test_graphs_are_bitwise_equal_to_eager(checkpoint):
     expected = engine(checkpoint, enforce_eager=True).generate(PROMPTS, SCORED, use_tqdm=False)
     outputs = engine(checkpoint).generate(PROMPTS, SCORED, use_tqdm=False)
     assert everything(outputs) == everything(expected)
@@ -78,13 +78,13 @@ def test_graphs_change_no_bit(checkpoint):
 
 @pytest.mark.parametrize("count", [1, 3, 5, 7])
 def test_padding_changes_nothing_but_rounding(checkpoint, count):
-    """Real rows beside padding give what they give beside other requests, in a step of as many rows."""
+    """Real rows give equal results beside padding rows and beside other requests, in a step with as many rows."""
     full = {1: 1, 3: 3, 5: 8, 7: 8}[count]
     llm = engine(checkpoint, max_num_batched_tokens=512)
     params = SamplingParams(temperature=0, max_tokens=20, logprobs=0, ignore_eos=True)
     prompts = random_prompts([30] * full, seed=5)
     together = everything(llm.generate(prompts, params, use_tqdm=False))[:count]
-    # The prompts' own products have other sizes with fewer requests: only where these round alike can all bits agree.
+    # With fewer requests, matrix products have other sizes, and may round differently.
     llm.reset_prefix_cache()
     fewer = everything(llm.generate(prompts[:count], params, use_tqdm=False))
     for (tokens, logprobs, _), (others, other_logprobs, _) in zip(together, fewer, strict=True):
@@ -93,7 +93,7 @@ def test_padding_changes_nothing_but_rounding(checkpoint, count):
             assert next(iter(mine.values())).logprob == pytest.approx(next(iter(theirs.values())).logprob, abs=0.05)
 
 
-def test_sampling_in_the_graph_draws_what_it_draws_outside(checkpoint):
+def test_sampling_in_graphs_equals_eager_sampling(checkpoint):
     params = [
         SamplingParams(
             temperature=0.5 + 0.1 * i, top_k=i * 5, top_p=1 - 0.05 * i, min_p=0.001 * i, seed=i, max_tokens=30
@@ -106,7 +106,7 @@ def test_sampling_in_the_graph_draws_what_it_draws_outside(checkpoint):
         assert everything(graphs.generate(PROMPTS, params, use_tqdm=False)) == everything(expected)
 
 
-def test_requests_that_need_more_than_the_graph_gives(checkpoint):
+def test_requests_with_processed_logits_or_logprobs_in_graphs(checkpoint):
     params = [
         SCORED,
         SamplingParams(temperature=0, max_tokens=20, repetition_penalty=1.3),
@@ -136,7 +136,7 @@ def test_preemption_and_prefixes_with_graphs(checkpoint):
     assert llm.stats()["preemptions"] > 0
 
 
-def test_the_device_works_while_the_host_reads(checkpoint):
+def test_device_computes_while_the_host_processes(checkpoint):
     llm = engine(checkpoint)
     runner, events = llm.engine.runner, []
     launch, collect = runner.launch, runner.collect
@@ -157,7 +157,7 @@ def test_the_kernels_pass_their_check(dtype):
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "swiglu", "short_conv"])
-def test_a_wrong_kernel_is_not_used(checkpoint, monkeypatch, name):
+def test_wrong_kernel_fails_the_self_check(checkpoint, monkeypatch, name):
     from importlib import import_module
 
     module = import_module(f"lamella.ops.{name}.triton")
@@ -168,13 +168,13 @@ def test_a_wrong_kernel_is_not_used(checkpoint, monkeypatch, name):
 
 
 class TestPlacements:
-    """Of a supernet: graphs of each, and none of another's."""
+    """Placements of a supernet: each has its own graphs."""
 
     @pytest.fixture(scope="class")
     def supernet(self, tmp_path_factory):
         return apriel2_checkpoint(tmp_path_factory.mktemp("supernet"), fixed(SUPERNET, layers=3))
 
-    def test_a_switch_keeps_graphs_and_leaves_nothing_behind(self, supernet):
+    def test_switch_keeps_graphs_and_isolates_state(self, supernet):
         placements = ("all-gdn", "mamba,attention,kda", "swa,attention,sliding_window")
         params = SamplingParams(temperature=0, max_tokens=16, logprobs=2, ignore_eos=True)
         options = {"enable_prefix_caching": False, "num_blocks": 128}
@@ -192,8 +192,8 @@ class TestPlacements:
             assert llm.stats()["graph_steps"] > before
 
     def test_requests_of_several_placements(self, supernet):
-        """Beside those of others each gets its own tokens, as far as rounding lets near-ties fall alike; in graphs that
-        are captured while steps are in flight, and a second time in those."""
+        """Requests of different placements in one batch get their own tokens, up to near-ties; in graphs that are
+        captured while steps are in flight, and again in replays of these."""
         llm = engine(supernet, mixed_placements=True, dtype="float32", enable_prefix_caching=False)
         for names in (MIXED[:2], MIXED, MIXED[1:]):
             params = [
@@ -214,7 +214,7 @@ class TestPlacements:
 
     @pytest.mark.parametrize("temperature", [0, 0.8])
     def test_mixed_steps_with_and_without_graphs(self, supernet, temperature):
-        """Rows selected in a graph, and a batch that is cut, whose parts have sizes of their own: equal to rounding."""
+        """Row selection in a graph and division of an eager batch give equal results, up to rounding."""
         params = [
             SamplingParams(
                 temperature=temperature, seed=index, top_p=0.9, max_tokens=20, logprobs=2, ignore_eos=True,
@@ -233,8 +233,8 @@ class TestPlacements:
                 token = next(iter(mine))
                 assert mine[token].logprob == pytest.approx(theirs[token].logprob, abs=2e-3)
 
-    def test_graphs_of_one_set_of_mixers_leave_those_of_another_as_they_are(self, supernet, monkeypatch):
-        """To the bit, in memory that they chunk, with more sets than are kept."""
+    def test_graphs_of_different_mixer_sets_do_not_interfere(self, supernet, monkeypatch):
+        """Graphs of different mixer sets share memory and give bitwise equal results, with more sets than are kept."""
         monkeypatch.setattr(runner, "_KEPT_GRAPHS", 2)
         llm = engine(supernet, mixed_placements=True, enable_prefix_caching=False)
         sets = (MIXED[:2], MIXED[1:], MIXED, MIXED[::2])
@@ -252,8 +252,8 @@ class TestPlacements:
             assert llm.stats()["graph_steps"] > before
             assert len(llm.engine.runner._graphs) <= 2
 
-    def test_a_graph_does_not_depend_on_who_stands_in_which_row(self, supernet):
-        """One union of mixers, whoever needs which of them: nothing is captured for another order of requests."""
+    def test_graph_serves_any_order_of_requests(self, supernet):
+        """The union of mixers selects the graph, so another order of requests captures nothing."""
         llm = engine(supernet, mixed_placements=True, dtype="float32", enable_prefix_caching=False)
         results = []
         for names in (MIXED[:2], MIXED[1::-1]):
@@ -263,12 +263,12 @@ class TestPlacements:
             ]
             prompts = [PROMPTS[4 + index] for index in (range(2) if names == MIXED[:2] else (1, 0))]
             results.append(tokens(llm.generate(prompts, params, use_tqdm=False)))
-            assert len(llm.engine.runner._graphs) == 2  # with that of the engine's own placement
+            assert len(llm.engine.runner._graphs) == 2  # with the engine's default placement
         assert results[0] == results[1][::-1]
 
 
 def test_images(tmp_path):
-    """In chunks that end inside them, beside decodes in graphs, and after prefix hits."""
+    """Images in chunks that end inside them, beside decodes in graphs, and after prefix hits."""
     model = image_checkpoint(tmp_path)
     llm = engine(tmp_path, dtype="float32", max_num_batched_tokens=16, block_size=16)
     prompts = [image_prompt(image("2 x 2", seed), image("1 x 3", seed)) for seed in range(3)] * 2

@@ -22,9 +22,9 @@ def finish(tokenizer):
 
 
 def byte_level(splits=()):
-    """All bytes, some words, and `splits`: tokens of arbitrary bytes."""
+    """Return a byte-level tokenizer with all bytes, some words, and `splits`: tokens of arbitrary bytes."""
     byte_of = dict(zip(sorted(pre_tokenizers.ByteLevel.alphabet()), range(256), strict=True))
-    # The library's own mapping of bytes to printable characters: printable ones stand for themselves.
+    # The library's mapping of bytes to printable characters; printable bytes map to themselves.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     char = {b: chr(b if b in printable else next(others)) for b in range(256)}
@@ -44,7 +44,7 @@ def byte_level(splits=()):
 
 
 def byte_fallback(decoder=None):
-    """Sentencepiece-like: words with a leading U+2581, and bytes for all other characters."""
+    """Return a SentencePiece-like tokenizer: words with a leading U+2581, and bytes for all other characters."""
     letters = [chr(c) for c in range(33, 127)]
     vocab = {piece: i for i, piece in enumerate(["<unk>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *letters])}
     merges = []
@@ -67,7 +67,7 @@ ALL = pytest.mark.parametrize("tokenizer", [BYTES, PIECES, META], ids=["byte_lev
 
 
 def stream(tokenizer, ids, prompt=(), **fields):
-    """The detokenizer after `ids`, and the pieces it gave."""
+    """Return the detokenizer after `ids`, and the pieces that it returned."""
     detokenizer = IncrementalDetokenizer(tokenizer, SamplingParams(max_tokens=None, **fields), prompt)
     pieces = []
     for token_id in ids:
@@ -96,7 +96,7 @@ WORDY = st.one_of(TEXT, st.lists(st.sampled_from([*WORDS, "👨‍👩‍👧", 
 @given(text=WORDY, at=st.integers(0, 40))
 @example(text="\ufffdé😀\ufffd\ufffd\x80", at=0)
 @example(text="日 \ufffd👩é", at=12)
-def test_stream_is_the_full_decode(tokenizer, text, at):
+def test_streamed_text_equals_full_decode(tokenizer, text, at):
     ids = tokenizer.encode(text)
     _, pieces = stream(tokenizer, ids)
     assert "".join(pieces) == tokenizer.decode(ids)
@@ -110,7 +110,7 @@ def test_stream_is_the_full_decode(tokenizer, text, at):
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.one_of(st.integers(0, BYTES.vocab_size + 3), st.integers(128, 255)), max_size=40), st.booleans())
-def test_random_bytes(ids, skip):
+def test_random_bytes_equal_full_decode(ids, skip):
     _, pieces = stream(BYTES, ids, skip_special_tokens=skip)
     assert "".join(pieces) == BYTES.decode(ids, skip_special_tokens=skip)
 
@@ -169,7 +169,7 @@ def test_bytes_of_a_prompt_are_completed():
     assert stream(BYTES, ids[3:], ids[:3])[0].text == "😀b"
 
 
-def test_broken_bytes_spare_what_came_before():
+def test_broken_bytes_do_not_change_earlier_text():
     ids = [*PIECES.encode("aé"), 1 + 0xFF, *PIECES.encode("😀b")[1:]]
     _, pieces = stream(PIECES, ids)
     assert "".join(pieces) == "aé\ufffd😀b"
@@ -184,7 +184,7 @@ def test_special_tokens():
 
 
 def split_everywhere(text):
-    """The tokens of a text encoded in two parts, for each cut, and character by character."""
+    """Yield the tokens of a text that is encoded in two parts, for each division, and character by character."""
     for cut in range(len(text) + 1):
         yield [*BYTES.encode(text[:cut]), *BYTES.encode(text[cut:])]
     yield [i for c in text for i in BYTES.encode(c)]
@@ -197,7 +197,7 @@ def split_everywhere(text):
         ("hello STOP world", "STOP", 6, "STOP"),
         ("hello STOP world", ["TOP w", "world"], 7, "TOP w"),
         ("xabcd", ["abcd", "bc"], 2, "bc"),  # the first to be complete
-        ("xabcd", ["bc", "abc"], 1, "abc"),  # of those, the longest
+        ("xabcd", ["bc", "abc"], 1, "abc"),  # the longest of them
         ("aababac", "abac", 3, "abac"),
         ("日本é😀", ["é😀", "zz"], 2, "é😀"),
         ("hello", "o", 4, "o"),
@@ -222,7 +222,7 @@ def test_stop_strings_at_every_split(text, stop, start, hit, include):
     st.integers(0, 6),
     st.randoms(use_true_random=False),
 )
-def test_stop_strings_by_definition(text, stops, min_tokens, rng):
+def test_stop_strings_match_a_naive_search(text, stops, min_tokens, rng):
     ids = []
     ends = [0]
     while ends[-1] < len(text):
@@ -250,7 +250,7 @@ def test_held_back_text_is_sent_once_decided():
     assert detokenizer.stop_reason == "abab" and detokenizer.flush() == "" and detokenizer.text == "xabax"
 
 
-def test_a_stop_string_that_came_too_early_holds_nothing_back():
+def test_stop_string_before_min_tokens_is_not_held_back():
     detokenizer = IncrementalDetokenizer(BYTES, SamplingParams(stop="ab", min_tokens=3, max_tokens=8), [])
     letters = {c: BYTES.encode(c)[0] for c in "abx"}
     assert [detokenizer.append(letters[c]) for c in "ab"] == ["", "ab"]

@@ -1,4 +1,4 @@
-"""Random requests on a GPU, with random delays between launches, against one request at a time on the CPU."""
+"""Random requests on a GPU, with random delays between launches, compared with single requests on the CPU."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def folder(kind, tmp_path_factory):
 def provoke_races(monkeypatch, rng):
     """Delay some launches, and fill some new memory with NaN before it is written.
 
-    A delay queues the launches behind it, so that each starts as early as it may; without one a slow host leaves gaps
-    that hide races. NaN shows where a kernel reads what the kernel ahead has not written yet. Both are kernels
-    themselves, behind which nothing starts early, so they come only now and then.
+    A delay queues the following launches, so that each starts as early as possible; without it, gaps of a slow host
+    hide races. NaN appears if a kernel reads memory that the previous kernel has not written yet. Both are kernels
+    themselves, after which no kernel starts early, so they are rare.
     """
     for name, module in list(sys.modules.items()):
         if name.startswith("lamella.ops.") and hasattr(module, "dependent_launch"):
@@ -87,14 +87,14 @@ def provoke_races(monkeypatch, rng):
 
 
 class ReferenceModel:
-    """Greedy answers and log-probabilities of one request at a time, on the CPU."""
+    """Greedy outputs and log-probabilities of single requests on the CPU."""
 
     def __init__(self, folder):
         self.llm = LLM(folder, device="cpu", dtype="float32", max_num_seqs=1, enable_prefix_caching=False)
         self.known = {}
 
     def check(self, prompt, placement, params, output):
-        """Compare an output, up to the first token where the oracle itself is nearly undecided."""
+        """Compare an output, up to the first token where the reference has a near-tie."""
         key = (tuple(prompt), placement, params.max_tokens)
         if key not in self.known:
             if placement is not None and self.llm.placement != placement:
@@ -113,7 +113,7 @@ class ReferenceModel:
 
 
 def one_round(folder, kind, rng, oracle):
-    """Run one engine with random options; returns the number of outputs that were compared."""
+    """Run one engine with random options; return the number of compared outputs."""
     options = {
         "block_size": rng.choice([1, 4, 16]),
         "max_num_seqs": rng.choice([2, 3, 3, 6]),
@@ -166,7 +166,7 @@ def one_round(folder, kind, rng, oracle):
     return compared
 
 
-def test_random_requests_with_delays_get_what_they_get_alone(kind, folder, monkeypatch):
+def test_random_requests_with_delays_equal_single_requests(kind, folder, monkeypatch):
     rng = random.Random(f"{kind} {os.environ.get('LAMELLA_FUZZ_SEED', '0')}")
     oracle, compared, rounds = ReferenceModel(folder), 0, 0
     deadline = time.monotonic() + SECONDS

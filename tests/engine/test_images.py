@@ -1,4 +1,4 @@
-"""Images in prompts: what `transformers` computes of them, on every path; whose rows and blocks are whose."""
+"""Images in prompts: results equal to transformers on every path, prefix keys, memory, and errors."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ PLAIN = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=VO
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """(folder, the transformers model)."""
+    """Return the folder of a checkpoint, and its transformers model."""
     folder = tmp_path_factory.mktemp("checkpoint")
     return folder, image_checkpoint(folder)
 
 
 def copy(checkpoint, folder, tensors=None, **values):
-    """The checkpoint with other tensors or values of its config."""
+    """Copy the checkpoint with changed tensors or config values."""
     old = json.loads((checkpoint[0] / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(old | values))
     save_file(tensors or load_file(checkpoint[0] / "model.safetensors"), folder / "model.safetensors")
@@ -76,7 +76,7 @@ MIXTURES = {
 
 
 @pytest.mark.parametrize("kinds", MIXTURES.values(), ids=MIXTURES)
-def test_what_transformers_computes(checkpoint, kinds):
+def test_logits_equal_transformers(checkpoint, kinds):
     given = image_prompt(*(image(kind, seed) for seed, kind in enumerate(kinds)))
     (output,) = generate(load(checkpoint), given)
     assert_as_expected(checkpoint, given, output)
@@ -109,8 +109,8 @@ def test_preempted_requests_keep_their_images(checkpoint):
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["one by one", "running ahead"])
 @pytest.mark.parametrize("size", [1, 2])
-def test_ranks_and_steps_launched_ahead(checkpoint, size, ahead):
-    """Only rank 0 has the tower. The pools are too small for all, and the second time prefixes are found."""
+def test_ranks_and_asynchronous_steps(checkpoint, size, ahead):
+    """Only rank 0 has the vision encoder. The pools are too small for all requests; prefixes hit the second time."""
     options = {"num_blocks": 20, "max_num_batched_tokens": 16, "tensor_parallel_size": size}
     llm = LLM(checkpoint[0], device="cpu", dtype="float32", block_size=4, **options)
     llm.engine.runner.async_scheduling = ahead
@@ -138,7 +138,7 @@ def test_several_completions(checkpoint):
     assert output.outputs[0].token_ids != output.outputs[1].token_ids
 
 
-def test_a_prefix_is_found_with_the_same_image_only(checkpoint):
+def test_prefix_hits_only_with_the_same_image(checkpoint):
     llm = load(checkpoint)
     ours, other = image_prompt(image("2 x 2", 1)), image_prompt(image("2 x 2", 2))
     first, again, changed = (generate(llm, given, PLAIN)[0] for given in (ours, ours, other))
@@ -159,7 +159,7 @@ def test_a_prefix_may_end_inside_an_image(checkpoint):
     assert output.prompt_token_ids[26:] == [TOKENS.image, *[TOKENS.patch] * 4, TOKENS.end]
 
 
-def test_other_images_are_other_answers(checkpoint):
+def test_different_images_give_different_answers(checkpoint):
     llm = load(checkpoint)
     first, second = image("2 x 2", 1), image("2 x 2", 2)
     straight, swapped = generate(llm, [image_prompt(first, second), image_prompt(second, first)])
@@ -169,7 +169,7 @@ def test_other_images_are_other_answers(checkpoint):
     assert difference[:at].max() <= 1e-6 and difference[at:].max() > 0.01
 
 
-def test_the_tower_runs_once_for_each_image_and_its_rows_go_with_the_last_request(checkpoint, monkeypatch):
+def test_image_is_encoded_once_and_freed_with_its_last_request(checkpoint, monkeypatch):
     llm = load(checkpoint, max_num_batched_tokens=8)
     reader, runs = llm.engine.admission._images, []
     rows = reader.model.encode
@@ -194,7 +194,7 @@ def test_the_tower_runs_once_for_each_image_and_its_rows_go_with_the_last_reques
     assert not reader._images
 
 
-def test_text_pillow_arrays_and_tensors_are_the_same(checkpoint):
+def test_pillow_arrays_and_tensors_give_equal_tokens(checkpoint):
     pixels = image("1 x 3", 4)
     array = pixels.permute(1, 2, 0).numpy()
     picture = Image.fromarray(array)
@@ -235,7 +235,7 @@ def test_images_of_messages(checkpoint, form):
     assert_as_expected(checkpoint, {"prompt_token_ids": ids, "multi_modal_data": {"image": pixels}}, outputs[0])
 
 
-def test_the_caller_may_change_the_pixels_afterwards(checkpoint):
+def test_later_pixel_changes_have_no_effect(checkpoint):
     llm, pixels = load(checkpoint), image()
     job = llm.engine.make_job("a", image_prompt(pixels), GREEDY)
     kept = image_prompt(pixels.clone())
@@ -246,7 +246,7 @@ def test_the_caller_may_change_the_pixels_afterwards(checkpoint):
     assert_as_expected(checkpoint, kept, job.output())
 
 
-def test_behind_an_event_loop(checkpoint):
+def test_async_llm(checkpoint):
     given = image_prompt(image("2 x 2", 1))
 
     async def run():
@@ -285,7 +285,7 @@ def test_behind_an_event_loop(checkpoint):
         ({"image": 1}, "unknown key 'image'"),
     ],
 )
-def test_bad_prompts_are_refused_in_one_line(limited, given, message):
+def test_bad_prompts_raise_one_line(limited, given, message):
     whole = {"prompt_token_ids": [1, TOKENS.image], "multi_modal_data": {"image": image()}} | given
     if "prompt" in given:
         del whole["prompt_token_ids"]
@@ -299,26 +299,26 @@ def limited(checkpoint):
     return load(checkpoint, limit_mm_per_prompt={"image": 2})
 
 
-def test_as_many_images_as_the_limit_allows_are_read(checkpoint, limited):
+def test_number_of_images_is_limited(checkpoint, limited):
     several = image_prompt(image("2 x 2"), image())
     (one,), (other,) = generate(limited, several), generate(load(checkpoint), several)
     assert one.outputs[0].token_ids == other.outputs[0].token_ids
 
 
-def test_room_is_kept_for_the_image_of_most_tiles(checkpoint):
+def test_memory_is_reserved_for_the_largest_image(checkpoint):
     model = load(checkpoint).engine.admission._images.model
     side, most = model.tiling.tile, model.tiling.max_tiles
     tiles, _ = model.split_into_tiles(torch.zeros((3, side, most * side), dtype=torch.uint8))
     assert most > 1 and tiles.shape == model.largest_shape
 
 
-def test_an_image_needs_room(checkpoint):
+def test_too_long_image_prompt_raises(checkpoint):
     llm = load(checkpoint, max_model_len=20)
     with pytest.raises(ParameterError, match="prompt of 42 tokens: max_model_len=20 leaves no room"):
         generate(llm, image_prompt(image("2 x 2")))
 
 
-def test_without_images_the_tower_stays_in_the_files(checkpoint, tmp_path, caplog):
+def test_vision_encoder_is_not_loaded_without_images(checkpoint, tmp_path, caplog):
     tensors = load_file(checkpoint[0] / "model.safetensors")
     tensors["vision_model.class_embedding"] = torch.zeros(1, dtype=torch.int8)  # would be refused if it were read
     folder = copy(checkpoint, tmp_path, tensors)
@@ -351,7 +351,7 @@ def test_a_file_without_vision_tensors_is_a_text_model(checkpoint, tmp_path, cap
         load((copy(checkpoint, tmp_path, text | {name: tensors[name]}),))
 
 
-def test_dummy_weights_see_images_too(checkpoint, tmp_path):
+def test_dummy_weights_include_the_vision_encoder(checkpoint, tmp_path):
     for name in ("config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((checkpoint[0] / name).read_bytes())
     llm = LLM(tmp_path, device="cpu", dtype="float32", num_blocks=50, load_format="dummy")
@@ -360,12 +360,12 @@ def test_dummy_weights_see_images_too(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("limit", [{}, {"image": -1}, {"image": True}, {"image": 1, "video": 1}, 3, {"image": None}])
-def test_bad_limits_are_refused(limit):
+def test_bad_image_limits_raise(limit):
     with pytest.raises(ConfigError, match=r'limit_mm_per_prompt=.*must be \{"image": N\}'):
         LLM("x", limit_mm_per_prompt=limit)
 
 
-def test_models_without_images_say_so(tmp_path):
+def test_text_models_reject_images(tmp_path):
     folder = canon_checkpoint(tmp_path)
     with pytest.raises(ConfigError, match=r"limit_mm_per_prompt=.*reads no images"):
         LLM(folder, device="cpu", limit_mm_per_prompt={"image": 1})
@@ -382,12 +382,12 @@ def test_models_without_images_say_so(tmp_path):
         ({"boi_token_index": 101}, "boi_token_index=101: the tokenizer's <|image_start|> is 100"),
     ],
 )
-def test_a_tokenizer_that_says_otherwise_is_refused(checkpoint, tmp_path, values, message):
+def test_contradicting_tokenizer_raises(checkpoint, tmp_path, values, message):
     with pytest.raises(ConfigError, match=message.replace("|", r"\|")):
         load((copy(checkpoint, tmp_path, **values),))
 
 
-def test_tokens_that_the_model_does_not_have_are_refused(checkpoint, tmp_path):
+def test_image_tokens_beyond_the_vocabulary_raise(checkpoint, tmp_path):
     folder = copy(checkpoint, tmp_path)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"<\|tile_x_separator\|>=200084: must be below vocab_size=128"):
@@ -406,7 +406,7 @@ def test_tokens_that_the_model_does_not_have_are_refused(checkpoint, tmp_path):
         ({"do_resize": False}, "do_resize=False"),
     ],
 )
-def test_a_preprocessor_that_does_something_else_is_refused(checkpoint, tmp_path, values, message):
+def test_unsupported_preprocessor_raises(checkpoint, tmp_path, values, message):
     folder = copy(checkpoint, tmp_path)
     (folder / "preprocessor_config.json").write_text(json.dumps(values))
     with pytest.raises(ConfigError, match=message):
@@ -414,7 +414,7 @@ def test_a_preprocessor_that_does_something_else_is_refused(checkpoint, tmp_path
 
 
 @pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
-def test_the_preprocessors_tiling_is_followed(checkpoint, tmp_path, file):
+def test_tiling_follows_the_preprocessor_config(checkpoint, tmp_path, file):
     folder = copy(checkpoint, tmp_path)
     values = {"max_patches": 2, "size": {"height": SIDE, "width": SIDE}, "image_mean": [0.5] * 3, "resample": 2}
     (folder / file).write_text(json.dumps(values if file.startswith("pre") else {"image_processor": values}))

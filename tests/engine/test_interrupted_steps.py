@@ -1,4 +1,4 @@
-"""An exception or interrupt at any line of a step changes nothing for other requests, nor for later ones."""
+"""An exception or interrupt at any line of a step does not affect other or later requests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def params_of(kind, count=6):
 
 
 class Model:
-    """A model of a kind: the engine under test, and the right answers."""
+    """Engine under test, and the right outputs."""
 
     def __init__(self, kind, folder):
         self.kind, self.params = kind, params_of(kind)
@@ -39,7 +39,7 @@ class Model:
         self.known = {}
 
     def right(self, seed):
-        """The three prompts' tokens, each by itself, without a prefix cache."""
+        """Return the tokens of the three prompts, each computed by itself without a prefix cache."""
         if seed not in self.known:
             self.known[seed] = [
                 self.plain.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids
@@ -48,9 +48,9 @@ class Model:
         return self.known[seed]
 
     def attack(self, line, error, seed):
-        """Interrupt a call of generate() beside two streams; returns where, "" if the call had fewer lines.
+        """Interrupt a call of generate() beside two streams, and check that all others get the right tokens.
 
-        Checks that everybody else gets the right tokens.
+        Returns the interrupted line; "" if the call had fewer lines.
         """
         llm, (first, second, third) = self.llm, prompts_of(seed)
         streams = [llm.stream(first, self.params[0]), llm.stream(second, self.params[1])]
@@ -85,7 +85,7 @@ def count_lines(model):
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_an_interrupt_at_any_line_of_a_step_harms_nobody_else(model, ahead):
+def test_interrupt_at_random_lines_does_not_affect_other_requests(model, ahead):
     model.llm.engine.runner.async_scheduling = ahead
     rng, lines = random.Random(f"{model.kind} {ahead}"), count_lines(model)
     for case in range(12):
@@ -94,7 +94,7 @@ def test_an_interrupt_at_any_line_of_a_step_harms_nobody_else(model, ahead):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ahead", [False, True])
-def test_an_interrupt_at_every_line_harms_nobody_else(model, ahead):
+def test_interrupt_at_every_line_does_not_affect_other_requests(model, ahead):
     model.llm.engine.runner.async_scheduling = ahead
     seen, line = set(), 0
     for line in range(1, count_lines(model), 7):
@@ -102,7 +102,7 @@ def test_an_interrupt_at_every_line_harms_nobody_else(model, ahead):
     assert len(seen) > 100
 
 
-def test_a_snapshot_that_was_copied_stays_findable_after_a_later_failure(tmp_path, monkeypatch):
+def test_copied_snapshot_survives_a_later_failure(tmp_path, monkeypatch):
     llm = poisoned_llm(canon_checkpoint(tmp_path), dtype="float32", block_size=4, snapshot_prompts="always")
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
     prompt = {"prompt_token_ids": list(range(10, 23))}
@@ -115,7 +115,7 @@ def test_a_snapshot_that_was_copied_stays_findable_after_a_later_failure(tmp_pat
     assert again.num_cached_tokens == 12 and again.outputs[0].token_ids == first
 
 
-def test_a_batch_that_an_interrupt_left_current_is_left_by_the_roll_back(tmp_path):
+def test_roll_back_resets_the_current_batch(tmp_path):
     llm = poisoned_llm(canon_checkpoint(tmp_path), dtype="float32")
     stale = forward_batch(plain_batch(torch.tensor([1, 2])))
     stale.__enter__()  # as an interrupt between two lines of the context manager leaves it

@@ -1,4 +1,4 @@
-"""Numbers out of bounds, and values of wrong types, are refused by name before anything is queued."""
+"""Numbers out of bounds and values of wrong types raise an error with their name, before a request is queued."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def llm(tmp_path_factory):
 
 
 def attempt(call, refusal):
-    """Return what a call gives, or the error by which it is refused."""
+    """Return the result of a call, or the error that it raises."""
     try:
         return call(), None
     except refusal as error:
@@ -51,8 +51,8 @@ def complete(llm, **fields):
 
 
 @pytest.mark.parametrize("value", [*ODD, Rude()], ids=range(len(ODD) + 1))
-def test_no_field_of_any_kind_fails_inside_a_step(llm, value):
-    """Whatever a field is given, it is refused in one line, or the request runs to its end."""
+def test_bad_field_values_raise_before_a_step(llm, value):
+    """For every value of a field, the call raises one line, or the request runs to its end."""
     for field in SamplingParams.__dataclass_fields__:
         fields = {"temperature": 0.7, field: value}
         outputs, error = attempt(lambda fields=fields: complete(llm, **fields), ParameterError)
@@ -80,7 +80,7 @@ def test_no_field_of_any_kind_fails_inside_a_step(llm, value):
     ],
     ids=range(14),
 )
-def test_beyond_the_bounds(field, value):
+def test_numbers_out_of_bounds_raise(field, value):
     with pytest.raises(ParameterError, match=f"^{field} must be "):
         SamplingParams(**{"max_tokens": None, field: value})
 
@@ -92,7 +92,7 @@ def test_a_top_k_above_the_vocabulary_keeps_all(llm):
         assert complete(llm, top_k=top_k, **fields)[0].token_ids == every.token_ids
 
 
-def test_numbers_of_numpy_and_torch_are_numbers(llm):
+def test_numpy_and_torch_numbers_are_accepted(llm):
     params = SamplingParams(
         temperature=np.float32(0.5),
         top_k=np.int64(7),
@@ -106,7 +106,7 @@ def test_numbers_of_numpy_and_torch_are_numbers(llm):
         assert output.prompt_token_ids == [5, 6] and type(output.prompt_token_ids[0]) is int
 
 
-def test_lists_that_change_after_the_check_change_nothing(llm):
+def test_later_changes_of_lists_have_no_effect(llm):
     stop_ids, bias = [3], {5: 1.0}
     params = SamplingParams(stop_token_ids=stop_ids, logit_bias=bias, max_tokens=4, temperature=0)
     stop_ids.append(2**70)
@@ -132,14 +132,14 @@ def test_lists_that_change_after_the_check_change_nothing(llm):
     ],
     ids=range(20),
 )  # fmt: skip
-def test_bad_prompts_are_refused_in_one_line(llm, prompt):
+def test_bad_prompts_raise_one_line(llm, prompt):
     with pytest.raises(ParameterError) as caught:
         llm.generate([prompt], SamplingParams(max_tokens=1), use_tqdm=False)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("wrong", [{"max_tokens": 3}, [None], [5], 7])
-def test_parameters_of_a_wrong_type_are_refused(llm, wrong):
+def test_sampling_params_of_wrong_type_raise(llm, wrong):
     with pytest.raises(ParameterError, match="sampling_params"):
         llm.generate([{"prompt_token_ids": [1]}], wrong, use_tqdm=False)
 
@@ -150,7 +150,7 @@ def test_parameters_of_a_wrong_type_are_refused(llm, wrong):
     "max_model_len max_num_seqs max_num_batched_tokens tensor_parallel_size block_size num_blocks snapshot_bytes "
     "snapshot_interval seed hf_overrides limit_mm_per_prompt snapshot_prompts".split(),
 )
-def test_engine_options_are_refused_in_one_line(field, value):
+def test_bad_engine_options_raise_one_line(field, value):
     options, error = attempt(lambda: EngineOptions(model="x", **{field: value}), ConfigError)
     if error:
         assert str(error).startswith(f"{field}=") and is_one_line(error)
@@ -159,7 +159,7 @@ def test_engine_options_are_refused_in_one_line(field, value):
 
 
 @pytest.mark.parametrize("options", [dict(snapshot_bytes=2**47), dict(num_blocks=2**39, max_num_seqs=2**16)])
-def test_more_state_than_memory_holds_is_an_error_that_says_so(tmp_path, options):
+def test_state_larger_than_memory_raises(tmp_path, options):
     folder = canon_checkpoint(tmp_path, max_position_embeddings=2**20, num_hidden_layers=16, num_key_value_heads=4)
     with pytest.raises(ConfigError, match=f"^{next(iter(options))}"):
         LLM(folder, device="cpu", **options)
@@ -194,7 +194,7 @@ def test_numbers_of_generate_have_bounds(capsys, option):
     assert error.startswith(f"lamella: {option[0][2:].replace('-', '_')}") and error.count("\n") == 1
 
 
-def test_what_counts_as_a_number():
+def test_whole_and_finite_accept_only_numbers():
     assert [whole(value) for value in (5, np.int8(-3), torch.tensor(7))] == [5, -3, 7]
     assert all(whole(value) is None for value in (True, 1.0, "1", None, np.bool_(1), torch.tensor(True), np.float32(2)))
     assert [finite(value) for value in (2, 0.5, np.float32(0.5), torch.tensor(0.25))] == [2.0, 0.5, 0.5, 0.25]

@@ -1,4 +1,4 @@
-"""The offline interface: shapes of its results, and one clear line for everything that cannot be done."""
+"""LLM: outputs, stop conditions, streams, and one-line errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def greedy(**changes) -> SamplingParams:
     return SamplingParams(**{"temperature": 0, "max_tokens": 8, "ignore_eos": True, **changes})
 
 
-def test_an_output_has_the_documented_parts(llm):
+def test_output_has_all_documented_fields(llm):
     params = greedy(logprobs=3, prompt_logprobs=2)
     (output,) = llm.generate("w5 w6 w7 w8", params, use_tqdm=False)
     assert output.prompt == "w5 w6 w7 w8"
@@ -58,7 +58,7 @@ def test_an_output_has_the_documented_parts(llm):
     )
 
 
-def test_logprobs_are_those_of_a_plain_forward(llm):
+def test_logprobs_equal_a_plain_forward(llm):
     (output,) = llm.generate(PROMPT, greedy(logprobs=0, prompt_logprobs=0), use_tqdm=False)
     tokens = output.prompt_token_ids + output.outputs[0].token_ids
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_logprobs_are_those_of_a_plain_forward(llm):
         assert entry[token].logprob == pytest.approx(expected[position, token].item(), abs=1e-4)
 
 
-def test_outputs_come_in_the_order_of_prompts_with_their_own_parameters(llm):
+def test_outputs_keep_prompt_order_and_parameters(llm):
     prompts = random_prompts([30, 2, 11, 1, 25, 3])
     params = [greedy(max_tokens=n) for n in (1, 9, 2, 5, 3, 12)]
     outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -127,7 +127,7 @@ def test_stream_grows_to_the_same_result(llm):
     assert len(texts) == 8
 
 
-def test_two_streams_take_turns(llm):
+def test_two_interleaved_streams(llm):
     prompts = random_prompts([5, 9])
     alone = [llm.generate(prompt, greedy(), use_tqdm=False)[0].outputs[0].token_ids for prompt in prompts]
     first, second = (
@@ -185,7 +185,7 @@ def test_progress_is_shown(llm, capsys):
         (PROMPT, greedy(logit_bias={VOCAB: 1.0}), "logit_bias"),
     ],
 )
-def test_a_bad_request_is_one_line_and_nothing_runs(llm, prompt, params, named):
+def test_bad_request_raises_one_line_and_nothing_runs(llm, prompt, params, named):
     before = llm.stats()
     if named is None:
         assert llm.generate([prompt], params, use_tqdm=False)[0].finished
@@ -197,7 +197,7 @@ def test_a_bad_request_is_one_line_and_nothing_runs(llm, prompt, params, named):
     assert llm.stats() == before
 
 
-def test_a_request_that_the_pools_can_never_hold_is_refused(folder):
+def test_request_larger_than_the_pools_raises(folder):
     llm = LLM(folder, device="cpu", num_blocks=4)
     with pytest.raises(ParameterError, match=r"5 blocks of 16 tokens, more than num_blocks=4"):
         llm.generate({"prompt_token_ids": [1] * 60}, greedy(max_tokens=6), use_tqdm=False)
@@ -225,14 +225,14 @@ def test_a_request_that_the_pools_can_never_hold_is_refused(folder):
         ({"deterministic": True}, "deterministic"),
     ],
 )
-def test_a_bad_setting_is_one_line(folder, options, named):
+def test_bad_option_raises_one_line(folder, options, named):
     with pytest.raises(ConfigError) as caught:
         LLM(folder, **{"device": "cpu", **options})
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_setting_is_an_error(folder):
+def test_unknown_option_raises(folder):
     with pytest.raises(TypeError, match="gpu_memory"):
         LLM(folder, gpu_memory=1)
 
@@ -266,7 +266,7 @@ def test_dummy_weights_need_only_a_config(folder, tmp_path):
     assert weights[0]["lm_head.weight"].dtype == torch.bfloat16
 
 
-def test_the_first_token_behind_min_tokens_may_end_the_text(folder):
+def test_first_token_after_min_tokens_can_end_the_text(folder):
     llm = LLM(folder, device="cpu")
     prompt = {"prompt_token_ids": [5, 6, 7]}
 

@@ -1,4 +1,4 @@
-"""Steps of several placements: cut by requests or with rows selected, and the graphs of the latter."""
+"""Steps with several placements: divided batches, row selection, and graphs."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def supernet(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory):
-    """With a layer that has no choice."""
+    """Return a supernet in which one layer has no choice."""
     values = pattern(["free", "plain", "free", "free"], {"free": SUPERNET, "plain": ATTENTION})
     return checkpoint(tmp_path_factory.mktemp("hybrid"), values)
 
 
 def select_rows(llm: LLM) -> list[int]:
-    """Have an engine select rows in every step that only decodes, without graphs; the sizes of these steps."""
+    """Make an engine select rows in every decode step, without graphs; return the list of these steps' sizes."""
     inputs, counts = llm.engine.runner.inputs, []
     build = inputs.build
 
@@ -58,7 +58,7 @@ def select_rows(llm: LLM) -> list[int]:
 
 
 def state(llm: LLM) -> list[torch.Tensor]:
-    """Of all places but the dummies."""
+    """Return all state except the dummies."""
     return [tensor[1:] for tensor in llm.engine.memory.tensors]
 
 
@@ -68,8 +68,8 @@ def state(llm: LLM) -> list[torch.Tensor]:
     lengths=st.lists(st.integers(1, 20), min_size=4, max_size=4),
     portable=st.booleans(),
 )
-def test_selected_rows_are_those_of_a_batch_that_is_cut(hybrid, placements, lengths, portable):
-    """Over memory full of NaN, the dummies' too: the same answers, and the same state of every request."""
+def test_selected_rows_equal_divided_batches(hybrid, placements, lengths, portable):
+    """With memory full of NaN, dummies included, outputs and states of all requests are equal."""
     params = parameters([list(placement) for placement in placements])
     with portable_only() if portable else nullcontext():
         cut, selected = mixed_llm(hybrid), mixed_llm(hybrid)
@@ -83,8 +83,8 @@ def test_selected_rows_are_those_of_a_batch_that_is_cut(hybrid, placements, leng
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-def test_rows_of_others_stand_on_the_dummies():
-    """With one token of context, so that they cost next to nothing; one's own rows are as they were."""
+def test_rows_of_other_placements_use_dummies():
+    """Rows of other placements have one token of context on the dummies; selected rows do not change."""
     spec = PagedState(2, 16, torch.float32)
     view = BlockView(torch.tensor([[5, 7], [6, 8]]), torch.tensor([73, 66]), torch.empty(0), 8)
     ragged = RaggedBatch.from_lengths([1, 1], [10, 3])
@@ -98,7 +98,7 @@ def test_rows_of_others_stand_on_the_dummies():
 
 
 class TestUnions:
-    def test_layers_that_divide_the_placements_alike_share_a_table(self):
+    def test_layers_with_equal_divisions_share_a_table(self):
         one = ("gdn", None, "kda", "mamba", "gdn")
         other = ("attention", None, "kda", "attention", "kda")
         union, said = build_mixer_union(frozenset([one, other]))
@@ -110,7 +110,7 @@ class TestUnions:
         union, said = build_mixer_union(frozenset([(None, "gdn")]))
         assert union.names == ((), ("gdn",)) and union.num_tables == 0 and said == {(None, "gdn"): ()}
 
-    def test_a_union_is_its_mixers_whoever_needs_which(self):
+    def test_union_does_not_depend_on_request_order(self):
         one, other = (
             build_mixer_union(frozenset([("x", "x"), ("y", "z")])),
             build_mixer_union(frozenset([("y", "x"), ("x", "z")])),
@@ -122,7 +122,7 @@ class TestUnions:
 
 @pytest.fixture
 def recorded(monkeypatch) -> list[Again]:
-    """The graphs that were captured, by the stand-in."""
+    """Return the list of captured graphs, recorded by the fake."""
     return stand_ins(monkeypatch)
 
 
@@ -131,8 +131,7 @@ LENGTHS = (5, 17, 1, 9)
 
 @pytest.mark.parametrize("own", [(A, B, A, B), (A, B, C, B), (None, C, C, C), (B, B, B, B)])
 def test_steps_in_graphs(supernet, recorded, own):
-    """Each request gets what it gets alone, as requests end and the steps grow smaller; a second time without another
-    capture."""
+    """Each request gets the tokens that it gets alone, also when requests end; the second time nothing is captured."""
     prompts, params = random_prompts(LENGTHS), parameters(own)
     llm, plain = with_graphs(mixed_llm(supernet)), mixed_llm(supernet)
     alone = [answers_to(plain, [prompt], [param]) for prompt, param in zip(prompts, params, strict=True)]
@@ -146,8 +145,8 @@ def test_steps_in_graphs(supernet, recorded, own):
     assert llm.engine.stats()["graph_steps"] > 8
 
 
-def test_a_capture_leaves_the_tokens_of_a_step_in_flight(supernet, recorded, monkeypatch):
-    """What is captured while a step is in flight draws tokens of its own."""
+def test_capture_keeps_tokens_of_an_in_flight_step(supernet, recorded, monkeypatch):
+    """A capture samples tokens itself, and must restore those of the in-flight step."""
     llm = with_graphs(mixed_llm(supernet))
     tokens, seen = llm.engine.runner._tokens, []
     capture = graphs.DecodeGraphs._capture
@@ -165,8 +164,8 @@ def test_a_capture_leaves_the_tokens_of_a_step_in_flight(supernet, recorded, mon
     assert len(seen) >= 3 and all(torch.equal(*pair) for pair in seen) and any(pair[0].any() for pair in seen)
 
 
-def test_the_graphs_of_so_many_unions_are_kept(supernet, recorded, monkeypatch):
-    """The latest used; the others are released, and captured again when they are wanted."""
+def test_number_of_kept_graph_sets_is_limited(supernet, recorded, monkeypatch):
+    """The latest used graphs are kept; the others are released, and captured again when needed."""
     monkeypatch.setattr(runner, "_KEPT_GRAPHS", 2)
     llm, plain = with_graphs(mixed_llm(supernet)), mixed_llm(supernet)
     for pair in ((A, B), (A, C), (A, B), (B, C), (A, B), (A, C)):
@@ -183,8 +182,8 @@ def test_the_graphs_of_so_many_unions_are_kept(supernet, recorded, monkeypatch):
     assert len(recorded) == count
 
 
-def test_two_host_buffers_of_a_graph_take_turns(supernet, recorded, monkeypatch):
-    """On a GPU the copy of the last step's may still be under way when the next one's is written."""
+def test_host_buffers_of_graphs_alternate(supernet, recorded, monkeypatch):
+    """On a GPU the copy of the previous step may still be running while the next step is written."""
     llm = with_graphs(mixed_llm(supernet))
     inputs, written = llm.engine.runner.inputs, []
     fill = inputs.fill

@@ -1,4 +1,4 @@
-"""NaN or infinite logits end their own request with an error, and leave nothing behind."""
+"""NaN or infinite logits end only their own request with an error, and leave no wrong state in the cache."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHOICES = [
 
 
 def prompts():
-    """Without the damaged token, which no greedy answer has, either."""
+    """Return random prompts without the damaged token, which no greedy output contains, either."""
     found = random_prompts([9, 30, 5], seed=5)
     return [{"prompt_token_ids": [id for id in prompt["prompt_token_ids"] if id != BAD]} for prompt in found]
 
@@ -38,7 +38,7 @@ def with_bad(prompt, at):
 
 
 class Damage:
-    """The embedding of one token, NaN inside the block."""
+    """Context that sets the embedding of one token to NaN."""
 
     def __init__(self, llm, value=math.nan):
         self.row, self.value = llm.engine.model.model.embed_tokens.weight.data[BAD], value
@@ -113,18 +113,18 @@ def test_prompt_logprobs_of_nan_are_an_error_that_names_the_position(llm):
     assert all(not math.isnan(entry.logprob) for row in good.prompt_logprobs[1:] for entry in row.values())
 
 
-def test_several_completions_fail_by_themselves(llm):
+def test_completions_of_one_request_fail_independently(llm):
     params = SamplingParams(n=3, temperature=1.0, seed=4, max_tokens=4, ignore_eos=True)
     with Damage(llm):
         (output,) = llm.generate([with_bad(prompts()[2], 0)], params, use_tqdm=False)
     assert output.finished and [each.finish_reason for each in output.outputs] == ["error"] * 3
 
 
-def test_replayed_steps_see_nan_as_eager_ones_do(tmp_path, monkeypatch):
-    """The state of a request is damaged between two replays, of which one is in flight when the next is launched."""
+def test_nan_is_detected_in_replayed_steps(tmp_path, monkeypatch):
+    """The state of a request becomes NaN between two replays; one is in flight when the next is launched."""
     stand_ins(monkeypatch)
     llm = with_graphs(LLM(checkpoint("canon", tmp_path), **OPTIONS))
-    # With log-probabilities, the results of a stand-in for a graph are copies, as they are on a GPU.
+    # With log-probabilities, the results of the fake graph are copies, as on a GPU.
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=0)
     right = [output.outputs[0].token_ids for output in llm.generate(prompts(), params, use_tqdm=False)]
     llm.reset_prefix_cache()

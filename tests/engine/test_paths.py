@@ -1,4 +1,4 @@
-"""Every way to compute the same requests gives the same tokens: chunks, batches, preemption, recycled memory."""
+"""All paths give equal tokens: chunks, batches, preemption, and recycled memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BUDGETS = (3, 4, 5, 16, 64, 2048)
 
 @pytest.fixture(scope="module", params=["full", "windowed"])
 def checkpoint(request, tmp_path_factory) -> Path:
-    """A canon model; the second kind rotates adjacent pairs on half of each head and has all other options."""
+    """Return a canon model; the second variant rotates adjacent pairs on half of each head, with all options."""
     folder = tmp_path_factory.mktemp("canon")
     if request.param == "full":
         return canon_checkpoint(folder, qk_norm=True)
@@ -56,7 +56,7 @@ def test_preemption(checkpoint, expected, budget):
     assert llm.stats()["preemptions"] > 0 or budget < 16
 
 
-def test_preemption_happens_and_logprobs_survive_it(checkpoint, expected):
+def test_preemption_keeps_logprobs(checkpoint, expected):
     roomy = poisoned_llm(checkpoint).generate(PROMPTS, PARAMS, use_tqdm=False)
     llm = poisoned_llm(checkpoint, max_num_seqs=8, max_num_batched_tokens=64, num_blocks=40, block_size=4)
     outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
@@ -74,13 +74,13 @@ def test_preemption_happens_and_logprobs_survive_it(checkpoint, expected):
                 assert mine[token].logprob == pytest.approx(other[token].logprob, abs=1e-4)
 
 
-def test_a_recycled_slot_shows_nothing_of_its_last_request(checkpoint, expected):
+def test_recycled_slot_leaks_no_state(checkpoint, expected):
     llm = poisoned_llm(checkpoint, max_num_seqs=1)
     for prompt, tokens_ in zip(PROMPTS[::-1], expected[::-1], strict=True):
         assert tokens(llm.generate([prompt], PARAMS, use_tqdm=False)) == [tokens_]
 
 
-def test_strangers_change_nothing(checkpoint, expected):
+def test_other_requests_change_nothing(checkpoint, expected):
     llm = poisoned_llm(checkpoint, max_num_seqs=16, max_num_batched_tokens=50)
     strangers = random_prompts([7, 33, 90, 1, 2, 61], seed=9)
     noisy = SamplingParams(temperature=1.0, max_tokens=31, seed=3)
@@ -116,7 +116,7 @@ def test_cuda_gives_the_same_tokens(checkpoint, expected, budget):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_forward_never_waits_for_the_device(checkpoint, expected):
+def test_forward_does_not_synchronize_with_the_device(checkpoint, expected):
     llm = LLM(checkpoint, device="cuda", max_num_batched_tokens=16, max_num_seqs=8)
     forward = llm.engine.model.forward
 

@@ -1,4 +1,4 @@
-"""Placements of a supernet at run time: chosen, switched, several in one batch; nothing of one reaches another."""
+"""Placements of a supernet at run time: selection, switching, mixed batches, and isolation of state."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def engine(folder: Path, **options) -> LLM:
 
 
 def answers(llm: LLM, prompts=PROMPTS, params=PARAMS) -> list:
-    """Tokens and all log-probabilities of each answer, bit for bit comparable."""
+    """Return tokens and all log-probabilities of each output, for bitwise comparison."""
     outputs = llm.generate(prompts, params, use_tqdm=False)
     return [
         (o.outputs[0].token_ids, [[row[i].logprob for i in range(VOCAB)] for row in o.outputs[0].logprobs])
@@ -50,7 +50,7 @@ def answers(llm: LLM, prompts=PROMPTS, params=PARAMS) -> list:
 
 @pytest.fixture(scope="module")
 def alone(supernet):
-    """What each placement answers in an engine that never had another."""
+    """Return the outputs of each placement in an engine that never had another one."""
     return {placement: answers(engine(supernet, placement=placement)) for placement in (A, B, C)}
 
 
@@ -58,8 +58,8 @@ def test_placements_differ(alone):
     assert alone[A] != alone[B] != alone[C]
 
 
-def test_a_switch_leaves_nothing_behind(supernet, alone):
-    """A -> B -> C -> A, with the prefix cache full of the others'."""
+def test_switch_leaks_no_state(supernet, alone):
+    """Switch A -> B -> C -> A, with the prefix cache full of other placements' blocks."""
     llm = engine(supernet, placement=A)
     for placement in (A, B, C, A, B):
         llm.set_placement(placement)
@@ -70,8 +70,8 @@ def test_a_switch_leaves_nothing_behind(supernet, alone):
     assert llm.stats()["placement"] == "mamba,attention,kda"
 
 
-def test_layers_compute_in_the_memory_of_the_placement_in_force(supernet):
-    """Also after a switch back to a placement whose memory is kept, where both placements have a layer's mixer."""
+def test_layers_use_the_memory_of_the_active_placement(supernet):
+    """Also after a switch back to a placement whose memory is kept, if both placements share a layer's mixer."""
     llm = engine(supernet, placement=B)
     for placement in (C, B, C, A, B):
         llm.set_placement(placement)
@@ -86,8 +86,8 @@ def test_layers_compute_in_the_memory_of_the_placement_in_force(supernet):
         assert [(x.data_ptr(), x.shape) for x in bound] == [(x.data_ptr(), x.shape) for x in own]
 
 
-def test_a_supernet_with_a_placement_is_the_pruned_model(supernet, alone, tmp_path):
-    """The same tensors in a checkpoint without a choice: the same bits."""
+def test_supernet_with_placement_equals_pruned_model(supernet, alone, tmp_path):
+    """A checkpoint with the same tensors and no choice gives bitwise equal results."""
     model = load_model(open_checkpoint(supernet), dtype="float32")
     names = ["mamba", "attention", "kda"]
     values = pattern(names, MIXERS)
@@ -117,8 +117,8 @@ def test_state_is_kept_for_the_active_mixers_only(supernet):
 
 @pytest.mark.parametrize("running", ["finish", "recompute"])
 def test_a_switch_while_requests_run(supernet, alone, running):
-    """Whoever runs finishes under the old placement, or all its state is computed anew; whoever comes later has the new
-    one. Nobody has a layer of each."""
+    """Running requests finish under the old placement, or are recomputed under the new one; later requests use the new
+    one. No request mixes both."""
     llm = engine(supernet, placement=A)
     llm.engine.runner.async_scheduling = True
     stream = llm.stream(PROMPTS[1], PARAMS)
@@ -132,7 +132,7 @@ def test_a_switch_while_requests_run(supernet, alone, running):
     if running == "finish":
         assert rest == alone[A][1][0]
     else:
-        # The first tokens stand; what follows them is the new placement's continuation.
+        # The first tokens are kept; the new placement continues them.
         count = next(i for i, pair in enumerate(zip(rest, alone[A][1][0], strict=True)) if pair[0] != pair[1])
         assert count >= 3
         forced = {"prompt_token_ids": [*PROMPTS[1]["prompt_token_ids"], *rest[:4]]}
@@ -174,8 +174,8 @@ def test_a_bad_placement_changes_nothing(supernet, alone, bad, match):
     assert answers(llm) == alone[A] and describe_placement(llm.placement) == A
 
 
-def test_a_placement_that_does_not_fit_changes_nothing(supernet, alone):
-    """A running request is longer than the pools of the new placement: it is told before anything is given up."""
+def test_placement_too_small_for_a_running_request_raises(supernet, alone):
+    """A running request is too long for the pools of the new placement: the switch raises and changes nothing."""
     llm = engine(supernet, placement=A)
     stream = llm.stream(PROMPTS[1], PARAMS)
     next(stream)
@@ -186,7 +186,7 @@ def test_a_placement_that_does_not_fit_changes_nothing(supernet, alone):
 
 
 def test_requests_of_several_placements_share_a_batch(supernet, alone):
-    """Each is bit for bit what it is alone, whoever stands beside it."""
+    """Each request is bitwise equal to its run alone, for all other requests in the batch."""
     llm = engine(supernet, mixed_placements=True, placement=A)
     own = [None, B, C, B]
     params = [SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=VOCAB, placement=p) for p in own]
@@ -197,8 +197,8 @@ def test_requests_of_several_placements_share_a_batch(supernet, alone):
         assert torch.tensor(mixed[index][1]).sub(torch.tensor(logprobs)).abs().max() <= 2e-5
 
 
-def test_a_mixed_batch_is_bitwise_its_parts(supernet):
-    """The same requests of one placement in one batch, with and without those of another: the very same bits."""
+def test_mixed_batch_is_bitwise_equal_to_single_placement_batches(supernet):
+    """Requests of one placement in a batch are bitwise equal with and without requests of another placement."""
     llm = engine(supernet, mixed_placements=True, placement=A, enable_prefix_caching=False)
     params = [
         SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=VOCAB, placement=p) for p in (A, B, A, B)
@@ -209,8 +209,8 @@ def test_a_mixed_batch_is_bitwise_its_parts(supernet):
         assert answers(llm, prompts[start::2], params[start::2]) == both[start::2]
 
 
-def test_prefixes_of_placements_are_apart(supernet):
-    """The same prompt under another placement hits nothing; under its own it does."""
+def test_prefixes_of_different_placements_do_not_hit(supernet):
+    """A prompt hits under its own placement, and not under another one."""
     llm = engine(supernet, mixed_placements=True, placement=A, snapshot_prompts="always")
     prompt = random_prompts((40,))[0]
 
@@ -230,7 +230,7 @@ def test_a_request_of_another_placement_needs_state_for_it(supernet):
 
 
 def test_a_switch_of_the_default_among_mixed_requests(supernet, alone):
-    """Who is running keeps its placement; who comes later has the new default."""
+    """Running requests keep their placement; later ones use the new default."""
     llm = engine(supernet, mixed_placements=True, placement=A)
     stream = llm.stream(PROMPTS[1], PARAMS)
     next(stream)
@@ -250,7 +250,7 @@ def test_models_without_a_choice(tmp_path):
         engine(folder, mixed_placements=True)
 
 
-def test_the_small_language():
+def test_string_forms_of_placements():
     values = pattern(["one", "plain", "one", "one", "one", "one"], {"one": SUPERNET, "plain": ATTENTION})
     model = Apriel2ForCausalLM.read_config(HFConfig(values))
 
@@ -271,12 +271,12 @@ def test_the_small_language():
     assert all(layer.mixer.canons == () for layer in placed(model, read_placement("all-gdn", model)).layers)
 
 
-def test_a_layer_with_a_choice_and_no_mixer_is_named():
+def test_missing_mixer_error_names_the_layer():
     with pytest.raises(ConfigError, match=r"^placement: layer 1 has several mixers"):
         chosen_mixer(("gdn", None), 1)
 
 
-def test_behind_an_event_loop(supernet, alone):
+def test_async_llm(supernet, alone):
     async def run():
         async with AsyncLLM(
             supernet, device="cpu", placement=A, max_num_batched_tokens=16, max_num_seqs=4, num_blocks=64
@@ -292,7 +292,7 @@ def test_behind_an_event_loop(supernet, alone):
 
 
 def test_two_ranks(supernet, alone):
-    """Both ranks switch; a mixed batch is the same on both."""
+    """Both ranks switch, and compute equal mixed batches."""
     options = {"max_num_batched_tokens": 16, "max_num_seqs": 4, "num_blocks": 64, "device": "cpu"}
     llm = LLM(supernet, tensor_parallel_size=2, placement=A, **options)
     try:
@@ -312,8 +312,8 @@ def test_two_ranks(supernet, alone):
         llm.engine.close()
 
 
-def test_a_supernet_in_which_layers_have_other_mixers(tmp_path):
-    """Names that only some layers have: a placement may use them there."""
+def test_supernet_whose_layers_have_different_mixers(tmp_path):
+    """A placement can use mixer names that only some layers have."""
     some = {"type": "stochastic", "main_mixer_name": "gdn", "mixers": {name: MIXERS[name] for name in ("gdn", "kda")}}
     decoder = pattern(["all", "some"], {"all": SUPERNET, "some": some})["decoder"]
     llm = engine(checkpoint(tmp_path, config(decoder)))
@@ -324,13 +324,13 @@ def test_a_supernet_in_which_layers_have_other_mixers(tmp_path):
         llm.set_placement("all-attention")
 
 
-def test_a_mixer_with_a_name_of_torchs(tmp_path):
+def test_mixer_named_like_a_torch_attribute(tmp_path):
     with pytest.raises(ConfigError, match=r"layers\.0\.mixer: a mixer cannot be called 'keys'"):
         checkpoint(tmp_path, fixed({"type": "stochastic", "mixers": {"keys": ATTENTION, "gdn": MIXERS["gdn"]}}))
 
 
-def test_a_request_that_asked_for_the_old_placement_is_not_given_another(supernet, alone):
-    """Neither one that runs and would be computed again, nor one that waits for a switch that is called off."""
+def test_switch_keeps_explicit_placements_of_requests(supernet, alone):
+    """Neither a running request that would be recomputed, nor one that waits for a switch that is cancelled."""
     llm = engine(supernet, placement=A)
     own = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, placement=A)
     stream = llm.stream(PROMPTS[1], own)
@@ -363,13 +363,13 @@ def tokens_of_all(llm):
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_a_stream_begun_after_a_switch_runs_under_the_placement_in_force(supernet, alone, mixed):
+def test_stream_started_after_a_switch_uses_the_new_placement(supernet, alone, mixed):
     llm = engine(supernet, placement=A, mixed_placements=mixed)
     waiting = [llm.stream(prompt, PARAMS) for prompt in PROMPTS]
     own = [llm.stream(prompt, replace(PARAMS, placement=A)) for prompt in PROMPTS]
     llm.set_placement(B)
     assert [tokens_of(stream) for stream in waiting] == tokens(alone[B])
-    if mixed:  # its own is served, whatever the engine's is
+    if mixed:  # its own placement is served under any engine placement
         assert [tokens_of(stream) for stream in own] == tokens(alone[A])
     else:
         for stream in own:
@@ -382,7 +382,7 @@ def test_a_stream_begun_after_a_switch_runs_under_the_placement_in_force(superne
     assert tokens_of_all(llm) == tokens(alone[A])
 
 
-def test_a_stream_begun_while_a_switch_waits_is_computed_after_it(supernet, alone):
+def test_stream_started_during_a_pending_switch_runs_after_it(supernet, alone):
     llm = engine(supernet, placement=A)
     running, late = llm.stream(PROMPTS[0], PARAMS), llm.stream(PROMPTS[1], PARAMS)
     next(running)
@@ -391,7 +391,7 @@ def test_a_stream_begun_while_a_switch_waits_is_computed_after_it(supernet, alon
     assert tokens_of(running) == alone[A][0][0]
 
 
-def test_a_stream_whose_request_no_longer_fits_is_refused_when_it_begins(supernet):
+def test_stream_that_no_longer_fits_raises_at_its_start(supernet):
     llm = engine(supernet, placement="all-gdn")  # no blocks at all
     long = llm.stream(random_prompts([300])[0], PARAMS)
     llm.set_placement("all-attention")
@@ -402,8 +402,8 @@ def test_a_stream_whose_request_no_longer_fits_is_refused_when_it_begins(superne
 
 @pytest.mark.parametrize("running", ["finish", "recompute"])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_an_interrupt_at_any_line_of_a_switch_can_be_recovered_from(supernet, alone, running, mixed):
-    """Whoever runs gets tokens of the placement it was given; the engine is under one of the two afterwards."""
+def test_interrupted_switch_is_recovered(supernet, alone, running, mixed):
+    """Running requests get tokens of their placement; afterwards the engine has one of the two placements."""
     rng = random.Random(f"{running} {mixed}")
     llm = LLM(supernet, max_num_batched_tokens=16, max_num_seqs=4, num_blocks=64, device="cpu", mixed_placements=mixed)
     llm.set_placement(A)

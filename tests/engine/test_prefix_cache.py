@@ -1,4 +1,4 @@
-"""A prefix found in the cache changes nothing but the time: tokens, log-probabilities and states stay as computed."""
+"""Prefix cache hits do not change tokens, log-probabilities or states."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ GREEDY = {"temperature": 0, "ignore_eos": True}
 
 @pytest.fixture(scope="module", autouse=True)
 def only_here():
-    """The hybrid is an architecture while these tests run."""
+    """Register the hybrid test architecture during these tests."""
     yield
     registry._targets.pop("HybridForCausalLM", None)
 
@@ -79,7 +79,7 @@ def generate(llm, prompts, **params):
 
 
 def same(ours, theirs) -> bool:
-    """Equal tokens, and log-probabilities up to rounding."""
+    """Return True for equal tokens, and log-probabilities equal up to rounding."""
     pairs = list(zip(ours, theirs, strict=True))
     return all(
         a.outputs[0].token_ids == b.outputs[0].token_ids
@@ -92,8 +92,8 @@ def same(ours, theirs) -> bool:
 
 
 @covering({"model": list(MODELS), "dtype": ["float32", "bfloat16"]}, strength=1)
-def test_every_path_is_right_with_states(model, dtype, tmp_path):
-    """The kit's matrix: hits at and inside blocks, of running requests, evicted, after preemption, in conversations."""
+def test_all_paths_have_right_tokens_and_states(model, dtype, tmp_path):
+    """The parity kit's path matrix: hits at and inside blocks, of running requests, after eviction and preemption."""
     MODELS[model](tmp_path)
     matrix = paths(tmp_path, dtype=dtype, device="cpu", prompts="random", count=1, prompt_len=40, decode_len=8)
     assert not matrix.failures, matrix.failures
@@ -111,8 +111,7 @@ def test_the_generic_recurrent_mixer_is_right(tmp_path):
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data())
 def test_random_interleavings_of_requests_that_share_beginnings(folder, data):
-    """20 and more requests of a small family, some cancelled, in a pool so small that blocks are evicted and requests
-    preempted."""
+    """Requests with shared beginnings, some cancelled, in small pools with eviction and preemption."""
     rng = random.Random(data.draw(st.integers(0, 2**32)))
     roots = [words(rng.randrange(3), rng.randrange(1, 60)) for _ in range(3)]
     prompts = []
@@ -134,8 +133,8 @@ def test_random_interleavings_of_requests_that_share_beginnings(folder, data):
     assert stats["blocks_used"] == stats["slots_used"] == 0
 
 
-def test_hits_are_as_long_as_every_kind_of_state_allows(folder):
-    """Of 30 shared tokens 28 fill blocks. Slot state is at hand where chunks of 24 end, and at the last block of a
+def test_hit_lengths_for_each_kind_of_state(folder):
+    """28 of 30 shared tokens fill blocks. Snapshots exist at the ends of chunks of 24, and at the last block of a
     prompt."""
     llm, system = make_llm(folder), words(1, 30)
     expected = [0, 24, 28, 28] if llm.engine.cost.slots else [0, 28, 28, 28]
@@ -146,7 +145,7 @@ def test_hits_are_as_long_as_every_kind_of_state_allows(folder):
         assert same(ours, generate(make_llm(folder, enable_prefix_caching=False), [prompt]))
 
 
-def test_an_interval_makes_snapshots_before_anybody_branches_off(canon):
+def test_snapshot_interval_takes_snapshots_in_advance(canon):
     system = words(1, 60)
     for interval, cached in ((None, 0), (3, 48), (1, 56)):
         llm = make_llm(canon, snapshot_interval=interval, max_num_batched_tokens=512, snapshot_prompts="never")
@@ -154,13 +153,13 @@ def test_an_interval_makes_snapshots_before_anybody_branches_off(canon):
         assert generate(llm, [ids(system[:59], words(3, 9))])[0].num_cached_tokens == cached
 
 
-def test_a_whole_prompt_in_the_cache_still_computes_its_last_token(folder):
+def test_fully_cached_prompt_computes_its_last_token(folder):
     llm, prompt = make_llm(folder), ids(words(3, 24))
     first, second = generate(llm, [prompt]), generate(llm, [prompt])
     assert second[0].num_cached_tokens == 20 and same(first, second)
 
 
-def test_a_conversation_finds_its_own_answers(folder):
+def test_conversation_hits_its_own_answers(folder):
     llm, history, computed = make_llm(folder), words(4, 10), 0
     for turn in range(4):
         plain = generate(make_llm(folder, enable_prefix_caching=False), [ids(history)], max_tokens=13)
@@ -171,7 +170,7 @@ def test_a_conversation_finds_its_own_answers(folder):
         history = history + ours[0].outputs[0].token_ids + words(50 + turn, 5)
 
 
-def test_a_salt_keeps_prefixes_apart(folder):
+def test_different_salts_do_not_hit(folder):
     llm, prompt = make_llm(folder), words(5, 30)
     generate(llm, [ids(prompt) | {"cache_salt": "a"}])
     assert [generate(llm, [ids(prompt) | extra])[0].num_cached_tokens for extra in ({"cache_salt": "b"}, {})] == [0, 0]
@@ -180,7 +179,7 @@ def test_a_salt_keeps_prefixes_apart(folder):
         generate(llm, [ids(prompt) | {"cache_salt": 3}])
 
 
-def test_prompt_logprobs_are_computed_and_not_read(folder):
+def test_prompt_logprobs_disable_hits(folder):
     llm, prompt = make_llm(folder), ids(words(6, 30))
     generate(llm, [prompt])
     asked = generate(llm, [prompt], prompt_logprobs=1)[0]
@@ -190,7 +189,7 @@ def test_prompt_logprobs_are_computed_and_not_read(folder):
     assert generate(llm, [prompt])[0].num_cached_tokens == 28
 
 
-def test_reset_and_off(folder):
+def test_reset_and_disabled_prefix_cache(folder):
     llm, prompt = make_llm(folder), ids(words(7, 30))
     generate(llm, [prompt])
     llm.reset_prefix_cache()
@@ -215,7 +214,7 @@ def test_the_statistics_add_up(folder):
     assert ("prefix hits 66% (84 tok)" + ", snapshots 0 MiB" * snapshots) in llm._progress([], 1.0)
 
 
-def test_snapshots_keep_to_their_budget(canon):
+def test_snapshots_stay_within_their_budget(canon):
     size = make_llm(canon).engine.cost.bytes_per_request
     llm = make_llm(canon, snapshot_bytes=3 * size, max_num_seqs=2)
     for i in range(9):
@@ -225,7 +224,7 @@ def test_snapshots_keep_to_their_budget(canon):
     assert stats["slots"] == 2
 
 
-def test_a_window_gives_blocks_back_while_it_runs(tmp_path):
+def test_windowed_group_frees_blocks_while_running(tmp_path):
     MODELS["windowed"](tmp_path)
     llm = make_llm(tmp_path, enable_prefix_caching=False)
     most = {}
@@ -250,7 +249,7 @@ def test_settings_without_prefix_hits_are_logged_once(canon, options, line, capl
     assert caplog.text.count(line) == 1
 
 
-def test_prompts_shorter_than_a_block_are_said_once(canon, caplog):
+def test_short_prompts_are_logged_once(canon, caplog):
     with caplog.at_level(logging.WARNING, logger="lamella"):
         llm = make_llm(canon, block_size=32)
         for i in range(40):
@@ -258,7 +257,7 @@ def test_prompts_shorter_than_a_block_are_said_once(canon, caplog):
     assert caplog.text.count("none of the first 32 prompts is longer than a block") == 1
 
 
-def test_the_last_block_of_a_prompt_costs_no_step(canon):
+def test_snapshot_of_the_last_block_needs_no_extra_step(canon):
     prompts = [ids(words(i, 31)) for i in range(2)]
     for policy, steps, cached in (("always", 6, 28), ("busy", 6, 0), ("never", 6, 0)):
         llm = make_llm(canon, snapshot_prompts=policy, max_num_batched_tokens=512)
@@ -272,8 +271,8 @@ def test_the_last_block_of_a_prompt_costs_no_step(canon):
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_convolutions_state_is_copied_from_its_input(canon, whole, monkeypatch):
-    """In place of computing it piece by piece, which is for windows that begin before their chunk."""
+def test_convolution_snapshots_are_copied_from_the_input(canon, whole, monkeypatch):
+    """Computation in pieces is only for windows that start before their chunk."""
     if whole:
         monkeypatch.setattr("lamella.layers.state_modules.segments", lambda batch: pytest.fail("pieces"))
     else:
@@ -286,11 +285,11 @@ def test_a_convolutions_state_is_copied_from_its_input(canon, whole, monkeypatch
         assert same(outputs, generate(plain, prompts))
 
 
-def test_a_window_that_begins_before_its_chunk_is_computed_in_pieces():
+def test_convolution_window_that_starts_before_its_chunk():
     ragged = RaggedBatch.from_lengths([9, 4, 5], [9, 10, 11])
     slots = torch.tensor([0, 1, 2])
     tokens, targets = windows(ForwardBatch(ragged, slots=slots, snapshots=(((4, 7), (8, 8)), (), ((3, 9),))), 3)
-    # Position p stands in row p % 3: positions 1 to 3 and 5 to 7 of the first request, 6 to 8 of the third.
+    # Position p is in row p % 3: positions 1 to 3 and 5 to 7 of the first request, 6 to 8 of the third.
     assert tokens.tolist() == [[3, 1, 2], [6, 7, 5], [13, 14, 15]] and targets.tolist() == [7, 8, 9]
     assert windows(ForwardBatch(ragged, slots=slots, snapshots=((), ((2, 7),), ((3, 9),))), 3) is None
 
@@ -302,7 +301,7 @@ def test_a_second_request_hits_by_default(folder):
         assert output.num_cached_tokens == 0 if number == 1 else output.num_cached_tokens >= 40
 
 
-def test_the_default_depends_on_the_device(caplog):
+def test_default_snapshot_policy_depends_on_the_device(caplog):
     options, gpu = EngineOptions(model="x"), torch.device("cuda")
     with caplog.at_level("INFO", "lamella"):
         assert _snapshot_prompts(options, torch.device("cpu"), True) == "always"
@@ -314,7 +313,7 @@ def test_the_default_depends_on_the_device(caplog):
     assert _snapshot_prompts(replace(options, snapshot_prompts="always"), gpu, True) == "always"
 
 
-def test_bad_settings_are_one_line(canon):
+def test_bad_cache_options_raise_one_line(canon):
     with pytest.raises(ConfigError, match="snapshot_prompts='sometimes': must be auto, always, never or busy"):
         LLM(canon, device="cpu", snapshot_prompts="sometimes")
     for value in (-1, True, "1G"):
@@ -322,8 +321,8 @@ def test_bad_settings_are_one_line(canon):
             LLM(canon, device="cpu", snapshot_bytes=value)
 
 
-def test_states_are_those_of_computing(folder):
-    """Not only what comes out: every block and slot of a request that started with a hit."""
+def test_cached_states_equal_computed_states(folder):
+    """Compare every block and slot of a request that started with a hit, not only its output."""
     model = LLM(folder, device="cpu").engine.model
     options = {"block_size": BLOCK, "num_blocks": 64, "max_num_seqs": 2}
     sequence = split(words(9, 50), 3)

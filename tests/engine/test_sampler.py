@@ -16,7 +16,7 @@ VOCAB = 37
 
 
 def reference(logits, row):
-    """(token, distribution) of one row, in plain Python on lists."""
+    """Return token and distribution of one row, computed in plain Python on lists."""
     params, x = row.params, [float(v) for v in logits.float()]
     for token, bias in (params.logit_bias or {}).items():
         x[token] += bias
@@ -199,7 +199,7 @@ def test_a_row_without_finite_logits_gets_no_token(fields, edited):
     assert tokens == [*alone, NO_TOKEN, NO_TOKEN, NO_TOKEN, 7]
 
 
-def test_a_mask_does_not_make_nan_legal():
+def test_masked_nan_is_still_detected():
     logits = torch.tensor([[0.0, math.nan, 1.0, math.inf]])
     for ids in ([1], [3], [1, 3]):
         params = SamplingParams(min_tokens=2, stop_token_ids=ids, temperature=0)
@@ -211,7 +211,7 @@ def test_parameters_that_forbid_every_token_give_none():
     assert sample(torch.zeros(1, 3), [SamplingRow(params, 0, 0, [], [], [])]).token_ids == [NO_TOKEN]
 
 
-def test_min_tokens_keeps_ends_out():
+def test_min_tokens_forbids_end_tokens():
     logits = torch.zeros(1, 8)
     logits[0, 2:4] = 50
     params = SamplingParams(min_tokens=2, stop_token_ids=[3], temperature=0)
@@ -253,8 +253,8 @@ def test_as_dict_holds_the_sampled_token_first():
     assert [(entries[i].rank, entries[i].decoded_token) for i in (3, 1, 2)] == [(1, "3"), (2, "1"), (2, "2")]
 
 
-def test_top_p_keeps_no_token_beyond_the_mass_it_names():
-    """Half the mass of equal tokens is exactly half of them."""
+def test_top_p_keeps_exactly_its_mass():
+    """Half of the mass of equally likely tokens is exactly half of the tokens."""
     logits = torch.zeros(1, 8)
     rows = [row_of(SamplingParams(top_p=0.5, seed=seed), seed) for seed in range(200)]
     drawn = set(sample(logits.expand(200, -1), rows).token_ids)

@@ -1,4 +1,4 @@
-"""The tensors of a step, field by field: requests' rows, padding rows, and the buffers of graphs."""
+"""Input tensors of a step, field by field: request rows, padding rows, and buffers of graphs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def request_of(state, name, length, computed=0, **params):
 
 
 class PromptLengths(StepFeature):
-    """A feature with an array of its own: the length of each request's prompt plus the step's form."""
+    """Step feature with its own array: the length of each request's prompt plus the step's form."""
 
     def form(self, chunks, replay):
         return 100
@@ -50,7 +50,7 @@ class PromptLengths(StepFeature):
 
 
 def filled(state, chunks, num_padding, latest=None, features=(), prefill_blocks=0):
-    """A block that held something else before."""
+    """Fill a buffer that contains other values before."""
     features = StepFeatures(features)
     inputs, forms = StepInputs(state, 64, torch.device("cpu"), None, features), features.forms(chunks, replay=False)
     tokens, rows = sum(chunk.count for chunk in chunks) + num_padding, len(chunks) + num_padding
@@ -78,7 +78,7 @@ def test_padding_rows_are_requests_of_one_token_on_the_dummies(state):
         assert arrays[name][2:].tolist() == [0, 0], name
 
 
-def test_rows_of_several_tokens_and_pending_ones(state):
+def test_prefill_rows_and_placeholder_tokens(state):
     decoding, prompt = request_of(state, "a", 6, 5, top_k=3, seed=5, temperature=0.5), request_of(state, "b", 7)
     decoding.num_in_flight = 1
     assert state.allocate(decoding, 7)
@@ -101,7 +101,7 @@ def test_rows_of_several_tokens_and_pending_ones(state):
             assert arrays["block_table"][group, index, : len(blocks)].tolist() == blocks
 
 
-def test_the_blocks_of_prompts_are_listed_one_prompt_after_the_other(state):
+def test_block_list_concatenates_blocks_of_prefills(state):
     decoding, short, long = request_of(state, "a", 6, 5), request_of(state, "b", 3), request_of(state, "c", 9)
     chunks = [
         Scheduled.from_request(decoding, 5, 1),
@@ -114,7 +114,7 @@ def test_the_blocks_of_prompts_are_listed_one_prompt_after_the_other(state):
         assert arrays["block_list"][group].tolist() == [*blocks[0], *blocks[1]]
 
 
-def test_the_step_built_for_attention_kernels_lists_the_blocks_of_prompts_only(state):
+def test_block_list_excludes_decodes(state):
     decoding, prompt = request_of(state, "a", 6, 5), request_of(state, "b", 9)
     space = AttentionSpace(4, 64, torch.device("cpu"))
     chunks = [Scheduled.from_request(decoding, 5, 1), Scheduled.from_request(prompt, 0, 9)]
@@ -125,7 +125,7 @@ def test_the_step_built_for_attention_kernels_lists_the_blocks_of_prompts_only(s
         assert step.batch.ragged.context_lens == (6, 9)
 
 
-def test_a_slot_that_another_request_takes_over_brings_its_own_blocks_and_parameters(state):
+def test_reused_slot_gets_new_blocks_and_parameters(state):
     inputs = StepInputs(state, 64, torch.device("cpu"), None)
     first = request_of(state, "a", 9, 8, temperature=0.25)
     inputs.build([Scheduled.from_request(first, 8, 1)], {})
@@ -151,7 +151,7 @@ def test_padding_is_counted_as_decodes(state, num_padding):
     assert step.input_ids.shape == (1 + num_padding,)
 
 
-def test_a_features_arrays_reach_the_batch(state):
+def test_feature_arrays_reach_the_batch(state):
     features = StepFeatures([StepFeature(), PromptLengths()])
     chunks = [
         Scheduled.from_request(request_of(state, "a", 5, 4), 4, 1),

@@ -1,4 +1,4 @@
-"""Several threads on one LLM: each gets its own tokens, batches are shared, nobody waits forever."""
+"""Several threads on one LLM: right tokens, shared batches, and no deadlock."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def right(llm):
 
 
 def run_together(*functions):
-    """Run each in a thread; raises what the first of them raised."""
+    """Run each function in a thread; raise the first error."""
     errors = []
 
     def guarded(function):
@@ -85,7 +85,7 @@ def test_calls_of_two_threads_share_steps(llm):
     assert sizes.count(2) > 30, sizes
 
 
-def test_an_error_in_one_threads_step_is_that_threads(llm, right):
+def test_error_in_a_step_is_raised_only_in_its_thread(llm, right):
     real, failed = llm.engine.step, []
 
     def step():
@@ -116,7 +116,7 @@ def test_an_error_in_one_threads_step_is_that_threads(llm, right):
     assert failed and not llm.engine.has_work
 
 
-def test_a_stream_may_be_read_by_another_thread_and_dropped_anywhere(llm, right):
+def test_stream_can_be_read_and_dropped_by_another_thread(llm, right):
     kept, dropped = llm.stream(PROMPTS[2], PARAMS), [llm.stream(PROMPTS[4], PARAMS)]
     next(kept), next(dropped[0])
     found = []
@@ -135,7 +135,7 @@ def test_a_stream_may_be_read_by_another_thread_and_dropped_anywhere(llm, right)
 
 
 def test_a_stream_dropped_in_the_middle_of_a_step_is_cancelled_after_it(llm, right):
-    """As the garbage collector does."""
+    """The garbage collector can drop a stream in the middle of a step."""
     stream = [llm.stream(PROMPTS[4], PARAMS)]
     next(stream[0])
     real = llm.engine.runner.launch
@@ -154,8 +154,8 @@ def test_a_stream_dropped_in_the_middle_of_a_step_is_cancelled_after_it(llm, rig
     assert llm.stats()["running"] == llm.stats()["blocks_used"] == 0
 
 
-def test_a_callback_inside_a_step_is_refused_and_harms_nobody(llm, right):
-    """It would wait for itself; `stats` is allowed."""
+def test_callback_inside_a_step_raises(llm, right):
+    """A call inside a step would deadlock; only `stats` is allowed."""
     real, seen = llm.engine.runner.launch, []
 
     def launch(step):
@@ -178,7 +178,7 @@ def test_a_callback_inside_a_step_is_refused_and_harms_nobody(llm, right):
     assert output.outputs[0].token_ids == right[1] and set(seen) == {1}
 
 
-def test_streams_may_be_read_in_turns_and_inside_one_another(llm, right):
+def test_nested_and_interleaved_streams(llm, right):
     outer = []
     for output in llm.stream(PROMPTS[0], PARAMS):
         outer.append(output)

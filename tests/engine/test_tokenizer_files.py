@@ -1,4 +1,4 @@
-"""Tokenizers from all the files that say something of them, and what ends a text."""
+"""Tokenizers from all tokenizer files of a folder, special tokens, and end-of-text tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXT = "<|im_start|>hi<|im_end|>"
 
 
 def write_tokenizer(folder: Path, *special: str, bos: str | None = None, **files: Any) -> Path:
-    """A byte-level tokenizer, its special tokens from 256 on, and JSON files beside it (name without .json)."""
+    """Write a byte-level tokenizer with special tokens from 256 on, and further JSON files (names without .json)."""
     library = Library(models.BPE(vocab={letter: index for index, letter in enumerate(LETTERS)}, merges=[]))
     library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     library.add_special_tokens([AddedToken(text, special=True) for text in special])
@@ -62,8 +62,8 @@ FILES = {
 
 
 @pytest.mark.parametrize("files", FILES)
-def test_tokens_that_only_other_files_have_are_not_cut_into_bytes(tmp_path, files):
-    """As transformers reads the same folder, ids, flags and all."""
+def test_tokens_of_other_files_are_added(tmp_path, files):
+    """Ids and flags equal those that transformers reads from the folder."""
     config = {"tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast"}}
     given = {**FILES[files]}
     given["tokenizer_config"] = config["tokenizer_config"] | given.get("tokenizer_config", {})
@@ -78,14 +78,14 @@ def test_tokens_that_only_other_files_have_are_not_cut_into_bytes(tmp_path, file
         assert getattr(ours, f"{role}_token_id") == getattr(theirs, f"{role}_token_id")
 
 
-def test_an_id_that_contradicts_tokenizer_json_is_an_error(tmp_path):
+def test_contradicting_token_id_raises(tmp_path):
     write_tokenizer(tmp_path, "<s>", added_tokens={"<|im_end|>": 300})
     with pytest.raises(CheckpointError, match=r"gives '<\|im_end\|>' the id 300, and tokenizer.json makes it 257"):
         Tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize(("bos", "eos"), [(True, False), (False, True), (True, True), (False, False)])
-def test_the_post_processor_counts_whatever_add_bos_token_says(tmp_path, bos, eos):
+def test_post_processor_has_precedence_over_add_bos_token(tmp_path, bos, eos):
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bos, "add_eos_token": eos}
     write_tokenizer(
         tmp_path, "<s>", "</s>", bos="<s>", tokenizer_config=config | {"bos_token": "<s>", "eos_token": "</s>"}
@@ -102,17 +102,17 @@ class TestSecondBos:
         assert found is not None
         return found
 
-    def test_a_rendered_template_gets_no_second_one(self, tokenizer, caplog):
+    def test_rendered_template_gets_no_second_bos(self, tokenizer, caplog):
         with caplog.at_level(logging.INFO, "lamella"):
             assert tokenizer.encode("<s>hi") == tokenizer.encode("hi") == tokenizer.encode("<s>hi")
         assert len([r for r in caplog.records if "no second one" in r.message]) == 1
 
-    def test_two_in_the_text_itself_stay(self, tokenizer):
+    def test_two_bos_in_the_text_are_kept(self, tokenizer):
         assert tokenizer.encode("<s><s>hi")[:3] == [256, 256, tokenizer.encode("hi")[1]]
         assert tokenizer.encode("<s><s>hi", add_special_tokens=False)[:2] == [256, 256]
         assert tokenizer.encode("</s></s>", add_special_tokens=False) == [257, 257]
 
-    def test_without_special_tokens_there_is_none(self, tokenizer):
+    def test_no_bos_without_special_tokens(self, tokenizer):
         assert tokenizer.encode("hi", add_special_tokens=False) == tokenizer.encode("hi")[1:]
 
 
@@ -134,14 +134,14 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("token", [256, 257, 258])
 def test_every_end_of_text_ends_a_request(model, token):
-    """256 is config.json's, 257 the tokenizer's, 258 generation_config.json's."""
+    """Token 256 is in config.json, 257 in the tokenizer, 258 in generation_config.json."""
     llm = LLM(model, num_blocks=8)
     forced = SamplingParams(temperature=0, max_tokens=5, logit_bias={token: 100.0})
     output = llm.generate("hi", forced, use_tqdm=False)[0].outputs[0]
     assert (output.token_ids, output.finish_reason, output.stop_reason, output.text) == ([token], "stop", None, "")
 
 
-def test_special_tokens_are_added_as_asked(model):
+def test_special_tokens_option_is_respected(model):
     llm, one = LLM(model, num_blocks=8), SamplingParams(max_tokens=1)
     plain = llm.get_tokenizer().encode("hi", add_special_tokens=False)
 
@@ -171,7 +171,7 @@ def test_another_folders_tokenizer_is_used(model, tmp_path):
         LLM(model, tokenizer=str(tmp_path / "absent"), num_blocks=8)
 
 
-def test_no_tokenizer_is_loaded_where_none_is_wanted(model):
+def test_skip_tokenizer_init_loads_no_tokenizer(model):
     llm = LLM(model, skip_tokenizer_init=True, num_blocks=8)
     assert llm.generate([1, 2], SamplingParams(max_tokens=1), use_tqdm=False)[0].outputs[0].text == ""
     with pytest.raises(ParameterError, match="give prompt_token_ids"):
@@ -180,7 +180,7 @@ def test_no_tokenizer_is_loaded_where_none_is_wanted(model):
         llm.get_tokenizer()
 
 
-def test_the_public_tokenizer_speaks_transformers_names(model):
+def test_tokenizer_has_transformers_method_names(model):
     ours, theirs = LLM(model, num_blocks=8).get_tokenizer(), AutoTokenizer.from_pretrained(model)
     assert len(ours) == len(theirs) and ours.get_vocab() == theirs.get_vocab()
     assert ours("hi")["input_ids"] == theirs("hi").input_ids
@@ -203,14 +203,14 @@ class TestOtherFormats:
             Tokenizer.load(tmp_path)
         assert "\n" not in str(e.value)
 
-    def test_a_file_that_cannot_be_converted_is_an_error_of_one_line(self, tmp_path):
+    def test_failed_conversion_raises_one_line(self, tmp_path):
         (tmp_path / "tokenizer.model").write_bytes(b"\x00garbage")
         (tmp_path / "config.json").write_text('{"model_type": "llama"}')
         with pytest.raises(CheckpointError, match=r"transformers cannot convert tokenizer\.model") as caught:
             Tokenizer.load(tmp_path)
         assert "\n" not in str(caught.value)
 
-    def test_an_lfs_pointer_is_named(self, tmp_path):
+    def test_lfs_pointer_error_names_the_file(self, tmp_path):
         for name in ("tokenizer.model", "tokenizer.json"):
             (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
             with pytest.raises(CheckpointError, match=rf"{name}: a Git LFS pointer.*git lfs pull"):

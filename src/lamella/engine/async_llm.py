@@ -1,4 +1,4 @@
-"""The former path of `lamella.serve.async_llm`, kept for importers."""
+"""Former path of `lamella.serve.async_llm`, kept for importers."""
 
 from __future__ import annotations
 

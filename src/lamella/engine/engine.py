@@ -1,4 +1,4 @@
-"""The engine loop: schedules and executes steps, and returns jobs with new tokens."""
+"""Engine loop: schedules and executes steps, and returns jobs with new tokens."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class Engine:
         self.admission.jobs.roll_back()
         self.runner.reset()
         self.scheduler.state = self.state
-        self.scheduler.roll_back(self.admission.jobs.requests(without=self.variants.held))
+        self.scheduler.roll_back(self.admission.jobs.requests(without=self.variants.held_jobs))
         self._is_changing = False
 
     def cancel(self, request_id: str) -> Job | None:

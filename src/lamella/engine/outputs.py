@@ -1,4 +1,4 @@
-"""The former path of `lamella.engine.requests.outputs`, kept for importers."""
+"""Former path of `lamella.engine.requests.outputs`, kept for importers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The former path of `lamella.engine.requests.sampling_params`, kept for importers."""
+"""Former path of `lamella.engine.requests.sampling_params`, kept for importers."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Variants(Protocol):
         ...
 
     @property
-    def held(self) -> Collection[Job]:
+    def held_jobs(self) -> Collection[Job]:
         """Jobs that wait for the pending switch."""
         ...
 

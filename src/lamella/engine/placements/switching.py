@@ -160,7 +160,7 @@ class Placements:
         return switch.recompute or switch.begun or self._options.mixed_placements or not self._scheduler.has_work
 
     @property
-    def held(self) -> Collection[Job]:
+    def held_jobs(self) -> Collection[Job]:
         """See `Variants`."""
         return () if self._switch is None else self._switch.held
 

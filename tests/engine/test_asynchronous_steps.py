@@ -1,4 +1,4 @@
-"""A step launched before the one ahead of it has been read gives the same as one after the other."""
+"""Asynchronous scheduling: steps launched before the previous one is collected give equal outputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def checkpoint(tmp_path_factory):
 
 
 def mixed_params() -> list[SamplingParams]:
-    """Every kind of request that has something to do with the step before."""
+    """Return parameters of all kinds of requests that depend on the previous step."""
     return [
         SamplingParams(temperature=0, max_tokens=20, logprobs=2, prompt_logprobs=0),
         SamplingParams(temperature=1.2, seed=1, max_tokens=1),
@@ -34,7 +34,7 @@ def result(outputs):
 
 
 def logprobs(outputs):
-    """Of the last request, which asks for them: of each chosen token, and of the prompt's."""
+    """Return the log-probabilities of the last request's sampled tokens and prompt tokens."""
     rows = [*outputs[-1].prompt_logprobs[1:], *outputs[-1].outputs[0].logprobs]
     return [next(iter(row.values())).logprob for row in rows]
 
@@ -49,7 +49,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
 @pytest.mark.parametrize("penalties", [False, True])
-def test_the_same_outputs(checkpoint, options, penalties):
+def test_asynchronous_outputs_equal_synchronous_outputs(checkpoint, options, penalties):
     pairs = [pair for pair in zip(PROMPTS, mixed_params(), strict=True) if penalties or pair[1].repetition_penalty == 1]
     prompts, params = (list(part)[::-1] for part in zip(*pairs, strict=True))
     expected = poisoned_llm(checkpoint, **options).generate(prompts, params, use_tqdm=False)
@@ -67,7 +67,7 @@ def test_the_same_outputs(checkpoint, options, penalties):
         assert stats["preemptions"] > 0
 
 
-def test_the_next_step_is_launched_before_the_last_one_is_read(checkpoint):
+def test_next_step_is_launched_before_the_last_is_collected(checkpoint):
     llm = poisoned_llm(checkpoint)
     runner, events = llm.engine.runner, []
     runner.async_scheduling = True
@@ -78,7 +78,7 @@ def test_the_next_step_is_launched_before_the_last_one_is_read(checkpoint):
     assert events == ["launch", *["launch", "collect"] * 4, "collect"]
 
 
-def test_conversations_find_their_answers_and_cancelling_loses_nothing(checkpoint):
+def test_conversations_hit_and_cancellation_frees_everything(checkpoint):
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     llm, plain = poisoned_llm(checkpoint, block_size=4), poisoned_llm(checkpoint, block_size=4)
     llm.engine.runner.async_scheduling = True
