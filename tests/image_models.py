@@ -1,4 +1,4 @@
-"""Tiny checkpoints of Llama 4 with a tower and a tokenizer, images, and prompts that hold them."""
+"""Tiny checkpoints of Llama 4 with a vision encoder and a tokenizer, images, and prompts that hold them."""
 
 from __future__ import annotations
 

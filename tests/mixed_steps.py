@@ -25,7 +25,7 @@ def mixed_llm(folder: Path, **options: Any) -> LLM:
 
 
 def parameters(placements: Sequence[Any], count: int = 6) -> list[SamplingParams]:
-    """Of requests that end one after the other."""
+    """Return sampling parameters of requests that end one after the other."""
     return [
         SamplingParams(temperature=0, max_tokens=count + index, ignore_eos=True, logprobs=VOCAB, placement=placement)
         for index, placement in enumerate(placements)
@@ -33,7 +33,7 @@ def parameters(placements: Sequence[Any], count: int = 6) -> list[SamplingParams
 
 
 def answers(llm: LLM, lengths: Sequence[int], params: Sequence[SamplingParams]) -> tuple[list[list[int]], Tensor]:
-    """What follows random prompts, see `answers_to`."""
+    """Return the answers to random prompts, see `answers_to`."""
     return answers_to(llm, random_prompts(lengths), params)
 
 
@@ -46,7 +46,7 @@ def answers_to(llm: LLM, prompts: Sequence[Any], params: Sequence[SamplingParams
 
 @dataclass(eq=False)
 class Again:
-    """What stands in for a graph: the captured forward, run again."""
+    """Stand-in for a CUDA graph: the captured forward, run again."""
 
     forward: Callable[[], Tensor]
     hidden: Tensor

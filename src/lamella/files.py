@@ -43,7 +43,7 @@ def write_text(file: Path, text: str, error: type[UserError] = CheckpointError) 
     """Replace a file, whole or not at all.
 
     The text goes into a new file of an unpredictable name in the same folder, which then takes the place of `file`. So
-    nothing is written through a link, neither one in place of `file` nor one that somebody has planted.
+    nothing is written through a link, neither one in place of `file` nor a planted one.
 
     Raises:
         UserError: of the type `error`, if the file cannot be written; then it is as it was.

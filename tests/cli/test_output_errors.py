@@ -1,4 +1,4 @@
-"""What the command line does when its output cannot be written, and with text that could control a terminal."""
+"""The command line when its output cannot be written, and with text that could control a terminal."""
 
 from __future__ import annotations
 

@@ -184,13 +184,13 @@ class TestSweep:
         assert (found["main"], found["workload"]) == ("all-attention", {"requests": 2, "input_len": 9})
         swept = {each["placement"]: each for each in found["placements"]}
         assert list(swept) == ["all-attention", "all-gdn", "gdn,attn,gdn"]
-        truth = None
+        reference = None
         for placement, each in swept.items():
             scores = score(str(supernet), placement=placement, device="cpu", count=3, seed=0)[1]
-            truth = truth or scores
+            reference = reference or scores
             loss = -float(torch.cat([one.target for one in scores]).mean())
             assert each["loss"] == pytest.approx(loss, abs=1e-4)
-            pairs = [(a.logprobs.double(), b.logprobs.double()) for a, b in zip(truth, scores, strict=True)]
+            pairs = [(a.logprobs.double(), b.logprobs.double()) for a, b in zip(reference, scores, strict=True)]
             kl = float(torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in pairs]).mean())
             assert each["kl"] == pytest.approx(kl, abs=1e-4)
             assert each["prefill_tok_s"] > 0

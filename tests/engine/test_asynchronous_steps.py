@@ -73,7 +73,7 @@ def test_next_step_is_launched_before_the_last_is_collected(checkpoint):
     runner.async_scheduling = True
     launch, collect = runner.launch, runner.collect
     runner.launch = lambda step: events.append("launch") or launch(step)
-    runner.collect = lambda flight: events.append("collect") or collect(flight)
+    runner.collect = lambda step: events.append("collect") or collect(step)
     llm.generate(PROMPTS[:1], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), use_tqdm=False)
     assert events == ["launch", *["launch", "collect"] * 4, "collect"]
 

@@ -141,7 +141,7 @@ def test_device_computes_while_the_host_processes(checkpoint):
     runner, events = llm.engine.runner, []
     launch, collect = runner.launch, runner.collect
     runner.launch = lambda step: events.append("launch") or launch(step)
-    runner.collect = lambda flight: events.append("collect") or collect(flight)
+    runner.collect = lambda step: events.append("collect") or collect(step)
     params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
     torch.cuda.set_sync_debug_mode("error")
     try:

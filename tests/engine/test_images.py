@@ -107,7 +107,7 @@ def test_preempted_requests_keep_their_images(checkpoint):
         assert_as_expected(checkpoint, given, output)
 
 
-@pytest.mark.parametrize("ahead", [False, True], ids=["one by one", "running ahead"])
+@pytest.mark.parametrize("ahead", [False, True], ids=["one by one", "asynchronous"])
 @pytest.mark.parametrize("size", [1, 2])
 def test_ranks_and_asynchronous_steps(checkpoint, size, ahead):
     """Only rank 0 has the vision encoder. The pools are too small for all requests; prefixes hit the second time."""
@@ -177,7 +177,7 @@ def test_image_is_encoded_once_and_freed_with_its_last_request(checkpoint, monke
     ours, other = image("2 x 2", 1), image("one tile", 2)
     params = SamplingParams(max_tokens=4, ignore_eos=True, n=2)
     job = llm.engine.make_job("a", image_prompt(ours, ours), params)
-    assert not runs, "the tower has no part in checking a request"
+    assert not runs, "admission must not run the vision encoder"
     again = llm.engine.make_job("b", image_prompt(other, ours), params)
     llm.engine.add(job)
     llm.engine.add(again)

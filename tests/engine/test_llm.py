@@ -135,7 +135,7 @@ def test_two_interleaved_streams(llm):
     )
     for outputs, tokens in zip((first, second), alone, strict=True):
         assert [output for output in outputs if output][-1].outputs[0].token_ids == tokens
-    # One runs ahead of the other, whose caller then gets several tokens at a time, but always the end.
+    # One gets its tokens earlier than the other, whose caller then gets several tokens at a time, but always the end.
     slow = llm.stream(prompts[0], greedy(max_tokens=20))
     next(slow)
     list(llm.stream(prompts[1], greedy(max_tokens=30)))

@@ -147,7 +147,7 @@ async def live(folder, prompts, expected, names, rng):
         if rng.random() < 0.01:
             engine.reset_prefix_cache()
         if len(names) > 1 and number % 400 == 399:
-            await engine.set_placement(rng.choice(names), running=rng.choice(["finish", "recompute"]))
+            await engine.set_placement(rng.choice(names))  # not "recompute": it keeps the output so far
         if number == REQUESTS // 10:
             gc.collect()
             first_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

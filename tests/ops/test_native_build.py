@@ -1,4 +1,4 @@
-"""The cache of the native kernels' library: only a library that nobody else could have written is loaded."""
+"""The cache of the native kernels' library: only a library that no other user could have written is loaded."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def canon_folder(tmp_path_factory):
     return canon(tmp_path_factory.mktemp("canon"))
 
 
-@pytest.fixture(params=[False, True], ids=["one by one", "running ahead"])
+@pytest.fixture(params=[False, True], ids=["one by one", "asynchronous"])
 def engines(pair, request):
     for llm in pair:
         llm.engine.runner.async_scheduling = request.param

@@ -3,7 +3,7 @@
 
 namespace {
 
-// One head: pairs (i, i + half) or (2i, 2i + 1) turned by (cos[i], sin[i]); what follows the pairs is copied.
+// One head: pairs (i, i + half) or (2i, 2i + 1) rotated by (cos[i], sin[i]); what follows the pairs is copied.
 template <class T, bool interleaved>
 INLINE inline void rotate(const T* __restrict x, const float* __restrict cos, const float* __restrict sin, int64_t half,
                           int64_t D, T* __restrict y) {
