@@ -79,7 +79,7 @@ def test_prompts_from_a_file(capsys, tmp_path):
         (["demo", "--engine", "tgi"], "engine='tgi': must be one of"),
         (["demo", "--dtype", "int8"], "dtype='int8': must be auto"),
         (["demo", "paths", "--engine", "reference"], "check 'paths': the engine reference supports stats"),
-        (["demo", "--oracle", "gpt"], "oracle='gpt': must be auto, hf or reference"),
+        (["demo", "--oracle", "gpt"], "reference='gpt': must be auto, hf or reference"),
         (["demo", "--oracle", "hf", "--reference", "hf"], "--oracle: is the deprecated name of --reference"),
         (["no/such/model/here"], "no/such/model/here: no such folder"),
     ],

@@ -85,7 +85,9 @@ def convert(
         with checkpoint.tensors.opened() as tensors:
             named = _tensors(checkpoint, tensors, None if wanted == current else wanted)
             keeps = dtype == "auto" and not is_gguf
-            _write(folder, named if keeps else ((name, tensor.to(to)) for name, tensor in named), shard_bytes)
+            _write(
+                folder, named if keeps else ((name, tensor.to(to)) for name, tensor in named), shard_bytes, destination
+            )
         with writing(destination):
             (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
             for file in folder.glob("*.safetensors"):  # which the library makes private
@@ -147,14 +149,14 @@ def _reorder(tensor: Tensor, target: Target, config: ModelConfig, to: str) -> Te
     return tensor
 
 
-def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
+def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int, destination: Path) -> None:
     """Write one safetensors file, or several with an index. At most the tensors of one file are in memory."""
     written: list[tuple[Path, list[str], int]] = []
     shard: dict[str, Tensor] = {}
 
     def flush() -> None:
         file = folder / f"shard-{len(written)}.safetensors"
-        with writing(folder, CheckpointError, SafetensorError):
+        with writing(destination, CheckpointError, SafetensorError):
             save_file(shard, file, metadata={"format": "pt"})
         written.append((file, list(shard), sum(tensor.nbytes for tensor in shard.values())))
         shard.clear()
@@ -165,7 +167,7 @@ def _write(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int
         shard[name] = tensor.contiguous()
     flush()
     if len(written) == 1:
-        with writing(folder):
+        with writing(destination):
             written[0][0].rename(folder / "model.safetensors")
         return
     weight_map: dict[str, str] = {}

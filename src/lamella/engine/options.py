@@ -287,7 +287,7 @@ class EngineOptions:
             raise ConfigError(
                 f"model={type(self.model).__name__}: must be a folder, `demo`, a Hub id or a model of lamella.models"
             )
-        if not ((isinstance(self.model, str | Path) and str(self.model)) or self.is_constructed):
+        if not (isinstance(self.model, str | Path) or self.is_constructed):
             raise ConfigError(
                 f"model={shown(self.model)}: must be a folder, a GGUF file, a Hub id or a constructed model"
             )
