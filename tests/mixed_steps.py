@@ -1,4 +1,4 @@
-"""Engines whose requests have several placements, and a stand-in for CUDA graphs where there is no GPU."""
+"""Engines whose requests have several placements, and fake CUDA graphs for machines without a GPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ A, B, C = "all-gdn", "mamba,attention,kda", "swa,attention,sliding_window"
 
 
 def mixed_llm(folder: Path, **options: Any) -> LLM:
-    """Over memory full of NaN, the dummies' too."""
+    """Return an engine for mixed placements whose memory, dummies included, is full of NaN."""
     options = {"max_num_batched_tokens": 32, "max_num_seqs": 4, "num_blocks": 64} | options
     return poisoned_llm(folder, mixed_placements=True, enable_prefix_caching=False, **options)
 
@@ -38,7 +38,7 @@ def answers(llm: LLM, lengths: Sequence[int], params: Sequence[SamplingParams]) 
 
 
 def answers_to(llm: LLM, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> tuple[list[list[int]], Tensor]:
-    """The tokens, and all log-probabilities of all answers one after the other."""
+    """Return the tokens of each output, and all log-probabilities of all outputs, concatenated."""
     outputs = llm.generate(prompts, params, use_tqdm=False)
     rows = [[row[i].logprob for i in range(VOCAB)] for out in outputs for row in out.outputs[0].logprobs]
     return [out.outputs[0].token_ids for out in outputs], torch.tensor(rows)
@@ -51,30 +51,30 @@ class Again:
     forward: Callable[[], Tensor]
     hidden: Tensor
     replays: int = 0
-    gone: bool = False
+    is_released: bool = False
 
     def replay(self) -> None:
-        assert not self.gone
+        assert not self.is_released
         self.hidden.copy_(self.forward())
         self.replays += 1
 
     def reset(self) -> None:
-        self.gone = True
+        self.is_released = True
 
 
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[Again]:
-    """Have these recorded in place of graphs; all that have been so far.
+def fake_graphs(monkeypatch: pytest.MonkeyPatch) -> list[FakeGraph]:
+    """Capture fake graphs instead of CUDA graphs; return the list of captured ones.
 
-    Tokens are chosen by our GPU kernel, in Triton's interpreter.
+    The GPU sampling kernel runs in Triton's interpreter.
     """
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("there are graphs here, see tests/engine/test_cuda.py")
-    found: list[Again] = []
+    found: list[FakeGraph] = []
 
-    def capture_graph(forward: Callable[[], Tensor], pool: Any) -> tuple[Again, Tensor]:
+    def capture_graph(forward: Callable[[], Tensor], pool: Any) -> tuple[FakeGraph, Tensor]:
         assert pool == "pool"
-        found.append(Again(forward, forward()))
+        found.append(FakeGraph(forward, forward()))
         return found[-1], found[-1].hidden
 
     monkeypatch.setattr(graphs, "capture_graph", capture_graph)
@@ -83,7 +83,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> list[Again]:
 
 
 def with_graphs(llm: LLM) -> LLM:
-    """An engine of the CPU that runs as one of a GPU does: steps in graphs, one ahead of the host."""
+    """Make a CPU engine run like a GPU engine: decode steps in graphs, asynchronous scheduling."""
     own = llm.engine.runner
     own._sizes, own._captures, own.async_scheduling = graphs.bucket_sizes(len(own._tokens)), True, True
     return llm

@@ -20,7 +20,7 @@ from lamella.layers.supernet.batches import GatheredPlacements, MaskedBatch, Mas
 from lamella.ops.backend import portable_only
 from lamella.ops.ragged import RaggedBatch
 from lamella.state.spec import PagedState
-from mixed_steps import A, Again, B, C, answers, answers_to, mixed_llm, parameters, stand_ins, with_graphs
+from mixed_steps import A, B, C, FakeGraph, answers, answers_to, fake_graphs, mixed_llm, parameters, with_graphs
 
 NAMES = tuple(MIXERS)
 
@@ -121,9 +121,9 @@ class TestUnions:
 
 
 @pytest.fixture
-def recorded(monkeypatch) -> list[Again]:
+def recorded(monkeypatch) -> list[FakeGraph]:
     """Return the list of captured graphs, recorded by the fake."""
-    return stand_ins(monkeypatch)
+    return fake_graphs(monkeypatch)
 
 
 LENGTHS = (5, 17, 1, 9)
@@ -172,11 +172,11 @@ def test_number_of_kept_graph_sets_is_limited(supernet, recorded, monkeypatch):
         params = parameters(pair, 4)[:1] + parameters(pair[::-1], 4)[:1]
         assert answers(llm, (3, 4), params)[0] == answers(plain, (3, 4), params)[0]
         assert len(llm.engine.runner._graphs) <= 2
-    alive = [graph for graph in recorded if not graph.gone]
+    alive = [graph for graph in recorded if not graph.is_released]
     held = [graph.graph for each in llm.engine.runner._graphs.values() for graph in each._graphs.values()]
     assert set(map(id, alive)) == set(map(id, held)) and len(recorded) > len(alive) > 0
     llm.engine.runner.drop_graphs()
-    assert all(graph.gone for graph in recorded) and not llm.engine.runner._graphs
+    assert all(graph.is_released for graph in recorded) and not llm.engine.runner._graphs
     count = len(recorded)
     answers(llm, (3, 4), parameters((A, B)))
     assert len(recorded) == count

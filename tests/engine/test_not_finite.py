@@ -11,7 +11,7 @@ import torch
 from helpers import random_prompts
 from interrupts import KINDS, checkpoint
 from lamella import LLM, SamplingParams
-from mixed_steps import stand_ins, with_graphs
+from mixed_steps import fake_graphs, with_graphs
 
 BAD = 77  # the token whose embedding is damaged
 OPTIONS = dict(device="cpu", dtype="float32", block_size=4, max_num_batched_tokens=16, max_num_seqs=4, num_blocks=64)
@@ -122,7 +122,7 @@ def test_completions_of_one_request_fail_independently(llm):
 
 def test_nan_is_detected_in_replayed_steps(tmp_path, monkeypatch):
     """The state of a request becomes NaN between two replays; one is in flight when the next is launched."""
-    stand_ins(monkeypatch)
+    fake_graphs(monkeypatch)
     llm = with_graphs(LLM(checkpoint("canon", tmp_path), **OPTIONS))
     # With log-probabilities, the results of the fake graph are copies, as on a GPU.
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=0)

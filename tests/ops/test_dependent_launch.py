@@ -26,7 +26,7 @@ from lamella.models import Apriel2ForCausalLM, registry
 from lamella.ops import backend
 from lamella.ops.attention.paged import AttentionSpace
 from lamella.ops.launch import start_successor, wait, wait_for_predecessor
-from mixed_steps import mixed_llm, stand_ins, with_graphs
+from mixed_steps import fake_graphs, mixed_llm, with_graphs
 
 # Every module with kernels, so that all of them are there to be patched.
 for op in (
@@ -162,7 +162,7 @@ def test_decodes_prompts_and_mixed_steps_have_no_race(kind, dtype, tmp_path, mon
 def test_mixed_placements_have_no_race(kind, graphs, tmp_path, monkeypatch):
     """By requests that are split off, and in graphs with selected rows."""
     if graphs:
-        stand_ins(monkeypatch)
+        fake_graphs(monkeypatch)
         monkeypatch.setattr("lamella.engine.steps.graphs._WARM_UPS", 0)
     llm = mixed_llm(checkpoint_of(kind, tmp_path), dtype="bfloat16", max_num_seqs=2 if graphs else 4)
     llm = with_graphs(llm) if graphs else llm

@@ -13,7 +13,7 @@ from lamella.layers.kernel_attention import use_attention_kernels
 from lamella.ops import backend
 from lamella.ops.attention import triton as attention
 from lamella.ops.attention.paged import AttentionSpace
-from mixed_steps import A, B, C, answers, mixed_llm, parameters, stand_ins, with_graphs
+from mixed_steps import A, B, C, answers, fake_graphs, mixed_llm, parameters, with_graphs
 
 
 def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,7 +24,7 @@ def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("own", "few"), [pytest.param((A, B, C), 8, marks=pytest.mark.slow), ((B, C), 8), ((B, C), 1)])
 def test_each_request_gets_what_it_gets_in_a_batch_that_is_cut(tmp_path, monkeypatch, own, few):
     """By the kernels for few requests and by those for many."""
-    recorded = stand_ins(monkeypatch)
+    recorded = fake_graphs(monkeypatch)
     monkeypatch.setattr(graphs, "_WARM_UPS", 0)
     folder, lengths, params = checkpoint(tmp_path, fixed(SUPERNET, layers=3)), (3, 4, 1)[: len(own)], parameters(own, 3)
     expected = answers(mixed_llm(folder), lengths, params)

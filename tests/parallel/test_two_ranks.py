@@ -166,7 +166,7 @@ def test_prefixes_are_found(engines):
     assert results[1] == results[0]
 
 
-def test_cancelled_requests_are_forgotten_by_all_ranks(engines):
+def test_cancelled_requests_are_removed_on_all_ranks(engines):
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     for llm in engines:
         stream = llm.stream(PROMPTS[3], params)
@@ -175,8 +175,8 @@ def test_cancelled_requests_are_forgotten_by_all_ranks(engines):
         stream.close()
     one, two = (llm.generate(PROMPTS[:4], params, use_tqdm=False) for llm in engines)
     assert [o.outputs[0].token_ids for o in one] == [o.outputs[0].token_ids for o in two]
-    recorder = engines[1].engine.workers._recorder
-    assert len(recorder._told) <= 4
+    encoder = engines[1].engine.workers._encoder
+    assert len(encoder._sent) <= 4
 
 
 @pytest.mark.parametrize("pair", mostly_slow(["canon", "llama4"], fast=[]), indirect=True)
