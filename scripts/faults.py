@@ -38,7 +38,7 @@ LISTED = (
     Fault("angles", "positions % period", "positions", "rotary/reference"),
     Fault("delta_rule", "v[token].float() - kept", "v[token].float()", "delta_rule/reference"),
     Fault("l2_norm", ".sum(-1, keepdim=True)", ".mean(-1, keepdim=True)"),
-    Fault("selective_scan", "+ d.float() * x_fp32[token]", "+ wide[token]", "selective_scan/reference"),
+    Fault("selective_scan", "+ d.float() * x_fp32[token]", "+ x_fp32[token]", "selective_scan/reference"),
     Fault("route", "chosen.sigmoid()", "chosen.softmax(-1)", "moe/reference"),
     Fault("RaggedBatch.from_lengths", "if n != 1", "if n > 2"),
     Fault("rms_norm", "mean(-1, keepdim=True) + eps", "mean(-1, keepdim=True)", "rms_norm/reference"),
