@@ -171,7 +171,7 @@ VLLM_TESTS = (
     "tests/vllm_plugin/test_plugin_checks.py",
     "tests/vllm_plugin/test_plugin_contract.py",
     "tests/vllm_plugin/test_plugin_registration.py",
-    "tests/vllm_plugin/test_plugin_engine.py::test_prompts_in_one_batch_however_they_are_cut",
+    "tests/vllm_plugin/test_plugin_engine.py::test_prompts_in_one_batch_with_any_chunks",
     "tests/vllm_plugin/test_plugin_engine.py::test_cached_prefixes",
     "tests/vllm_plugin/test_plugin_engine.py::test_compiled",
     "tests/vllm_plugin/test_plugin_apriel2.py::test_chunks_batches_and_reuse",
