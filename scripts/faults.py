@@ -62,7 +62,9 @@ LISTED = (
     Fault("MaskedBatch.from_mask", "whole.seq_lens.masked_fill(others, 1)", "whole.seq_lens"),
     Fault("GatheredBatch.scatter", "out[self.tokens] = mixed", "out[: len(mixed)] = mixed"),
     Fault(
-        "DecoderLayer.apply_mixer", "return mixer(positions, entry), entry.residual", "return mixer(positions, entry), residual"
+        "DecoderLayer.apply_mixer",
+        "return mixer(positions, entry), entry.residual",
+        "return mixer(positions, entry), residual",
     ),
     # state: bookkeeping, prefixes
     Fault("PagedState.first_visible", "position - self.window + 1", "position - self.window + 2"),
