@@ -1,4 +1,4 @@
-"""Attention layers made alike for torch.compile, and computed in fewer kernels, give what the plain layer gives."""
+"""Attention layers unified for torch.compile, and fused attention kernels, equal the plain layer."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def compute(layer: nn.Module, positions: Positions, x: torch.Tensor) -> torch.Te
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_form_with_more_operations_changes_no_bit(name):
+def test_running_as_a_larger_form_is_bitwise_equal(name):
     form = AttentionForm.from_config(CONFIGS["everything"])
     layer, x, index = built(CONFIGS[name]), torch.randn(7, 32), torch.arange(7)
     expected = compute(layer, Positions(index), x)
@@ -54,7 +54,7 @@ def test_a_form_with_more_operations_changes_no_bit(name):
     assert torch.equal(compute(layer, given, x), expected)
 
 
-def test_forms_that_rotate_otherwise_have_none_in_common():
+def test_forms_with_different_rotations_cannot_be_joined():
     form = AttentionForm.from_config(CONFIGS["rotation"])
     other = AttentionForm.from_config(replace(PLAIN, rope=replace(ROPE, interleaved=False)))
     assert form.join(other) is None and not form.covers(other)
@@ -63,7 +63,7 @@ def test_forms_that_rotate_otherwise_have_none_in_common():
 
 
 def test_layers_with_and_without_a_rotation_do_not_share_angles():
-    """The identity that a form brings has a key of its own among the angles of a step."""
+    """The identity rotation that a form adds has its own key among the angles of a step."""
     layer, rotating = built(PLAIN), built(CONFIGS["rotation"])
     apply_form(layer, AttentionForm.from_config(CONFIGS["rotation"]))
     positions = Positions(torch.arange(7))
@@ -74,7 +74,7 @@ def test_layers_with_and_without_a_rotation_do_not_share_angles():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_kernels_leave_a_plain_forward_as_it_is(name):
+def test_kernel_attention_does_not_change_a_plain_forward(name):
     layer, x, positions = built(CONFIGS[name]), torch.randn(7, 32), Positions(torch.arange(7))
     expected, parameters = compute(layer, positions, x), list(layer.state_dict())
     use_attention_kernels(nn.ModuleList([layer]))
@@ -82,7 +82,7 @@ def test_kernels_leave_a_plain_forward_as_it_is(name):
     assert torch.equal(compute(layer, positions, x), expected)
 
 
-def test_kernels_are_for_layers_over_an_engine_s_blocks_only():
+def test_only_layers_with_paged_attention_become_kernel_attention():
     layer = built(PLAIN)
     layer.attention = nn.Identity()
     use_attention_kernels(layer)

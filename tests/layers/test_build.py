@@ -1,4 +1,4 @@
-"""Configs become modules: by the table, or by the config's own `build`."""
+"""Configs are built into modules by the table, or by the config's own `build`."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ ATTENTION = dict(num_heads=2, num_kv_heads=1, head_dim=8, scale=1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class NarrowAttentionConfig(AttentionConfig):
-    """An in-tree config with another name."""
+    """Subclass of an in-tree config."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnConfig(AttentionConfig):
-    """A config of another package, which derives from an in-tree one and builds another module."""
+    """Config of another package that derives from an in-tree config and builds another module."""
 
     def build(self, kit, hidden_size, prefix, history):
         return nn.Linear(hidden_size, self.num_heads)
 
 
-def test_every_config_of_a_part_has_a_module():
+def test_every_mixer_and_feed_forward_config_has_a_module():
     kinds = {*MixerConfig.__args__, *FeedForwardConfig.__args__}
     assert kinds == set(_BUILDERS)
 
 
 def test_no_config_of_lamella_builds_itself():
-    """Else configs would import layers."""
+    """Configs must not import layers."""
     assert not [name for name in configs.__all__ if hasattr(getattr(configs, name), "build")]
 
 
-def test_a_config_that_derives_from_another_has_its_module():
+def test_a_subclass_of_a_config_uses_the_same_module():
     assert isinstance(build(NarrowAttentionConfig(**ATTENTION), LocalKit(), 16, "mixer", None), Attention)
 
 
-def test_a_configs_own_build_goes_before_the_table():
+def test_a_configs_own_build_takes_precedence_over_the_table():
     built = build(OwnConfig(**ATTENTION), LocalKit(), 16, "mixer", None)
     assert isinstance(built, nn.Linear) and built.out_features == 2
 

@@ -1,4 +1,4 @@
-"""Layouts of parameters: which tensors of a file fill them, and how they start."""
+"""Layouts of parameters: the tensors of a file that fill them, and their initial values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def merged(bias=True):
 
 
 class Module(nn.Module):
-    """A module of another package, with one layout and one parameter without."""
+    """Module of another package, with a layout for one parameter only."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +40,7 @@ def test_tensors_of_a_merged_parameter_are_its_rows_in_order():
     assert found == [("a_proj", (Split.whole(3), whole), 0, 3), ("b_proj", (Split(8, ((2, 4),)), whole), 3, 5)]
 
 
-def test_rows_without_a_tensor_in_the_file_do_not_move_those_behind():
+def test_rows_that_are_not_stored_do_not_shift_later_rows():
     (tensor,) = merged(("b_proj",)).layouts["bias"].tensors()
     assert (tensor.part, tensor.start, tensor.stop) == ("b_proj", 3, 5)
     assert "a_proj.bias" not in targets(nn.ModuleDict({"ab": merged(("b_proj",))}), {})
@@ -58,8 +58,8 @@ def test_initial_bounds_hold_and_biases_start_from_zero():
     assert (module.bias == 0).all() and module.weight.abs().max() < 0.2 and module.weight.unique().numel() == 4
 
 
-def test_a_constant_start_takes_no_random_numbers():
-    """Else the other parameters of a seed would change."""
+def test_constant_initial_values_use_no_random_numbers():
+    """Otherwise a seed would give other values to the other parameters."""
     first, second = Module(), Module()
     second.layouts = {"decay": ParameterLayout(initial=(1.0, 1.0))}
     del first._parameters["decay"]
@@ -68,8 +68,8 @@ def test_a_constant_start_takes_no_random_numbers():
     assert torch.equal(first.weight, second.weight) and (second.decay == 1).all()
 
 
-def test_a_copys_separate_tensors_fill_the_copy():
-    """A layout that kept the original's memory would fill the original."""
+def test_separate_tensors_of_a_copied_model_fill_the_copy():
+    """A layout that refers to the original's memory would fill the original."""
     model = nn.ModuleDict({"experts": Experts(MoEConfig(num_experts=2, top_k=1, intermediate_size=3), LocalKit(), 4)})
     other = copy.deepcopy(model)
     for layers in (model, other):

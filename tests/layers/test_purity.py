@@ -1,4 +1,4 @@
-"""Layers leave their inputs as they are, in every dtype and on every path, and keep the stream as a pair."""
+"""Layers do not change their inputs, in every dtype and on every path, and depend only on hidden + residual."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def path(request, monkeypatch):
 
 @pytest.fixture
 def watched(monkeypatch):
-    """`watched(model)`: from now on every call of a layer, norm or rotation is checked; returns who was called."""
+    """`watched(model)` checks every later call of a layer, norm or rotation; returns the set of called classes."""
     called = set()
 
     def checked(function):
@@ -70,7 +70,7 @@ def watched(monkeypatch):
 
 
 def everyone(model: LanguageModel) -> set[object]:
-    """The classes that compute something in `model`, and the rotation."""
+    """Return the classes that compute something in `model`, and the rotation."""
     classes = {type(module) for module in model.modules() if "forward" in dir(type(module))}
     return {cls for cls in classes if cls.__name__ not in ("ModuleList", "ConvHistory", "SlotStateModule")} | {rotate}
 
@@ -97,7 +97,7 @@ def test_the_engine_changes_no_input(checkpoint, path, watched, dtype):
     assert called == everyone(model)
 
 
-def test_the_watch_sees_a_change(checkpoint, watched, monkeypatch):
+def test_a_changed_input_is_detected(checkpoint, watched, monkeypatch):
     forward = PagedAttention.forward
 
     def careless(self, q, k, v):
@@ -113,8 +113,8 @@ def test_the_watch_sees_a_change(checkpoint, watched, monkeypatch):
 
 
 @torch.no_grad()
-def test_the_stream_is_the_sum_of_the_pair(checkpoint):
-    """How a stream is split into hidden and residual changes nothing, and a layer adds its two parts to it."""
+def test_layers_depend_only_on_the_sum_of_hidden_and_residual(checkpoint):
+    """The split of the stream into hidden and residual has no effect, and a layer adds the outputs of its two parts."""
     model = load_model(open_checkpoint(checkpoint))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, VOCAB, (20,), generator=generator)

@@ -1,7 +1,7 @@
-"""Each recurrent mixer by itself over its state: prompts, steps and second prompts in any pieces are one computation.
+"""Recurrent mixers over their state: prompts, steps and second prompts in any pieces equal one forward.
 
-The published implementations are wrong in the third phase: of several tokens on state that exists, some ignore the
-convolution's window, some the matrix too.
+Published implementations are wrong in the third phase, several tokens on existing state: some ignore the convolution
+window, and some also the matrix.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ BACKENDS = {"native": nullcontext, "torch": portable_only}
 
 @pytest.fixture(params=BACKENDS, autouse=True)
 def backend(request) -> Iterator[None]:
-    """By the kernels that serve here, and by plain torch."""
+    """The kernels that are available here, and plain torch."""
     with BACKENDS[request.param]():
         yield
 
 
 @torch.no_grad()
 def built(config: Mixer, hidden_size: int, dtype: torch.dtype = torch.float32) -> RecurrentMixer:
-    """The mixer as training starts it, but for projections and convolutions, which carry more, over slots of NaN."""
+    """Return a mixer with initial weights, except for larger projections and convolutions, over slots of NaN."""
     module = build(config, LocalKit(dtype), hidden_size, "mixer", None)
     generator = torch.Generator().manual_seed(0)
     initialize(module, generator)
@@ -102,7 +102,7 @@ def built(config: Mixer, hidden_size: int, dtype: torch.dtype = torch.float32) -
 
 
 def rows(module: RecurrentMixer) -> tuple[Tensor, ...]:
-    """The convolution's windows and the matrices of all slots."""
+    """Return the convolution windows and the matrices of all slots."""
     return module.history.state_module.rows
 
 
@@ -113,7 +113,7 @@ def tokens(lengths: Iterable[int], hidden_size: int, dtype: torch.dtype = torch.
 
 @torch.no_grad()
 def step(module: nn.Module, pieces: Sequence[Tensor], seen: Sequence[int], slots: Sequence[int] | None) -> list[Tensor]:
-    """The outputs of each request's piece, of which `seen` tokens came before. Those of one token must be first."""
+    """Return the outputs of each request's piece after `seen` earlier tokens. Pieces of one token must come first."""
     lengths = [piece.shape[0] for piece in pieces]
     ragged = RaggedBatch.from_lengths(lengths, [new + old for new, old in zip(lengths, seen, strict=True)])
     batch = ForwardBatch(ragged, slots=None if slots is None else torch.tensor(slots))
@@ -122,7 +122,7 @@ def step(module: nn.Module, pieces: Sequence[Tensor], seen: Sequence[int], slots
 
 
 def run(module: nn.Module, xs: Sequence[Tensor], bounds: Sequence[Sequence[int]], slots: Sequence[int]) -> list[Tensor]:
-    """The outputs of requests that come in pieces, each cut at its own `bounds`; phase after phase."""
+    """Return the outputs of requests in pieces, each split at its own `bounds`, phase by phase."""
     outputs: list[list[Tensor]] = [[] for _ in xs]
     snapshots = [list(pairwise((0, *each))) for each in bounds]
     for phase in range(max(map(len, snapshots))):
@@ -136,7 +136,7 @@ def run(module: nn.Module, xs: Sequence[Tensor], bounds: Sequence[Sequence[int]]
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, of the largest value; NaN is far from all."""
+    """Return the largest difference relative to the largest value; infinite for NaN."""
     gap = (found.double() - expected.double()).abs().max() / expected.double().abs().max()
     return float(gap.nan_to_num(torch.inf))
 
@@ -158,8 +158,8 @@ def phases(prompt: int, steps: int, second: int) -> list[int]:
     },
     indirect=["backend"],
 )
-def test_three_phases_are_one_forward(name, hidden_size, dtype):
-    """Outputs, windows and matrices, for 1, 2 and 4 requests of different lengths at a time."""
+def test_prompt_steps_and_second_prompt_equal_one_forward(name, hidden_size, dtype):
+    """Compare outputs, windows and matrices, for 1, 2 and 4 requests of different lengths at a time."""
     module = built(GRID[name], hidden_size, dtype)
     tolerance = TOLERANCE[dtype]
     lengths = [(1, 2), (2, KERNEL), (KERNEL - 1, 65), (KERNEL, 1), (63, 16), (64, 4), (65, 64), (127, 16), (200, 4)]
@@ -170,16 +170,16 @@ def test_three_phases_are_one_forward(name, hidden_size, dtype):
             bounds = [phases(prompt, 4, second) for prompt, second in some]
             xs = tokens([each[-1] for each in bounds], hidden_size, dtype, seed=start)
             whole = list(range(count))
-            apart = [9, 6, 10, 5][:count]
+            slots_apart = [9, 6, 10, 5][:count]
             plain = step(module, xs, [0] * count, None)
             expected = step(module, xs, [0] * count, whole)
-            found = run(module, xs, bounds, apart)
+            found = run(module, xs, bounds, slots_apart)
             for one, other, third in zip(found, expected, plain, strict=True):
                 same(one, other, tolerance)
                 same(other, third, tolerance / 10)
             window, matrix = rows(module)
-            same(window[apart], window[whole], tolerance)
-            same(matrix[apart], matrix[whole], tolerance)
+            same(window[slots_apart], window[whole], tolerance)
+            same(matrix[slots_apart], matrix[whole], tolerance)
             assert matrix.dtype == torch.float32 and window.dtype == dtype
             with torch.no_grad():
                 for row in rows(module):
@@ -202,8 +202,8 @@ def test_short_prompts_in_every_combination(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_every_split(name):
-    """Of seven tokens, all 64 ways to cut them; and a longer prompt, cut near the bounds of chunks and windows."""
+def test_every_split_of_a_prompt_gives_the_same_result(name):
+    """All 64 splits of seven tokens, and splits of a longer prompt near the bounds of chunks and windows."""
     module = built(SMALL[name], 256)
     snapshots = [[p for p in range(1, 8) if p == 7 or (mask >> (p - 1)) & 1] for mask in range(64)]
     snapshots += [[p, 70] for p in (1, 2, KERNEL - 1, KERNEL, 17, 31, 32, 33, 47, 62, 63, 64, 65, 66, 67, 68, 69)]
@@ -220,8 +220,8 @@ def test_every_split(name):
 @pytest.mark.parametrize("lost", ["window", "matrix"])
 @pytest.mark.parametrize("before", ["a step", "the second prompt"])
 @pytest.mark.parametrize("name", GRID)
-def test_what_the_published_code_loses_would_show(name, before, lost):
-    """The control: with the window or the matrix zeroed between phases, what follows is far from right."""
+def test_losing_the_window_or_the_matrix_would_be_detected(name, before, lost):
+    """Control: with the window or the matrix zeroed between phases, the following outputs are wrong."""
     module = built(GRID[name], 256)
     (x,) = tokens([65 + 1 + 16], 256)
     seen, until = (65, 66) if before == "a step" else (66, 82)
@@ -241,8 +241,8 @@ def test_what_the_published_code_loses_would_show(name, before, lost):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", SMALL)
-def test_strangers_in_the_batch_change_nothing(name, dtype):
-    """Whoever else is computed, in whatever phase: a request's numbers are its own, and so are its slots."""
+def test_other_requests_in_the_batch_change_nothing(name, dtype):
+    """A request's outputs and slot do not depend on other requests in any phase."""
     module = built(SMALL[name], 256, dtype)
     (x,) = tokens([40], 256, dtype)
     bounds = phases(20, 3, 17)
@@ -260,8 +260,8 @@ def test_strangers_in_the_batch_change_nothing(name, dtype):
 
 @pytest.mark.parametrize("length", [1, 2, KERNEL - 1, KERNEL, 70])
 @pytest.mark.parametrize("name", SMALL)
-def test_a_recycled_slot_holds_nothing_of_its_last_request(name, length):
-    """Bit for bit what it is in a slot of NaN, its steps included."""
+def test_a_recycled_slot_does_not_leak_the_previous_request(name, length):
+    """The result is bitwise equal to that in a slot of NaN, including later steps."""
     module = built(SMALL[name], 256)
     old, new = tokens([50, length + 3], 256)
     bounds = phases(length, 2, 1)
@@ -274,7 +274,7 @@ def test_a_recycled_slot_holds_nothing_of_its_last_request(name, length):
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_inputs_and_weights_are_left_as_they_are(name):
+def test_inputs_and_weights_are_not_changed(name):
     module = built(SMALL[name], 256)
     weights = {key: value.clone() for key, value in module.state_dict().items()}
     (x,) = tokens([20], 256)
@@ -287,7 +287,7 @@ def test_inputs_and_weights_are_left_as_they_are(name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_extreme_decays_stay_finite(name):
-    """Heads that forget all at once, and heads that forget nothing; and tokens that are zero."""
+    """Heads with decay 0 and decay 1, and tokens of zeros."""
     for rate in (-20.0, 5.0):
         module = built(SMALL[name], 256)
         with torch.no_grad():

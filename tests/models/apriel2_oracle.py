@@ -1,6 +1,6 @@
-"""Apriel2 in plain fp64 torch, from the file's own words: shares no code with the package, not even its config reader.
+"""Apriel2 in plain fp64 torch, from the file's own keys; shares no code with the package, not even the config reader.
 
-One token after another in every recurrent mixer; the formulas are those of the published modules.
+Recurrent mixers are computed token by token; the formulas are those of the published modules.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""LlamaCanon a second time, from its formulas: one sequence, no cache, fp64, nothing shared with the package.
+"""LlamaCanon from its formulas: one sequence, no cache, fp64, no code shared with the package.
 
 Tensors go by their Hugging Face names; `read_lingua` gives those of a lingua checkpoint the same names.
 """
@@ -41,7 +41,7 @@ LINGUA = {
 
 
 def read_lingua(folder: Path) -> dict[str, Tensor]:
-    """The tensors of consolidated.pth. What params.json says is up to the caller."""
+    """Read the tensors of consolidated.pth; the caller interprets params.json."""
     state = torch.load(folder / "consolidated.pth", weights_only=True)["model"]
     return {from_lingua_name(name): tensor for name, tensor in state.items() if "tied_module" not in name}
 
@@ -119,7 +119,7 @@ class CanonReferenceModel:
         return x + y if self.config["canon_residual"] else y
 
     def rotate(self, x: Tensor) -> Tensor:
-        """x (S, heads, D) with the first rope_dim channels of each head turned, pair by pair."""
+        """Rotate the first rope_dim channels of each head of x (S, heads, D), pair by pair."""
         rope_dim = self.config["rope_dim"]
         rope_dim = x.shape[-1] if rope_dim is None else min(rope_dim, x.shape[-1])
         y = x.clone()

@@ -55,13 +55,13 @@ PLACEMENTS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_plain_forward_is_the_oracles(tmp_path, name):
+def test_a_plain_forward_equals_the_reference(tmp_path, name):
     folder = checkpoint(tmp_path, MODELS[name])
     assert_plain_parity(folder, Apriel2ReferenceModel(folder), LENGTHS)
 
 
 @pytest.mark.parametrize("name", ["gdn", "kda", "mamba", "hybrid", "sliding window"])
-def test_the_engine_is_the_oracles(tmp_path, name):
+def test_the_engine_equals_the_reference(tmp_path, name):
     folder = checkpoint(tmp_path, MODELS[name])
     assert_engine_parity(folder, Apriel2ReferenceModel(folder), (1, 3, 40, 70), count=4)
 
@@ -76,8 +76,8 @@ def test_a_placement_chooses_the_mixers(tmp_path, placement):
     assert (logprobs(plain_logits(model, ids)) - logprobs(expected)).abs().max() <= 1e-4
 
 
-def test_the_double_bias_of_mamba_shows(tmp_path):
-    """The control of the one formula that looks like a mistake: with a single bias the oracle differs."""
+def test_a_single_bias_in_mamba_would_be_detected(tmp_path):
+    """Control of the formula that looks like a mistake: with a single bias the reference differs."""
     folder = checkpoint(tmp_path, MODELS["mamba"])
     ids = torch.randint(0, 128, (1, 12))
     oracle = Apriel2ReferenceModel(folder)
@@ -91,7 +91,7 @@ def test_the_double_bias_of_mamba_shows(tmp_path):
     {"name": ["gdn", "kda", "mamba", "sliding window", "every5th kda"], "dtype": ["float32", "bfloat16"]}, strength=1
 )
 def test_parity_kit(tmp_path, name, dtype):
-    """Every path, states included, every operation, and bf16 no further from the truth than the reference's own."""
+    """Check every path with its states, every operation, and the bf16 error against the reference's own."""
     values = MODELS.get(name) or pattern(["attention"] * 4 + ["kda"])
     folder = checkpoint(tmp_path, values)
     assert_parity(str(folder), dtype=dtype, prompts="random", count=8)
@@ -106,7 +106,7 @@ def test_parity_kit_of_a_supernet(tmp_path, placement):
 
 
 def test_the_tokenizers_end_of_text_ends_texts_beside_the_configs_default(tmp_path, caplog):
-    """Exports carry the config class's 1 and 2, whatever the tokenizer."""
+    """Exported configs contain the config class's 1 and 2 whatever the tokenizer."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
@@ -131,6 +131,6 @@ def test_two_thousand_decode_steps_do_not_drift(tmp_path, name):
 
 
 @pytest.mark.parametrize("length", [50, 51, 59, 60, 70])
-def test_prompts_at_which_a_published_plugin_strayed(tmp_path, length):
+def test_prompts_on_which_a_published_plugin_was_wrong(tmp_path, length):
     folder = checkpoint(tmp_path, MODELS["gdn"])
     assert_engine_parity(folder, Apriel2ReferenceModel(folder), [length], count=4)

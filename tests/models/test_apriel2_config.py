@@ -32,9 +32,9 @@ pytestmark = pytest.mark.unit
 
 
 class TestDefaults:
-    """What the published config class takes where the file says nothing, or something empty."""
+    """Defaults of the published config class for missing or empty values."""
 
-    def test_an_empty_file_is_the_default_decoder(self):
+    def test_an_empty_config_gives_the_default_decoder(self):
         model = read({})
         assert (model.hidden_size, model.vocab_size, len(model.layers)) == (4096, 32000, 32)
         assert (model.bos_token_id, model.eos_token_ids, model.tie_word_embeddings) == (1, (2,), False)
@@ -50,29 +50,29 @@ class TestDefaults:
 
     @pytest.mark.parametrize("key", ["decoder", "embeddings", "head"])
     @pytest.mark.parametrize("value", [None, {}])
-    def test_empty_is_missing(self, key, value):
+    def test_empty_sections_count_as_missing(self, key, value):
         assert read({key: value}) == read({})
 
     def test_the_default_decoder_computes(self, tmp_path):
-        """The published class cannot build what it writes there."""
+        """The published class cannot build its own default."""
         values = {"architectures": ["Apriel2ForCausalLM"], "hidden_size": 64, "vocab_size": VOCAB}
         model = load_model(open_checkpoint(checkpoint(tmp_path, values)))
         assert len(model.model.layers) == 32
         assert plain_logits(model, torch.arange(5)[None]).isfinite().all()
 
-    def test_token_ids_are_the_classes_or_the_files(self):
+    def test_token_ids_come_from_the_file_or_the_defaults(self):
         values = fixed(ATTENTION)
         assert (read(values).bos_token_id, read(values).eos_token_ids) == (1, (2,))
         other = read(values | {"bos_token_id": 0, "eos_token_id": [7, 9], "pad_token_id": 3})
         assert (other.bos_token_id, other.eos_token_ids) == (0, (7, 9))
 
-    def test_a_head_without_words_norms_with_1e_5(self):
+    def test_the_default_epsilon_of_the_head_is_1e_5(self):
         values = fixed(ATTENTION)
         for head in ({"normalization": {}}, {"normalization": None}, {"normalization": {"type": "rms_norm"}}):
             assert read(values | {"head": head}).norm == NormConfig(eps=1e-5)
         assert read(values | {"head": {"normalization": {"epsilon": 1e-3}}}).norm == NormConfig(eps=1e-3)
 
-    def test_parts_of_a_block_that_are_missing_have_their_kinds(self):
+    def test_missing_parts_of_a_block_get_their_default_type(self):
         explicit = fixed(ATTENTION)
         for path in (("mixer",), ("mlp",), ("normalization",)):
             assert read(changed(explicit, ("decoder", "block", *path), type=DROP)) == read(explicit)
@@ -98,7 +98,7 @@ class TestDefaults:
         assert mixer(MIXERS["gdn"] | {"norm_eps": 1e-3}).norm == NormConfig(eps=1e-3)
 
     def test_kda(self):
-        """Its epsilon is 1e-5, as where it was trained; the published vLLM code takes 1e-6."""
+        """The epsilon is 1e-5, as in training; the published vLLM code uses 1e-6."""
         assert mixer({"type": "kda"}) == KimiDeltaConfig(
             num_heads=32, head_dim=64, kernel=4, norm=NormConfig(eps=1e-5), gate="silu"
         )
@@ -145,7 +145,7 @@ class TestKeys:
     def test_state_size_has_two_names(self, values):
         assert mixer(values).state_size == 8
 
-    def test_which_must_not_contradict_each_other(self):
+    def test_contradicting_state_sizes_are_rejected(self):
         values = fixed(MIXERS["mamba"] | {"d_state": 16})
         at = f"{FILE}: decoder: block: mixer: "
         refused(values, f"{at}state_size and d_state contradict each other: [8, 16]")
@@ -161,7 +161,7 @@ class TestKeys:
             (MIXERS["mamba"], (), "dt_proj_bias"),
         ],
     )
-    def test_what_has_no_default_is_named(self, values, path, key):
+    def test_missing_keys_without_default_are_named(self, values, path, key):
         at = ": ".join((FILE, "decoder", "block", "mixer", *path))
         wanted = changed(fixed(values), ("decoder", "block", "mixer", *path), **{key: DROP})
         assert refused(wanted) == f"{at}: {key} is missing"
@@ -207,7 +207,7 @@ class TestKeys:
             (pattern(["gdn", "kda"]), ("decoder", "blocks", "kda", "mixer")),
         ],
     )
-    def test_unknown_ones_are_named_with_where_they_stand(self, values, path):
+    def test_unknown_keys_are_named_with_their_section(self, values, path):
         values = changed(values, path)
         read(values)
         message = refused(changed(values, path, surprise=3, logit_cap=30.0))
@@ -221,7 +221,7 @@ class TestKeys:
         assert removed == {"logit_cap": None, "surprise": None}
         assert read(changed(values, path, surprise=None, _note="x")) == read(values)
 
-    def test_what_training_left_there_is_no_news(self):
+    def test_keys_for_training_are_ignored_silently(self):
         extra = {"init": "transfer", "lr_scale": 0.5}
         values = fixed(SUPERNET | extra)
         inner = values["decoder"]["block"]
@@ -289,7 +289,7 @@ class TestKeys:
 
 
 class TestPattern:
-    def test_it_is_tiled(self):
+    def test_a_pattern_is_repeated(self):
         names = ["kda", "attention", "gdn"]
         kinds = {"kda": KimiDeltaConfig, "attention": AttentionConfig, "gdn": GatedDeltaNetConfig}
         layers = read(pattern(names, layers=8)).layers
@@ -300,11 +300,11 @@ class TestPattern:
     def test_one_block_is_a_fixed_decoder(self):
         assert read(pattern(["gdn"], layers=3)) == read(fixed(MIXERS["gdn"], layers=3))
 
-    def test_a_fixed_decoder_need_not_say_so(self):
+    def test_the_default_decoder_type_is_fixed(self):
         for kind in (DROP, None):
             assert read(changed(fixed(ATTENTION), ("decoder",), type=kind)) == read(fixed(ATTENTION))
 
-    def test_a_block_that_no_layer_has_is_not_read(self):
+    def test_unused_blocks_are_not_read(self):
         spare = changed(pattern(["gdn"]), ("decoder", "blocks"), spare={"mixer": {"type": "rwkv"}})
         assert read(spare) == read(pattern(["gdn"]))
 
@@ -326,22 +326,22 @@ class TestPattern:
 
 
 class TestLength:
-    """2048 is what the config class writes where nobody said anything."""
+    """2048 is the default of the config class."""
 
     @pytest.mark.parametrize("embeddings", [None, {}, {"max_position_embeddings": 2048}])
-    def test_2048_bounds_nothing(self, embeddings):
+    def test_a_length_of_2048_is_no_limit(self, embeddings):
         model = read(fixed(ATTENTION) | {"embeddings": embeddings})
         assert EngineOptions(model="x").resolve_length(model) == 2048
         assert EngineOptions(model="x", max_model_len=5000).resolve_length(model) == 5000
 
-    def test_any_other_length_bounds(self):
+    def test_other_lengths_are_limits(self):
         model = read(fixed(ATTENTION) | {"embeddings": {"max_position_embeddings": 4096}})
         assert EngineOptions(model="x").resolve_length(model) == 4096
         assert EngineOptions(model="x", max_model_len=4096).resolve_length(model) == 4096
         with pytest.raises(ConfigError, match=r"^max_model_len=4097: the model supports at most 4096$"):
             EngineOptions(model="x", max_model_len=4097).resolve_length(model)
 
-    def test_a_length_at_the_top_counts_where_embeddings_have_none(self):
+    def test_a_top_level_length_is_used_if_embeddings_have_none(self):
         for embeddings in (None, {}, {"type": "absolute"}):
             values = fixed(ATTENTION) | {"max_position_embeddings": 4096, "embeddings": embeddings}
             assert read(values).max_position_embeddings == 4096
@@ -371,7 +371,7 @@ class TestLength:
     ],
 )
 def test_names_of_the_architecture(tmp_path, changes):
-    """The multimodal ones too: their text part is served."""
+    """Multimodal names are included: their text part is supported."""
     vision = {"vision_encoder": {"hidden_size": 8}, "image_token_index": 5, "projector_hidden_act": "gelu"}
     values = fixed(ATTENTION) | vision | changes
     (tmp_path / "config.json").write_text(json.dumps(values))
@@ -382,6 +382,6 @@ def test_names_of_the_architecture(tmp_path, changes):
 
 
 def test_a_block_is_shared_by_the_layers_that_have_it():
-    """Blocks are read for each layer, and are the same afterwards: an engine tells kinds of layers by them."""
+    """Layers with the same block get equal configs, by which an engine groups layers."""
     layers = read(pattern(["gdn", "all"], {"gdn": MIXERS["gdn"], "all": SUPERNET}, layers=4)).layers
     assert layers[0] == layers[2] != layers[1] == layers[3]

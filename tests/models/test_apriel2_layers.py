@@ -112,11 +112,11 @@ class TestRotary:
 
 
 class TestBiases:
-    """The tensors say which projections have one; where the config says otherwise, the log does."""
+    """Tensors decide which projections have a bias; a contradicting config is logged."""
 
     @pytest.mark.parametrize("present", ["", "q", "k", "v", "o", "qk", "qkv", "qkvo"])
     def test_attention(self, present, caplog):
-        """Each by itself, against a config that says nothing."""
+        """Each projection alone, with a config without bias keys."""
         tensors = tensors_of(fixed(ATTENTION)) | {
             f"{BLOCKS}.{layer}.mixer.{name}_proj.bias" for layer in range(2) for name in present
         }
@@ -131,7 +131,7 @@ class TestBiases:
         ]
 
     @pytest.mark.parametrize("name", "qkvo")
-    def test_one_that_is_stated_and_not_there(self, name, caplog):
+    def test_a_declared_but_missing_bias_is_logged(self, name, caplog):
         values = ATTENTION | {LAYERS[name]: BIAS}
         assert mixer(values, tensors_of(fixed(ATTENTION))) == mixer(ATTENTION)
         message = f"{FILE}: the config says True of mixer.{name}_proj.bias, the tensors say False, which counts"
@@ -139,7 +139,7 @@ class TestBiases:
 
     @pytest.mark.parametrize("inherited", [False, True])
     @pytest.mark.parametrize("name", "qkvo")
-    def test_without_tensors_a_projections_own_word_wins(self, name, inherited, caplog):
+    def test_without_tensors_the_projections_own_section_decides(self, name, inherited, caplog):
         values = ATTENTION | {"add_linear_biases": inherited, LAYERS[name]: NO_BIAS if inherited else BIAS}
         found = mixer(values)
         has = {part for part in "qkv" if found.qkv_bias is True or f"{part}_proj" in (found.qkv_bias or ())}
@@ -175,13 +175,13 @@ class TestBiases:
         assert warnings(caplog) == [message]
 
     @pytest.mark.parametrize(("layer", "field"), [("layer_1", "gate_up_bias"), ("layer_2", "down_bias")])
-    def test_feed_forward_as_stated(self, layer, field):
+    def test_feed_forward_biases_follow_the_config_without_tensors(self, layer, field):
         assert mlp(**{layer: BIAS}) == MLPConfig(intermediate_size=48, gated=False, **{field: True})
         both = {"gate_up_bias": True, "down_bias": True} | {field: False}
         assert mlp(add_linear_biases=True, **{layer: NO_BIAS}) == MLPConfig(intermediate_size=48, gated=False, **both)
 
-    def test_a_gated_feed_forward_of_which_the_config_claims_biases(self, caplog):
-        """As the published class has it: none, whatever the config says."""
+    def test_declared_biases_of_a_gated_feed_forward_are_ignored_without_tensors(self, caplog):
+        """As in the published class: no biases, whatever the config declares."""
         values = with_mlp(gated=True, add_linear_biases=True)
         assert first(values, tensors_of(with_mlp(gated=True))).feed_forward == MLPConfig(intermediate_size=48)
         assert len(warnings(caplog)) == 2
@@ -209,7 +209,7 @@ class TestBiases:
 
 @pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("stated", [False, True, None])
-def test_whether_a_feed_forward_is_gated(there, stated, caplog):
+def test_tensors_decide_if_a_feed_forward_is_gated(there, stated, caplog):
     """The tensors say it where the config does not, in which programs differ, or denies it; where it does, a gate that
     is not there is the loader's to name."""
     tensors = tensors_of(with_mlp(gated=there))
@@ -230,7 +230,7 @@ class TestNorms:
         assert warnings(caplog) == [f"{FILE}: {said}"]
 
     @pytest.mark.parametrize("own", [{}, {"type": "rms_norm"}, {"type": "rms_norm", "epsilon": 1e-3}])
-    def test_one_that_is_the_heads_is_not_worth_a_word(self, own, caplog):
+    def test_an_epsilon_equal_to_the_heads_is_not_logged(self, own, caplog):
         head = {"normalization": {"type": "rms_norm", "epsilon": 1e-3}}
         assert first(fixed(ATTENTION, normalization=own) | {"head": head}).norm == NormConfig(eps=1e-3)
         assert warnings(caplog) == []
@@ -253,8 +253,8 @@ class TestSupernets:
             {"predefined_layouts": [["gdn", "kda"]], "predefined_layout_probabilities": [0.25], "seed_shift": 3},
         ],
     )
-    def test_how_they_were_sampled_in_training_says_nothing(self, changes):
-        """The published class refuses some of these, even to infer."""
+    def test_sampling_options_of_training_are_ignored(self, changes):
+        """The published class rejects some of these options even for inference."""
         assert read(fixed(SUPERNET | changes)) == read(fixed(SUPERNET))
 
     def test_mixers_keep_their_order_and_the_first_is_the_main_one(self):
@@ -265,7 +265,7 @@ class TestSupernets:
         alone = {name: mixer(values) for name, values in MIXERS.items()}
         assert dict(found.mixers) == alone
 
-    def test_a_mixer_that_is_null_is_none(self):
+    def test_null_mixers_are_skipped(self):
         assert mixer(SUPERNET | {"mixers": MIXERS | {"rwkv": None}}) == mixer(SUPERNET)
 
     @pytest.mark.parametrize(

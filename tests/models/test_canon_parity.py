@@ -1,4 +1,4 @@
-"""LlamaCanon computes what its formulas say, for every subset of the canons and every option, on every path."""
+"""LlamaCanon equals its formulas for every subset of canons and every option, on every path."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def test_engine(case):
     ],
     ids=str,
 )
-def test_the_options_matter(change, tmp_path):
-    """An implementation that ignored one of them would not pass the tests above."""
+def test_each_option_changes_the_logits(change, tmp_path):
+    """An implementation that ignores an option would fail the tests above."""
     tensors, config = read_hf(canon_checkpoint(tmp_path, qk_norm=True))
     ids = torch.arange(100)[None]
     difference = logprobs(CanonReferenceModel(tensors, config | change)(ids)) - logprobs(

@@ -1,4 +1,4 @@
-"""Config files are read strictly: what would change the model and is not understood is refused by name."""
+"""Config files are read strictly: unknown keys that could change the model are rejected by name."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_unknown_keys_are_named_with_their_file(family):
 
 
 @ALL
-def test_nulls_underscores_and_bookkeeping_are_no_news(family):
+def test_nulls_underscores_and_bookkeeping_are_ignored_silently(family):
     silent = {"logit_cap": None, "_name_or_path": "x", "is_encoder_decoder": False, "pruned_heads": {}}
     assert read(family, **dict.fromkeys(KeyRules.read().silent, "x"), **silent) == read(family)
 
@@ -145,7 +145,7 @@ def test_end_tokens():
 
 
 def test_a_read_model_in_full():
-    """Every field of one model, so that no other test has to look at them."""
+    """Check every field of one model, so that other tests need not."""
     norm = NormConfig(eps=1e-5)
     canon = CanonConfig(kernel=3, bias=True, activation=True, residual=False)
     config = read(
@@ -309,7 +309,7 @@ class TestLlama:
         for mixer in mixers(read(**changes)):
             assert (mixer.qkv_bias, mixer.output_bias) == (qkv_bias, output_bias)
 
-    def test_what_changes_nothing(self):
+    def test_options_without_effect_are_accepted(self):
         assert read(logit_scale=1.0, is_causal=True, hidden_act="swish", layer_types=["full_attention"] * 2) == read()
 
     def test_windows(self):

@@ -1,4 +1,4 @@
-"""Keys that no reader knows, by the rules of the data file; overrides; rotations of every kind."""
+"""Keys unknown to readers, handled by the rules of the data file; overrides; all RoPE variants."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def example(pattern: str) -> str:
 
 @ALL
 @pytest.mark.parametrize("pattern", RULES.ignored)
-def test_marks_of_uploaders_and_trainers_change_nothing(family, pattern, caplog):
+def test_keys_of_uploaders_and_trainers_are_ignored(family, pattern, caplog):
     key = example(pattern)
     if key == "max_window_layers" and family == "qwen3":
         return  # which it reads
@@ -61,7 +61,7 @@ OF_FAMILY = {"llama": {"logit_scale"}, "qwen3": {"use_sliding_window"}, "canon":
 
 @ALL
 @pytest.mark.parametrize("key", RULES.inactive)
-def test_switches_are_ignored_where_they_are_off_and_refused_where_on(family, key, caplog):
+def test_switches_are_ignored_if_off_and_rejected_if_on(family, key, caplog):
     values, otherwise = RULES.inactive[key]
     if key in OF_FAMILY[family]:
         return
@@ -76,7 +76,7 @@ def test_switches_are_ignored_where_they_are_off_and_refused_where_on(family, ke
 
 @ALL
 @pytest.mark.parametrize("pattern", RULES.refused)
-def test_what_is_known_to_compute_stays_an_error(family, pattern):
+def test_keys_that_change_the_computation_are_rejected(family, pattern):
     key = example(pattern)
     if family == "canon" and key == "canon_set":
         return
@@ -86,19 +86,19 @@ def test_what_is_known_to_compute_stays_an_error(family, pattern):
 
 
 @pytest.mark.parametrize("pattern", RULES.refused)
-def test_what_is_known_to_compute_is_ignored_where_it_is_false(pattern, caplog):
+def test_keys_that_change_the_computation_are_ignored_if_false(pattern, caplog):
     assert read(**{example(pattern): False}) == read()
     assert len(caplog.records) == 1
 
 
-def test_no_key_stands_under_two_rules():
+def test_every_key_has_one_rule():
     groups = (set(RULES.silent), set(RULES.ignored), set(RULES.inactive), set(RULES.refused))
     names = [name for group in groups for name in group]
     assert len(names) == len(set(names))
 
 
-def test_a_switch_that_is_true_does_not_pass_for_one():
-    """`num_experts: true` is not the 1 that means none."""
+def test_true_is_not_accepted_for_the_number_one():
+    """`num_experts: true` is not the number 1, which means no experts."""
     with pytest.raises(ConfigError, match="num_experts=True"):
         read(num_experts=True)
 
@@ -112,7 +112,7 @@ def test_one_warning_per_load_lists_all(tmp_path, caplog):
         assert record.message.endswith(": license='mit', neftune_noise_alpha=5.0, unsloth_fixed=True")
 
 
-def test_the_way_out_is_one(tmp_path):
+def test_the_suggested_override_works(tmp_path):
     folder = canon_checkpoint(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     changes = {"made_up": 1, "rope_scaling": {"rope_type": "linear", "factor": 2, "odd": 3}}
@@ -159,11 +159,11 @@ class TestOverrides:
         assert (got.scaling, got.theta) == (None, 5e5)
 
     @pytest.mark.parametrize("file", [NEWER, {"rope_theta": 5e5}, {"rope_parameters": LLAMA3}, OLDER])
-    def test_a_base_goes_before_the_files(self, file):
+    def test_an_overriding_base_replaces_the_files(self, file):
         assert rope(**apply_overrides(file, {"rope_theta": 1e6})).theta == 1e6
         assert rope(**apply_overrides(file, {"rope_parameters": {"rope_theta": 1e6}})).theta == 1e6
 
-    def test_the_trained_length_of_an_override_goes_before_the_top_levels(self):
+    def test_the_trained_length_of_an_override_replaces_the_top_level(self):
         file = {"original_max_position_embeddings": 64, "rope_scaling": {"type": "yarn", "factor": 2.0}}
         scaling = {"type": "yarn", "original_max_position_embeddings": 128}
         assert rope(**apply_overrides(file, {"rope_scaling": scaling})).scaling.original_length == 128
@@ -174,13 +174,13 @@ class TestOverrides:
         changed = apply_overrides(file, {"text_config": {"rope_scaling": YARN, "made_up": None}})
         assert changed == {"text_config": {"rope_parameters": {"rope_theta": 5e5, **YARN}}}
 
-    def test_null_means_null_where_that_is_a_value(self):
-        """A missing sliding_window is 4096 to Qwen3, and null is none."""
+    def test_null_overrides_keys_for_which_null_is_a_value(self):
+        """For Qwen3, a missing sliding_window means 4096, and null means no window."""
         file = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
         changed = apply_overrides(BASE | file, {"sliding_window": None})
         assert [layer.mixer.window for layer in read("qwen3", **changed).layers] == [None, None]
 
-    def test_the_files_values_stay_as_they_are(self):
+    def test_the_files_values_are_not_changed(self):
         file = {"rope_scaling": {"type": "linear", "factor": 2.0}, "a": {"b": 1}}
         before = json.dumps(file)
         apply_overrides(file, {"rope_scaling": {"factor": 4.0}, "a": {"b": None}})
@@ -242,7 +242,7 @@ class TestRotations:
 
 
 class TestWindows:
-    """Qwen files saved as Llama keep a window that is switched off."""
+    """Qwen models saved as Llama keep a window that is turned off."""
 
     @pytest.mark.parametrize(
         "keys",
@@ -253,11 +253,11 @@ class TestWindows:
             {"sliding_window": None, "use_sliding_window": False},
         ],
     )
-    def test_windows_that_hide_nothing(self, keys, caplog):
+    def test_windows_without_effect_are_accepted(self, keys, caplog):
         assert read(**keys) == read()
         assert len(caplog.records) == 1
 
-    def test_a_window_that_would_count_names_the_way_out(self):
+    def test_an_ambiguous_window_is_rejected_with_the_way_out(self):
         with pytest.raises(ConfigError, match=r"sliding_window=64 .*layer_types.*'\{\"sliding_window\": null\}'"):
             read(sliding_window=64)
         with pytest.raises(ConfigError, match="sliding_window=64"):

@@ -1,4 +1,4 @@
-"""Models as plain modules: the keyword constructors, `from_config`, `from_pretrained`, forward, logits, training."""
+"""Models as plain modules: keyword constructors, `from_config`, `from_pretrained`, forward, logits, training."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_signatures(cls, expected):
 
 @torch.no_grad()
 def test_the_quick_starts_run():
-    """The published examples at their real widths, with one layer and few words; no process group, no context."""
+    """Published examples at their real widths, with one layer and few tokens; no process group, no context."""
     assert not torch.distributed.is_initialized()
     qwen3 = Qwen3ForCausalLM(
         vocab_size=1000, hidden_size=2048, num_heads=16, num_kv_heads=8, intermediate_size=6144, num_layers=1
@@ -194,7 +194,7 @@ def test_forward_shapes_and_row_independence(model):
 
 
 @torch.no_grad()
-def test_positions_turn_the_rotation(model):
+def test_positions_change_the_rotation_only(model):
     ids = torch.randint(0, VOCAB, (2, 9))
     counted = torch.arange(9).expand(2, 9)
     assert torch.equal(model(ids, counted), model(ids))
@@ -209,7 +209,7 @@ def test_unusable_ids(model, shape):
 
 
 def test_packed_modules_mapping(model):
-    """Every packed name is a module, and each of its parts is a projection of the file that is no module here."""
+    """Every packed name is a module, and each part is a projection of the file that is not a module here."""
     assert model.packed_modules_mapping == PACKED
     modules = {name.rpartition(".")[2]: module for name, module in model.named_modules()}
     for packed, parts in model.packed_modules_mapping.items():
@@ -257,7 +257,7 @@ def test_from_pretrained_canon(tmp_path):
 
 
 def test_training_lowers_the_loss(model):
-    """Gradients reach every parameter of a plain forward, and point down."""
+    """Gradients reach every parameter of a plain forward and lower the loss."""
     ids = torch.randint(0, VOCAB, (4, 24), generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 

@@ -107,8 +107,8 @@ def test_engine(case):
 
 
 @pytest.mark.parametrize("name", ROPES)
-def test_the_scalings_matter(name, tmp_path):
-    """What the parity shows is not that all rotations are nearly the same."""
+def test_each_rope_scaling_changes_the_logits(name, tmp_path):
+    """Control: different RoPE scalings give clearly different logits."""
     logits_of = hf_checkpoint(tmp_path, LlamaConfig(**SHAPE | ROPES[name]))
     ours = load_model(open_checkpoint(tmp_path))
     unscaled = LlamaForCausalLM.from_config(LlamaConfig(**SHAPE))
@@ -130,7 +130,7 @@ def test_a_whole_number_as_factor(tmp_path):
 def dynamic(tmp_path_factory):
     """(folder, logits of the transformers model), scaled beyond TRAINED tokens.
 
-    transformers chooses the rotation by the longest position so far, we by the engine's `max_model_len`.
+    transformers scales by the longest position so far, lamella by the engine's `max_model_len`.
     """
     folder = tmp_path_factory.mktemp("dynamic")
     config = SHAPE | {"max_position_embeddings": TRAINED} | rope("dynamic", factor=3.0) | BIASES
@@ -154,7 +154,7 @@ def test_dynamic_beyond_the_trained_length(dynamic, length):
     assert_plain_parity(folder, logits_of, (length,), max_length=length)
 
     def at_full_length(ids):
-        """Logits with the rotation of `length` tokens; what follows a token does not change its own."""
+        """Return logits with the rotation for `length` tokens; later tokens do not change the logits of a token."""
         filled = torch.nn.functional.pad(ids, (0, length - ids.shape[1]))
         return logits_of(filled)[:, : ids.shape[1]]
 
@@ -172,7 +172,7 @@ def test_dynamic_beyond_the_trained_length(dynamic, length):
     ],
 )
 def test_norms_that_round_twice(tmp_path, device):
-    """With `round_norms_twice` every norm in an engine's steps gives the bits of transformers' own."""
+    """With `round_norms_twice`, every norm in an engine's steps is bitwise equal to transformers' norm."""
     hf_checkpoint(tmp_path, Qwen3Config(**SHAPE)).to(torch.bfloat16).save_pretrained(tmp_path)
     # Without graphs, in whose replays no hook is called.
     llm = LLM(tmp_path, device=device, num_blocks=32, round_norms_twice=True, enforce_eager=True)

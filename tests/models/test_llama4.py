@@ -1,4 +1,4 @@
-"""Llama 4 computes what `transformers` computes, on every path; what makes it another model shows."""
+"""Llama 4 equals `transformers` on every path, and changed settings are detected."""
 
 from __future__ import annotations
 
@@ -95,23 +95,23 @@ def scout(request, tmp_path_factory):
 
 
 def errors(model: LanguageModel, expected: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The largest of every position."""
+    """Return the largest error of every position."""
     return (logprobs(plain_logits(model, ids))[0] - expected).abs().amax(-1)
 
 
 def with_mixers(model: LanguageModel, change: Callable[[AttentionConfig], dict[str, Any]]) -> LanguageModel:
-    """The same weights, with other settings of attention."""
+    """Return a model with the same weights and other attention settings."""
     layers = tuple(replace(layer, mixer=replace(layer.mixer, **change(layer.mixer))) for layer in model.config.layers)
     other = LanguageModel(replace(model.config, layers=layers), LocalKit())
     other.load_state_dict(model.state_dict())
     return other
 
 
-def test_nothing_is_changed(scout):
+def test_unchanged_settings_give_the_reference(scout):
     assert errors(with_mixers(scout[0], lambda mixer: {}), *scout[1:]).max() <= 1e-4
 
 
-def test_rotation_of_halves_is_another_model(scout):
+def test_rotating_halves_changes_the_logits(scout):
     def halves(mixer):
         return {"rope": None if mixer.rope is None else replace(mixer.rope, interleaved=False)}
 
@@ -124,7 +124,7 @@ def test_without_chunks_the_first_chunk_is_right(scout):
     assert found[:CHUNK].max() <= 1e-4 and found[CHUNK:].max() > 0.3
 
 
-def test_a_window_is_no_chunk(scout):
+def test_a_window_differs_from_a_chunk(scout):
     found = errors(with_mixers(scout[0], lambda mixer: {"chunk": None, "window": mixer.chunk}), *scout[1:])
     assert found[:CHUNK].max() <= 1e-4 and found[CHUNK:].max() > 0.3
 
@@ -135,7 +135,7 @@ def test_without_temperature_positions_before_the_floor_scale_are_right(scout):
     assert found[:first].max() <= 1e-4 and found[first] > 1e-3
 
 
-def test_weighing_what_leaves_an_expert_is_another_model(scout, monkeypatch):
+def test_weighting_outputs_of_experts_changes_the_logits(scout, monkeypatch):
     def weigh_outputs(x, logits, top_k, *weights):
         total = torch.zeros_like(x)
         for expert, factor in zip(*(part.T for part in reference.route(logits, top_k)), strict=True):
@@ -147,8 +147,8 @@ def test_weighing_what_leaves_an_expert_is_another_model(scout, monkeypatch):
     assert errors(*scout).max() > 0.1
 
 
-def test_a_norm_before_the_rotation_is_the_same_model(scout):
-    """Of a norm without a weight: what the kernels on a GPU make use of."""
+def test_a_head_norm_may_be_applied_before_the_rotation(scout):
+    """True for a norm without weight; the GPU kernels rely on it."""
     norm = torch.nn.functional.rms_norm
     for layer in scout[0].model.layers:
         mixer = layer.mixer
@@ -164,8 +164,8 @@ def test_a_norm_before_the_rotation_is_the_same_model(scout):
 
 
 @pytest.mark.parametrize("position", [1_000_000, 10_000_000])
-def test_angles_in_a_chunk_stay_exact_far_out(position):
-    """Differences of angles in a chunk, which are all that shows, against fp64; and by absolute positions."""
+def test_angles_in_a_chunk_stay_exact_at_large_positions(position):
+    """Compare differences of angles within a chunk with fp64, for chunk positions and for absolute positions."""
     rope = RopeConfig(dim=128, theta=500000.0, interleaved=True)
     index = torch.arange(position, position + 8192) // 8192 * 8192 + torch.arange(8192)
     frequencies = inverse_frequencies(rope).double()
@@ -180,7 +180,7 @@ def test_angles_in_a_chunk_stay_exact_far_out(position):
     assert errors[0] < 5e-4 and errors[1] > 50 * errors[0]
 
 
-def test_the_names_that_users_of_vllm_know(scout):
+def test_names_of_vllms_model_class_exist(scout):
     model, expected, ids = scout
     logits = torch.randn(5, 4)
     weights, experts = MoE.custom_routing_function(torch.empty(5, 64), logits, 2, False)

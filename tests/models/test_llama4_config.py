@@ -1,4 +1,4 @@
-"""Llama 4's config files of all ages and shapes are read; what contradicts itself is refused by name."""
+"""Llama 4's config files of all versions are read; contradictions are rejected by name."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def with_experts(config):
     return [index for index, layer in enumerate(config.layers) if isinstance(layer.feed_forward, MoEConfig)]
 
 
-def test_what_is_derived():
+def test_defaults_for_rotation_chunks_and_experts():
     config = read()
     assert turns(config) == [1, 1, 1, 0] * 2 and chunks(config) == [32, 32, 32, None] * 2
     assert with_experts(config) == list(range(8))
@@ -80,7 +80,7 @@ def test_what_is_derived():
     assert fourth.mixer.qk_norm is None and fourth.mixer.temperature == TemperatureConfig(scale=0.1, floor_scale=8192)
 
 
-def test_early_files_and_those_around_images():
+def test_early_files_and_files_of_image_models_are_read():
     flat = read(**EARLY)
     scaling = flat.layers[0].mixer.rope.scaling
     assert scaling == Llama3Scaling(factor=16, low_freq_factor=1, high_freq_factor=1, original_length=8192)
@@ -94,7 +94,7 @@ def test_early_files_and_those_around_images():
 
 
 @pytest.mark.parametrize("value", [4, True, 1.0, 0, False, 0.0, None])
-def test_temperature_tuning_is_a_truth_of_any_kind(value, caplog):
+def test_temperature_tuning_may_be_a_bool_or_a_number(value, caplog):
     with caplog.at_level(logging.INFO, "lamella"):
         config = read(attn_temperature_tuning=value, floor_scale=16.0, attn_scale=1)
     on = value is None or bool(value)
@@ -121,7 +121,7 @@ def test_layers_with_experts(changes, expected):
     assert others <= {MLPConfig(intermediate_size=96)}
 
 
-def test_layers_that_turn_and_layers_that_see_chunks():
+def test_layers_with_rope_and_layers_with_chunks():
     assert turns(read(no_rope_layer_interval=2)) == [1, 0] * 4
     assert turns(read(no_rope_layers=[0, 1] * 4)) == [0, 1] * 4
     assert turns(read(no_rope_layers=[0, 1] * 6)) == [0, 1] * 4  # as transformers reads a longer list
@@ -134,7 +134,7 @@ def test_layers_that_turn_and_layers_that_see_chunks():
     assert Llama4ForCausalLM.read_config(HFConfig(absent)).layers[0].mixer.chunk == 8192
 
 
-def test_what_contradicts_itself_is_refused():
+def test_contradicting_values_are_rejected():
     refused("moe_layers=.*different layers below num_hidden_layers=8", moe_layers=[1, 8])
     refused("moe_layers=", moe_layers=[1, 1])
     refused("moe_layers=", moe_layers=[True])
@@ -158,7 +158,7 @@ def test_what_contradicts_itself_is_refused():
     refused("tie_word_embeddings=False contradicts text_config", **tied)
 
 
-def test_a_scaling_that_early_conversions_wrote_is_believed_and_said(caplog):
+def test_the_scaling_of_early_conversions_is_used_with_a_warning(caplog):
     scaling = EARLY["rope_scaling"] | {"factor": 8.0, "high_freq_factor": 4.0}
     with caplog.at_level(logging.WARNING, "lamella"):
         assert read(rope_scaling=scaling).layers[0].mixer.rope.scaling.factor == 8

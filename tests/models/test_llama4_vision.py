@@ -1,4 +1,4 @@
-"""Llama 4's tower computes what `transformers` computes; images are cut and written out as they are there."""
+"""Llama 4's vision encoder, tiling and image tokens equal `transformers`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VISION = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """(folder, the transformers model), whose adapter takes what its sizes say."""
+    """Return (folder, transformers model); the adapter has the sizes of its config."""
     folder = tmp_path_factory.mktemp("checkpoint")
     sizes = {"projector_input_dim": 40, "intermediate_size": 128}  # there, the adapter's first projection takes these
     config = Llama4Config(text_config=TEXT, vision_config=VISION | sizes)
@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory):
 
 
 @torch.no_grad()
-def test_the_tower_is_that_of_transformers(checkpoint):
+def test_the_vision_encoder_equals_transformers(checkpoint):
     folder, model = checkpoint
     tiles = torch.randn(3, 3, 56, 56)
     vision = Vision.from_pretrained(folder)
@@ -50,7 +50,7 @@ def test_the_tower_is_that_of_transformers(checkpoint):
     torch.testing.assert_close(vision(tiles[1:2]), ours[1:2], rtol=1e-5, atol=1e-5)  # tiles are by themselves
 
 
-def test_files_that_do_not_fit_are_refused(checkpoint, tmp_path):
+def test_tensors_that_do_not_fit_are_rejected(checkpoint, tmp_path):
     tensors = load_file(checkpoint[0] / "model.safetensors")
     values = json.loads((checkpoint[0] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values))
@@ -78,7 +78,7 @@ def test_files_that_do_not_fit_are_refused(checkpoint, tmp_path):
         ({"hidden_size": 36}, "vision.hidden_size=36"),
     ],
 )
-def test_configs_that_cannot_be_are_refused(changes, message):
+def test_invalid_vision_configs_are_rejected(changes, message):
     with pytest.raises(ConfigError, match=message):
         VisionConfig.read(HFConfig({"text_config": TEXT, "vision_config": VISION | changes}))
 
@@ -107,8 +107,8 @@ def test_grids_tiles_and_tokens(height, width, rows, columns, tiles, tokens):
         assert written.count(ids.between_columns) == rows * (columns - 1) and written.count(ids.after_row) == rows
 
 
-def test_pixels_go_where_they_stand():
-    """Padding lies right and below, and is black, which is -1; the last tile is the whole image."""
+def test_pixels_keep_their_position_in_tiles():
+    """Padding is on the right and at the bottom, and black (-1); the last tile shows the whole image."""
     image = torch.full((3, 400, 336), 255, dtype=torch.uint8)
     image[:, :, :10] = 0
     tiles, shape = split_image(image)
@@ -125,7 +125,7 @@ def test_proportions_are_kept():
     assert grid(300, 300, largest=True) == (4, 4)
 
 
-def test_what_is_no_image_is_refused():
+def test_inputs_that_are_not_images_are_rejected():
     with pytest.raises(ParameterError, match="0 x 5 pixels"):
         grid(0, 5)
     assert grid(1, 1) == (1, 1)
@@ -133,7 +133,7 @@ def test_what_is_no_image_is_refused():
         split_image(torch.zeros(3, 8, 8))
 
 
-def test_files_that_say_little_have_the_defaults_of_the_released_models():
+def test_missing_keys_have_the_defaults_of_the_released_models():
     values = {key: VISION[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
     values |= {"intermediate_size": 5632, "image_size": 336, "patch_size": 14}
     read = VisionConfig.read(HFConfig({"text_config": {}, "vision_config": values}))

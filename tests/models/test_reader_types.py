@@ -39,7 +39,7 @@ int | int | int | None | float | float | float | None | bool | bool | None | str
 
 @pytest.mark.slow  # mypy without its cache reads torch's types
 def test_a_getter_without_none_as_default_is_not_optional_and_none_is_any(tmp_path):
-    """An `Any` would hide every wrong use of a value in a reader; an optional type would ask for needless checks."""
+    """`Any` would hide wrong uses of values in readers; optional types would require needless checks."""
     api = pytest.importorskip("mypy.api")
     file = tmp_path / "reader.py"
     file.write_text(CODE)

@@ -1,4 +1,4 @@
-"""Architectures by name: what is there, aliases, and architectures that others bring."""
+"""Registry of architectures: built-in names, aliases, and architectures of other packages."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ VALUES = {"vocab_size": 128, "hidden_size": 32, "depth": 3, "architectures": ["S
 
 
 class StripesForCausalLM(CausalLM):
-    """No two layers alike, and a checkpoint with names of its own."""
+    """Model whose layers all differ, with its own checkpoint names."""
 
     checkpoint_names = {"mixer": "mix", "feed_forward": "ffn", "qkv_proj": "in"}  # noqa: RUF012
 
@@ -69,7 +69,7 @@ class StripesForCausalLM(CausalLM):
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch):
-    """Registrations end with the test, and only the entry points of the test are installed."""
+    """Undo registrations after the test, and install only the test's entry points."""
     monkeypatch.setattr(registry, "_targets", dict(registry._targets))
     monkeypatch.setattr(registry, "_aliases", dict(registry._aliases))
     monkeypatch.setattr(registry, "entry_points", lambda group: [])
@@ -103,8 +103,8 @@ def test_an_architecture_from_outside_runs(tmp_path):
         assert output.outputs[0].token_ids == expected
 
 
-def test_a_description_is_all_that_an_architecture_needs(tmp_path):
-    """The engine must not need a class, nor its attributes."""
+def test_an_architecture_needs_only_a_description(tmp_path):
+    """The engine must need neither a class nor its attributes."""
     description = Architecture(
         "StripesForCausalLM", StripesForCausalLM.read_config, checkpoint_names=StripesForCausalLM.checkpoint_names
     )
@@ -151,8 +151,8 @@ def test_a_class_without_a_description_is_described_by_its_attributes():
     assert StripesForCausalLM.description.outer_prefix == ""
 
 
-def test_a_method_as_image_model_is_refused():
-    """It was one; a class that still has it would read no images and say nothing."""
+def test_an_image_model_method_is_rejected():
+    """Older classes had such a method; without an error they would silently ignore images."""
     with pytest.raises(TypeError, match=r"Sees\.image_model: must be None or 'module:Class'"):
 
         class Sees(StripesForCausalLM):
@@ -182,7 +182,7 @@ def test_other_processes_get_the_path_of_a_description():
     assert "Local" not in paths
 
 
-def test_ranks_of_a_description_that_no_module_holds_are_refused(tmp_path):
+def test_tensor_parallelism_needs_an_importable_description(tmp_path):
     description = Architecture("StripesForCausalLM", StripesForCausalLM.read_config)
     register_architecture("StripesForCausalLM", description)
     (tmp_path / "config.json").write_text(json.dumps(VALUES))
@@ -199,7 +199,7 @@ def test_a_description_is_the_same_under_each_of_its_paths():
         register_architecture("Held", replace(PINNED, name="Other"))
 
 
-def test_the_same_again_is_harmless():
+def test_registering_the_same_target_again_has_no_effect():
     for target in (StripesForCausalLM, f"{__name__}:StripesForCausalLM"):
         register_architecture("StripesForCausalLM", target, aliases=("stripes",))
     register_architecture("LlamaForCausalLM", "lamella.models.llama:LlamaForCausalLM", aliases=("llama",))
@@ -209,7 +209,7 @@ def test_the_same_again_is_harmless():
     ("name", "aliases"),
     [("LlamaForCausalLM", ()), ("llama", ()), ("New", ("qwen3",)), ("New", ("Qwen3ForCausalLM",))],
 )
-def test_taking_over_a_name_is_refused(name, aliases):
+def test_a_registered_name_cannot_be_replaced(name, aliases):
     with pytest.raises(ConfigError, match="is registered already"):
         register_architecture(name, StripesForCausalLM, aliases)
     assert architectures() == BUILT_IN
@@ -232,6 +232,6 @@ def test_entry_points(monkeypatch):
         resolve_architecture("Unknown")
 
 
-def test_what_is_built_in_needs_no_look_at_the_entry_points(monkeypatch):
+def test_built_in_names_do_not_read_entry_points(monkeypatch):
     monkeypatch.setattr(registry, "entry_points", lambda group: pytest.fail("looked"))
     assert resolve_architecture("llama").from_config(canon_config(canon_set=None, model_type="llama")) is not None

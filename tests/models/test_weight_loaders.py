@@ -1,4 +1,4 @@
-"""Names of small vLLM-like engines: loading loops by `packed_module_mapping` and `weight_loader`, `MODEL_REGISTRY`."""
+"""Interfaces for small vLLM-like engines: `packed_module_mapping`, `weight_loader`, `MODEL_REGISTRY`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_laye
 
 
 def load_by_loop(model, tensors) -> None:
-    """The loop of MinivLLM and nano-vLLM."""
+    """Load weights with the loop of MinivLLM and nano-vLLM."""
     mapping = model.packed_module_mapping
     for name, tensor in tensors.items():
         part = next((part for part in mapping if f".{part}." in name), None)

@@ -46,7 +46,7 @@ class Launch:
     arguments: list[tuple[str, int, int]] = field(default_factory=list)
 
     def name_of(self, address: int) -> str:
-        """The argument that an address belongs to."""
+        """Return the argument that an address belongs to."""
         names = [name for name, first, end in self.arguments if first <= address < end]
         return "/".join(names) or "?"
 
@@ -123,7 +123,7 @@ class Detector:
 
 
 def _addresses(tensor: Tensor) -> np.ndarray:
-    """The addresses of a tensor's elements."""
+    """Return the addresses of a tensor's elements."""
     offsets = np.zeros(1, np.uint64)
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         offsets = (offsets[:, None] + np.arange(size, dtype=np.uint64) * np.uint64(stride)).reshape(-1)
@@ -135,7 +135,7 @@ def _selected(pointers: Any, mask: Any) -> np.ndarray:
 
 
 class _PlainKernels(TorchDispatchMode):
-    """Tells a detector of every kernel that PyTorch would launch on a GPU."""
+    """Report every kernel that PyTorch would launch on a GPU to a detector."""
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Random arguments of the recurrent operations, with NaN wherever nothing may be read."""
+"""Random arguments of the recurrent operations, with NaN in memory that must not be read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LONG = {"lengths": ([1, 2, 63, 64, 65, 127, 200], [9, 2, 63, 99, 65, 300, 201])}
 
 
 def rows_apart(values, gap):
-    """The same values (T, heads, D) or (T, heads), each token's in the middle of a wider row of NaN."""
+    """Return the same values (T, heads, D) or (T, heads), with each token in the middle of a wider row of NaN."""
     flat = values.flatten(1)
     base = torch.full((flat.shape[0], flat.shape[1] + 2 * gap), torch.nan, dtype=values.dtype, device=values.device)
     base[:, gap:-gap] = flat
@@ -25,7 +25,7 @@ def rows_apart(values, gap):
 
 
 def ring(inputs, width):
-    """A request's inputs (T, C), the first at position 0, as a convolution keeps them: (W-1, C)."""
+    """Return the ring buffer (W-1, C) of a request's inputs (T, C), the first at position 0."""
     rows = torch.zeros(width - 1, inputs.shape[1], dtype=inputs.dtype, device=inputs.device)
     for position in range(max(0, len(inputs) - (width - 1)), len(inputs)):
         rows[position % (width - 1)] = inputs[position]
@@ -33,7 +33,7 @@ def ring(inputs, width):
 
 
 class Case:
-    """Operands by name, and states in slots that lie apart."""
+    """Operands by name, and states in slots with gaps between them."""
 
     def __init__(self, batch, state_shape, seed, device="cpu", dtype=torch.float32):
         self.batch = RaggedBatch.from_lengths(*batch, device)
@@ -52,16 +52,16 @@ class Case:
         return torch.randn(shape, generator=self.generator).to(self.device)
 
     def input(self, *shape):
-        """One for each token, in the dtype of activations, in rows that lie apart."""
+        """Return random values for each token, in the dtype of activations, in strided rows."""
         return rows_apart(self.random(self.batch.num_tokens, *shape).to(self.dtype), 8)
 
     def state(self):
-        """A copy of the blocks, and the slots in them."""
+        """Return a copy of the blocks, and the slots in them."""
         blocks = self.blocks.clone()
         return blocks, blocks[:, self.span].unflatten(1, self.state_shape)
 
     def run(self, function, remembering=True, **changes):
-        """The outputs, and the blocks after them; no operand has changed."""
+        """Return the outputs and the updated blocks; check that no operand has changed."""
         operands = {**self.operands, **changes}
         before = {name: x if x is None else x.clone() for name, x in operands.items()}
         blocks, state = self.state()
@@ -73,7 +73,7 @@ class Case:
         return y, blocks
 
     def check_blocks(self, blocks):
-        """Nothing was written beside the slots of the batch, and these are finite."""
+        """Check that only the slots of the batch were written, and that they are finite."""
         inside = torch.zeros_like(blocks, dtype=torch.bool)
         inside[self.slots, self.span] = True
         assert blocks[inside].isfinite().all()
@@ -113,12 +113,12 @@ class ScanCase(Case):
 
 
 def same(a, b):
-    """Equal bits, or both NaN."""
+    """Return True for bitwise equality; NaN equals NaN."""
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def close(actual, expected, tolerance=1e-5, ulps=0):
-    """Within `tolerance` of the largest value, and as many roundings to the dtype; NaN where NaN is expected."""
+    """Check equality within `tolerance` of the largest value plus rounding; NaN must match NaN."""
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
     assert torch.equal(actual.isnan(), expected.isnan())
     actual, wanted = actual.double().nan_to_num(), expected.double().nan_to_num()

@@ -1,4 +1,4 @@
-"""Attention over blocks against the plain formula: any mixture of decodes and chunks, windows, poisoned pools."""
+"""Paged attention against the plain formula: mixtures of decodes and chunks, windows, pools filled with NaN."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def first_seen(position, window, chunk):
     return 0 if window is None else max(0, position - window + 1)
 
 
-def truth(q, keys, values, new, scale, window, chunk=None):
-    """fp64, one request, one query and one head at a time."""
+def fp64_attention(q, keys, values, new, scale, window, chunk=None):
+    """Compute attention in fp64, one request, one query and one head at a time."""
     heads, group = q.shape[1], q.shape[1] // keys.shape[1]
     out = torch.empty(q.shape, dtype=torch.float64)
     for i in range(new):
@@ -52,7 +52,7 @@ def truth(q, keys, values, new, scale, window, chunk=None):
 
 
 def paged(case, dtype):
-    """Random requests in blocks; whatever no query may see is NaN, or points nowhere."""
+    """Return random requests in blocks; memory that no query may see is NaN or an invalid block."""
     generator = torch.Generator().manual_seed(case["seed"])
     block, kv_heads, dim = case["block"], case["kv_heads"], case["dim"]
     counts = [-(-n // block) for n in case["context"]]
@@ -87,10 +87,10 @@ def test_paged_attention(implementation, case):
     for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2)):
         queries, keys, values, cache, batch = paged(case, dtype)
         scale = case["dim"] ** -0.5
-        sight = {"window": case["window"], "chunk": case["chunk"]}
-        out = implementation(torch.cat(queries), cache, batch, scale, **sight)
+        visible = {"window": case["window"], "chunk": case["chunk"]}
+        out = implementation(torch.cat(queries), cache, batch, scale, **visible)
         parts = zip(queries, keys, values, case["new"], strict=True)
-        expected = torch.cat([truth(*part, scale, **sight) for part in parts])
+        expected = torch.cat([fp64_attention(*part, scale, **visible) for part in parts])
         assert out.dtype == dtype
         torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
 
@@ -103,7 +103,7 @@ def test_causal_attention_without_blocks(lengths, window, chunk):
     batch = RaggedBatch.from_lengths(lengths, lengths)
     expected = torch.cat(
         [
-            truth(*parts, len(parts[0]), 0.3, window, chunk)
+            fp64_attention(*parts, len(parts[0]), 0.3, window, chunk)
             for parts in zip(*(side.split(lengths) for side in (q, k, v)), strict=True)
         ]
     ).float()
@@ -124,8 +124,8 @@ def test_write_kv_writes_its_rows_and_no_other():
 @settings(max_examples=60, deadline=None)
 @given(case=cases(), blocks=st.integers(1, 4))
 @torch.inference_mode()
-def test_chunks_are_requests_of_their_own(case, blocks):
-    """What a library that knows no chunks is given: every chunk as a request, with the blocks that it sees."""
+def test_chunks_become_separate_requests(case, blocks):
+    """A library without chunked attention gets every chunk as a request, with the blocks that it sees."""
     block = case["block"]
     case |= {"window": None, "chunk": block * blocks}
     queries, _, _, cache, batch = paged(case, torch.float32)
@@ -135,8 +135,8 @@ def test_chunks_are_requests_of_their_own(case, blocks):
     cut = pieces(*lengths, case["chunk"])
     counts = [-(-piece.length // block) for piece in cut]
     rows = torch.nn.utils.rnn.pad_sequence(list(listed.split(counts)), batch_first=True)
-    apart = RaggedBatch.from_lengths([piece.new for piece in cut], [piece.length for piece in cut])
+    separate = RaggedBatch.from_lengths([piece.new for piece in cut], [piece.length for piece in cut])
     q = torch.cat(queries)
     expected = reference.paged_attention(q, cache, batch, 0.3, None, case["chunk"])
     alone = cache._replace(block_table=rows)
-    torch.testing.assert_close(reference.paged_attention(q, alone, apart, 0.3, None), expected)
+    torch.testing.assert_close(reference.paged_attention(q, alone, separate, 0.3, None), expected)

@@ -1,4 +1,4 @@
-"""The tables of backends: what they choose, that each ends with a reference, and each backend against its reference."""
+"""Tables of backends: their choices, a reference at the end of each, and each backend against its reference."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Arguments = tuple[object, ...]
 
 
 class Inputs:
-    """Random arguments of each operation, the same at every call, so that what one backend writes no other reads."""
+    """Random arguments of each operation, equal at every call, in fresh memory for each backend."""
 
     def __init__(self, dtype: torch.dtype, decodes: bool, backend: str) -> None:
         flashinfer, self.native = backend == "flashinfer", backend == "native"
@@ -82,7 +82,7 @@ class Inputs:
         return AttentionPlan(space, self.batch, listed, 4, 2, self.dim, 4, self.dtype, 0.25, None, self.flashinfer)
 
     def arguments(self, op: str) -> Arguments:
-        """Fresh arguments of an operation."""
+        """Return fresh arguments of an operation."""
         return getattr(self, f"of_{op}")()
 
     def of_swiglu(self) -> Arguments:
@@ -178,7 +178,7 @@ class Inputs:
 
 
 def tensors(value: object) -> Iterator[Tensor]:
-    """All tensors of nested tuples."""
+    """Yield all tensors of nested tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
@@ -196,7 +196,7 @@ def test_every_table_ends_with_a_reference_that_serves_everything(name):
 
 @pytest.mark.parametrize(("op", "name"), BACKENDS)
 def test_every_backend_takes_the_declared_arguments(op, name):
-    """Of the same names, in the same order, with the same defaults."""
+    """Parameters have equal names, order and defaults."""
     table = TABLES[op]
     declared = inspect.signature(table.declared).parameters.values()
     own = inspect.signature(table.get(name)).parameters.values()
@@ -210,7 +210,7 @@ def test_every_backend_takes_the_declared_arguments(op, name):
 
 @pytest.mark.parametrize(("op", "name"), BACKENDS)
 def test_every_backend_computes_what_its_reference_computes(op, name):
-    """Results and everything that is written, in fp32, or in bf16 where a kernel takes no fp32."""
+    """Compare results and everything that is written, in fp32, or in bf16 if a kernel does not support fp32."""
     if name == "triton":
         pytest.importorskip("triton")
     missing = catalogue.why_missing(name)

@@ -1,4 +1,4 @@
-"""The gated delta rule: the reference against a loop in Python, the chunked form against the reference."""
+"""Gated delta rule: the reference against a Python loop, and the chunked backend against the reference."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def unit(x):
 
 
 def naive(case, state):
-    """Request by request, head by head, token by token, in fp64; the states are replaced."""
+    """Compute in fp64, request by request, head by head, token by token; update the states."""
     a = {name: x.double() for name, x in case.operands.items()}
     heads, group = a["v"].shape[1], a["v"].shape[1] // a["q"].shape[1]
     out, token = torch.empty_like(a["v"]), 0
@@ -47,7 +47,7 @@ def naive(case, state):
 @GATES
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_is_the_recurrence(form, batch, by_channel):
+def test_every_backend_equals_the_token_loop(form, batch, by_channel):
     case = DeltaCase(BATCHES[batch], (2, 4), (6, 5), by_channel, rate=1.0)
     y, blocks = case.run(FORMS[form])
     expected_blocks, state = case.state()
@@ -59,8 +59,8 @@ def test_every_form_is_the_recurrence(form, batch, by_channel):
 @GATES
 @pytest.mark.parametrize(("heads", "dims"), SHAPES)
 @pytest.mark.parametrize("rate", [0.0, 4.0, 10.0])
-def test_chunks_are_the_reference(heads, dims, rate, by_channel):
-    """Whatever the length, and however fast heads forget: from a little to all at once, side by side."""
+def test_chunks_equal_the_reference(heads, dims, rate, by_channel):
+    """Any length, and heads with slow and fast decays in one batch."""
     case = DeltaCase(LONG["lengths"], heads, dims, by_channel, rate=rate)
     for remembering in (True, False):
         (y, blocks), (expected, expected_blocks) = (case.run(FORMS[f], remembering) for f in ("chunks", "reference"))
@@ -124,7 +124,7 @@ def test_zero_keys_and_queries(form, by_channel):
 @GATES
 @pytest.mark.parametrize("form", FORMS)
 def test_a_head_that_forgets_at_once_or_never(form, by_channel):
-    """exp(a_log) of nearly 0 and of 1e30: each token sees all of the past, or none of it."""
+    """exp(a_log) of nearly 0 and of 1e30: no decay, and full decay."""
     case = DeltaCase(([70, 70], [70, 90]), (1, 2), (8, 6), by_channel)
     y, blocks = case.run(FORMS[form], a_log=torch.tensor([-80.0, 70.0]))
     expected, expected_blocks = case.run(reference.delta_rule, a_log=torch.tensor([-80.0, 70.0]))
@@ -135,8 +135,8 @@ def test_a_head_that_forgets_at_once_or_never(form, by_channel):
 
 
 @GATES
-def test_a_request_does_not_notice_its_neighbours(by_channel):
-    """A decode's bits are the same beside a prompt, and beside other decodes."""
+def test_a_request_does_not_depend_on_others_in_the_batch(by_channel):
+    """A decode's bits are the same with a prompt or with other decodes in the batch."""
     case = DeltaCase(BATCHES["mixed"], (2, 4), (16, 8), by_channel)
     y, blocks = case.run(delta_rule)
     few = DeltaCase(([1, 1], [7, 1]), (2, 4), (16, 8), by_channel)
@@ -156,7 +156,7 @@ def test_out_is_where_the_result_goes():
 
 
 def test_a_request_without_a_new_token_keeps_its_state():
-    """Steps that are padded to a fixed number of requests have such."""
+    """Steps padded to a fixed number of requests contain such requests."""
     case = DeltaCase(([5, 2], [9, 2]), (1, 2), (8, 8), False)
     y, blocks = case.run(cpu.delta_rule)
     batch = case.batch

@@ -1,4 +1,4 @@
-"""No kernel reads before its wait what an unfinished launch may still write, in a step of any kind of model."""
+"""No kernel reads memory before its wait that an unfinished launch may write, in a step of any kind of model."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ KINDS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def only_here():
-    """The supernet with convolutions is an architecture while these tests run."""
+    """Register the supernet with convolutions during these tests."""
     yield
     registry._targets.pop("CanonSupernetForCausalLM", None)
 
 
 def use_kernels(monkeypatch):
-    """Have our GPU kernels serve tensors of the CPU."""
+    """Use lamella's GPU kernels for CPU tensors."""
     monkeypatch.setattr(backend, "platform", lambda x: "triton")
 
 
@@ -76,7 +76,7 @@ def llama4_checkpoint(folder):
 
 
 class CanonSupernetForCausalLM(Apriel2ForCausalLM):
-    """A supernet with convolutions in front of its mixers, and behind the projections of its attention."""
+    """Supernet with canons before its mixers and after the projections of its attention."""
 
     checkpoint_names: ClassVar = {**Apriel2ForCausalLM.checkpoint_names, "mixer_canon": "conv", "canon": "conv"}
 
@@ -118,7 +118,7 @@ def checkpoint_of(kind, folder):
 
 
 def run(llm: LLM, monkeypatch, lengths, placements, later=()) -> Detector:
-    """Generate behind prompts of these lengths; `later` ones are added after a few steps, beside the decodes."""
+    """Generate after prompts of these lengths; add `later` requests after a few steps."""
     use_kernels(monkeypatch)
     use_attention_kernels(llm.engine.model)
     runner = llm.engine.runner
@@ -160,7 +160,7 @@ def test_decodes_prompts_and_mixed_steps_have_no_race(kind, dtype, tmp_path, mon
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("kind", ["supernet", "canon supernet"])
 def test_mixed_placements_have_no_race(kind, graphs, tmp_path, monkeypatch):
-    """By requests that are split off, and in graphs with selected rows."""
+    """With gathered batches, and with masked batches as in graphs."""
     if graphs:
         fake_graphs(monkeypatch)
         monkeypatch.setattr("lamella.engine.steps.graphs._WARM_UPS", 0)

@@ -1,4 +1,4 @@
-"""The gated norm against its formula in fp64, and its Triton kernel."""
+"""Gated norm and its Triton kernel against the formula in fp64."""
 
 from __future__ import annotations
 
@@ -42,6 +42,6 @@ def test_triton_kernel(tokens, heads, width, activation, dtype):
     y = triton.gated_rms_norm(x, gate, weight, 1e-5, activation)
     assert y.is_contiguous()
     close(y, reference.gated_rms_norm(x, gate, weight, 1e-5, activation), 1e-6, ulps=1)
-    # Heads may lie apart too, and a head's result does not depend on the others.
+    # Heads may be strided too, and a head's result does not depend on the others.
     alone = triton.gated_rms_norm(x[:, -1:], gate[:, -1:], weight, 1e-5, activation)
     assert torch.equal(alone, y[:, -1:])

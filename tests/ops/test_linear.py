@@ -1,4 +1,4 @@
-"""The dispatched product against the reference, at the sizes around which it changes its path."""
+"""Product against the reference, at the sizes around which the backend changes."""
 
 from __future__ import annotations
 

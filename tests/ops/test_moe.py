@@ -1,4 +1,4 @@
-"""Experts: the sorted form and Triton's grouped products against one token after the other, in fp64."""
+"""Experts: the sorted backend and Triton's grouped products against a token loop in fp64."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHAPES = [(1, 4, 1, 32, 48), (7, 3, 1, 20, 36), (40, 8, 2, 64, 40), (33, 5, 5, 1
 
 
 class Case:
-    """Random arguments. Rows of x and base lie apart, with NaN between them."""
+    """Random arguments; rows of x and base are strided, with NaN between them."""
 
     def __init__(self, shape, dtype, with_base=True, device=DEVICE):
         tokens, count, self.top_k, size, width = shape
@@ -31,12 +31,12 @@ class Case:
         def random(*dims):
             return torch.randn(dims, generator=generator)
 
-        def apart(values):
+        def strided(values):
             x_fp32 = torch.full((tokens, size + 8), torch.nan, dtype=dtype, device=device)
             x_fp32[:, :size] = values
             return x_fp32[:, :size]
 
-        self.x, self.base = apart(random(tokens, size)), apart(random(tokens, size)) if with_base else None
+        self.x, self.base = strided(random(tokens, size)), strided(random(tokens, size)) if with_base else None
         self.logits = (random(tokens, count) * 2).to(device)
         self.gate_up = (random(count, 2 * width, size) * size**-0.5).to(device, dtype)
         self.down = (random(count, size, width) * width**-0.5).to(device, dtype)
@@ -45,8 +45,8 @@ class Case:
         base = None if self.base is None else self.base[tokens]
         return self.x[tokens], self.logits[tokens], self.top_k, self.gate_up, self.down, base
 
-    def truth(self):
-        """Every expert of every token, in fp64; those not chosen count nothing."""
+    def fp64_experts(self):
+        """Compute all experts of all tokens in fp64, with weight 0 if not chosen."""
         x, gate_up, down = self.x.double(), self.gate_up.double(), self.down.double()
         total = torch.zeros_like(x) if self.base is None else self.base.double()
         chosen = self.logits.topk(self.top_k, dim=-1).indices
@@ -59,7 +59,7 @@ class Case:
 
 
 def close(actual, case):
-    expected = case.truth()
+    expected = case.fp64_experts()
     assert actual.dtype == case.x.dtype and actual.is_contiguous()
     # Rounded in between, once at least: by the root mean square of what is added up.
     tolerance = 3e-5 if actual.dtype == torch.float32 else 3e-2
@@ -82,12 +82,12 @@ def test_plain_forms(shape, dtype, with_base):
 @pytest.mark.parametrize("shape", [(7, 3, 1, 20, 36), (40, 8, 2, 64, 40), (2, 5, 1, 16, 8)])
 @pytest.mark.parametrize("with_base", [True, False])
 @torch.inference_mode()
-def test_parts_of_the_experts_add_up(shape, with_base):
-    """One rank's and another's, or none at all, of which one adds the base."""
+def test_outputs_of_expert_shards_add_up(shape, with_base):
+    """Shards of two ranks, possibly empty, one of which adds the base."""
     case = Case(shape, torch.float32, with_base)
     forms = [reference.experts, segments.experts, dispatched] + ([grouped.experts] if grouped else [])
     for function in forms:
-        total = torch.zeros_like(case.truth())
+        total = torch.zeros_like(case.fp64_experts())
         for first, stop in ((0, 1), (1, shape[1])):
             x, logits, top_k, gate_up, down, base = case.arguments()
             some = gate_up[first:stop], down[first:stop], base if first else None
@@ -95,8 +95,8 @@ def test_parts_of_the_experts_add_up(shape, with_base):
         close(total.to(case.x.dtype), case)
 
 
-def test_weights_are_of_what_enters():
-    """Weighing what comes out would be another function."""
+def test_weights_multiply_the_inputs_of_experts():
+    """Weighting the outputs would be another function."""
     case = Case((5, 3, 1, 16, 16), torch.float32, with_base=False)
     ids, weights = reference.route(case.logits, 1)
     plain = reference.experts(case.x, torch.full_like(case.logits, 1e4).where(_chosen(ids, 3), -1e4), *_rest(case))
@@ -118,7 +118,7 @@ def test_gradients_pass():
     gradients = [weight.grad.clone() for weight in weights]
     for weight in weights:
         weight.grad = None
-    case.truth().square().sum().backward()
+    case.fp64_experts().square().sum().backward()
     for gradient, weight in zip(gradients, weights, strict=True):
         torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=1e-4)
 
@@ -151,8 +151,8 @@ def test_plan(shape, by, monkeypatch):
 
 
 @triton_only
-def test_rows_that_are_no_numbers_keep_to_themselves():
-    """What stands in the padding rows of a graph may be anything; equal logits have a first."""
+def test_nan_rows_do_not_affect_other_rows():
+    """Padding rows of a graph may contain anything; equal logits are ordered."""
     case = Case((6, 4, 2, 16, 16), torch.float32)
     case.x[2] = case.logits[2] = torch.nan
     case.logits[4] = torch.inf
@@ -161,7 +161,7 @@ def test_rows_that_are_no_numbers_keep_to_themselves():
     rows, _, bounds = grouped.make_plan(case.logits, 2)
     assert sorted(rows.tolist()) == list(range(12)) and bounds.tolist()[-1] == 12
     others = torch.tensor([0, 1, 3], device=DEVICE)
-    torch.testing.assert_close(out[others], case.truth().float()[others], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out[others], case.fp64_experts().float()[others], rtol=1e-5, atol=1e-5)
     assert out[4:].isfinite().all()
 
 
@@ -180,8 +180,8 @@ def test_tokens_do_not_depend_on_one_another(dtype):
 
 
 @pytest.mark.parametrize("with_base", [True, False])
-def test_to_a_compiler_it_is_one_operation(with_base):
-    """What is computed depends on the routing, which no trace can hold; shapes vary."""
+def test_torch_compile_sees_one_operation(with_base):
+    """The computation depends on the routing, which a trace cannot contain; shapes vary."""
     compiled = torch.compile(dispatched, backend="aot_eager", fullgraph=True, dynamic=True)
     for shape in ((7, 3, 2, 20, 36), (12, 3, 2, 20, 36)):
         case = Case(shape, torch.float32, with_base)

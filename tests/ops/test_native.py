@@ -39,7 +39,7 @@ def pick(g: torch.Generator, *options: int) -> int:
 
 
 def randn(g: torch.Generator, *shape: int, dtype: torch.dtype, pad: int = 0) -> Tensor:
-    """Random numbers; with pad, a view whose rows lie further apart than they are long, NaN between them."""
+    """Return random numbers; with pad, a view of strided rows with NaN between them."""
     width = math.prod(shape[1:])
     x_fp32 = torch.full((shape[0], width + pad), NAN, dtype=dtype)
     x_fp32[:, :width] = torch.randn(shape[0], width, generator=g).to(dtype)
@@ -54,7 +54,7 @@ def close(actual: Tensor, expected: Tensor, ulps: float = 1.0) -> None:
 
 
 class Unchanged:
-    """Asserts on leaving the block that the tensors hold the same bits (NaN included) as on entering it."""
+    """Check at the end of a `with` block that tensors are bitwise unchanged (including NaN)."""
 
     def __init__(self, *tensors: Tensor | None) -> None:
         self.tensors = [t for t in tensors if t is not None]
@@ -75,7 +75,7 @@ class Unchanged:
 
 
 def flat_rows(blocks: Tensor, begin: int, end: int, block: int) -> Tensor:
-    """The rows of the flattened cache that hold the positions [begin, end) of a request with these blocks."""
+    """Return the rows of the flattened cache for positions [begin, end) of a request with these blocks."""
     p = torch.arange(begin, end)
     return blocks[p // block] * block + p % block
 
@@ -136,7 +136,7 @@ def test_decode_attention(dtype: torch.dtype, seed: int, window: int | None) -> 
 @DTYPES
 @pytest.mark.parametrize("chunk", [1, 7, 64, 256, 1000])
 def test_decode_attention_in_chunks(dtype: torch.dtype, chunk: int) -> None:
-    """As if the chunk were all there is; what lies before it may be anything."""
+    """Only the chunk is visible; earlier memory may contain anything."""
     lens = [1, 6, 7, 8, 64, 65, 256, 257, 511, 700]
     q, k_cache, v_cache, block_table, seq_lens, keys, values = attention_case(0, dtype, lens, (6, 2), 64, 16)
     firsts = [(n - 1) // chunk * chunk for n in lens]
@@ -170,7 +170,7 @@ def test_decode_attention_rows_are_independent(dtype: torch.dtype) -> None:
 
 
 def conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None, old: Tensor, first: int, act: bool, residual: bool):
-    """One request whose first token has the absolute position first: (y, new state), in float32."""
+    """Return (y, new state) in float32 of one request whose first token has the absolute position `first`."""
     n, W = x.shape[0], weight.shape[1]
     window = first + torch.arange(W - 1)  # positions modulo W-1
     inputs = torch.cat([old[window % (W - 1)], x])
@@ -252,7 +252,7 @@ def test_short_conv_is_the_same_however_it_is_cut(dtype: torch.dtype, seed: int)
 
 
 def native_form(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The kernel, called as the operation is."""
+    """Return the kernel with the operation's signature."""
 
     def form(batch: RaggedBatch, state: RecurrentState | None = None, **operands: Tensor) -> Tensor:
         matrix, slots = (None, None) if state is None else (state.matrix, state.slots.contiguous())
@@ -306,7 +306,7 @@ def test_recurrences_are_the_same_however_they_are_cut(dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("value", [-200.0, -87.0, -20.0, -1e-4, 0.0, 0.8, 0.9, 5.0, 30.0, 1e4])
 def test_softplus(value: float) -> None:
-    """Seen through a state that forgets at its rate: exp(-softplus) = sigmoid(-x)."""
+    """Tested through the decay of a state: exp(-softplus) = sigmoid(-x)."""
     one, zero = torch.ones(1, 1, 1), torch.zeros(1, 1)
     state = torch.ones(1, 1, 1, 1)
     native.delta_rule(
@@ -389,7 +389,7 @@ def test_linear(dtype: torch.dtype, shape: tuple[int, int], with_bias: bool) -> 
 
 
 def test_linear_of_a_large_weight() -> None:
-    """Many tasks, several threads."""
+    """Many tasks on several threads."""
     g = generator(0)
     x, weight = randn(g, 5, 1024, dtype=torch.bfloat16), randn(g, 3000, 1024, dtype=torch.bfloat16)
     y = native.linear(x, weight)
@@ -451,7 +451,7 @@ def test_write_kv(dtype: torch.dtype, seed: int) -> None:
 
 @DTYPES
 @pytest.mark.parametrize("requests", [0, 2])
-def test_no_tokens_are_computed_without_a_fault(dtype: torch.dtype, requests: int) -> None:
+def test_empty_inputs_do_not_crash(dtype: torch.dtype, requests: int) -> None:
     """A division by the number of tokens or requests would end the process."""
     none, slots = torch.zeros(requests + 1, dtype=torch.int32), torch.arange(requests) + 1
     lengths, positions = torch.zeros(requests, dtype=torch.int32), torch.zeros(0, dtype=torch.int64)
@@ -483,7 +483,7 @@ def test_no_tokens_are_computed_without_a_fault(dtype: torch.dtype, requests: in
 
 @DTYPES
 def test_a_request_without_tokens_keeps_its_state(dtype: torch.dtype) -> None:
-    """Beside one that has some: the convolution's ring is written by the tokens of its own request only."""
+    """Another request has tokens: the ring buffer is written by tokens of its own request only."""
     state, starts = torch.ones(4, 3, 8, dtype=dtype), torch.tensor([0, 0, 2, 2], dtype=torch.int32)
     x, slots, positions = torch.full((2, 8), 2.0, dtype=dtype), torch.tensor([1, 2, 3]), torch.tensor([0, 1])
     native.short_conv(x, torch.ones(8, 4, dtype=dtype), None, state, slots, starts, positions, False, False)
@@ -549,7 +549,7 @@ def test_processes_that_start_at_once_compile_once(tmp_path: Path) -> None:
 
 
 def c_types(prototype: str) -> list[type]:
-    """The ctypes of a C++ parameter list."""
+    """Return the ctypes of a C++ parameter list."""
     plain = {"int64_t": ctypes.c_int64, "float": ctypes.c_float, "bool": ctypes.c_bool, "int": ctypes.c_int}
     found = []
     for parameter in prototype.split(","):
@@ -559,7 +559,7 @@ def c_types(prototype: str) -> list[type]:
 
 
 def exported() -> dict[str, str]:
-    """The parameter list of every kernel that the C++ exports."""
+    """Return the parameter list of every exported C++ kernel."""
     found = {}
     for path in build.sources():
         text = path.read_text()
@@ -576,7 +576,7 @@ def test_every_signature_is_that_of_the_cpp() -> None:
 
 
 def test_every_source_is_part_of_the_library_and_of_its_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A changed header, or a file that kernels.cpp leaves out, would otherwise run as it was."""
+    """Otherwise a changed header, or a file missing in kernels.cpp, would not be rebuilt."""
     unit = (build.FOLDER / "kernels.cpp").read_text()
     included = set(re.findall(r'#include "(\w+\.cpp)"', unit))
     assert {path.name for path in build.sources() if path.suffix == ".cpp"} - {"kernels.cpp"} == included

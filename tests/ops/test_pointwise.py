@@ -1,4 +1,4 @@
-"""Norm, rotation and gate against their formulas in fp64, fast and reference, and without touching their inputs."""
+"""Norm, rotation and gate, all backends, against their formulas in fp64, without changing inputs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SIZES = [(1, 1), (3, 7), (5, 64), (2, 129)]
 
 
 def close(actual, expected, dtype):
-    """Within the rounding of one operation in `dtype`."""
+    """Check equality within the rounding of one operation in `dtype`."""
     assert actual.dtype == dtype
     torch.testing.assert_close(actual.double(), expected, rtol=torch.finfo(dtype).eps * 4, atol=1e-6)
 
 
 def strided(*shape, dtype):
-    """A random tensor whose rows lie apart, with NaN between them."""
+    """Return a random tensor with strided rows and NaN between them."""
     base = torch.full((*shape[:-1], shape[-1] + 3), torch.nan)
     base[..., : shape[-1]] = torch.randn(shape)
     return base.to(dtype)[..., : shape[-1]]
@@ -121,7 +121,7 @@ def test_swiglu(dtype, rows, width):
 
 
 def test_compiled_layers_share_the_angles_and_temperatures_of_a_step():
-    """Nothing compiled computes a sine or a logarithm again, for each head and layer."""
+    """Compiled layers do not recompute sines or logarithms per head and layer."""
     graphs = []
 
     def backend(graph, inputs):
@@ -145,8 +145,8 @@ def test_compiled_layers_share_the_angles_and_temperatures_of_a_step():
     assert not [name for name in called if any(function in name for function in ("sin", "cos", "log"))]
 
 
-def test_operations_on_positions_are_what_they_are_said_to_be():
-    """Schema, tensors without data, and no output that shares memory with another."""
+def test_operations_on_positions_match_their_schema():
+    """Check the schema, meta tensors, and that outputs do not share memory."""
     positions = torch.arange(5)
     torch.library.opcheck(torch.ops.lamella.angles.default, (positions, torch.rand(3), 1.5, 4))
     torch.library.opcheck(torch.ops.lamella.temperature.default, (positions, 0.1, 4))

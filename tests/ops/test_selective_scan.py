@@ -1,4 +1,4 @@
-"""The selective scan: the reference against a loop in Python, the chunked form against the reference."""
+"""Selective scan: the reference against a Python loop, and the chunked backend against the reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPES = [((2, 3, 6), (5, 7)), ((1, 1, 1), (1, 2)), ((4, 2, 4), (16, 16))]
 
 
 def naive(case, state):
-    """Request by request, channel by channel, token by token, in fp64; the states are replaced."""
+    """Compute in fp64, request by request, channel by channel, token by token; update the states."""
     a = {name: None if x is None else x.double() for name, x in case.operands.items()}
     _, heads, channels = a["dt"].shape
     out, token = torch.empty_like(a["dt"]), 0
@@ -43,7 +43,7 @@ def naive(case, state):
 @pytest.mark.parametrize("batch", ["decode", "one"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_every_form_is_the_recurrence(form, batch, bias):
+def test_every_backend_equals_the_token_loop(form, batch, bias):
     case = ScanCase(BATCHES[batch], (2, 1, 4), (3, 5), bias=bias)
     y, blocks = case.run(FORMS[form])
     expected_blocks, state = case.state()
@@ -55,7 +55,7 @@ def test_every_form_is_the_recurrence(form, batch, bias):
 @pytest.mark.parametrize(("heads", "dims"), SHAPES)
 @pytest.mark.parametrize("rate", [0.0, 4.0, 10.0])
 @pytest.mark.parametrize("entries", [cpu.CHUNK_ENTRIES, 20000])
-def test_chunks_are_the_reference(heads, dims, rate, entries, monkeypatch):
+def test_chunks_equal_the_reference(heads, dims, rate, entries, monkeypatch):
     monkeypatch.setattr(cpu, "CHUNK_ENTRIES", entries)
     case = ScanCase(LONG["lengths"], heads, dims, rate=rate)
     for remembering in (True, False):
@@ -111,8 +111,8 @@ def test_a_channel_that_forgets_at_once_or_never(form):
     close(blocks, expected_blocks)
 
 
-def test_a_request_does_not_notice_its_neighbours():
-    """A decode's bits are the same beside a prompt, and beside other decodes."""
+def test_a_request_does_not_depend_on_others_in_the_batch():
+    """A decode's bits are the same with a prompt or with other decodes in the batch."""
     case = ScanCase(BATCHES["mixed"], (2, 2, 4), (16, 8))
     y, blocks = case.run(selective_scan)
     few = ScanCase(([1, 1], [7, 1]), (2, 2, 4), (16, 8))

@@ -1,4 +1,4 @@
-"""The start-up check itself, with the kernels in Triton's interpreter where there is no GPU."""
+"""The start-up self-check, with the kernels in Triton's interpreter if there is no GPU."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_wrong_kernel_is_named(op, monkeypatch):
         self_check.self_check(torch.float32, DEVICE)
 
 
-def test_where_no_kernel_serves_there_is_nothing_to_check(monkeypatch):
+def test_without_kernels_nothing_is_checked(monkeypatch):
     monkeypatch.setattr(backend, "platform", lambda x: backend.PORTABLE)
     monkeypatch.setattr(self_check, "_checks", lambda *args: pytest.fail("checked"))
     self_check.self_check(torch.float32, DEVICE)

@@ -1,4 +1,4 @@
-"""The convolution against torch's own, whatever the cuts."""
+"""Short convolution against torch's own, for any split."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lamella.ops.short_conv import reference, short_conv
 
 
 def full(x, weight, bias, activation, residual):
-    """One request from nothing, by torch's convolution in fp64."""
+    """Compute one request without history by torch's convolution in fp64."""
     width = weight.shape[1]
     padded = torch.nn.functional.pad(x.double().T[None], (width - 1, 0))
     bias = None if bias is None else bias.double()

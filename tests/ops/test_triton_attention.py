@@ -1,4 +1,4 @@
-"""Our Triton attention kernels against the reference: odd shapes, poisoned memory, independent requests."""
+"""Triton attention kernels against the reference: odd shapes, memory filled with NaN, independent requests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def random_case(new, context, heads, kv_heads, dim, block, window, dtype, seed=0, chunk=None):
-    """q (strided rows), caches, block table and batch; whatever no query may see is NaN, or points nowhere."""
+    """Return q (strided rows), caches, block table and batch; memory that no query may see is NaN or invalid."""
     generator = torch.Generator().manual_seed(seed)
     counts = [-(-n // block) for n in context]
     order = (torch.randperm(sum(counts), generator=generator) + 1).tolist()
@@ -48,12 +48,12 @@ def random_case(new, context, heads, kv_heads, dim, block, window, dtype, seed=0
 
 
 def cache_of(k_cache, v_cache, table):
-    """The new tokens' rows have been written: nothing asks where they go."""
+    """Return a cache in which the new tokens have been written; its slot mapping is unused."""
     return PagedCache(k_cache, v_cache, table, torch.empty(0, dtype=torch.int64))
 
 
 def assert_near(actual, expected):
-    """Within a rounding of the output and of each softmax weight, whose values are of the order of 1."""
+    """Check equality within the rounding of the output and of the softmax weights."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape
     if actual.dtype == torch.float32:
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
@@ -122,7 +122,7 @@ def test_decode_requests_do_not_depend_on_one_another(window):
 
 
 def test_decode_replays_with_other_lengths():
-    """One workspace serves plans of any lengths, longer and shorter, and pad rows of one token in block 0."""
+    """One workspace serves plans of different lengths, and padding rows of one token in block 0."""
     workspace = decode.DecodeWorkspace(4, 24, 4, 2, 32, device, chunk=16)
     workspace.processors = 1  # few programs: they must share the work
     for seed, context in enumerate([[5, 70, 17], [100], [1, 1, 1, 16]]):
@@ -168,7 +168,7 @@ def test_plan(length, window):
 
 @pytest.mark.parametrize("window", [None, 40])
 def test_plan_queues_every_chunk_once_and_the_longest_first(window):
-    """Chunks of many lengths and of one; of those too that grow, where a request is long."""
+    """Chunks of different and equal lengths, including the larger chunks of long requests."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 100, (37,), generator=generator, dtype=torch.int32)
     lengths[[3, 11, 12]] = torch.tensor([16 * 64 + 1, 5000, 16 * 64 * 4], dtype=torch.int32)
@@ -194,7 +194,7 @@ def test_plan_queues_every_chunk_once_and_the_longest_first(window):
 @pytest.mark.parametrize("length", mostly_slow([1, 128, 700, 9000], fast=[1, 128, 700]))
 @pytest.mark.parametrize("requests", [1, 8, 9, 20])
 def test_max_items_bounds_every_plan(requests, length):
-    """Whatever the step: as long as the bound allows, and with fewer requests too."""
+    """For steps as long as the bound allows, and with fewer requests."""
     workspace = decode.DecodeWorkspace(requests, decode.max_items(requests, length), 1, 1, 16, device)
     for some in {1, min(8, requests), requests}:
         decode.plan_decode(torch.full((some,), length, dtype=torch.int32, device=device), None, workspace)
@@ -251,7 +251,7 @@ def test_prefill_requests_do_not_depend_on_one_another(window):
 
 @pytest.mark.parametrize("empty", [0, 1, 2])
 def test_prefill_takes_requests_without_new_tokens(empty):
-    """As pad requests in a captured graph are."""
+    """Like padding requests in a captured graph."""
     q, k_cache, v_cache, table, batch = random_case([5, 18], [9, 18], 4, 2, 32, 16, None, torch.float32)
     expected = reference.paged_attention(q, cache_of(k_cache, v_cache, table), batch, 0.2, None)
     bounds, lengths = batch.query_start_loc.tolist(), batch.seq_lens.tolist()
@@ -266,7 +266,7 @@ def test_prefill_takes_requests_without_new_tokens(empty):
 
 @pytest.mark.parametrize("chunk", [1, 16, 40, 64, 200])
 def test_decode_in_chunks(chunk):
-    """Contexts that end before, at and after the end of a chunk; of what lies before it nothing is there."""
+    """Contexts that end before, at and after the end of a chunk; earlier memory is invalid."""
     context = [1, 39, 40, 41, 64, 65, 100]
     case = random_case([1] * 7, context, 6, 3, 24, 4, None, torch.float32, chunk=chunk)
     q, k_cache, v_cache, table, batch = case
@@ -297,8 +297,8 @@ def test_prefill_in_chunks(chunk, dtype):
     assert_near(prefill.causal_attention(q, k, v, alone.query_start_loc, max(new), 0.25, None, chunk), expected)
 
 
-def test_parts_of_a_step_have_plans_of_their_own():
-    """Side by side, in what they share, and in the same place for each step."""
+def test_mixer_batches_of_a_step_have_separate_plans():
+    """Plans do not overlap, share layer memory, and have the same address in each step."""
     context, heads, kv_heads, dim, block = [37, 5, 1, 150], 4, 2, 16, 16
     q, k_cache, v_cache, table, batch = random_case([1] * 4, context, heads, kv_heads, dim, block, None, torch.float32)
     expected = reference.paged_attention(q, cache_of(k_cache, v_cache, table), batch, 0.3, None)

@@ -29,7 +29,7 @@ SHAPES = [  # heads, kv_heads, head_dim, block_size, rotated pairs
 
 
 class Case:
-    """Random arguments, the last `pads` requests pads; whatever no query may see is NaN, or points nowhere."""
+    """Random arguments; the last `pads` requests are padding. Memory that no query may see is NaN or invalid."""
 
     def __init__(
         self, shape, context, dtype, *, window=None, norms=True, interleaved=False, chunk=None, pads=0, grows=False
@@ -40,7 +40,7 @@ class Case:
         self.scale = self.dim**-0.5
         counts = [-(-n // block) for n in context[: self.requests - pads]]
         order = (torch.randperm(sum(counts)) + 1).tolist()
-        # Heads of one cache row lie apart, as where keys and values share an allocation.
+        # Heads of a cache row are strided, as if keys and values share an allocation.
         shape = (sum(counts) + 1, block, self.kv_heads, 2, self.dim)
         self.cache = torch.full(shape, torch.nan, dtype=dtype)
         self.table = torch.full((self.requests, max([1, *counts]) + 2), 2**31 - 1, dtype=torch.int32)
@@ -72,18 +72,18 @@ class Case:
         self.seq_lens = torch.tensor(context, dtype=torch.int32, device=device)
 
     def picked(self, requests):
-        """The steps of some requests."""
+        """Return the operands of some requests."""
         rope, scale = self.steps.rope, self.steps.q_scale
         if rope is not None:
             rope = rope._replace(cos=rope.cos[requests].contiguous(), sin=rope.sin[requests].contiguous())
         return self.steps._replace(rope=rope, q_scale=None if scale is None else scale[requests].contiguous())
 
     def paged(self, cache, requests=slice(None)):
-        """The cache of some requests, in which `cache` holds keys and values side by side."""
+        """Return the cache of some requests; `cache` holds keys and values together."""
         return PagedCache(cache[..., 0, :], cache[..., 1, :], self.table[requests], self.rows[requests])
 
     def workspace(self):
-        """One that nothing has used, its parts poisoned."""
+        """Return a fresh workspace with NaN in its parts."""
         items = sum(min(-(-n // (self.chunk or 128)), MAX_CHUNKS.value) for n in self.context)
         workspace = DecodeWorkspace(self.requests, items, self.heads, self.kv_heads, self.dim, device, chunk=self.chunk)
         for floats in (workspace.parts, workspace.maxima, workspace.sums):
@@ -101,14 +101,14 @@ class Case:
         )  # fmt: skip
 
     def compose(self, prepare, cache):
-        """The references one after the other."""
+        """Compute the references in sequence."""
         cache = self.paged(cache)
         q, _, _ = prepare(self.qkv, self.steps, cache)
         batch = RaggedBatch.from_lengths([1] * self.requests, self.context, device)
         return reference.paged_attention(q, cache, batch, self.scale, self.window)
 
     def check(self, settings=None):
-        """One call against the references: output, the caches' new rows, all other memory."""
+        """Compare one call with the references: output, new rows of the caches, all other memory."""
         inputs = [self.qkv, self.table, self.rows, self.seq_lens]
         norms, rope, scale = self.steps[1:]
         inputs += [x for x in (*(norms or ()), *(rope or ()), scale) if isinstance(x, torch.Tensor)]
@@ -138,7 +138,7 @@ def close(actual, expected, steps):
 
 
 def same(a, b):
-    """Equal bits."""
+    """Return True for bitwise equality."""
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
@@ -163,14 +163,14 @@ def test_options(shape, dtype, options):
 @pytest.mark.parametrize("window", [None, 128, 129])
 @pytest.mark.parametrize("tile", [16, 128])
 def test_edges_of_chunks(tile, window):
-    """Also chunks longer than what is read early, and such as hold nothing but the newest token."""
+    """Includes chunks longer than the early loads, and chunks with the newest token only."""
     case = Case((4, 2, 32, 16, 16), [127, 128, 129, 256, 257], torch.float32, window=window)
     case.check(_SETTINGS[32, 4]._replace(tile=tile))
 
 
 @pytest.mark.parametrize("newest", [-500.0, 500.0])
 def test_scores_far_from_zero(newest):
-    """No weight gets lost, whether the newest token has the most of it or the older ones, which are chunks apart."""
+    """No weight is lost if the newest token or older tokens in other chunks dominate."""
     case = Case((4, 2, 16, 4, 0), [40, 41, 2], torch.float32, norms=False, chunk=16)
     case.qkv[:, : 4 * 16] = 1
     case.qkv[:, 4 * 16 : 6 * 16] = newest
@@ -206,8 +206,8 @@ def test_requests_do_not_depend_on_one_another(window):
     assert same(cache, together_cache)
 
 
-def test_pads_and_calls_in_a_row():
-    """Layers share a plan; pads are one token each, written to row 0, with NaN for what is projected."""
+def test_padding_and_consecutive_calls():
+    """Layers share a plan; padding requests have one token each, written to row 0, with NaN projections."""
     case = Case((4, 2, 32, 4, 16), [70, 17, 1, 1], torch.float32, chunk=16, pads=2)
     case.qkv[2:] = torch.nan
     expected_cache = case.cache.clone()

@@ -1,4 +1,4 @@
-"""Triton's delta rule against the reference, and what is given to fla's kernels."""
+"""Triton's delta rule against the reference, and the operands passed to fla's kernels."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_any_cut_equals_the_whole(by_channel):
 
 
 @GATES
-def test_a_request_does_not_notice_its_neighbours(by_channel):
-    """A decode's bits are the same beside a prompt, and beside other decodes."""
+def test_a_request_does_not_depend_on_others_in_the_batch(by_channel):
+    """A decode's bits are the same with a prompt or with other decodes in the batch."""
     case = DeltaCase(BATCHES["mixed"], (1, 2), (16, 24), by_channel, device=DEVICE, dtype=torch.bfloat16)
     y, blocks = case.run(delta_rule)
     few = DeltaCase(([1, 1], [7, 1]), (1, 2), (16, 24), by_channel, device=DEVICE, dtype=torch.bfloat16)
@@ -92,8 +92,8 @@ def test_a_request_does_not_notice_its_neighbours(by_channel):
     assert torch.equal(blocks[few.slots, few.span], alone_blocks[few.slots, few.span])
 
 
-def test_pads_may_share_a_slot():
-    """Rows of padding write slot 0 in any order; the others do not notice."""
+def test_padding_rows_may_share_a_slot():
+    """Padding rows write slot 0 in any order without affecting other rows."""
     case = DeltaCase(([1, 1, 1, 1], [5, 2, 3, 4]), (1, 2), (8, 8), False, device=DEVICE)
     y, blocks = case.run(delta_rule)
     case.slots = torch.cat((case.slots[:2], torch.zeros_like(case.slots[:2])))
@@ -128,7 +128,7 @@ def test_gates(by_channel, dtype):
 def recurrence(
     q, k, v, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel, cu_seqlens, cu_seqlens_cpu
 ):
-    """What fla's functions compute, as its documentation says."""
+    """Compute what fla's documentation specifies."""
     assert use_qk_l2norm_in_kernel and torch.equal(cu_seqlens.cpu(), cu_seqlens_cpu) and cu_seqlens.dtype == torch.int64
     assert g.dtype == beta.dtype == torch.float32 and q.shape[0] == 1
     group = v.shape[2] // q.shape[2]
@@ -148,7 +148,7 @@ def recurrence(
 
 @GATES
 @pytest.mark.parametrize("known", [True, False], ids=["lengths on the host", "lengths unknown"])
-def test_what_fla_is_given(known, by_channel, monkeypatch):
+def test_operands_passed_to_fla(known, by_channel, monkeypatch):
     chosen = []
 
     def kernel(by, *args, **kwargs):
@@ -164,7 +164,7 @@ def test_what_fla_is_given(known, by_channel, monkeypatch):
     assert chosen == [by_channel] * 2
 
 
-def test_fla_is_asked_only_for_long_prompts_in_a_narrow_dtype(monkeypatch):
+def test_fla_is_used_only_for_long_prompts_in_16_bit_dtypes(monkeypatch):
     monkeypatch.setattr(fla, "_kernels", lambda: pytest.fail("asked"))
     x_fp32, narrow = (torch.empty(1, 32, 128, device=DEVICE, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     many = fla.MIN_WORK // (32 * 128 * 128) + 1
@@ -173,7 +173,7 @@ def test_fla_is_asked_only_for_long_prompts_in_a_narrow_dtype(monkeypatch):
     assert not fla.serves(narrow, 1, 2 * long - 1, 2) and not fla.serves(x_fp32, 1, 2 * long, 2)
 
 
-def test_without_fla_one_line_says_so(monkeypatch, caplog):
+def test_missing_fla_is_logged_once(monkeypatch, caplog):
     def missing(name):
         raise ImportError(f"no package {name}")
 
@@ -192,7 +192,7 @@ def test_without_fla_one_line_says_so(monkeypatch, caplog):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "dims"), [((2, 6), (64, 64)), ((4, 4), (128, 128))])
 def test_fla(heads, dims, dtype, by_channel, monkeypatch):
-    """Chunks round q, k and the updates to their dtype: near the reference, and the decodes beside have its bits."""
+    """Chunks round q, k and updates to their dtype, so prompts are near the reference; decodes are bitwise equal."""
     pytest.importorskip("fla")
     lengths = [1, 1, 63, 64, 65, 127, 700]
     case = DeltaCase(

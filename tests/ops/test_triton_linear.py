@@ -1,4 +1,4 @@
-"""Our product of few rows against the reference, alone and with what is fused to it."""
+"""Triton's product of few rows against the reference, alone and fused."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_behind_a_norm(shape, with_bias):
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("options", [(False, True, None), (True, False, 1.0)])
 def test_before_a_convolution(shape, gated, options):
-    """Several steps in a row, over a history full of NaN that belongs to others."""
+    """Several consecutive steps, over a history with NaN in other slots."""
     rows, size, outputs = shape
     activation, skip, scale = options
     generator = torch.Generator().manual_seed(1)
@@ -103,7 +103,7 @@ def test_a_row_does_not_depend_on_the_others():
         assert torch.equal(fast.linear(x[row : row + 1], weight, None)[0], together[row])
 
 
-def test_what_it_does_not_serve():
+def test_unsupported_products_are_not_served():
     x, weight, _ = operands(2, 264, 50, torch.bfloat16)
     assert not fast.serves(torch.cat([x, x]), weight)
     assert not fast.serves(x.float(), weight.float())

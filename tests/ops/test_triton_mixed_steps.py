@@ -1,4 +1,4 @@
-"""Steps of several placements by our GPU kernels, in Triton's interpreter: rows of others on dummies full of NaN."""
+"""Steps of several placements by the GPU kernels in Triton's interpreter; dummy blocks and slots are NaN."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mixed_steps import A, B, C, answers, fake_graphs, mixed_llm, parameters, wi
 
 
 def use_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have them serve tensors of the CPU."""
+    """Use the kernels for CPU tensors."""
     monkeypatch.setattr(backend, "platform", lambda x: "triton")
 
 
 @pytest.mark.parametrize(("own", "few"), [pytest.param((A, B, C), 8, marks=pytest.mark.slow), ((B, C), 8), ((B, C), 1)])
-def test_each_request_gets_what_it_gets_in_a_batch_that_is_cut(tmp_path, monkeypatch, own, few):
-    """By the kernels for few requests and by those for many."""
+def test_masked_batches_equal_gathered_batches(tmp_path, monkeypatch, own, few):
+    """With the kernels for few requests and for many."""
     recorded = fake_graphs(monkeypatch)
     monkeypatch.setattr(graphs, "_WARM_UPS", 0)
     folder, lengths, params = checkpoint(tmp_path, fixed(SUPERNET, layers=3)), (3, 4, 1)[: len(own)], parameters(own, 3)

@@ -22,7 +22,7 @@ SHAPES = [(1, 1), (3, 7), (40, 64), (2, 129), (3, 2048), (2, 3000)]
 
 
 def strided(values: torch.Tensor) -> torch.Tensor:
-    """The same values, rows apart, with NaN between them."""
+    """Return the same values with strided rows and NaN between them."""
     base = torch.full((*values.shape[:-1], values.shape[-1] + 5), torch.nan, dtype=values.dtype, device=values.device)
     base[..., : values.shape[-1]] = values
     return base[..., : values.shape[-1]]
@@ -33,7 +33,7 @@ def random(*shape, dtype):
 
 
 def assert_rounds_alike(actual, expected):
-    """Equal to one step of the dtype, and in fp32 to a few."""
+    """Check equality within one unit in the last place of the dtype, and a few in fp32."""
     assert actual.dtype == expected.dtype and actual.is_contiguous()
     eps = torch.finfo(actual.dtype).eps
     rtol = 20 * eps if actual.dtype == torch.float32 else eps
@@ -54,7 +54,7 @@ def test_rms_norm(dtype, rows, width):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [16, 80, 128])
 def test_rms_norm_of_heads(dtype, width):
-    """Of some of the heads in a row, NaN between them."""
+    """Some of the heads in a row, with NaN between them."""
     heads, weight = random(9, 7, width, dtype=dtype), torch.rand(width, device=DEVICE) + 0.5
     heads[:, 0::2] = torch.nan
     x = heads[:, 1::2]

@@ -1,4 +1,4 @@
-"""Triton's way from the projection to attention against the composition of the references and of the kernels."""
+"""Triton's `prepare_qkv` against the composition of the references and of the separate kernels."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ SHAPES = [(4, 2, 16, 8), (3, 1, 80, 16), (5, 5, 24, 12), (2, 1, 256, 128), (8, 2
 
 
 class Case:
-    """Random arguments; `step` makes fresh copies of what is changed in place."""
+    """Random arguments; `step` makes fresh copies of operands that are changed in place."""
 
     def __init__(self, shape, tokens, dtype, norm=True, caches=True, interleaved=False):
         self.heads, self.kv_heads, self.dim, pairs = shape
         self.dtype, self.caches = dtype, caches
         self.channels = (self.heads + 2 * self.kv_heads) * self.dim
-        # Rows apart, each aligned: the order of a norm's sum follows from that.
+        # Strided rows, each aligned: the order of a norm's sum follows from that.
         x_fp32 = torch.full((tokens, (self.channels + 47) // 16 * 16), torch.nan, device=DEVICE, dtype=dtype)
         self.qkv = x_fp32[:, 16 : 16 + self.channels]
         self.qkv.copy_(torch.randn(tokens, self.channels))
@@ -65,14 +65,14 @@ class Case:
         return shared, ConvStep(conv, ConvState(history, self.slots), self.positions)
 
     def run(self, function, qkv=None, token=slice(None), canon=None, **steps):
-        """(q, k, v), the latter two as whole caches if there are any."""
+        """Return (q, k, v); k and v as whole caches if there are any."""
         steps = self.steps._replace(**steps)
         if (rope := steps.rope) is not None:
             cos, sin = (side[token].contiguous() for side in rope[:2])
             steps = steps._replace(rope=rope._replace(cos=cos, sin=sin))
         cache = None
         if self.caches:
-            # Heads of one cache row lie apart, as where keys and values share an allocation.
+            # Heads of a cache row are strided, as if keys and values share an allocation.
             both = torch.full((5, 4, self.kv_heads, 2, self.dim), torch.nan, device=DEVICE, dtype=self.dtype)
             cache = PagedCache(both[..., 0, :], both[..., 1, :], torch.empty(0), self.rows[token])
         qkv = self.qkv if qkv is None else qkv
@@ -91,7 +91,7 @@ def close(actual, expected, steps=1):
 
 
 def same(a, b):
-    """Equal bits, or both NaN."""
+    """Return True for bitwise equality; NaN equals NaN."""
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
@@ -127,7 +127,7 @@ def test_the_norm_is_that_of_its_own_kernel(dtype, shape):
 
 @covering({"shape": SHAPES, "dtype": DTYPES, "interleaved": [False, True]})
 def test_canon(dtype, shape, interleaved):
-    """The same bits as norm, convolution and rotation one after the other; near the reference."""
+    """Bitwise equal to norm, convolution and rotation in sequence; near the reference."""
     case = Case(shape, 6, dtype, interleaved=interleaved)
     shared, canon = case.canon()
     results = case.run(prepare_qkv, canon=canon)
@@ -150,7 +150,7 @@ def test_canon(dtype, shape, interleaved):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "interleaved"), [((4, 2, 64, 0), False), ((3, 1, 80, 16), False), (SHAPES[0], True)])
-def test_a_factor_for_each_token_is_of_the_queries_alone(dtype, shape, interleaved):
+def test_the_factor_of_a_token_applies_to_queries_only(dtype, shape, interleaved):
     case = Case(shape, 7, dtype, norm=interleaved, interleaved=interleaved)
     factor = torch.rand(7, device=DEVICE) + 1
     results = case.run(prepare_qkv, q_scale=factor)

@@ -1,4 +1,4 @@
-"""Sampling in kernels against the sampler: limits, ties, draws, and rows that must not know each other."""
+"""Sampling kernels against the sampler: limits, ties, draws, and independent rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LIMITS = [  # top_k, top_p, min_p
 
 
 def run(logits, settings, seeds, steps, dtype=torch.float64):
-    """Settings are (temperature, top_k, top_p, min_p) of each row."""
+    """Sample with settings (temperature, top_k, top_p, min_p) for each row."""
     temperature, top_k, top_p, min_p = zip(*settings, strict=True)
     floats = (torch.tensor(values, dtype=dtype, device=device) for values in (temperature, top_p, min_p))
     temperature, top_p, min_p = floats
@@ -59,8 +59,8 @@ def run(logits, settings, seeds, steps, dtype=torch.float64):
     return out.tolist()
 
 
-def truth(x, temperature, top_k, top_p, min_p, u):
-    """One row's token in plain fp64, the ranking by a stable sort."""
+def fp64_token(x, temperature, top_k, top_p, min_p, u):
+    """Return one row's token in plain fp64, ranked by a stable sort."""
     x = x.double()
     ranked, order = x.sort(descending=True, stable=True)
     weights = ((ranked - ranked[0]) / temperature).exp()
@@ -77,14 +77,14 @@ def truth(x, temperature, top_k, top_p, min_p, u):
 
 
 def expected_tokens(x, setting, seed, step):
-    """What rounding in the seventh digit allows."""
+    """Return the tokens that rounding in the seventh digit allows."""
     u = sampler.uniform(seed, step)
     temperature, top_k, top_p, min_p = setting
     if temperature < 1e-5:
         return {int(x.argmax())}
     off = (1 - 1e-6, 1, 1 + 1e-6)
     return {
-        truth(x, temperature, top_k, top_p * a if top_p < 1 else top_p, min_p * b, min(u * c, 1 - 2**-53))
+        fp64_token(x, temperature, top_k, top_p * a if top_p < 1 else top_p, min_p * b, min(u * c, 1 - 2**-53))
         for a, b, c in ((1, 1, 1), *((a, b, c) for a in off for b in off for c in off))
     }
 
@@ -128,7 +128,7 @@ def test_sample(vocab):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_draws_among_few_tokens(dtype):
-    """The draws of many steps, among few tokens that several groups hold."""
+    """Draws of many steps among few tokens in several groups."""
     logits = torch.full((1, 5000), -torch.inf)
     ids = [3, 70, 71, 4095, 4096, 4999]
     logits[0, ids] = torch.tensor([0.2, 0.3, 0.1, 0.15, 0.2, 0.05]).log()
@@ -182,7 +182,7 @@ def test_a_row_without_finite_logits_gets_no_token():
 
 @pytest.mark.parametrize("token", [0, 4095, 4096, 8999])
 @pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf])
-def test_one_bad_logit_anywhere_is_seen_and_the_rows_beside_are_not_touched(token, value):
+def test_one_bad_logit_is_detected_without_affecting_other_rows(token, value):
     settings = [(t, *limits) for t in (0.0, 1.0) for limits in (LIMITS[0], LIMITS[2], LIMITS[4], LIMITS[10])]
     logits, seeds = random_logits(len(settings), 9000), list(range(8))
     expected = run(logits, settings, seeds, seeds)

@@ -1,4 +1,4 @@
-"""Triton's selective scan against the reference, token after token and in chunks."""
+"""Triton's selective scan against the reference, token by token and in chunks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BATCHES = {
 
 @pytest.fixture(params=[False, True], ids=["tokens", "chunks"])
 def scan(request, monkeypatch):
-    """Prompts token after token, or in chunks."""
+    """Run the scan of prompts token by token, or in chunks."""
     monkeypatch.setattr(kernels, "CHUNK", 8)
     return partial(selective_scan, chunked=request.param)
 
@@ -68,7 +68,7 @@ def test_wide_states(scan, width):
 
 @pytest.mark.parametrize("lengths", [[7], [8], [9], [8, 1, 17, 1], [1, 2, 3] * 2])
 def test_chunks_of_any_requests(scan, lengths):
-    """Numbers of chunks belong to the right requests, wherever these start and end."""
+    """Chunk numbers belong to the right requests for any start and end."""
     case = ScanCase((lengths, [n + r % 3 for r, n in enumerate(lengths)]), (1, 1, 1), (3, 4), device=DEVICE)
     case.batch = replace(case.batch, num_decodes=0)
     check(scan, case)
@@ -83,8 +83,8 @@ def test_any_cut_equals_the_whole(scan):
         close(blocks, whole_blocks, 2e-5)
 
 
-def test_a_request_does_not_notice_its_neighbours(scan):
-    """A decode's bits are the same beside a prompt, and beside other decodes."""
+def test_a_request_does_not_depend_on_others_in_the_batch(scan):
+    """A decode's bits are the same with a prompt or with other decodes in the batch."""
     case = ScanCase(BATCHES["mixed"], (1, 2, 2), (16, 8), device=DEVICE, dtype=torch.bfloat16)
     y, blocks = case.run(scan)
     few = ScanCase(([1, 1], [7, 1]), (1, 2, 2), (16, 8), device=DEVICE, dtype=torch.bfloat16)
@@ -95,8 +95,8 @@ def test_a_request_does_not_notice_its_neighbours(scan):
     assert torch.equal(blocks[few.slots, few.span], alone_blocks[few.slots, few.span])
 
 
-def test_pads_may_share_a_slot():
-    """Rows of padding write slot 0 in any order; the others do not notice."""
+def test_padding_rows_may_share_a_slot():
+    """Padding rows write slot 0 in any order without affecting other rows."""
     case = ScanCase(([1, 1, 1, 1], [5, 2, 3, 4]), (1, 2, 2), (8, 8), device=DEVICE)
     y, blocks = case.run(selective_scan)
     case.slots = torch.cat((case.slots[:2], torch.zeros_like(case.slots[:2])))
@@ -117,7 +117,7 @@ def test_a_request_without_a_new_token_keeps_its_state(scan):
     assert torch.equal(padded, y) and same(padded_blocks, blocks)
 
 
-def test_few_long_prompts_are_cut(monkeypatch):
+def test_few_long_prompts_are_split_into_chunks(monkeypatch):
     chosen = []
     monkeypatch.setattr(kernels, "_scan", Recorder(chosen, "tokens"))
     monkeypatch.setattr(kernels, "_chunk", Recorder(chosen, "chunks"))
@@ -133,7 +133,7 @@ def test_few_long_prompts_are_cut(monkeypatch):
 
 
 class Recorder:
-    """A kernel that only says that it was launched."""
+    """Kernel that only records its launches."""
 
     def __init__(self, log, name):
         self.log, self.name = log, name

@@ -1,4 +1,4 @@
-"""Triton's convolution, alone and fused, against the reference over cuts, batches and histories."""
+"""Triton's convolution, alone and fused, against the reference over splits, batches and histories."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LONG = {"long": ([1, 33, 2, 40], [8, 33, 9, 90])}  # more than the most tokens o
 
 
 def rows_apart(values, gap):
-    """The same values in rows of a wider tensor of NaN."""
+    """Return the same values in rows of a wider tensor of NaN."""
     width = values.shape[1]
     base = torch.full((values.shape[0], width + gap), torch.nan, dtype=values.dtype, device=values.device)
     base[:, gap // 2 : gap // 2 + width] = values
@@ -38,7 +38,7 @@ def rows_apart(values, gap):
 
 
 class Case:
-    """Random arguments of a convolution, rows `gap` apart; `shared` holds the slots of which the history is a slice."""
+    """Random arguments of a convolution with row gaps `gap`; the history is a slice of the slots `shared`."""
 
     def __init__(self, batch, channels, width, dtype, bias=False, transposed=False, gap=6):
         generator = torch.Generator().manual_seed(channels + width)
@@ -59,13 +59,13 @@ class Case:
         self.shared[:, :, :2] = self.shared[:, :, 2 + channels :] = torch.nan
 
     def history(self):
-        """A copy of the slot tensor, and the slice of it."""
+        """Return a copy of the slot tensor, and its slice."""
         shared = self.shared.clone()
         return shared, shared[:, :, 2 : 2 + self.x.shape[1]]
 
 
 def same(a, b):
-    """Equal bits, or both NaN."""
+    """Return True for bitwise equality; NaN equals NaN."""
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
@@ -108,8 +108,8 @@ def test_short_conv(dtype, batch, channels, width, activation, residual):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_cut_does_not_matter(dtype):
-    """A request in one piece, beside strangers or not, and in pieces: the same bits."""
+def test_splitting_a_request_gives_the_same_bits(dtype):
+    """A request has the same bits in one piece, with other requests, and in several pieces."""
     width, channels, length = 4, 40, 13
     x, weight = (torch.randn(n, channels, device=DEVICE).to(dtype) for n in (length, width))
     stranger = torch.randn(9, channels, device=DEVICE).to(dtype)
@@ -148,7 +148,7 @@ def test_swiglu_of_the_convolution(dtype, batch, channels, width, activation):
     }
 )
 def test_convolution_of_the_norm(dtype, batch, channels, remembering, gap):
-    """Narrow, wide and aligned (one launch), wide and not aligned, without a history."""
+    """Narrow rows, wide aligned rows (one launch), wide unaligned rows, and no history."""
     case = Case(batch, channels, 4, dtype, gap=gap)
     residual = torch.randn(case.x.shape, device=DEVICE).to(dtype)
     norm = ResidualNorm(residual, torch.rand(channels, device=DEVICE) + 0.5, 1e-5)
@@ -166,7 +166,7 @@ def test_convolution_of_the_norm(dtype, batch, channels, remembering, gap):
 
 
 @covering({"block_tokens": [8, 16, 32], "width": [2, 8], "dtype": DTYPES})
-def test_the_tokens_of_a_program_do_not_matter(dtype, width, block_tokens, monkeypatch):
+def test_tokens_per_program_do_not_change_the_bits(dtype, width, block_tokens, monkeypatch):
     case = Case("long", 36, width, dtype, bias=True)
     (shared, history), (expected_shared, expected_history) = case.history(), case.history()
     conv = ConvWeights(case.weight, case.bias)
@@ -177,8 +177,8 @@ def test_the_tokens_of_a_program_do_not_matter(dtype, width, block_tokens, monke
     assert same(shared, expected_shared)
 
 
-def test_pads_may_share_a_slot():
-    """Rows of padding write slot 0 in any order; the others do not notice."""
+def test_padding_rows_may_share_a_slot():
+    """Padding rows write slot 0 in any order without affecting other rows."""
     case = Case("decode", 40, 4, torch.bfloat16)
     case.slots[2:] = 0
     case.slots[:2] = torch.tensor([5, 2])

@@ -1,4 +1,4 @@
-"""What the ranks of a group hold and compute, all in one process: together they are the model of one rank."""
+"""Shards and computations of all ranks in one process; together they equal the model of one rank."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.unit
 
 
 class Table:
-    """Where the ranks of one process, a thread each, put their tensors for the others."""
+    """Exchange of tensors between ranks that are threads of one process."""
 
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size, timeout=20)
@@ -68,7 +68,7 @@ def qwen(**changes):
 
 
 def llama4(intermediate_size, num_hidden_layers, mlp_bias=None, **changes):
-    """Two layers: experts, and a dense one; chunks and none."""
+    """Return a model with an expert layer and a dense layer, one of them with attention chunks."""
     return llama(**changes) | {
         "architectures": ["Llama4ForCausalLM"],
         "model_type": "llama4_text",
@@ -97,7 +97,7 @@ def split_logits(parts, ids):
 
 
 class Source:
-    """A model's tensors as a file's, counting the numbers that are read."""
+    """Reader of a model's tensors that counts the elements that are read."""
 
     def __init__(self, model, names):
         self.tensors = {name: target.destination.detach() for name, target in targets(model, names).items()}
@@ -116,7 +116,7 @@ class Source:
 
 
 def divided(config, size, seed=0):
-    """A model whole, and the parts of it that ranks load."""
+    """Return a whole model, and the shards that ranks load."""
     architecture = resolve_architecture(config["architectures"][0])
     whole = architecture.from_config(config)
     randomize(whole, seed)
@@ -171,7 +171,7 @@ def configs(draw):
 
 @settings(max_examples=40, deadline=None)
 @given(configs())
-def test_ranks_together_compute_what_one_does(case):
+def test_sharded_ranks_compute_the_logits_of_one_rank(case):
     size, config = case
     whole, parts = divided(config, size)
     ids = torch.arange(30).view(2, 15) % config["vocab_size"]
@@ -182,8 +182,8 @@ def test_ranks_together_compute_what_one_does(case):
 
 @settings(max_examples=20, deadline=None)
 @given(configs(), st.integers(0, 3))
-def test_ranks_hold_each_number_as_often_as_they_must(case, seed):
-    """Together the ranks cover every tensor; key and value heads are held again only where there are too few."""
+def test_every_weight_is_held_by_the_expected_number_of_ranks(case, seed):
+    """Together the ranks cover every tensor; only key/value heads are replicated, if there are too few."""
     size, config = case
     whole, parts = divided(config, size, seed)
     kept = [targets(part, {}) for part in parts]
@@ -204,7 +204,7 @@ def test_ranks_hold_each_number_as_often_as_they_must(case, seed):
             assert (held == (copies if "k_" in name or "v_" in name else 1)).all(), name
 
 
-def test_state_is_divided():
+def test_state_is_sharded():
     config = canon_config(num_attention_heads=4, num_key_value_heads=1, qk_norm=True)
     whole, parts = divided(config, 2)
     for one, first, second in zip(*map(find_state_modules, (whole, *parts)), strict=True):
@@ -219,7 +219,7 @@ def test_state_is_divided():
             assert spec.shape[1] == 2 * hidden + 4 * 16 + inside
 
 
-def test_canon_channels_are_gathered_from_all_over():
+def test_a_canon_shard_contains_the_channels_of_its_heads():
     (first, second) = (
         Split.join((partition.heads(4).times(2), partition.kv_heads(1).times(2), partition.kv_heads(1).times(2)))
         for partition in (Partition(0, 2), Partition(1, 2))
@@ -230,7 +230,7 @@ def test_canon_channels_are_gathered_from_all_over():
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "num_key_value_heads": 1, "canon_bias": True}])
-def test_dummy_weights_are_parts_of_the_same_model(tmp_path, size, changes):
+def test_dummy_weights_of_ranks_are_shards_of_one_model(tmp_path, size, changes):
     checkpoint = open_checkpoint(canon_checkpoint(tmp_path, vocab_size=50, qk_norm=True, **changes))
     whole = targets(load_model(checkpoint, load_format="dummy", seed=3), {})
     for group in ranks(size):
@@ -240,7 +240,7 @@ def test_dummy_weights_are_parts_of_the_same_model(tmp_path, size, changes):
             assert torch.equal(target.destination, shard_tensor(whole[name].destination, target.splits)), name
 
 
-def test_files_of_both_kinds_are_cut(tmp_path):
+def test_shards_are_read_from_both_kinds_of_files(tmp_path):
     full = torch.arange(24.0).view(6, 4)
     splits = (Split(6, ((0, 1), (3, 5))), Split(4, ((2, 4),)))
     expected = full[[0, 3, 4], 2:]
@@ -271,7 +271,7 @@ def test_files_of_both_kinds_are_cut(tmp_path):
         ({"vocab_size": 5, "num_attention_heads": 4}, 4, "vocab_size=5: too small for tensor_parallel_size=4"),
     ],
 )
-def test_models_that_cannot_be_divided_are_refused(changes, size, message):
+def test_models_that_cannot_be_sharded_are_rejected(changes, size, message):
     architecture = resolve_architecture("LlamaCanonForCausalLM")
     config = architecture.from_config(canon_config(**changes)).config
     with pytest.raises(ConfigError) as error:
@@ -295,7 +295,7 @@ def test_devices_are_checked(monkeypatch):
 
 
 @pytest.mark.parametrize(("full", "size"), [(5, 3), (7, 4), (8, 4), (9, 4), (11, 5), (5, 5)])
-def test_whole_ones_are_each_held_once_and_evenly(full, size):
+def test_nearly_even_shards_cover_everything_once(full, size):
     splits = [Partition(rank, size).nearly_even(full, "experts") for rank in range(size)]
     held = [index for split in splits for start, stop in split.spans for index in range(start, stop)]
     assert held == list(range(full))

@@ -1,4 +1,4 @@
-"""Two GPUs over NCCL give what one gives, in graphs and without, and one that dies leaves nobody waiting."""
+"""Two GPUs over NCCL equal one GPU, with and without CUDA graphs, and a dead worker causes no hang."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def engine(folder, dtype, **options):
 
 
 def chosen(output):
-    """Log-probabilities of a prompt's own tokens and of the chosen ones."""
+    """Return the log-probabilities of the prompt's tokens and of the chosen tokens."""
     given = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
     return torch.tensor([next(iter(row.values())).logprob for row in given])
 
@@ -71,7 +71,7 @@ def test_bf16_differs_by_rounding(folder):
 
 
 @pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graphs"])
-def test_a_killed_worker_is_an_error_and_no_wait(folder, enforce_eager):
+def test_a_killed_worker_raises_an_error_without_hanging(folder, enforce_eager):
     llm = engine(folder, "bfloat16", tensor_parallel_size=2, enforce_eager=enforce_eager)
     stream = llm.stream(PROMPTS[3], SamplingParams(temperature=0, max_tokens=400, ignore_eos=True))
     next(stream)

@@ -1,4 +1,4 @@
-"""Two processes over gloo give what one gives, and end when one of them does."""
+"""Two processes over gloo equal one process, and both end if one of them ends."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ PAIRS = {
 
 @pytest.fixture(scope="module", params=PAIRS)
 def pair(request, tmp_path_factory):
-    """A model on one rank and on two."""
+    """Return engines of a model on one rank and on two ranks."""
     make, more = PAIRS[request.param]
     folder = make(tmp_path_factory.mktemp("pair"))
     one, two = LLM(folder, **OPTIONS), LLM(folder, **OPTIONS, **more, tensor_parallel_size=2)
@@ -115,7 +115,7 @@ def worker(llm: LLM):
 
 
 def rows(output):
-    """All log-probabilities of a prompt, (length - 1, vocab)."""
+    """Return all log-probabilities of a prompt, (length - 1, vocab)."""
     return torch.tensor([[row[i].logprob for i in range(VOCAB)] for row in output.prompt_logprobs[1:]])
 
 
@@ -181,7 +181,7 @@ def test_cancelled_requests_are_removed_on_all_ranks(engines):
 
 @pytest.mark.parametrize("pair", mostly_slow(["canon", "llama4"], fast=[]), indirect=True)
 def test_ranks_compile_the_same_programs(pair):
-    """Sums over ranks included."""
+    """The programs include sums over ranks."""
     one, _ = pair
     one.reset_prefix_cache()
     params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=VOCAB, ignore_eos=True)
@@ -194,7 +194,7 @@ def test_ranks_compile_the_same_programs(pair):
             torch.testing.assert_close(rows(mine), rows(theirs), atol=1e-4, rtol=0)
 
 
-def test_a_killed_worker_is_an_error_and_no_wait(canon_folder):
+def test_a_killed_worker_raises_an_error_without_hanging(canon_folder):
     llm = LLM(canon_folder, **OPTIONS, tensor_parallel_size=2)
     stream = llm.stream(PROMPTS[3], SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
     next(stream)
@@ -209,7 +209,7 @@ def test_a_killed_worker_is_an_error_and_no_wait(canon_folder):
 
 
 def test_a_killed_worker_in_the_middle_of_a_step(canon_folder):
-    """The worker stands still, so that rank 0 waits for it in a sum, and then it dies."""
+    """The worker is stopped, so that rank 0 waits for it in a collective, and is then killed."""
     llm = LLM(canon_folder, **OPTIONS, tensor_parallel_size=2)
     os.kill(worker(llm).pid, signal.SIGSTOP)
     subprocess.Popen(["sh", "-c", f"sleep 1; kill -9 {worker(llm).pid}"])
@@ -219,7 +219,7 @@ def test_a_killed_worker_in_the_middle_of_a_step(canon_folder):
     assert 0.5 < time.monotonic() - start < 6
 
 
-def test_every_caller_of_the_event_loop_is_told(canon_folder):
+def test_every_waiting_caller_gets_the_error(canon_folder):
     async def run():
         llm = AsyncLLM(canon_folder, **OPTIONS, tensor_parallel_size=2)
         params = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
@@ -284,7 +284,7 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def test_what_cannot_be_loaded_starts_nothing(canon_folder, tmp_path, monkeypatch):
+def test_a_loading_error_starts_no_worker(canon_folder, tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(subprocess, "Popen", lambda *args, **_: started.append(args))
     for folder, size, line in (
@@ -301,8 +301,8 @@ def test_what_cannot_be_loaded_starts_nothing(canon_folder, tmp_path, monkeypatc
     assert not started
 
 
-def test_a_worker_that_cannot_load_says_why(canon_folder, tmp_path, monkeypatch):
-    """Rank 0 has read its part when the file breaks, as far as the worker can see."""
+def test_a_workers_loading_error_is_reported(canon_folder, tmp_path, monkeypatch):
+    """For the worker only, the file is damaged after rank 0 has read its shard."""
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_bytes((canon_folder / "config.json").read_bytes())
@@ -316,8 +316,8 @@ def test_a_worker_that_cannot_load_says_why(canon_folder, tmp_path, monkeypatch)
         load_engine(EngineOptions(model=broken, tensor_parallel_size=2, **OPTIONS))
 
 
-def test_a_request_that_cannot_be_told_to_other_ranks_harms_nobody(pair):
-    """Whatever a parameter is, it is refused or can be sent; the ranks live on."""
+def test_parameters_that_cannot_be_sent_are_rejected_without_harm(pair):
+    """Every parameter is either rejected or can be sent to other ranks, and the ranks keep running."""
     _, two = pair
     for fields in (dict(top_k=2**31), dict(top_k=2**64), dict(max_tokens=2**64), dict(stop_token_ids=[2**70]),
                    dict(seed=-(2**63)), dict(logit_bias={5: 1}), dict(min_tokens=2**70, max_tokens=None)):  # fmt: skip
@@ -328,7 +328,7 @@ def test_a_request_that_cannot_be_told_to_other_ranks_harms_nobody(pair):
 
 
 def test_nan_of_one_rank_ends_its_request_on_all(engines):
-    """The damaged row is rank 0's part of the embedding."""
+    """The damaged row is in rank 0's shard of the embedding."""
     one, two = engines
     if two.engine.model.config.tie_word_embeddings:
         pytest.skip("the row is in every request's logits")
@@ -345,7 +345,7 @@ def test_nan_of_one_rank_ends_its_request_on_all(engines):
     assert [output.outputs[0].token_ids for output in outputs] == right
 
 
-def test_a_forked_child_neither_ends_the_ranks_nor_uses_them(canon_folder):
+def test_a_forked_child_does_not_touch_the_ranks(canon_folder):
     llm = LLM(canon_folder, **OPTIONS, tensor_parallel_size=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: fork in a process with threads
@@ -364,7 +364,7 @@ def test_a_forked_child_neither_ends_the_ranks_nor_uses_them(canon_folder):
     llm.engine.close()
 
 
-def test_an_error_of_rank_0_is_named_by_later_calls(canon_folder):
+def test_later_calls_report_the_first_error_of_rank_0(canon_folder):
     llm = LLM(canon_folder, **OPTIONS, tensor_parallel_size=2)
     llm.engine.runner.launch = None
     with pytest.raises(TypeError):

@@ -1,4 +1,4 @@
-"""The kit's functions on whole models: what they measure, and that it is what the engines really compute."""
+"""Functions of the parity kit on whole models: they measure what the engines really compute."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_everything_passes_in_both_dtypes(folder):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_bfloat16_is_no_further_from_the_truth_than_the_reference(name, tmp_path):
+def test_bfloat16_error_is_at_most_that_of_the_reference(name, tmp_path):
     """Mean over seeds of the headline, with its 99.9th percentile's."""
     results = []
     for seed in range(4):
@@ -110,7 +110,7 @@ def test_a_candidate_brings_its_dtype(llama):
         check(llama, candidate=candidate, dtype="float32", **INPUTS)
 
 
-def test_free_running_is_beside_the_rest(llama):
+def test_free_running_is_reported_in_addition(llama):
     report = check(llama, ["stats"], dtype="bfloat16", free_running=True, **INPUTS)
     free = report.free_running
     assert [row["step"] for row in free.positions] == list(range(8)) and free.positions[0]["n"] == 6
@@ -198,7 +198,7 @@ OVERRIDES = {
 
 
 class TestOverrides:
-    """Whoever computes, computes with them: as with a file that says the same."""
+    """Every engine uses the overrides like values of the file."""
 
     @pytest.mark.parametrize("name", OVERRIDES)
     def test_every_engine_computes_with_them(self, name, llama, tmp_path):
@@ -215,7 +215,7 @@ class TestOverrides:
             for scores, other in zip(found, expected, strict=True):
                 assert (scores.logprobs - other.logprobs).abs().max() < 1e-4
 
-    def test_all_checks_pass_against_transformers_and_the_report_knows(self, llama):
+    def test_all_checks_pass_against_transformers_with_overrides(self, llama):
         before = (llama / "config.json").read_bytes()
         report = assert_parity(llama, hf_overrides=OVERRIDES["a norm"], reference="hf", **INPUTS)
         (ranks,) = [cell for cell in report.paths.cells if cell.path == "two tensor-parallel ranks"]
@@ -224,7 +224,7 @@ class TestOverrides:
         assert plain.as_dict()["config_hash"] == same.as_dict()["config_hash"] != report.as_dict()["config_hash"]
         assert (llama / "config.json").read_bytes() == before
 
-    def test_a_truth_without_them_is_noticed(self, llama):
+    def test_a_candidate_without_the_overrides_fails(self, llama):
         candidate = load(llama)
         report = check(llama, ["stats"], candidate=candidate, hf_overrides=OVERRIDES["a norm"], **INPUTS)
         assert not report.passed
@@ -250,7 +250,7 @@ class TestOverrides:
             assert (scores.logprobs - other.logprobs).abs().max() < 1e-4
         assert (without[0].logprobs - theirs[0].logprobs).abs().max() > 1e-2
 
-    def test_a_folder_for_other_libraries_goes_with_its_subject(self, llama):
+    def test_the_temporary_folder_is_deleted_with_the_model_under_test(self, llama):
         tested = ModelUnderTest.open(llama, overrides={"rms_norm_eps": 0.05, "made_up": None})
         folder = tested.folder
         assert folder == tested.folder != llama
@@ -260,14 +260,14 @@ class TestOverrides:
         assert not folder.exists() and (llama / "model.safetensors").is_file()
         assert ModelUnderTest.open(llama).folder == llama
 
-    def test_a_head_that_is_in_no_file_is_not_made_up(self, tmp_path):
+    def test_a_missing_head_is_an_error(self, tmp_path):
         hf_checkpoint(tmp_path, LlamaConfig(**SHAPE, tie_word_embeddings=True))
         for engine in ("hf", "reference", "lamella"):
             with pytest.raises(CheckpointError, match=r"lm_head\.weight") as caught:
                 score(tmp_path, engine=engine, hf_overrides={"tie_word_embeddings": False}, **INPUTS)
             assert "\n" not in str(caught.value)
 
-    def test_bad_ones_are_one_line(self, llama):
+    def test_bad_overrides_are_one_line_errors(self, llama):
         for options, line in (
             ({"hf_overrides": "off"}, "hf_overrides='off': must be a mapping"),
             ({"hf_overrides": {1: 2}}, "hf_overrides={1: 2}: must be a mapping"),
@@ -283,7 +283,7 @@ class TestOverrides:
                 check(llama, **INPUTS | options)
             assert line in str(caught.value) and "\n" not in str(caught.value)
 
-    def test_a_size_that_no_tensor_has_is_one_line_with_every_oracle(self, llama):
+    def test_a_size_that_no_tensor_has_is_a_one_line_error_with_every_reference(self, llama):
         for reference in ("hf", "reference"):
             with pytest.raises(CheckpointError) as caught:
                 check(llama, ["stats"], reference=reference, hf_overrides={"intermediate_size": 40}, **INPUTS)

@@ -1,4 +1,4 @@
-"""A fault anywhere is named, with its layer, operation, position and channel; a model without one is left in peace."""
+"""A fault is named with its layer, operation, position and channel; a correct model gives no false alarm."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PROMPTS = {"prompts": "random", "count": 1, "prompt_len": 32, "decode_len": 16}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A checkpoint of each architecture."""
+    """Return a checkpoint of each architecture."""
     made = {name: tmp_path_factory.mktemp(name) for name in ("llama", "qwen3", "llama4", "canon")}
     hf_checkpoint(made["llama"], LlamaConfig(**LLAMA))
     hf_checkpoint(made["qwen3"], Qwen3Config(**QWEN3))
@@ -61,7 +61,7 @@ def layer(model, index=1):
 
 
 def wrap(module, after: Callable) -> None:
-    """Replace what a module gives by `after(output)`."""
+    """Replace the output of a module by `after(output)`."""
     module.forward = MethodType(lambda self, *args, inner=module.forward: after(inner(*args)), module)
 
 
@@ -97,7 +97,7 @@ def change_history(canon, change: Callable) -> None:
 
 
 def forgot_the_history(model):
-    """A convolution that starts every chunk of a prompt from zeros, and decodes rightly."""
+    """Make a convolution start every chunk of a prompt from zeros; decodes stay correct."""
 
     def change(rows, batch):
         continued = batch.num_decodes == 0 and batch.context_lens[0] > batch.query_lens[0]
@@ -115,7 +115,7 @@ def forgot_the_history_in_long_chunks(model):
 
 
 def never_moved_the_history(model):
-    """A decode step that reads its history and does not shift it."""
+    """Make a decode step read its history without updating it."""
     change_history(layer(model, 2).feed_forward_canon, lambda rows, batch: rows.clone() if batch.num_decodes else rows)
 
 
@@ -221,7 +221,7 @@ def first_expert_for_all(model):
 
 
 def as_in_another_chunk(model):
-    """One decode in which a layer takes chunks for shorter than they are."""
+    """Make a layer use a shorter attention chunk in one decode step."""
     attention = layer(model).mixer.attention
     right, inner = attention.read, PagedAttention.read
 
@@ -323,7 +323,7 @@ def test_the_channel_is_the_faulty_one(folders):
 
 @pytest.mark.parametrize("field", ["rms_norm_eps", "rope_theta"])
 def test_a_config_misread_is_named(field, folders, monkeypatch):
-    """`transformers` reads the file itself, so that a fault of our reader is no secret."""
+    """`transformers` reads the file itself, so a fault of lamella's reader is detected."""
     right = LlamaForCausalLM.description
 
     def wrong(values) -> ModelConfig:
@@ -340,7 +340,7 @@ def test_a_config_misread_is_named(field, folders, monkeypatch):
     assert (first.layer, first.op) == (0, "norm" if field == "rms_norm_eps" else "rotary")
 
 
-def test_an_operation_that_is_left_out_is_named(folders):
+def test_a_missing_operation_is_named(folders):
     model = load(folders["qwen3"])
     mixer = layer(model).mixer
     mixer.q_norm = mixer.k_norm = None
@@ -349,7 +349,7 @@ def test_an_operation_that_is_left_out_is_named(folders):
     assert str(first) == "layer 1, q_norm (layers.1.mixer.q_norm): the engine does not compute it"
 
 
-def test_an_operation_too_many_is_named(folders):
+def test_an_extra_operation_is_named(folders):
     model = load(folders["canon"])
     extra = load(folders["canon"])
     layer(model, 2).mixer_canon = layer(extra, 2).mixer_canon
@@ -359,7 +359,7 @@ def test_an_operation_too_many_is_named(folders):
 
 
 def random_model(seed: int, folder):
-    """A right model of one of the architectures, of random shape."""
+    """Return a correct model of one architecture, with random shape."""
     choose = random.Random(seed)
     heads, kv_heads, head_dim = choose.choice([(4, 2, 16), (4, 4, 32), (6, 1, 16), (8, 2, 8), (5, 5, 24)])
     shape = {
@@ -426,7 +426,7 @@ def test_unsupported_bisections_are_refused(folders):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
 @pytest.mark.parametrize("name", ["mlp.down_proj", "self_attn.v_proj", "post_attention_layernorm"])
 def test_a_damaged_weight_is_named_as_the_first_operation_that_gives_nan(folders, tmp_path, name, value):
-    """In the checkpoint, so that the reference computes with it too."""
+    """The weight is damaged in the checkpoint, so that the reference uses it too."""
     copy = tmp_path / "damaged"
     shutil.copytree(folders["llama"], copy)
     tensors = load_file(copy / "model.safetensors")
@@ -442,7 +442,7 @@ def test_a_damaged_weight_is_named_as_the_first_operation_that_gives_nan(folders
     assert "NaN or Inf" in str(row)
 
 
-def test_an_overflow_of_the_engines_dtype_is_the_engines(folders):
+def test_an_overflow_of_the_engines_dtype_is_attributed_to_the_engine(folders):
     model = load(folders["llama"], torch.float16)
     with torch.no_grad():
         layer(model).feed_forward.down_proj.weight.mul_(3e5)

@@ -104,7 +104,7 @@ def test_matches_the_procedure(fields):
     assert result.hazard == pytest.approx(partings / sum(before for row in rows for *_, before in row))
 
 
-def test_equal_generations_never_part():
+def test_equal_generations_never_diverge():
     _, reference = make(5, 8, 40)
     result = compare_generations(reference, reference)
     assert result.hazard == 0
@@ -113,7 +113,7 @@ def test_equal_generations_never_part():
     assert {value for name, value in result.overall.items() if name != "match"} == {0}
 
 
-def test_generations_that_part_at_once_are_no_longer_at_risk():
+def test_generations_count_for_the_hazard_only_until_they_diverge():
     engine, reference = make(5, 8, 40, same=0.0, noise=0.01)
     for ours in engine:
         ours.scores.logprobs.sub_(2)
@@ -133,7 +133,7 @@ def test_generations_that_part_at_once_are_no_longer_at_risk():
         (["101", "110"], 2 / 5),
     ],
 )
-def test_hazard_is_partings_by_steps_at_risk(equal, hazard):
+def test_hazard_is_divergences_divided_by_steps_at_risk(equal, hazard):
     scores = Scores.from_logits(torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), [0] * 3, None)
     reference = [Generation((1, 2, 3), scores)] * len(equal)
     engine = [
@@ -164,7 +164,7 @@ def test_an_outlier_is_beyond_one_nat(gap, outliers):
     assert overall["std"] == 0
 
 
-def test_what_is_no_number_is_an_outlier():
+def test_nan_is_an_outlier():
     engine, reference = make(2, 3, 30, noise=0.01)
     engine[0].scores.logprobs[1] = math.nan
     assert compare_generations(engine, reference).overall["outliers"] > 0

@@ -1,4 +1,4 @@
-"""The HTML report: one well-formed page that needs nothing else, and that no content can break."""
+"""HTML report: one well-formed, self-contained page that no content can break."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VOID = {"meta"}
 
 
 class Page(HTMLParser):
-    """Checks that every tag closes where it should; keeps the tags, the attributes and the text."""
+    """Check that every tag is closed correctly; record tags, attributes and text."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def bisect_row(site: str, layer: int | None, op: str, ratio: float) -> dict[str,
 
 
 def bisect_rows(layers: int = 4) -> list[dict[str, Any]]:
-    """Right up to layer 2, whose rotary embedding is wrong."""
+    """Rows that are correct up to layer 2, whose rotary embedding is wrong."""
     ops = (
         ("mixer_norm", "norm"),
         ("qkv", "projection"),
@@ -133,7 +133,7 @@ def token(delta: float, **given: Any) -> dict[str, Any]:
 
 
 def full_report() -> dict[str, Any]:
-    """Every section has data."""
+    """Return a report with data in every section."""
     bell = [round(400 * math.exp(-(((i - 22) / 6) ** 2))) for i in range(36)]
     return {
         "verdict": "fail",
@@ -226,7 +226,7 @@ def full_report() -> dict[str, Any]:
 
 
 def without_numbers(value: Any, replacement: float | None) -> Any:
-    """The same report from an engine whose every float is broken."""
+    """Return the same report with every float replaced by NaN or None."""
     if isinstance(value, dict):
         return {key: without_numbers(item, replacement) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Every path of every architecture is right, state included; a path that is wrong shows, and so does one not taken."""
+"""Every path of every architecture is correct, including state; wrong paths and paths not taken are detected."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_every_path_is_right(model, dtype, tmp_path):
         assert all(cell.agreement == 1 and cell.logprob_max < 1e-4 and (cell.state_max or 0) < 1e-5 for cell in taken)
 
 
-def test_the_cuts_are_where_state_changes_hands(canon):
+def test_chunks_are_split_around_windows_and_blocks(canon):
     names = {path.name for path in catalogue(ModelUnderTest.open(canon).config, 48, CPU)}
     assert {f"chunked, cut at {cut}" for cut in (1, 2, 3, 4, 5, 15, 16, 17, 46)} <= names  # W is 4, a block is 16
     assert {f"chunked, every {size}" for size in (2, 3, 4, 5, 15, 16, 17)} <= names
@@ -95,8 +95,8 @@ def test_a_key_lost_on_a_new_block_shows(canon):
     assert "token by token from the first" in failed and "chunked, cut at 16" not in failed
 
 
-def test_a_state_that_only_the_next_token_would_miss_shows(canon):
-    """The last decode step computes rightly and leaves a stale history: no log-probability is wrong yet."""
+def test_a_stale_state_after_the_last_step_is_detected(canon):
+    """The last decode step is correct but leaves a stale history, so that no log-probability is wrong yet."""
     last = PROMPTS["prompt_len"] + PROMPTS["decode_len"] - 2
 
     def change(rows, batch):
@@ -108,8 +108,8 @@ def test_a_state_that_only_the_next_token_would_miss_shows(canon):
     assert "the state of model.layers.1.history differs by" in cell.why
 
 
-def test_memory_that_shines_through_is_not_bitwise(canon):
-    """A convolution that lets a little of what its slot held before into its result."""
+def test_leaking_slot_memory_is_detected_as_not_bitwise_equal(canon):
+    """A convolution whose result contains a small part of the slot's previous contents."""
 
     def inject(model):
         conv = layer(model).mixer_canon
@@ -126,7 +126,7 @@ def test_memory_that_shines_through_is_not_bitwise(canon):
     assert cell.why == "must be bitwise equal, and is not"
 
 
-def test_a_broken_full_forward_excuses_no_path(canon):
+def test_a_wrong_full_forward_does_not_raise_the_limits_of_paths(canon):
     candidate = load(canon)
     layer(candidate).mixer.o_proj.weight.fill_(torch.nan)
     matrix = paths(canon, candidate=candidate, **PROMPTS)
@@ -163,7 +163,7 @@ def llama4(tmp_path_factory):
     return made
 
 
-def test_the_ends_of_chunks_are_cut_and_hit_at(llama4):
+def test_paths_split_and_hit_at_the_ends_of_attention_chunks(llama4):
     names = {path.name for path in catalogue(ModelUnderTest.open(llama4).config, 48, CPU)}
     assert {
         "chunked, cut at 15",
@@ -174,7 +174,7 @@ def test_the_ends_of_chunks_are_cut_and_hit_at(llama4):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_router_that_is_wrong_in_decodes_shows_though_experts_are_held(llama4, dtype):
+def test_a_wrong_router_in_decodes_is_detected_with_pinned_experts(llama4, dtype):
     def inject(model):
         router = layer(model).feed_forward.router
         inner = router.forward
@@ -190,8 +190,8 @@ def test_a_router_that_is_wrong_in_decodes_shows_though_experts_are_held(llama4,
         assert "the state of model.layers.1.feed_forward.router differs" in failed["token by token from the first"].why
 
 
-def test_a_chunk_that_starts_late_in_decodes_shows(llama4):
-    """A graph captured with the chunk of its first step would do this."""
+def test_a_late_attention_chunk_in_decodes_is_detected(llama4):
+    """A CUDA graph that captured the chunk of its first step would behave like this."""
 
     def inject(model):
         attention = layer(model).mixer.attention

@@ -1,4 +1,4 @@
-"""The reference shares nothing with the engine, and equals `transformers` bit for bit wherever that has the model."""
+"""The reference shares no code with the engine, and is bitwise equal to `transformers` for its models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tokens(length: int, seed: int = 0) -> list[int]:
 
 
 def recorded(logits, ids):
-    """(logits, every site's value) of a tapped forward."""
+    """Return (logits, value of every site) of a tapped forward."""
     values = {}
 
     def tap(site, value):
@@ -51,20 +51,20 @@ def pair(tested: ModelUnderTest, dtype: torch.dtype, attention: str = "eager") -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_bit_is_that_of_transformers(tested, dtype):
+def test_logits_are_bitwise_equal_to_transformers(tested, dtype):
     for attention in ATTENTION:
         hf, ours = pair(tested, dtype, attention)
         ids = tokens(90)
         assert torch.equal(hf.logits(ids), ours.logits(ids))
 
 
-def test_float64_is_that_of_transformers_up_to_its_float32_norms(tested):
+def test_float64_logits_equal_transformers_up_to_its_float32_norms(tested):
     hf, ours = pair(tested, torch.float64)
     ids = tokens(90)
     assert (hf.logits(ids) - ours.logits(ids)).abs().max() < 1e-4
 
 
-def test_every_site_is_that_of_transformers(tested):
+def test_every_site_equals_transformers(tested):
     hf, ours = pair(tested, torch.float32)
     ids = tokens(40)
     (theirs, their_sites), (ours, our_sites) = recorded(hf.logits, ids), recorded(ours.logits, ids)
@@ -74,7 +74,7 @@ def test_every_site_is_that_of_transformers(tested):
     assert torch.equal(hf.logits(ids), theirs)  # tapping leaves the model as it was
 
 
-def test_a_tap_changes_what_goes_on(tested):
+def test_a_tap_can_replace_values(tested):
     hf, ours = pair(tested, torch.float32)
     ids = tokens(20)
     for model in (hf, ours):
@@ -89,7 +89,7 @@ def test_a_tap_changes_what_goes_on(tested):
 
 
 @pytest.mark.parametrize("name", CANON)
-def test_canon_is_that_of_its_formulas(name, tmp_path):
+def test_canon_models_equal_their_formulas(name, tmp_path):
     folder = canon_checkpoint(tmp_path, **CANON[name])
     tested = ModelUnderTest.open(folder)
     expected = CanonReferenceModel(*read_hf(folder))
@@ -99,7 +99,7 @@ def test_canon_is_that_of_its_formulas(name, tmp_path):
     assert (ours - expected(torch.tensor([ids]))[0]).abs().max() < 1e-4
 
 
-def test_dummy_weights_are_the_engines(tmp_path):
+def test_dummy_weights_are_those_of_the_engine(tmp_path):
     folder = canon_checkpoint(tmp_path, canon_bias=True, attention_bias=True)
     (folder / "model.safetensors").unlink()
     tested = ModelUnderTest.open(folder, load_format="dummy", seed=3)
@@ -109,14 +109,14 @@ def test_dummy_weights_are_the_engines(tmp_path):
     assert (ReferenceModel(tested.config, tested.weights(CPU), torch.float32).logits(ids) - expected).abs().max() < 1e-4
 
 
-def test_a_mixer_without_a_plain_form_is_named(tmp_path, monkeypatch):
+def test_a_mixer_without_a_reference_implementation_is_named(tmp_path, monkeypatch):
     tested = ModelUnderTest.open(canon_checkpoint(tmp_path))
     monkeypatch.delitem(MIXERS, AttentionConfig)
     with pytest.raises(ConfigError, match=r"layers\.0\.mixer: .* no plain form of AttentionConfig"):
         ReferenceModel(tested.config, tested.weights(CPU), torch.float32).logits([1, 2])
 
 
-def test_transformers_says_why_it_cannot(tmp_path):
+def test_the_reason_why_transformers_is_not_used_is_given(tmp_path):
     tested = ModelUnderTest.open(canon_checkpoint(tmp_path))
     with pytest.raises(ConfigError, match=r"hf: transformers does not know the model .*; `reference`"):
         HFModel(tested, Settings(dtype=torch.float32, device=CPU))

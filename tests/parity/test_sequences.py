@@ -1,4 +1,4 @@
-"""What is scored: bundled text, random tokens and files of prompts, and the errors that name their line."""
+"""Scored sequences: bundled text, random tokens and files of prompts, and errors that name the line."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ BAD = [
 
 
 def message(*args, **kwargs):
-    """Of the one line that the error is."""
+    """Return the message of a one-line error."""
     with pytest.raises(ParameterError) as info:
         make_inputs(*args, **kwargs)
     text = str(info.value)

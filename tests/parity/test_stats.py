@@ -44,7 +44,7 @@ def make_reference(sequences, top=None):
 
 
 def moved(reference, change):
-    """`change(index)` added to the forced tokens' log-probabilities."""
+    """Add `change(index)` to the forced tokens' log-probabilities."""
     return [replace(scores, target=scores.target + change(index)) for index, scores in enumerate(reference)]
 
 
@@ -53,7 +53,7 @@ def noisy(reference, sigma, seed):
 
 
 def deltas(reference, *runs):
-    """One array for each sequence of each run."""
+    """Return one array for each sequence of each run."""
     return [
         (ours.target - expected.target).numpy() for run in runs for expected, ours in zip(reference, run, strict=True)
     ]
@@ -126,12 +126,12 @@ def test_likeliest_is_the_first_of_equals(top):
 
 
 def kl(p, q):
-    """Textbook, of two lists of probabilities."""
+    """Return the textbook KL divergence of two lists of probabilities."""
     return sum(a * (math.log(a / b) if b else math.inf) for a, b in zip(p, q, strict=True) if a)
 
 
 def coarse_kl(p, q, reference, engine):
-    """Of two distributions over the vocabulary, coarsened to the tokens that both `Scores` name, and the rest."""
+    """Return the KL divergence of two distributions, coarsened to the tokens that both `Scores` list and the rest."""
     values = []
     for row, (a, b) in enumerate(zip(p, q, strict=True)):
         named = [set(range(len(a))) if s.ids is None else set(s.ids[row].tolist()) for s in (reference, engine)]
@@ -201,7 +201,7 @@ def test_coarsening_never_adds_divergence_where_float32_rounds_the_rest_away():
 @pytest.mark.parametrize("reference_top", [None, 3])
 @pytest.mark.parametrize("engine_top", [None, 3])
 @pytest.mark.parametrize("both", [False, True])
-def test_what_the_truth_excludes_counts_nothing(reference_top, engine_top, both):
+def test_tokens_that_the_reference_excludes_do_not_count(reference_top, engine_top, both):
     logits, other = 0.1 * randn(10, 5), 0.1 * randn(10, 5, seed=1)
     logits[:, [1, 4]] = -math.inf
     if both:
@@ -217,7 +217,7 @@ def test_what_the_truth_excludes_counts_nothing(reference_top, engine_top, both)
 
 
 @pytest.mark.parametrize("ids", [None, torch.tensor([[2, 1, 0]])])
-def test_divergence_is_infinite_where_the_engine_excludes_what_the_truth_allows(ids):
+def test_divergence_is_infinite_if_the_engine_excludes_a_token_of_the_reference(ids):
     reference = Scores.from_logits(torch.tensor([[0.0, 1.0, 2.0, -9.0]]), [0], None if ids is None else 3)
     engine = Scores.from_logits(torch.tensor([[0.0, 1.0, -math.inf, -math.inf]]), [0], None)
     if ids is not None:
@@ -243,7 +243,7 @@ def test_predictions_are_numbered_by_decode_step_and_position(prompt, continuati
 
 
 @pytest.mark.parametrize(("reference_top", "engine_top"), [(None, None), (None, 3), (3, 3), (2, None)])
-def test_differences_are_engine_less_truth(reference_top, engine_top):
+def test_differences_are_engine_minus_reference(reference_top, engine_top):
     sequences = make_sequences([(4, 3), (1, 1), (2, 9)])
     logits = [2 * randn(s.num_predictions, VOCAB, seed=i) for i, s in enumerate(sequences)]
     others = [x + randn(len(x), VOCAB, seed=10 + i) for i, x in enumerate(logits)]
@@ -337,7 +337,7 @@ def test_ratio_error_leaves_one_sequence_out_at_a_time(shapes):
     assert result.noise_floor_ratio_error == pytest.approx(expected)
 
 
-def test_one_sequence_says_nothing_of_the_ratio_error():
+def test_the_ratio_error_needs_two_sequences():
     result = compare_scores(*case(2.0, ((3, 4),)))
     assert math.isnan(result.noise_floor_ratio_error) and result.noise_floor_ratio > 0
 
@@ -526,7 +526,7 @@ def test_worst_are_the_largest_in_order(count, top):
     assert result.worst == rows[:count]
 
 
-def test_what_is_no_number_is_the_worst():
+def test_nan_is_the_worst_prediction():
     sequences, reference, engine, floors = case()
     engine = moved(engine, lambda i: 0.0)
     engine[5].target[7], engine[3].target[85] = math.nan, -math.inf
@@ -541,7 +541,7 @@ def test_what_is_no_number_is_the_worst():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("floor", ["noise", "zero"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_engine_without_a_number_never_passes(value, floor, dtype):
+def test_an_engine_with_nan_never_passes(value, floor, dtype):
     sequences, reference, _, floors = case()
     engine = moved(reference, lambda i: 0.0)
     engine[5].target[7] = value
@@ -558,7 +558,7 @@ def test_an_engine_without_a_number_never_passes(value, floor, dtype):
         -math.inf,
     ],
 )
-def test_a_floor_without_a_number_is_no_yardstick(value):
+def test_a_floor_with_nan_is_not_used_as_yardstick(value):
     sequences, reference, engine, floors = case(500.0, ((5, 6),) * 3)
     floor = moved(reference, lambda i: 0.0)
     floor[1].target[7] = value
@@ -580,12 +580,12 @@ def test_a_zero_floor_allows_nothing_but_equality():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("sigma", "passes"), [(0.5, True), (1.0, True), (1.2, False), (3.0, False)])
-def test_noise_passes_up_to_the_floors_own(sigma, passes, dtype):
+def test_noise_up_to_that_of_the_floor_passes(sigma, passes, dtype):
     assert (judge_stats(compared(sigma), dtype, Tolerances()) == []) is passes
 
 
 def changed(**changes):
-    """A good comparison with other values; those that begin with `engine_` are of the engine's summary."""
+    """Return a passing comparison with some values changed; names with `engine_` belong to the engine's summary."""
     result = compared(0.9)
     engine = {name.removeprefix("engine_"): changes.pop(name) for name in list(changes) if name.startswith("engine_")}
     share = changes.pop("share", 0.0)
@@ -671,7 +671,7 @@ def test_a_larger_ratio_can_be_allowed():
         (torch.float16, 1e-4, False),
     ],
 )
-def test_small_differences_need_no_yardstick_in_fp32_alone(dtype, size, passes):
+def test_small_differences_pass_without_yardstick_only_in_fp32(dtype, size, passes):
     awful = changed(engine_max=size, engine_bias=9.0, noise_floor_ratio=9.0, p999_ratio=9.0, share=0.9)
     assert len(judge_stats(awful, dtype, Tolerances())) == (0 if passes else 4)
 

@@ -1,4 +1,4 @@
-"""vLLM as an engine of the parity report: its numbers, where they come from, and its errors."""
+"""vLLM as a scorer of the parity kit: its numbers and its errors."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_the_continuation_is_decoded_token_by_token(engine: Any, monkeypatch: py
     assert [tokens for tokens in steps if tokens] == [21, 1, 1, 1]
 
 
-def test_nothing_is_asked(engine: Any) -> None:
+def test_an_empty_list_of_sequences_is_scored(engine: Any) -> None:
     assert engine[0].score([]) == engine[0].generate([], 4) == []
 
 

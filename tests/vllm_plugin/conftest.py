@@ -1,4 +1,4 @@
-"""Settings of vLLM that these tests partition: engines in this process, a small cache, no waiting for compilers."""
+"""Settings of vLLM shared by these tests: engines in this process, a small cache, no compilation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def engines_may_start_after_numba() -> Iterator[None]:
 
 @pytest.fixture
 def plugin_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """What the plugin says, which goes to vLLM's logger otherwise, and from there to nobody else."""
+    """Capture the plugin's log, which otherwise goes to vLLM's logger without propagating."""
     from lamella import vllm_plugin
     from lamella.vllm_plugin import checks
     from lamella.vllm_plugin.loading import weights
@@ -47,7 +47,7 @@ def plugin_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LlamaCanon with everything on."""
+    """Return a random LlamaCanon with all options on."""
     return canon(tmp_path_factory.mktemp("canon"))
 
 

@@ -1,4 +1,4 @@
-"""vLLM engines on tiny models, and what their tokens are measured against: one full float64 forward a sequence."""
+"""vLLM engines on tiny models, and the expected tokens: one full float64 forward per sequence."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ TOLERANCE = 1e-3  # nats
 
 
 def canon(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A random LlamaCanon with everything on."""
+    """Return a random LlamaCanon with all options on."""
     return canon_checkpoint(folder, seed, **(EVERYTHING | changes))
 
 
@@ -78,7 +78,7 @@ def numba_hidden() -> Iterator[None]:
 
 @contextmanager
 def running(model: Path, **options: Any) -> Iterator[Any]:
-    """A vLLM engine."""
+    """Start a vLLM engine."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -110,7 +110,7 @@ def running(model: Path, **options: Any) -> Iterator[Any]:
 
 @contextmanager
 def built(config: Any, folder: Path) -> Iterator[Any]:
-    """A model in vLLM's hands before its weights are; `folder` is for its one process to meet itself in."""
+    """Build a model inside vLLM without loading weights; `folder` is for the rendezvous of its one process."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import (
         cleanup_dist_env_and_memory,
@@ -158,14 +158,14 @@ def tokens_of(outputs: Sequence[Any]) -> list[list[int]]:
 
 @cache
 def oracle(model: Path, placement: str | None = None) -> Callable[[list[int]], Tensor]:
-    """Logits (n, vocab) of n tokens."""
+    """Return a function that computes logits (n, vocab) of n tokens."""
     tested = ModelUnderTest.open(model, placement=placement)
     logits = cache(ReferenceModel(tested.config, tested.weights(torch.device("cpu")), torch.float64).logits)
     return lambda ids: logits(tuple(ids))
 
 
 def assert_right(logits_of: Callable[[list[int]], Tensor], outputs: Sequence[Any]) -> None:
-    """Every token is the likeliest after those before it, and as likely as vLLM says."""
+    """Check that every token is the likeliest one, with the log-probability that vLLM reports."""
     for output in outputs:
         prompt, completion = output.prompt_token_ids, output.outputs[0]
         taken = torch.tensor(completion.token_ids)
@@ -184,7 +184,7 @@ def assert_right(logits_of: Callable[[list[int]], Tensor], outputs: Sequence[Any
 
 
 def assert_right_with_drafts(folder: Path, options: dict[str, Any]) -> None:
-    """Some continuations repeat themselves, so that drafts are accepted; random prompts hardly ever are."""
+    """Check tokens with drafts; some continuations repeat, so that drafts are accepted."""
     rng = random.Random(1)
     pattern = prompts_of(6, seed=8)[0]
     prompts = [*prompts_of(*LENGTHS), pattern * 12, [*pattern, *pattern], [7] * 30]
@@ -216,7 +216,7 @@ def scheduler_of(llm: Any) -> Any:
 
 @contextmanager
 def watched(llm: Any) -> Iterator[list[Mapping[str, int]]]:
-    """The tokens that each step has of each request, while the block runs."""
+    """Record the tokens of each request in each step inside a `with` block."""
     scheduler, steps = scheduler_of(llm), []
     schedule = scheduler.schedule
 
@@ -234,12 +234,12 @@ def watched(llm: Any) -> Iterator[list[Mapping[str, int]]]:
 
 
 def metric(llm: Any, name: str) -> float:
-    """A counter of the engine's, from its start."""
+    """Return the value of a counter of the engine."""
     return sum(found.value for found in llm.get_metrics() if found.name == f"vllm:{name}")
 
 
 def demo_questions(count: int) -> tuple[list[Question], list[list[int]]]:
-    """Held-out questions of every kind, and their tokens."""
+    """Return held-out questions of every kind with their tokens."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))

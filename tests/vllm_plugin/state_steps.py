@@ -1,4 +1,4 @@
-"""Steps as vLLM's runner describes them, and what the plugin makes of them."""
+"""Steps as described by vLLM's runners, and the batches that the plugin builds from them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def metadata(**values: Any) -> StateMetadata:
 def described(
     query: list[int], context: list[int], slots: list[int], tokens_per_block: int | None = None, padding: int = 0
 ) -> StateMetadata:
-    """Return what the builder makes of a step without drafts, as either runner describes it."""
+    """Return the metadata that the builder makes from a step without drafts, described by either runner."""
     builder = StateMetadataBuilder.__new__(StateMetadataBuilder)
     builder._index, builder._spare_rows, builder._tokens_per_block = torch.arange(100), 0, tokens_per_block
     requests = len(query) + padding

@@ -56,7 +56,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", ["gdn", "kda", "mamba", "all", "query bias"])
 def test_chunks_batches_and_reuse(folders: dict[str, Path], name: str) -> None:
-    """Prompts in chunks of a few tokens beside others' decodes, then one-token prompts in blocks that had tenants."""
+    """Prompts in small chunks with other requests' decodes, then one-token prompts in recycled blocks."""
     folder = folders[name]
     with running(folder, max_num_batched_tokens=16, enable_prefix_caching=False) as llm:
         assert_right(oracle(folder), generate(llm, prompts_of(*LENGTHS), 12))
@@ -65,7 +65,7 @@ def test_chunks_batches_and_reuse(folders: dict[str, Path], name: str) -> None:
 
 @pytest.mark.parametrize("name", ["all", "supernet"])
 def test_prefix_hits(folders: dict[str, Path], name: str) -> None:
-    """A state that was copied at the end of a block is the state that a request would have computed."""
+    """A state copied at the end of a block equals the state that a request would have computed."""
     folder = folders[name]
     placement = A if name == "supernet" else None
     with running(folder, enable_prefix_caching=True) as llm:
@@ -98,8 +98,8 @@ def test_compiled(folders: dict[str, Path], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["all", "gdn", "kda", "mamba", "sliding_window", "supernet"])
-def test_bfloat16_is_as_exact_as_the_references(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
-    """Of a mixer alone, of all of them, and of a supernet under a placement."""
+def test_bfloat16_is_as_exact_as_the_reference_in_bfloat16(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """Check one mixer, all mixers, and a supernet under a placement."""
     folder = folders[name] if name in ("all", "supernet") else checkpoint(tmp_path, fixed(WIDE[name]))
     placement = B if name == "supernet" else None
     inputs = {"prompts": "random", "count": 6, "placement": placement}
@@ -126,8 +126,8 @@ class TestSupernet:
         assert engine.collective_rpc("set_layer_placements", args=(names,)) == [dict(enumerate(names))]
         assert_right(oracle(folders["supernet"], "gdn,kda,mamba"), generate(engine, prompts_of(*LENGTHS), 8))
 
-    def test_switches(self, engine: Any, folders: dict[str, Path]) -> None:
-        """The same prompts under each placement, again and again: nothing of another is found."""
+    def test_switching_placements_gives_the_tokens_of_each(self, engine: Any, folders: dict[str, Path]) -> None:
+        """Run the same prompts under each placement repeatedly; no cache entry of another placement is used."""
         from lamella.vllm_plugin.placement import set_placement
 
         seen: dict[str, list[list[int]]] = {}
@@ -139,8 +139,8 @@ class TestSupernet:
                 assert seen.setdefault(placement, tokens_of(outputs)) == tokens_of(outputs)
         assert len({str(tokens) for tokens in seen.values()}) == 3
 
-    def test_a_switch_in_flight(self, engine: Any, folders: dict[str, Path]) -> None:
-        """All tokens before are the old placement's, all after are the new one's over the whole prefix."""
+    def test_a_switch_with_running_requests(self, engine: Any, folders: dict[str, Path]) -> None:
+        """Tokens after the switch are those of the new placement over the whole prefix."""
         from vllm import SamplingParams
 
         from lamella.vllm_plugin.placement import set_placement
@@ -182,7 +182,7 @@ class TestSupernet:
 
 
 def test_a_fixed_placement_has_no_other_mixers(folders: dict[str, Path]) -> None:
-    """`hf_overrides` chooses for good: the state, and the groups of cache, of what is chosen."""
+    """`hf_overrides` fixes the placement: only its state and cache groups exist."""
     folder = folders["supernet"]
     for placement in (B, "all-attention"):
         with running(folder, hf_overrides={"placement": placement}) as llm:
@@ -250,7 +250,7 @@ def test_drafts_are_refused(folders: dict[str, Path]) -> None:
     ],
 )
 def test_two_ranks(tmp_path: Path, options: dict[str, Any]) -> None:
-    """Every mixer, divided by heads or by layers; all ranks switch."""
+    """Every mixer, sharded by heads or by layers; all ranks switch."""
     folder = checkpoint(tmp_path / "model", fixed({**SUPERNET, "mixers": SOME}, layers=4))
     separate = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_CI_ENV": "0"}
     placements = ["gdn,kda,mamba,swa", "all-attention"]
@@ -278,7 +278,7 @@ def test_no_attention_at_all(tmp_path: Path) -> None:
 
 
 def test_attention_only(tmp_path: Path) -> None:
-    """Such a file keeps no slot state at all."""
+    """Such a model has no slot state."""
     folder = checkpoint(tmp_path, fixed({**ATTENTION, "head_size": 32}))
     with running(folder) as llm:
         assert_right(oracle(folder), generate(llm, prompts_of(*LENGTHS), 12))

@@ -1,4 +1,4 @@
-"""Options that the plugin refuses, and those that it changes."""
+"""Options that the plugin rejects or changes."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ register_all()
 
 
 class TestChecks:
-    def test_nothing_is_wrong_with_the_defaults(self, folder: Path) -> None:
+    def test_the_defaults_pass_the_checks(self, folder: Path) -> None:
         config = configured(folder)
         assert config.model_config.is_hybrid
         assert not ON_CPU or config.cache_config.block_size == 32
 
-    def test_a_block_size_that_was_asked_for_stays(self, folder: Path) -> None:
+    def test_a_given_block_size_is_kept(self, folder: Path) -> None:
         assert configured(folder, block_size=64).cache_config.block_size == 64
 
-    def test_state_of_another_dtype(self, folder: Path) -> None:
+    def test_another_state_dtype_is_rejected(self, folder: Path) -> None:
         configured(folder, mamba_cache_dtype="auto")
         with refused("mamba_cache_dtype='float32': state has the model's dtype"):
             configured(folder, dtype="bfloat16", mamba_cache_dtype="float32")
 
-    def test_the_other_order_of_rows(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_other_state_layout_is_rejected(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from vllm.model_executor.layers.mamba import mamba_utils
 
         monkeypatch.setattr(mamba_utils, "is_conv_state_dim_first", lambda: True)
@@ -51,31 +51,31 @@ class TestChecks:
             configured(folder)
 
     @pytest.mark.skipif(compat.is_at_least(0, 32), reason="this vLLM has no such mode")
-    def test_states_at_every_block(self, folder: Path) -> None:
+    def test_mamba_cache_mode_all_is_rejected(self, folder: Path) -> None:
         with refused("mamba_cache_mode='all'"):
             configured(folder, mamba_cache_mode="all")
 
     @pytest.mark.skipif(compat.has_sound_partial_hits(), reason="in this vLLM they are right, or absent")
-    def test_hits_within_a_block(self, folder: Path) -> None:
+    def test_unsound_partial_hits_are_rejected(self, folder: Path) -> None:
         with refused("prefix_match_unit=16: .*leave it out"):
             configured(folder, prefix_match_unit=16, enable_prefix_caching=True)
 
     @pytest.mark.skipif(not ON_CPU, reason="a fault of vLLM's on CPUs")
-    def test_adapters(self, folder: Path) -> None:
+    def test_lora_on_cpus_is_rejected(self, folder: Path) -> None:
         with refused("enable_lora on CPU"):
             configured(folder, enable_lora=True)
 
     @pytest.mark.skipif(not ON_CPU, reason="a fault of vLLM's on CPUs")
-    def test_eager_stages(self, folder: Path) -> None:
+    def test_eager_pipeline_stages_on_cpus_are_rejected(self, folder: Path) -> None:
         with refused("enforce_eager with pipeline_parallel_size > 1"):
             configured(folder, pipeline_parallel_size=2, enforce_eager=True)
 
-    def test_drafts_of_a_model(self, folder: Path) -> None:
+    def test_drafts_of_a_model_are_rejected(self, folder: Path) -> None:
         drafts = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": 2}
         with refused(r"speculative_config: method 'draft_model' .* there are ngram, "):
             configured(folder, speculative_config=drafts)
 
-    def test_drafts_in_a_vllm_that_forgets_what_was_accepted(
+    def test_drafts_in_a_vllm_that_loses_accepted_counts_are_rejected(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(compat, "has_sound_speculation", lambda: False)
@@ -100,7 +100,7 @@ class TestChecks:
         ids=str,
     )
     @pytest.mark.skipif(ON_CPU, reason="graphs are CUDA's")
-    def test_a_model_is_compiled_whole_unless_otherwise_asked(
+    def test_a_model_is_compiled_in_one_piece_by_default(
         self, folder: Path, options: dict[str, Any], whole: bool
     ) -> None:
         from vllm.config import CUDAGraphMode
@@ -111,7 +111,7 @@ class TestChecks:
             assert made.cudagraph_mode == CUDAGraphMode.FULL_DECODE_ONLY
         assert whole or OPERATIONS[0] in made.splitting_ops
 
-    def test_a_model_without_state_is_left_alone(self, tmp_path: Path) -> None:
+    def test_options_of_a_model_without_slot_state_are_not_changed(self, tmp_path: Path) -> None:
         from transformers import LlamaConfig
 
         config = LlamaConfig(vocab_size=VOCAB, **SHAPE, max_position_embeddings=256)

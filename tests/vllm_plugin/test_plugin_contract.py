@@ -1,4 +1,4 @@
-"""What vLLM asks of a model with slot state: flags, blocks, groups, what its runner keeps."""
+"""vLLM's requirements for a model with slot state: flags, blocks, groups, state of the runner."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ class TestClasses:
 
         assert [CompilationConfig._attention_ops.count(name) for name in OPERATIONS] == [1] * len(OPERATIONS)
 
-    def test_both_runners_hand_accepted_counts_to_the_builder(self) -> None:
+    def test_both_runners_pass_accepted_counts_to_the_builder(self) -> None:
         from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder
         from vllm.v1.attention.backends.short_conv_attn import ShortConvAttentionMetadataBuilder
 
         wanted = ShortConvAttentionMetadataBuilder if compat.is_at_least(0, 29) else GDNAttentionMetadataBuilder
         assert issubclass(StateMetadataBuilder, wanted)
 
-    def test_what_a_request_of_an_8b_model_holds(self) -> None:
-        """One state_module a layer fills its blocks; one for each convolution would pad every one to the widest's."""
+    def test_state_bytes_per_request_of_an_8b_model(self) -> None:
+        """One state per layer fills its blocks; one per convolution would pad each to the widest."""
         sizes = {
             "hidden_size": 4096,
             "intermediate_size": 14336,
@@ -88,7 +88,7 @@ class TestClasses:
 
 
 def test_a_registered_config_is_no_model_of_transformers(folder: Path) -> None:
-    """Parity's truth must come from elsewhere."""
+    """The parity kit must then use its own reference."""
     assert "no language model for LlamaCanon" in why_unsupported(ModelUnderTest.open(folder))
 
 
@@ -182,13 +182,13 @@ def test_without_prefix_caching_a_runner_keeps_nothing() -> None:
 
 
 def runner_state(mode: str) -> type[Any]:
-    """What a canon model asks the newer runner to keep of its requests."""
+    """Return the class in which the newer runner keeps requests of a canon model."""
     cache = SimpleNamespace(mamba_cache_mode=mode)
     model = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache, speculative_config=None))
     return model_class("LlamaCanonForCausalLM").get_model_state_cls(model)
 
 
 @pytest.mark.parametrize("name", ["LlamaCanonForCausalLM", f"{PREFIX}LlamaForCausalLM"])
-def test_only_where_it_costs_is_a_runners_state_replaced(name: str) -> None:
+def test_a_runners_state_is_replaced_only_in_costly_versions(name: str) -> None:
     replaced = compat.has_costly_runner_state() and name == "LlamaCanonForCausalLM"
     assert hasattr(model_class(name), "get_model_state_cls") == replaced

@@ -1,4 +1,4 @@
-"""Models in vLLM by the plugin: greedy tokens are those of one full forward in float64, however a step is cut."""
+"""Models in vLLM by the plugin: greedy tokens equal those of one full float64 forward, for any chunks."""
 
 from __future__ import annotations
 
@@ -71,9 +71,7 @@ def folder(folders: dict[str, Path]) -> Path:
     ],
     ids=lambda value: value if isinstance(value, str) else str(value.get("max_num_batched_tokens", "whole")),
 )
-def test_prompts_in_one_batch_however_they_are_cut(
-    folders: dict[str, Path], model: str, options: dict[str, Any]
-) -> None:
+def test_prompts_in_one_batch_with_any_chunks(folders: dict[str, Path], model: str, options: dict[str, Any]) -> None:
     with running(folders[model], **options) as llm, watched(llm) as steps:
         assert_right(oracle(folders[model]), generate(llm, prompts_of(*LENGTHS)))
     limit = options.get("max_num_batched_tokens")
@@ -87,8 +85,8 @@ def test_prompts_in_one_batch_however_they_are_cut(
         assert lengths == {1, 2, 3, 4, 5}
 
 
-def test_slots_are_used_again(folder: Path) -> None:
-    """Prompts of one token would show what another request left."""
+def test_recycled_slots_do_not_leak(folder: Path) -> None:
+    """Prompts of one token would reveal state of another request."""
     options = {"max_num_seqs": 4, "num_gpu_blocks_override": 24, "enable_prefix_caching": False}
     with running(folder, **options) as llm:
         for seed in range(4):
@@ -197,7 +195,7 @@ def test_the_demo_answers_questions(questions: tuple[list[Any], list[list[int]]]
 
 
 @pytest.mark.parametrize("model", ["demo", "random"])
-def test_bfloat16_is_no_further_from_the_truth_than_plain_torch(folder: Path, model: str) -> None:
+def test_bfloat16_error_is_at_most_that_of_plain_torch(folder: Path, model: str) -> None:
     result = compare(
         CHECKPOINT if model == "demo" else folder,
         engine="vllm",

@@ -95,7 +95,7 @@ def serving(folder: Path, **options: Any) -> Any:
 
 @pytest.mark.parametrize("name", CASES)
 def test_chunks_and_batches(folders: dict[str, Path], name: str) -> None:
-    """Prompts in pieces of a few tokens, which end anywhere in a chunk, beside others' decodes."""
+    """Prompts in small pieces that end anywhere in an attention chunk, with other requests' decodes."""
     folder = folders[name]
     with serving(folder, max_num_batched_tokens=24, enable_prefix_caching=False) as llm:
         assert_right(oracle(folder), generate(llm, prompts_of(*LENGTHS), 24))
@@ -111,14 +111,14 @@ def test_prompts_of_several_chunks_in_a_step(folders: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("name", ["scout", "maverick"])
 def test_compiled(folders: dict[str, Path], name: str) -> None:
-    """Experts are one operation to the compiler, the rotation in the chunk and the temperature are traced."""
+    """The compiler sees experts as one operation; rotation within the chunk and temperature are traced."""
     with serving(folders[name], enforce_eager=False, max_num_batched_tokens=64) as llm:
         assert_right(oracle(folders[name]), generate(llm, prompts_of(*LENGTHS), 24))
 
 
 @pytest.mark.parametrize(("name", "prompt"), [("scout", 96), ("scout", 97), ("scout", 110), ("chunk of blocks", 110)])
 def test_prefix_hits(folders: dict[str, Path], name: str, prompt: int) -> None:
-    """Of a prefix that ends with a chunk, or within one; hits end with blocks, which may be amid a chunk."""
+    """Prefixes that end at or within an attention chunk; hits end at block boundaries."""
     folder = folders[name]
     with serving(folder, enable_prefix_caching=True) as llm:
         shared = prompts_of(prompt)[0]
@@ -202,7 +202,7 @@ def original(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def reading_images(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a model that reads images, of whose language model these are."""
+    """Return the config of the image model to which this language model belongs."""
     return {
         "architectures": ["Llama4ForConditionalGeneration"],
         "model_type": "llama4",
@@ -224,12 +224,12 @@ def test_the_language_model_of_a_checkpoint_with_images(folders: dict[str, Path]
 
 def test_experts_half_one_by_one(folders: dict[str, Path], tmp_path: Path) -> None:
     tensors, values = original(folders["maverick"])
-    apart = one_by_one(tensors)
+    separate = one_by_one(tensors)
     parent, gone = "model.layers.1.feed_forward.experts", "5.up_proj.weight"
-    some = {name: tensor for name, tensor in apart.items() if name != f"{parent}.{gone}"}
+    some = {name: tensor for name, tensor in separate.items() if name != f"{parent}.{gone}"}
     with pytest.raises(CheckpointError, match=rf"missing: {parent}\.{gone}$"), serving(write(tmp_path, some, values)):
         pass
-    twice = tensors | {f"{parent}.{gone}": apart[f"{parent}.{gone}"]}
+    twice = tensors | {f"{parent}.{gone}": separate[f"{parent}.{gone}"]}
     with (
         pytest.raises(CheckpointError, match=rf"unexpected: {parent}\.{gone}$"),
         serving(write(tmp_path, twice, values)),
@@ -238,7 +238,7 @@ def test_experts_half_one_by_one(folders: dict[str, Path], tmp_path: Path) -> No
 
 
 def test_own_formats(folders: dict[str, Path]) -> None:
-    """The file's layer_types are not vLLM's."""
+    """The file's layer_types differ from vLLM's."""
     folder = folders["explicit lists"]
     with serving(folder, config_format="lamella", load_format="lamella") as llm:
         assert_right(oracle(folder), generate(llm, prompts_of(*LENGTHS), 12))

@@ -1,6 +1,6 @@
-"""Llama 4's experts by vLLM's layer: whole ones on a rank, and quantised ones, from every layout of files.
+"""Llama 4's experts by vLLM's layer: expert parallelism and quantised experts, from every layout of files.
 
-What only GPUs compute is built here all the same, and what was loaded into it compared with what the file says.
+Layers that need a GPU are built here too, and their loaded weights are compared with the file.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def method_names(model: Any) -> dict[str, str]:
-    """Who computes what, by the path in the model."""
+    """Return the quantization method of each module, by its path."""
     methods = {path: getattr(module, "quant_method", None) for path, module in model.named_modules()}
     return {path: type(method).__name__ for path, method in methods.items() if method is not None}
 
 
 class TestWholeExperts:
-    """One rank has all of them, two half of them each."""
+    """One rank holds all experts; two ranks hold half of them each."""
 
     @pytest.mark.parametrize("name", ["scout", "top 2, tied"])
     @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
@@ -90,8 +90,8 @@ class TestWholeExperts:
     def test_two_ranks(self, folders: dict[str, Path]) -> None:
         assert_right_on_two(folders["scout"], {"tensor_parallel_size": 2, "enable_expert_parallel": True})
 
-    def test_others_rows(self, folders: dict[str, Path], tmp_path: Path) -> None:
-        """vLLM's kernels for CPUs run rows with the numbers of a rank's own experts."""
+    def test_rows_of_other_ranks_experts_are_zero(self, folders: dict[str, Path], tmp_path: Path) -> None:
+        """vLLM's CPU kernels expect expert ids that are local to the rank."""
         tensors, _ = original(folders["scout"])
         with built(configured(folders["scout"], hf_overrides=OURS, enable_expert_parallel=True), tmp_path) as model:
             model.load_weights(tensors.items())
@@ -106,7 +106,7 @@ class TestWholeExperts:
 
 
 def in_ranges(tensors: Mapping[str, Tensor], choose: Callable[[str], bool], largest: float, dtype: torch.dtype) -> Any:
-    """The tensors with those that are chosen by `choose` on a grid, with a scale for each row; and what that means."""
+    """Quantise the tensors chosen by `choose`, with a scale per row; return stored and dequantised tensors."""
     stored, meant = dict(tensors), dict(tensors)
     for name, tensor in tensors.items():
         if choose(name):
@@ -141,7 +141,7 @@ LAST_ATTENTION = [f"language_model.model.layers.3.self_attn.{part}_proj" for par
 
 
 class TestInt8:
-    """In bfloat16, which these products take. For experts vLLM wants a CPU with AMX, which its kernel does without."""
+    """In bfloat16, as these products require. vLLM requires AMX for experts on CPUs, although its kernel does not."""
 
     @pytest.fixture
     def amx(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,12 +181,12 @@ class TestInt8:
         assert {method for path, method in methods.items() if path.endswith("routed_experts")} == {of_experts}
         for output in outputs:
             ((token, said),) = output.outputs[0].logprobs[0].items()
-            truth = oracle(folder / "meant")(output.prompt_token_ids)[-1].log_softmax(-1)
-            assert said.logprob == pytest.approx(float(truth[token]), abs=0.2)
+            expected = oracle(folder / "meant")(output.prompt_token_ids)[-1].log_softmax(-1)
+            assert said.logprob == pytest.approx(float(expected[token]), abs=0.2)
 
 
 def assert_methods(methods: Mapping[str, str], of_experts: str) -> None:
-    """Attention is left whole, all else is quantised."""
+    """Check that attention is not quantised and everything else is."""
     for path, method in methods.items():
         if path.endswith(("qkv_proj", "o_proj")):
             assert method == "UnquantizedLinearMethod", path
@@ -197,7 +197,7 @@ def assert_methods(methods: Mapping[str, str], of_experts: str) -> None:
 
 
 def of_modelopt(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """ModelOpt's FP8: a number for each tensor and one for what enters it, experts of a layer in one tensor."""
+    """Return a file in ModelOpt's FP8: one scale per tensor and one per input, experts of a layer in one tensor."""
     stored, meant = dict(tensors), dict(tensors)
     for index, (name, tensor) in enumerate(tensors.items()):
         in_one = "experts." in name and "shared" not in name
@@ -239,7 +239,7 @@ FORMS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
 def quantised(
     request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Any:
-    """A model in a form of FP8 in vLLM's hands, its file, and what that means. Kernels are not looked for."""
+    """Return an FP8 model inside vLLM, its file, and the dequantised tensors. Kernels are not selected."""
     from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
     from vllm.model_executor.layers.quantization import modelopt
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
@@ -259,7 +259,7 @@ def quantised(
 
 
 class TestFP8:
-    """Not computed here: that takes a GPU, see below."""
+    """Loading only; computing needs a GPU, see below."""
 
     def test_what_is_loaded_is_what_the_file_means(self, quantised: Any) -> None:
         model, stored, meant, method = quantised
@@ -267,15 +267,15 @@ class TestFP8:
         for parameter in model.parameters():  # what is not loaded shows
             parameter.data.fill_(float("nan"))
         model.load_weights(stored.items())
-        apart = one_by_one(meant)
+        separate = one_by_one(meant)
         for layer in range(SHAPE["num_hidden_layers"]):
             path = f"model.layers.{layer}.feed_forward"
             routed = model.get_submodule(f"{path}.experts.layer.routed_experts")
             for expert in range(EXPERTS):
                 found = [getattr(routed, name)[expert] for name in ROUTED]
-                assert_means(apart, f"{path}.experts.{expert}", *found)
+                assert_means(separate, f"{path}.experts.{expert}", *found)
             found = [model.get_parameter(f"{path}.shared_expert.{name}") for name in SHARED]
-            assert_means(apart, f"{path}.shared_expert", *found)
+            assert_means(separate, f"{path}.shared_expert", *found)
             if method == "ModelOptFp8MoEMethod":
                 for ours, name in (("w13", "gate_up_proj"), ("w2", "down_proj")):
                     scale = stored[f"{path}.experts.{name}_input_scale"]
@@ -284,7 +284,7 @@ class TestFP8:
                 assert (cache.k_scale, cache.v_scale) == (0.25, 0.75)
 
     def test_strict(self, quantised: Any) -> None:
-        """Of every kind of tensor one at a time is taken away, or is there under another name."""
+        """Remove or rename one tensor of every kind at a time."""
         model, stored, _, _ = quantised
         kinds = {re.sub(r"\d+", "0", name): name for name in stored if "layers.1." in name}
         for name in kinds.values():
@@ -309,7 +309,7 @@ class TestFP8:
             model.load_weights([(name, weight.narrow(-1, 0, 32))])
 
     def test_other_stages(self, quantised: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A file has their scales as well."""
+        """A file contains the scales of other stages as well."""
         model, stored, _, _ = quantised
         monkeypatch.setitem(model.model.layers._modules, "3", PPMissingLayer())
         assert not any("layers.3." in name for name in model.load_weights(stored.items()))
@@ -347,8 +347,10 @@ def test_products_in_fp8(folders: dict[str, Path], tmp_path: Path) -> None:
     said = torch.tensor([row[token].logprob for row, token in rows])
 
     def off(name: str) -> float:
-        truth = oracle(tmp_path / name)(prompt)[:-1].log_softmax(-1).gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
-        return float((said - truth).abs().median())
+        expected = (
+            oracle(tmp_path / name)(prompt)[:-1].log_softmax(-1).gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+        )
+        return float((said - expected).abs().median())
 
     assert off("meant") < off("turned") / 3
 
@@ -357,19 +359,19 @@ ROUTED = ("w13_weight", "w13_weight_scale", "w2_weight", "w2_weight_scale")
 SHARED = ("gate_up_proj.weight", "gate_up_proj.weight_scale", "down_proj.weight", "down_proj.weight_scale")
 
 
-def assert_means(apart: Mapping[str, Tensor], parent: str, *found: Tensor) -> None:
-    """Gates over ups with their scales, and downs with theirs, are what the file means."""
+def assert_means(separate: Mapping[str, Tensor], parent: str, *found: Tensor) -> None:
+    """Check that merged gates and ups, and downs, with their scales equal the file's dequantised tensors."""
     gate_up, gate_up_scale, down, down_scale = (tensor.float() for tensor in found)
     gate, up = gate_up.unflatten(0, (2, -1)) * gate_up_scale.reshape(2, -1, 1)
     for name, weight in (("gate", gate), ("up", up), ("down", down * down_scale.reshape(-1, 1))):
-        torch.testing.assert_close(weight.cpu(), apart[f"{parent}.{name}_proj.weight"])
+        torch.testing.assert_close(weight.cpu(), separate[f"{parent}.{name}_proj.weight"])
 
 
 class TestChecks:
     def of(self, folder: Path, **options: Any) -> Any:
         return configured(folder, **({"hf_overrides": OURS, "max_model_len": MAX_LEN} | options))
 
-    def test_ours_are_asked_for_nothing(self, folders: dict[str, Path]) -> None:
+    def test_lamellas_experts_have_no_restrictions(self, folders: dict[str, Path]) -> None:
         assert self.of(folders["scout"], data_parallel_size=2).parallel_config.data_parallel_size == 2
 
     def test_vllms_are_spread_over_tensor_parallel_ranks(self, folders: dict[str, Path]) -> None:

@@ -38,7 +38,7 @@ register_all()
 
 
 class TestLoading:
-    def test_what_is_loaded_is_all_that_there_is(self, unfilled: Any, folder: Path) -> None:
+    def test_every_tensor_is_loaded(self, unfilled: Any, folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
         assert unfilled.load_weights(tensors.items()) == {name for name, _ in unfilled.named_parameters()}
 
@@ -61,7 +61,7 @@ class TestLoading:
         with pytest.raises(CheckpointError, match=message):
             unfilled.load_weights(tensors.items())
 
-    def test_a_tensor_that_stands_twice_is_named(self, unfilled: Any, folder: Path) -> None:
+    def test_a_duplicate_tensor_is_named(self, unfilled: Any, folder: Path) -> None:
         tensors = list(load_file(folder / "model.safetensors").items())
         with pytest.raises(CheckpointError, match=f"tensor {tensors[0][0]} stands in the checkpoint twice"):
             unfilled.load_weights([*tensors, tensors[0]])
@@ -70,7 +70,7 @@ class TestLoading:
     def test_a_tied_heads_own_copy_is_compared(
         self, unfilled: Any, folder: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Files of a Hub id, for instance, are there only when the model has been built."""
+        """For example, the files of a Hub id exist only after the model has been built."""
         monkeypatch.setattr(unfilled, "config", replace(unfilled.config, tie_word_embeddings=True))
         tensors = load_file(folder / "model.safetensors")
         tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].to(dtype)
@@ -87,7 +87,7 @@ class TestLoading:
 
 
 def way_out_of(error: Exception) -> dict[str, Any]:
-    """The overrides that an error of one line names."""
+    """Return the overrides that a one-line error suggests."""
     assert "\n" not in str(error)
     _, text = shlex.split(str(error)[str(error).index("--hf-overrides") :])
     overrides: dict[str, Any] = json.loads(text)
@@ -95,7 +95,7 @@ def way_out_of(error: Exception) -> dict[str, Any]:
 
 
 def with_own_head(folder: Path, source: Path, **changes: Any) -> Path:
-    """The model with a config that ties the head that its file has."""
+    """Return a model whose config ties the head although the file has one."""
     folder.mkdir()
     (folder / "model.safetensors").symlink_to(source / "model.safetensors")
     values = json.loads((source / "config.json").read_text())
@@ -104,14 +104,14 @@ def with_own_head(folder: Path, source: Path, **changes: Any) -> Path:
 
 
 class TestOwnHead:
-    """A config that ties the head, and a file with a head that differs from the embedding."""
+    """The config ties the head, and the file has a head that differs from the embedding."""
 
     @pytest.fixture(autouse=True)
     def older_vllm(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Newer versions untie such a head before it comes to that, for safetensors under the usual name."""
+        """Newer versions untie such a head earlier, for safetensors under the usual name."""
         monkeypatch.setattr("vllm.config.model.checkpoint_has_lm_head", lambda *_, **__: None, raising=False)
 
-    def test_it_is_computed_with(self, folder: Path, tmp_path: Path) -> None:
+    def test_the_files_own_head_is_used(self, folder: Path, tmp_path: Path) -> None:
         tied = with_own_head(tmp_path / "tied", folder)
         with running(tied) as llm:
             assert_right(oracle(folder), generate(llm, prompts_of(3, 20), 6))
@@ -136,7 +136,7 @@ class TestOwnHead:
             assert model.lm_head.weight is model.model.embed_tokens.weight
 
     @pytest.mark.parametrize("nested", [False, True])
-    def test_the_way_out_works_where_files_cannot_be_looked_at(
+    def test_the_suggested_override_works_if_files_cannot_be_read_early(
         self, tmp_path: Path, nested: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         sizes = SHAPE | {"intermediate_size_mlp": 96, "moe_layers": [], "attention_chunk_size": 32}
@@ -164,7 +164,7 @@ class TestOwnHead:
         assert torch.equal(head, tensors["lm_head.weight"])
 
 
-def test_a_revision_is_refused_by_the_own_format(folder: Path) -> None:
+def test_the_lamella_format_rejects_a_revision(folder: Path) -> None:
     from lamella.vllm_plugin.loading.formats import Parser
 
     with pytest.raises(ConfigError, match="revision='v2'"):
@@ -182,7 +182,7 @@ def test_an_engine_does_not_start_with_half_a_checkpoint(folder: Path, tmp_path:
 
 @needs_exact_int8
 def test_quantised_projections_beside_whole_convolutions(folder: Path, tmp_path: Path) -> None:
-    """Those of layer 1's attention are left whole, under the names that they have in the file."""
+    """Projections of layer 1's attention are not quantised, listed by their names in the file."""
     pytest.importorskip("compressed_tensors")
     tensors, whole, kept = load_file(folder / "model.safetensors"), {}, []
     stored = {}
@@ -231,5 +231,5 @@ def test_quantised_projections_beside_whole_convolutions(folder: Path, tmp_path:
     assert methods["0.mixer.qkv_proj"] == methods["1.feed_forward.gate_up_proj"] == "CompressedTensorsLinearMethod"
     for output in outputs:
         ((token, said),) = output.outputs[0].logprobs[0].items()
-        truth = oracle(tmp_path / "whole")(output.prompt_token_ids)[-1].log_softmax(-1)
-        assert said.logprob == pytest.approx(float(truth[token]), abs=0.1)
+        expected = oracle(tmp_path / "whole")(output.prompt_token_ids)[-1].log_softmax(-1)
+        assert said.logprob == pytest.approx(float(expected[token]), abs=0.1)

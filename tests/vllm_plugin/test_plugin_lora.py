@@ -1,4 +1,4 @@
-"""Adapters, on GPUs: a request with one is answered by the model with the adapter's products added to its weights."""
+"""LoRA adapters on GPUs: a request with an adapter equals a model with the adapter merged into its weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RANK, ALPHA = 8, 16
 
 
 def adapter(model: Path, folder: Path, seed: int) -> tuple[Path, Path]:
-    """Random products for every projection of a checkpoint, in PEFT's files; and the checkpoint they amount to."""
+    """Return a random PEFT adapter for every projection of a checkpoint, and the merged checkpoint."""
     generator = torch.Generator().manual_seed(seed)
     weights, parts = load_file(model / "model.safetensors"), {}
     for name, weight in weights.items():
@@ -70,7 +70,7 @@ def test_requests_with_and_without_an_adapter_in_one_batch(tmp_path: Path, eager
 
 
 def distance(logits_of: Callable[[list[int]], Tensor], output: Any) -> float:
-    """How far what vLLM says of its tokens is from the truth, at most, in nats."""
+    """Return the largest difference of vLLM's log-probabilities from the reference, in nats."""
     completion = output.outputs[0]
     logits = logits_of([*output.prompt_token_ids, *completion.token_ids])[len(output.prompt_token_ids) - 1 : -1]
     said = [row[token].logprob for row, token in zip(completion.logprobs, completion.token_ids, strict=True)]

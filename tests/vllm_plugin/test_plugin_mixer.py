@@ -1,4 +1,4 @@
-"""The mixer of docs/adding_a_mixer.md, from outside the tree, in both engines."""
+"""The out-of-tree mixer of docs/adding_a_mixer.md in both engines."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def logprobs(folder):
-    """Log-probabilities of a sequence by one full forward of the plain form, in float64."""
+    """Return the log-probabilities of a sequence by one full float64 forward of the reference."""
     from lamella.parity.reference_model import ReferenceModel
     from lamella.parity.tested_model import ModelUnderTest
 

@@ -1,4 +1,4 @@
-"""Two ranks: each holds its channels of a slot, or its layers."""
+"""Two ranks, by tensor parallelism or pipeline parallelism."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TRACED = {"enforce_eager": False} | ({"compilation_config": {"mode": 2, "backend
     ids=["tensor", "pipeline"],
 )
 def test_tokens_are_those_of_one_rank(tmp_path: Path, changes: dict[str, Any], options: dict[str, Any]) -> None:
-    """Under tensor parallelism both ranks have the one head of keys, and the norm spans the queries of both."""
+    """With tensor parallelism both ranks hold the only key head, and the norm spans the queries of both."""
     folder = canon(tmp_path / "model", num_hidden_layers=4, **changes)
     separate = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_CI_ENV": "0"}
     assert_right_in_a_process(folder, options | {"max_num_batched_tokens": 64}, separate)

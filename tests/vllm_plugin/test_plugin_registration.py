@@ -1,4 +1,4 @@
-"""What importing vLLM brings, and what it does not; when the plugin stays out of the way."""
+"""Registration with vLLM, and cases in which the plugin registers nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ print(*sorted(name for name in names if name.startswith("Lamella") or "Canon" in
 
 
 def output_of(code: str, *arguments: str, **environment: str) -> str:
-    """What a new process prints last."""
+    """Return the last line that a new process prints."""
     result = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env={**os.environ, **ENVIRONMENT, **environment},
@@ -45,11 +45,11 @@ def test_vllm_knows_the_architectures_by_the_entry_point() -> None:
     assert set(known) == {"LlamaCanonForCausalLM", *(f"Lamella{name}" for name in architectures())}
 
 
-def test_without_the_plugin_it_does_not() -> None:
+def test_vllm_does_not_know_the_architectures_without_the_plugin() -> None:
     assert output_of(KNOWN, VLLM_PLUGINS="") == ""
 
 
-def test_registering_again_changes_and_says_nothing(plugin_log: pytest.LogCaptureFixture) -> None:
+def test_registering_again_has_no_effect_and_logs_nothing(plugin_log: pytest.LogCaptureFixture) -> None:
     from vllm.config import CompilationConfig
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -108,7 +108,7 @@ def test_transformers_own_configs_are_not_shadowed() -> None:
         assert module.startswith("transformers.") == (model_type in ("llama", "qwen3", "llama4", "llama4_text"))
 
 
-def test_a_config_goes_to_a_process_that_never_registered(tmp_path: Path) -> None:
+def test_a_config_can_be_unpickled_in_a_process_without_the_plugin(tmp_path: Path) -> None:
     from transformers import AutoConfig
 
     vllm_plugin.register()

@@ -1,4 +1,4 @@
-"""Slot state in vLLM: windows of convolutions, a step's batch, blocks, and runs without blocks."""
+"""Slot state in vLLM: convolution windows, batches, blocks, and runs without blocks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ register_all()
 
 
 class TestRehearsal:
-    """vLLM runs a model for memory's sake before there are blocks, and without metadata."""
+    """vLLM's memory profiling runs a model before blocks exist, and without metadata."""
 
     def test_kernels_run_as_on_one_prompt(self, unfilled: Any, folder: Path) -> None:
         from vllm.forward_context import set_forward_context
@@ -49,7 +49,7 @@ class TestRehearsal:
         torch.testing.assert_close(y, short_conv(normed, ConvWeights(weight, bias, residual=True), plain))
         torch.testing.assert_close(total, expected_total)
 
-    def test_nothing_is_computed_once_there_are_blocks(self, unfilled: Any) -> None:
+    def test_dummy_runs_compute_nothing_once_blocks_exist(self, unfilled: Any) -> None:
         from vllm.forward_context import set_forward_context
 
         state_module = unfilled.model.layers[0].history.state_module
@@ -101,8 +101,8 @@ class TestWindows:
         untouched = [slot for slot in range(9) if slot not in slots]
         assert rows[untouched].isnan().all()
 
-    def test_a_padding_request_has_neither_tokens_nor_effects(self) -> None:
-        """In a captured step they have length 0, and the reserved slot 0."""
+    def test_a_padding_request_has_no_effect(self) -> None:
+        """In a captured step, padding requests have length 0 and the reserved slot 0."""
         rows = torch.arange(60.0).view(4, 5, 3)
         before, x = rows.clone(), -torch.arange(6.0).view(2, 3)
         accepted = torch.tensor([2, 1, 1])
@@ -122,7 +122,7 @@ class TestWindows:
 class TestBatches:
     @pytest.mark.parametrize("seed", range(12))
     @pytest.mark.parametrize("tokens_per_block", [None, 16])
-    def test_a_step_in_our_terms(self, seed: int, tokens_per_block: int | None) -> None:
+    def test_a_step_becomes_a_forward_batch(self, seed: int, tokens_per_block: int | None) -> None:
         rng = random.Random(seed)
         query = [1] * rng.randint(0, 4)
         query += [rng.randint(1, 9) for _ in range(rng.randint(0 if query else 1, 3))]
@@ -177,7 +177,7 @@ class TestBatches:
         captured = _first_blocks(SimpleNamespace(state_indices_tensor_d=decodes, state_indices_tensor_p=None))
         assert captured.data_ptr() == decodes.data_ptr()  # a graph reads what vLLM writes there
 
-    def test_it_is_made_once_a_step(self) -> None:
+    def test_the_batch_is_built_once_per_step(self) -> None:
         made = described([1, 4], [3, 4], [1, 2])
         assert made.batch() is made.batch()
 
@@ -194,7 +194,7 @@ class TestBlocks:
     @pytest.mark.parametrize("mode", ["none", "align"])
     @pytest.mark.parametrize("seed", range(6))
     def test_requests_get_the_blocks_that_vllms_manager_gives(self, mode: str, seed: int) -> None:
-        """In a pool that others empty, too."""
+        """Also in a pool that other requests exhaust."""
         from vllm.v1.core.block_pool import BlockPool
         from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 
@@ -228,7 +228,7 @@ class TestBlocks:
             if outcomes[0][2] is not None:
                 tokens[request] = wanted
 
-    def test_a_layers_state_is_described_by_ours(self, folder: Path) -> None:
+    def test_a_layers_state_has_lamellas_spec(self, folder: Path) -> None:
         with running(folder) as llm:
             groups = scheduler_of(llm).kv_cache_config.kv_cache_groups
             kinds = {type(group.kv_cache_spec) for group in groups}
