@@ -45,7 +45,7 @@ def answers_to(llm: LLM, prompts: Sequence[Any], params: Sequence[SamplingParams
 
 
 @dataclass(eq=False)
-class Again:
+class FakeGraph:
     """Stand-in for a CUDA graph: the captured forward, run again."""
 
     forward: Callable[[], Tensor]

@@ -13,7 +13,7 @@ from lamella.ops.attention.chunks import pieces, seen_blocks
 from lamella.ops.operands import PagedCache
 from lamella.ops.ragged import RaggedBatch
 
-SIGHTS = [(None, None), (1, None), (3, None), (17, None), (None, 1), (None, 4), (None, 10), (None, 64)]
+VISIBLE = [(None, None), (1, None), (3, None), (17, None), (None, 1), (None, 4), (None, 10), (None, 64)]
 
 
 @st.composite
@@ -27,7 +27,7 @@ def cases(draw):
         "group": draw(st.sampled_from([1, 2, 5])),
         "dim": draw(st.sampled_from([8, 16, 24, 64])),
         "block": draw(st.sampled_from([1, 4, 16])),
-        **dict(zip(("window", "chunk"), draw(st.sampled_from(SIGHTS)), strict=True)),
+        **dict(zip(("window", "chunk"), draw(st.sampled_from(VISIBLE)), strict=True)),
         "seed": draw(st.integers(0, 2**31)),
     }
 

@@ -478,7 +478,7 @@ def test_empty_inputs_do_not_crash(dtype: torch.dtype, requests: int) -> None:
     normed, _ = native.add_rms_norm(rows(8), rows(8), norm, 1e-5)
     results = (conv, delta, scan, attention, *turned, linear, normed, native.silu_mul(rows(16)))
     assert all(result.shape[0] == 0 for result in results)
-    assert all(bool((kept == 1).all()) for kept in (ring, memory, states, cache))  # nobody's state was touched
+    assert all(bool((kept == 1).all()) for kept in (ring, memory, states, cache))  # no request's state was touched
 
 
 @DTYPES

@@ -29,23 +29,33 @@ SHAPES = [  # heads, kv_heads, head_dim, block_size, rotated pairs
 
 
 class Case:
-    """Random arguments; the last `pads` requests are padding. Memory that no query may see is NaN or invalid."""
+    """Random arguments; the last `num_padding` requests are padding. Memory that no query may see is NaN or invalid."""
 
     def __init__(
-        self, shape, context, dtype, *, window=None, norms=True, interleaved=False, chunk=None, pads=0, grows=False
+        self,
+        shape,
+        context,
+        dtype,
+        *,
+        window=None,
+        norms=True,
+        interleaved=False,
+        chunk=None,
+        num_padding=0,
+        grows=False,
     ):
         self.heads, self.kv_heads, self.dim, block, pairs = shape
         self.context, self.window, self.dtype, self.chunk = context, window, dtype, chunk
         self.requests = len(context)
         self.scale = self.dim**-0.5
-        counts = [-(-n // block) for n in context[: self.requests - pads]]
+        counts = [-(-n // block) for n in context[: self.requests - num_padding]]
         order = (torch.randperm(sum(counts)) + 1).tolist()
         # Heads of a cache row are strided, as if keys and values share an allocation.
         shape = (sum(counts) + 1, block, self.kv_heads, 2, self.dim)
         self.cache = torch.full(shape, torch.nan, dtype=dtype)
         self.table = torch.full((self.requests, max([1, *counts]) + 2), 2**31 - 1, dtype=torch.int32)
         self.rows = torch.zeros(self.requests, dtype=torch.int64)
-        self.table[self.requests - pads :, 0] = 0
+        self.table[self.requests - num_padding :, 0] = 0
         for r, count in enumerate(counts):
             blocks = torch.tensor([order.pop() for _ in range(count)])
             length = context[r]
@@ -108,7 +118,7 @@ class Case:
         return reference.paged_attention(q, cache, batch, self.scale, self.window)
 
     def check(self, settings=None):
-        """Compare one call with the references: output, new rows of the caches, all other memory."""
+        """Compare one call with the references: output, rows of the slot mapping in the caches, all other memory."""
         inputs = [self.qkv, self.table, self.rows, self.seq_lens]
         norms, rope, scale = self.steps[1:]
         inputs += [x for x in (*(norms or ()), *(rope or ()), scale) if isinstance(x, torch.Tensor)]
@@ -208,7 +218,7 @@ def test_requests_do_not_depend_on_one_another(window):
 
 def test_padding_and_consecutive_calls():
     """Layers share a plan; padding requests have one token each, written to row 0, with NaN projections."""
-    case = Case((4, 2, 32, 4, 16), [70, 17, 1, 1], torch.float32, chunk=16, pads=2)
+    case = Case((4, 2, 32, 4, 16), [70, 17, 1, 1], torch.float32, chunk=16, num_padding=2)
     case.qkv[2:] = torch.nan
     expected_cache = case.cache.clone()
     expected = case.compose(prepare_qkv, expected_cache)

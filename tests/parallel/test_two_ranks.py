@@ -265,7 +265,7 @@ def test_workers_end_with_the_engine_and_with_its_process(canon_folder, tmp_path
         "print(llm.engine.workers._ranks[0].process.pid, flush=True)\n"
         "os.kill(os.getpid(), 9)"
     )
-    # Whoever is killed cannot remove the folder in which the ranks meet.
+    # A killed rank 0 cannot remove the rendezvous folder; its workers do.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)

@@ -24,7 +24,7 @@ from lamella.parity.tested_model import ModelUnderTest
 from vllm_plugin.plugin_helpers import numba_hidden
 
 pytestmark = pytest.mark.vllm
-VOCAB, MAX_LEN = 250, 64  # vLLM pads such a vocabulary
+VOCAB, MAX_LEN = 250, 64  # a size that vLLM rounds up
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # vLLM's float32 attention on GPUs multiplies in TF32.
@@ -148,7 +148,7 @@ def test_whole_vocabulary_is_that_of_a_full_forward(engine: Any) -> None:
         assert scores.logprobs.shape == (sequence.num_predictions, VOCAB)
         assert (scores.logprobs - reference).abs().max() <= TOLERANCE
         assert torch.equal(scores.target, of_tokens(scores.logprobs, sequence).double())
-        # The tokens were forced, and what is told is from before that: they are hardly ever the likeliest.
+        # The tokens were forced, and the results are from before that: they are hardly ever the likeliest.
         assert (scores.target < scores.logprobs.max(1).values).float().mean() > 0.9
 
 

@@ -1,5 +1,7 @@
-"""Recurrent mixers and supernets in vLLM: tokens are those of one full float64 forward, however a step is cut, whoever
-stands in the batch, and whatever placement came before."""
+"""Recurrent mixers and supernets in vLLM: tokens are those of one full float64 forward.
+
+However a step is divided, whatever else is in the batch, and whatever placement came before.
+"""
 
 from __future__ import annotations
 

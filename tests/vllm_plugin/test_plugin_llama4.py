@@ -1,5 +1,5 @@
 """Llama 4 in vLLM: tokens are those of one full float64 forward, across the ends of chunks and the steps of the
-temperature, however a step is cut and whoever stands in the batch."""
+temperature, however a step is cut and whatever else is in the batch."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ class TestBatches:
         assert_same_tensors(batch.ragged, expected)
         assert batch.ragged.positions.dtype == torch.int64
         assert batch.ragged.num_decodes == expected.num_decodes
-        if expected.num_decodes < len(query):  # else nobody asks
+        if expected.num_decodes < len(query):  # not needed otherwise
             assert batch.ragged.query_lens == tuple(query)
         assert batch.slots is not None and batch.slots.tolist() == slots
         assert batch.slots.dtype == torch.int64
