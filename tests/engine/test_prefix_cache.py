@@ -19,7 +19,7 @@ from lamella.engine.loading import _snapshot_prompts
 from lamella.engine.options import EngineOptions
 from lamella.errors import ConfigError, ParameterError
 from lamella.layers.context import ForwardBatch
-from lamella.layers.segments import windows
+from lamella.layers.segments import snapshot_windows
 from lamella.models import registry
 from lamella.ops.ragged import RaggedBatch
 from lamella.parity import bisect, paths
@@ -276,7 +276,7 @@ def test_convolution_snapshots_are_copied_from_the_input(canon, whole, monkeypat
     if whole:
         monkeypatch.setattr("lamella.layers.state_modules.segments", lambda batch: pytest.fail("pieces"))
     else:
-        monkeypatch.setattr("lamella.layers.state_modules.windows", lambda batch, length: None)
+        monkeypatch.setattr("lamella.layers.state_modules.snapshot_windows", lambda batch, length: None)
     llm, plain = make_llm(canon, max_num_batched_tokens=512), make_llm(canon, enable_prefix_caching=False)
     for number, cached in enumerate((0, 52, 60)):
         prompts = [ids(words(0, 60), words(number + 2, 5)), ids(words(1, 60), words(number + 2, 7))]
@@ -288,10 +288,12 @@ def test_convolution_snapshots_are_copied_from_the_input(canon, whole, monkeypat
 def test_convolution_window_that_starts_before_its_chunk():
     ragged = RaggedBatch.from_lengths([9, 4, 5], [9, 10, 11])
     slots = torch.tensor([0, 1, 2])
-    tokens, targets = windows(ForwardBatch(ragged, slots=slots, snapshots=(((4, 7), (8, 8)), (), ((3, 9),))), 3)
+    tokens, targets = snapshot_windows(
+        ForwardBatch(ragged, slots=slots, snapshots=(((4, 7), (8, 8)), (), ((3, 9),))), 3
+    )
     # Position p is in row p % 3: positions 1 to 3 and 5 to 7 of the first request, 6 to 8 of the third.
     assert tokens.tolist() == [[3, 1, 2], [6, 7, 5], [13, 14, 15]] and targets.tolist() == [7, 8, 9]
-    assert windows(ForwardBatch(ragged, slots=slots, snapshots=((), ((2, 7),), ((3, 9),))), 3) is None
+    assert snapshot_windows(ForwardBatch(ragged, slots=slots, snapshots=((), ((2, 7),), ((3, 9),))), 3) is None
 
 
 def test_a_second_request_hits_by_default(folder):

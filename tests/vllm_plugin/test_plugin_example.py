@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 EXAMPLE = Path(__file__).parents[2] / "examples" / "vllm_offline.py"
 

@@ -14,8 +14,8 @@ import signal
 import socket
 import sys
 import threading
-from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -48,12 +48,14 @@ def main() -> None:
         logger.setLevel(start.log_level)
         run(start, channel)
     except EOFError:
-        os._exit(0)
+        _exit_without_rank_0(folder)
     except Exception as error:
         logger.debug("the worker ends", exc_info=True)
         lines = str(error).strip().splitlines() or [""]
-        with suppress(OSError):
+        try:
             channel.send(Failed(f"{type(error).__name__}: {lines[0]}"))
+        except OSError:
+            _exit_without_rank_0(folder)
         os._exit(1)  # a normal exit could wait for collective operations of the other ranks
 
 
@@ -106,6 +108,10 @@ def _keep_contact(channel: Channel, folder: list[str]) -> None:
             channel.send(Alive())
     except OSError:
         pass
+    _exit_without_rank_0(folder)
+
+
+def _exit_without_rank_0(folder: list[str]) -> NoReturn:
     for each in folder:
         shutil.rmtree(each, ignore_errors=True)
     os._exit(0)
