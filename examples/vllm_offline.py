@@ -8,7 +8,7 @@ from lamella.demo import CHECKPOINT
 
 
 def main() -> None:
-    llm = LLM(sys.argv[1] if len(sys.argv) > 1 else str(CHECKPOINT), max_model_len=256)
+    llm = LLM(sys.argv[1] if len(sys.argv) > 1 else str(CHECKPOINT), max_model_len=256, gpu_memory_utilization=0.3)
     outputs = llm.generate(["copy a b c =", "copy d e ="], SamplingParams(temperature=0, max_tokens=16))
     for output in outputs:
         print(repr(output.prompt), repr(output.outputs[0].text))

@@ -249,7 +249,7 @@ def test_end_of_the_engine_thread_ends_every_call(folder, error, where):
         if where == "step":
             llm.engine.runner.launch = fail
         else:
-            llm._submit(fail)
+            llm._order(fail)
         late = asyncio.create_task(collect(llm, PROMPTS[4]))  # ordered, and perhaps not taken
         change = asyncio.create_task(llm.set_placement(None))
         for result in await asyncio.wait_for(asyncio.gather(*calls, late, return_exceptions=True), 10):
@@ -273,7 +273,7 @@ def test_failed_command_ends_no_other_request(folder, expected):
         slow(llm)
         task, refused = asyncio.create_task(collect(llm, PROMPTS[0])), []
         await asyncio.sleep(0.03)
-        llm._submit(fail, refused.append)
+        llm._order(fail, refused.append)
         outputs = await task
         assert [str(error) for error in refused] == ["an order"]
         return outputs

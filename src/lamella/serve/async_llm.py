@@ -157,7 +157,7 @@ class AsyncLLM:
                 return
             self._queues[name] = reader
 
-        self._submit(start, reader.put)
+        self._order(start, reader.put)
         try:
             while True:
                 output = await reader.get()
@@ -174,7 +174,7 @@ class AsyncLLM:
 
     def abort(self, request_id: str) -> None:
         """End a request. Its iterator yields the output so far, with finish reason "abort". Unknown ids are ignored."""
-        self._submit(lambda: self._end(request_id))
+        self._order(lambda: self._end(request_id))
 
     def get_tokenizer(self) -> Tokenizer:
         """Return the tokenizer.
@@ -190,7 +190,7 @@ class AsyncLLM:
 
     def reset_prefix_cache(self) -> None:
         """Drop all cached prefixes before the next step. Running requests are not affected."""
-        self._submit(self.engine.reset_prefix_cache)
+        self._order(self.engine.reset_prefix_cache)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """See `LLM.get_default_sampling_params`."""
@@ -226,7 +226,7 @@ class AsyncLLM:
             else:
                 reply(None)
 
-        self._submit(change, reply)
+        self._order(change, reply)
         await answer
 
     def shutdown(self) -> None:
@@ -243,7 +243,7 @@ class AsyncLLM:
     async def __aexit__(self, *_: object) -> None:
         await asyncio.get_running_loop().run_in_executor(None, self.shutdown)
 
-    def _submit(self, run: Callable[[], None], reject: Callable[[Exception], None] = lambda error: None) -> None:
+    def _order(self, run: Callable[[], None], reject: Callable[[Exception], None] = lambda error: None) -> None:
         """Queue a command for the engine thread.
 
         Raises:
