@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from helpers import hf_checkpoint
 from lamella import LLM, SamplingParams, WorkerError
 from lamella.engine.ranks import workers
+from lamella.parallel import group
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 OPTIONS = {"device": "cpu", "dtype": "float32", "tensor_parallel_size": 2, "num_blocks": 64, "max_num_seqs": 4}
@@ -145,3 +147,13 @@ def test_no_thread_stays_behind(folder):
     while "lamella-watch" in {thread.name for thread in threading.enumerate()} - before and time.monotonic() < end:
         time.sleep(0.1)
     assert "lamella-watch" not in {thread.name for thread in threading.enumerate()} - before
+
+
+def test_a_collective_that_times_out_is_a_worker_error(folder, monkeypatch):
+    monkeypatch.setattr(group, "TIMEOUT", timedelta(seconds=5))  # before the limit of 60 s for a silent worker
+    llm = LLM(folder, **OPTIONS)
+    generate(llm)
+    worker_of(llm).send_signal(signal.SIGSTOP)
+    with pytest.raises(WorkerError, match="could not exchange data"):
+        generate(llm)
+    assert worker_of(llm).poll() is not None

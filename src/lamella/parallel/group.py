@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lamella.errors import WorkerError
 from lamella.ops import opaque
 from lamella.parallel.sharding import Partition
 
@@ -121,6 +122,15 @@ class TensorParallelGroup(Group):
 
 
 def _wait(work: Any) -> None:
-    """Wait for a collective. NCCL returns None if it has enqueued the collective on the current stream."""
-    if work is not None:
+    """Wait for a collective. NCCL returns None if it has enqueued the collective on the current stream.
+
+    Raises:
+        WorkerError: another rank has ended, or did not take part within the time limit.
+    """
+    if work is None:
+        return
+    try:
         work.wait()
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise WorkerError(f"the tensor-parallel ranks could not exchange data ({reason}); make a new engine") from error

@@ -137,7 +137,13 @@ class WorkerProcesses(Workers):
         for rank in self._ranks:
             self._watch.wait_until_ready(rank)
         assert isinstance(self.group, TensorParallelGroup)
-        self.group.connect(self._folder, device)
+        try:
+            self.group.connect(self._folder, device)
+        except WorkerError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise WorkerError(f"the tensor-parallel ranks could not be connected ({reason}); try again") from error
 
     def set_state(self, state: StateManager) -> None:
         """See `Workers`."""
