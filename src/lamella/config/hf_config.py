@@ -7,13 +7,13 @@ can be int or float, if the conversion is exact.
 from __future__ import annotations
 
 import builtins
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import Enum
 from typing import Any, Final, Literal, TypeAlias, TypeVar, cast, overload
 
 from lamella.config.config_keys import IgnoredKeys, KeyRules, way_out
 from lamella.errors import ConfigError
+from lamella.validation import finite
 
 
 class _Missing(Enum):
@@ -123,9 +123,10 @@ class HFConfig:
         value = self.get(key, default)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        number = finite(value) if isinstance(value, int | float) and not isinstance(value, builtins.bool) else None
+        if number is None:
             raise self.error(key, value, "a number")
-        return float(value)
+        return number
 
     @overload
     def bool(self, key: str, default: builtins.bool | _Required = _MISSING) -> builtins.bool: ...

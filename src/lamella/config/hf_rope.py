@@ -16,6 +16,7 @@ from lamella.config.rope import (
     YarnScaling,
 )
 from lamella.errors import ConfigError
+from lamella.validation import finite
 
 # "su" is the former name of longrope, in the first Phi-3 files.
 _ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "su")
@@ -138,11 +139,8 @@ def _read_longrope(fields: HFConfig, max_positions: int, original: int, dim: int
 
 def _read_factors(fields: HFConfig, key: str, count: int) -> tuple[float, ...]:
     value = fields.get(key)
-    numbers = [
-        float(f)
-        for f in (value if isinstance(value, list | tuple) else ())
-        if isinstance(f, int | float) and not isinstance(f, bool) and math.isfinite(f) and f > 0
-    ]
+    found = [finite(f) for f in (value if isinstance(value, list | tuple) else ()) if isinstance(f, int | float)]
+    numbers = [f for f in found if f is not None and f > 0]
     if not isinstance(value, list | tuple) or not len(numbers) == len(value) == count:
         raise fields.error(key, value, f"{count} positive numbers, one for each pair of rotated channels")
     return tuple(numbers)
