@@ -318,7 +318,7 @@ def record(destination: Path, workers: int) -> None:
     """Run the fast tests once, with coverage by test."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent) as scratch:
-        paths = os.pathsep.join(str(ROOT / name) for name in ("scripts", "tests"))
+        paths = os.pathsep.join(str(ROOT / name) for name in ("src", "scripts", "tests"))
         environment = os.environ | {"LAMELLA_COVERAGE": scratch, "PYTHONPATH": paths}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "mutate_coverage", "-m", "not slow", "-n", str(workers)]
         command += ["--dist", "loadfile", "-p", "no:cacheprovider", "tests"]
@@ -333,6 +333,8 @@ def record(destination: Path, workers: int) -> None:
                 for line, names in by_line.items():
                     for name in names:
                         lines[path][int(line)].append(tests.setdefault(name, len(tests)))
+        if not lines:
+            raise SystemExit(f"no test has executed a line below {SOURCE}: another copy of lamella was imported")
         destination.write_text(json.dumps({"tests": list(tests), "lines": lines, "seconds": seconds}))
 
 
