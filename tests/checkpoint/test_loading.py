@@ -328,3 +328,22 @@ class TestOptions:
         model = load_model(open_checkpoint(originals[0] / "llama"))
         assert not model.training
         assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["sparse", "nested", "quantized", "meta"])
+def test_torch_files_with_other_than_dense_tensors_are_one_line(tmp_path, kind):
+    dense = torch.ones(4, 4)
+    match kind:
+        case "sparse":
+            tensor = dense.to_sparse()
+        case "nested":
+            tensor = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+        case "quantized":
+            tensor = torch.quantize_per_tensor(dense, 0.1, 0, torch.qint8)
+        case _:
+            tensor = dense.to("meta")
+    canon_checkpoint(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save({"model.embed_tokens.weight": tensor}, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight is not a dense tensor|not a readable"):
+        load_model(open_checkpoint(tmp_path / "model"))

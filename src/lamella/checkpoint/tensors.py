@@ -208,6 +208,9 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{file}: not a state dict; save the model's state_dict()")
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    for name, tensor in tensors.items():
+        if tensor.is_nested or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise CheckpointError(f"{file}: {name} is not a dense tensor with data; save dense tensors, as safetensors")
     if len(tensors) != len(state):
         others = sorted(str(name) for name in set(state) - set(tensors))
         raise CheckpointError(
