@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def short_limit(monkeypatch):
-    monkeypatch.setenv("LAMELLA_WORKER_TIMEOUT", "10")  # more than a busy machine delays a thread
+    monkeypatch.setenv("LAMELLA_WORKER_TIMEOUT", "6")  # more than a busy machine delays a thread
 
 
 def generate(llm):
@@ -55,7 +55,7 @@ def test_a_worker_that_is_stopped_in_a_step_is_an_error(folder, short_limit):
     generate(llm)
     worker_of(llm).send_signal(signal.SIGSTOP)
     with pytest.raises(
-        WorkerError, match=r"rank 1 ended .*did not respond for 10 s \(stopped or stuck\), and was killed"
+        WorkerError, match=r"rank 1 ended .*did not respond for 6 s \(stopped or stuck\), and was killed"
     ):
         generate(llm)
     with pytest.raises(WorkerError, match="make a new engine"):
@@ -71,10 +71,11 @@ def test_a_worker_that_is_stopped_while_it_loads_is_an_error(folder, monkeypatch
         self.process.send_signal(signal.SIGSTOP)
 
     monkeypatch.setattr(workers._Rank, "__init__", stopped)
-    with pytest.raises(WorkerError, match="did not respond for 10 s"):
+    with pytest.raises(WorkerError, match="did not respond for 6 s"):
         LLM(folder, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_read_a_large_message_is_an_error(folder, short_limit):
     llm = LLM(folder, **OPTIONS, max_model_len=200)
     prompts = [{"prompt_token_ids": [3] * 150} for _ in range(3000)]
@@ -83,10 +84,11 @@ def test_a_worker_that_does_not_read_a_large_message_is_an_error(folder, short_l
         llm.generate(prompts, GREEDY, use_tqdm=False)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_idle_for_longer_than_the_limit_stays(folder, short_limit):
     llm = LLM(folder, **OPTIONS)
     expected = generate(llm)[0].outputs[0].token_ids
-    time.sleep(12)
+    time.sleep(8)
     assert generate(llm)[0].outputs[0].token_ids == expected
     llm.engine.close()
 
