@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from helpers import canon_checkpoint
+from lamella.cli import generate
 from lamella.cli.main import main
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
@@ -155,3 +156,10 @@ def test_an_image_that_is_a_pipe_is_refused(tmp_path, capsys):
 
 def test_an_image_path_with_a_zero_byte_is_one_line(capsys):
     assert "embedded null byte" in refused(capsys, "generate", "demo", "-p", "x", "--image", "a\0b")
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_generated_text_cannot_control_a_terminal_and_is_unchanged_in_a_pipe(monkeypatch, is_terminal):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    shown = generate._for_output("a\x1b]0;x\x07b\n\tc")
+    assert shown == ("a\ufffd]0;x\ufffdb\n\tc" if is_terminal else "a\x1b]0;x\x07b\n\tc")

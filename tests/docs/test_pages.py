@@ -18,11 +18,11 @@ ELSEWHERE = {
     "adding_a_model": "test_adding_a_model.py",
     "adding_an_engine_feature": "test_adding_an_engine_feature.py",
     "chat": "real_model/test_smollm2.py",
-    "llama4": "needs a checkpoint of Llama 4; models/test_llama4.py makes the same calls",
+    "llama4": "not run: needs a checkpoint of Llama 4 and a picture; engine/test_images.py has such requests",
     "parity": "test_parity_page.py",
-    "reading_files": "test_reading_files.py",
+    "reading_files": "not run: a call without a model of its own; models/test_config.py reads such overrides",
     "supernets": "test_supernets.py",
-    "vllm": "reproductions of faults of vLLM, on its models",
+    "vllm": "not run: reproductions of faults of vLLM, on its models",
 }
 
 

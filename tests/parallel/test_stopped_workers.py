@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 
@@ -106,39 +102,6 @@ def test_garbage_from_a_worker_is_an_error(folder, data):
     with pytest.raises(WorkerError, match="sent something that is not a message"):
         generate(llm)
     assert rank.process.poll() is not None
-
-
-_RANK_0 = """
-import sys, time
-from lamella import LLM
-llm = LLM(sys.argv[1], device="cpu", dtype="float32", tensor_parallel_size=2, num_blocks=64, max_num_seqs=4)
-print(llm.engine.workers._ranks[0].process.pid, llm.engine.workers._folder, flush=True)
-time.sleep(100)
-"""
-
-
-def test_nothing_is_left_of_a_rank_0_that_was_killed(folder):
-    process = subprocess.Popen([sys.executable, "-c", _RANK_0, str(folder)], stdout=subprocess.PIPE, text=True)
-    pid, scratch = process.stdout.readline().split()
-    assert Path(scratch).is_dir() and str(scratch).startswith(tempfile.gettempdir())
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    end = time.monotonic() + 30
-    while Path(scratch).exists() and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not Path(scratch).exists()
-    while is_running(int(pid)) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not is_running(int(pid))
-
-
-def is_running(pid):
-    """Return False for a process that has ended, also if its parent has not waited for it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_no_thread_stays_behind(folder):

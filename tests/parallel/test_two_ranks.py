@@ -274,6 +274,7 @@ def test_workers_end_with_the_engine_and_with_its_process(canon_folder, tmp_path
     while is_running(pid):
         assert time.monotonic() < end, "the worker has outlived rank 0"
         time.sleep(0.05)
+    assert not list(tmp_path.glob("lamella-*"))
 
 
 def is_running(pid: int) -> bool:

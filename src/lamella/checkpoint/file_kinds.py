@@ -171,16 +171,11 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         if not file.is_file():
-            raise CheckpointError(f"{file}: not a file: remove it, or download it again")
-        size = file.stat().st_size
-        if size > JSON_LIMIT:
-            raise CheckpointError(f"{file}: {size} bytes, too large for a JSON file of a model: {_AGAIN}")
+            raise OSError("not a file")  # a pipe would be waited for
+        if (size := file.stat().st_size) > JSON_LIMIT:
+            raise ValueError(f"{size} bytes are too many for a file of a model")
         values = json.loads(file.read_text(encoding="utf-8-sig"))
-    except RecursionError as error:
-        raise CheckpointError(f"{file}: nested too deeply for a JSON file of a model: {_AGAIN}") from error
-    except CheckpointError:
-        raise
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # the last of JSON that is nested too deeply
         what = what_it_is(file) or f"not JSON ({error}): correct it, or download it again"
         raise CheckpointError(f"{file}: {what}") from error
     if not isinstance(values, dict):

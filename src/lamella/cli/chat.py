@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any, TextIO
 
-from lamella.cli.common import load_llm, print_json
+from lamella.cli.common import load_llm, print_json, terminal_text
 from lamella.engine.requests.sampling_params import SamplingParams
 from lamella.errors import ParameterError
 from lamella.serve.llm import LLM
@@ -125,7 +125,7 @@ def _answer(chat: Chat, text: str, out: TextIO) -> bool:
         pieces = chat.ask(text)
         try:
             for piece in pieces:
-                print(printable(piece), end="", flush=True, file=out)
+                print(terminal_text(piece), end="", flush=True, file=out)
         except KeyboardInterrupt:
             pieces.close()
             print(" [interrupted]", end="", file=out)
@@ -144,13 +144,6 @@ def _answer(chat: Chat, text: str, out: TextIO) -> bool:
         file=sys.stderr,
     )
     return True
-
-
-def printable(text: str) -> str:
-    """Return a text without control characters, which could change the terminal, except line feeds and tabs."""
-    return "".join(
-        c if c in "\n\t" or c.isprintable() else "" if c == "\r" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
 
 
 def sampling_params(args: argparse.Namespace, llm: LLM) -> SamplingParams:

@@ -41,3 +41,10 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1024
     raise AssertionError("unreachable")
+
+
+def terminal_text(text: str) -> str:
+    """Return a text without control characters, which could change the terminal, except line feeds and tabs."""
+    return "".join(
+        c if c in "\n\t" or c.isprintable() else "" if c == "\r" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )

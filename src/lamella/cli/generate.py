@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lamella.checkpoint.files import DEMO
-from lamella.cli.common import console, load_llm, print_json
+from lamella.cli.common import console, load_llm, print_json, terminal_text
 from lamella.engine.requests.outputs import RequestOutput
 from lamella.engine.requests.prompt import Prompt
 from lamella.engine.requests.sampling_params import SamplingParams
@@ -70,12 +70,10 @@ def _with_images(prompts: Sequence[Prompt], files: Sequence[str]) -> Prompt:
         raise ParameterError("--image: reading image files needs Pillow: pip install 'lamella[images]'") from error
     images = []
     for file in files:
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise ParameterError(f"--image {file}: not a file; give an image file")  # a pipe would be waited for
         try:
-            if os.path.exists(file) and not os.path.isfile(file):
-                raise ParameterError(f"--image {file}: not a file; give an image file")  # a pipe would be waited for
             images.append(Image.open(file))
-        except ParameterError:
-            raise
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise ParameterError(f"--image {file}: {error}") from error
     (prompt,) = prompts
@@ -88,19 +86,24 @@ def _stream(llm: LLM, prompt: Prompt, params: SamplingParams) -> RequestOutput:
     shown = ""
     for output in llm.stream(prompt, params):
         text = output.outputs[0].text
-        print(text[len(shown) :], end="", flush=True)
+        print(_for_output(text[len(shown) :]), end="", flush=True)
         shown = text
     print("" if llm.engine.tokenizer else _completion_text(output))
     return output
 
 
+def _for_output(text: str) -> str:
+    """Return a text as it is, or on a terminal without control characters, which a tokenizer's file may hold."""
+    return terminal_text(text) if sys.stdout.isatty() else text
+
+
 def _prompt_text(output: RequestOutput) -> str:
-    return output.prompt if output.prompt is not None else " ".join(map(str, output.prompt_token_ids))
+    return _for_output(output.prompt) if output.prompt is not None else " ".join(map(str, output.prompt_token_ids))
 
 
 def _completion_text(output: RequestOutput) -> str:
     first = output.outputs[0]
-    return first.text or " ".join(map(str, first.token_ids))
+    return _for_output(first.text) or " ".join(map(str, first.token_ids))
 
 
 def _ask_demo(llm: LLM, as_json: bool) -> int:

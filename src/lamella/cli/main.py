@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_numbers(args)
         # Each subcommand's module is imported when it runs, so that `--help` does not wait for torch.
-        with terminable():
+        with _terminable():
             status: int = import_module(f"lamella.cli.{args.module}").run(args)
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -71,7 +71,7 @@ def _close_output() -> None:
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
+def _terminable() -> Iterator[None]:
     """Inside the block SIGTERM raises `SystemExit`, so that temporary files and processes are removed."""
 
     def end(number: int, frame: object) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -79,15 +80,16 @@ class TensorParallelGroup(Group):
             self.partition.rank,
             self.partition.size,
         )
-        if device.type == "cuda":
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = TIMEOUT
-            self._group = dist.ProcessGroupNCCL(store, rank, size, options)
-        else:
-            options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-            options._timeout = TIMEOUT
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-            self._group = dist.ProcessGroupGloo(store, rank, size, options)
+        with _worker_errors():
+            if device.type == "cuda":
+                options = dist.ProcessGroupNCCL.Options()
+                options._timeout = TIMEOUT
+                self._group = dist.ProcessGroupNCCL(store, rank, size, options)
+            else:
+                options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+                options._timeout = TIMEOUT
+                options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+                self._group = dist.ProcessGroupGloo(store, rank, size, options)
         self._device = device
         self._sum, self._min, self._gather = dist.AllreduceOptions(), dist.AllreduceOptions(), AllgatherOptions()
         self._min.reduceOp = dist.ReduceOp.MIN  # type: ignore[assignment]
@@ -127,10 +129,16 @@ def _wait(work: Any) -> None:
     Raises:
         WorkerError: another rank has ended, or did not take part within the time limit.
     """
-    if work is None:
-        return
+    if work is not None:
+        with _worker_errors():
+            work.wait()
+
+
+@contextmanager
+def _worker_errors() -> Iterator[None]:
+    """Turn the errors of torch's process groups inside the block into `WorkerError`."""
     try:
-        work.wait()
+        yield
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise WorkerError(f"the tensor-parallel ranks could not exchange data ({reason}); make a new engine") from error

@@ -137,13 +137,7 @@ class WorkerProcesses(Workers):
         for rank in self._ranks:
             self._watch.wait_until_ready(rank)
         assert isinstance(self.group, TensorParallelGroup)
-        try:
-            self.group.connect(self._folder, device)
-        except WorkerError:
-            raise
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise WorkerError(f"the tensor-parallel ranks could not be connected ({reason}); try again") from error
+        self.group.connect(self._folder, device)
 
     def set_state(self, state: StateManager) -> None:
         """See `Workers`."""
@@ -168,9 +162,8 @@ class WorkerProcesses(Workers):
             try:
                 rank.channel.send(message)
             except TimeoutError as error:
-                raise WorkerError(
-                    f"tensor-parallel rank {rank.rank} does not read its messages; make a new engine"
-                ) from (error)
+                why = f"tensor-parallel rank {rank.rank} does not read its messages; make a new engine"
+                raise WorkerError(why) from error
 
     @contextmanager
     def guard(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from lamella.ops.native.build import build, discard
+from lamella.ops.native.build import build
 
 logger = logging.getLogger("lamella")
 
@@ -59,7 +59,7 @@ def why_unavailable() -> str | None:
         logger.info("native CPU kernels are off (LAMELLA_NATIVE=0): using the portable torch path")
         return "LAMELLA_NATIVE=0"
     try:
-        _bind(build())
+        _look_up(load(build()))
     except Exception as error:  # whatever is wrong with the compiler or the cache, the portable path is there
         reason = _reason(error)
         logger.warning("native CPU kernels are off (%s): using the portable torch path", reason)
@@ -67,16 +67,8 @@ def why_unavailable() -> str | None:
     return None
 
 
-def _bind(path: Path) -> None:
-    """Load the library and look up its kernels; one that cannot be loaded is removed and built once more."""
-    try:
-        _look_up(load(path))
-    except (OSError, ValueError, AttributeError):
-        discard(path)
-        _look_up(load(build()))
-
-
 def _look_up(library: ctypes.CDLL) -> None:
+    """Fill `kernels` with the functions of a library."""
     found: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
     for name, types in SIGNATURES.items():
         prototype = ctypes.CFUNCTYPE(None, *types)

@@ -54,7 +54,7 @@ def build() -> Path:
     for folder in (cache, library.parent):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _make_private(folder):
-            discard(library)  # anybody may have put it there
+            _discard(library)  # another user may have put it there
     if _is_intact(library):
         return library
     # Of several processes that start at once, one compiles and the others wait for it.
@@ -77,8 +77,8 @@ def build() -> Path:
     return library
 
 
-def discard(library: Path) -> None:
-    """Remove a library that could not be loaded, so that the next `build` compiles it again."""
+def _discard(library: Path) -> None:
+    """Remove a library and its checksum, if they are there."""
     for file in (library, _checksum_of(library)):
         with suppress(OSError):
             file.unlink()
