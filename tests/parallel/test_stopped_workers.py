@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import signal
+import socket
 import threading
 import time
 from datetime import timedelta
 
+import msgspec
 import pytest
 
 from helpers import hf_checkpoint
 from lamella import LLM, SamplingParams, WorkerError
 from lamella.engine.ranks import workers
+from lamella.engine.ranks.messages import Channel
 from lamella.parallel import group
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
@@ -89,12 +92,24 @@ def test_a_worker_that_is_idle_for_longer_than_the_limit_stays(folder, short_lim
     llm.engine.close()
 
 
-@pytest.mark.parametrize(
-    "data",
-    [b"\xff" * 64, b"\x05\0\0\0\0\0\0\0hello", b"\x02\0\0\0\0\0\0\0\x91\xc0"],
-    ids=["length", "text", "no message"],
-)
-def test_garbage_from_a_worker_is_an_error(folder, data):
+GARBAGE = {
+    "length": b"\xff" * 64,
+    "text": b"\x05\0\0\0\0\0\0\0hello",
+    "no message": b"\x02\0\0\0\0\0\0\0\x91\xc0",
+}
+
+
+@pytest.mark.parametrize("data", GARBAGE.values(), ids=GARBAGE)
+def test_garbage_is_no_message(data):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(data)
+        with pytest.raises((ValueError, msgspec.MsgspecError)):
+            Channel(ours).receive_available()
+
+
+def test_garbage_from_a_worker_is_an_error(folder):
+    data = GARBAGE["length"]
     llm = LLM(folder, **OPTIONS)
     watch, rank = llm.engine.workers._watch, llm.engine.workers._ranks[0]
     rank.channel._received += data  # as if it had been sent; the next message completes it
